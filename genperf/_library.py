@@ -1,0 +1,85 @@
+"""Finds the compiled libraries, loads the best one for this machine, and says what it did."""
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+try:
+    from . import _probe
+except ImportError as error:
+    _probe = None
+    _probe_error = error
+
+# Instruction sets, best first. "amx" is the x86-64-v4 library with its matrix-unit kernels allowed.
+ISAS = ("amx", "x86-64-v4", "x86-64-v3", "x86-64", "native")
+
+cpu_failure: str | None = None  # why there is no CPU library, or None
+cuda_failure: str | None = None
+triton_failure: str | None = None
+isa: str | None = None  # the loaded one
+
+
+def library_path(name: str) -> Path:
+    return Path(__file__).parent / f"_{name}.so"
+
+
+def runnable_isas() -> list[str]:
+    """Instruction sets that this build holds and this processor runs, best first."""
+    features = _probe.cpu_features()
+    levels = {
+        "amx": features["x86-64-v4"] and features["amx-bf16"],
+        "x86-64-v4": features["x86-64-v4"],
+        "x86-64-v3": features["x86-64-v3"],
+        "x86-64": features["x86-64"],
+        "native": True,
+    }
+    return [name for name in ISAS if levels[name] and _isa_library(name).exists()]
+
+
+def load() -> None:
+    """Load the CPU library and, if built, the CUDA one; what is missing is named in the `*_failure` variables."""
+    global cpu_failure, cuda_failure, triton_failure
+    if _probe is None:
+        cpu_failure = cuda_failure = triton_failure = f"genperf is not compiled here ({_probe_error}); install it with `pip install --no-build-isolation .`."
+        return
+    _load_cpu()
+    cuda_failure = _load_cuda()
+    triton_failure = _find_triton()
+
+
+def _isa_library(name: str) -> Path:
+    base = "x86-64-v4" if name == "amx" else name
+    return library_path("cpu_" + base.replace("-", "_"))
+
+
+def _load_cpu() -> None:
+    global isa
+    runnable = runnable_isas()
+    wanted = os.environ.get("GENPERF_ISA")
+    if wanted and wanted not in runnable:
+        raise ImportError(f"GENPERF_ISA={wanted} cannot run here; this build and processor have {', '.join(runnable)}.")
+    if not runnable:
+        raise ImportError("genperf was compiled without a CPU library for this processor; reinstall it from source here.")
+    isa = wanted or runnable[0]
+    path = _isa_library(isa)
+    torch.ops.load_library(path)
+    if isa == "amx":
+        ctypes.CDLL(str(path)).genperf_allow_amx()
+
+
+def _load_cuda() -> str | None:
+    path = library_path("cuda")
+    if not path.exists():
+        return "genperf was built without CUDA; rebuild with GENPERF_CUDA=1."
+    torch.ops.load_library(path)
+    return None
+
+
+def _find_triton() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error})."
+    return None

@@ -1,0 +1,133 @@
+"""What every op of the library does the same way: choose an implementation and see a tensor as positions and channels."""
+
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("genperf")
+
+IMPLEMENTATIONS = ("reference", "native", "triton")
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def choose_impl(op: str, impl: str | None, refusals: dict[str, str | None]) -> str:
+    """Name the implementation to run.
+
+    `refusals` maps each implementation, best first, to None where it can run and to a sentence that says why not
+    where it cannot. A named `impl` that cannot run raises that sentence; it never falls back.
+    """
+    if impl is None:
+        chosen = next(name for name, refusal in refusals.items() if refusal is None)
+        if not torch.compiler.is_compiling() and log.isEnabledFor(logging.DEBUG):
+            passed_over = "".join(f"; not {name}: {refusal}" for name, refusal in refusals.items() if refusal is not None)
+            log.debug("%s runs %s%s", op, chosen, passed_over)
+        return chosen
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{op}: impl must be None or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}.")
+    if refusals.get(impl, "") is not None:
+        reason = refusals.get(impl) or "this op has no such implementation."
+        raise NotImplementedError(f"{op}: impl={impl!r} cannot run here: {reason}")
+    return impl
+
+
+def native_refusal(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the compiled kernel of `op` cannot run on this device and dtype, or None."""
+    from genperf import _library
+
+    if device.type == "cpu":
+        return _library.cpu_failure
+    if device.type == "cuda":
+        if dtype == torch.float64:
+            return "the CUDA kernels take float32, bfloat16 and float16."
+        return _library.cuda_failure
+    return f"no compiled kernel for device {device.type!r}."
+
+
+def check_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}.")
+
+
+def check_channel_dim(op: str, x: Tensor, channel_dim: int) -> int:
+    """The channel dimension as a non-negative number."""
+    if x.dim() == 0 or not -x.dim() <= channel_dim < x.dim():
+        raise ValueError(f"{op}: channel_dim must be a dimension of x, got channel_dim={channel_dim} for x of shape {list(x.shape)}.")
+    return channel_dim % x.dim()
+
+
+def check_positions(op: str, name: str, value: Tensor, x: Tensor, channel: int) -> None:
+    """`value` must hold one entry for each position of x."""
+    expected = positions_shape(x, channel)
+    if list(value.shape) != expected:
+        raise ValueError(f"{op}: {name} must have the shape of x without its channel dimension, {expected}, got {list(value.shape)}.")
+    if value.device != x.device:
+        raise ValueError(f"{op}: {name} and x must be on one device, got {value.device} and {x.device}.")
+
+
+def check_vectors(op: str, x: Tensor, codebook: Tensor, channel_dim: int) -> int:
+    """Check x against the codebook; the channel dimension as a non-negative number."""
+    check_tensor(op, "x", x)
+    check_tensor(op, "codebook", codebook)
+    channel = check_channel_dim(op, x, channel_dim)
+    if codebook.dim() != 2:
+        raise ValueError(f"{op}: codebook must have shape [K, D], got {list(codebook.shape)}.")
+    if codebook.shape[0] == 0 or codebook.shape[1] == 0:
+        raise ValueError(f"{op}: codebook must hold at least one code of at least one dimension, got shape {list(codebook.shape)}.")
+    if x.shape[channel] != codebook.shape[1]:
+        raise ValueError(
+            f"{op}: the channel dimension of x must be as long as a code, got {x.shape[channel]} channels "
+            f"(x {list(x.shape)}, channel_dim={channel_dim}) and codes of {codebook.shape[1]}."
+        )
+    check_float(op, "x", x)
+    if codebook.dtype != x.dtype and not (codebook.dtype == torch.float32 and x.dtype in HALF_DTYPES):
+        raise TypeError(f"{op}: codebook must have the dtype of x, or float32 with a half-precision x, got {codebook.dtype} and {x.dtype}.")
+    if codebook.device != x.device:
+        raise ValueError(f"{op}: x and codebook must be on one device, got {x.device} and {codebook.device}.")
+    return channel
+
+
+def check_float(op: str, name: str, value: Tensor) -> None:
+    if value.dtype not in (torch.float32, torch.float64, *HALF_DTYPES):
+        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}.")
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of losses and sums over tensors of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def positions_shape(x: Tensor, channel: int) -> list[int]:
+    """Shape of x without its channel dimension."""
+    return [*x.shape[:channel], *x.shape[channel + 1 :]]
+
+
+def as_positions(x: Tensor, channel: int) -> Tensor:
+    """View x as [outer, D, inner]; a copy only where no such view exists.
+
+    outer * inner counts the positions in row-major order of the other dimensions. Channels-last tensors have inner = 1;
+    channels-first tensors, permuted ones among them, have their pixels in `inner`.
+    """
+    sizes = positions_shape(x, channel)
+    strides = [*x.stride()[:channel], *x.stride()[channel + 1 :]]
+    for split in (channel, *range(len(sizes) + 1)):
+        if _collapses(sizes[:split], strides[:split]) and _collapses(sizes[split:], strides[split:]):
+            moved = x.movedim(channel, split)
+            return moved.reshape(math.prod(sizes[:split]), x.shape[channel], math.prod(sizes[split:]))
+    return x.reshape(math.prod(sizes[:channel]), x.shape[channel], math.prod(sizes[channel:]))
+
+
+def from_positions(y: Tensor, x: Tensor, channel: int) -> Tensor:
+    """Undo `as_positions`: y [outer, D, inner] in the shape of x."""
+    sizes = positions_shape(x, channel)
+    split = 0
+    while math.prod(sizes[:split]) != y.shape[0] or math.prod(sizes[split:]) != y.shape[2]:
+        split += 1
+    return y.reshape(*sizes[:split], x.shape[channel], *sizes[split:]).movedim(split, channel)
+
+
+def _collapses(sizes: list[int], strides: list[int]) -> bool:
+    """Whether dimensions of these sizes and strides are one strided dimension."""
+    kept = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
+    return all(outer[1] == inner[0] * inner[1] for outer, inner in zip(kept, kept[1:], strict=False))

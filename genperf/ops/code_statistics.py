@@ -1,0 +1,122 @@
+"""Counts and sums of the vectors assigned to each code."""
+
+import torch
+from torch import Tensor
+
+from ._common import (
+    accumulator_dtype,
+    as_positions,
+    check_channel_dim,
+    check_float,
+    check_positions,
+    check_tensor,
+    choose_impl,
+    native_refusal,
+)
+
+
+def code_statistics(
+    x: Tensor,  # [..., D, ...]
+    indices: Tensor,  # [...]
+    num_codes: int,
+    *,
+    channel_dim: int = -1,
+    weights: Tensor | None = None,  # [...]
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:  # [K], [K, D]
+    """How many vectors each code was given, and their sum: what EMA codebooks and k-means are updated from.
+
+    Equivalent to:
+        one_hot = F.one_hot(indices, num_codes).to(x.dtype)                 # without the [N, K] matrix
+        counts, sums = one_hot.sum(0), one_hot.T @ x
+
+    The sums are added in the order of the positions in float64, so that they are the same in every run, for every
+    layout and number of threads.
+
+    Args:
+        x: float32, bfloat16, float16 or float64; any strides.
+        indices: int64, x's shape without channel_dim, as returned by `nearest_code`; -1 leaves a vector out.
+        num_codes: K.
+        weights: of x's shape without channel_dim, a floating dtype; each vector and its count are multiplied by it.
+        channel_dim: the dimension of x that holds a vector.
+        impl: None picks; "native" and "reference" insist.
+
+    Returns:
+        counts [K] and sums [K, D], float32 (float64 for a float64 x). NaN in x or weights reaches only the codes that
+        it was assigned to. Not differentiable.
+
+    Raises:
+        ValueError: shapes that do not fit, tensors on two devices, num_codes < 1.
+        TypeError: an unsupported dtype.
+        IndexError: an index outside -1 ... num_codes - 1 (on CUDA such a vector is left out: looking would synchronise).
+    """
+    op = "code_statistics"
+    check_tensor(op, "x", x)
+    check_tensor(op, "indices", indices)
+    channel = check_channel_dim(op, x, channel_dim)
+    check_float(op, "x", x)
+    check_positions(op, "indices", indices, x, channel)
+    if indices.dtype != torch.int64:
+        raise TypeError(f"{op}: indices must be int64, got {indices.dtype}.")
+    if num_codes < 1:
+        raise ValueError(f"{op}: num_codes must be at least 1, got {num_codes}.")
+    if weights is not None:
+        check_tensor(op, "weights", weights)
+        check_float(op, "weights", weights)
+        check_positions(op, "weights", weights, x, channel)
+    chosen = choose_impl(op, impl, refusals(x.device, x.dtype))
+    positions = as_positions(x.detach(), channel)
+    shape = (positions.shape[0], positions.shape[2])
+    indices = indices.reshape(shape)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_index_range(op, indices, num_codes)
+    if weights is not None:
+        weights = weights.detach().reshape(shape).to(accumulator_dtype(x.dtype))
+    return statistics(positions, indices, num_codes, weights, None, chosen)
+
+
+def statistics(
+    x: Tensor,  # [outer, D, inner]
+    indices: Tensor,  # [outer, inner]
+    num_codes: int,
+    weights: Tensor | None,  # [outer, inner]
+    origins: Tensor | None,  # [K, D]
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """`code_statistics` of checked arguments; with `origins`, the sums are of x - origins[indices]."""
+    if impl == "reference":
+        return code_statistics_reference(x.transpose(1, 2), indices, num_codes, weights, origins)
+    return torch.ops.genperf.code_statistics(x, indices, num_codes, weights, origins)
+
+
+def check_index_range(op: str, indices: Tensor, num_codes: int) -> None:
+    if indices.numel() == 0:
+        return
+    low, high = (int(bound) for bound in indices.aminmax())
+    if low < -1 or high >= num_codes:
+        raise IndexError(f"{op}: indices must lie between -1 and {num_codes - 1}, got {low} ... {high}.")
+
+
+def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Implementations of the statistics, best first, and why each cannot run on this device and dtype."""
+    return {"native": native_refusal("code_statistics", device, dtype), "reference": None}
+
+
+def code_statistics_reference(
+    x: Tensor, indices: Tensor, num_codes: int, weights: Tensor | None = None, origins: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The statistics in plain PyTorch: x [..., D], indices [...] -> counts [K], sums [K, D]."""
+    dtype = accumulator_dtype(x.dtype)
+    assigned = indices.reshape(-1)
+    valid = assigned >= 0
+    assigned = assigned[valid]
+    rows = x.reshape(-1, x.shape[-1])[valid].double()
+    if origins is not None:
+        rows = rows - origins.double()[assigned]
+    mass = rows.new_ones(assigned.shape)
+    if weights is not None:
+        mass = weights.reshape(-1)[valid].double()
+        rows = rows * mass[:, None]
+    counts = rows.new_zeros(num_codes).index_add_(0, assigned, mass)
+    sums = rows.new_zeros(num_codes, x.shape[-1]).index_add_(0, assigned, rows)
+    return counts.to(dtype), sums.to(dtype)

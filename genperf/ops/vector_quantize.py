@@ -1,0 +1,189 @@
+"""Vector quantisation: nearest code, straight-through or rotated gradient, and the loss that trains both sides."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._common import (
+    accumulator_dtype,
+    as_positions,
+    check_positions,
+    check_tensor,
+    check_vectors,
+    choose_impl,
+    from_positions,
+    native_refusal,
+    positions_shape,
+)
+from .nearest_code import check_metric, search
+from .nearest_code import refusals as search_refusals
+
+GRADIENTS = ("straight_through", "rotation")
+
+
+def vector_quantize(
+    x: Tensor,  # [..., D, ...]
+    codebook: Tensor,  # [K, D]
+    *,
+    codebook_weight: float = 1.0,
+    commitment_weight: float = 0.25,
+    gradient: str = "straight_through",
+    metric: str = "euclidean",
+    channel_dim: int = -1,
+    mask: Tensor | None = None,  # [...]
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace every vector by its nearest code; van den Oord et al., "Neural Discrete Representation Learning" (2017).
+
+    Equivalent to (channel_dim=-1, no mask):
+        indices = nearest_code(x, codebook, metric=metric)
+        code = codebook[indices]
+        loss = codebook_weight * F.mse_loss(code, x.detach()) + commitment_weight * F.mse_loss(x, code.detach())
+        quantized = x + (code - x).detach()                                 # but equal to the code bit for bit
+
+    Nothing of size positions x K exists in forward or backward, images [B, D, H, W] (channel_dim=1) are read and
+    written where they lie, and half-precision inputs are not copied to float32. The codebook's gradient is summed in a
+    fixed order.
+
+    gradient="rotation" passes the gradient through the rotation and scaling that carry x to its code, taken as constant
+    (Fifty et al., "Restructuring Vector Quantization with the Rotation Trick", 2024); where x or the code is zero, or
+    they point in opposite directions, it is the straight-through gradient.
+
+    Args:
+        x: float32, bfloat16, float16 or float64; any strides.
+        codebook: K >= 1 codes, of x's dtype, or float32 with a half-precision x.
+        codebook_weight: weight of the term that moves codes to vectors; 0 for codebooks that learn by moving averages.
+        commitment_weight: weight of the term that moves vectors to codes.
+        metric: of the search, as in `nearest_code`; the loss is the squared distance in either case.
+        channel_dim: the dimension of x that holds a vector.
+        mask: bool, x's shape without channel_dim; where False, quantized and the gradients are 0, the index is -1, and
+            the loss leaves the vector out.
+        impl: None picks; "native" and "reference" insist.
+
+    Returns:
+        quantized, of x's shape and dtype (a float32 code is rounded to a half-precision x's dtype);
+        indices, int64, x's shape without channel_dim;
+        loss, a float32 scalar (float64 for a float64 x): a mean over all valid elements, 0 where there is none.
+        NaN and infinity propagate into the loss and the gradients; the index then follows `nearest_code`.
+        Differentiable once, in x and codebook.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `nearest_code`, and for a mask that does not fit.
+    """
+    op = "vector_quantize"
+    channel = check_vectors(op, x, codebook, channel_dim)
+    check_metric(op, metric)
+    if gradient not in GRADIENTS:
+        raise ValueError(f"{op}: gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}.")
+    if mask is not None:
+        check_tensor(op, "mask", mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{op}: mask must be bool, got {mask.dtype}.")
+        check_positions(op, "mask", mask, x, channel)
+    chosen = choose_impl(op, impl, refusals(x.device, x.dtype))
+
+    positions = as_positions(x, channel)
+    if mask is not None:
+        mask = mask.reshape(positions.shape[0], positions.shape[2])
+    if chosen == "reference":
+        outputs = vector_quantize_reference(positions, codebook, codebook_weight, commitment_weight, gradient, metric, mask)
+    elif torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
+        outputs = _VectorQuantize.apply(positions, codebook, codebook_weight, commitment_weight, gradient == "rotation", metric, mask)
+    else:
+        outputs = _forward(positions, codebook, codebook_weight + commitment_weight, metric, mask)[:3]
+    quantized, indices, loss = outputs
+    return from_positions(quantized, x, channel), indices.reshape(positions_shape(x, channel)), loss
+
+
+def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Implementations of the quantizer, best first, and why each cannot run on this device and dtype."""
+    native = native_refusal("vector_quantize", device, dtype)
+    if native is None and device.type == "cuda":
+        native = search_refusals(device, dtype)["triton"]
+    return {"native": native, "reference": None}
+
+
+def _forward(x: Tensor, codebook: Tensor, weight: float, metric: str, mask: Tensor | None) -> tuple[Tensor, ...]:
+    indices = torch.ops.genperf.nearest_code(x, codebook, mask, metric == "cosine")
+    quantized, error, valid = torch.ops.genperf.vector_quantize(x, codebook, indices)
+    return quantized, indices, error * weight, valid
+
+
+class _VectorQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, codebook, codebook_weight, commitment_weight, rotation, metric, mask):
+        quantized, indices, loss, valid = _forward(x, codebook, codebook_weight + commitment_weight, metric, mask)
+        ctx.save_for_backward(x, codebook, indices, valid)
+        ctx.codebook_weight, ctx.commitment_weight, ctx.rotation = codebook_weight, commitment_weight, rotation
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        return quantized, indices, loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_quantized, _, grad_loss):
+        x, codebook, indices, valid = ctx.saved_tensors
+        grad_x = grad_codebook = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.genperf.vector_quantize_backward(
+                grad_quantized, grad_loss, x, codebook, indices, valid, ctx.commitment_weight, ctx.rotation
+            )
+        if ctx.needs_input_grad[1] and grad_loss is not None:
+            # Sums of x - code, not sums of x less count * code: nothing cancels when the data lie far from the origin.
+            _, offsets = torch.ops.genperf.code_statistics(x, indices, codebook.shape[0], None, codebook)
+            scale = grad_loss * (-2 * ctx.codebook_weight) / (valid * x.shape[1]).clamp(min=1)
+            grad_codebook = (offsets * scale).to(codebook.dtype)
+        return grad_x, grad_codebook, None, None, None, None, None
+
+
+def vector_quantize_reference(
+    x: Tensor,  # [outer, D, inner]
+    codebook: Tensor,  # [K, D]
+    codebook_weight: float,
+    commitment_weight: float,
+    gradient: str,
+    metric: str,
+    mask: Tensor | None,  # [outer, inner]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The quantizer in plain PyTorch, differentiated by autograd; results laid out as `vector_quantize` does."""
+    dtype = accumulator_dtype(x.dtype)
+    indices = search(x.detach(), codebook.detach(), mask, metric, "reference")
+    valid = (indices >= 0).unsqueeze(1)  # [outer, 1, inner]
+    code = codebook[indices.clamp(min=0)].transpose(1, 2)  # [outer, D, inner]
+
+    def mean_square(difference: Tensor) -> Tensor:
+        elements = (valid.sum() * x.shape[1]).clamp(min=1)
+        return torch.where(valid, difference, 0).square().sum() / elements
+
+    wide, wide_code = x.to(dtype), code.to(dtype)
+    loss = codebook_weight * mean_square(wide.detach() - wide_code) + commitment_weight * mean_square(wide - wide_code.detach())
+    value = code.detach().to(x.dtype)
+    carried = _rotate(wide, wide_code.detach()).to(x.dtype) if gradient == "rotation" else x
+    quantized = _ValueOf.apply(value, carried)
+    return torch.where(valid, quantized, 0), indices, loss
+
+
+class _ValueOf(torch.autograd.Function):
+    """The value of one tensor with the gradient of another, without the rounding of a + (b - a)."""
+
+    @staticmethod
+    def forward(ctx, value, carrier):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
+
+
+def _rotate(x: Tensor, code: Tensor) -> Tensor:
+    """x under the constant rotation and scaling that carry it to its code (dim 1), or x where there is none."""
+    with torch.no_grad():
+        x_norm, code_norm = x.norm(dim=1, keepdim=True), code.norm(dim=1, keepdim=True)
+        half = x / x_norm + code / code_norm
+        half_norm = half.norm(dim=1, keepdim=True)
+        usable = (x_norm > 0) & (code_norm > 0) & (half_norm > 1e-3)
+        axis = torch.where(usable, half / half_norm, 0)
+        x_unit, code_unit = torch.where(usable, x / x_norm, 0), torch.where(usable, code / code_norm, 0)
+        ratio = torch.where(usable, code_norm / x_norm, 1)
+    rotated = x - 2 * axis * (axis * x).sum(1, keepdim=True) + 2 * code_unit * (x_unit * x).sum(1, keepdim=True)
+    return ratio * rotated
