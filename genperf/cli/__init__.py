@@ -1,0 +1,1 @@
+"""The command line: `genperf`, also `python -m genperf`."""

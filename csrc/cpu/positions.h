@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How the CPU kernels see tensors: vectors at positions, their components a fixed stride apart.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <utility>
+
+namespace genperf {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// [outer, D, inner], any strides.
+template <class T>
+struct Positions {
+  T* data;
+  int64_t outer, dim, inner;
+  int64_t outer_stride, stride, inner_stride;
+
+  explicit Positions(const Tensor& x)
+      : data(static_cast<T*>(x.data_ptr())),
+        outer(x.size(0)),
+        dim(x.size(1)),
+        inner(x.size(2)),
+        outer_stride(x.stride(0)),
+        stride(x.stride(1)),
+        inner_stride(x.stride(2)) {}
+
+  int64_t count() const { return outer * inner; }
+
+  int64_t offset(int64_t position) const {
+    return position / inner * outer_stride + position % inner * inner_stride;
+  }
+
+  // Whether the components of one vector lie closer together than neighbouring vectors.
+  bool channels_last() const { return stride == 1; }
+};
+
+// [K, D], any strides.
+template <class T>
+struct Codes {
+  T* data;
+  int64_t count, dim;
+  int64_t code_stride, stride;
+
+  explicit Codes(const Tensor& codebook)
+      : data(static_cast<T*>(codebook.data_ptr())),
+        count(codebook.size(0)),
+        dim(codebook.size(1)),
+        code_stride(codebook.stride(0)),
+        stride(codebook.stride(1)) {}
+};
+
+// Arithmetic on values of T is done in this type.
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Calls f with null pointers of the element types of x and codebook.
+template <class F>
+auto with_types(const Tensor& x, const Tensor& codebook, const F& f) {
+  using torch::headeronly::BFloat16;
+  using torch::headeronly::Half;
+  const ScalarType a = x.scalar_type(), b = codebook.scalar_type();
+  if (a == ScalarType::Float && b == ScalarType::Float)
+    return f((float*)nullptr, (float*)nullptr);
+  if (a == ScalarType::Double && b == ScalarType::Double)
+    return f((double*)nullptr, (double*)nullptr);
+  if (a == ScalarType::BFloat16 && b == ScalarType::BFloat16)
+    return f((BFloat16*)nullptr, (BFloat16*)nullptr);
+  if (a == ScalarType::BFloat16 && b == ScalarType::Float)
+    return f((BFloat16*)nullptr, (float*)nullptr);
+  if (a == ScalarType::Half && b == ScalarType::Half)
+    return f((Half*)nullptr, (Half*)nullptr);
+  if (a == ScalarType::Half && b == ScalarType::Float)
+    return f((Half*)nullptr, (float*)nullptr);
+  STD_TORCH_CHECK(false, "unsupported pair of dtypes for x and codebook");
+}
+
+// Calls f with a null pointer of the element type of x.
+template <class F>
+auto with_type(const Tensor& x, const F& f) {
+  return with_types(x, x, [&](auto* type, auto*) { return f(type); });
+}
+
+// Uninitialised memory on a cache-line boundary.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count) {
+    const size_t bytes = (std::max<int64_t>(count, 1) * sizeof(T) + 63) / 64 * 64;
+    data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+    if (!data_)
+      throw std::bad_alloc();
+  }
+
+  T* get() const { return data_.get(); }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T[], Free> data_;
+};
+
+inline void check_positions(const Tensor& x, const Tensor& codebook) {
+  STD_TORCH_CHECK(x.dim() == 3, "x must be [outer, D, inner]");
+  STD_TORCH_CHECK(codebook.dim() == 2 && codebook.size(0) > 0 && codebook.size(1) == x.size(1),
+                  "codebook must be [K, D] with the D of x");
+}
+
+inline void check_indices(const Tensor& indices, const Tensor& x) {
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.dim() == 2 &&
+                      indices.size(0) == x.size(0) && indices.size(1) == x.size(2) &&
+                      indices.is_contiguous(),
+                  "indices must be contiguous int64 [outer, inner]");
+}
+
+inline void check_range(const int64_t* indices, int64_t count, int64_t num_codes) {
+  bool inside = true;
+  for (int64_t i = 0; i < count; ++i)
+    inside &= indices[i] >= -1 && indices[i] < num_codes;
+  STD_TORCH_CHECK(inside, "an index lies outside -1 ... ", num_codes - 1);
+}
+
+}  // namespace genperf

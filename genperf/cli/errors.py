@@ -1,0 +1,16 @@
+"""Mistakes of the user, which end a command with a sentence instead of a traceback."""
+
+import importlib
+from types import ModuleType
+
+
+class UserError(Exception):
+    """A sentence for the user; `main` prints it and exits with code 2."""
+
+
+def import_extra(module: str, package: str, extra: str) -> ModuleType:
+    """Import a module that only the optional dependencies `extra` install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"this command needs the package {package} ({error}); install it with `pip install 'genperf[{extra}]'`.") from error

@@ -1,0 +1,87 @@
+"""`genperf info`: what is installed here, and which implementation of each op would run."""
+
+import argparse
+import importlib
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .. import _library
+from .._version import __version__
+
+HELP = "show versions, hardware, and which implementation of each op runs here"
+
+OPS = ("nearest_code", "vector_quantize", "code_statistics")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(arguments: argparse.Namespace) -> int:
+    print("\n".join(info_lines()))
+    return 0
+
+
+def info_lines() -> list[str]:
+    """The info page, line by line."""
+    facts = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "triton": _triton_version(),
+        "processor": _processor(),
+        **_build(),
+        "gpu": _gpus(),
+    }
+    lines = [f"genperf {__version__}"]
+    lines += [f"  {name:<12} {value}" for name, value in facts.items()]
+    lines += ["", "implementation for float32"]
+    for op in OPS:
+        for device in ("cpu", "cuda"):
+            lines += _implementation(op, torch.device(device))
+    return lines
+
+
+def _implementation(op: str, device: torch.device) -> list[str]:
+    # importlib, because `genperf.ops.<op>` names the function.
+    refusals = importlib.import_module(f"genperf.ops.{op}").refusals(device, torch.float32)
+    chosen = next(name for name, refusal in refusals.items() if refusal is None)
+    passed_over = [f"{'':24}not {name}: {refusal}" for name, refusal in refusals.items() if refusal is not None]
+    return [f"  {op:<16} {device.type:<4} {chosen}", *passed_over]
+
+
+def _build() -> dict[str, str]:
+    if _library._probe is None:
+        return {"compiled": f"no: {_library.cpu_failure}"}
+    built = _library._probe.build_info()
+    return {
+        "cpu kernels": f"{_library.isa} loaded, of {', '.join(_library.runnable_isas())} that run here",
+        "cuda kernels": f"built for {built['cuda_archs']}" if built.get("cuda_archs") else "not built",
+        "built with": ", ".join(str(built[name]) for name in ("compiler", "torch") if built.get(name)),
+    }
+
+
+def _processor() -> str:
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = models[0] if models else name
+    features = _library._probe.cpu_features() if _library._probe else {}
+    present = [feature for feature, has in features.items() if has]
+    return f"{name} ({', '.join(present)})" if present else name
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def _triton_version() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,120 @@
+"""Builds the compiled libraries with one ninja run: one CPU library per instruction set, the CUDA library, the probe."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+X86 = platform.machine() in ("x86_64", "AMD64")
+ISAS = ["x86-64", "x86-64-v3", "x86-64-v4"] if X86 else ["native"]
+
+if "sdist" not in sys.argv:
+    try:
+        import ninja
+        import pybind11
+        import torch
+        from ninja.ninja_syntax import Writer
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError as error:
+        sys.exit(
+            f"genperf compiles against the torch that will run it, and {error.name!r} cannot be imported by this build: install "
+            "torch>=2.11, setuptools, ninja and pybind11 first, then run `pip install --no-build-isolation .`."
+        )
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+def wants_cuda() -> bool:
+    choice = os.environ.get("GENPERF_CUDA", "auto")
+    if choice not in ("0", "1", "auto"):
+        sys.exit(f"genperf: GENPERF_CUDA must be 0, 1 or auto, got {choice!r}.")
+    if choice == "1" and not find_nvcc():
+        sys.exit("genperf: GENPERF_CUDA=1 needs nvcc, and there is none in CUDA_HOME/bin or on PATH.")
+    return choice == "1" or (choice == "auto" and torch.version.cuda is not None and find_nvcc() is not None)
+
+
+def cuda_archs() -> str:
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS).replace(" ", ";")
+
+
+def gencode_flags(archs: str) -> str:
+    flags = []
+    for arch in filter(None, archs.split(";")):
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode arch=compute_{number},code=compute_{number}")
+    return " ".join(flags)
+
+
+def libraries() -> list[Extension]:
+    def library(name: str, *patterns: str) -> Extension:
+        sources = [str(path.relative_to(ROOT)) for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+        return Extension(f"genperf._{name}", sources)
+
+    cpu = [library(f"cpu_{isa.replace('-', '_')}", "csrc/library.cpp", "csrc/cpu/*.cpp") for isa in ISAS]
+    cuda = [library("cuda", "csrc/cuda/*.cpp", "csrc/cuda/*.cu")] if wants_cuda() else []
+    return [library("probe", "csrc/probe.cpp"), *cpu, *cuda]
+
+
+class NinjaBuild(build_ext):
+    def get_ext_filename(self, name: str) -> str:
+        filename = super().get_ext_filename(name)
+        return filename if name.endswith("_probe") else filename.replace(sysconfig.get_config_var("EXT_SUFFIX"), ".so")
+
+    def run(self) -> None:
+        cxx = os.environ.get("CXX", "g++")
+        if not shutil.which(cxx):
+            sys.exit(f"genperf: no C++ compiler: {cxx!r} is not on PATH; install one or name it in CXX.")
+        debug = os.environ.get("DEBUG", "0") not in ("", "0")
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        optimise = "-O0 -g" if debug else "-O3 -DNDEBUG"
+        common = f"-std=c++20 {optimise} -fPIC -I{ROOT / 'csrc'} -DTORCH_TARGET_VERSION=0x020b000000000000"
+        torch_headers = " ".join(f"-isystem {path}" for path in include_paths())
+        warnings = f"-Wall -Wextra -fvisibility=hidden -ffp-contract=off {os.environ.get('CXXFLAGS', '')}"
+        torch_libraries = " ".join(f"-L{path}" for path in library_paths()) + " -ltorch -ltorch_cpu -lc10"
+        link_flags = os.environ.get("LDFLAGS", "")
+        built = f'-DGENPERF_ISAS=\\"{",".join(ISAS)}\\" -DGENPERF_TORCH=\\"{torch.__version__}\\"'
+        built += f' -DGENPERF_CUDA_ARCHS=\\"{cuda_archs() if wants_cuda() else ""}\\"'
+        python_headers = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
+
+        with open(build / "build.ninja", "w") as file:
+            graph = Writer(file, width=1000)
+            depends = {"depfile": "$out.d", "deps": "gcc"}
+            graph.rule("cxx", f"{cxx} -MMD -MF $out.d {common} {warnings} $flags -c $in -o $out", description="$out", **depends)
+            graph.rule("link", f"{cxx} -shared $in -o $out $libraries {link_flags}", description="$out")
+            if wants_cuda():
+                nvcc = f"{find_nvcc()} -MMD -MF $out.d {common.replace('-fPIC', '-Xcompiler -fPIC')} {gencode_flags(cuda_archs())}"
+                graph.rule("nvcc", f"{nvcc} -ccbin {cxx} -c $in -o $out", description="$out", **depends)
+                graph.rule("nvlink", f"{find_nvcc()} -ccbin {cxx} -shared $in -o $out $libraries", description="$out")
+            for extension in self.extensions:
+                name = extension.name.removeprefix("genperf._")
+                isa = name.removeprefix("cpu_").replace("_v", "-v").replace("x86_64", "x86-64")
+                flags = f"{built} {python_headers}" if name == "probe" else torch_headers
+                flags += f" -march={isa}" if X86 and name.startswith("cpu_") else ""
+                objects = []
+                for source in extension.sources:
+                    objects.append(str(build / name / f"{source}.o"))
+                    rule = "nvcc" if source.endswith(".cu") else "cxx"
+                    graph.build(objects[-1], rule, str(ROOT / source), variables={"flags": flags})
+                target = str(Path(self.get_ext_fullpath(extension.name)).resolve())
+                used = "" if name == "probe" else torch_libraries
+                graph.build(target, "nvlink" if name == "cuda" else "link", objects, variables={"libraries": used})
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        if subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-f", build / "build.ninja", *jobs]).returncode:
+            sys.exit("genperf: the build failed; the compiler's message is above.")
+
+
+setup(ext_modules=[] if "sdist" in sys.argv else libraries(), cmdclass={"build_ext": NinjaBuild})
