@@ -113,7 +113,7 @@ class NinjaBuild(build_ext):
                 used = "" if name == "probe" else torch_libraries
                 graph.build(target, "nvlink" if name == "cuda" else "link", objects, variables={"libraries": used})
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        if subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-f", build / "build.ninja", *jobs]).returncode:
+        if subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build, *jobs]).returncode:
             sys.exit("genperf: the build failed; the compiler's message is above.")
 
 

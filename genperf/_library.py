@@ -42,7 +42,8 @@ def load() -> None:
     """Load the CPU library and, if built, the CUDA one; what is missing is named in the `*_failure` variables."""
     global cpu_failure, cuda_failure, triton_failure
     if _probe is None:
-        cpu_failure = cuda_failure = triton_failure = f"genperf is not compiled here ({_probe_error}); install it with `pip install --no-build-isolation .`."
+        reason = f"genperf is not compiled here ({_probe_error}); install it with `pip install --no-build-isolation .`."
+        cpu_failure = cuda_failure = triton_failure = reason
         return
     _load_cpu()
     cuda_failure = _load_cuda()

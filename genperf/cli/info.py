@@ -59,7 +59,7 @@ def _build() -> dict[str, str]:
     return {
         "cpu kernels": f"{_library.isa} loaded, of {', '.join(_library.runnable_isas())} that run here",
         "cuda kernels": f"built for {built['cuda_archs']}" if built.get("cuda_archs") else "not built",
-        "built with": ", ".join(str(built[name]) for name in ("compiler", "torch") if built.get(name)),
+        "built with": ", ".join(f"{name} {built[name]}" for name in ("compiler", "torch") if built.get(name)),
     }
 
 

@@ -44,7 +44,8 @@ def time_quantizers(quantizer: VectorQuantizer, latents: Tensor) -> QuantizerTim
 
     # The first calls start from the same codes.
     differing = (genperf_step() != plain_step()).sum().item()
-    return QuantizerTimes(_median_ms(genperf_step, latents.device), _median_ms(plain_step, latents.device), differing, latents[:, 0].numel())
+    device = latents.device
+    return QuantizerTimes(_median_ms(genperf_step, device), _median_ms(plain_step, device), differing, latents[:, 0].numel())
 
 
 def plain_pytorch_quantizer(x: Tensor, state: VectorQuantizer) -> tuple[Tensor, Tensor, Tensor]:

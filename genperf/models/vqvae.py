@@ -103,11 +103,9 @@ class VQVAE(nn.Module):
         self.quantizer.init_codes(self._latents(images))
 
     def _latents(self, images: Tensor) -> Tensor:
-        channels = self.config.image_channels
-        if images.dim() != 4 or images.shape[1] != channels or any(size % self.downsampling for size in images.shape[2:]):
-            raise ValueError(
-                f"VQVAE: images must have shape [B, {channels}, H, W] with H and W divisible by {self.downsampling}, got {list(images.shape)}."
-            )
+        channels, step = self.config.image_channels, self.downsampling
+        if images.dim() != 4 or images.shape[1] != channels or any(size % step for size in images.shape[2:]):
+            raise ValueError(f"VQVAE: images must have shape [B, {channels}, H, W], H and W divisible by {step}, got {list(images.shape)}.")
         return self.encoder(images)
 
 

@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -130,4 +132,22 @@ def from_positions(y: Tensor, x: Tensor, channel: int) -> Tensor:
 def _collapses(sizes: list[int], strides: list[int]) -> bool:
     """Whether dimensions of these sizes and strides are one strided dimension."""
     kept = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
-    return all(outer[1] == inner[0] * inner[1] for outer, inner in zip(kept, kept[1:], strict=False))
+    return all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(kept))
+
+
+def register_fake(op: str) -> Callable[[Callable], Callable]:
+    """Decorator: shapes, dtypes and strides of the compiled `op` without its data, for torch.compile and FakeTensors."""
+    from genperf import _library
+
+    if _library.cpu_failure is not None:
+        return lambda function: function
+    return torch.library.register_fake(f"genperf::{op}")
+
+
+def implement_on_cuda(op: str) -> Callable[[Callable], Callable]:
+    """Decorator: a Python launcher as the CUDA implementation of `op`, for ops whose kernel is Triton."""
+    from genperf import _library
+
+    if _library.cpu_failure is not None:
+        return lambda function: function
+    return torch.library.impl(f"genperf::{op}", "CUDA")

@@ -12,6 +12,7 @@ from ._common import (
     check_tensor,
     choose_impl,
     native_refusal,
+    register_fake,
 )
 
 
@@ -120,3 +121,9 @@ def code_statistics_reference(
     counts = rows.new_zeros(num_codes).index_add_(0, assigned, mass)
     sums = rows.new_zeros(num_codes, x.shape[-1]).index_add_(0, assigned, rows)
     return counts.to(dtype), sums.to(dtype)
+
+
+@register_fake("code_statistics")
+def _(x: Tensor, indices: Tensor, num_codes: int, weights: Tensor | None, origins: Tensor | None) -> tuple[Tensor, Tensor]:
+    dtype = accumulator_dtype(x.dtype)
+    return x.new_empty(num_codes, dtype=dtype), x.new_empty(num_codes, x.shape[1], dtype=dtype)

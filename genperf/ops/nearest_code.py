@@ -7,8 +7,10 @@ from ._common import (
     as_positions,
     check_vectors,
     choose_impl,
+    implement_on_cuda,
     native_refusal,
     positions_shape,
+    register_fake,
 )
 
 METRICS = ("euclidean", "cosine")
@@ -113,3 +115,15 @@ def _nearest_in_order(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
     if metric == "cosine":
         distance /= torch.where(norm > 0, norm.sqrt(), 1.0)
     return distance.nan_to_num_(nan=float("inf"), posinf=float("inf"), neginf=float("-inf")).argmin(-1)
+
+
+@register_fake("nearest_code")
+def _(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2], dtype=torch.int64)
+
+
+@implement_on_cuda("nearest_code")
+def _(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
+    from genperf.kernels.nearest_code import nearest_code as launch
+
+    return launch(x, codebook, mask, cosine)

@@ -14,6 +14,7 @@ from ._common import (
     from_positions,
     native_refusal,
     positions_shape,
+    register_fake,
 )
 from .nearest_code import check_metric, search
 from .nearest_code import refusals as search_refusals
@@ -187,3 +188,14 @@ def _rotate(x: Tensor, code: Tensor) -> Tensor:
         ratio = torch.where(usable, code_norm / x_norm, 1)
     rotated = x - 2 * axis * (axis * x).sum(1, keepdim=True) + 2 * code_unit * (x_unit * x).sum(1, keepdim=True)
     return ratio * rotated
+
+
+@register_fake("vector_quantize")
+def _(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mse = x.new_empty((), dtype=accumulator_dtype(x.dtype))
+    return torch.empty_like(x), mse, x.new_empty((), dtype=torch.int64)
+
+
+@register_fake("vector_quantize_backward")
+def _(grad_quantized, grad_mse, x, codebook, indices, valid, commitment_weight, rotation) -> Tensor:
+    return torch.empty_like(x)

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the CUDA kernels share. The first part is for every compiler: the types of the launchers'
+// parameters. The second is for those that compile kernels: nvcc, or a plain C++ compiler with
+// GENPERF_CUDA_ON_HOST, where cuda_on_host.h stands in for CUDA and runs the kernels on the CPU.
+// For its sake kernels start through launch() and take shared memory from shared_memory().
+#pragma once
+
+#include <cstdint>
+
+typedef struct CUstream_st* cudaStream_t;
+
+namespace genperf {
+
+enum class DType { kFloat32, kBFloat16, kFloat16 };
+
+// Of a tensor [outer, D, inner], in elements.
+struct Strides {
+  int64_t outer;
+  int64_t channel;
+  int64_t inner;
+};
+
+}  // namespace genperf
+
+#if defined(__CUDACC__) || defined(GENPERF_CUDA_ON_HOST)
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#if defined(GENPERF_CUDA_ON_HOST)
+#include "cuda_on_host.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace genperf {
+
+template <typename... Params, typename... Args>
+void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t stream, const Args&... args) {
+  kernel<<<grid, block, shared_bytes, stream>>>(args...);
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
+    throw std::runtime_error(std::string(op) + ": the kernel did not launch: " +
+                             cudaGetErrorString(error));
+  }
+}
+
+// The block's dynamic shared memory, of the size that launch() was given.
+template <typename T>
+__device__ T& shared_memory() {
+  extern __shared__ __align__(16) unsigned char genperf_shared_memory[];
+  return *reinterpret_cast<T*>(genperf_shared_memory);
+}
+
+}  // namespace genperf
+#endif
+
+namespace genperf {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+__device__ inline float to_float(float value) { return value; }
+__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ inline float to_float(__half value) { return __half2float(value); }
+
+// Rounds to nearest, and returns a value that is of type T already bit for bit.
+template <typename T, typename From>
+__device__ T convert(From value) {
+  if constexpr (std::is_same_v<T, From>) {
+    return value;
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(to_float(value));
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(to_float(value));
+  } else {
+    return to_float(value);
+  }
+}
+
+// kWidth elements, moved in pieces of 16 bytes where they lie together.
+template <typename T, int kWidth>
+struct alignas(16) Pack {
+  T values[kWidth];
+};
+
+template <typename T, int kWidth>
+__device__ Pack<T, kWidth> load_pack(const T* first, int64_t stride, int64_t count, bool together) {
+  if (together) return *reinterpret_cast<const Pack<T, kWidth>*>(first);
+  Pack<T, kWidth> pack;
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) {
+    pack.values[j] = j < count ? first[j * stride] : convert<T>(0.0f);
+  }
+  return pack;
+}
+
+template <typename T, int kWidth>
+__device__ void store_pack(T* first, int64_t stride, int64_t count, bool together,
+                           const Pack<T, kWidth>& pack) {
+  if (together) {
+    *reinterpret_cast<Pack<T, kWidth>*>(first) = pack;
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) {
+    if (j < count) first[j * stride] = pack.values[j];
+  }
+}
+
+// Calls run<T, C>() with the C++ types of a tensor and its codebook.
+template <typename Run>
+void dispatch(const char* op, DType x_type, DType code_type, Run run) {
+  const auto is = [&](DType x, DType code) { return x_type == x && code_type == code; };
+  if (is(DType::kFloat32, DType::kFloat32)) {
+    run.template operator()<float, float>();
+  } else if (is(DType::kBFloat16, DType::kBFloat16)) {
+    run.template operator()<__nv_bfloat16, __nv_bfloat16>();
+  } else if (is(DType::kFloat16, DType::kFloat16)) {
+    run.template operator()<__half, __half>();
+  } else if (is(DType::kBFloat16, DType::kFloat32)) {
+    run.template operator()<__nv_bfloat16, float>();
+  } else if (is(DType::kFloat16, DType::kFloat32)) {
+    run.template operator()<__half, float>();
+  } else {
+    throw std::runtime_error(std::string(op) + ": no kernel for this pair of dtypes");
+  }
+}
+
+}  // namespace genperf
+
+#endif

@@ -1,0 +1,1 @@
+"""Triton kernels, one launch function to a module."""
