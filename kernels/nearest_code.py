@@ -5,7 +5,9 @@ codebook's mean c, and keeps only the maximum of each block of 32 codes: there i
 split over programs without a reduction. Operands are rounded to TF32 before the product, so the product reads exactly the
 values whose rounding errors are measured, and per query
 
-    |s~ - s| <= |z - z~| max|f| + |z~| max|f - f~| + accumulation + rounding of the bias.
+    |s~ - s| <= |z - z~| max|f| + |z~| max|f - f~| + accumulation + rounding of the bias,
+
+plus the rounding of the float64 distances, which have the last word.
 
 `nearest_code_exact_kernel` visits the blocks whose maximum reaches the query's maximum less twice that bound and decides
 in float64 on the original inputs, components in ascending order, lowest index first: the arithmetic of the reference.
@@ -52,7 +54,7 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
         grid = (triton.cdiv(count, block_n), triton.cdiv(num_codes, block_k * TILES_PER_PROGRAM))
         nearest_code_coarse_kernel[grid](
             x, centre, values, bias, limits, maxima, bound, first, count, inner, num_codes, blocks, dim, *x.stride(),
-            TILES=TILES_PER_PROGRAM, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_CODES=BLOCK_CODES,
+            COSINE=cosine, TILES=TILES_PER_PROGRAM, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_CODES=BLOCK_CODES,
             num_warps=4, num_stages=3,
         )  # fmt: skip
         # Without fused multiply-adds: their results would differ from the reference's in the last bit.
@@ -149,6 +151,7 @@ def nearest_code_coarse_kernel(
     stride_outer,
     stride_d,
     stride_inner,
+    COSINE: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -173,7 +176,10 @@ def nearest_code_coarse_kernel(
         reach = length * longest
         # 2^-21 a component: the tensor cores truncate, and may add in any order.
         accumulation = (dim + 16) * 4.76837158203125e-07 * (reach + tl.load(limits + 2))
-        twice = 2.01 * (tl.sqrt(error) * longest + 1.001 * length * tl.load(limits + 1) + accumulation) * (1.0 + dim * 2.4e-7) + 1e-30
+        distance = length + longest
+        last_word = (dim + 4) * 2.220446049250313e-16 * (reach if COSINE else distance * distance)
+        residuals = tl.sqrt(error) * longest + 1.001 * length * tl.load(limits + 1)
+        twice = 2.01 * (residuals + accumulation + last_word) * (1.0 + dim * 2.4e-7) + 1e-30
         tl.store(bound + rows, tl.where(reach < 1e30, twice, float("inf")), mask=inside)
 
     for tile in range(TILES):
@@ -252,7 +258,7 @@ def nearest_code_exact_kernel(
                     else:
                         distance += (a - b) * (a - b)
                 if COSINE:
-                    distance /= tl.sqrt(tl.where(norm > 0, norm, 1.0))
+                    distance *= tl.abs(distance) / tl.where(norm > 0, norm, 1.0)  # orders as the similarity does
                 distance = tl.where(inside & (distance == distance), distance, float("inf"))
                 local = tl.min(distance)
                 index = tl.min(tl.where(distance == local, codes, codes + num_codes))

@@ -5,13 +5,14 @@
 //
 // The threads of a block are fibers, resumed in turn until all wait at the same barrier; blocks run
 // one after another. Shared memory holds 0xff bytes (NaN) when a block starts, and what lies past
-// the size given to launch() may not be touched. A barrier or shuffle that only some threads reach ends
-// the process with a message. Not modelled: races between blocks or between barriers, memory order,
-// timing, shuffles among part of a warp.
+// the size given to launch() may not be touched. A barrier or shuffle that only some threads reach
+// ends the process with a message. Not modelled: races between blocks or between barriers, memory
+// order, timing, shuffles among part of a warp.
 #pragma once
 
 #include <ucontext.h>
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -24,12 +25,15 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(...)
+#define ASAN_UNPOISON_MEMORY_REGION(...)
+#define __sanitizer_start_switch_fiber(...)
+#define __sanitizer_finish_switch_fiber(...)
 #endif
 
 #define __global__
 #define __device__
-#define __host__
-#define __forceinline__ inline
 #define __launch_bounds__(...)
 
 struct uint3 {
@@ -41,10 +45,8 @@ struct dim3 {
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-inline uint3 threadIdx;
-inline uint3 blockIdx;
-inline dim3 blockDim;
-inline dim3 gridDim;
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
 
 struct __nv_bfloat16 {
   uint16_t bits;
@@ -54,53 +56,46 @@ struct __half {
   uint16_t bits;
 };
 
-inline uint32_t cuda_on_host_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-inline float cuda_on_host_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
 inline float __bfloat162float(__nv_bfloat16 value) {
-  return cuda_on_host_float(uint32_t{value.bits} << 16);
+  return std::bit_cast<float>(uint32_t{value.bits} << 16);
 }
 
 inline __nv_bfloat16 __float2bfloat16_rn(float value) {
-  if (std::isnan(value)) return {0x7fff};
-  const uint32_t bits = cuda_on_host_bits(value);
+  if (std::isnan(value))
+    return {0x7fff};
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
 inline float __half2float(__half value) {
-  const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
+  const uint32_t sign = (value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
-  if (magnitude >= 0x7c00) return cuda_on_host_float(sign | 0x7f800000 | magnitude << 13);
+  if (magnitude >= 0x7c00)
+    return std::bit_cast<float>(sign | 0x7f800000 | magnitude << 13);
   // Places the exponent 112 too low, which the product corrects, for subnormal numbers too.
-  const float scaled = cuda_on_host_float(magnitude << 13) * 0x1p112f;
-  return cuda_on_host_float(sign | cuda_on_host_bits(scaled));
+  const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
+  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(scaled));
 }
 
 inline __half __float2half_rn(float value) {
-  if (std::isnan(value)) return {0x7fff};
-  const uint16_t sign = static_cast<uint16_t>(cuda_on_host_bits(value) >> 16 & 0x8000);
+  if (std::isnan(value))
+    return {0x7fff};
+  const uint16_t sign = static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16 & 0x8000);
   const float magnitude = std::fabs(value);
-  if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
+  if (magnitude >= 65520.0f)
+    return {static_cast<uint16_t>(sign | 0x7c00)};
   if (magnitude < 0x1p-14f) {  // subnormal: a multiple of 2^-24
     const auto steps = static_cast<uint16_t>(std::nearbyint(magnitude * 0x1p24f));
     return {static_cast<uint16_t>(sign | steps)};
   }
-  const uint32_t bits = cuda_on_host_bits(magnitude) - (112u << 23);
+  const uint32_t bits = std::bit_cast<uint32_t>(magnitude) - (112u << 23);
   return {static_cast<uint16_t>(sign | ((bits + 0xfff + (bits >> 13 & 1)) >> 13))};
 }
 
 namespace cuda_on_host {
 
-constexpr int kWarp = 32;
+constexpr unsigned kWarp = 32;
+constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStackBytes = 128 << 10;
 constexpr size_t kSharedBytes = 48 << 10;
 
@@ -127,8 +122,8 @@ struct Machine {
   unsigned threads = 0;
   Fiber scheduler;
   Fiber* current = nullptr;
-  // What each lane offers in a shuffle; two sets, as some lanes are one shuffle ahead of others.
-  std::vector<uint64_t> offers[2];
+  // What each thread offers in a shuffle; two sets, as some lanes are one shuffle ahead of others.
+  uint64_t offers[2][kMaxThreads] = {};
 };
 
 inline Machine machine;
@@ -141,7 +136,8 @@ alignas(16) inline unsigned char shared_bytes_of_block[kSharedBytes];
 }
 
 [[noreturn]] inline __attribute__((noinline, no_sanitize("address"))) void jump(Fiber& to) {
-  if (to.started) __builtin_longjmp(to.resume, 1);
+  if (to.started)
+    __builtin_longjmp(to.resume, 1);
   to.started = true;
   setcontext(&to.start);
   std::abort();
@@ -149,13 +145,10 @@ alignas(16) inline unsigned char shared_bytes_of_block[kSharedBytes];
 
 inline __attribute__((noinline)) void switch_fiber(Fiber& from, Fiber& to) {
   [[maybe_unused]] void* fake_stack = nullptr;
-#if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&fake_stack, to.stack, to.stack_bytes);
-#endif
-  if (__builtin_setjmp(from.resume) == 0) jump(to);
-#if defined(__SANITIZE_ADDRESS__)
+  if (__builtin_setjmp(from.resume) == 0)
+    jump(to);
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#endif
 }
 
 inline void wait(State state) {
@@ -165,10 +158,8 @@ inline void wait(State state) {
 }
 
 inline void fiber_main() {
-#if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler.stack,
                                   &machine.scheduler.stack_bytes);
-#endif
   for (;;) {
     machine.kernel();
     wait(State::kReturned);
@@ -191,14 +182,16 @@ inline void add_fiber() {
 inline State common_state(unsigned begin, unsigned end) {
   const State state = machine.fibers[begin]->state;
   for (unsigned i = begin + 1; i < end; ++i) {
-    if (machine.fibers[i]->state != state) {
+    if (machine.fibers[i]->state != state)
       fail("a barrier or shuffle was reached by only some of the threads");
-    }
   }
   return state;
 }
 
-inline void run_block() {
+inline void run_block([[maybe_unused]] size_t shared_bytes) {
+  ASAN_UNPOISON_MEMORY_REGION(shared_bytes_of_block, kSharedBytes);
+  std::memset(shared_bytes_of_block, 0xff, kSharedBytes);
+  ASAN_POISON_MEMORY_REGION(shared_bytes_of_block + shared_bytes, kSharedBytes - shared_bytes);
   const unsigned threads = machine.threads;
   do {
     for (unsigned begin = 0; begin < threads; begin += kWarp) {
@@ -215,42 +208,32 @@ inline void run_block() {
   } while (common_state(0, threads) == State::kAtBlock);
 }
 
-inline void prepare_shared_memory([[maybe_unused]] size_t bytes) {
-#if defined(__SANITIZE_ADDRESS__)
-  ASAN_UNPOISON_MEMORY_REGION(shared_bytes_of_block, kSharedBytes);
-#endif
-  std::memset(shared_bytes_of_block, 0xff, kSharedBytes);
-#if defined(__SANITIZE_ADDRESS__)
-  ASAN_POISON_MEMORY_REGION(shared_bytes_of_block + bytes, kSharedBytes - bytes);
-#endif
-}
-
-inline void run(const char* op, dim3 grid, dim3 block, size_t shared_bytes,
+inline void run(const char* op,
+                dim3 grid,
+                dim3 block,
+                size_t shared_bytes,
                 std::function<void()> kernel) {
   machine.op = op;
   machine.kernel = std::move(kernel);
   machine.threads = block.x * block.y * block.z;
   gridDim = grid;
   blockDim = block;
-  if (machine.threads == 0 || machine.threads > 1024 || shared_bytes > kSharedBytes ||
+  if (machine.threads == 0 || machine.threads > kMaxThreads || shared_bytes > kSharedBytes ||
       grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
     fail("CUDA would not launch this grid, block or shared memory");
   }
-  while (machine.fibers.size() < machine.threads) add_fiber();
-  for (auto& offers : machine.offers) offers.resize(machine.threads);
+  while (machine.fibers.size() < machine.threads)
+    add_fiber();
   for (unsigned i = 0; i < machine.threads; ++i) {
     Fiber& fiber = *machine.fibers[i];
     fiber.linear = i;
     fiber.index = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
   }
   machine.scheduler.started = true;
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = {x, y, z};
-        prepare_shared_memory(shared_bytes);
-        run_block();
-      }
+  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
+        run_block(shared_bytes);
     }
   }
 }
@@ -258,23 +241,26 @@ inline void run(const char* op, dim3 grid, dim3 block, size_t shared_bytes,
 template <typename T>
 T exchange(unsigned mask, T value, unsigned source_lane) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
-  if (mask != 0xffffffffu || machine.threads % kWarp != 0) fail("a shuffle of part of a warp");
+  if (mask != 0xffffffffu || machine.threads % kWarp != 0)
+    fail("a shuffle of part of a warp");
   const unsigned self = machine.current->linear;
-  std::vector<uint64_t>& offers = machine.offers[machine.current->exchanges++ % 2];
+  uint64_t* offers = machine.offers[machine.current->exchanges++ % 2];
   std::memcpy(&offers[self], &value, sizeof(T));
   wait(State::kAtWarp);
-  if (source_lane < kWarp) {
+  if (source_lane < kWarp)
     std::memcpy(&value, &offers[self / kWarp * kWarp + source_lane], sizeof(T));
-  }
   return value;
 }
 
-inline unsigned lane() { return machine.current->linear % kWarp; }
+inline unsigned lane() {
+  return machine.current->linear % kWarp;
+}
 
 }  // namespace cuda_on_host
 
-inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::State::kAtBlock); }
-inline void __syncwarp() { cuda_on_host::wait(cuda_on_host::State::kAtWarp); }
+inline void __syncthreads() {
+  cuda_on_host::wait(cuda_on_host::State::kAtBlock);
+}
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source) {
@@ -283,7 +269,8 @@ T __shfl_sync(unsigned mask, T value, int source) {
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
-  return cuda_on_host::exchange(mask, value, cuda_on_host::lane() ^ static_cast<unsigned>(lane_mask));
+  return cuda_on_host::exchange(mask, value,
+                                cuda_on_host::lane() ^ static_cast<unsigned>(lane_mask));
 }
 
 template <typename T>
@@ -294,8 +281,13 @@ T __shfl_down_sync(unsigned mask, T value, int delta) {
 namespace genperf {
 
 template <typename... Params, typename... Args>
-void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
-            cudaStream_t, const Args&... args) {
+void launch(const char* op,
+            void (*kernel)(Params...),
+            dim3 grid,
+            dim3 block,
+            size_t shared_bytes,
+            cudaStream_t,
+            const Args&... args) {
   cuda_on_host::run(op, grid, block, shared_bytes, [&] { kernel(args...); });
 }
 

@@ -22,7 +22,8 @@ def ema_step(x, codebook, counts, sums):
 def test_moving_averages_follow_the_formula(dtype, channel_dim):
     torch.manual_seed(0)
     quantizer = VectorQuantizer(7, 3, decay=DECAY, eps=EPS, channel_dim=channel_dim).to(dtype)
-    expected = quantizer.codebook.double(), torch.ones(7, dtype=torch.float64), quantizer.codebook.double()
+    codebook = quantizer.codebook.double().clone()
+    expected = codebook, torch.ones(7, dtype=torch.float64), codebook
     for _ in range(4):
         x = torch.randn(5, 4, 3, dtype=dtype)
         quantizer(x.movedim(-1, channel_dim))

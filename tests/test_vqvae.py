@@ -51,7 +51,7 @@ def test_training_lowers_the_loss(decay):
         assert all(parameter.grad is not None for parameter in model.parameters())
         optimizer.step()
         reconstruction.append(losses["reconstruction"].item())
-    assert reconstruction[-1] < 0.2 * reconstruction[0]
+    assert reconstruction[-1] < 0.4 * reconstruction[0]
 
 
 def test_init_codes_takes_encodings():
@@ -68,7 +68,7 @@ def test_images_that_do_not_fit(shape):
         small()(torch.rand(shape))
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"image_channels": 0}, "image_channels"), ({"hidden": 7}, "even"), ({"dim": 0}, "dim")])
+@pytest.mark.parametrize(("changes", "message"), [({"image_channels": 0}, "image_channels"), ({"hidden": 7}, "even"), ({"num_codes": 0}, "num_codes")])
 def test_config_that_does_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)

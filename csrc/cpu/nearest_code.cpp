@@ -11,8 +11,9 @@
 //
 // The bound: with z~, f~ for the rounded z, f,
 //   |s~ - s| <= |z - z~| max|f| + |z~| max|f - f~| + accumulation + rounding of b,
-// where the residual norms are measured rather than estimated, the accumulation of n products costs at most
-// n 2^-23 |z~||f~| for any order and for the matrix unit's separate roundings, and subtracting b rounds once more.
+// plus the rounding of pass 3 itself, which has the last word: (D + 4) 2^-53 |x - code|^2. The residual norms are
+// measured rather than estimated, the accumulation of n products costs at most n 2^-23 |z~||f~| for any order and for
+// the matrix unit's separate roundings, and subtracting b rounds once more.
 // Anything that is not finite makes the bound so, no comparison then excludes a code, and float64 decides alone.
 #include <torch/csrc/stable/library.h>
 
@@ -35,6 +36,7 @@ constexpr int64_t kCodeBytes = 192 << 10;     // codes that are passed over whil
 constexpr int64_t kPanelBytes = 36 << 20;     // packed codes in all
 constexpr int64_t kMinAmxDim = 12;            // below, most of a tile's 32-deep product would be zeros
 constexpr double kUnit = 0x1p-24;             // half an ulp of 1 in float32
+constexpr double kUnit64 = 0x1p-53;           // ... in float64
 constexpr double kTiny = 0x1p-100;            // covers underflow
 
 struct Bounds {
@@ -84,7 +86,7 @@ void pack_query_halves(const float* z, int64_t dim, int64_t depth, uint16_t* hal
 }
 
 // Twice the error bound of each pass, for each query of a tile.
-Bounds error_bounds(const float* z, const CodePanel& panel, bool use_amx) {
+Bounds error_bounds(const float* z, const CodePanel& panel, bool cosine, bool use_amx) {
   Vec square[2] = {}, residual[2] = {};
   for (int64_t d = 0; d < panel.dim; ++d)
     for (int v = 0; v < 2; ++v) {
@@ -100,7 +102,9 @@ Bounds error_bounds(const float* z, const CodePanel& panel, bool use_amx) {
     const double norm = std::sqrt(double(square[lane / kLanes][lane % kLanes])) * slack;
     const double half_residual = std::sqrt(double(residual[lane / kLanes][lane % kLanes])) * slack;
     const double reach = norm * panel.norm;
-    const double rounding = 2 * kUnit * reach + 4 * kUnit * (reach + panel.max_bias) + kTiny;
+    const double distance = norm + panel.norm;
+    const double last_word = (panel.dim + 4) * 2 * kUnit64 * (cosine ? reach : distance * distance);
+    const double rounding = 2 * kUnit * reach + 4 * kUnit * (reach + panel.max_bias) + last_word + kTiny;
     const double fine = rounding + (panel.dim + 2) * 2 * kUnit * reach;
     const double coarse = rounding + half_residual * panel.norm + (norm + half_residual) * panel.half_residual +
                           (panel.depth * kDepth + 2) * 2.1 * kUnit * reach;
@@ -144,7 +148,7 @@ double exact_distance(const T* x, int64_t x_stride, const C* code, int64_t code_
     }
   }
   if (cosine && norm > 0)
-    sum /= std::sqrt(norm);
+    sum *= std::abs(sum) / norm;  // orders as the similarity does
   return std::isnan(sum) ? INFINITY : sum;
 }
 
@@ -247,7 +251,7 @@ class Search {
     const int64_t blocks = panel_.blocks();
     const float* z = s.z.get() + tile * x_.dim * kTile;
     const float* maxima = s.maxima.get() + tile * blocks * kTile;
-    const Bounds bounds = error_bounds(z, panel_, use_amx_);
+    const Bounds bounds = error_bounds(z, panel_, cosine_, use_amx_);
     int64_t survivors[kTile] = {};
     for (int v = 0; v < 2; ++v) {
       Vec best = broadcast(-INFINITY);

@@ -77,13 +77,15 @@ void check_same_device(const char* op, const char* name, const Tensor& tensor, c
                   name, " must be on x's device.");
 }
 
-void check_positions(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
+void check_positions(const char* op,
+                     const char* name,
+                     const Tensor& tensor,
+                     ScalarType dtype,
                      const Tensor& x) {
   check_same_device(op, name, tensor, x);
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " has the wrong dtype.");
-  STD_TORCH_CHECK(
-      tensor.dim() == 2 && tensor.size(0) == x.size(0) && tensor.size(1) == x.size(2), op, ": ",
-      name, " must have shape [outer, inner] for x [outer, D, inner].");
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == x.size(0) && tensor.size(1) == x.size(2),
+                  op, ": ", name, " must have shape [outer, inner] for x [outer, D, inner].");
 }
 
 void check_codes(const char* op, const char* name, const Tensor& codes, const Tensor& x) {
@@ -96,7 +98,10 @@ void check_x(const char* op, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0, op, ": x must have shape [outer, D, inner].");
 }
 
-void check_scalar(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
+void check_scalar(const char* op,
+                  const char* name,
+                  const Tensor& tensor,
+                  ScalarType dtype,
                   const Tensor& x) {
   check_same_device(op, name, tensor, x);
   STD_TORCH_CHECK(tensor.numel() == 1 && tensor.scalar_type() == dtype, op, ": ", name,
@@ -137,15 +142,20 @@ std::tuple<Tensor, Tensor, Tensor> vector_quantize(Tensor x, Tensor codebook, Te
 }
 
 Tensor vector_quantize_backward(std::optional<Tensor> grad_quantized,
-                                std::optional<Tensor> grad_mse, Tensor x, Tensor codebook,
-                                Tensor indices, Tensor valid, double commitment_weight,
+                                std::optional<Tensor> grad_mse,
+                                Tensor x,
+                                Tensor codebook,
+                                Tensor indices,
+                                Tensor valid,
+                                double commitment_weight,
                                 bool rotation) {
   constexpr const char* kOp = "vector_quantize_backward";
   check_x(kOp, x);
   check_codes(kOp, "codebook", codebook, x);
   check_positions(kOp, "indices", indices, ScalarType::Long, x);
   check_scalar(kOp, "valid", valid, ScalarType::Long, x);
-  if (grad_mse) check_scalar(kOp, "grad_mse", *grad_mse, ScalarType::Float, x);
+  if (grad_mse)
+    check_scalar(kOp, "grad_mse", *grad_mse, ScalarType::Float, x);
   if (grad_quantized) {
     check_same_device(kOp, "grad_quantized", *grad_quantized, x);
     STD_TORCH_CHECK(grad_quantized->scalar_type() == x.scalar_type() &&
@@ -170,7 +180,8 @@ Tensor vector_quantize_backward(std::optional<Tensor> grad_quantized,
   params.channels = x.size(1);
   params.inner = x.size(2);
   params.num_codes = codebook.size(0);
-  if (grad_quantized) params.grad_quantized_strides = strides_of(*grad_quantized);
+  if (grad_quantized)
+    params.grad_quantized_strides = strides_of(*grad_quantized);
   params.x_strides = strides_of(x);
   params.grad_x_strides = strides_of(grad_x);
   params.code_stride = codebook.stride(0);
@@ -193,7 +204,9 @@ std::tuple<Tensor, Tensor> stable_sort(const Tensor& keys) {
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
-std::tuple<Tensor, Tensor> code_statistics(Tensor x, Tensor indices, int64_t num_codes,
+std::tuple<Tensor, Tensor> code_statistics(Tensor x,
+                                           Tensor indices,
+                                           int64_t num_codes,
                                            std::optional<Tensor> weights,
                                            std::optional<Tensor> origins) {
   constexpr const char* kOp = "code_statistics";
@@ -201,14 +214,16 @@ std::tuple<Tensor, Tensor> code_statistics(Tensor x, Tensor indices, int64_t num
   check_positions(kOp, "indices", indices, ScalarType::Long, x);
   STD_TORCH_CHECK(num_codes >= 0 && num_codes <= INT32_MAX, kOp,
                   ": num_codes must lie between 0 and 2^31 - 1.");
-  if (weights) check_positions(kOp, "weights", *weights, ScalarType::Float, x);
+  if (weights)
+    check_positions(kOp, "weights", *weights, ScalarType::Float, x);
   if (origins) {
     check_codes(kOp, "origins", *origins, x);
     STD_TORCH_CHECK(origins->size(0) == num_codes, kOp, ": origins must have num_codes rows.");
   }
   const Launch launch(x);
   indices = torch::stable::contiguous(indices);
-  if (weights) weights = torch::stable::contiguous(*weights);
+  if (weights)
+    weights = torch::stable::contiguous(*weights);
   const int64_t channels = x.size(1);
   const int64_t positions = x.size(0) * x.size(2);
   Tensor counts = torch::stable::new_empty(x, {num_codes}, ScalarType::Float);
@@ -216,9 +231,8 @@ std::tuple<Tensor, Tensor> code_statistics(Tensor x, Tensor indices, int64_t num
 
   const Tensor keys = torch::stable::new_empty(
       x, {positions}, num_codes <= kMaxShortCodes ? ScalarType::Short : ScalarType::Int);
-  launch_code_keys(
-      {data_of<int64_t>(indices), keys.mutable_data_ptr(), positions, num_codes},
-      launch.stream());
+  launch_code_keys({data_of<int64_t>(indices), keys.mutable_data_ptr(), positions, num_codes},
+                   launch.stream());
   const auto [sorted, order] = stable_sort(keys);
   const Tensor offsets = torch::stable::new_empty(x, {num_codes + 1}, ScalarType::Long);
   const int64_t chunks = (positions + kCodeStatisticsChunk - 1) / kCodeStatisticsChunk;

@@ -19,7 +19,9 @@ __device__ bool is_code(int64_t index, int64_t num_codes) {
   return index >= 0 && index < num_codes;
 }
 
-__device__ int64_t thread_index() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
+__device__ int64_t thread_index() {
+  return int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+}
 
 unsigned blocks_for(int64_t threads) {
   return static_cast<unsigned>((threads + kThreads - 1) / kThreads);
@@ -28,7 +30,8 @@ unsigned blocks_for(int64_t threads) {
 template <typename Key>
 __global__ void __launch_bounds__(kThreads) code_keys_kernel(CodeKeysParams p) {
   const int64_t i = thread_index();
-  if (i >= p.positions) return;
+  if (i >= p.positions)
+    return;
   const int64_t index = p.indices[i];
   static_cast<Key*>(p.keys)[i] = static_cast<Key>(is_code(index, p.num_codes) ? index : -1);
 }
@@ -36,7 +39,8 @@ __global__ void __launch_bounds__(kThreads) code_keys_kernel(CodeKeysParams p) {
 template <typename Key>
 __global__ void __launch_bounds__(kThreads) code_offsets_kernel(CodeStatisticsParams p) {
   const int64_t code = thread_index();
-  if (code > p.num_codes) return;
+  if (code > p.num_codes)
+    return;
   const Key* keys = static_cast<const Key*>(p.keys);
   int64_t low = 0;
   int64_t high = p.outer * p.inner;
@@ -82,15 +86,18 @@ __global__ void __launch_bounds__(kThreads) code_chunks_kernel(CodeStatisticsPar
     double sum = 0;
     double mass = 0;  // of the thread of channel 0
     const auto finish_run = [&] {
-      if (current < 0) return;
+      if (current < 0)
+        return;
       const int64_t first = p.offsets[current];
       if (first >= begin && p.offsets[current + 1] <= end) {
         p.sums[current * p.channels + d] = static_cast<float>(sum);
-        if (d == 0) p.counts[current] = static_cast<float>(mass);
+        if (d == 0)
+          p.counts[current] = static_cast<float>(mass);
       } else {
         const int64_t slot = 2 * int64_t{blockIdx.x} + (first < begin ? 0 : 1);
         p.partials[slot * (p.channels + 1) + d] = sum;
-        if (d == 0) p.partials[slot * (p.channels + 1) + p.channels] = mass;
+        if (d == 0)
+          p.partials[slot * (p.channels + 1) + p.channels] = mass;
       }
     };
     for (int batch = 0; batch < count; batch += kBatch) {
@@ -113,7 +120,8 @@ __global__ void __launch_bounds__(kThreads) code_chunks_kernel(CodeStatisticsPar
         }
         const double weight = rows.weight[batch + j];
         sum += weight * (static_cast<double>(values[j]) - origin);
-        if (d == 0) mass += weight;
+        if (d == 0)
+          mass += weight;
       }
     }
     finish_run();
@@ -125,14 +133,16 @@ __global__ void __launch_bounds__(kThreads) code_chunks_kernel(CodeStatisticsPar
 __global__ void __launch_bounds__(kThreads) code_combine_kernel(CodeStatisticsParams p) {
   const int64_t columns = p.channels + 1;
   const int64_t item = thread_index();
-  if (item >= p.num_codes * columns) return;
+  if (item >= p.num_codes * columns)
+    return;
   const int64_t code = item / columns;
   const int64_t column = item % columns;
   const int64_t begin = p.offsets[code];
   const int64_t end = p.offsets[code + 1];
   const int64_t first = begin / kChunk;
   const int64_t last = (end - 1) / kChunk;
-  if (begin < end && first == last) return;
+  if (begin < end && first == last)
+    return;
   double sum = 0;
   if (begin < end) {
     sum = p.partials[(2 * first + 1) * columns + column];
@@ -152,16 +162,20 @@ __global__ void __launch_bounds__(kThreads) code_combine_kernel(CodeStatisticsPa
 
 void launch_code_keys(const CodeKeysParams& params, cudaStream_t stream) {
   const unsigned blocks = blocks_for(params.positions);
-  if (blocks == 0) return;
-  const auto kernel = params.num_codes <= kMaxShortCodes ? code_keys_kernel<int16_t>
-                                                         : code_keys_kernel<int32_t>;
+  if (blocks == 0)
+    return;
+  const auto kernel =
+      params.num_codes <= kMaxShortCodes ? code_keys_kernel<int16_t> : code_keys_kernel<int32_t>;
   launch("code_statistics", kernel, blocks, kThreads, 0, stream, params);
 }
 
-void launch_code_statistics(const CodeStatisticsParams& params, DType x_type, DType code_type,
+void launch_code_statistics(const CodeStatisticsParams& params,
+                            DType x_type,
+                            DType code_type,
                             cudaStream_t stream) {
   constexpr const char* kOp = "code_statistics";
-  if (params.num_codes == 0) return;
+  if (params.num_codes == 0)
+    return;
   const auto offsets_kernel = params.num_codes <= kMaxShortCodes ? code_offsets_kernel<int16_t>
                                                                  : code_offsets_kernel<int32_t>;
   launch(kOp, offsets_kernel, blocks_for(params.num_codes + 1), kThreads, 0, stream, params);

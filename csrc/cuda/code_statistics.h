@@ -41,7 +41,9 @@ struct CodeStatisticsParams {
 };
 
 void launch_code_keys(const CodeKeysParams& params, cudaStream_t stream);
-void launch_code_statistics(const CodeStatisticsParams& params, DType x_type, DType code_type,
+void launch_code_statistics(const CodeStatisticsParams& params,
+                            DType x_type,
+                            DType code_type,
                             cudaStream_t stream);
 
 }  // namespace genperf

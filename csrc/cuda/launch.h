@@ -38,12 +38,17 @@ struct Strides {
 namespace genperf {
 
 template <typename... Params, typename... Args>
-void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
-            cudaStream_t stream, const Args&... args) {
-  kernel<<<grid, block, shared_bytes, stream>>>(args...);
+void launch(const char* op,
+            void (*kernel)(Params...),
+            dim3 grid,
+            dim3 block,
+            size_t shared_bytes,
+            cudaStream_t stream,
+            const Args&... args) {
+  kernel<<<grid, block, shared_bytes, stream> > >(args...);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
-    throw std::runtime_error(std::string(op) + ": the kernel did not launch: " +
-                             cudaGetErrorString(error));
+    throw std::runtime_error(std::string(op) +
+                             ": the kernel did not launch: " + cudaGetErrorString(error));
   }
 }
 
@@ -62,9 +67,15 @@ namespace genperf {
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-__device__ inline float to_float(float value) { return value; }
-__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ inline float to_float(__half value) { return __half2float(value); }
+__device__ inline float to_float(float value) {
+  return value;
+}
+__device__ inline float to_float(__nv_bfloat16 value) {
+  return __bfloat162float(value);
+}
+__device__ inline float to_float(__half value) {
+  return __half2float(value);
+}
 
 // Rounds to nearest, and returns a value that is of type T already bit for bit.
 template <typename T, typename From>
@@ -88,7 +99,8 @@ struct alignas(16) Pack {
 
 template <typename T, int kWidth>
 __device__ Pack<T, kWidth> load_pack(const T* first, int64_t stride, int64_t count, bool together) {
-  if (together) return *reinterpret_cast<const Pack<T, kWidth>*>(first);
+  if (together)
+    return *reinterpret_cast<const Pack<T, kWidth>*>(first);
   Pack<T, kWidth> pack;
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) {
@@ -98,7 +110,10 @@ __device__ Pack<T, kWidth> load_pack(const T* first, int64_t stride, int64_t cou
 }
 
 template <typename T, int kWidth>
-__device__ void store_pack(T* first, int64_t stride, int64_t count, bool together,
+__device__ void store_pack(T* first,
+                           int64_t stride,
+                           int64_t count,
+                           bool together,
                            const Pack<T, kWidth>& pack) {
   if (together) {
     *reinterpret_cast<Pack<T, kWidth>*>(first) = pack;
@@ -106,7 +121,8 @@ __device__ void store_pack(T* first, int64_t stride, int64_t count, bool togethe
   }
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) {
-    if (j < count) first[j * stride] = pack.values[j];
+    if (j < count)
+      first[j * stride] = pack.values[j];
   }
 }
 

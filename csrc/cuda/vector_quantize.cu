@@ -5,8 +5,8 @@
 // kernel serves both layouts, because only the arrangement of teams differs: where channels lie
 // together a team is a run of lanes in one warp; where positions do, the lanes of a warp are 32
 // neighbouring positions and a team is spread over the warps. Either way a warp touches whole lines
-// of x, and codes are read as vectors from a codebook that L2 holds. Blocks cover the same positions
-// whatever the device and add up in double, so the loss is the same in every run.
+// of x, and codes are read as vectors from a codebook that L2 holds. Blocks cover the same
+// positions whatever the device and add up in double, so the loss is the same in every run.
 #include "vector_quantize.h"
 
 namespace genperf {
@@ -30,7 +30,8 @@ Tiling tiling_of(int64_t outer, int64_t channels, int64_t inner, Strides strides
   tiling.channels_last = inner == 1 || channels == 1 || strides.channel <= strides.inner;
   const int widest = tiling.channels_last ? kWarpSize : kWarps;
   tiling.team = 1;
-  while (tiling.team < widest && int64_t{tiling.team} * width < channels) tiling.team *= 2;
+  while (tiling.team < widest && int64_t{tiling.team} * width < channels)
+    tiling.team *= 2;
   tiling.positions = kThreads / tiling.team;
   tiling.tiles = (outer * inner + tiling.positions - 1) / tiling.positions;
   return tiling;
@@ -42,8 +43,12 @@ unsigned blocks_of(const Tiling& tiling) {
 }
 
 // Whether each group of `width` channels is aligned to 16 bytes and lies together.
-bool groups_together(const void* data, int64_t outer, int64_t channels, int64_t inner,
-                     Strides strides, int width) {
+bool groups_together(const void* data,
+                     int64_t outer,
+                     int64_t channels,
+                     int64_t inner,
+                     Strides strides,
+                     int width) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && channels % width == 0 &&
          strides.channel == 1 && (outer == 1 || strides.outer % width == 0) &&
          (inner == 1 || strides.inner % width == 0);
@@ -62,7 +67,8 @@ struct Seat {
 };
 
 __device__ int64_t offset_of(int64_t position, int64_t inner, Strides strides) {
-  if (inner == 1) return position * strides.outer;
+  if (inner == 1)
+    return position * strides.outer;
   return position / inner * strides.outer + position % inner * strides.inner;
 }
 
@@ -73,10 +79,12 @@ __device__ double block_sum(double value) {
     value += __shfl_down_sync(kFullWarp, value, step);
   }
   __syncthreads();  // an earlier sum may still be read
-  if (threadIdx.x % kWarpSize == 0) warp_sums[threadIdx.x / kWarpSize] = value;
+  if (threadIdx.x % kWarpSize == 0)
+    warp_sums[threadIdx.x / kWarpSize] = value;
   __syncthreads();
   value = 0;
-  for (int warp = 0; warp < kWarps; ++warp) value += warp_sums[warp];
+  for (int warp = 0; warp < kWarps; ++warp)
+    value += warp_sums[warp];
   return value;
 }
 
@@ -86,14 +94,16 @@ __device__ void team_sum(float (&values)[kCount], const Tiling& tiling, const Se
   if (tiling.channels_last) {
     for (int step = tiling.team / 2; step > 0; step /= 2) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) values[i] += __shfl_xor_sync(kFullWarp, values[i], step);
+      for (int i = 0; i < kCount; ++i)
+        values[i] += __shfl_xor_sync(kFullWarp, values[i], step);
     }
     return;
   }
   auto& shared = shared_memory<float[kCount][kThreads]>();
   __syncthreads();  // an earlier sum may still be read
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) shared[i][threadIdx.x] = values[i];
+  for (int i = 0; i < kCount; ++i)
+    shared[i][threadIdx.x] = values[i];
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -120,10 +130,12 @@ __global__ void __launch_bounds__(kThreads)
   int64_t valid = 0;
   for (int64_t tile = blockIdx.x; tile < tiling.tiles; tile += gridDim.x) {
     const int64_t position = tile * tiling.positions + seat.position;
-    if (position >= p.outer * p.inner) break;
+    if (position >= p.outer * p.inner)
+      break;
     const int64_t code = p.indices[position];
     const bool kept = code >= 0 && code < p.num_codes;
-    if (kept && seat.lane == 0) ++valid;
+    if (kept && seat.lane == 0)
+      ++valid;
     const T* x = static_cast<const T*>(p.x) + offset_of(position, p.inner, p.x_strides);
     T* out = static_cast<T*>(p.quantized) + offset_of(position, p.inner, p.quantized_strides);
     const C* row = static_cast<const C*>(p.codebook) + (kept ? code * p.code_stride : 0);
@@ -143,7 +155,8 @@ __global__ void __launch_bounds__(kThreads)
         }
       } else {
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) result.values[j] = convert<T>(0.0f);
+        for (int j = 0; j < kWidth; ++j)
+          result.values[j] = convert<T>(0.0f);
       }
       store_pack(out + d * p.quantized_strides.channel, p.quantized_strides.channel, count,
                  together.out, result);
@@ -157,7 +170,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads) mean_error_kernel(VectorQuantizeParams p, int partials) {
+__global__ void __launch_bounds__(kThreads)
+    mean_error_kernel(VectorQuantizeParams p, int partials) {
   double error = 0;
   double valid = 0;
   for (int i = threadIdx.x; i < partials; i += kThreads) {
@@ -178,7 +192,8 @@ __global__ void __launch_bounds__(kThreads) mean_error_kernel(VectorQuantizePara
 // oppose, so its norm is summed from h itself and not found from x.e.
 template <typename T, typename C, bool kRotation>
 __global__ void __launch_bounds__(kThreads)
-    vector_quantize_backward_kernel(VectorQuantizeBackwardParams p, Tiling tiling,
+    vector_quantize_backward_kernel(VectorQuantizeBackwardParams p,
+                                    Tiling tiling,
                                     Together together) {
   constexpr int kWidth = kWidthOf<T>;
   const Seat seat(tiling);
@@ -196,10 +211,9 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t end = inside ? p.channels : 0;
 
     const T* x_row = static_cast<const T*>(p.x) + offset_of(position, p.inner, p.x_strides);
-    const T* grad_row = static_cast<const T*>(p.grad_quantized) +
-                        (p.grad_quantized == nullptr
-                             ? 0
-                             : offset_of(position, p.inner, p.grad_quantized_strides));
+    const T* grad_row =
+        static_cast<const T*>(p.grad_quantized) +
+        (p.grad_quantized == nullptr ? 0 : offset_of(position, p.inner, p.grad_quantized_strides));
     const C* code_row = static_cast<const C*>(p.codebook) + (kept ? code * p.code_stride : 0);
     const auto load_x = [&](int64_t d) {
       return load_pack<T, kWidth>(x_row + d * p.x_strides.channel, p.x_strides.channel,
@@ -267,7 +281,8 @@ __global__ void __launch_bounds__(kThreads)
       if (kept && p.grad_quantized != nullptr) {
         const auto grads = load_grad(d);
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) sums[j] = to_float(grads.values[j]);
+        for (int j = 0; j < kWidth; ++j)
+          sums[j] = to_float(grads.values[j]);
       }
       if (kept && (rotated || p.grad_mse != nullptr)) {
         const auto xs = load_x(d);
@@ -280,12 +295,14 @@ __global__ void __launch_bounds__(kThreads)
             const float half = x + e * stretch;
             sums[j] = ratio * (sums[j] - half * along_half + x * along_x);
           }
-          if (p.grad_mse != nullptr) sums[j] += factor * (x - e);
+          if (p.grad_mse != nullptr)
+            sums[j] += factor * (x - e);
         }
       }
       Pack<T, kWidth> result;
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) result.values[j] = convert<T>(sums[j]);
+      for (int j = 0; j < kWidth; ++j)
+        result.values[j] = convert<T>(sums[j]);
       store_pack(out + d * p.grad_x_strides.channel, p.grad_x_strides.channel, p.channels - d,
                  together.out, result);
     }
@@ -293,8 +310,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Params>
-Together together_of(const Params& p, const void* grad, Strides grad_strides, const void* out,
-                     Strides out_strides, int width) {
+Together together_of(const Params& p,
+                     const void* grad,
+                     Strides grad_strides,
+                     const void* out,
+                     Strides out_strides,
+                     int width) {
   const auto check = [&](const void* data, Strides strides) {
     return groups_together(data, p.outer, p.channels, p.inner, strides, width);
   };
@@ -306,7 +327,9 @@ Together together_of(const Params& p, const void* grad, Strides grad_strides, co
 
 }  // namespace
 
-void launch_vector_quantize(const VectorQuantizeParams& params, DType x_type, DType code_type,
+void launch_vector_quantize(const VectorQuantizeParams& params,
+                            DType x_type,
+                            DType code_type,
                             cudaStream_t stream) {
   constexpr const char* kOp = "vector_quantize";
   constexpr size_t kShared = sizeof(double[kWarps]);
@@ -318,15 +341,18 @@ void launch_vector_quantize(const VectorQuantizeParams& params, DType x_type, DT
     const Together together =
         together_of(p, nullptr, Strides{}, p.quantized, p.quantized_strides, kWidth);
     blocks = blocks_of(tiling);
-    if (blocks == 0) return;
+    if (blocks == 0)
+      return;
     launch(kOp, vector_quantize_kernel<T, C>, blocks, kThreads, kShared, stream, p, tiling,
            together);
   });
   launch(kOp, mean_error_kernel, 1, kThreads, kShared, stream, params, static_cast<int>(blocks));
 }
 
-void launch_vector_quantize_backward(const VectorQuantizeBackwardParams& params, DType x_type,
-                                     DType code_type, cudaStream_t stream) {
+void launch_vector_quantize_backward(const VectorQuantizeBackwardParams& params,
+                                     DType x_type,
+                                     DType code_type,
+                                     cudaStream_t stream) {
   constexpr const char* kOp = "vector_quantize_backward";
   dispatch(kOp, x_type, code_type, [&]<typename T, typename C>() {
     constexpr int kWidth = kWidthOf<T>;
@@ -335,7 +361,8 @@ void launch_vector_quantize_backward(const VectorQuantizeBackwardParams& params,
     const Together together = together_of(p, p.grad_quantized, p.grad_quantized_strides, p.grad_x,
                                           p.grad_x_strides, kWidth);
     const unsigned blocks = blocks_of(tiling);
-    if (blocks == 0) return;
+    if (blocks == 0)
+      return;
     if (p.rotation && p.grad_quantized != nullptr) {
       constexpr size_t kShared = sizeof(float[3][kThreads]);
       launch(kOp, vector_quantize_backward_kernel<T, C, true>, blocks, kThreads, kShared, stream, p,

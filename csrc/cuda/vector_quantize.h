@@ -49,9 +49,13 @@ struct VectorQuantizeBackwardParams {
   bool rotation;
 };
 
-void launch_vector_quantize(const VectorQuantizeParams& params, DType x_type, DType code_type,
+void launch_vector_quantize(const VectorQuantizeParams& params,
+                            DType x_type,
+                            DType code_type,
                             cudaStream_t stream);
-void launch_vector_quantize_backward(const VectorQuantizeBackwardParams& params, DType x_type,
-                                     DType code_type, cudaStream_t stream);
+void launch_vector_quantize_backward(const VectorQuantizeBackwardParams& params,
+                                     DType x_type,
+                                     DType code_type,
+                                     cudaStream_t stream);
 
 }  // namespace genperf

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..nn.vector_quantizer import VectorQuantizer
 
-_REPEATS = 7
+_REPEATS = 9
 
 
 class QuantizerTimes(NamedTuple):
@@ -44,8 +44,10 @@ def time_quantizers(quantizer: VectorQuantizer, latents: Tensor) -> QuantizerTim
 
     # The first calls start from the same codes.
     differing = (genperf_step() != plain_step()).sum().item()
-    device = latents.device
-    return QuantizerTimes(_median_ms(genperf_step, device), _median_ms(plain_step, device), differing, latents[:, 0].numel())
+    # In turns, so that a change in the load of the machine meets both.
+    times = [(_milliseconds(genperf_step, latents.device), _milliseconds(plain_step, latents.device)) for _ in range(_REPEATS)]
+    genperf_ms, plain_ms = (statistics.median(column) for column in zip(*times, strict=True))
+    return QuantizerTimes(genperf_ms, plain_ms, differing, latents[:, 0].numel())
 
 
 def plain_pytorch_quantizer(x: Tensor, state: VectorQuantizer) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,15 +72,12 @@ def plain_pytorch_quantizer(x: Tensor, state: VectorQuantizer) -> tuple[Tensor, 
     return quantized.permute(0, 3, 1, 2).contiguous(), indices.view(channels_last.shape[:-1]), loss
 
 
-def _median_ms(step: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(_REPEATS + 1):
-        _wait_for(device)
-        start = time.perf_counter()
-        step()
-        _wait_for(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:]) * 1e3
+def _milliseconds(step: Callable[[], object], device: torch.device) -> float:
+    _wait_for(device)
+    start = time.perf_counter()
+    step()
+    _wait_for(device)
+    return (time.perf_counter() - start) * 1e3
 
 
 def _wait_for(device: torch.device) -> None:

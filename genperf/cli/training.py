@@ -1,5 +1,6 @@
 """The training loop: resumable at any step with the result of an uninterrupted run."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import random_state, restore_random_state
+from .errors import UserError
 from .interrupt import DeferredInterrupt
 
 
@@ -91,7 +93,10 @@ class Training:
         self.seconds += time.perf_counter() - start
 
     def _finish_epoch(self) -> None:
-        self.history.append({name: total.item() / len(self.images) for name, total in self.totals.items()})
+        losses = {name: total.item() / len(self.images) for name, total in self.totals.items()}
+        if not math.isfinite(losses["loss"]):
+            raise UserError(f"the loss became {losses['loss']} in epoch {self.epoch + 1}; a smaller --lr may keep it finite.")
+        self.history.append(losses)
         self.totals = {}
         self.epoch += 1
         self.step = 0

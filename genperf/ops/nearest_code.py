@@ -113,7 +113,8 @@ def _nearest_in_order(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
             distance -= rows[:, d, None] * codes[:, d]
             norm += codes[:, d].square()
     if metric == "cosine":
-        distance /= torch.where(norm > 0, norm.sqrt(), 1.0)
+        # The signed square orders as the similarity does, and is the same everywhere: square roots are not.
+        distance *= distance.abs() / torch.where(norm > 0, norm, 1.0)
     return distance.nan_to_num_(nan=float("inf"), posinf=float("inf"), neginf=float("-inf")).argmin(-1)
 
 

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._common import (
     accumulator_dtype,
@@ -66,7 +65,7 @@ def vector_quantize(
         indices, int64, x's shape without channel_dim;
         loss, a float32 scalar (float64 for a float64 x): a mean over all valid elements, 0 where there is none.
         NaN and infinity propagate into the loss and the gradients; the index then follows `nearest_code`.
-        Differentiable once, in x and codebook.
+        Differentiable in x and codebook; the second derivative (create_graph=True) runs in plain PyTorch.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `nearest_code`, and for a mask that does not fit.
@@ -121,9 +120,10 @@ class _VectorQuantize(torch.autograd.Function):
         return quantized, indices, loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_quantized, _, grad_loss):
         x, codebook, indices, valid = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+            return (*_differentiable_backward(ctx, grad_quantized, grad_loss), None, None, None, None, None)
         grad_x = grad_codebook = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.genperf.vector_quantize_backward(
@@ -137,6 +137,17 @@ class _VectorQuantize(torch.autograd.Function):
         return grad_x, grad_codebook, None, None, None, None, None
 
 
+def _differentiable_backward(ctx, grad_quantized: Tensor | None, grad_loss: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    x, codebook, indices, _ = ctx.saved_tensors
+    gradient = "rotation" if ctx.rotation else "straight_through"
+    inputs = [t for t, needed in zip((x, codebook), ctx.needs_input_grad, strict=False) if needed]
+    quantized, loss = _quantize_reference(x, codebook, indices, ctx.codebook_weight, ctx.commitment_weight, gradient)
+    pairs = [(out, grad) for out, grad in ((quantized, grad_quantized), (loss, grad_loss)) if grad is not None and out.requires_grad]
+    outputs, upstream = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, inputs, upstream, create_graph=True, allow_unused=True))
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:2])
+
+
 def vector_quantize_reference(
     x: Tensor,  # [outer, D, inner]
     codebook: Tensor,  # [K, D]
@@ -147,8 +158,15 @@ def vector_quantize_reference(
     mask: Tensor | None,  # [outer, inner]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The quantizer in plain PyTorch, differentiated by autograd; results laid out as `vector_quantize` does."""
-    dtype = accumulator_dtype(x.dtype)
     indices = search(x.detach(), codebook.detach(), mask, metric, "reference")
+    quantized, loss = _quantize_reference(x, codebook, indices, codebook_weight, commitment_weight, gradient)
+    return quantized, indices, loss
+
+
+def _quantize_reference(
+    x: Tensor, codebook: Tensor, indices: Tensor, codebook_weight: float, commitment_weight: float, gradient: str
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulator_dtype(x.dtype)
     valid = (indices >= 0).unsqueeze(1)  # [outer, 1, inner]
     code = codebook[indices.clamp(min=0)].transpose(1, 2)  # [outer, D, inner]
 
@@ -161,7 +179,7 @@ def vector_quantize_reference(
     value = code.detach().to(x.dtype)
     carried = _rotate(wide, wide_code.detach()).to(x.dtype) if gradient == "rotation" else x
     quantized = _ValueOf.apply(value, carried)
-    return torch.where(valid, quantized, 0), indices, loss
+    return torch.where(valid, quantized, 0), loss
 
 
 class _ValueOf(torch.autograd.Function):

@@ -1,9 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launchers under C names, for ctypes.
+// The launchers under C names, for ctypes, and a kernel that shows the emulation's conversions.
 #include "code_statistics.h"
 #include "vector_quantize.h"
 
 using genperf::DType;
+
+namespace {
+
+__global__ void round_trip_kernel(const float* x,
+                                  __nv_bfloat16* bfloat16,
+                                  __half* half,
+                                  float* wide) {
+  const unsigned i = threadIdx.x;
+  bfloat16[i] = genperf::convert<__nv_bfloat16>(x[i]);
+  half[i] = genperf::convert<__half>(x[i]);
+  wide[i] = genperf::to_float(half[i]);
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -11,7 +25,8 @@ void vector_quantize(const genperf::VectorQuantizeParams* params, int x_type, in
   genperf::launch_vector_quantize(*params, DType(x_type), DType(code_type), nullptr);
 }
 
-void vector_quantize_backward(const genperf::VectorQuantizeBackwardParams* params, int x_type,
+void vector_quantize_backward(const genperf::VectorQuantizeBackwardParams* params,
+                              int x_type,
                               int code_type) {
   genperf::launch_vector_quantize_backward(*params, DType(x_type), DType(code_type), nullptr);
 }
@@ -22,6 +37,10 @@ void code_keys(const genperf::CodeKeysParams* params) {
 
 void code_statistics(const genperf::CodeStatisticsParams* params, int x_type, int code_type) {
   genperf::launch_code_statistics(*params, DType(x_type), DType(code_type), nullptr);
+}
+
+void round_trip(const float* x, __nv_bfloat16* bfloat16, __half* half, float* wide, int n) {
+  genperf::launch("round_trip", round_trip_kernel, 1, n, 0, nullptr, x, bfloat16, half, wide);
 }
 
 }  // extern "C"

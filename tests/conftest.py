@@ -1,0 +1,19 @@
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="device that the op tests run on: cpu or cuda")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    name = request.config.getoption("--device")
+    if name != "cpu" and not torch.cuda.is_available():
+        pytest.exit(f"--device {name} needs a GPU that torch can see.", returncode=2)
+    return name
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
