@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ def load() -> None:
     if _probe is None:
         reason = f"genperf is not compiled here ({_probe_error}); install it with `pip install --no-build-isolation .`."
         cpu_failure = cuda_failure = triton_failure = reason
+        warnings.warn(f"{reason} Until then only the plain PyTorch references run.", RuntimeWarning, stacklevel=3)
         return
     _load_cpu()
     cuda_failure = _load_cuda()

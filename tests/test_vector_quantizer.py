@@ -44,8 +44,10 @@ def test_masked_vectors_do_not_move_codes():
     short_quantized, short_indices, short_loss = short(x[mask])
     for name in ("codebook", "counts", "sums"):
         assert torch.equal(getattr(masked, name), getattr(short, name)), name
-    assert torch.equal(quantized[mask], short_quantized) and not quantized[~mask].any()
-    assert torch.equal(indices[mask], short_indices) and (indices[~mask] == -1).all()
+    assert torch.equal(quantized[mask], short_quantized)
+    assert not quantized[~mask].any()
+    assert torch.equal(indices[mask], short_indices)
+    assert (indices[~mask] == -1).all()
     torch.testing.assert_close(loss, short_loss)
 
 
@@ -133,7 +135,8 @@ def test_half_precision_vectors_train_a_float32_codebook(dtype, decay):
     quantized, indices, loss = half(x)
     (quantized.float().sum() + loss).backward()
     _, full_indices, full_loss = full(x.detach().float())
-    assert quantized.dtype == x.grad.dtype == dtype and loss.dtype == half.codebook.dtype == torch.float32
+    assert quantized.dtype == x.grad.dtype == dtype
+    assert loss.dtype == half.codebook.dtype == torch.float32
     assert torch.equal(indices, full_indices)
     if decay is None:
         full_loss.backward()
@@ -152,7 +155,8 @@ def test_same_seed_same_codes():
         quantizer(torch.arange(300.0).reshape(100, 3))
         codebooks.append((start, quantizer.codebook.detach().clone()))
     for first, second, other in zip(*codebooks, strict=True):
-        assert torch.equal(first, second) and not torch.equal(first, other)
+        assert torch.equal(first, second)
+        assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("decay", [None, DECAY])
@@ -161,7 +165,7 @@ def test_data_initialises_the_codes_once(decay):
     quantizer = VectorQuantizer(8, 2, decay=decay, init="data", channel_dim=1)
     x = torch.arange(60.0).reshape(2, 15, 2).movedim(-1, 1)
     mask = torch.arange(30).reshape(2, 15) % 3 == 0  # 10 vectors, more than codes
-    quantized, indices, _ = quantizer(x, mask)
+    quantized = quantizer(x, mask)[0]
     codes = quantized.movedim(1, -1)[mask].unique(dim=0)
     assert len(codes) == 8, "every code is drawn once, and is the nearest to where it came from"
     assert all((x.movedim(1, -1)[mask] == code).all(-1).any() for code in codes)

@@ -15,7 +15,8 @@ def test_shapes(channels, height, width):
     images = torch.rand(2, channels, height, width)
     reconstruction, indices, loss = model(images)
     assert reconstruction.shape == images.shape
-    assert indices.shape == (2, height // 4, width // 4) and indices.dtype == torch.int64
+    assert indices.shape == (2, height // 4, width // 4)
+    assert indices.dtype == torch.int64
     assert loss.shape == ()
     assert model.decode(indices).shape == images.shape
 
@@ -68,7 +69,9 @@ def test_images_that_do_not_fit(shape):
         small()(torch.rand(shape))
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"image_channels": 0}, "image_channels"), ({"hidden": 7}, "even"), ({"num_codes": 0}, "num_codes")])
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"image_channels": 0}, "image_channels"), ({"hidden": 7}, "even"), ({"num_codes": 0}, "num_codes")]
+)
 def test_config_that_does_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)

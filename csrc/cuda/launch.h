@@ -45,8 +45,13 @@ void launch(const char* op,
             size_t shared_bytes,
             cudaStream_t stream,
             const Args&... args) {
-  kernel<<<grid, block, shared_bytes, stream> > >(args...);
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+  if (error != cudaSuccess) {
     throw std::runtime_error(std::string(op) +
                              ": the kernel did not launch: " + cudaGetErrorString(error));
   }
