@@ -87,7 +87,7 @@ class NinjaBuild(build_ext):
         torch_libraries = " ".join(f"-L{path}" for path in library_paths()) + " -ltorch -ltorch_cpu -lc10"
         link_flags = os.environ.get("LDFLAGS", "")
         built = f'-DGENPERF_ISAS=\\"{",".join(ISAS)}\\" -DGENPERF_TORCH=\\"{torch.__version__}\\"'
-        built += f' -DGENPERF_CUDA_ARCHS=\\"{cuda_archs() if wants_cuda() else ""}\\"'
+        built += f' -DGENPERF_CUDA_ARCHS=\\"{cuda_archs().replace(";", ",") if wants_cuda() else ""}\\"'
         python_headers = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
 
         with open(build / "build.ninja", "w") as file:

@@ -39,7 +39,19 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
     bias, norm, residual = torch.empty(3, num_codes, device=x.device)
     block_d = min(max(triton.next_power_of_2(dim), 16), 32)
     nearest_code_prepare_kernel[(triton.cdiv(num_codes, 64),)](
-        codebook, centre, values, bias, norm, residual, num_codes, dim, *codebook.stride(), COSINE=cosine, BLOCK_K=64, BLOCK_D=block_d
+        codebook,
+        centre,
+        values,
+        bias,
+        norm,
+        residual,
+        num_codes,
+        dim,
+        *codebook.stride(),
+        COSINE=cosine,
+        BLOCK_K=64,
+        BLOCK_D=block_d,
+        enable_fp_fusion=True,
     )
     finite_bias = torch.where(bias.isinf(), 0, bias)
     limits = torch.stack([norm.amax(), residual.amax(), finite_bias.amax()])
@@ -55,7 +67,7 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
         nearest_code_coarse_kernel[grid](
             x, centre, values, bias, limits, maxima, bound, first, count, inner, num_codes, blocks, dim, *x.stride(),
             COSINE=cosine, TILES=TILES_PER_PROGRAM, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_CODES=BLOCK_CODES,
-            num_warps=4, num_stages=3,
+            num_warps=8, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
         # Without fused multiply-adds: their results would differ from the reference's in the last bit.
         nearest_code_exact_kernel[(count,)](

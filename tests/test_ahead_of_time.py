@@ -51,13 +51,13 @@ def kernels():
             f"prepare-{dtype}", module.nearest_code_prepare_kernel,
             {"codebook": f"*{dtype}", "centre": "*fp32", "values": "*fp32", "bias": "*fp32", "norm": "*fp32", "residual": "*fp32",
              "num_codes": "i32", "dim": "i32", "stride_k": "i32", "stride_d": "i32"},
-            {"COSINE": False, "BLOCK_K": 64, "BLOCK_D": 32}, {},
+            {"COSINE": False, "BLOCK_K": 64, "BLOCK_D": 32}, {"enable_fp_fusion": True},
         )  # fmt: skip
         yield (
             f"coarse-{dtype}", module.nearest_code_coarse_kernel,
             {"x": f"*{dtype}", "centre": "*fp32", "values": "*fp32", "bias": "*fp32", "limits": "*fp32", "maxima": "*fp32",
              "bound": "*fp32", "first": "i64", "count": "i32", "inner": "i32", "num_codes": "i32", "blocks": "i32", "dim": "i32", **QUERY_STRIDES},
-            {"COSINE": False, "TILES": 8, "BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_D": 32, "BLOCK_CODES": 32}, {"num_warps": 4, "num_stages": 3},
+            {"COSINE": False, "TILES": 8, "BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_D": 32, "BLOCK_CODES": 32}, {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True},
         )  # fmt: skip
         yield (
             f"exact-{dtype}", module.nearest_code_exact_kernel,
@@ -69,7 +69,7 @@ def kernels():
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("case", kernels(), ids=lambda case: case[0])
+@pytest.mark.parametrize("case", list(kernels()), ids=lambda case: case[0])
 def test_triton_kernels_compile(case, arch, tmp_path):
     name, kernel, signature, constants, options = case
     compiled = compile_triton(kernel, signature, constants, arch, **options)
@@ -92,20 +92,35 @@ def test_cuda_kernels_compile_without_spills(source, tmp_path):
 
 
 def test_cuda_ops_trace_on_fake_tensors():
-    """Shapes, dtypes and strides of the CUDA path, in and out of autograd, on a machine that has no GPU."""
+    """Shapes, dtypes and strides of the CUDA path on a machine that has no GPU.
+
+    Autograd on fake CUDA tensors aborts in a torch that was built without CUDA, so there the backward op is called itself.
+    """
     if _library.cuda_failure is not None:
         pytest.skip(f"no CUDA library: {_library.cuda_failure}")
+    autograd = torch.version.cuda is not None
     with FakeTensorMode():
         for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(2, 8, 5, 7, device="cuda", dtype=dtype, requires_grad=True)
-            codebook = torch.randn(30, 8, device="cuda", requires_grad=True)
+            x = torch.empty(2, 8, 5, 7, device="cuda", dtype=dtype, requires_grad=autograd)
+            codebook = torch.empty(30, 8, device="cuda", requires_grad=autograd)
             quantized, indices, loss = genperf.vector_quantize(x, codebook, channel_dim=1)
-            grads = torch.autograd.grad(quantized.float().sum() + loss, (x, codebook))
-            counts, sums = genperf.code_statistics(x, indices, 30, channel_dim=1)
             assert (quantized.shape, quantized.dtype, quantized.device.type) == (x.shape, dtype, "cuda")
             assert quantized.stride() == x.stride()
             assert (indices.shape, indices.dtype) == ((2, 5, 7), torch.int64)
             assert (loss.shape, loss.dtype) == ((), torch.float32)
-            assert [g.shape for g in grads] == [x.shape, codebook.shape]
+            counts, sums = genperf.code_statistics(x, indices, 30, channel_dim=1)
             assert (counts.shape, sums.shape) == ((30,), (30, 8))
             assert genperf.nearest_code(x, codebook, channel_dim=1, impl="triton").device.type == "cuda"
+            if autograd:
+                grads = torch.autograd.grad(quantized.float().sum() + loss, (x, codebook))
+                assert [g.shape for g in grads] == [x.shape, codebook.shape]
+            flat, valid = x.detach().flatten(2), torch.empty((), dtype=torch.int64, device="cuda")
+            grad = torch.ops.genperf.vector_quantize_backward(flat, loss, flat, codebook, indices.flatten(1), valid, 0.25, True)
+            assert (grad.shape, grad.dtype, grad.stride()) == (flat.shape, dtype, flat.stride())
+
+
+def test_cuda_kernels_are_registered():
+    if _library.cuda_failure is not None:
+        pytest.skip(f"no CUDA library: {_library.cuda_failure}")
+    for op in ("nearest_code", "vector_quantize", "vector_quantize_backward", "code_statistics"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"genperf::{op}", "CUDA"), op

@@ -35,9 +35,7 @@ def test_native_equals_reference_in_every_layout(dtype, device):
         for name, (laid_out, channel_dim) in testing.layouts(x).items():
             shape = list(laid_out.shape)
             shape.pop(channel_dim)
-            found = genperf.code_statistics(
-                laid_out, indices.reshape(shape), k, weights=weights.reshape(shape), channel_dim=channel_dim
-            )
+            found = genperf.code_statistics(laid_out, indices.reshape(shape), k, weights=weights.reshape(shape), channel_dim=channel_dim)
             for a, b in zip(found, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=2e-7, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 

@@ -153,9 +153,16 @@ def test_contract(device):
     mask = torch.rand(2, 35, device=device) > 0.3
     testing.check_op(
         "nearest_code",
-        [(image, codebook, None, False), (image.transpose(0, 2).contiguous().transpose(0, 2), codebook, None, True), (image, codebook, mask, False)],
+        [
+            (image, codebook, None, False),
+            (image.transpose(0, 2).contiguous().transpose(0, 2), codebook, None, True),
+            (image, codebook, mask, False),
+        ],
     )
-    sizes = [(torch.randn(3, 5, 8, device=device), torch.randn(10, 8, device=device)), (torch.randn(2, 7, 8, device=device), torch.randn(33, 8, device=device))]
+    sizes = [
+        (torch.randn(3, 5, 8, device=device), torch.randn(10, 8, device=device)),
+        (torch.randn(2, 7, 8, device=device), torch.randn(33, 8, device=device)),
+    ]
     testing.check_compile(lambda x, codebook: (genperf.nearest_code(x, codebook),), *sizes)
 
 

@@ -25,7 +25,11 @@ def test_op_tests_pass_under_sanitizers(tmp_path):
     flags = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
     environment = {**os.environ, "CXX": "g++", "CXXFLAGS": flags, "LDFLAGS": "-fsanitize=address,undefined", "GENPERF_CUDA": "0"}
     build = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build", "--build-lib", tmp_path / "built"], cwd=checkout, env=environment, capture_output=True, text=True
+        [sys.executable, "setup.py", "-q", "build", "--build-lib", tmp_path / "built"],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert build.returncode == 0, build.stdout + build.stderr
     environment |= {

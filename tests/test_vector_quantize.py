@@ -53,9 +53,7 @@ def test_layouts_agree(gradient, masked, device):
     for name, (laid_out, channel_dim) in testing.layouts(x).items():
         shape = list(laid_out.shape)
         shape.pop(channel_dim)
-        found = quantize(
-            laid_out, codebook, gradient=gradient, channel_dim=channel_dim, mask=None if mask is None else mask.reshape(shape)
-        )
+        found = quantize(laid_out, codebook, gradient=gradient, channel_dim=channel_dim, mask=None if mask is None else mask.reshape(shape))
         assert found["quantized"].shape == laid_out.shape
         assert torch.equal(found["quantized"].movedim(channel_dim, -1).reshape(256, 33), flat["quantized"]), name
         assert torch.equal(found["indices"].flatten(), flat["indices"]), name
