@@ -85,16 +85,15 @@ class NinjaBuild(build_ext):
         torch_headers = " ".join(f"-isystem {path}" for path in include_paths())
         warnings = f"-Wall -Wextra -fvisibility=hidden -ffp-contract=off {os.environ.get('CXXFLAGS', '')}"
         torch_libraries = " ".join(f"-L{path}" for path in library_paths()) + " -ltorch -ltorch_cpu -lc10"
-        link_flags = os.environ.get("LDFLAGS", "")
         built = f'-DGENPERF_ISAS=\\"{",".join(ISAS)}\\" -DGENPERF_TORCH=\\"{torch.__version__}\\"'
         built += f' -DGENPERF_CUDA_ARCHS=\\"{cuda_archs().replace(";", ",") if wants_cuda() else ""}\\"'
-        python_headers = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
+        built += f" -isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
 
         with open(build / "build.ninja", "w") as file:
             graph = Writer(file, width=1000)
             depends = {"depfile": "$out.d", "deps": "gcc"}
             graph.rule("cxx", f"{cxx} -MMD -MF $out.d {common} {warnings} $flags -c $in -o $out", description="$out", **depends)
-            graph.rule("link", f"{cxx} -shared $in -o $out $libraries {link_flags}", description="$out")
+            graph.rule("link", f"{cxx} -shared $in -o $out $libraries {os.environ.get('LDFLAGS', '')}", description="$out")
             if wants_cuda():
                 nvcc = f"{find_nvcc()} -MMD -MF $out.d {common.replace('-fPIC', '-Xcompiler -fPIC')} {gencode_flags(cuda_archs())}"
                 graph.rule("nvcc", f"{nvcc} -ccbin {cxx} -c $in -o $out", description="$out", **depends)
@@ -102,7 +101,7 @@ class NinjaBuild(build_ext):
             for extension in self.extensions:
                 name = extension.name.removeprefix("genperf._")
                 isa = name.removeprefix("cpu_").replace("_v", "-v").replace("x86_64", "x86-64")
-                flags = f"{built} {python_headers}" if name == "probe" else torch_headers
+                flags = built if name == "probe" else torch_headers
                 flags += f" -march={isa}" if X86 and name.startswith("cpu_") else ""
                 objects = []
                 for source in extension.sources:
@@ -110,8 +109,8 @@ class NinjaBuild(build_ext):
                     rule = "nvcc" if source.endswith(".cu") else "cxx"
                     graph.build(objects[-1], rule, str(ROOT / source), variables={"flags": flags})
                 target = str(Path(self.get_ext_fullpath(extension.name)).resolve())
-                used = "" if name == "probe" else torch_libraries
-                graph.build(target, "nvlink" if name == "cuda" else "link", objects, variables={"libraries": used})
+                rule, used = "nvlink" if name == "cuda" else "link", "" if name == "probe" else torch_libraries
+                graph.build(target, rule, objects, variables={"libraries": used})
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         if subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build, *jobs]).returncode:
             sys.exit("genperf: the build failed; the compiler's message is above.")

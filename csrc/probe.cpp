@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// genperf._probe: what this processor can do and what this build holds. It is imported before an instruction set is
-// chosen, so it is compiled for the baseline and knows nothing of torch.
+// genperf._probe: what this processor can do and what this build holds. It is imported before an
+// instruction set is chosen, so it is compiled for the baseline and knows nothing of torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -47,7 +47,11 @@ std::map<std::string, bool> cpu_features() {
 #else
 
 std::map<std::string, bool> cpu_features() {
-  return {{"x86-64", false}, {"x86-64-v3", false}, {"x86-64-v4", false}, {"avx512-bf16", false}, {"amx-bf16", false}};
+  return {{"x86-64", false},
+          {"x86-64-v3", false},
+          {"x86-64-v4", false},
+          {"avx512-bf16", false},
+          {"amx-bf16", false}};
 }
 
 #endif
@@ -63,5 +67,6 @@ std::map<std::string, std::string> build_info() {
 
 PYBIND11_MODULE(_probe, m) {
   m.def("cpu_features", &cpu_features, "Instruction-set levels this processor and kernel allow.");
-  m.def("build_info", &build_info, "Instruction sets, CUDA architectures, torch and compiler of this build.");
+  m.def("build_info", &build_info,
+        "Instruction sets, CUDA architectures, torch and compiler of this build.");
 }

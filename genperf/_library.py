@@ -1,6 +1,7 @@
 """Finds the compiled libraries, loads the best one for this machine, and says what it did."""
 
 import ctypes
+import importlib
 import os
 import warnings
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 
 try:
-    from . import _probe
+    _probe = importlib.import_module(f"{__package__}._probe")
 except ImportError as error:
     _probe = None
     _probe_error = error

@@ -12,7 +12,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ODD_SIZES = (1, 7, 31, 33, 1000)
 
 
-def vectors(kind: str, count: int, codes: int, dim: int, dtype: torch.dtype, device: str | torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
+def vectors(
+    kind: str, count: int, codes: int, dim: int, dtype: torch.dtype, device: str | torch.device, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """x [count, dim] and codebook [codes, dim] of a kind of data.
 
     "random": standard normal. "clustered": x around the codes. "offset": mean / std = 1000. "tied": small integers, many
@@ -108,7 +110,9 @@ def check_compile(function: Callable[..., Sequence[Tensor]], *inputs: Sequence[T
             leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
             outputs = [out for out in call(*leaves) if isinstance(out, Tensor)]
             total = sum(out.float().square().sum() for out in outputs if out.requires_grad)
-            gradients = torch.autograd.grad(total, [t for t in leaves if t.requires_grad], allow_unused=True) if torch.is_tensor(total) else ()
+            gradients = (
+                torch.autograd.grad(total, [t for t in leaves if t.requires_grad], allow_unused=True) if torch.is_tensor(total) else ()
+            )
             results.append([*outputs, *(g for g in gradients if g is not None)])
         for eager, fused in zip(*results, strict=True):
             torch.testing.assert_close(fused, eager, equal_nan=True)

@@ -44,7 +44,12 @@ def test_unknown_isa_is_an_error():
 
 
 def test_choice_is_logged_at_debug():
-    code = "import logging, torch; logging.basicConfig(level=logging.DEBUG); import genperf; genperf.nearest_code(torch.zeros(2, 3), torch.zeros(4, 3))"
+    code = """
+import logging, torch
+logging.basicConfig(level=logging.DEBUG)
+import genperf
+genperf.nearest_code(torch.zeros(2, 3), torch.zeros(4, 3))
+"""
     result = run(code)
     assert "nearest_code runs native" in result.stderr
 
@@ -57,6 +62,7 @@ def test_uncompiled_checkout_says_so_and_keeps_the_reference(tmp_path):
         target.write_bytes(source.read_bytes())
     code = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
 import torch, genperf
 x, codebook = torch.randn(5, 3), torch.randn(4, 3)
 print(genperf.nearest_code(x, codebook).shape)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OP_TESTS = [f"tests/test_{op}.py" for op in ("nearest_code", "vector_quantize", "code_statistics")]
+OP_TESTS = [f"test_{op}.py" for op in ("nearest_code", "vector_quantize", "code_statistics")]
 
 
 def runtime(name):
@@ -22,7 +22,7 @@ def runtime(name):
 def test_op_tests_pass_under_sanitizers(tmp_path):
     checkout = tmp_path / "source"
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "runs", "__pycache__", "*.egg-info"))
-    flags = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+    flags = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
     environment = {**os.environ, "CXX": "g++", "CXXFLAGS": flags, "LDFLAGS": "-fsanitize=address,undefined", "GENPERF_CUDA": "0"}
     build = subprocess.run(
         [sys.executable, "setup.py", "-q", "build", "--build-lib", tmp_path / "built"],
@@ -42,7 +42,7 @@ def test_op_tests_pass_under_sanitizers(tmp_path):
     # The reference of every odd size is far slower here and proves nothing more; compiled graphs run other code.
     select = "not every_row and not contract and not allocation and not larger_than"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", select, *OP_TESTS]
-    run = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=checkout / "tests", env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-6000:]
     where = subprocess.run(
         [sys.executable, "-c", "import genperf; print(genperf.__file__)"], cwd=tmp_path, env=environment, capture_output=True, text=True

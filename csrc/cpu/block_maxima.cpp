@@ -6,14 +6,19 @@
 namespace genperf {
 namespace {
 
-// Codes scored at a time: with two vectors of queries, 16 accumulators of AVX-512's 32 registers, 8 of the 16 elsewhere.
+// Codes scored at a time: with two vectors of queries, 16 accumulators of AVX-512's 32 registers, 8
+// of the 16 elsewhere.
 constexpr int kCodes = kLanes == 16 ? 8 : 4;
 
 bool amx = false;
 
 }  // namespace
 
-void block_maxima_fma(const CodePanel& panel, int64_t begin, int64_t end, const float* z, float* maxima) {
+void block_maxima_fma(const CodePanel& panel,
+                      int64_t begin,
+                      int64_t end,
+                      const float* z,
+                      float* maxima) {
   const int64_t dim = panel.dim;
   for (int64_t block = begin; block < end; ++block) {
     Vec best[2] = {broadcast(-INFINITY), broadcast(-INFINITY)};
@@ -54,13 +59,13 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Codes on the rows and queries on the columns, so that a vector of the product holds 16 queries. Tiles 0-3 accumulate
-// 32 codes x 32 queries; 4, 5 hold codes and 6, 7 queries.
+// Codes on the rows and queries on the columns, so that a vector of the product holds 16 queries.
+// Tiles 0-3 accumulate 32 codes x 32 queries; 4, 5 hold codes and 6, 7 queries.
 __attribute__((target("amx-tile,amx-bf16"))) void block_maxima_amx(const CodePanel& panel,
-                                                                  int64_t begin,
-                                                                  int64_t end,
-                                                                  const uint16_t* halves,
-                                                                  float* maxima) {
+                                                                   int64_t begin,
+                                                                   int64_t end,
+                                                                   const uint16_t* halves,
+                                                                   float* maxima) {
   static_assert(kTile == kAmxTile);
   const TileConfig config;
   alignas(64) float scores[2][2][kGroup * 16];

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The low-precision pass of the search: the largest score of each block of codes, for a tile of queries. No index is
-// tracked, so the epilogue is one subtraction and one maximum per 16 scores.
+// The low-precision pass of the search: the largest score of each block of codes, for a tile of
+// queries. No index is tracked, so the epilogue is one subtraction and one maximum per 16 scores.
 #pragma once
 
 #include "code_panel.h"
@@ -13,12 +13,20 @@ constexpr int kTile = 2 * kLanes;  // queries to a tile
 constexpr int kAmxTile = 32;
 
 // z [D, kTile] -> maxima [blocks, kTile], for the blocks begin ... end - 1.
-void block_maxima_fma(const CodePanel& panel, int64_t begin, int64_t end, const float* z, float* maxima);
+void block_maxima_fma(const CodePanel& panel,
+                      int64_t begin,
+                      int64_t end,
+                      const float* z,
+                      float* maxima);
 
 #if defined(__AVX512F__)
 #define GENPERF_HAS_AMX 1
 // halves [2, depth, 16, 16, 2] bfloat16: two sub-tiles of 16 queries, components in pairs.
-void block_maxima_amx(const CodePanel& panel, int64_t begin, int64_t end, const uint16_t* halves, float* maxima);
+void block_maxima_amx(const CodePanel& panel,
+                      int64_t begin,
+                      int64_t end,
+                      const uint16_t* halves,
+                      float* maxima);
 #endif
 
 // Whether the process may use AMX; off until the loader allows it.

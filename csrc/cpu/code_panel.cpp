@@ -70,7 +70,8 @@ uint16_t upper_half(float value) {
   return uint16_t(bits >> 16);
 }
 
-// One group of 16 from its float values: bfloat16 rows for AMX, and the longest rounding error among its codes.
+// One group of 16 from its float values: bfloat16 rows for AMX, and the longest rounding error
+// among its codes.
 double pack_halves(const float* values, int64_t dim, int64_t depth, uint16_t* halves) {
   float residual[kGroup] = {};
   std::memset(halves, 0, depth * kGroup * kDepth * sizeof(uint16_t));
@@ -124,7 +125,11 @@ CodePanel prepare_panel(const Codes<C>& codebook, int64_t capacity, bool cosine,
 }
 
 template <class C>
-void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first, bool cosine, bool use_amx) {
+void pack_panel(CodePanel& panel,
+                const Codes<C>& codebook,
+                int64_t first,
+                bool cosine,
+                bool use_amx) {
   const int64_t dim = panel.dim;
   panel.codes = std::min(codebook.count - first, panel.capacity);
   panel.groups = round_up(panel.codes, panel.block_groups * kGroup) / kGroup;
@@ -137,11 +142,13 @@ void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first, bool 
         const int64_t k = group * kGroup + lane;
         float& bias = panel.bias[k];
         const C* code = codebook.data + (first + k) * codebook.code_stride;
-        const double square =
-            k < panel.codes ? squared_norm(code, codebook.stride, panel.centre.get(), dim) : INFINITY;
+        const double square = k < panel.codes
+                                  ? squared_norm(code, codebook.stride, panel.centre.get(), dim)
+                                  : INFINITY;
         if (!std::isfinite(square)) {
-          // Padding, or a code with NaN or infinity, which only a query that is not finite either can choose:
-          // such queries are searched in float64. A finite code too long for float64 makes every query so.
+          // Padding, or a code with NaN or infinity, which only a query that is not finite either
+          // can choose: such queries are searched in float64. A finite code too long for float64
+          // makes every query so.
           bias = INFINITY;
           for (int64_t d = 0; d < dim; ++d)
             values[d * kGroup + lane] = 0;
@@ -164,8 +171,9 @@ void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first, bool 
       raise_to(norm, longest);
       raise_to(max_bias, largest_bias);
       if (use_amx)
-        raise_to(half_residual, pack_halves(values, dim, panel.depth,
-                                            panel.halves.get() + group * panel.depth * kGroup * kDepth));
+        raise_to(half_residual,
+                 pack_halves(values, dim, panel.depth,
+                             panel.halves.get() + group * panel.depth * kGroup * kDepth));
     }
   });
   panel.norm = norm;
@@ -173,8 +181,8 @@ void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first, bool 
   panel.max_bias = max_bias;
 }
 
-#define INSTANTIATE(C)                                                                          \
-  template CodePanel prepare_panel<C>(const Codes<C>&, int64_t, bool, bool);                   \
+#define INSTANTIATE(C)                                                       \
+  template CodePanel prepare_panel<C>(const Codes<C>&, int64_t, bool, bool); \
   template void pack_panel<C>(CodePanel&, const Codes<C>&, int64_t, bool, bool);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A run of codes, packed for the search: centred, scaled, in groups of 16 with the codes along the lanes.
+// A run of codes, packed for the search: centred, scaled, in groups of 16 with the codes along the
+// lanes.
 //
-// The search maximises s = z.f - b over the codes, with z = (x - c) * scale, f = (code - c) * scale and b = |f|^2 / 2,
-// which orders the codes as their distance to x does. The centre c makes data far from the origin harmless; the power
-// of two `scale` brings the longest f near 1, out of reach of overflow and underflow. For cosine similarity c = 0,
-// f = code / |code| and b = 0.
+// The search maximises s = z.f - b over the codes, with z = (x - c) * scale, f = (code - c) * scale
+// and b = |f|^2 / 2, which orders the codes as their distance to x does. The centre c makes data
+// far from the origin harmless; the power of two `scale` brings the longest f near 1, out of reach
+// of overflow and underflow. For cosine similarity c = 0, f = code / |code| and b = 0.
 #pragma once
 
 #include <cstdint>
@@ -18,9 +19,9 @@ constexpr int kGroup = 16;  // codes to a group
 constexpr int kDepth = 32;  // bfloat16 components to a row of an AMX tile
 
 struct CodePanel {
-  int64_t codes = 0;   // real codes; what pads them has bias = infinity
-  int64_t dim = 0;     // D
-  int64_t depth = 0;   // rows of kDepth components that hold D
+  int64_t codes = 0;     // real codes; what pads them has bias = infinity
+  int64_t dim = 0;       // D
+  int64_t depth = 0;     // rows of kDepth components that hold D
   int64_t capacity = 0;  // codes that the buffers hold
   int64_t groups = 0;    // groups in use, a multiple of block_groups
   int64_t block_groups = 2;
@@ -41,6 +42,10 @@ template <class C>
 CodePanel prepare_panel(const Codes<C>& codebook, int64_t capacity, bool cosine, bool use_amx);
 
 template <class C>
-void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first, bool cosine, bool use_amx);
+void pack_panel(CodePanel& panel,
+                const Codes<C>& codebook,
+                int64_t first,
+                bool cosine,
+                bool use_amx);
 
 }  // namespace genperf

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Counts and sums per code, in float64 and in ascending order of the positions whatever the layout and the number of
-// threads. Channels-last data are sorted by code (a counting sort) and summed code by code; channels-first data are
-// summed channel by channel, where each thread owns some channels and scatters into their columns.
+// Counts and sums per code, in float64 and in ascending order of the positions whatever the layout
+// and the number of threads. Channels-last data are sorted by code (a counting sort) and summed
+// code by code; channels-first data are summed channel by channel, where each thread owns some
+// channels and scatters into their columns.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -20,10 +21,10 @@ struct Statistics {
   const Positions<T> x;
   const int64_t* indices;  // [outer, inner]
   int64_t num_codes;
-  const Wide<T>* weights;  // [outer, inner], or null: 1
-  const Codes<C>* origins;   // [K, D], or null: 0
-  Wide<T>* counts;         // [K]
-  Wide<T>* sums;           // [K, D]
+  const Wide<T>* weights;   // [outer, inner], or null: 1
+  const Codes<C>* origins;  // [K, D], or null: 0
+  Wide<T>* counts;          // [K]
+  Wide<T>* sums;            // [K, D]
 
   double weight(int64_t position) const { return weights ? double(weights[position]) : 1.0; }
 
@@ -60,23 +61,30 @@ struct Statistics {
 
   void sum_by_channel() const {
     constexpr int64_t kChannels = 4;
-    torch::stable::parallel_for(0, (x.dim + kChannels - 1) / kChannels, 1, [&](int64_t begin, int64_t end) {
-      std::vector<double> total(kChannels * num_codes);  // [4, K]
-      for (int64_t group = begin; group < end; ++group) {
-        const int64_t first = group * kChannels, last = std::min(x.dim, first + kChannels);
-        std::fill(total.begin(), total.end(), 0.0);
-        for (int64_t p = 0; p < x.count(); ++p)
-          if (indices[p] >= 0)
-            add(p, indices[p], first, last, total.data() + indices[p], num_codes);
-        for (int64_t d = first; d < last; ++d)
-          for (int64_t k = 0; k < num_codes; ++k)
-            sums[k * x.dim + d] = Wide<T>(total[(d - first) * num_codes + k]);
-      }
-    });
+    torch::stable::parallel_for(
+        0, (x.dim + kChannels - 1) / kChannels, 1, [&](int64_t begin, int64_t end) {
+          std::vector<double> total(kChannels * num_codes);  // [4, K]
+          for (int64_t group = begin; group < end; ++group) {
+            const int64_t first = group * kChannels, last = std::min(x.dim, first + kChannels);
+            std::fill(total.begin(), total.end(), 0.0);
+            for (int64_t p = 0; p < x.count(); ++p)
+              if (indices[p] >= 0)
+                add(p, indices[p], first, last, total.data() + indices[p], num_codes);
+            for (int64_t d = first; d < last; ++d)
+              for (int64_t k = 0; k < num_codes; ++k)
+                sums[k * x.dim + d] = Wide<T>(total[(d - first) * num_codes + k]);
+          }
+        });
   }
 
-  // total[(d - first) * stride] += weight * (x - origin) for the channels first ... last - 1 of one position.
-  void add(int64_t position, int64_t code, int64_t first, int64_t last, double* total, int64_t stride) const {
+  // total[(d - first) * stride] += weight * (x - origin) for the channels first ... last - 1 of one
+  // position.
+  void add(int64_t position,
+           int64_t code,
+           int64_t first,
+           int64_t last,
+           double* total,
+           int64_t stride) const {
     const T* vector = x.data + x.offset(position);
     const double mass = weight(position);
     for (int64_t d = first; d < last; ++d) {
@@ -87,14 +95,18 @@ struct Statistics {
   }
 };
 
-std::tuple<Tensor, Tensor> code_statistics(const Tensor& x, const Tensor& indices, int64_t num_codes,
-                                           std::optional<Tensor> weights, std::optional<Tensor> origins) {
+std::tuple<Tensor, Tensor> code_statistics(const Tensor& x,
+                                           const Tensor& indices,
+                                           int64_t num_codes,
+                                           std::optional<Tensor> weights,
+                                           std::optional<Tensor> origins) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [outer, D, inner]");
   STD_TORCH_CHECK(num_codes > 0, "num_codes must be positive");
   check_indices(indices, x);
   const int64_t* index = static_cast<const int64_t*>(indices.data_ptr());
   check_range(index, indices.numel(), num_codes);
-  const ScalarType type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType type =
+      x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor counts = torch::stable::new_empty(x, {num_codes}, type);
   Tensor sums = torch::stable::new_empty(x, {num_codes, x.size(1)}, type);
   Tensor contiguous_weights;
@@ -104,8 +116,9 @@ std::tuple<Tensor, Tensor> code_statistics(const Tensor& x, const Tensor& indice
     contiguous_weights = torch::stable::contiguous(*weights);
   }
   if (origins.has_value())
-    STD_TORCH_CHECK(origins->dim() == 2 && origins->size(0) == num_codes && origins->size(1) == x.size(1),
-                    "origins must be [K, D]");
+    STD_TORCH_CHECK(
+        origins->dim() == 2 && origins->size(0) == num_codes && origins->size(1) == x.size(1),
+        "origins must be [K, D]");
   with_types(x, origins.has_value() ? *origins : x, [&]<class T, class C>(T*, C*) {
     std::optional<Codes<C>> origin;
     if (origins.has_value())

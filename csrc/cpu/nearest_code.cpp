@@ -2,19 +2,23 @@
 //
 // Exact nearest-code search in three passes, each certain to keep the answer.
 //
-// 1. Scores s = z.f - b (code_panel.h) in bfloat16 on AMX, or in float32; only the maximum of each block of codes is
-//    kept. Every score is off by at most a bound that is computed per query, so a block whose maximum lies more than
-//    twice the bound below the query's maximum cannot hold the answer.
-// 2. The blocks that are left (one or two of hundreds) are scored again in float32, under that pass's own bound.
-// 3. If more than one code is left, float64 on the original inputs decides, components in ascending order, lowest index
+// 1. Scores s = z.f - b (code_panel.h) in bfloat16 on AMX, or in float32; only the maximum of each
+// block of codes is
+//    kept. Every score is off by at most a bound that is computed per query, so a block whose
+//    maximum lies more than twice the bound below the query's maximum cannot hold the answer.
+// 2. The blocks that are left (one or two of hundreds) are scored again in float32, under that
+// pass's own bound.
+// 3. If more than one code is left, float64 on the original inputs decides, components in ascending
+// order, lowest index
 //    first: the arithmetic of the reference.
 //
 // The bound: with z~, f~ for the rounded z, f,
 //   |s~ - s| <= |z - z~| max|f| + |z~| max|f - f~| + accumulation + rounding of b,
-// plus the rounding of pass 3 itself, which has the last word: (D + 4) 2^-53 |x - code|^2. The residual norms are
-// measured rather than estimated, the accumulation of n products costs at most n 2^-23 |z~||f~| for any order and for
-// the matrix unit's separate roundings, and subtracting b rounds once more.
-// Anything that is not finite makes the bound so, no comparison then excludes a code, and float64 decides alone.
+// plus the rounding of pass 3 itself, which has the last word: (D + 4) 2^-53 |x - code|^2. The
+// residual norms are measured rather than estimated, the accumulation of n products costs at most n
+// 2^-23 |z~||f~| for any order and for the matrix unit's separate roundings, and subtracting b
+// rounds once more. Anything that is not finite makes the bound so, no comparison then excludes a
+// code, and float64 decides alone.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -30,14 +34,14 @@
 namespace genperf {
 namespace {
 
-constexpr int64_t kMaxQueries = 256;          // positions that a thread keeps packed
-constexpr int64_t kQueryBytes = 512 << 10;    // ... in at most this much
-constexpr int64_t kCodeBytes = 192 << 10;     // codes that are passed over while they stay in L2
-constexpr int64_t kPanelBytes = 36 << 20;     // packed codes in all
-constexpr int64_t kMinAmxDim = 12;            // below, most of a tile's 32-deep product would be zeros
-constexpr double kUnit = 0x1p-24;             // half an ulp of 1 in float32
-constexpr double kUnit64 = 0x1p-53;           // ... in float64
-constexpr double kTiny = 0x1p-100;            // covers underflow
+constexpr int64_t kMaxQueries = 256;        // positions that a thread keeps packed
+constexpr int64_t kQueryBytes = 512 << 10;  // ... in at most this much
+constexpr int64_t kCodeBytes = 192 << 10;   // codes that are passed over while they stay in L2
+constexpr int64_t kPanelBytes = 36 << 20;   // packed codes in all
+constexpr int64_t kMinAmxDim = 12;   // below, most of a tile's 32-deep product would be zeros
+constexpr double kUnit = 0x1p-24;    // half an ulp of 1 in float32
+constexpr double kUnit64 = 0x1p-53;  // ... in float64
+constexpr double kTiny = 0x1p-100;   // covers underflow
 
 struct Bounds {
   float coarse[kTile];
@@ -68,7 +72,8 @@ void pack_queries(const Positions<T>& x,
     std::fill(z + d * kTile + count, z + (d + 1) * kTile, 0.0f);
 }
 
-// Components 2r and 2r + 1 of 16 queries lie side by side, as the tile product wants its second operand.
+// Components 2r and 2r + 1 of 16 queries lie side by side, as the tile product wants its second
+// operand.
 void pack_query_halves(const float* z, int64_t dim, int64_t depth, uint16_t* halves) {
 #if defined(GENPERF_HAS_AMX)
   const Vec zero{};
@@ -104,13 +109,17 @@ Bounds error_bounds(const float* z, const CodePanel& panel, bool cosine, bool us
     const double reach = norm * panel.norm;
     const double distance = norm + panel.norm;
     const double last_word = (panel.dim + 4) * 2 * kUnit64 * (cosine ? reach : distance * distance);
-    const double rounding = 2 * kUnit * reach + 4 * kUnit * (reach + panel.max_bias) + last_word + kTiny;
+    const double rounding =
+        2 * kUnit * reach + 4 * kUnit * (reach + panel.max_bias) + last_word + kTiny;
     const double fine = rounding + (panel.dim + 2) * 2 * kUnit * reach;
-    const double coarse = rounding + half_residual * panel.norm + (norm + half_residual) * panel.half_residual +
+    const double coarse = rounding + half_residual * panel.norm +
+                          (norm + half_residual) * panel.half_residual +
                           (panel.depth * kDepth + 2) * 2.1 * kUnit * reach;
     const bool safe = reach < 1e30;
     bounds.fine[lane] = safe ? float(2.001 * slack * fine) : INFINITY;
-    bounds.coarse[lane] = !safe ? INFINITY : use_amx ? float(2.001 * slack * coarse) : bounds.fine[lane];
+    bounds.coarse[lane] = !safe     ? INFINITY
+                          : use_amx ? float(2.001 * slack * coarse)
+                                    : bounds.fine[lane];
     if (std::isnan(norm))
       bounds.coarse[lane] = NAN;
   }
@@ -126,7 +135,8 @@ void score_groups(const CodePanel& panel, int64_t group, const float* z, float* 
     const Vec component = broadcast(z[d * kTile]);
     for (int g = 0; g < 2; ++g)
       for (int v = 0; v < kVecs; ++v)
-        sum[g][v] = fma(load(values + (g * panel.dim + d) * kGroup + v * kLanes), component, sum[g][v]);
+        sum[g][v] =
+            fma(load(values + (g * panel.dim + d) * kGroup + v * kLanes), component, sum[g][v]);
   }
   for (int g = 0; g < 2; ++g)
     for (int v = 0; v < kVecs; ++v)
@@ -134,9 +144,15 @@ void score_groups(const CodePanel& panel, int64_t group, const float* z, float* 
             sum[g][v] - load(panel.bias.get() + (group + g) * kGroup + v * kLanes));
 }
 
-// The reference's arithmetic: components in ascending order, in float64, no fused multiply-add; NaN is infinitely far.
+// The reference's arithmetic: components in ascending order, in float64, no fused multiply-add; NaN
+// is infinitely far.
 template <class T, class C>
-double exact_distance(const T* x, int64_t x_stride, const C* code, int64_t code_stride, int64_t dim, bool cosine) {
+double exact_distance(const T* x,
+                      int64_t x_stride,
+                      const C* code,
+                      int64_t code_stride,
+                      int64_t dim,
+                      bool cosine) {
   double sum = 0, norm = 0;
   for (int64_t d = 0; d < dim; ++d) {
     const double a = double(x[d * x_stride]), b = double(code[d * code_stride]);
@@ -155,7 +171,11 @@ double exact_distance(const T* x, int64_t x_stride, const C* code, int64_t code_
 template <class T, class C>
 class Search {
  public:
-  Search(const Positions<T>& x, const Codes<C>& codebook, const bool* mask, bool cosine, int64_t* indices)
+  Search(const Positions<T>& x,
+         const Codes<C>& codebook,
+         const bool* mask,
+         bool cosine,
+         int64_t* indices)
       : x_(x),
         codebook_(codebook),
         mask_(mask),
@@ -193,10 +213,10 @@ class Search {
           survivors(kTile * search.panel_.blocks()) {}
 
     int64_t positions[kMaxQueries], offsets[kMaxQueries];
-    Buffer<float> z;          // [tiles, D, kTile]
-    Buffer<uint16_t> halves;  // [tiles, 2, depth, 16, 32]
-    Buffer<float> maxima;     // [tiles, blocks, kTile]
-    Buffer<float> scores;     // of the surviving blocks of one query
+    Buffer<float> z;            // [tiles, D, kTile]
+    Buffer<uint16_t> halves;    // [tiles, 2, depth, 16, 32]
+    Buffer<float> maxima;       // [tiles, blocks, kTile]
+    Buffer<float> scores;       // of the surviving blocks of one query
     Buffer<int32_t> survivors;  // [kTile, blocks]
   };
 
@@ -224,7 +244,8 @@ class Search {
       if (use_amx_)
         pack_query_halves(z, x_.dim, panel_.depth, tile_halves(s, t));
     }
-    const int64_t block_bytes = panel_.block_groups * kGroup * (use_amx_ ? panel_.depth * kDepth * 2 : x_.dim * 4);
+    const int64_t block_bytes =
+        panel_.block_groups * kGroup * (use_amx_ ? panel_.depth * kDepth * 2 : x_.dim * 4);
     const int64_t step = std::max<int64_t>(1, kCodeBytes / block_bytes);
     for (int64_t block = 0; block < panel_.blocks(); block += step) {
       const int64_t last = std::min(block + step, panel_.blocks());
@@ -272,7 +293,13 @@ class Search {
   }
 
   // Passes 2 and 3 for one query.
-  void decide(Scratch& s, int query, const float* z, float bound, bool has_nan, const int32_t* blocks, int64_t count) {
+  void decide(Scratch& s,
+              int query,
+              const float* z,
+              float bound,
+              bool has_nan,
+              const int32_t* blocks,
+              int64_t count) {
     const int64_t position = s.positions[query];
     if (has_nan) {  // every distance is NaN
       indices_[position] = 0;
@@ -319,8 +346,9 @@ class Search {
   }
 
   double exact(int64_t offset, int64_t k) const {
-    return exact_distance(x_.data + offset, x_.stride, codebook_.data + (first_ + k) * codebook_.code_stride,
-                          codebook_.stride, x_.dim, cosine_);
+    return exact_distance(x_.data + offset, x_.stride,
+                          codebook_.data + (first_ + k) * codebook_.code_stride, codebook_.stride,
+                          x_.dim, cosine_);
   }
 
   const Positions<T> x_;
@@ -334,20 +362,25 @@ class Search {
   Buffer<double> distances_;  // to the nearest code so far, if there are several panels
 };
 
-Tensor nearest_code(const Tensor& x, const Tensor& codebook, std::optional<Tensor> mask, bool cosine) {
+Tensor nearest_code(const Tensor& x,
+                    const Tensor& codebook,
+                    std::optional<Tensor> mask,
+                    bool cosine) {
   check_positions(x, codebook);
   Tensor contiguous_mask;
   if (mask.has_value()) {
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->numel() == x.size(0) * x.size(2),
-                    "mask must be bool [outer, inner]");
+    STD_TORCH_CHECK(
+        mask->scalar_type() == ScalarType::Bool && mask->numel() == x.size(0) * x.size(2),
+        "mask must be bool [outer, inner]");
     contiguous_mask = torch::stable::contiguous(*mask);
   }
   Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(2)}, ScalarType::Long);
   if (indices.numel() > 0)
     with_types(x, codebook, [&]<class T, class C>(T*, C*) {
-      Search<T, C>(Positions<T>(x), Codes<C>(codebook),
-                   mask.has_value() ? static_cast<const bool*>(contiguous_mask.data_ptr()) : nullptr, cosine,
-                   static_cast<int64_t*>(indices.data_ptr()))
+      Search<T, C>(
+          Positions<T>(x), Codes<C>(codebook),
+          mask.has_value() ? static_cast<const bool*>(contiguous_mask.data_ptr()) : nullptr, cosine,
+          static_cast<int64_t*>(indices.data_ptr()))
           .run();
     });
   return indices;

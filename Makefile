@@ -1,0 +1,51 @@
+# Everything runs in a virtual environment of its own (.venv), made on first use.
+PYTHON ?= python3
+VENV ?= .venv
+# The torch to install where the environment has none yet; TORCH= names another one.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(shell find csrc kernels genperf -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+.PHONY: demo test lint format bench gpu-report clean
+
+demo: $(VENV)/installed-train
+	$(BIN)/python -m genperf
+	$(BIN)/genperf train vqvae --out runs/demo
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+bench: $(VENV)/installed-bench
+	$(BIN)/python -m pytest benchmarks/bench_*.py -q --benchmark-enable --benchmark-columns=min,median,rounds --benchmark-json=build/bench.json
+	$(BIN)/python benchmarks/report.py build/bench.json
+
+# For a machine with a GPU and no network: it uses the Python that is there and what that has installed.
+gpu-report:
+	GENPERF_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps --no-index .
+	cd tests && $(PYTHON) -m pytest -q --device cuda test_nearest_code.py test_vector_quantize.py test_code_statistics.py
+	mkdir -p build
+	cd benchmarks && $(PYTHON) -m pytest -q --device cuda --benchmark-enable --benchmark-columns=min,median --benchmark-json=../build/bench-cuda.json bench_*.py
+	$(PYTHON) benchmarks/report.py build/bench-cuda.json
+
+clean:
+	rm -rf build dist $(VENV) *.egg-info genperf/*.so
+
+$(VENV)/torch:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q '$(TORCH)'
+	$(BIN)/pip install -q numpy ninja 'pybind11>=2.13' 'setuptools>=77'
+	touch $@
+
+$(VENV)/installed-%: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation -e '.[$*]'
+	touch $@

@@ -1,0 +1,81 @@
+"""One way to time and account for every benchmark."""
+
+import ctypes
+import gc
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+MINIMUM_SECONDS = 0.3
+MAXIMUM_ROUNDS = 30
+
+
+def measure(benchmark, function: Callable[[], object], device: str, *, flops: float, moved: int, pairs: int, **facts: object) -> None:
+    """Time `function` and record what it did: floating-point operations, the fewest bytes it must move, code pairs, peak memory.
+
+    CPU: wall clock, at least 5 rounds and 0.3 s, to be judged by the minimum. CUDA: quantiles of device time with a cold
+    L2 cache, and the wall clock of synchronised calls.
+    """
+    benchmark.extra_info |= {
+        "flops": flops, "bytes": moved, "pairs": pairs, "device": device_name(device), "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2), "torch": torch.__version__, **facts,
+    }  # fmt: skip
+    if benchmark.disabled:
+        benchmark(function)
+        return
+    benchmark.extra_info["extra_bytes"] = peak_extra_bytes(function, device)
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        benchmark.extra_info["device_ms"] = do_bench(function, quantiles=[0.2, 0.5, 0.8])
+    start = time.perf_counter()
+    _synchronised(function, device)()
+    once = time.perf_counter() - start
+    rounds = int(min(max(5, MINIMUM_SECONDS / once), MAXIMUM_ROUNDS))
+    benchmark.pedantic(_synchronised(function, device), rounds=rounds, warmup_rounds=1)
+
+
+def peak_extra_bytes(function: Callable[[], object], device: str) -> int | None:
+    """How much memory a call needs at its peak beyond what is there before it, results included; None where unknown."""
+    function()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        # What the allocator has kept from earlier calls would hide what this one needs.
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        function()
+        return max(0, _status("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return match[1] if match else "CPU"
+
+
+def _status(field: str) -> int:
+    return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def _synchronised(function: Callable[[], object], device: str) -> Callable[[], None]:
+    def call() -> None:
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return call
