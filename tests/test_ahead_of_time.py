@@ -56,8 +56,10 @@ def kernels():
         yield (
             f"coarse-{dtype}", module.nearest_code_coarse_kernel,
             {"x": f"*{dtype}", "centre": "*fp32", "values": "*fp32", "bias": "*fp32", "limits": "*fp32", "maxima": "*fp32",
-             "bound": "*fp32", "first": "i64", "count": "i32", "inner": "i32", "num_codes": "i32", "blocks": "i32", "dim": "i32", **QUERY_STRIDES},
-            {"COSINE": False, "TILES": 8, "BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_D": 32, "BLOCK_CODES": 32}, {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True},
+             "bound": "*fp32", "first": "i64", "count": "i32", "inner": "i32", "num_codes": "i32", "blocks": "i32",
+             "dim": "i32", **QUERY_STRIDES},
+            {"COSINE": False, "TILES": 8, "BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_D": 32, "BLOCK_CODES": 32},
+            {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True},
         )  # fmt: skip
         yield (
             f"exact-{dtype}", module.nearest_code_exact_kernel,

@@ -38,8 +38,9 @@ for kind in ("random", "offset", "tied", "near_ties"):
 
 x, codebook = testing.vectors("random", 20, 90, 5, torch.float32, "cpu")
 x[3, 2], x[4, 0], codebook[7, 1], codebook[0, 0] = torch.nan, torch.inf, torch.nan, torch.inf
-assert torch.equal(nearest_code(x.unsqueeze(-1), codebook, None, False)[:, 0], search(x.unsqueeze(-1), codebook, None, "euclidean", "reference")[:, 0])
-assert nearest_code(x[:0].unsqueeze(-1), codebook, None, False).shape == (0, 1)
+rows = x.unsqueeze(-1)
+assert torch.equal(nearest_code(rows, codebook, None, False), search(rows, codebook, None, "euclidean", "reference"))
+assert nearest_code(rows[:0], codebook, None, False).shape == (0, 1)
 print("interpreted")
 """
 
