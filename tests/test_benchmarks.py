@@ -22,10 +22,8 @@ def test_report(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import report
 
-    facts = {
-        **{"op": "nearest_code", "workload": "A", "N": 10, "K": 20, "D": 3, "flops": 1200.0, "bytes": 400, "pairs": 200},
-        **{"device": "Some CPU", "threads": 2, "torch": "2.13.0", "load": 0.1, "extra_bytes": 1000},
-    }
+    facts = {"op": "nearest_code", "workload": "A", "N": 10, "K": 20, "D": 3, "flops": 1200.0, "bytes": 400, "pairs": 200}
+    facts |= {"device": "Some CPU", "threads": 2, "torch": "2.13.0", "load": 0.1, "extra_bytes": 1000}
     entries = [
         {"extra_info": {**facts, "contender": name, "wrong_rows": wrong}, "stats": {"min": seconds, "rounds": 5}}
         for name, seconds, wrong in (("genperf", 1e-3, 0.0), ("other", 4e-3, 0.01))

@@ -126,22 +126,40 @@ Bounds error_bounds(const float* z, const CodePanel& panel, bool cosine, bool us
   return bounds;
 }
 
-// Scores of two neighbouring groups of codes for one query, in float32.
-void score_groups(const CodePanel& panel, int64_t group, const float* z, float* scores) {
+// Scores of two neighbouring groups of codes for one query, in float32; returns the largest of each
+// lane.
+Vec score_groups(const CodePanel& panel, int64_t group, const float* z, float* scores) {
   constexpr int kVecs = kGroup / kLanes;
+  constexpr int kSteps =
+      4 / kVecs;  // eight sums in flight, to hide the latency of the multiply-add
   const float* values = panel.values.get() + group * panel.dim * kGroup;
-  Vec sum[2][kVecs] = {};
-  for (int64_t d = 0; d < panel.dim; ++d) {
+  const int64_t next = panel.dim * kGroup;
+  Vec sum[kSteps][2][kVecs] = {};
+  const auto add = [&](int64_t d, int step) {
     const Vec component = broadcast(z[d * kTile]);
     for (int g = 0; g < 2; ++g)
-      for (int v = 0; v < kVecs; ++v)
-        sum[g][v] =
-            fma(load(values + (g * panel.dim + d) * kGroup + v * kLanes), component, sum[g][v]);
-  }
+      for (int v = 0; v < kVecs; ++v) {
+        Vec& s = sum[step][g][v];
+        s = fma(load(values + g * next + d * kGroup + v * kLanes), component, s);
+      }
+  };
+  int64_t d = 0;
+  for (; d + kSteps <= panel.dim; d += kSteps)
+    for (int step = 0; step < kSteps; ++step)
+      add(d + step, step);
+  for (; d < panel.dim; ++d)
+    add(d, 0);
+  Vec best = broadcast(-INFINITY);
   for (int g = 0; g < 2; ++g)
-    for (int v = 0; v < kVecs; ++v)
-      store(scores + g * kGroup + v * kLanes,
-            sum[g][v] - load(panel.bias.get() + (group + g) * kGroup + v * kLanes));
+    for (int v = 0; v < kVecs; ++v) {
+      Vec score = sum[0][g][v];
+      for (int step = 1; step < kSteps; ++step)
+        score += sum[step][g][v];
+      score -= load(panel.bias.get() + (group + g) * kGroup + v * kLanes);
+      store(scores + g * kGroup + v * kLanes, score);
+      best = max(best, score);
+    }
+  return best;
 }
 
 // The reference's arithmetic: components in ascending order, in float64, no fused multiply-add; NaN
@@ -306,21 +324,23 @@ class Search {
       return;
     }
     const int64_t block_codes = panel_.block_groups * kGroup;
-    float best = -INFINITY;
+    Vec best = broadcast(-INFINITY);
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t g = 0; g < panel_.block_groups; g += 2) {
-        float* scores = s.scores.get() + i * block_codes + g * kGroup;
-        score_groups(panel_, blocks[i] * panel_.block_groups + g, z, scores);
-        best = std::max(best, *std::max_element(scores, scores + 2 * kGroup));
-      }
-    const float threshold = best - bound;
+      for (int64_t g = 0; g < panel_.block_groups; g += 2)
+        best = max(best, score_groups(panel_, blocks[i] * panel_.block_groups + g, z,
+                                      s.scores.get() + i * block_codes + g * kGroup));
+    float largest = best[0];
+    for (int lane = 1; lane < kLanes; ++lane)
+      largest = std::max(largest, best[lane]);
+    const Vec threshold = broadcast(largest - bound);
     int64_t candidates = 0, nearest = 0;
     double distance = INFINITY;
     bool known = false;
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t c = 0; c < block_codes; ++c) {
-        const int64_t k = blocks[i] * block_codes + c;
-        if (s.scores[i * block_codes + c] < threshold || k >= panel_.codes)
+    for (int64_t i = 0; i < count * block_codes; i += kLanes)
+      for (uint32_t left = not_below(load(s.scores.get() + i), threshold); left; left &= left - 1) {
+        const int64_t place = i + __builtin_ctz(left);
+        const int64_t k = blocks[place / block_codes] * block_codes + place % block_codes;
+        if (k >= panel_.codes)
           continue;
         if (++candidates == 1) {  // most often it stays alone, and its distance is of no interest
           nearest = k;

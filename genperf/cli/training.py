@@ -1,6 +1,7 @@
 """The training loop: resumable at any step with the result of an uninterrupted run."""
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,9 @@ class Training:
         """
         self.model.train()
         steps = len(self.batches())
-        bar = tqdm(total=epochs * steps, initial=self.epoch * steps + self.step, unit="step", dynamic_ncols=True)
+        bar = tqdm(
+            total=epochs * steps, initial=self.epoch * steps + self.step, unit="step", mininterval=0.1 if sys.stderr.isatty() else 10
+        )
         with DeferredInterrupt() as interrupt, bar:
             while self.epoch < epochs:
                 for batch in self.batches()[self.step :]:
