@@ -77,14 +77,14 @@ class NinjaBuild(build_ext):
         cxx = os.environ.get("CXX", "g++")
         if not shutil.which(cxx):
             sys.exit(f"genperf: no C++ compiler: {cxx!r} is not on PATH; install one or name it in CXX.")
-        debug = os.environ.get("DEBUG", "0") not in ("", "0")
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        optimise = "-O0 -g" if debug else "-O3 -DNDEBUG"
+        optimise = "-O3 -DNDEBUG" if os.environ.get("DEBUG", "0") in ("", "0") else "-O0 -g"
         common = f"-std=c++20 {optimise} -fPIC -I{ROOT / 'csrc'} -DTORCH_TARGET_VERSION=0x020b000000000000"
         torch_headers = " ".join(f"-isystem {path}" for path in include_paths())
         warnings = f"-Wall -Wextra -fvisibility=hidden -ffp-contract=off {os.environ.get('CXXFLAGS', '')}"
-        torch_libraries = " ".join(f"-L{path}" for path in library_paths()) + " -ltorch -ltorch_cpu -lc10"
+        # libtorch leads to torch's CUDA library where there is one, though nothing in it is named at link time.
+        torch_libraries = " ".join(f"-L{path}" for path in library_paths()) + " -Xlinker --no-as-needed -ltorch -ltorch_cpu"
         built = f'-DGENPERF_ISAS=\\"{",".join(ISAS)}\\" -DGENPERF_TORCH=\\"{torch.__version__}\\"'
         built += f' -DGENPERF_CUDA_ARCHS=\\"{cuda_archs().replace(";", ",") if wants_cuda() else ""}\\"'
         built += f" -isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"

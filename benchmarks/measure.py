@@ -17,8 +17,8 @@ MAXIMUM_ROUNDS = 30
 def measure(benchmark, function: Callable[[], object], device: str, *, flops: float, moved: int, pairs: int, **facts: object) -> None:
     """Time `function` and record what it did: floating-point operations, the fewest bytes it must move, code pairs, peak memory.
 
-    CPU: wall clock, at least 5 rounds and 0.3 s, to be judged by the minimum. CUDA: quantiles of device time with a cold
-    L2 cache, and the wall clock of synchronised calls.
+    CPU: wall clock, at least 5 rounds (2 of calls over a second) and 0.3 s, to be judged by the minimum. CUDA: quantiles of
+    device time with a cold L2 cache, and the wall clock of synchronised calls.
     """
     benchmark.extra_info |= {
         "flops": flops, "bytes": moved, "pairs": pairs, "device": device_name(device), "threads": torch.get_num_threads(),
@@ -35,7 +35,7 @@ def measure(benchmark, function: Callable[[], object], device: str, *, flops: fl
     start = time.perf_counter()
     _synchronised(function, device)()
     once = time.perf_counter() - start
-    rounds = int(min(max(5, MINIMUM_SECONDS / once), MAXIMUM_ROUNDS))
+    rounds = int(min(max(5 if once < 1 else 2, MINIMUM_SECONDS / once), MAXIMUM_ROUNDS))
     benchmark.pedantic(_synchronised(function, device), rounds=rounds, warmup_rounds=1)
 
 

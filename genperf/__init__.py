@@ -5,7 +5,7 @@ from ._version import __version__
 
 _library.load()
 
-from . import nn  # noqa: E402
+from . import models, nn  # noqa: E402
 from .ops import code_statistics, nearest_code, vector_quantize  # noqa: E402
 
-__all__ = ["__version__", "code_statistics", "nearest_code", "nn", "vector_quantize"]
+__all__ = ["__version__", "code_statistics", "models", "nearest_code", "nn", "vector_quantize"]

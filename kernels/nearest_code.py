@@ -33,10 +33,11 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
     if positions == 0:
         return indices
     mask = None if mask is None else mask.contiguous()
+    float32 = {"dtype": torch.float32, "device": x.device}
 
-    centre = torch.zeros(dim, device=x.device) if cosine else _finite_mean(codebook)
-    values = torch.empty(num_codes, dim, device=x.device)
-    bias, norm, residual = torch.empty(3, num_codes, device=x.device)
+    centre = torch.zeros(dim, **float32) if cosine else _finite_mean(codebook)
+    values = torch.empty(num_codes, dim, **float32)
+    bias, norm, residual = torch.empty(3, num_codes, **float32)
     block_d = min(max(triton.next_power_of_2(dim), 16), 32)
     nearest_code_prepare_kernel[(triton.cdiv(num_codes, 64),)](
         codebook,
@@ -59,8 +60,8 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
     blocks = triton.cdiv(num_codes, BLOCK_CODES)
     block_n, block_k = 64, 128
     rows = max(block_n, MAX_MAXIMA // blocks)
-    maxima = torch.empty(min(rows, positions), blocks, device=x.device)
-    bound = torch.empty(min(rows, positions), device=x.device)
+    maxima = torch.empty(min(rows, positions), blocks, **float32)
+    bound = torch.empty(min(rows, positions), **float32)
     for first in range(0, positions, rows):
         count = min(rows, positions - first)
         grid = (triton.cdiv(count, block_n), triton.cdiv(num_codes, block_k * TILES_PER_PROGRAM))
@@ -112,7 +113,7 @@ def nearest_code_prepare_kernel(
     for start in range(0, dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         keep = inside[:, None] & (d < dim)[None, :]
-        code = tl.load(codebook + codes[:, None] * stride_k + d[None, :] * stride_d, mask=keep, other=0).to(tl.float64)
+        code = tl.load(codebook + codes[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d, mask=keep, other=0).to(tl.float64)
         offset = tl.where(keep, code - tl.load(centre + d, mask=d < dim, other=0)[None, :], 0.0)
         square += tl.sum(offset * offset, axis=1)
     finite = square < float("inf")
@@ -123,7 +124,7 @@ def nearest_code_prepare_kernel(
     for start in range(0, dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         keep = inside[:, None] & (d < dim)[None, :]
-        code = tl.load(codebook + codes[:, None] * stride_k + d[None, :] * stride_d, mask=keep, other=0).to(tl.float64)
+        code = tl.load(codebook + codes[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d, mask=keep, other=0).to(tl.float64)
         offset = (code - tl.load(centre + d, mask=d < dim, other=0)[None, :]) * factor[:, None]
         value = tl.where(keep & finite[:, None], offset, 0.0).to(tl.float32)
         lost = (value - _round_to_tf32(value)).to(tl.float64)
@@ -141,7 +142,7 @@ def nearest_code_prepare_kernel(
 @triton.jit
 def _load_queries(x, base, d, dim, stride_d, centre, inside):
     keep = inside[:, None] & (d < dim)[None, :]
-    value = tl.load(x + base[:, None] + d[None, :] * stride_d, mask=keep, other=0).to(tl.float32)
+    value = tl.load(x + base[:, None] + d.to(tl.int64)[None, :] * stride_d, mask=keep, other=0).to(tl.float32)
     return tl.where(keep, value - tl.load(centre + d, mask=d < dim, other=0)[None, :], 0.0)
 
 
@@ -184,13 +185,15 @@ def nearest_code_coarse_kernel(
             square += tl.sum(z * z, axis=1)
             error += tl.sum(lost * lost, axis=1)
         longest = tl.load(limits)
-        length = tl.sqrt(square)
+        # Squares below 2^-126 are lost from the sums.
+        lost_norm = tl.sqrt(dim.to(tl.float32)) * 2.168404344971009e-19
+        length = tl.sqrt(square) + lost_norm
         reach = length * longest
         # 2^-21 a component: the tensor cores truncate, and may add in any order.
         accumulation = (dim + 16) * 4.76837158203125e-07 * (reach + tl.load(limits + 2))
         distance = length + longest
         last_word = (dim + 4) * 2.220446049250313e-16 * (reach if COSINE else distance * distance)
-        residuals = tl.sqrt(error) * longest + 1.001 * length * tl.load(limits + 1)
+        residuals = (tl.sqrt(error) + lost_norm) * longest + 1.001 * length * tl.load(limits + 1)
         twice = 2.01 * (residuals + accumulation + last_word) * (1.0 + dim * 2.4e-7) + 1e-30
         tl.store(bound + rows, tl.where(reach < 1e30, twice, float("inf")), mask=inside)
 
@@ -261,9 +264,13 @@ def nearest_code_exact_kernel(
                 inside = codes < num_codes
                 distance = tl.zeros([BLOCK_CODES], tl.float64)
                 norm = tl.zeros([BLOCK_CODES], tl.float64)
-                for d in range(dim):
-                    a = tl.load(x + base + d * stride_d).to(tl.float64)
-                    b = tl.load(codebook + codes * stride_k + d * stride_code_d, mask=inside, other=0).to(tl.float64)
+                query = x + base
+                code = codebook + codes * stride_k
+                for _ in range(dim):
+                    a = tl.load(query).to(tl.float64)
+                    b = tl.load(code, mask=inside, other=0).to(tl.float64)
+                    query += stride_d
+                    code += stride_code_d
                     if COSINE:
                         distance -= a * b
                         norm += b * b

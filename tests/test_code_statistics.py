@@ -83,6 +83,16 @@ def test_empty_and_masked(device):
     assert (sums == 0).all()
 
 
+def test_indices_of_any_strides(device):
+    x, indices = torch.randn(3, 4, 5, device=device), torch.randint(7, (5, 3), device=device).t()
+    for a, b in zip(
+        genperf.code_statistics(x, indices, 7, channel_dim=1),
+        genperf.code_statistics(x, indices.contiguous(), 7, channel_dim=1),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
 def test_poisoned_memory(device):
     with testing.poisoned_memory():
         x, _ = testing.vectors("random", 130, 1, 21, torch.float32, device)

@@ -103,6 +103,55 @@ def test_adversarial_codes_just_inside_the_bound(device):
         assert torch.equal(genperf.nearest_code(x.to(device), codebook), exact(x.to(device), codebook)), gap
 
 
+@pytest.mark.parametrize("dim", [5, 8, 64, 512])
+@pytest.mark.parametrize("length", [1e-2, 1e-4, 1e-5, 1e-7])
+def test_queries_much_shorter_than_codes(length, dim, device):
+    """Codes f and -f of one length: all that tells them apart is far below |f|^2 / 2."""
+    generator = torch.Generator().manual_seed(0)
+    codebook = torch.nn.functional.normalize(torch.randn(512, dim, generator=generator), dim=1)
+    codebook = torch.cat([codebook, -codebook]).to(device)
+    x = (torch.randn(200, dim, generator=generator) / dim**0.5 * length).to(device)
+    assert torch.equal(genperf.nearest_code(x, codebook), exact(x, codebook))
+
+
+@pytest.mark.parametrize("length", [1e-19, 1e-21, 1e-23, 1e-24, 1e-30, 1e-38, 1e-42])
+def test_cosine_of_tiny_queries(length, device):
+    """Lengths whose squares float32 cannot hold."""
+    generator = torch.Generator().manual_seed(0)
+    codebook = torch.randn(128, 16, generator=generator)
+    codebook = torch.cat([codebook, codebook + 1e-4 * torch.randn(128, 16, generator=generator)]).to(device)
+    x = (torch.randn(48, 16, generator=generator) * length).to(device)
+    assert torch.equal(genperf.nearest_code(x, codebook, metric="cosine"), exact(x, codebook, "cosine"))
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_float64_beyond_the_range_of_float32(metric, device):
+    for scale in (1e60, 1e-60, 1e-160, 1e-200):
+        x, codebook = testing.vectors("random", 40, 90, 16, torch.float64, device)
+        x[0], codebook[3] = 0, 0
+        for a, b in ((x, codebook * scale), (x * scale, codebook), (x * scale, codebook * scale)):
+            assert torch.equal(genperf.nearest_code(a, b, metric=metric), exact(a, b, metric)), scale
+    x, codebook = torch.zeros(1, 16, dtype=torch.float64, device=device), torch.full((2, 16), 1.1e60, dtype=torch.float64, device=device)
+    codebook[1] = 0.53e60
+    assert torch.equal(genperf.nearest_code(x, codebook, metric=metric), exact(x, codebook, metric))
+
+
+def test_large_blocks(device):
+    """So many codes that a block holds more than 32."""
+    x, codebook = testing.vectors("random", 20, 70000, 3, torch.float32, device)
+    assert torch.equal(genperf.nearest_code(x, codebook), exact(x, codebook))
+
+
+def test_default_dtype_does_not_matter(device):
+    x, codebook = testing.vectors("random", 20, 30, 5, torch.float32, device)
+    expected = exact(x, codebook)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(genperf.nearest_code(x, codebook), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_ties_go_to_the_lowest_index(device):
     for count in (2, 40, 1000):
         codebook = torch.ones(count, 16, device=device)

@@ -41,6 +41,12 @@ x[3, 2], x[4, 0], codebook[7, 1], codebook[0, 0] = torch.nan, torch.inf, torch.n
 rows = x.unsqueeze(-1)
 assert torch.equal(nearest_code(rows, codebook, None, False), search(rows, codebook, None, "euclidean", "reference"))
 assert nearest_code(rows[:0], codebook, None, False).shape == (0, 1)
+codebook = torch.randn(40, 16)
+codebook = torch.cat([codebook, codebook + 1e-4 * torch.randn(40, 16)])
+rows = (torch.randn(20, 16) * 1e-24).unsqueeze(-1)
+assert torch.equal(nearest_code(rows, codebook, None, True), search(rows, codebook, None, "cosine", "reference"))
+torch.set_default_dtype(torch.float64)
+assert torch.equal(nearest_code(rows, codebook, None, False), search(rows, codebook, None, "euclidean", "reference"))
 print("interpreted")
 """
 

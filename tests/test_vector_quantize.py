@@ -196,6 +196,21 @@ def test_second_derivatives(gradient, device):
         torch.testing.assert_close(native, reference)
 
 
+def test_second_derivative_of_one_side(device):
+    x, codebook = testing.vectors("random", 8, 5, 4, torch.float32, device)
+    codebook.requires_grad_()
+    quantized, _, loss = genperf.vector_quantize(x, codebook)
+    assert torch.autograd.grad(quantized.sum(), codebook, create_graph=True, allow_unused=True, retain_graph=True) == (None,)
+    assert torch.autograd.grad(loss, codebook, create_graph=True)[0].requires_grad
+
+
+def test_functional_gradient(device):
+    x, codebook = testing.vectors("random", 8, 5, 4, torch.float32, device)
+    found = torch.func.grad(lambda x: genperf.vector_quantize(x, codebook)[2])(x)
+    x.requires_grad_()
+    torch.testing.assert_close(found, torch.autograd.grad(genperf.vector_quantize(x, codebook)[2], x)[0])
+
+
 def test_poisoned_memory(device):
     x, codebook = testing.vectors("random", 130, 17, 21, torch.float32, device)
     clean = quantize(x, codebook)

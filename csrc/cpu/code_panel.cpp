@@ -58,6 +58,14 @@ double squared_norm(const C* code, int64_t stride, const float* centre, int64_t 
   return total;
 }
 
+template <class C, class F>
+bool every(const C* code, int64_t stride, int64_t dim, const F& holds) {
+  for (int64_t d = 0; d < dim; ++d)
+    if (!holds(double(code[d * stride])))
+      return false;
+  return true;
+}
+
 void raise_to(std::atomic<double>& maximum, double value) {
   double seen = maximum.load();
   while (value > seen && !maximum.compare_exchange_weak(seen, value)) {
@@ -152,13 +160,15 @@ void pack_panel(CodePanel& panel,
           bias = INFINITY;
           for (int64_t d = 0; d < dim; ++d)
             values[d * kGroup + lane] = 0;
-          bool finite = k < panel.codes;
-          for (int64_t d = 0; d < dim && finite; ++d)
-            finite = std::isfinite(double(code[d * codebook.stride]));
-          if (finite)
+          const auto finite = [](double value) { return std::isfinite(value); };
+          if (k < panel.codes && every(code, codebook.stride, dim, finite))
             longest = INFINITY;
           continue;
         }
+        // A code whose square is below float64's normal range has no usable direction: the same.
+        const auto zero = [](double value) { return value == 0; };
+        if (cosine && square < 1e-290 && !every(code, codebook.stride, dim, zero))
+          longest = INFINITY;
         const double factor = cosine ? (square > 0 ? 1 / std::sqrt(square) : 0.0) : panel.scale;
         for (int64_t d = 0; d < dim; ++d)
           values[d * kGroup + lane] =

@@ -46,6 +46,7 @@ constexpr double kTiny = 0x1p-100;   // covers underflow
 struct Bounds {
   float coarse[kTile];
   float fine[kTile];
+  bool has_nan[kTile];
 };
 
 // A tile of queries: z [D, kTile], and its bfloat16 form for AMX.
@@ -102,26 +103,31 @@ Bounds error_bounds(const float* z, const CodePanel& panel, bool cosine, bool us
     }
   // Norms summed in float32, products of bounds: all of relative error far below this.
   const double slack = 1.001 + panel.dim * 4 * kUnit;
+  // Squares below 2^-126 are lost from the sums.
+  const double lost = std::sqrt(double(panel.dim)) * 0x1p-62;
   Bounds bounds;
   for (int lane = 0; lane < kTile; ++lane) {
-    const double norm = std::sqrt(double(square[lane / kLanes][lane % kLanes])) * slack;
-    const double half_residual = std::sqrt(double(residual[lane / kLanes][lane % kLanes])) * slack;
+    const double norm = (std::sqrt(double(square[lane / kLanes][lane % kLanes])) + lost) * slack;
+    const double half_residual =
+        (std::sqrt(double(residual[lane / kLanes][lane % kLanes])) + lost) * slack;
     const double reach = norm * panel.norm;
     const double distance = norm + panel.norm;
     const double last_word = (panel.dim + 4) * 2 * kUnit64 * (cosine ? reach : distance * distance);
     const double rounding =
         2 * kUnit * reach + 4 * kUnit * (reach + panel.max_bias) + last_word + kTiny;
     const double fine = rounding + (panel.dim + 2) * 2 * kUnit * reach;
-    const double coarse = rounding + half_residual * panel.norm +
-                          (norm + half_residual) * panel.half_residual +
-                          (panel.depth * kDepth + 2) * 2.1 * kUnit * reach;
-    const bool safe = reach < 1e30;
-    bounds.fine[lane] = safe ? float(2.001 * slack * fine) : INFINITY;
-    bounds.coarse[lane] = !safe     ? INFINITY
-                          : use_amx ? float(2.001 * slack * coarse)
-                                    : bounds.fine[lane];
-    if (std::isnan(norm))
-      bounds.coarse[lane] = NAN;
+    // In float32 the sum starts at -b, and every addition rounds at that magnitude.
+    const double coarse = !use_amx ? fine + panel.dim * 2 * kUnit * panel.max_bias
+                                   : rounding + half_residual * panel.norm +
+                                         (norm + half_residual) * panel.half_residual +
+                                         (panel.depth * kDepth + 2) * 2.1 * kUnit * reach;
+    const auto twice = [&](double bound) {
+      const float value = float(2.001 * slack * bound);
+      return reach < 1e30 && std::isfinite(value) ? value : INFINITY;
+    };
+    bounds.fine[lane] = twice(fine);
+    bounds.coarse[lane] = twice(coarse);
+    bounds.has_nan[lane] = std::isnan(norm);
   }
   return bounds;
 }
@@ -181,8 +187,8 @@ double exact_distance(const T* x,
       sum += (a - b) * (a - b);
     }
   }
-  if (cosine && norm > 0)
-    sum *= std::abs(sum) / norm;  // orders as the similarity does
+  if (cosine)
+    sum *= std::abs(sum) / (norm > 0 ? norm : 1.0);  // orders as the similarity does
   return std::isnan(sum) ? INFINITY : sum;
 }
 
@@ -306,7 +312,7 @@ class Search {
       }
     }
     for (int lane = 0; lane < count; ++lane)
-      decide(s, tile * kTile + lane, z + lane, bounds.fine[lane], std::isnan(bounds.coarse[lane]),
+      decide(s, tile * kTile + lane, z + lane, bounds.fine[lane], bounds.has_nan[lane],
              s.survivors.get() + lane * blocks, survivors[lane]);
   }
 

@@ -116,7 +116,7 @@ class Buffer {
 
 inline void check_positions(const Tensor& x, const Tensor& codebook) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [outer, D, inner]");
-  STD_TORCH_CHECK(codebook.dim() == 2 && codebook.size(0) > 0 && codebook.size(1) == x.size(1),
+  STD_TORCH_CHECK(codebook.dim() == 2 && codebook.numel() > 0 && codebook.size(1) == x.size(1),
                   "codebook must be [K, D] with the D of x");
 }
 

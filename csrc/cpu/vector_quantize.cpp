@@ -264,6 +264,8 @@ Tensor vector_quantize_backward(std::optional<Tensor> grad_quantized,
   check_indices(indices, x);
   const int64_t* index = static_cast<const int64_t*>(indices.data_ptr());
   check_range(index, indices.numel(), codebook.size(0));
+  STD_TORCH_CHECK(valid.scalar_type() == ScalarType::Long && valid.numel() == 1,
+                  "valid must be one int64");
   const int64_t count = std::max<int64_t>(*static_cast<const int64_t*>(valid.data_ptr()), 1);
   const double pull = grad_mse.has_value() ? 2 * commitment_weight * get_scalar(*grad_mse) /
                                                  (double(count) * double(x.size(1)))

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ._common import (
     accumulator_dtype,
@@ -68,8 +69,8 @@ def code_statistics(
     chosen = choose_impl(op, impl, refusals(x.device, x.dtype))
     positions = as_positions(x.detach(), channel)
     shape = (positions.shape[0], positions.shape[2])
-    indices = indices.reshape(shape)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    indices = indices.reshape(shape).contiguous()
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(indices, FakeTensor):
         check_index_range(op, indices, num_codes)
     if weights is not None:
         weights = weights.detach().reshape(shape).to(accumulator_dtype(x.dtype))

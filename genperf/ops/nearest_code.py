@@ -127,4 +127,5 @@ def _(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
 def _(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
     from genperf.kernels.nearest_code import nearest_code as launch
 
-    return launch(x, codebook, mask, cosine)
+    with torch.cuda.device_of(x):
+        return launch(x, codebook, mask, cosine)

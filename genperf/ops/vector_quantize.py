@@ -88,7 +88,8 @@ def vector_quantize(
     if chosen == "reference":
         outputs = vector_quantize_reference(positions, codebook, codebook_weight, commitment_weight, gradient, metric, mask)
     elif torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
-        outputs = _VectorQuantize.apply(positions, codebook, codebook_weight, commitment_weight, gradient == "rotation", metric, mask)
+        rotation = gradient == "rotation"
+        outputs = _VectorQuantize.apply(positions, codebook, codebook_weight, commitment_weight, rotation, metric, mask)[:3]
     else:
         outputs = _forward(positions, codebook, codebook_weight + commitment_weight, metric, mask)[:3]
     quantized, indices, loss = outputs
@@ -111,16 +112,19 @@ def _forward(x: Tensor, codebook: Tensor, weight: float, metric: str, mask: Tens
 
 class _VectorQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, codebook, codebook_weight, commitment_weight, rotation, metric, mask):
-        quantized, indices, loss, valid = _forward(x, codebook, codebook_weight + commitment_weight, metric, mask)
-        ctx.save_for_backward(x, codebook, indices, valid)
-        ctx.codebook_weight, ctx.commitment_weight, ctx.rotation = codebook_weight, commitment_weight, rotation
-        ctx.mark_non_differentiable(indices)
-        ctx.set_materialize_grads(False)
-        return quantized, indices, loss
+    def forward(x, codebook, codebook_weight, commitment_weight, rotation, metric, mask):
+        return _forward(x, codebook, codebook_weight + commitment_weight, metric, mask)
 
     @staticmethod
-    def backward(ctx, grad_quantized, _, grad_loss):
+    def setup_context(ctx, inputs, outputs):
+        x, codebook, ctx.codebook_weight, ctx.commitment_weight, ctx.rotation, _, _ = inputs
+        _, indices, _, valid = outputs
+        ctx.save_for_backward(x, codebook, indices, valid)
+        ctx.mark_non_differentiable(indices, valid)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_quantized, _indices, grad_loss, _valid):
         x, codebook, indices, valid = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
             return (*_differentiable_backward(ctx, grad_quantized, grad_loss), None, None, None, None, None)
@@ -143,6 +147,8 @@ def _differentiable_backward(ctx, grad_quantized: Tensor | None, grad_loss: Tens
     inputs = [t for t, needed in zip((x, codebook), ctx.needs_input_grad, strict=False) if needed]
     quantized, loss = _quantize_reference(x, codebook, indices, ctx.codebook_weight, ctx.commitment_weight, gradient)
     pairs = [(out, grad) for out, grad in ((quantized, grad_quantized), (loss, grad_loss)) if grad is not None and out.requires_grad]
+    if not pairs:
+        return None, None
     outputs, upstream = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(outputs, inputs, upstream, create_graph=True, allow_unused=True))
     return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:2])
@@ -186,8 +192,12 @@ class _ValueOf(torch.autograd.Function):
     """The value of one tensor with the gradient of another, without the rounding of a + (b - a)."""
 
     @staticmethod
-    def forward(ctx, value, carrier):
+    def forward(value, carrier):
         return value.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        pass
 
     @staticmethod
     def backward(ctx, grad):
