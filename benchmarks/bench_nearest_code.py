@@ -13,7 +13,7 @@ from measure import measure  # isort: skip
 from workloads import WORKLOADS  # isort: skip
 
 SAMPLED_DISTANCES = 3e7
-MAXIMUM_DISTANCE_BYTES = 12e9
+MAXIMUM_DISTANCE_BYTES = 5e9
 
 
 def genperf_search(x, codebook):

@@ -12,7 +12,7 @@ from genperf.nn import VectorQuantizer
 from measure import measure  # isort: skip
 from workloads import WORKLOADS  # isort: skip
 
-MAXIMUM_DISTANCE_BYTES = 12e9
+MAXIMUM_DISTANCE_BYTES = 5e9
 
 
 def image_of(n, d, device):

@@ -68,7 +68,7 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
         nearest_code_coarse_kernel[grid](
             x, centre, values, bias, limits, maxima, bound, first, count, inner, num_codes, blocks, dim, *x.stride(),
             COSINE=cosine, TILES=TILES_PER_PROGRAM, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_CODES=BLOCK_CODES,
-            num_warps=8, num_stages=2, enable_fp_fusion=True,
+            **coarse_options(x.device),
         )  # fmt: skip
         # Without fused multiply-adds: their results would differ from the reference's in the last bit.
         nearest_code_exact_kernel[(count,)](
@@ -76,6 +76,13 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
             COSINE=cosine, HAS_MASK=mask is not None, BLOCK_CODES=BLOCK_CODES, BLOCK_B=64, num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
     return indices
+
+
+def coarse_options(device: torch.device | int) -> dict[str, int | bool]:
+    """Launch options of the coarse pass on a device, or for a compute capability's major number."""
+    major = device if isinstance(device, int) else torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    # Two stages hide the loads; on sm_100 their registers would spill.
+    return {"num_warps": 8, "num_stages": 2 if major < 10 else 1, "enable_fp_fusion": True}
 
 
 def _finite_mean(codebook: Tensor) -> Tensor:

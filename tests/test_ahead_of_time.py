@@ -59,7 +59,7 @@ def kernels():
              "bound": "*fp32", "first": "i64", "count": "i32", "inner": "i32", "num_codes": "i32", "blocks": "i32",
              "dim": "i32", **QUERY_STRIDES},
             {"COSINE": False, "TILES": 8, "BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_D": 32, "BLOCK_CODES": 32},
-            {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True},
+            module.coarse_options,
         )  # fmt: skip
         yield (
             f"exact-{dtype}", module.nearest_code_exact_kernel,
@@ -74,6 +74,7 @@ def kernels():
 @pytest.mark.parametrize("case", list(kernels()), ids=lambda case: case[0])
 def test_triton_kernels_compile(case, arch, tmp_path):
     name, kernel, signature, constants, options = case
+    options = options(arch // 10) if callable(options) else options
     compiled = compile_triton(kernel, signature, constants, arch, **options)
     assert compiled.metadata.shared <= SHARED_MEMORY[arch]
     assert spilled_bytes(compiled.asm["cubin"], tmp_path / "kernel.cubin") == 0
