@@ -2,6 +2,8 @@
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,8 +33,7 @@ if "sdist" not in sys.argv:
 
 
 def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    return shutil.which("nvcc", path=f"{home}/bin" if (home := os.environ.get("CUDA_HOME")) else None)
 
 
 def wants_cuda() -> bool:
@@ -44,18 +45,19 @@ def wants_cuda() -> bool:
     return choice == "1" or (choice == "auto" and torch.version.cuda is not None and find_nvcc() is not None)
 
 
-def cuda_archs() -> str:
-    return os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS).replace(" ", ";")
+def cuda_archs() -> list[str]:
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    archs = re.split(r"[; ]+", (chosen or DEFAULT_CUDA_ARCHS).strip("; "))
+    if unknown := [arch for arch in archs if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch)]:
+        sys.exit(f"genperf: TORCH_CUDA_ARCH_LIST must list architectures such as 9.0 or 9.0+PTX, got {unknown[0]!r}.")
+    known = subprocess.run([find_nvcc(), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    return [arch for arch in archs if chosen or f"compute_{arch.removesuffix('+PTX').replace('.', '')}" in known]
 
 
-def gencode_flags(archs: str) -> str:
-    flags = []
-    for arch in filter(None, archs.split(";")):
-        number = arch.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode arch=compute_{number},code=sm_{number}")
-        if arch.endswith("+PTX"):
-            flags.append(f"-gencode arch=compute_{number},code=compute_{number}")
-    return " ".join(flags)
+def gencode_flags(archs: list[str]) -> str:
+    numbers = [(arch.removesuffix("+PTX").replace(".", ""), arch.endswith("+PTX")) for arch in archs]
+    machine_code = [f"-gencode arch=compute_{number},code=sm_{number}" for number, _ in numbers]
+    return " ".join(machine_code + [f"-gencode arch=compute_{number},code=compute_{number}" for number, ptx in numbers if ptx])
 
 
 def libraries() -> list[Extension]:
@@ -75,19 +77,19 @@ class NinjaBuild(build_ext):
 
     def run(self) -> None:
         cxx = os.environ.get("CXX", "g++")
-        if not shutil.which(cxx):
+        if not shutil.which(shlex.split(cxx)[0]):
             sys.exit(f"genperf: no C++ compiler: {cxx!r} is not on PATH; install one or name it in CXX.")
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         optimise = "-O3 -DNDEBUG" if os.environ.get("DEBUG", "0") in ("", "0") else "-O0 -g"
-        common = f"-std=c++20 {optimise} -fPIC -I{ROOT / 'csrc'} -DTORCH_TARGET_VERSION=0x020b000000000000"
-        torch_headers = " ".join(f"-isystem {path}" for path in include_paths())
+        common = f"-std=c++20 {optimise} -fPIC -I{shlex.quote(str(ROOT / 'csrc'))} -DTORCH_TARGET_VERSION=0x020b000000000000"
+        torch_headers = " ".join(f"-isystem {shlex.quote(path)}" for path in include_paths())
         warnings = f"-Wall -Wextra -fvisibility=hidden -ffp-contract=off {os.environ.get('CXXFLAGS', '')}"
         # libtorch leads to torch's CUDA library where there is one, though nothing in it is named at link time.
-        torch_libraries = " ".join(f"-L{path}" for path in library_paths()) + " -Xlinker --no-as-needed -ltorch -ltorch_cpu"
+        torch_libraries = " ".join(f"-L{shlex.quote(path)}" for path in library_paths()) + " -Xlinker --no-as-needed -ltorch -ltorch_cpu"
         built = f'-DGENPERF_ISAS=\\"{",".join(ISAS)}\\" -DGENPERF_TORCH=\\"{torch.__version__}\\"'
-        built += f' -DGENPERF_CUDA_ARCHS=\\"{cuda_archs().replace(";", ",") if wants_cuda() else ""}\\"'
-        built += f" -isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
+        built += f' -DGENPERF_CUDA_ARCHS=\\"{",".join(cuda_archs()) if wants_cuda() else ""}\\"'
+        built += f" -isystem {shlex.quote(sysconfig.get_path('include'))} -isystem {shlex.quote(pybind11.get_include())}"
 
         with open(build / "build.ninja", "w") as file:
             graph = Writer(file, width=1000)
@@ -96,21 +98,19 @@ class NinjaBuild(build_ext):
             graph.rule("link", f"{cxx} -shared $in -o $out $libraries {os.environ.get('LDFLAGS', '')}", description="$out")
             if wants_cuda():
                 nvcc = f"{find_nvcc()} -MMD -MF $out.d {common.replace('-fPIC', '-Xcompiler -fPIC')} {gencode_flags(cuda_archs())}"
-                graph.rule("nvcc", f"{nvcc} -ccbin {cxx} -c $in -o $out", description="$out", **depends)
-                graph.rule("nvlink", f"{find_nvcc()} -ccbin {cxx} -shared $in -o $out $libraries", description="$out")
+                graph.rule("nvcc", f"{nvcc} -ccbin {shlex.split(cxx)[-1]} -c $in -o $out", description="$out", **depends)
+                graph.rule("nvlink", f"{find_nvcc()} -ccbin {shlex.split(cxx)[-1]} -shared $in -o $out $libraries", description="$out")
             for extension in self.extensions:
                 name = extension.name.removeprefix("genperf._")
                 isa = name.removeprefix("cpu_").replace("_v", "-v").replace("x86_64", "x86-64")
                 flags = built if name == "probe" else torch_headers
                 flags += f" -march={isa}" if X86 and name.startswith("cpu_") else ""
-                objects = []
-                for source in extension.sources:
-                    objects.append(str(build / name / f"{source}.o"))
-                    rule = "nvcc" if source.endswith(".cu") else "cxx"
-                    graph.build(objects[-1], rule, str(ROOT / source), variables={"flags": flags})
+                objects = {source: str(build / name / f"{source}.o") for source in extension.sources}
+                for source, target in objects.items():
+                    graph.build(target, "nvcc" if source.endswith(".cu") else "cxx", str(ROOT / source), variables={"flags": flags})
                 target = str(Path(self.get_ext_fullpath(extension.name)).resolve())
                 rule, used = "nvlink" if name == "cuda" else "link", "" if name == "probe" else torch_libraries
-                graph.build(target, rule, objects, variables={"libraries": used})
+                graph.build(target, rule, list(objects.values()), variables={"libraries": used})
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         if subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build, *jobs]).returncode:
             sys.exit("genperf: the build failed; the compiler's message is above.")
