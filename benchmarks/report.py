@@ -65,9 +65,10 @@ def chart(rows: list[dict], path: Path) -> None:
             axis.bar([x + i * width for x in range(len(members))], times, width, label=contender)
         labels = [f"{workload}\nN={n}\nK={k}\nD={d}" for _, workload, n, k, d in members]
         axis.set_xticks([x + 0.4 - width / 2 for x in range(len(members))], labels, fontsize=7)
-        axis.set(yscale="log", ylabel="ms", title=f"{op}, {rows[0]['device']}, {rows[0]['threads']} threads")
+        axis.set(yscale="log", ylabel="ms")
+        axis.set_title(f"{op}, {rows[0]['device']}, {rows[0]['threads']} threads", loc="left")
         axis.grid(axis="y", alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, ncols=len(contenders), loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
