@@ -26,6 +26,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 bench: $(VENV)/installed-bench
+	mkdir -p build
 	$(BIN)/python -m pytest benchmarks/bench_*.py -q --benchmark-enable --benchmark-columns=min,median,rounds --benchmark-json=build/bench.json
 	$(BIN)/python benchmarks/report.py build/bench.json
 
