@@ -9,11 +9,10 @@ import torch
 
 import genperf
 
-from measure import measure  # isort: skip
+from measure import measure, skip_too_large  # isort: skip
 from workloads import WORKLOADS  # isort: skip
 
 SAMPLED_DISTANCES = 3e7
-MAXIMUM_DISTANCE_BYTES = 5e9
 
 
 def genperf_search(x, codebook):
@@ -74,8 +73,7 @@ CONTENDERS = {
 def test_nearest_code(benchmark, workload, contender, size, device):
     name, n, k, d = size(workload)
     make, bytes_per_pair = CONTENDERS[contender]
-    if bytes_per_pair * n * k > MAXIMUM_DISTANCE_BYTES:
-        pytest.skip(f"{contender} would hold about {bytes_per_pair * n * k / 1e9:.0f} GB")
+    skip_too_large(contender, bytes_per_pair * n * k)
     x, codebook = torch.randn(n, d, device=device), torch.randn(k, d, device=device)
     search = make(x, codebook)
 

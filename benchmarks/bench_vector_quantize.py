@@ -9,10 +9,8 @@ import genperf
 from genperf.cli.timing import plain_pytorch_quantizer
 from genperf.nn import VectorQuantizer
 
-from measure import measure  # isort: skip
+from measure import measure, skip_too_large  # isort: skip
 from workloads import WORKLOADS  # isort: skip
-
-MAXIMUM_DISTANCE_BYTES = 5e9
 
 
 def image_of(n, d, device):
@@ -76,8 +74,7 @@ CONTENDERS = {
 def test_vector_quantize(benchmark, workload, contender, size, device):
     name, n, k, d = size(workload)
     make, bytes_per_pair = CONTENDERS[contender]
-    if bytes_per_pair * n * k > MAXIMUM_DISTANCE_BYTES:
-        pytest.skip(f"{contender} would hold about {bytes_per_pair * n * k / 1e9:.0f} GB")
+    skip_too_large(contender, bytes_per_pair * n * k)
     x, codebook = image_of(n, d, device), torch.randn(k, d, device=device)
 
     expected, _, _ = genperf.vector_quantize(x, codebook, channel_dim=1)

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 MINIMUM_SECONDS = 0.3
 MAXIMUM_ROUNDS = 30
+MAXIMUM_BYTES = 5e9
 
 
 def measure(benchmark, function: Callable[[], object], device: str, *, flops: float, moved: int, pairs: int, **facts: object) -> None:
@@ -37,6 +39,12 @@ def measure(benchmark, function: Callable[[], object], device: str, *, flops: fl
     once = time.perf_counter() - start
     rounds = int(min(max(5 if once < 1 else 2, MINIMUM_SECONDS / once), MAXIMUM_ROUNDS))
     benchmark.pedantic(_synchronised(function, device), rounds=rounds, warmup_rounds=1)
+
+
+def skip_too_large(contender: str, size: float) -> None:
+    """Skip a contender that would hold more than `MAXIMUM_BYTES`."""
+    if size > MAXIMUM_BYTES:
+        pytest.skip(f"{contender} would hold about {size / 1e9:.0f} GB")
 
 
 def peak_extra_bytes(function: Callable[[], object], device: str) -> int | None:

@@ -105,8 +105,7 @@ std::tuple<Tensor, Tensor> code_statistics(const Tensor& x,
   check_indices(indices, x);
   const int64_t* index = static_cast<const int64_t*>(indices.data_ptr());
   check_range(index, indices.numel(), num_codes);
-  const ScalarType type =
-      x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType type = accumulator_type(x);
   Tensor counts = torch::stable::new_empty(x, {num_codes}, type);
   Tensor sums = torch::stable::new_empty(x, {num_codes, x.size(1)}, type);
   Tensor contiguous_weights;

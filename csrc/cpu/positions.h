@@ -8,12 +8,12 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <type_traits>
-#include <utility>
 
 namespace genperf {
 
@@ -86,10 +86,9 @@ auto with_types(const Tensor& x, const Tensor& codebook, const F& f) {
   STD_TORCH_CHECK(false, "unsupported pair of dtypes for x and codebook");
 }
 
-// Calls f with a null pointer of the element type of x.
-template <class F>
-auto with_type(const Tensor& x, const F& f) {
-  return with_types(x, x, [&](auto* type, auto*) { return f(type); });
+// The type of losses and sums over tensors of x's type.
+inline ScalarType accumulator_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // Uninitialised memory on a cache-line boundary.

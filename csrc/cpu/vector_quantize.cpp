@@ -205,10 +205,6 @@ void quantize_backward(const Positions<T>* gradient,
       });
 }
 
-ScalarType accumulator_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 void set_scalar(Tensor& scalar, double value) {
   if (scalar.scalar_type() == ScalarType::Double)
     *static_cast<double*>(scalar.data_ptr()) = value;
