@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #endif
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -22,6 +23,7 @@ constexpr int kLanes = 4;
 
 using Vec = float __attribute__((vector_size(kLanes * sizeof(float))));
 using UVec = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+using IVec = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 inline Vec load(const float* p) {
   Vec v;
@@ -72,5 +74,67 @@ inline Vec round_to_bfloat16(Vec v) {
   const UVec bits = UVec(v);
   return Vec((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
 }
+
+// Square roots, correctly rounded.
+inline Vec sqrt(Vec v) {
+#if defined(__AVX512F__)
+  return Vec(_mm512_sqrt_ps(__m512(v)));
+#elif defined(__AVX2__)
+  return Vec(_mm256_sqrt_ps(__m256(v)));
+#elif defined(__SSE__)
+  return Vec(_mm_sqrt_ps(__m128(v)));
+#else
+  for (int i = 0; i < kLanes; ++i)
+    v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
+// The low and the high halves of the products with a 32-bit integer.
+inline void multiply(UVec a, uint32_t b, UVec& low, UVec& high) {
+#if defined(__AVX512F__)
+  const __m512i x = __m512i(a), y = _mm512_set1_epi32(int(b));
+  const __m512i even = _mm512_mul_epu32(x, y);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
+  low = UVec(_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)));
+  high = UVec(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd));
+#elif defined(__AVX2__)
+  const __m256i x = __m256i(a), y = _mm256_set1_epi32(int(b));
+  const __m256i even = _mm256_mul_epu32(x, y);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
+  low = UVec(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));
+  high = UVec(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
+#elif defined(__SSE2__)
+  const __m128i x = __m128i(a), y = _mm_set1_epi32(int(b));
+  const __m128i odd_lanes = _mm_set1_epi64x(-1LL << 32);
+  const __m128i even = _mm_mul_epu32(x, y);
+  const __m128i odd = _mm_mul_epu32(_mm_srli_epi64(x, 32), y);
+  low = UVec(_mm_or_si128(_mm_andnot_si128(odd_lanes, even), _mm_slli_epi64(odd, 32)));
+  high = UVec(_mm_or_si128(_mm_srli_epi64(even, 32), _mm_and_si128(odd_lanes, odd)));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t product = uint64_t{a[i]} * b;
+    low[i] = uint32_t(product);
+    high[i] = uint32_t(product >> 32);
+  }
+#endif
+}
+
+// The arithmetic of elementary.h and noise.h on vectors.
+struct Simd {
+  using F = Vec;
+  using U = UVec;
+  using I = IVec;
+
+  static Vec constant(float a) { return broadcast(a); }
+  static Vec fma(Vec a, Vec b, Vec c) { return genperf::fma(a, b, c); }
+  static Vec sqrt(Vec a) { return genperf::sqrt(a); }
+  static Vec from_int(IVec a) { return __builtin_convertvector(a, Vec); }
+  static UVec bits(Vec a) { return UVec(a); }
+  static Vec from_bits(UVec a) { return Vec(a); }
+  static void multiply(UVec a, uint32_t b, UVec& low, UVec& high) {
+    genperf::multiply(a, b, low, high);
+  }
+};
 
 }  // namespace genperf

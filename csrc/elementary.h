@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// log, exp, sin and cos in float32: one source for the threads of the CUDA kernels and the vectors
+// of the CPU kernels, so that noise is the same on every device, bit for bit where the processor has
+// a fused multiply-add. The template parameter A names the arithmetic: Scalar here, Simd in
+// cpu/simd.h. Polynomials are minimax fits of the function's relative error.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define GENPERF_DEVICE __device__ __forceinline__
+#else
+#define GENPERF_DEVICE inline
+#endif
+
+namespace genperf {
+
+struct Scalar {
+  using F = float;
+  using U = uint32_t;
+  using I = int32_t;
+
+  static GENPERF_DEVICE float constant(float a) { return a; }
+  static GENPERF_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+  static GENPERF_DEVICE float sqrt(float a) { return ::sqrtf(a); }
+  static GENPERF_DEVICE float from_int(int32_t a) { return static_cast<float>(a); }
+  static GENPERF_DEVICE uint32_t bits(float a) {
+    uint32_t result;
+    std::memcpy(&result, &a, sizeof(a));
+    return result;
+  }
+  static GENPERF_DEVICE float from_bits(uint32_t a) {
+    float result;
+    std::memcpy(&result, &a, sizeof(a));
+    return result;
+  }
+  // The low and the high half of a product.
+  static GENPERF_DEVICE void multiply(uint32_t a, uint32_t b, uint32_t& low, uint32_t& high) {
+    const uint64_t product = uint64_t{a} * b;
+    low = static_cast<uint32_t>(product);
+    high = static_cast<uint32_t>(product >> 32);
+  }
+};
+
+template <class A, int kCount>
+GENPERF_DEVICE typename A::F polynomial(typename A::F x, const float (&descending)[kCount]) {
+  typename A::F value = A::constant(descending[0]);
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+  for (int i = 1; i < kCount; ++i)
+    value = A::fma(value, x, A::constant(descending[i]));
+  return value;
+}
+
+// exponent * log(2) + log(1 + f), for 1 + f between sqrt(1/2) and sqrt(2).
+template <class A>
+GENPERF_DEVICE typename A::F log_of_parts(typename A::F exponent, typename A::F f) {
+  const float coefficients[] = {-0.0764610618f, 0.127791151f,  -0.13164185f, 0.14199695f,
+                                -0.166227654f,  0.200012922f, -0.250008374f, 0.333333313f};
+  using F = typename A::F;
+  const F square = f * f;
+  const F tail = A::fma(polynomial<A>(f, coefficients), f, A::constant(-0.5f)) * square;
+  // log(2) in two parts, of which the first times any exponent is exact.
+  return A::fma(exponent, A::constant(0.693359375f),
+                f + A::fma(exponent, A::constant(-2.12194440e-4f), tail));
+}
+
+// Of a positive, finite, normal number.
+template <class A>
+GENPERF_DEVICE typename A::F log(typename A::F x) {
+  using U = typename A::U;
+  const U bits = A::bits(x);
+  const U exponent = U(typename A::I(bits - 0x3f3504f3u) >> 23);
+  return log_of_parts<A>(A::from_int(typename A::I(exponent)),
+                         A::from_bits(bits - (exponent << 23)) - 1.0f);
+}
+
+// e^x = scale * (1 + rest): scale a power of two, rest = e^r - 1 for |r| <= log(2) / 2. Below
+// e^-87 it is e^-87; x must not exceed 88. NaN stays.
+template <class A>
+struct ExpParts {
+  typename A::F scale, rest;
+
+  GENPERF_DEVICE explicit ExpParts(typename A::F x) {
+    using F = typename A::F;
+    const float coefficients[] = {0.00019845886f, 0.001394072f, 0.00833338965f,
+                                  0.0416663587f,  0.166666657f, 0.5f};
+    x = x < -87.0f ? A::constant(-87.0f) : x;
+    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+    const F shifted = A::fma(x, A::constant(1.44269504f), A::constant(12582912.0f));
+    const F whole = shifted - 12582912.0f;
+    F r = A::fma(whole, A::constant(-0.693359375f), x);
+    r = A::fma(whole, A::constant(2.12194440e-4f), r);
+    scale = A::from_bits((A::bits(shifted) + 127u) << 23);
+    rest = A::fma(polynomial<A>(r, coefficients), r * r, r);
+  }
+
+  GENPERF_DEVICE typename A::F exp() const { return A::fma(scale, rest, scale); }
+  GENPERF_DEVICE typename A::F expm1() const { return A::fma(scale, rest, scale - 1.0f); }
+};
+
+template <class A>
+GENPERF_DEVICE typename A::F exp(typename A::F x) {
+  return ExpParts<A>(x).exp();
+}
+
+// sin and cos of 2 pi angle / 2^32.
+template <class A>
+GENPERF_DEVICE void sincos(typename A::U angle, typename A::F& sin, typename A::F& cos) {
+  using F = typename A::F;
+  using U = typename A::U;
+  const float sin_coefficients[] = {-0.00460162573f, 0.0796800256f, -0.64596343f, 1.57079637f};
+  const float cos_coefficients[] = {0.000903356553f, -0.0208599325f, 0.253669173f, -1.23370051f,
+                                    1.0f};
+  const U quadrant = (angle + 0x20000000u) >> 30;
+  const F rest = A::from_int(typename A::I(angle - (quadrant << 30))) * 0x1p-30f;
+  const F square = rest * rest;
+  const F s = rest * polynomial<A>(square, sin_coefficients);
+  const F c = polynomial<A>(square, cos_coefficients);
+  const U sin_sign = (quadrant & 2u) << 30;
+  const U cos_sign = ((quadrant + 1u) & 2u) << 30;
+  const auto swapped = (quadrant & 1u) != 0u;
+  sin = A::from_bits(A::bits(swapped ? c : s) ^ sin_sign);
+  cos = A::from_bits(A::bits(swapped ? s : c) ^ cos_sign);
+}
+
+}  // namespace genperf

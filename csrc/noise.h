@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Random numbers that are functions of a 64-bit seed and a position, so that a backward pass draws
+// them again instead of reading them back. One source for CUDA and the CPU, see elementary.h; in
+// plain PyTorch the same numbers come from genperf/ops/_noise.py.
+#pragma once
+
+#include "elementary.h"
+
+namespace genperf {
+
+template <class A>
+struct Words {
+  typename A::U word[4];
+};
+
+// Philox 4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
+template <class A>
+GENPERF_DEVICE Words<A> philox(Words<A> counter, uint64_t seed) {
+  using U = typename A::U;
+  uint32_t key0 = static_cast<uint32_t>(seed);
+  uint32_t key1 = static_cast<uint32_t>(seed >> 32);
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+  for (int round = 0; round < 10; ++round) {
+    U low0, high0, low1, high1;
+    A::multiply(counter.word[0], 0xd2511f53u, low0, high0);
+    A::multiply(counter.word[2], 0xcd9e8d57u, low1, high1);
+    counter = {{high1 ^ counter.word[1] ^ key0, low1, high0 ^ counter.word[3] ^ key1, low0}};
+    key0 += 0x9e3779b9u;
+    key1 += 0xbb67ae85u;
+  }
+  return counter;
+}
+
+// The four words of quad number `quad` of the stream of row number `row`.
+template <class A>
+GENPERF_DEVICE Words<A> random_words(typename A::U quad_low,
+                                     typename A::U quad_high,
+                                     typename A::U row_low,
+                                     typename A::U row_high,
+                                     uint64_t seed) {
+  return philox<A>({{quad_low, quad_high, row_low, row_high}}, seed);
+}
+
+// Uniform on [0, 1), as a multiple of 2^-24.
+template <class A>
+GENPERF_DEVICE typename A::F uniform(typename A::U word) {
+  return A::from_int(typename A::I(word >> 8)) * 0x1p-24f;
+}
+
+// -log((word + 1/2) / 2^32), a standard exponential variate, to a few ulp at both ends: what lies
+// above 1/2 is reached from its complement, which is small and so not rounded to 1.
+template <class A>
+GENPERF_DEVICE typename A::F exponential(typename A::U word) {
+  using F = typename A::F;
+  using U = typename A::U;
+  using I = typename A::I;
+  const auto upper = I(word) < 0;
+  const F half_or_less =
+      A::fma(A::from_int(I(upper ? ~word : word)), A::constant(0x1p-32f), A::constant(0x1p-33f));
+  const F value = upper ? 1.0f - half_or_less : half_or_less;
+  const U bits = A::bits(value);
+  const U exponent = U(I(bits - 0x3f3504f3u) >> 23);
+  const F reduced = A::from_bits(bits - (exponent << 23)) - 1.0f;
+  const auto exact = (upper ? exponent : U(exponent | 1u)) == 0u;
+  return -log_of_parts<A>(A::from_int(I(exponent)), exact ? -half_or_less : reduced);
+}
+
+// Standard Gumbel variate.
+template <class A>
+GENPERF_DEVICE typename A::F gumbel(typename A::U word) {
+  return -log<A>(exponential<A>(word));
+}
+
+// Two independent standard normal variates, by Box and Muller's method; at most 6.8 in magnitude.
+template <class A>
+GENPERF_DEVICE void normal_pair(typename A::U radius,
+                                typename A::U angle,
+                                typename A::F& first,
+                                typename A::F& second) {
+  const typename A::F length = A::sqrt(2.0f * exponential<A>(radius));
+  sincos<A>(angle, second, first);
+  first *= length;
+  second *= length;
+}
+
+// The words as four independent standard normal variates.
+template <class A>
+GENPERF_DEVICE void normals(const Words<A>& words, typename A::F (&values)[4]) {
+  normal_pair<A>(words.word[0], words.word[1], values[0], values[1]);
+  normal_pair<A>(words.word[2], words.word[3], values[2], values[3]);
+}
+
+}  // namespace genperf
