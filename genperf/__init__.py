@@ -6,6 +6,29 @@ from ._version import __version__
 _library.load()
 
 from . import models, nn  # noqa: E402
-from .ops import code_statistics, nearest_code, vector_quantize  # noqa: E402
+from .ops import (  # noqa: E402
+    code_statistics,
+    gaussian_sample,
+    gradient_norm_penalty,
+    gumbel_sample,
+    interpolate,
+    minibatch_similarity,
+    nearest_code,
+    perturb,
+    vector_quantize,
+)
 
-__all__ = ["__version__", "code_statistics", "models", "nearest_code", "nn", "vector_quantize"]
+__all__ = [
+    "__version__",
+    "code_statistics",
+    "gaussian_sample",
+    "gradient_norm_penalty",
+    "gumbel_sample",
+    "interpolate",
+    "minibatch_similarity",
+    "models",
+    "nearest_code",
+    "nn",
+    "perturb",
+    "vector_quantize",
+]

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -45,6 +45,14 @@ def native_refusal(op: str, device: torch.device, dtype: torch.dtype) -> str | N
             return "the CUDA kernels take float32, bfloat16 and float16."
         return _library.cuda_failure
     return f"no compiled kernel for device {device.type!r}."
+
+
+def streaming_refusals(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Refusals of an op whose kernels, on every device, take float32, bfloat16 and float16 only."""
+    native = native_refusal(op, device, dtype)
+    if native is None and dtype == torch.float64:
+        native = "the kernels take float32, bfloat16 and float16."
+    return {"native": native, "reference": None}
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
@@ -95,6 +103,17 @@ def check_float(op: str, name: str, value: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}.")
 
 
+def check_noise(op: str, noise: Tensor, name: str, x: Tensor, shape: Sequence[int]) -> None:
+    """`noise` must have `shape`, be on x's device, and be float32 or of x's dtype."""
+    check_tensor(op, "noise", noise)
+    if noise.shape != shape:
+        raise ValueError(f"{op}: noise must have shape {list(shape)}, got {list(noise.shape)}.")
+    if noise.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"{op}: noise must be float32 or have the dtype of {name}, {x.dtype}, got {noise.dtype}.")
+    if noise.device != x.device:
+        raise ValueError(f"{op}: noise and {name} must be on one device, got {noise.device} and {x.device}.")
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of losses and sums over tensors of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -120,19 +139,81 @@ def as_positions(x: Tensor, channel: int) -> Tensor:
     return x.reshape(math.prod(sizes[:channel]), x.shape[channel], math.prod(sizes[channel:]))
 
 
+def like_positions(t: Tensor, positions: Tensor, x: Tensor, channel: int) -> Tensor:
+    """View t, of x's shape, as [outer, D, inner] with the outer and inner of x's `positions`; a copy where it must be."""
+    split = _position_split(positions, x, channel)
+    return t.movedim(channel, split).reshape(positions.shape)
+
+
 def from_positions(y: Tensor, x: Tensor, channel: int) -> Tensor:
-    """Undo `as_positions`: y [outer, D, inner] in the shape of x."""
+    """Undo `as_positions`: y [outer, D, inner] in the shape of x, but for its D."""
+    sizes = positions_shape(x, channel)
+    split = _position_split(y, x, channel)
+    return y.reshape(*sizes[:split], y.shape[1], *sizes[split:]).movedim(split, channel)
+
+
+def _position_split(positions: Tensor, x: Tensor, channel: int) -> int:
     sizes = positions_shape(x, channel)
     split = 0
-    while math.prod(sizes[:split]) != y.shape[0] or math.prod(sizes[split:]) != y.shape[2]:
+    while math.prod(sizes[:split]) != positions.shape[0] or math.prod(sizes[split:]) != positions.shape[2]:
         split += 1
-    return y.reshape(*sizes[:split], x.shape[channel], *sizes[split:]).movedim(split, channel)
+    return split
 
 
-def _collapses(sizes: list[int], strides: list[int]) -> bool:
+def as_rows(read: Sequence[Tensor | None], written: Sequence[Tensor | None] = ()) -> list[Tensor | None]:
+    """View tensors of one shape [B, ...] as [B, rows, columns], elements in row-major order.
+
+    Where no one view fits all, what is only read is copied; what is written must be dense.
+    """
+    tensors = [t for t in (*read, *written) if t is not None]
+    shape = tensors[0].shape
+    split = _row_split(shape, tensors) or _row_split(shape, [t for t in written if t is not None]) or 1
+    sizes = (shape[0], math.prod(shape[1:split]), math.prod(shape[split:]))
+    views = [None if t is None else t.reshape(sizes) for t in read]
+    return views + [None if t is None else t.view(sizes) for t in written]
+
+
+def _row_split(shape: Sequence[int], tensors: Sequence[Tensor]) -> int | None:
+    """The dimension at which the columns start in a view of all the tensors as [B, rows, columns]."""
+    for split in range(1, max(2, len(shape))):
+        if all(_collapses(shape[1:split], t.stride()[1:split]) and _collapses(shape[split:], t.stride()[split:]) for t in tensors):
+            return split
+    return None
+
+
+def _collapses(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether dimensions of these sizes and strides are one strided dimension."""
     kept = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
     return all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(kept))
+
+
+def differentiate(
+    outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of the needed inputs that can be differentiated again; None where there is no path."""
+    wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+    pairs = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if grad is not None and out.requires_grad]
+    if not pairs or not wanted:
+        return [None] * len(inputs)
+    outputs, upstream = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needed]
+
+
+class ValueOf(torch.autograd.Function):
+    """The value of one tensor with the gradient of another, without the rounding of a + (b - a)."""
+
+    @staticmethod
+    def forward(value, carrier):
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
 
 
 def register_fake(op: str) -> Callable[[Callable], Callable]:

@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 from ._common import (
+    ValueOf,
     accumulator_dtype,
     as_positions,
     check_positions,
     check_tensor,
     check_vectors,
     choose_impl,
+    differentiate,
     from_positions,
     native_refusal,
     positions_shape,
@@ -141,17 +143,11 @@ class _VectorQuantize(torch.autograd.Function):
         return grad_x, grad_codebook, None, None, None, None, None
 
 
-def _differentiable_backward(ctx, grad_quantized: Tensor | None, grad_loss: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _differentiable_backward(ctx, grad_quantized: Tensor | None, grad_loss: Tensor | None) -> list[Tensor | None]:
     x, codebook, indices, _ = ctx.saved_tensors
     gradient = "rotation" if ctx.rotation else "straight_through"
-    inputs = [t for t, needed in zip((x, codebook), ctx.needs_input_grad, strict=False) if needed]
-    quantized, loss = _quantize_reference(x, codebook, indices, ctx.codebook_weight, ctx.commitment_weight, gradient)
-    pairs = [(out, grad) for out, grad in ((quantized, grad_quantized), (loss, grad_loss)) if grad is not None and out.requires_grad]
-    if not pairs:
-        return None, None
-    outputs, upstream = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outputs, inputs, upstream, create_graph=True, allow_unused=True))
-    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:2])
+    outputs = _quantize_reference(x, codebook, indices, ctx.codebook_weight, ctx.commitment_weight, gradient)
+    return differentiate(outputs, (grad_quantized, grad_loss), (x, codebook), ctx.needs_input_grad[:2])
 
 
 def vector_quantize_reference(
@@ -184,24 +180,8 @@ def _quantize_reference(
     loss = codebook_weight * mean_square(wide.detach() - wide_code) + commitment_weight * mean_square(wide - wide_code.detach())
     value = code.detach().to(x.dtype)
     carried = _rotate(wide, wide_code.detach()).to(x.dtype) if gradient == "rotation" else x
-    quantized = _ValueOf.apply(value, carried)
+    quantized = ValueOf.apply(value, carried)
     return torch.where(valid, quantized, 0), loss
-
-
-class _ValueOf(torch.autograd.Function):
-    """The value of one tensor with the gradient of another, without the rounding of a + (b - a)."""
-
-    @staticmethod
-    def forward(value, carrier):
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        pass
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, grad
 
 
 def _rotate(x: Tensor, code: Tensor) -> Tensor:

@@ -1,0 +1,237 @@
+"""Gumbel-softmax samples with the KL divergence of their distribution, and the codes they choose."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._common import (
+    HALF_DTYPES,
+    ValueOf,
+    accumulator_dtype,
+    as_positions,
+    check_float,
+    check_noise,
+    check_tensor,
+    choose_impl,
+    differentiate,
+    from_positions,
+    like_positions,
+    positions_shape,
+    register_fake,
+    streaming_refusals,
+)
+from ._noise import draw_seed, gumbel_noise
+
+
+def gumbel_sample(
+    logits: Tensor,  # [..., K, ...]
+    codebook: Tensor | None = None,  # [K, D]
+    *,
+    tau: float | Tensor = 1.0,
+    hard: bool = False,
+    dim: int = -1,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,  # [..., K, ...]
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample categories by the Gumbel-softmax; Jang et al., "Categorical Reparameterization with Gumbel-Softmax" (2016).
+
+    Equivalent to (dim=-1):
+        perturbed = logits - torch.empty_like(logits).exponential_().log()
+        soft = (perturbed / tau).softmax(-1)
+        indices = perturbed.argmax(-1)
+        sample = F.one_hot(indices, K) - soft.detach() + soft if hard else soft     # one-hot bit for bit
+        sample = sample if codebook is None else sample @ codebook
+        q = logits.softmax(-1)
+        kl = (q * (q * K).log()).sum(-1)
+
+    One pass reads the logits and draws the noise; only the logits, a seed and four numbers for each position are kept for
+    backward, which draws the noise again. Images [B, K, H, W] (dim=1) are read where they lie. With a codebook, hard
+    samples gather codes instead of multiplying by one-hot vectors, and no probabilities are kept. The codebook's gradient
+    is that of the product; it is summed in a fixed order.
+
+    Args:
+        logits: float32, bfloat16, float16 or float64; any strides; K = its size along `dim`. -inf excludes a class.
+        codebook: K codes, of logits' dtype, or float32 with half-precision logits.
+        tau: temperature >= 0; a tensor of one element anneals without recompiling and without waiting for the device.
+            At 0 the sample is the one-hot vector of the largest perturbed logit and passes no gradient.
+        hard: one-hot samples with the gradient of the soft ones (straight through).
+        dim: the dimension of the classes.
+        generator: the seed of the noise is drawn from it, or from torch's default generator of the logits' device. One
+            seed gives the same noise on every device and in every memory layout, up to the rounding of log.
+        noise: used in place of drawn Gumbel noise, of logits' shape, in logits' dtype or float32.
+        impl: None picks; "native" and "reference" insist. A tau or noise that requires a gradient runs the reference.
+
+    Returns:
+        sample, of logits' shape and dtype; with a codebook D takes the place of K;
+        indices, int64, logits' shape without `dim`: of the largest perturbed logit, the lowest on ties;
+        kl, float32 (float64 for float64), of indices' shape: in nats, of softmax(logits) against the uniform distribution.
+        A position with a NaN or no finite logit has a NaN kl. Half-precision inputs are computed in float32.
+        Differentiable in logits and codebook; the second derivative (create_graph=True) runs in plain PyTorch.
+
+    Raises:
+        ValueError, TypeError: tensors that do not fit each other, as a sentence.
+        NotImplementedError: an `impl` that cannot run here.
+    """
+    op = "gumbel_sample"
+    check_tensor(op, "logits", logits)
+    check_float(op, "logits", logits)
+    if logits.dim() == 0 or not -logits.dim() <= dim < logits.dim():
+        raise ValueError(f"{op}: dim must be a dimension of logits, got dim={dim} for shape {list(logits.shape)}.")
+    dim %= logits.dim()
+    if logits.shape[dim] == 0:
+        raise ValueError(f"{op}: logits must hold at least one class along dim={dim}, got shape {list(logits.shape)}.")
+    if codebook is not None:
+        _check_codebook(op, codebook, logits, dim)
+    if noise is not None:
+        check_noise(op, noise, "logits", logits, logits.shape)
+    if isinstance(tau, Tensor):
+        if tau.numel() != 1:
+            raise ValueError(f"{op}: tau must be a number or a tensor of one element, got shape {list(tau.shape)}.")
+    elif not 0 <= tau < math.inf:
+        raise ValueError(f"{op}: tau must not be negative, got {tau!r}.")
+    reasons = refusals(logits.device, logits.dtype)
+    for name, value in (("tau", tau), ("noise", noise)):
+        if torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
+            reasons["native"] = reasons["native"] or f"{name} requires a gradient, which the kernels do not compute."
+    chosen = choose_impl(op, impl, reasons)
+
+    temperature, tau = (tau.to(logits.device, torch.float32), 0.0) if isinstance(tau, Tensor) else (None, float(tau))
+    seed = draw_seed(op, logits.device, generator) if noise is None else None
+    positions = as_positions(logits, dim)
+    if noise is not None:
+        noise = like_positions(noise, positions, logits, dim)
+    arguments = (positions, codebook, temperature, tau, noise, seed, hard)
+    if chosen == "reference":
+        sample, indices, kl = gumbel_sample_reference(*arguments)
+    elif torch.is_grad_enabled() and (logits.requires_grad or (codebook is not None and codebook.requires_grad)):
+        sample, indices, kl, _ = _GumbelSample.apply(*arguments)
+    else:
+        sample, indices, kl, _ = _forward(*arguments)
+    shape = positions_shape(logits, dim)
+    return from_positions(sample, logits, dim), indices.reshape(shape), kl.reshape(shape)
+
+
+def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Which implementations cannot run, and why; best first."""
+    return streaming_refusals("gumbel_sample", device, dtype)
+
+
+def _check_codebook(op: str, codebook: Tensor, logits: Tensor, dim: int) -> None:
+    check_tensor(op, "codebook", codebook)
+    if codebook.dim() != 2 or codebook.shape[0] != logits.shape[dim]:
+        raise ValueError(f"{op}: codebook must have shape [K, D] with K = {logits.shape[dim]} as in logits, got {list(codebook.shape)}.")
+    if codebook.dtype != logits.dtype and not (codebook.dtype == torch.float32 and logits.dtype in HALF_DTYPES):
+        raise TypeError(
+            f"{op}: codebook must have the dtype of logits, or float32 with half-precision logits, got {codebook.dtype} and {logits.dtype}."
+        )
+    if codebook.device != logits.device:
+        raise ValueError(f"{op}: logits and codebook must be on one device, got {logits.device} and {codebook.device}.")
+
+
+def _forward(logits, codebook, temperature, tau, noise, seed, hard) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dense = codebook is None or not hard
+    sample, indices, kl, statistics = torch.ops.genperf.gumbel_sample(logits, temperature, tau, noise, seed, hard, dense)
+    if codebook is not None:
+        sample = _multiply(sample, codebook) if dense else F.embedding(indices, codebook).to(logits.dtype).transpose(1, 2)
+    return sample, indices, kl, statistics
+
+
+def _multiply(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [outer, K, inner] times matrix [K, D] along K, in x's memory layout and dtype."""
+    matrix = matrix.to(x.dtype)
+    if x.stride(1) == 1:
+        return (x.transpose(1, 2) @ matrix).transpose(1, 2)
+    return matrix.T @ x
+
+
+class _GumbelSample(torch.autograd.Function):
+    @staticmethod
+    def forward(logits, codebook, temperature, tau, noise, seed, hard):
+        return _forward(logits, codebook, temperature, tau, noise, seed, hard)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        logits, codebook, temperature, ctx.tau, noise, seed, ctx.hard = inputs
+        _, indices, _, statistics = outputs
+        ctx.save_for_backward(logits, codebook, temperature, noise, seed, indices, statistics)
+        ctx.mark_non_differentiable(indices, statistics)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_sample, _indices, grad_kl, _statistics):
+        logits, codebook, temperature, noise, seed, indices, statistics = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
+        unneeded = (None,) * 5
+        if grad_sample is None and grad_kl is None:
+            return (None, None, *unneeded)
+        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+            sample, _, kl = gumbel_sample_reference(logits, codebook, temperature, ctx.tau, noise, seed, ctx.hard)
+            return (*differentiate((sample, kl), (grad_sample, grad_kl), (logits, codebook), needed), *unneeded)
+        grad_logits = grad_codebook = None
+        if needed[0]:
+            grad_soft = grad_sample if codebook is None or grad_sample is None else _multiply(grad_sample, codebook.T)
+            grad_logits = torch.ops.genperf.gumbel_sample_backward(
+                grad_soft, grad_kl, logits, statistics, temperature, ctx.tau, noise, seed
+            )
+        if needed[1] and grad_sample is not None:
+            if ctx.hard:
+                _, grad_codebook = torch.ops.genperf.code_statistics(grad_sample, indices, codebook.shape[0], None, None)
+            else:
+                soft = torch.ops.genperf.gumbel_sample(logits, temperature, ctx.tau, noise, seed, False, True)[0]
+                grad_codebook = torch.einsum("oki,odi->kd", soft, grad_sample)
+            grad_codebook = grad_codebook.to(codebook.dtype)
+        return (grad_logits, grad_codebook, *unneeded)
+
+
+def gumbel_sample_reference(
+    logits: Tensor,  # [outer, K, inner]
+    codebook: Tensor | None,  # [K, D]
+    temperature: Tensor | None,
+    tau: float,
+    noise: Tensor | None,  # [outer, K, inner]
+    seed: Tensor | None,
+    hard: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op in plain PyTorch, differentiated by autograd; `temperature`, where given, is the tau."""
+    dtype = accumulator_dtype(logits.dtype)
+    outer, classes, inner = logits.shape
+    wide = logits.to(dtype)
+    if noise is None:
+        noise = gumbel_noise(seed, outer * inner, classes, dtype).reshape(outer, inner, classes).transpose(1, 2)
+    perturbed = wide + noise.to(dtype)
+    indices = perturbed.argmax(1)
+    one_hot = torch.zeros_like(perturbed).scatter_(1, indices.unsqueeze(1), 1)
+    if temperature is None:
+        temperature = torch.tensor(tau, dtype=dtype, device=logits.device)
+    temperature = temperature.to(dtype).reshape(())
+    # The largest is subtracted before the division, so that no temperature makes it infinite.
+    relative = perturbed - perturbed.amax(1, keepdim=True).detach()
+    soft = (relative / torch.where(temperature > 0, temperature, 1)).softmax(1)
+    soft = torch.where(temperature > 0, soft, one_hot)
+    sample = (ValueOf.apply(one_hot, soft) if hard else soft).to(logits.dtype)
+    if codebook is not None:
+        sample = _multiply(sample, codebook)
+    log_q = wide.log_softmax(1)
+    q = log_q.exp()
+    kl = (q * (torch.where(log_q == -math.inf, 0, log_q) + math.log(classes))).sum(1)
+    return sample, indices, kl
+
+
+@register_fake("gumbel_sample")
+def _(logits, temperature, tau, noise, seed, hard, dense):
+    outer, _, inner = logits.shape
+    sample = torch.empty_like(logits) if dense else logits.new_empty(0)
+    return (
+        sample,
+        logits.new_empty((outer, inner), dtype=torch.int64),
+        logits.new_empty((outer, inner), dtype=torch.float32),
+        logits.new_empty((4, outer, inner), dtype=torch.float32),
+    )
+
+
+@register_fake("gumbel_sample_backward")
+def _(grad_sample, grad_kl, logits, statistics, temperature, tau, noise, seed) -> Tensor:
+    return torch.empty_like(logits)

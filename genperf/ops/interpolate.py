@@ -1,0 +1,211 @@
+"""Random points between real and fake samples, and around real ones: where gradient penalties are taken."""
+
+import torch
+from torch import Tensor
+
+from ._common import (
+    ValueOf,
+    accumulator_dtype,
+    as_rows,
+    check_float,
+    check_tensor,
+    choose_impl,
+    register_fake,
+    streaming_refusals,
+)
+from ._noise import draw_seed, uniform_noise, uniform_weights
+
+
+def interpolate(
+    real: Tensor,  # [B, ...]
+    fake: Tensor,  # [B, ...]
+    *,
+    weight: Tensor | None = None,  # [B]
+    generator: torch.Generator | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Mix real and fake samples, with one random weight for each; Gulrajani et al., "Improved Training of WGANs" (2017).
+
+    Equivalent to:
+        weight = torch.rand(len(real)).view(-1, *[1] * (real.dim() - 1))
+        mixed = weight * real + (1 - weight) * fake
+
+    One pass, with the weights drawn inside it; backward draws them again from a seed. float32 arithmetic for
+    half-precision samples.
+
+    Args:
+        real, fake: of one shape and dtype (float32, bfloat16, float16 or float64), any strides.
+        weight: used in place of drawn weights; float32 or real's dtype, [B].
+        generator: the seed of the weights is drawn from it, or from torch's default generator of real's device. One seed
+            gives the same weights on every device.
+        impl: None picks; "native" and "reference" insist.
+
+    Returns:
+        mixed, of real's shape, dtype and memory format. NaN and infinity propagate within their element.
+        Differentiable in real, fake and weight; the second derivative (create_graph=True) runs in plain PyTorch.
+
+    Raises:
+        ValueError, TypeError: tensors that do not fit each other, as a sentence.
+        NotImplementedError: an `impl` that cannot run here.
+    """
+    op = "interpolate"
+    _check_samples(op, real)
+    check_tensor(op, "fake", fake)
+    if fake.shape != real.shape:
+        raise ValueError(f"{op}: real and fake must have one shape, got {list(real.shape)} and {list(fake.shape)}.")
+    if fake.dtype != real.dtype or fake.device != real.device:
+        raise TypeError(
+            f"{op}: real and fake must have one dtype and device, got {real.dtype} on {real.device} and {fake.dtype} on {fake.device}."
+        )
+    return _mix(op, real, fake, None, weight, generator, impl)
+
+
+def perturb(
+    real: Tensor,  # [B, ...]
+    *,
+    scale: float | Tensor = 0.5,
+    weight: Tensor | None = None,  # [B]
+    generator: torch.Generator | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Move every sample a random part of the way to a noisy copy; Kodali et al., "On Convergence and Stability of GANs" (2017).
+
+    Equivalent to:
+        noisy = real + scale * real.std() * torch.rand_like(real)
+        mixed = interpolate(real, noisy)
+
+    with the standard deviation taken as constant. The noise is drawn inside the pass over real.
+
+    Args:
+        real: float32, bfloat16, float16 or float64, any strides.
+        scale: of the noise, in standard deviations of the whole batch; a number or a tensor of one element.
+        weight, generator, impl: as in `interpolate`.
+
+    Returns:
+        mixed, of real's shape, dtype and memory format; its gradient goes to real unchanged.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `interpolate`.
+    """
+    op = "perturb"
+    _check_samples(op, real)
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        raise ValueError(f"{op}: scale must be a number or a tensor of one element, got shape {list(scale.shape)}.")
+    dtype = accumulator_dtype(real.dtype)
+    with torch.no_grad():
+        # std of fewer than two elements is NaN, and there is no spread to perturb by.
+        spread = real.to(dtype).std() if real.numel() > 1 else torch.zeros((), dtype=dtype, device=real.device)
+        spread = (scale * spread).to(dtype).reshape(())
+    return _mix(op, real, None, spread, weight, generator, impl)
+
+
+def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Which implementations cannot run, and why; best first."""
+    return streaming_refusals("interpolate", device, dtype)
+
+
+def _check_samples(op: str, real: Tensor) -> None:
+    check_tensor(op, "real", real)
+    check_float(op, "real", real)
+    if real.dim() == 0:
+        raise ValueError(f"{op}: real must have a batch dimension, got a scalar.")
+
+
+def _mix(
+    op: str,
+    real: Tensor,
+    fake: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    generator: torch.Generator | None,
+    impl: str | None,
+) -> Tensor:
+    if weight is not None:
+        check_tensor(op, "weight", weight)
+        if list(weight.shape) != [real.shape[0]]:
+            raise ValueError(f"{op}: weight must hold one number for each sample, [{real.shape[0]}], got {list(weight.shape)}.")
+        if weight.dtype not in (torch.float32, real.dtype) or weight.device != real.device:
+            raise TypeError(
+                f"{op}: weight must be float32 or have real's dtype {real.dtype}, on {real.device}, got {weight.dtype} on {weight.device}."
+            )
+    reasons = refusals(real.device, real.dtype)
+    if fake is None and weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        reasons["native"] = reasons["native"] or "weight requires a gradient, which the kernel does not compute for noise."
+    chosen = choose_impl(op, impl, reasons)
+    # Perturbation draws its noise in any case.
+    seed = draw_seed(op, real.device, generator) if weight is None or fake is None else None
+    if chosen == "reference":
+        return interpolate_reference(real, fake, scale, weight, seed)
+    if weight is not None:
+        weight = weight.float()
+    learns = torch.is_grad_enabled()
+    if fake is None:
+        mixed = _forward(real.detach(), None, scale, weight, seed)
+        return ValueOf.apply(mixed, real) if learns and real.requires_grad else mixed
+    if learns and (real.requires_grad or fake.requires_grad or (weight is not None and weight.requires_grad)):
+        return _Interpolate.apply(real, fake, weight, seed)
+    return _forward(real, fake, None, weight, seed)
+
+
+def _forward(real, fake, scale, weight, seed) -> Tensor:
+    rows = as_rows([real, fake])
+    return torch.ops.genperf.interpolate(*rows, scale, weight, seed).view(real.shape)
+
+
+class _Interpolate(torch.autograd.Function):
+    @staticmethod
+    def forward(real, fake, weight, seed):
+        return _forward(real, fake, None, weight, seed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        real, fake, weight, seed = inputs
+        # The gradient of a weight is all that depends on the samples.
+        samples = (real, fake) if weight is not None and weight.requires_grad else (None, None)
+        ctx.save_for_backward(*samples, weight, seed)
+
+    @staticmethod
+    def backward(ctx, grad_mixed):
+        real, fake, weight, seed = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+            share = uniform_weights(seed, grad_mixed.shape[0]) if weight is None else weight
+            share = share.reshape(-1, *[1] * (grad_mixed.dim() - 1))
+            grad_real, grad_fake = ((part * grad_mixed).to(grad_mixed.dtype) for part in (share, 1 - share))
+            grad_weight = None
+            if ctx.needs_input_grad[2]:
+                difference = real.to(weight.dtype) - fake.to(weight.dtype)
+                grad_weight = (grad_mixed * difference).flatten(1).sum(1)
+            return grad_real, grad_fake, grad_weight, None
+        rows = as_rows([grad_mixed, real, fake])
+        grad_real, grad_fake, grad_weight = torch.ops.genperf.interpolate_backward(*rows, weight, seed)
+        shape = grad_mixed.shape
+        return grad_real.view(shape), grad_fake.view(shape), grad_weight if ctx.needs_input_grad[2] else None, None
+
+
+def interpolate_reference(
+    real: Tensor, fake: Tensor | None, scale: Tensor | None, weight: Tensor | None, seed: Tensor | None
+) -> Tensor:
+    """The op in plain PyTorch, differentiated by autograd; without `fake`, real is perturbed by uniform noise times `scale`."""
+    dtype = accumulator_dtype(real.dtype)
+    if weight is None:
+        weight = uniform_weights(seed, real.shape[0])
+    weight = weight.to(dtype).reshape(-1, *[1] * (real.dim() - 1))
+    wide = real.to(dtype)
+    if fake is None:
+        count = real[0].numel() if real.shape[0] else 0
+        noise = uniform_noise(seed, real.shape[0], count, dtype).reshape(real.shape)
+        mixed = wide + (1 - weight) * scale * noise
+    else:
+        mixed = weight * wide + (1 - weight) * fake.to(dtype)
+    return mixed.to(real.dtype)
+
+
+@register_fake("interpolate")
+def _(real, fake, scale, weight, seed) -> Tensor:
+    return torch.empty_like(real)
+
+
+@register_fake("interpolate_backward")
+def _(grad_mixed, real, fake, weight, seed) -> tuple[Tensor, Tensor, Tensor]:
+    samples = 0 if real is None else grad_mixed.shape[0]
+    return torch.empty_like(grad_mixed), torch.empty_like(grad_mixed), grad_mixed.new_empty(samples, dtype=torch.float32)

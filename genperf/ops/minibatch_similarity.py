@@ -1,0 +1,86 @@
+"""How close each sample of a batch is to the others, for minibatch discrimination."""
+
+import torch
+from torch import Tensor
+
+from ._common import accumulator_dtype, check_float, check_tensor, choose_impl, differentiate, register_fake, streaming_refusals
+
+
+def minibatch_similarity(
+    features: Tensor,  # [N, B, C]
+    impl: str | None = None,
+) -> Tensor:
+    """Sum the similarities of each sample to all others; Salimans et al., "Improved Techniques for Training GANs" (2016).
+
+    Equivalent to:
+        distance = (features.unsqueeze(0) - features.unsqueeze(1)).abs().sum(3)     # [N, N, B]
+        similarity = torch.exp(-distance).sum(1) - 1                                # each sample but itself
+
+    Nothing of size N x N exists in forward or backward, and only the features are kept for backward. Here B counts the
+    kernels of the layer and C their dimensions.
+
+    Args:
+        features: float32, bfloat16, float16 or float64.
+        impl: None picks; "native" and "reference" insist.
+
+    Returns:
+        similarity [N, B], of features' dtype, summed in float32 or better. NaN and infinity propagate within their kernel.
+        Differentiable, where two features are equal with a gradient of zero between them; the second derivative
+        (create_graph=True) runs in plain PyTorch and does hold N x N x B x C elements.
+
+    Raises:
+        ValueError, TypeError: a bad argument, as a sentence.
+        NotImplementedError: an `impl` that cannot run here.
+    """
+    op = "minibatch_similarity"
+    check_tensor(op, "features", features)
+    check_float(op, "features", features)
+    if features.dim() != 3:
+        raise ValueError(f"{op}: features must be [N, B, C], got shape {list(features.shape)}.")
+    chosen = choose_impl(op, impl, refusals(features.device, features.dtype))
+    if chosen == "reference":
+        return minibatch_similarity_reference(features)
+    features = features.contiguous()
+    if torch.is_grad_enabled() and features.requires_grad:
+        return _MinibatchSimilarity.apply(features)
+    return torch.ops.genperf.minibatch_similarity(features)
+
+
+def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Which implementations cannot run, and why; best first."""
+    return streaming_refusals("minibatch_similarity", device, dtype)
+
+
+class _MinibatchSimilarity(torch.autograd.Function):
+    @staticmethod
+    def forward(features):
+        return torch.ops.genperf.minibatch_similarity(features)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad_similarity):
+        (features,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+            return differentiate([minibatch_similarity_reference(features)], [grad_similarity], [features], [True])[0]
+        return torch.ops.genperf.minibatch_similarity_backward(grad_similarity.contiguous(), features)
+
+
+def minibatch_similarity_reference(features: Tensor) -> Tensor:
+    """The op in plain PyTorch, differentiated by autograd."""
+    wide = features.to(accumulator_dtype(features.dtype))
+    distance = (wide.unsqueeze(0) - wide.unsqueeze(1)).abs().sum(3)
+    itself = torch.eye(features.shape[0], dtype=torch.bool, device=features.device).unsqueeze(-1)
+    return torch.exp(-distance).masked_fill(itself, 0).sum(1).to(features.dtype)
+
+
+@register_fake("minibatch_similarity")
+def _(features) -> Tensor:
+    return features.new_empty(features.shape[:2])
+
+
+@register_fake("minibatch_similarity_backward")
+def _(grad_similarity, features) -> Tensor:
+    return torch.empty_like(features)
