@@ -78,7 +78,7 @@ inline Vec round_to_bfloat16(Vec v) {
 // Square roots, correctly rounded.
 inline Vec sqrt(Vec v) {
 #if defined(__AVX512F__)
-  return Vec(_mm512_sqrt_ps(__m512(v)));
+  return Vec(_mm512_maskz_sqrt_ps(0xffff, __m512(v)));
 #elif defined(__AVX2__)
   return Vec(_mm256_sqrt_ps(__m256(v)));
 #elif defined(__SSE__)
@@ -92,25 +92,22 @@ inline Vec sqrt(Vec v) {
 
 // The low and the high halves of the products with a 32-bit integer.
 inline void multiply(UVec a, uint32_t b, UVec& low, UVec& high) {
+#if defined(__SSE2__)
+  using Wide = uint64_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+  const auto products = [&](Wide x) {  // of the lower 32 bits of each lane
 #if defined(__AVX512F__)
-  const __m512i x = __m512i(a), y = _mm512_set1_epi32(int(b));
-  const __m512i even = _mm512_mul_epu32(x, y);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
-  low = UVec(_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)));
-  high = UVec(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd));
+    // The masked form, because GCC warns of the operand that the plain one leaves undefined.
+    return Wide(_mm512_maskz_mul_epu32(0xff, __m512i(x), _mm512_set1_epi32(int(b))));
 #elif defined(__AVX2__)
-  const __m256i x = __m256i(a), y = _mm256_set1_epi32(int(b));
-  const __m256i even = _mm256_mul_epu32(x, y);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
-  low = UVec(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));
-  high = UVec(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
-#elif defined(__SSE2__)
-  const __m128i x = __m128i(a), y = _mm_set1_epi32(int(b));
-  const __m128i odd_lanes = _mm_set1_epi64x(-1LL << 32);
-  const __m128i even = _mm_mul_epu32(x, y);
-  const __m128i odd = _mm_mul_epu32(_mm_srli_epi64(x, 32), y);
-  low = UVec(_mm_or_si128(_mm_andnot_si128(odd_lanes, even), _mm_slli_epi64(odd, 32)));
-  high = UVec(_mm_or_si128(_mm_srli_epi64(even, 32), _mm_and_si128(odd_lanes, odd)));
+    return Wide(_mm256_mul_epu32(__m256i(x), _mm256_set1_epi32(int(b))));
+#else
+    return Wide(_mm_mul_epu32(__m128i(x), _mm_set1_epi32(int(b))));
+#endif
+  };
+  constexpr uint64_t kUpper = 0xffffffff00000000u;
+  const Wide even = products(Wide(a)), odd = products(Wide(a) >> 32);
+  low = UVec((even & ~kUpper) | (odd << 32));
+  high = UVec((even >> 32) | (odd & kUpper));
 #else
   for (int i = 0; i < kLanes; ++i) {
     const uint64_t product = uint64_t{a[i]} * b;
