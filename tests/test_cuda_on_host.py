@@ -1,27 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels, run on the CPU by cuda_on_host.h under AddressSanitizer and UndefinedBehaviorSanitizer.
-
-The sanitizers must be in the process before Python is, so the `check_*` of this file run in a child.
-"""
+"""The kernels of vector quantisation, run on the CPU by cuda_on_host.h, and what that reports."""
 
 import ctypes
 import importlib
 import itertools
-import os
-import shutil
 import subprocess
-import sys
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from cuda_on_host.harness import DTYPES, HERE, compile_kernels, compile_on_host, nan_like, nans, run_checks, run_in_child
 from torch import Tensor
 
-HERE = Path(__file__).parent
-CUDA = HERE.parent / "csrc" / "cuda"
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PAIRS = [
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
@@ -105,14 +95,6 @@ def call(function, params: type[ctypes.Structure], types: tuple[Tensor, ...], **
 
 def sizes_of(x: Tensor, num_codes: int) -> dict[str, int]:
     return {"outer": x.shape[0], "channels": x.shape[1], "inner": x.shape[2], "num_codes": num_codes}
-
-
-def nan_like(x: Tensor) -> Tensor:
-    return torch.full_like(x, float("nan"))
-
-
-def nans(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.full(shape, float("nan"), dtype=dtype)
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
@@ -324,34 +306,14 @@ def check_conversions(library: ctypes.CDLL) -> None:
     assert torch.equal(wide, x.half().float())
 
 
-def compile_on_host(sources: list[Path], output: Path, *flags: str) -> Path:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("the emulation needs g++, which is not on PATH.")
-    if not all(os.path.isabs(path) for path in preloads()):
-        pytest.skip("g++ has no shared libasan and libubsan.")
-    language = "-std=c++20 -O1 -g1 -Wall -Wextra -Werror -Wno-unknown-pragmas -DGENPERF_CUDA_ON_HOST"
-    sanitizers = "-fsanitize=address,undefined -fno-sanitize-recover=all"
-    options = [*language.split(), *sanitizers.split(), f"-I{HERE}", f"-I{CUDA}", *flags]
-    subprocess.run([compiler, *options, "-x", "c++", *sources, "-o", output], check=True)
-    return output
-
-
-def preloads() -> list[str]:
-    # libstdc++ as well: the sanitizer looks for the function that throws when it starts.
-    names = ("libasan.so", "libubsan.so", "libstdc++.so")
-    return [subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in names]
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sources = [*sorted(CUDA.glob("*.cu")), HERE / "cuda_on_host" / "launchers.cpp"]
-    return compile_on_host(sources, tmp_path_factory.mktemp("kernels") / "kernels.so", "-fPIC", "-shared")
+    return compile_kernels(("vector_quantize", "code_statistics"), "quantize_launchers.cpp", tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_on_host([HERE / "cuda_on_host" / "faults.cpp"], tmp_path_factory.mktemp("faults") / "faults")
+    return compile_on_host([HERE / "faults.cpp"], tmp_path_factory.mktemp("faults") / "faults")
 
 
 CHECKS = [name for name in dir() if name.startswith("check_") and name != "check_backward"]
@@ -359,16 +321,7 @@ CHECKS = [name for name in dir() if name.startswith("check_") and name != "check
 
 @pytest.fixture(scope="module")
 def outcome(library: Path) -> str:
-    """What the child printed: a line for each check that passed, else its traceback or the sanitizer's report."""
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": " ".join(preloads()),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, __file__, str(library), *CHECKS]
-    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    return run_in_child(__file__, library, CHECKS)
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -396,15 +349,5 @@ def test_no_fault_is_no_report(faults: Path) -> None:
     subprocess.run([faults, "none"], check=True)
 
 
-def run_checks(library: ctypes.CDLL, checks: list[str]) -> None:
-    for check in checks:
-        try:
-            globals()[check](library)
-            print(check, "passed", flush=True)
-        except AssertionError:
-            traceback.print_exc()
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run_checks(ctypes.CDLL(sys.argv[1]), sys.argv[2:])
+    run_checks(globals())

@@ -150,6 +150,12 @@ void dispatch(const char* op, DType x_type, DType code_type, Run run) {
   }
 }
 
+// Calls run<T>() with the C++ type of a tensor.
+template <typename Run>
+void dispatch(const char* op, DType type, Run run) {
+  dispatch(op, type, type, [&]<typename T, typename>() { run.template operator()<T>(); });
+}
+
 }  // namespace genperf
 
 #endif

@@ -1,80 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gives the CUDA kernels to torch: what memory safety needs is checked here, outputs are allocated,
-// and params filled. The schemas are in library.cpp.
-//
-// Only the LibTorch stable ABI is used, so one binary serves every torch from 2.11 on. The library
-// also loads beside a torch without CUDA: its one CUDA symbol, the current stream, is weak.
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <array>
-#include <cstdint>
-#include <optional>
-#include <tuple>
-
+#include "bindings.h"
 #include "code_statistics.h"
 #include "vector_quantize.h"
 
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
-
 namespace genperf {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using torch::stable::accelerator::DeviceGuard;
-
-// Makes x's device current for as long as it lives.
-class Launch {
- public:
-  explicit Launch(const Tensor& x) : guard_(x.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA.");
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-
-  cudaStream_t stream() const { return stream_; }
-
- private:
-  DeviceGuard guard_;
-  cudaStream_t stream_;
-};
-
-DType dtype_of(const char* op, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, op, ": the CUDA kernels take float32, bfloat16 and float16.");
-  }
-}
-
-Strides strides_of(const Tensor& tensor) {
-  return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-template <typename T>
-const T* data_of(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
-
-template <typename T>
-T* mutable_data_of(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-void check_same_device(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), op, ": ",
-                  name, " must be on x's device.");
-}
 
 void check_positions(const char* op,
                      const char* name,
@@ -95,16 +25,6 @@ void check_codes(const char* op, const char* name, const Tensor& codes, const Te
 
 void check_x(const char* op, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0, op, ": x must have shape [outer, D, inner].");
-}
-
-void check_scalar(const char* op,
-                  const char* name,
-                  const Tensor& tensor,
-                  ScalarType dtype,
-                  const Tensor& x) {
-  check_same_device(op, name, tensor, x);
-  STD_TORCH_CHECK(tensor.numel() == 1 && tensor.scalar_type() == dtype, op, ": ", name,
-                  " must be one element of the right dtype.");
 }
 
 std::tuple<Tensor, Tensor, Tensor> vector_quantize(Tensor x, Tensor codebook, Tensor indices) {

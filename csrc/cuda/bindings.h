@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the files that give the CUDA kernels to torch share: there, what memory safety needs is
+// checked, outputs are allocated and params filled. The schemas are in library.cpp.
+//
+// Only the LibTorch stable ABI is used, so one binary serves every torch from 2.11 on. The library
+// also loads beside a torch without CUDA: its one CUDA symbol, the current stream, is weak.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include "samples.h"
+
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace genperf {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+
+// Makes x's device current for as long as it lives.
+class Launch {
+ public:
+  explicit Launch(const Tensor& x) : guard_(x.get_device_index()) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA.");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+inline DType dtype_of(const char* op, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, op, ": the CUDA kernels take float32, bfloat16 and float16.");
+  }
+}
+
+inline Strides strides_of(const Tensor& tensor) {
+  return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+template <typename T>
+const T* data_of(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+template <typename T>
+T* mutable_data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+inline void check_same_device(const char* op,
+                              const char* name,
+                              const Tensor& tensor,
+                              const Tensor& x) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), op, ": ",
+                  name, " must be on x's device.");
+}
+
+inline void check_scalar(const char* op,
+                         const char* name,
+                         const Tensor& tensor,
+                         ScalarType dtype,
+                         const Tensor& x) {
+  check_same_device(op, name, tensor, x);
+  STD_TORCH_CHECK(tensor.numel() == 1 && tensor.scalar_type() == dtype, op, ": ", name,
+                  " must be one element of the right dtype.");
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  return a.dim() == 3 && b.dim() == 3 && a.size(0) == b.size(0) && a.size(1) == b.size(1) &&
+         a.size(2) == b.size(2);
+}
+
+// x's shape, and its dtype or, where that is allowed, float32.
+inline void check_like(const char* op,
+                       const char* name,
+                       const Tensor& tensor,
+                       const Tensor& x,
+                       bool or_float32 = false) {
+  check_same_device(op, name, tensor, x);
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(same_shape(tensor, x) &&
+                      (dtype == x.scalar_type() || (or_float32 && dtype == ScalarType::Float)),
+                  op, ": ", name, " has the wrong shape or dtype.");
+}
+
+inline void check_vector(const char* op,
+                         const char* name,
+                         const Tensor& tensor,
+                         ScalarType dtype,
+                         const Tensor& x) {
+  check_same_device(op, name, tensor, x);
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == x.size(0) && tensor.scalar_type() == dtype,
+                  op, ": ", name, " must hold one number of the right dtype for each sample.");
+}
+
+// Noise is given, or a seed to draw it from.
+inline void check_noise(const char* op,
+                        const std::optional<Tensor>& noise,
+                        const std::optional<Tensor>& seed,
+                        const Tensor& x) {
+  STD_TORCH_CHECK(noise || seed, op, ": needs noise or a seed.");
+  if (noise)
+    check_like(op, "noise", *noise, x, true);
+  if (seed)
+    check_scalar(op, "seed", *seed, ScalarType::Long, x);
+}
+
+inline SampleShape sample_shape_of(const Tensor& x) {
+  return {x.size(0), x.size(1), x.size(2)};
+}
+
+inline SampleInput sample_input(const Tensor& x) {
+  return {x.const_data_ptr(),
+          x.stride(0),
+          x.stride(1),
+          x.stride(2),
+          x.scalar_type() == ScalarType::Float,
+          false};
+}
+
+inline SampleInput sample_input(const std::optional<Tensor>& x) {
+  return x ? sample_input(*x) : SampleInput{};
+}
+
+inline SampleOutput sample_output(const Tensor& x) {
+  return {x.mutable_data_ptr(),
+          x.stride(0),
+          x.stride(1),
+          x.stride(2),
+          x.scalar_type() == ScalarType::Float,
+          false};
+}
+
+inline SampleOutput sample_output(const std::optional<Tensor>& x) {
+  return x ? sample_output(*x) : SampleOutput{};
+}
+
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& x) {
+  return x ? std::optional(torch::stable::contiguous(*x)) : std::nullopt;
+}
+
+inline Tensor empty_like(const Tensor& x, ScalarType dtype) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(x),
+                                    from(std::optional(dtype)),
+                                    from(std::nullopt),
+                                    from(std::nullopt),
+                                    from(std::nullopt),
+                                    from(std::nullopt)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace genperf

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+// Samples of diagonal Gaussians with their KL divergence, and the gradients of both.
+//
+// One pass each way reads the moments, draws the noise where it is needed and writes the result;
+// nothing but a seed is kept for the backward pass.
+#include "gaussian_sample.h"
+
+namespace genperf {
+namespace {
+
+// One quad of noise: arithmetic takes longer than memory, and two would halve the threads in
+// flight.
+constexpr int kWidth = 4;
+constexpr float kLowestLogvar = -30.0f;
+constexpr float kHighestLogvar = 20.0f;
+
+// As torch.clamp: NaN stays.
+__device__ float clamp_logvar(float logvar) {
+  return logvar < kLowestLogvar ? kLowestLogvar : logvar > kHighestLogvar ? kHighestLogvar : logvar;
+}
+
+// As torch.clamp's gradient: zero where NaN.
+__device__ bool passes(float logvar) {
+  return logvar >= kLowestLogvar && logvar <= kHighestLogvar;
+}
+
+// KL divergence of one element, and its derivatives. expm1 keeps what cancels near a variance of 1.
+struct Divergence {
+  float value, by_mean, by_logvar;
+  float by_prior_mean = 0;
+  float by_prior_logvar = 0;
+
+  // Against N(0, 1); expm1 of half the log variance.
+  __device__ Divergence(float mean, float half_logvar, float expm1) {
+    value = 0.5f * (mean * mean + expm1 * expm1) + (expm1 - half_logvar);
+    by_mean = mean;
+    by_logvar = expm1 + 0.5f * expm1 * expm1;
+  }
+
+  __device__ Divergence(float mean, float logvar, float prior_mean, float prior_logvar) {
+    const float difference = mean - prior_mean;
+    const float ratio = logvar - prior_logvar;
+    const float precision = exp<Scalar>(-prior_logvar);
+    const float scaled = difference * difference * precision;
+    const float expm1 = ExpParts<Scalar>(ratio).expm1();
+    value = 0.5f * (scaled + (expm1 - ratio));
+    by_mean = difference * precision;
+    by_logvar = 0.5f * expm1;
+    by_prior_mean = -by_mean;
+    by_prior_logvar = -0.5f * (scaled + expm1);
+  }
+};
+
+template <typename T, typename Params>
+__device__ void load_noise(const Params& p,
+                           const SamplePlan& plan,
+                           const SampleUnit& unit,
+                           uint64_t seed,
+                           float (&noise)[kWidth]) {
+  if (p.noise.data != nullptr) {
+    load<T>(p.noise, plan, unit, noise);
+    return;
+  }
+  normals<Scalar>(draw(seed, unit.sample, unit.first / kWidth), noise);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kSampleThreads)
+    gaussian_sample_kernel(GaussianSampleParams p, SamplePlan plan) {
+  const SampleSeat seat(plan);
+  const uint64_t seed = p.seed == nullptr ? 0 : static_cast<uint64_t>(*p.seed);
+  float kl = 0;
+  for_units<kWidth>(plan, seat, [&](const SampleUnit& unit) {
+    float mean[kWidth], logvar[kWidth], prior_mean[kWidth], prior_logvar[kWidth];
+    load<T>(p.mean, plan, unit, mean);
+    load<T>(p.logvar, plan, unit, logvar);
+    const bool prior = p.prior_mean.data != nullptr;
+    if (prior) {
+      load<T>(p.prior_mean, plan, unit, prior_mean);
+      load<T>(p.prior_logvar, plan, unit, prior_logvar);
+    }
+    float sample[kWidth];
+    load_noise<T>(p, plan, unit, seed, sample);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const float clamped = clamp_logvar(logvar[j]);
+      const ExpParts<Scalar> deviation(0.5f * clamped);
+      sample[j] = mean[j] + deviation.exp() * sample[j];
+      const Divergence divergence =
+          prior ? Divergence(mean[j], clamped, prior_mean[j], clamp_logvar(prior_logvar[j]))
+                : Divergence(mean[j], 0.5f * clamped, deviation.expm1());
+      const float value = divergence.value < p.free_bits ? p.free_bits : divergence.value;
+      kl += j < unit.count ? value : 0.0f;
+    }
+    store<T>(p.sample, plan, unit, sample);
+  });
+  finish_parts(plan, seat, kl, p.partials, StoreSum{p.kl});
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kSampleThreads)
+    gaussian_sample_backward_kernel(GaussianSampleBackwardParams p, SamplePlan plan) {
+  const SampleSeat seat(plan);
+  const uint64_t seed = p.seed == nullptr ? 0 : static_cast<uint64_t>(*p.seed);
+  const bool has_grad_kl = p.grad_kl != nullptr && seat.sample < plan.shape.batch;
+  const float grad_kl = has_grad_kl ? p.grad_kl[seat.sample] : 0.0f;
+  for_units<kWidth>(plan, seat, [&](const SampleUnit& unit) {
+    float grad_mean[kWidth] = {};
+    float grad_logvar[kWidth] = {};
+    float logvar[kWidth];
+    load<T>(p.logvar, plan, unit, logvar);
+    if (p.grad_sample.data != nullptr) {
+      load<T>(p.grad_sample, plan, unit, grad_mean);
+      load_noise<T>(p, plan, unit, seed, grad_logvar);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j)
+        grad_logvar[j] *= 0.5f * exp<Scalar>(0.5f * clamp_logvar(logvar[j])) * grad_mean[j];
+    }
+    float prior_mean[kWidth] = {};  // the prior's gradients in the end
+    float prior_logvar[kWidth] = {};
+    if (has_grad_kl) {
+      float mean[kWidth];
+      load<T>(p.mean, plan, unit, mean);
+      const bool prior = p.prior_mean.data != nullptr;
+      if (prior) {
+        load<T>(p.prior_mean, plan, unit, prior_mean);
+        load<T>(p.prior_logvar, plan, unit, prior_logvar);
+      }
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        const float clamped = clamp_logvar(logvar[j]);
+        const Divergence divergence =
+            prior ? Divergence(mean[j], clamped, prior_mean[j], clamp_logvar(prior_logvar[j]))
+                  : Divergence(mean[j], 0.5f * clamped, ExpParts<Scalar>(0.5f * clamped).expm1());
+        const bool counts = !(divergence.value < p.free_bits);
+        grad_mean[j] += counts ? grad_kl * divergence.by_mean : 0.0f;
+        grad_logvar[j] += counts ? grad_kl * divergence.by_logvar : 0.0f;
+        prior_mean[j] = counts ? grad_kl * divergence.by_prior_mean : 0.0f;
+        prior_logvar[j] =
+            counts && passes(prior_logvar[j]) ? grad_kl * divergence.by_prior_logvar : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j)
+      grad_logvar[j] = passes(logvar[j]) ? grad_logvar[j] : 0.0f;
+    store<T>(p.grad_mean, plan, unit, grad_mean);
+    store<T>(p.grad_logvar, plan, unit, grad_logvar);
+    if (p.grad_prior_mean.data != nullptr)
+      store<T>(p.grad_prior_mean, plan, unit, prior_mean);
+    if (p.grad_prior_logvar.data != nullptr)
+      store<T>(p.grad_prior_logvar, plan, unit, prior_logvar);
+  });
+}
+
+template <typename T>
+SamplePlan plan_of(GaussianSampleParams& p) {
+  return plan_samples<T, kWidth>("gaussian_sample", p.shape, p.mean, p.logvar, p.prior_mean,
+                                 p.prior_logvar, p.noise, p.sample);
+}
+
+}  // namespace
+
+int64_t gaussian_sample_partials(GaussianSampleParams p, DType type) {
+  return partials_of(type == DType::kFloat32 ? plan_of<float>(p) : plan_of<__half>(p));
+}
+
+void launch_gaussian_sample(GaussianSampleParams p, DType type, cudaStream_t stream) {
+  constexpr const char* kOp = "gaussian_sample";
+  // Rounding may leave an element's KL a little below zero, which is not meant to count as free.
+  if (!(p.free_bits > 0))
+    p.free_bits = -1;
+  dispatch(kOp, type, [&]<typename T>() {
+    const SamplePlan plan = plan_of<T>(p);
+    if (plan.blocks == 0)
+      return;
+    launch(kOp, gaussian_sample_kernel<T>, plan.blocks, kSampleThreads, kTeamSumBytes, stream, p,
+           plan);
+    combine_parts(kOp, plan, p.partials, StoreSum{p.kl}, stream);
+  });
+}
+
+void launch_gaussian_sample_backward(GaussianSampleBackwardParams p,
+                                     DType type,
+                                     cudaStream_t stream) {
+  constexpr const char* kOp = "gaussian_sample_backward";
+  if (!(p.free_bits > 0))
+    p.free_bits = -1;
+  dispatch(kOp, type, [&]<typename T>() {
+    const SamplePlan plan = plan_samples<T, kWidth>(
+        kOp, p.shape, p.grad_sample, p.mean, p.logvar, p.prior_mean, p.prior_logvar, p.noise,
+        p.grad_mean, p.grad_logvar, p.grad_prior_mean, p.grad_prior_logvar);
+    if (plan.blocks == 0 || plan.units == 0)
+      return;
+    launch(kOp, gaussian_sample_backward_kernel<T>, plan.blocks, kSampleThreads, 0, stream, p,
+           plan);
+  });
+}
+
+}  // namespace genperf

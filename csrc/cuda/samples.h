@@ -1,0 +1,365 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the ops over samples share: their tensors are [B, rows, columns] with any strides, and
+// element (r, c) of a sample is number r * columns + c of it.
+//
+// A thread works on units of 4 or 8 consecutive elements, a team of threads on a part of a sample,
+// and a part leaves one partial sum in double. How samples are cut depends on their shape and
+// strides alone, so that sums are the same on every device and in every run.
+#pragma once
+
+#include "launch.h"
+
+namespace genperf {
+
+struct SampleShape {
+  int64_t batch;
+  int64_t rows;
+  int64_t columns;
+};
+
+// Strides are in elements.
+template <typename Data>
+struct SampleTensor {
+  Data* data;  // [B, rows, columns], or null if absent
+  int64_t batch_stride;
+  int64_t row_stride;
+  int64_t column_stride;
+  bool float32;   // even where the op's T is narrower
+  bool together;  // units lie together and aligned; launchers find out
+};
+using SampleInput = SampleTensor<const void>;
+using SampleOutput = SampleTensor<void>;
+
+}  // namespace genperf
+
+#if defined(__CUDACC__) || defined(GENPERF_CUDA_ON_HOST)
+
+#include "noise.h"
+
+namespace genperf {
+
+constexpr int kSampleThreads = 256;
+
+// Elements that one access moves, of a unit of kWidth elements.
+template <typename T, int kWidth>
+constexpr int kVectorOf = kWidth * sizeof(T) < 16 ? kWidth : 16 / sizeof(T);
+
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kVectorOf<T, kWidth>) SampleVector {
+  T values[kVectorOf<T, kWidth>];
+};
+
+struct SamplePlan {
+  SampleShape shape;
+  int64_t elements;     // of a sample
+  uint32_t units;       // numbers that a sample's threads count through, one unit for most of them
+  uint32_t parts;       // of a sample
+  uint32_t per_thread;  // units
+  int team;             // threads to a part, a power of two
+  bool rows_fast;       // neighbouring threads work on neighbouring rows
+  unsigned blocks;
+};
+
+// Plans for the tensors given and changes them to match: dimensions that are one in memory become
+// one.
+template <typename T, int kWidth, typename... Tensors>
+SamplePlan plan_samples(const char* op, SampleShape shape, Tensors&... tensors) {
+  const bool one_row = ((tensors.data == nullptr || shape.rows <= 1 ||
+                         tensors.row_stride == shape.columns * tensors.column_stride) &&
+                        ...);
+  if (!one_row && shape.columns == 1)
+    ((tensors.column_stride = tensors.row_stride), ...);
+  if (one_row || shape.columns == 1)
+    shape = {shape.batch, 1, shape.rows * shape.columns};
+
+  SamplePlan plan{};
+  plan.shape = shape;
+  plan.elements = shape.rows * shape.columns;
+  const auto is_together = [&](const auto& tensor) {
+    const int64_t vector = tensor.float32 ? kVectorOf<float, kWidth> : kVectorOf<T, kWidth>;
+    const size_t bytes = vector * (tensor.float32 ? sizeof(float) : sizeof(T));
+    return tensor.column_stride == 1 && reinterpret_cast<uintptr_t>(tensor.data) % bytes == 0 &&
+           (shape.rows == 1 || (tensor.row_stride % vector == 0 && shape.columns % kWidth == 0)) &&
+           (shape.batch == 1 || tensor.batch_stride % vector == 0);
+  };
+  ((tensors.together = is_together(tensors)), ...);
+  plan.rows_fast = shape.rows > 1 && ((tensors.data != nullptr && !tensors.together &&
+                                       tensors.row_stride < tensors.column_stride) ||
+                                      ...);
+
+  const int64_t units = plan.rows_fast ? shape.rows * ((shape.columns + kWidth - 1) / kWidth)
+                                       : (plan.elements + kWidth - 1) / kWidth;
+  if (units > INT32_MAX)
+    throw std::runtime_error(std::string(op) + ": a sample is too large");
+  plan.units = static_cast<uint32_t>(units);
+  // Enough blocks to fill a GPU come first, then threads that share their fixed costs out.
+  const int64_t spare = units * shape.batch / (int64_t{1024} * kSampleThreads);
+  plan.per_thread = static_cast<uint32_t>(spare < 1 ? 1 : spare > 8 ? 8 : spare);
+  plan.team = 1;
+  while (plan.team < kSampleThreads && int64_t{plan.team} * plan.per_thread < units)
+    plan.team *= 2;
+  const int64_t part = int64_t{plan.team} * plan.per_thread;
+  plan.parts = static_cast<uint32_t>(units > part ? (units + part - 1) / part : 1);
+  const int64_t teams = kSampleThreads / plan.team;
+  const int64_t blocks = (shape.batch * plan.parts + teams - 1) / teams;
+  if (blocks > INT32_MAX)
+    throw std::runtime_error(std::string(op) + ": too many samples");
+  plan.blocks = static_cast<unsigned>(blocks);
+  return plan;
+}
+
+inline int64_t partials_of(const SamplePlan& plan) {
+  return plan.parts > 1 ? plan.shape.batch * plan.parts : 0;
+}
+
+// `count` consecutive elements from number `first` on, which is at (row, column).
+struct SampleUnit {
+  int64_t sample;
+  int64_t first;
+  int64_t row;
+  int64_t column;
+  int count;
+};
+
+// Which part of which sample this thread works on.
+struct SampleSeat {
+  int64_t sample;
+  uint32_t part;
+  uint32_t lane;  // in the team
+
+  __device__ explicit SampleSeat(const SamplePlan& plan) {
+    const uint32_t team = plan.team;
+    lane = threadIdx.x % team;
+    if (plan.parts > 1) {
+      sample = blockIdx.x / plan.parts;
+      part = blockIdx.x % plan.parts;
+    } else {
+      sample = int64_t{blockIdx.x} * (kSampleThreads / team) + threadIdx.x / team;
+      part = 0;
+    }
+  }
+};
+
+// Calls body(unit) for each unit of this thread.
+template <int kWidth, typename Body>
+__device__ void for_units(const SamplePlan& plan, const SampleSeat& seat, Body body) {
+  if (seat.sample >= plan.shape.batch)
+    return;
+  uint32_t number = seat.part * (plan.team * plan.per_thread) + seat.lane;
+  for (uint32_t i = 0; i < plan.per_thread && number < plan.units; ++i, number += plan.team) {
+    SampleUnit unit{};
+    unit.sample = seat.sample;
+    if (plan.rows_fast) {
+      // The units that start in a row are its thread's, also where they end in a later row.
+      const auto rows = static_cast<uint32_t>(plan.shape.rows);
+      unit.row = number % rows;
+      const int64_t begin = unit.row * plan.shape.columns;
+      unit.first = (begin + kWidth - 1) / kWidth * kWidth + int64_t{number / rows} * kWidth;
+      unit.column = unit.first - begin;
+      if (unit.column >= plan.shape.columns)
+        continue;
+    } else {
+      unit.first = int64_t{number} * kWidth;
+      if (plan.shape.rows > 1) {
+        unit.row = unit.first / plan.shape.columns;
+        unit.column = unit.first - unit.row * plan.shape.columns;
+      } else {
+        unit.column = unit.first;
+      }
+    }
+    const int64_t left = plan.elements - unit.first;
+    unit.count = left < kWidth ? static_cast<int>(left) : kWidth;
+    body(unit);
+  }
+}
+
+// Where in memory the elements of a unit are, one after another.
+class SampleCursor {
+ public:
+  template <typename Data>
+  __device__ SampleCursor(const SampleTensor<Data>& tensor,
+                          const SamplePlan& plan,
+                          const SampleUnit& unit)
+      : offset_(unit.sample * tensor.batch_stride + unit.row * tensor.row_stride +
+                unit.column * tensor.column_stride),
+        left_(plan.shape.columns - unit.column),
+        columns_(plan.shape.columns),
+        step_(tensor.column_stride),
+        wrap_(tensor.row_stride - plan.shape.columns * tensor.column_stride) {}
+
+  __device__ int64_t offset() const { return offset_; }
+  __device__ void advance() {
+    offset_ += step_;
+    if (--left_ == 0) {
+      offset_ += wrap_;
+      left_ = columns_;
+    }
+  }
+
+ private:
+  int64_t offset_;
+  int64_t left_;  // columns in this row
+  int64_t columns_;
+  int64_t step_;
+  int64_t wrap_;
+};
+
+template <typename T, int kWidth>
+__device__ void load_as(const SampleInput& tensor,
+                        const SamplePlan& plan,
+                        const SampleUnit& unit,
+                        float (&values)[kWidth]) {
+  const T* data = static_cast<const T*>(tensor.data);
+  SampleCursor cursor(tensor, plan, unit);
+  if (tensor.together && unit.count == kWidth) {
+    constexpr int kVector = kVectorOf<T, kWidth>;
+#pragma unroll
+    for (int first = 0; first < kWidth; first += kVector) {
+      const auto vector =
+          *reinterpret_cast<const SampleVector<T, kWidth>*>(data + cursor.offset() + first);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j)
+        values[first + j] = to_float(vector.values[j]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) {
+    values[j] = j < unit.count ? to_float(data[cursor.offset()]) : 0.0f;
+    cursor.advance();
+  }
+}
+
+template <typename T, int kWidth>
+__device__ void store_as(const SampleOutput& tensor,
+                         const SamplePlan& plan,
+                         const SampleUnit& unit,
+                         const float (&values)[kWidth]) {
+  T* data = static_cast<T*>(tensor.data);
+  SampleCursor cursor(tensor, plan, unit);
+  if (tensor.together && unit.count == kWidth) {
+    constexpr int kVector = kVectorOf<T, kWidth>;
+#pragma unroll
+    for (int first = 0; first < kWidth; first += kVector) {
+      SampleVector<T, kWidth> vector;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j)
+        vector.values[j] = convert<T>(values[first + j]);
+      *reinterpret_cast<SampleVector<T, kWidth>*>(data + cursor.offset() + first) = vector;
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) {
+    if (j < unit.count)
+      data[cursor.offset()] = convert<T>(values[j]);
+    cursor.advance();
+  }
+}
+
+// The elements of a unit in float32, zeros past its end.
+template <typename T, int kWidth>
+__device__ void load(const SampleInput& tensor,
+                     const SamplePlan& plan,
+                     const SampleUnit& unit,
+                     float (&values)[kWidth]) {
+  if (tensor.float32) {
+    load_as<float>(tensor, plan, unit, values);
+  } else {
+    load_as<T>(tensor, plan, unit, values);
+  }
+}
+
+template <typename T, int kWidth>
+__device__ void store(const SampleOutput& tensor,
+                      const SamplePlan& plan,
+                      const SampleUnit& unit,
+                      const float (&values)[kWidth]) {
+  if (tensor.float32) {
+    store_as<float>(tensor, plan, unit, values);
+  } else {
+    store_as<T>(tensor, plan, unit, values);
+  }
+}
+
+// Four random words of a row.
+__device__ inline Words<Scalar> draw(uint64_t seed, int64_t row, int64_t quad) {
+  return random_words<Scalar>(static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32),
+                              static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), seed);
+}
+
+// The sum over each team, in a fixed order; its lane 0 holds it. Every thread of the block takes
+// part.
+__device__ inline double team_sum(double value, int team) {
+  for (int step = (team < kWarpSize ? team : kWarpSize) / 2; step > 0; step /= 2)
+    value += __shfl_down_sync(kFullWarp, value, step);
+  if (team <= kWarpSize)
+    return value;
+  auto& warp_sums = shared_memory<double[kSampleThreads / kWarpSize]>();
+  const int warp = threadIdx.x / kWarpSize;
+  if (threadIdx.x % kWarpSize == 0)
+    warp_sums[warp] = value;
+  __syncthreads();
+  if (threadIdx.x % team == 0) {
+    value = 0;
+    for (int i = 0; i < team / kWarpSize; ++i)
+      value += warp_sums[warp + i];
+  }
+  return value;
+}
+constexpr size_t kTeamSumBytes = sizeof(double[kSampleThreads / kWarpSize]);
+
+// Hands the sums of the teams to finish(sample, sum), or leaves them for combine_parts_kernel.
+template <typename Finish>
+__device__ void finish_parts(const SamplePlan& plan,
+                             const SampleSeat& seat,
+                             double sum,
+                             double* partials,
+                             const Finish& finish) {
+  sum = team_sum(sum, plan.team);
+  if (seat.lane != 0 || seat.sample >= plan.shape.batch)
+    return;
+  if (plan.parts > 1) {
+    partials[blockIdx.x] = sum;
+  } else {
+    finish(seat.sample, sum);
+  }
+}
+
+// A block to a sample.
+template <typename Finish>
+__global__ void __launch_bounds__(kSampleThreads)
+    combine_parts_kernel(const double* partials, uint32_t parts, Finish finish) {
+  const int64_t sample = blockIdx.x;
+  double sum = 0;
+#pragma unroll 4
+  for (uint32_t i = threadIdx.x; i < parts; i += kSampleThreads)
+    sum += partials[sample * parts + i];
+  sum = team_sum(sum, kSampleThreads);
+  if (threadIdx.x == 0)
+    finish(sample, sum);
+}
+
+struct StoreSum {
+  float* sums;  // [B]
+
+  __device__ void operator()(int64_t sample, double sum) const {
+    sums[sample] = static_cast<float>(sum);
+  }
+};
+
+template <typename Finish>
+void combine_parts(const char* op,
+                   const SamplePlan& plan,
+                   const double* partials,
+                   Finish finish,
+                   cudaStream_t stream) {
+  if (plan.parts > 1) {
+    launch(op, combine_parts_kernel<Finish>, static_cast<unsigned>(plan.shape.batch),
+           kSampleThreads, kTeamSumBytes, stream, partials, plan.parts, finish);
+  }
+}
+
+}  // namespace genperf
+
+#endif

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels over samples [B, rows, columns], run on the CPU by cuda_on_host.h."""
+
+import ctypes
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_on_host.harness import (
+    DTYPES,
+    SampleTensor,
+    Shape,
+    assert_close,
+    compile_kernels,
+    fill,
+    nan_like,
+    nans,
+    normal_noise,
+    run_checks,
+    run_in_child,
+    structure,
+)
+from torch import Tensor
+
+OPS = ("gaussian_sample",)
+SEED = 0x7654321089ABCDE
+LAYOUTS = ("contiguous", "packed", "channels_last", "columns_apart", "sliced")
+
+# (B, rows, columns): one element, teams of 1 to 256 threads, samples in several parts, units that cross rows, rows
+# shorter than a unit, whole units only, nothing.
+SHAPES = [
+    (1, 1, 1),
+    (300, 1, 3),
+    (2, 5, 7),
+    (3, 33, 49),
+    (2, 7, 3),
+    (5, 8, 12),
+    (2, 64, 64),
+    (1, 3, 1401),
+    (2, 257, 1),
+    (0, 3, 4),
+    (3, 0, 4),
+]
+
+POINTER, FLOAT = ctypes.c_void_p, ctypes.c_float
+GaussianSampleParams = structure(
+    ("mean logvar prior_mean prior_logvar noise", SampleTensor),
+    ("seed", POINTER),
+    ("sample", SampleTensor),
+    ("partials kl", POINTER),
+    ("shape", Shape),
+    ("free_bits", FLOAT),
+)
+GaussianSampleBackwardParams = structure(
+    ("grad_sample", SampleTensor),
+    ("grad_kl", POINTER),
+    ("mean logvar prior_mean prior_logvar noise", SampleTensor),
+    ("seed", POINTER),
+    ("grad_mean grad_logvar grad_prior_mean grad_prior_logvar", SampleTensor),
+    ("shape", Shape),
+    ("free_bits", FLOAT),
+)
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """x [B, rows, columns] with the strides of a layout."""
+    batch, rows, columns = x.shape
+    if layout == "packed":
+        return torch.empty(batch, 2 * rows, columns, dtype=x.dtype)[:, rows:].copy_(x)
+    if layout == "channels_last":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "columns_apart":
+        return torch.empty(batch, rows, 2 * columns, dtype=x.dtype)[:, :, columns:].copy_(x)
+    if layout == "sliced":
+        return torch.empty(batch, rows + 1, 2 * columns + 3, dtype=x.dtype)[:, 1:, 3 : 3 + 2 * columns : 2].copy_(x)
+    return x.contiguous()
+
+
+def cases(shapes=SHAPES):
+    """(name, number, function that makes a random tensor of the case, dtype, layout, shape)."""
+    for number, (dtype, layout, shape) in enumerate(itertools.product(DTYPES, LAYOUTS, shapes)):
+        if dtype != torch.float32 and number % 2:
+            continue
+        generator = torch.Generator().manual_seed(number)
+
+        def make(scale=1.0, to=None, layout=layout, dtype=dtype, shape=shape, generator=generator):
+            return lay_out((scale * torch.randn(shape, generator=generator)).to(to or dtype), layout)
+
+        yield f"{dtype} {layout} {shape}", number, make, dtype, shape
+
+
+def normal_like(x: Tensor) -> Tensor:
+    return normal_noise(SEED, x.shape[0], x[0].numel() if x.shape[0] else 0).reshape(x.shape)
+
+
+def gaussian_exact(mean, logvar, prior, noise, free_bits) -> tuple[Tensor, Tensor]:
+    """Sample and KL of each element, in float64."""
+    logvar = logvar.clamp(-30, 20)
+    sample = mean + torch.exp(0.5 * logvar) * noise
+    if prior is None:
+        kl = 0.5 * (mean.square() + torch.expm1(logvar) - logvar)
+    else:
+        prior_logvar = prior[1].clamp(-30, 20)
+        ratio = logvar - prior_logvar
+        kl = 0.5 * ((mean - prior[0]).square() * torch.exp(-prior_logvar) + torch.expm1(ratio) - ratio)
+    return sample, kl.clamp(min=free_bits) if free_bits > 0 else kl
+
+
+def run_gaussian(library, mean, logvar, prior, noise, free_bits, wide) -> tuple[Tensor, Tensor]:
+    seed = torch.tensor(SEED)
+    sample, kl = nan_like(mean, torch.float32 if wide else mean.dtype), nans(mean.shape[0])
+    prior = prior or (None, None)
+    params = fill(
+        GaussianSampleParams,
+        mean=mean,
+        logvar=logvar,
+        prior_mean=prior[0],
+        prior_logvar=prior[1],
+        noise=noise,
+        seed=seed if noise is None else None,
+        sample=sample,
+        kl=kl,
+        shape=Shape(*mean.shape),
+        free_bits=free_bits,
+    )
+    partials = nans(library.gaussian_sample_partials(ctypes.byref(params), DTYPES[mean.dtype]), dtype=torch.float64)
+    params.partials = partials.data_ptr()
+    library.gaussian_sample(ctypes.byref(params), DTYPES[mean.dtype])
+    return sample, kl
+
+
+def gaussian_cases():
+    for name, number, make, dtype, _ in cases():
+        mean, logvar = make(), make(3.0)
+        if logvar.numel():
+            logvar[0, 0, 0] = 25
+            logvar[-1, -1, -1] = -31
+        prior = (make(), make().mul_(2)) if number % 3 == 0 else None
+        if prior is not None and number % 2:
+            prior = tuple(t[:, :1, :1].clone().expand_as(t) for t in prior)
+        noise = (None, make(), make(to=torch.float32))[number % 3 if number % 4 else 0]
+        free_bits = 0.3 if number % 5 == 0 else 0.0
+        yield name, number, make, dtype, (mean, logvar, prior, noise, free_bits)
+
+
+def widen(arguments: tuple) -> list:
+    mean, logvar, prior, noise, free_bits = arguments
+    prior = None if prior is None else tuple(t.double() for t in prior)
+    return [mean.double(), logvar.double(), prior, normal_like(mean) if noise is None else noise.double(), free_bits]
+
+
+def check_gaussian_sample(library: ctypes.CDLL) -> None:
+    for name, number, _, _, arguments in gaussian_cases():
+        sample, kl = run_gaussian(library, *arguments, wide=number % 7 == 0)
+        assert sample.stride() == torch.empty_like(arguments[0]).stride()
+        wide = widen(arguments)
+        exact, exact_kl = gaussian_exact(*wide)
+        magnitude = wide[0].abs() + torch.exp(0.5 * wide[1].clamp(-30, 20)) * wide[3].abs().clamp(min=1)
+        assert_close(f"{name} sample", sample, exact, magnitude)
+        exact_kl = exact_kl.flatten(1).sum(1) if exact_kl.numel() else torch.zeros(len(kl), dtype=torch.float64)
+        assert_close(f"{name} kl", kl, exact_kl, exact_kl)
+
+
+def check_gaussian_sample_backward(library: ctypes.CDLL) -> None:
+    seed = torch.tensor(SEED)
+    for name, number, make, dtype, arguments in gaussian_cases():
+        mean, logvar, prior, noise, free_bits = arguments
+        grad_sample = None if number % 4 == 1 else make(to=torch.float32 if number % 3 == 1 else dtype)
+        grad_kl = None if number % 4 == 2 else torch.randn(mean.shape[0], generator=torch.Generator().manual_seed(number))
+        inputs = [mean, logvar, *(prior or ())]
+        # Two gradients share a packed tensor.
+        packed = nan_like(torch.cat([mean, mean], 1))
+        gradients = [packed[:, : mean.shape[1]], packed[:, mean.shape[1] :], *(nan_like(t) for t in prior or ())]
+        padded = [*gradients, None, None][:4]
+        params = fill(
+            GaussianSampleBackwardParams,
+            grad_sample=grad_sample,
+            grad_kl=grad_kl,
+            mean=mean,
+            logvar=logvar,
+            prior_mean=None if prior is None else prior[0],
+            prior_logvar=None if prior is None else prior[1],
+            noise=noise,
+            seed=seed if noise is None else None,
+            grad_mean=padded[0],
+            grad_logvar=padded[1],
+            grad_prior_mean=padded[2],
+            grad_prior_logvar=padded[3],
+            shape=Shape(*mean.shape),
+            free_bits=free_bits,
+        )
+        library.gaussian_sample_backward(ctypes.byref(params), DTYPES[dtype])
+
+        leaves = [t.double().requires_grad_() for t in inputs]
+        wide = widen(arguments)
+        sample, kl = gaussian_exact(*leaves[:2], tuple(leaves[2:]) or None, *wide[3:])
+        zero = 0 * sum(leaf.sum() for leaf in leaves)
+        from_sample = zero if grad_sample is None else zero + (sample * grad_sample.double()).sum()
+        from_kl = zero if grad_kl is None else zero + (kl * grad_kl.double()[:, None, None]).sum()
+        parts = [torch.autograd.grad(total, leaves, retain_graph=True) for total in (from_sample, from_kl)]
+        for actual, first, second in zip(gradients, *parts, strict=True):
+            # Where noise is near zero its error is that of a number near one, and so is that of a KL near zero.
+            magnitude = first.abs() + second.abs() + (0 if grad_kl is None else grad_kl.double().abs()[:, None, None] * (second != 0))
+            if grad_sample is not None:
+                magnitude = magnitude + grad_sample.double().abs() * torch.exp(0.5 * wide[1].clamp(-30, 20)) * (first != 0)
+            assert_close(name, actual, first + second, magnitude)
+
+
+def check_gaussian_nan(library: ctypes.CDLL) -> None:
+    for bad in range(3):
+        mean, logvar, noise = (torch.zeros(3, 1, 9) for _ in range(3))
+        (mean, logvar, noise)[bad][1, 0, 4] = float("nan")
+        sample, kl = run_gaussian(library, mean, logvar, None, noise, 0.1, False)
+        assert sample.isnan().nonzero().tolist() == [[1, 0, 4]]
+        assert kl.isnan().tolist() == [False, bad < 2, False]
+
+
+def check_gaussian_small_kl(library: ctypes.CDLL) -> None:
+    """A KL so small that it is what remains of cancelling terms."""
+    mean, logvar = torch.zeros(2, 1, 4001), torch.full((2, 1, 4001), 0.01)
+    sample, kl = run_gaussian(library, mean, logvar, None, torch.zeros_like(mean), 0.0, False)
+    assert (sample == 0).all()
+    exact = 4001 * 0.5 * (torch.expm1(logvar[0, 0, 0].double()) - logvar[0, 0, 0].double())
+    assert ((kl - exact).abs() <= 2e-5 * exact).all()
+
+
+def check_random_words(library: ctypes.CDLL) -> None:
+    """The known answer that comes with Philox."""
+    counter = torch.tensor([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], dtype=torch.uint32)
+    words = torch.zeros(4, dtype=torch.uint32)
+    library.random_words(POINTER(counter.data_ptr()), ctypes.c_uint64(0x299F31D0A4093822), POINTER(words.data_ptr()))
+    assert [hex(word) for word in words.tolist()] == ["0xd16cfe09", "0x94fdcceb", "0x5001e420", "0x24126ea1"]
+
+
+CHECKS = [name for name in dir() if name.startswith("check_")]
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> str:
+    library: Path = compile_kernels(OPS, "sample_launchers.cpp", tmp_path_factory.mktemp("kernels"))
+    return run_in_child(__file__, library, CHECKS)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_kernels(outcome: str, check: str) -> None:
+    assert f"{check} passed" in outcome, outcome
+
+
+if __name__ == "__main__":
+    run_checks(globals())
