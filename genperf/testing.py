@@ -55,6 +55,26 @@ def layouts(x: Tensor) -> dict[str, tuple[Tensor, int]]:
     }
 
 
+def strided(x: Tensor) -> dict[str, Tensor]:
+    """x [B, ...] in other memory layouts; what lies between its elements is NaN."""
+    backwards = list(range(x.dim()))[::-1]
+    spaced = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"))
+    spaced[..., 1::2] = x
+    cropped = x.new_full([size + 2 for size in x.shape], float("nan"))[tuple(slice(1, size + 1) for size in x.shape)]
+    cropped.copy_(x)
+    found = {
+        "contiguous": x.contiguous(),
+        "backwards": x.permute(backwards).contiguous().permute(backwards),
+        "batch_last": x.movedim(0, -1).contiguous().movedim(-1, 0),
+        "spaced": spaced[..., 1::2],
+        "cropped": cropped,
+    }
+    if x.dim() in (4, 5):
+        channels_last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        found["channels_last"] = x.contiguous(memory_format=channels_last)
+    return found
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """New tensors start as NaN (integers as their largest value), so that what a kernel does not write shows."""
@@ -89,6 +109,30 @@ def assert_accurate(name: str, actual: Tensor, exact: Tensor, plain: Tensor) -> 
     )
 
 
+def saved_bytes(function: Callable[[], object]) -> int:
+    """How many bytes of tensors autograd holds for the backward of what `function` does; shared memory counts once."""
+    saved = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    del result  # held until here, so that no address is used twice
+    return sum(saved.values())
+
+
+def largest_allocation(function: Callable[[], object]) -> int:
+    """The most bytes that `function` allocates at once on the CPU."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    allocated = [event.cpu_memory_usage for event in profile.events() if event.cpu_memory_usage > 0]
+    assert allocated, "the profiler saw no allocation"
+    return max(allocated)
+
+
 def check_op(name: str, samples: Sequence[tuple]) -> None:
     """torch's own checks of a compiled op on sample arguments: schema, fake against real, aliasing, dynamic shapes."""
     op = getattr(torch.ops.genperf, name).default
@@ -118,3 +162,54 @@ def check_compile(function: Callable[..., Sequence[Tensor]], *inputs: Sequence[T
             torch.testing.assert_close(fused, eager, equal_nan=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled(*(t.detach().clone().requires_grad_(t.is_floating_point()) for t in inputs[0]))
+
+
+def check_randomness(draw: Callable[[torch.Generator | None], Tensor], device: str) -> None:
+    """What draws noise follows torch's generators: reproducible from a seed, another noise at each call, and nothing else moved."""
+    torch.manual_seed(7)
+    first, second = draw(None), draw(None)
+    torch.manual_seed(7)
+    assert torch.equal(draw(None), first)
+    assert not torch.equal(first, second)
+    for place in {"cpu", device}:
+        generator = torch.Generator(place).manual_seed(3)
+        state = generator.get_state()
+        torch.manual_seed(7)
+        drawn, next_drawn = draw(generator), draw(generator)
+        assert torch.equal(draw(None), first), "a given generator moved the default one"
+        assert not torch.equal(drawn, next_drawn)
+        generator.set_state(state)
+        assert torch.equal(draw(generator), drawn)
+
+
+def check_checkpoint(function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Gradients of a scalar function that draws noise are the same under activation checkpointing, bit for bit."""
+    results = []
+    for checkpointed in (False, True):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        torch.manual_seed(11)
+        value = torch.utils.checkpoint.checkpoint(function, *leaves, use_reentrant=False) if checkpointed else function(*leaves)
+        torch.rand(3, device=value.device)  # the generator moves on between forward and backward
+        results.append([value, *torch.autograd.grad(value, leaves)])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def check_cuda_graph(draw: Callable[[], Tensor]) -> None:
+    """A function that draws noise can be captured in a CUDA graph, and every replay draws anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            draw()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = draw()
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        seen.append(captured.clone())
+    assert seen[0].isfinite().all()
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
