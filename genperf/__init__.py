@@ -5,7 +5,7 @@ from ._version import __version__
 
 _library.load()
 
-from . import models, nn  # noqa: E402
+from . import compat, losses, models, nn  # noqa: E402
 from .ops import (  # noqa: E402
     code_statistics,
     gaussian_sample,
@@ -21,10 +21,12 @@ from .ops import (  # noqa: E402
 __all__ = [
     "__version__",
     "code_statistics",
+    "compat",
     "gaussian_sample",
     "gradient_norm_penalty",
     "gumbel_sample",
     "interpolate",
+    "losses",
     "minibatch_similarity",
     "models",
     "nearest_code",

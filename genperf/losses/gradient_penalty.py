@@ -1,0 +1,236 @@
+"""Gradient penalties of critics, one function for the published kinds."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.gaussian_sample import gaussian_sample
+from ..ops.gradient_norm_penalty import gradient_norm_penalty
+from ..ops.interpolate import interpolate, perturb
+
+# The norm that each kind pulls towards; None where there is no norm to choose.
+CENTERS = {
+    "wgan-gp": 1.0,
+    "one-sided": 1.0,
+    "zero-centered": 0.0,
+    "dragan": 1.0,
+    "r1": 0.0,
+    "r2": 0.0,
+    "r1+r2": 0.0,
+    "finite-difference": None,
+}
+MIXING = ("wgan-gp", "one-sided", "zero-centered")
+NEED_FAKE = (*MIXING, "r2", "r1+r2")
+
+
+def gradient_penalty(
+    critic: Callable[..., Any],
+    real: Tensor,  # [B, ...]
+    fake: Tensor | None = None,  # [B, ...]
+    *,
+    kind: str = "wgan-gp",
+    weight: float | Tensor = 10.0,
+    center: float | None = None,
+    condition: Any = None,
+    step: float = 0.01,
+    scaler: "torch.amp.GradScaler | None" = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Penalise how far the norms of a critic's gradients lie from `center`; a loss to add to the critic's.
+
+    Equivalent to (kind="wgan-gp"):
+        points = genperf.interpolate(real.detach(), fake.detach()).requires_grad_()
+        (gradients,) = torch.autograd.grad(critic(points).sum(), points, create_graph=True)
+        norm = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
+        loss = weight * (norm - 1).square().mean()
+
+    kind                points                                  penalty of a sample     paper
+    "wgan-gp"           genperf.interpolate(real, fake)         (|g| - 1)^2             Gulrajani et al. 2017
+    "one-sided"         genperf.interpolate(real, fake)         max(0, |g| - 1)^2       Petzka et al. 2017
+    "zero-centered"     genperf.interpolate(real, fake)         |g|^2                   Thanh-Tung et al. 2019
+    "dragan"            genperf.perturb(real)                   (|g| - 1)^2             Kodali et al. 2017
+    "r1"                real                                    |g|^2                   Mescheder et al. 2018
+    "r2"                fake                                    |g|^2                   Mescheder et al. 2018
+    "r1+r2"             real and, apart, fake                   |g|^2, the two added    Huang et al. (R3GAN) 2024
+    "finite-difference" real                                    estimates |g|^2         Lin et al. (APT) 2025
+
+    g is the gradient of the sum of all that the critic returns. Its norm runs over all dimensions of a sample, each
+    sample has one weight for mixing, and the mean is over samples. The loss is `weight` times that mean: where a paper
+    writes gamma / 2 * E|g|^2 (R1, R2, R3GAN), pass weight=gamma / 2. Where a norm is zero its derivative is zero, not NaN.
+
+    Nothing here calls backward or touches a `.grad`, so the critic may be wrapped in DistributedDataParallel: the loss
+    is one term of the one that the training step calls backward on. Only the critic's parameters get a gradient; real
+    and fake are taken as they are.
+
+    A critic whose samples depend on each other (batch normalisation, minibatch discrimination) has no gradient of one
+    sample; what is penalised then is the gradient of the sum over the batch.
+
+    **Without double backward.** All kinds but one differentiate a gradient, which torch.compile, fused attention and
+    some checkpointing cannot. "finite-difference" compares two forward passes,
+
+        v = torch.randn_like(real)
+        slope = (critic(real + step * v) - critic(real)).flatten(1).sum(1) / step
+        loss = weight * slope.square().mean()
+
+    whose expectation over v is |g|^2 + O(step^2), that is R1's; of a linear critic it is exact. The variance of one
+    draw is 2 |g|^4. It works under torch.compile(fullgraph=True), with scaled_dot_product_attention and with
+    torch.utils.checkpoint(use_reentrant=False). The critic must be deterministic: dropout differs between the two passes
+    and counts as slope. Rounding of the output adds about (eps * |output| / step)^2, so critics in half precision want a
+    larger step, near 0.1, and real in float32. The approximated R1 of the paper has no division by the step: its lambda is
+    weight / step^2. For the same at generated samples (R2) pass them as `real`.
+
+    **Mixed precision.** Call critic and penalty under autocast as the training step does. With `scaler` the critic's
+    output is scaled for the inner backward pass about as scaler.scale(output.mean()) is, and the gradients are divided
+    by that scale in float32 before their norm is taken; nothing waits for the device. Where the scale overflows half
+    precision the penalty is inf or NaN and so are the gradients of scaler.scale(loss).backward(): scaler.step skips that
+    step and scaler.update lowers the scale, as for any loss. The returned loss itself is not scaled.
+
+    Args:
+        critic: called as critic(points), or with a condition. It returns a tensor of any shape, or a tuple, list or dict
+            (nested, if need be) of tensors, as multi-scale critics do; all of it is summed, so give features a critic
+            returns beside its scores no way in: `lambda x: critic(x)[0]`. For "finite-difference" the first dimension
+            of each output must be the batch.
+        real: float32, bfloat16, float16 or float64.
+        fake: needed by the kinds that name it above, ignored by the others; converted to real's dtype. For a mixing kind
+            of real's shape; "r2" and "r1+r2" take another batch size.
+        kind: of penalty, from the table.
+        weight: factor of the loss, >= 0; a tensor of one element is not checked.
+        center: the norm without a penalty, in place of the kind's own 0 or 1; not for "finite-difference".
+        condition: of a conditional critic. A tuple is passed as further positional arguments, a mapping as keyword
+            arguments, anything else as one further argument. Mixed points have the condition of both their ends.
+        step: standard deviation of the move in "finite-difference", in units of real.
+        scaler: the torch.amp.GradScaler of the training step; "finite-difference" has no use for it.
+        generator: source of all noise in place of torch's default generator.
+
+    Returns:
+        loss, a float32 scalar (float64 for float64), differentiable in the critic's parameters. 0 for an empty batch.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, or a critic whose output does not depend on its input, as a
+            sentence.
+        RuntimeError: called under torch.no_grad, where there is no gradient to penalise ("finite-difference" can be).
+    """
+    op = "gradient_penalty"
+    _check_arguments(op, real, fake, kind, weight, center, step)
+    real = real.detach()
+    if fake is not None:
+        fake = fake.detach().to(real.dtype)
+
+    if kind == "finite-difference":
+        return weight * _squared_slope(op, critic, real, condition, step, generator)
+    if not torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: kind={kind!r} differentiates the critic, got a call under torch.no_grad or inference_mode.")
+    if kind in MIXING:
+        points = [interpolate(real, fake, generator=generator)]
+    elif kind == "dragan":
+        points = [perturb(real, generator=generator)]
+    else:
+        points = {"r1": [real], "r2": [fake], "r1+r2": [real, fake]}[kind]
+    center = CENTERS[kind] if center is None else center
+    penalties = [
+        gradient_norm_penalty(_gradients(op, critic, p, condition, scaler), center=center, one_sided=kind == "one-sided") for p in points
+    ]
+    return weight * sum(penalties[1:], penalties[0])
+
+
+def _check_arguments(
+    op: str, real: Tensor, fake: Tensor | None, kind: str, weight: float | Tensor, center: float | None, step: float
+) -> None:
+    if kind not in CENTERS:
+        raise ValueError(f"{op}: kind must be one of {', '.join(CENTERS)}, got {kind!r}.")
+    for name, samples in (("real", real), ("fake", fake)):
+        if samples is None and (name == "real" or kind in NEED_FAKE):
+            raise ValueError(f"{op}: kind={kind!r} needs {name} samples, got None.")
+        if samples is None:
+            continue
+        if not isinstance(samples, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(samples).__name__}.")
+        if not samples.is_floating_point():
+            raise TypeError(f"{op}: {name} must be of a floating dtype, got {samples.dtype}.")
+        if samples.dim() == 0:
+            raise ValueError(f"{op}: {name} must have a batch dimension, got a scalar.")
+    if kind in MIXING and fake.shape != real.shape:
+        raise ValueError(
+            f"{op}: kind={kind!r} mixes real and fake samples in pairs, so they must have one shape, "
+            f"got {list(real.shape)} and {list(fake.shape)}."
+        )
+    if not isinstance(weight, Tensor) and not 0 <= weight < math.inf:
+        raise ValueError(f"{op}: weight must be a finite number, at least 0, got {weight!r}.")
+    if center is not None and CENTERS[kind] is None:
+        raise ValueError(f"{op}: kind={kind!r} estimates the squared norm, which has no center, got center={center!r}.")
+    if not 0 < step < math.inf:
+        raise ValueError(f"{op}: step must be a finite number above 0, got {step!r}.")
+
+
+def _gradients(op: str, critic: Callable[..., Any], points: Tensor, condition: Any, scaler: Any) -> Tensor:
+    """Gradients of the critic's outputs at the points, unscaled, with a graph to its parameters."""
+    points = points.detach().requires_grad_()
+    outputs = [out for out in _tensors(op, _call(critic, points, condition)) if out.requires_grad]
+    scale = torch.ones((), device=points.device)
+    if scaler is not None:
+        # Divided by the batch as in the mean of an ordinary loss: the scaler's own 2^16 does not fit into float16. By a
+        # power of two, so that no half precision rounds it.
+        scale = scaler.scale(scale) / (1 << max(0, points.shape[0] - 1).bit_length())
+    gradients = None
+    if outputs:
+        seeds = [scale.to(out.dtype).expand_as(out) for out in outputs]
+        (gradients,) = torch.autograd.grad(outputs, points, seeds, create_graph=True, allow_unused=True)
+    if gradients is None:
+        raise ValueError(
+            f"{op}: the critic's output must depend on its input, got an output without a path of gradients to the "
+            f"points of shape {list(points.shape)}."
+        )
+    if scaler is None:
+        return gradients
+    # In float32, since gradients without their scale may be below what half precision holds.
+    return gradients.to(torch.promote_types(gradients.dtype, torch.float32)) / scale
+
+
+def _squared_slope(
+    op: str, critic: Callable[..., Any], points: Tensor, condition: Any, step: float, generator: torch.Generator | None
+) -> Tensor:
+    """Mean square of the slope of each sample's output along a random direction."""
+    count = points.shape[0]
+    logvar = points.new_full((), 2 * math.log(step)).expand(points.shape)
+    moved, _ = gaussian_sample(points, logvar, generator=generator)
+    here, there = (_tensors(op, _call(critic, p, condition)) for p in (points, moved))
+    dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
+    rise = torch.zeros(count, dtype=dtype, device=points.device)
+    for low, high in zip(here, there, strict=True):
+        if low.dim() == 0 or low.shape[0] != count:
+            raise ValueError(
+                f"{op}: kind='finite-difference' needs outputs whose first dimension is the batch of {count}, got shape {list(low.shape)}."
+            )
+        # Subtracted before the sum, which would cancel.
+        rise = rise + (high.to(dtype) - low.to(dtype)).reshape(count, -1).sum(1)
+    return (rise / step).square().sum() / max(1, count)
+
+
+def _call(critic: Callable[..., Any], points: Tensor, condition: Any) -> Any:
+    if condition is None:
+        return critic(points)
+    if isinstance(condition, Mapping):
+        return critic(points, **condition)
+    return critic(points, *condition) if isinstance(condition, tuple) else critic(points, condition)
+
+
+def _tensors(op: str, output: Any) -> list[Tensor]:
+    found = list(_flatten(output))
+    for value in found:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{op}: the critic must return floating tensors, or a tuple, list or dict of them, got {got}.")
+    return found
+
+
+def _flatten(output: Any) -> Iterator[Any]:
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, tuple | list):
+        for part in output:
+            yield from _flatten(part)
+    else:
+        yield output

@@ -1,0 +1,141 @@
+"""Gumbel-softmax quantisation layer: logits choose codes of a learned codebook."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.gumbel_sample import gumbel_sample
+
+
+class GumbelQuantizer(nn.Module):
+    """Draws a code for every position from its logits; Jang et al., "Categorical Reparameterization with Gumbel-Softmax" (2016).
+
+    Equivalent to (channel_dim=-1):
+        sample = F.gumbel_softmax(logits, tau, hard)                        # training
+        sample = F.one_hot(logits.argmax(-1), K)                            # evaluation
+        quantized, indices = sample @ codebook, sample.argmax(-1)
+        q = logits.softmax(-1)
+        kl = (q * (q * K).log()).sum(-1)                                    # from the uniform prior
+
+    The logits come from the layer before, of K channels. In evaluation mode a position takes the code of its largest
+    logit, without noise, so that encoding is repeatable and `decode(encode(logits))` is what `forward` returns.
+
+    The KL comes back for every position, in nats. `kl.mean()` is that of one position and `kl.sum() / len(kl)` that of
+    one sample; neither depends on the size of the batch. As part of an evidence lower bound take the second, against a
+    reconstruction term summed over a sample.
+
+    Args:
+        num_codes: K.
+        dim: D, the length of a code.
+        tau: temperature of the start, >= 0.
+        hard: straight-through samples in training, codes as they are with the gradient of the soft mixture; False mixes
+            codes in training.
+        channel_dim: the dimension of the logits that holds the classes; 1 for images [B, K, H, W].
+        deterministic: None samples in training mode and takes the largest logit in evaluation mode; True always takes
+            the largest; False always samples, codes as they are in evaluation mode.
+
+    Attributes:
+        codebook: [K, D], a parameter; it starts as standard normal, like torch.nn.Embedding.
+        tau: the temperature, a buffer of one element that is saved with the layer. `set_tau` anneals it; a compiled
+            model is not compiled again for it, and nothing waits for the device.
+
+    Raises:
+        ValueError, TypeError: an argument outside its range.
+    """
+
+    tau: Tensor
+
+    def __init__(
+        self,
+        num_codes: int,
+        dim: int,
+        *,
+        tau: float = 1.0,
+        hard: bool = False,
+        channel_dim: int = -1,
+        deterministic: bool | None = None,
+    ) -> None:
+        super().__init__()
+        _check("num_codes must be at least 1", num_codes, num_codes >= 1)
+        _check("dim must be at least 1", dim, dim >= 1)
+        _check("tau must be a finite number, at least 0", tau, 0 <= tau < math.inf)
+        if deterministic not in (None, True, False):
+            raise TypeError(f"GumbelQuantizer: deterministic must be None, True or False, got {deterministic!r}.")
+        self.num_codes = num_codes
+        self.dim = dim
+        self.hard = hard
+        self.channel_dim = channel_dim
+        self.deterministic = deterministic
+        self.codebook = nn.Parameter(torch.randn(num_codes, dim))
+        self.register_buffer("tau", torch.tensor(float(tau)))
+
+    def forward(
+        self,
+        logits: Tensor,  # [..., K, ...]
+        *,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,  # [..., K, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw codes, or take the likeliest.
+
+        Args:
+            logits: of the codebook's dtype, or half precision with a float32 codebook.
+            generator: source of the noise in place of torch's default generator.
+            noise: used in place of drawn Gumbel noise where the layer samples.
+
+        Returns:
+            quantized, of logits' dtype and shape with D in place of K; indices, int64, logits' shape without channel_dim;
+            kl, float32 (float64 for float64), of indices' shape. See `genperf.gumbel_sample`.
+        """
+        if self.is_deterministic:
+            noise = logits.new_zeros(()).expand(logits.shape)
+        hard = self.hard or not self.training or self.is_deterministic
+        return gumbel_sample(logits, self.codebook, tau=self.tau, hard=hard, dim=self.channel_dim, generator=generator, noise=noise)
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether `forward` takes the largest logit now."""
+        return not self.training if self.deterministic is None else self.deterministic
+
+    def encode(self, logits: Tensor) -> Tensor:
+        """Indices of the largest logits, the lowest on ties: int64, logits' shape without channel_dim."""
+        return logits.argmax(self.channel_dim)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """The codes of `indices` [...], laid out as `forward` lays out `quantized`.
+
+        Returns:
+            [..., D, ...] of the codebook's dtype, differentiable in the codebook.
+
+        Raises:
+            TypeError: indices that are not int64.
+        """
+        if indices.dtype != torch.int64:
+            raise TypeError(f"GumbelQuantizer.decode: indices must be int64, got {indices.dtype}.")
+        return F.embedding(indices, self.codebook).movedim(-1, self.channel_dim).contiguous()
+
+    @torch.no_grad()
+    def set_tau(self, tau: float | Tensor) -> None:
+        """Set the temperature, between one step's backward and the next step's forward.
+
+        Annealing from 1 towards 0.5:
+            quantizer.set_tau(max(0.5, math.exp(-1e-5 * step)))
+
+        Args:
+            tau: >= 0; a tensor of one element stays on its device, unchecked.
+        """
+        if isinstance(tau, Tensor):
+            self.tau.copy_(tau.reshape(()))
+        else:
+            _check("tau must be a finite number, at least 0", tau, 0 <= tau < math.inf)
+            self.tau.fill_(tau)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_codes}, {self.dim}, hard={self.hard}, channel_dim={self.channel_dim}, deterministic={self.deterministic}"
+
+
+def _check(rule: str, value: object, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"GumbelQuantizer: {rule}, got {value!r}.")

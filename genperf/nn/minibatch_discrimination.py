@@ -1,0 +1,70 @@
+"""Minibatch discrimination layer: tells a critic how alike the samples of a batch are."""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.minibatch_similarity import minibatch_similarity
+
+
+class MinibatchDiscrimination(nn.Module):
+    """Appends each sample's similarity to the rest of its batch; Salimans et al., "Improved Techniques for Training GANs" (2016).
+
+    Equivalent to:
+        m = torch.einsum("na,abc->nbc", x, weight)
+        distance = (m.unsqueeze(0) - m.unsqueeze(1)).abs().sum(3)           # [N, N, B]
+        similarity = torch.exp(-distance).sum(1) - 1                        # to each sample but itself
+        y = torch.cat([x, similarity], 1)
+
+    without a tensor of N x N. Real and generated samples go through in batches of their own, as in the paper, and a batch
+    is that of this process. Since a sample's output depends on its whole batch, so does its gradient: a gradient penalty
+    on a critic with this layer penalises the batch, not the sample alone.
+
+    Args:
+        in_features: A, the length of a feature vector.
+        num_kernels: B, the number of similarities for each sample.
+        kernel_dim: C, the dimensions that each similarity compares.
+        concatenate: False returns the similarities alone.
+
+    Attributes:
+        weight: [A, B, C], the paper's T; normal with standard deviation 1 / (C * sqrt(A)), so that features of unit
+            variance start about a distance of 1 apart, where the similarity has a gradient.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    def __init__(self, in_features: int, num_kernels: int, kernel_dim: int, *, concatenate: bool = True) -> None:
+        super().__init__()
+        for name, size in (("in_features", in_features), ("num_kernels", num_kernels), ("kernel_dim", kernel_dim)):
+            if size < 1:
+                raise ValueError(f"MinibatchDiscrimination: {name} must be at least 1, got {size!r}.")
+        self.in_features = in_features
+        self.num_kernels = num_kernels
+        self.kernel_dim = kernel_dim
+        self.concatenate = concatenate
+        self.weight = nn.Parameter(torch.randn(in_features, num_kernels, kernel_dim) / (kernel_dim * in_features**0.5))
+
+    @property
+    def out_features(self) -> int:
+        return self.num_kernels + (self.in_features if self.concatenate else 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Measure similarities.
+
+        Args:
+            x: [N, A], of the weight's dtype.
+
+        Returns:
+            [N, A + B], or [N, B] without concatenation. Differentiable twice, the second time in plain PyTorch.
+
+        Raises:
+            ValueError: x of another shape.
+        """
+        if x.dim() != 2 or x.shape[1] != self.in_features:
+            raise ValueError(f"MinibatchDiscrimination: x must be [N, {self.in_features}], got {list(x.shape)}.")
+        features = x @ self.weight.flatten(1)
+        similarity = minibatch_similarity(features.unflatten(1, (self.num_kernels, self.kernel_dim)))
+        return torch.cat([x, similarity], 1) if self.concatenate else similarity
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.num_kernels}, {self.kernel_dim}, concatenate={self.concatenate}"
