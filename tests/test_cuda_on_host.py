@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_host.harness import DTYPES, HERE, compile_kernels, compile_on_host, nan_like, nans, run_checks, run_in_child
+from cuda_on_host.harness import DTYPES, HERE, Strides, compile_kernels, compile_on_host, nan_like, nans, run_checks, run_in_child
 from torch import Tensor
 
 PAIRS = [
@@ -36,10 +36,6 @@ SHAPES = [
     (1, 64, 1, 7),
     (0, 64, 5, 7),
 ]
-
-
-class Strides(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("outer", "channel", "inner")]
 
 
 def _structure(pointers: str, sizes: str, strides: str, rest: list = ()) -> type[ctypes.Structure]:
@@ -85,7 +81,7 @@ def call(function, params: type[ctypes.Structure], types: tuple[Tensor, ...], **
             continue
         setattr(filled, name, value.data_ptr() if value.numel() else None)
         if f"{name}_strides" in names:
-            setattr(filled, f"{name}_strides", Strides(*value.stride()))
+            setattr(filled, f"{name}_strides", Strides.of(value))
         prefix = {"codebook": "code", "origins": "origin"}.get(name)
         if prefix is not None:
             setattr(filled, f"{prefix}_stride", value.stride(0))

@@ -96,9 +96,9 @@ __device__ T convert(From value) {
   }
 }
 
-// kWidth elements, moved in pieces of 16 bytes where they lie together.
+// kWidth elements, moved at once, or in pieces of 16 bytes, where they lie together.
 template <typename T, int kWidth>
-struct alignas(16) Pack {
+struct alignas(kWidth * sizeof(T) < 16 ? kWidth * sizeof(T) : 16) Pack {
   T values[kWidth];
 };
 

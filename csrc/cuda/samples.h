@@ -44,11 +44,6 @@ constexpr int kSampleThreads = 256;
 template <typename T, int kWidth>
 constexpr int kVectorOf = kWidth * sizeof(T) < 16 ? kWidth : 16 / sizeof(T);
 
-template <typename T, int kWidth>
-struct alignas(sizeof(T) * kVectorOf<T, kWidth>) SampleVector {
-  T values[kVectorOf<T, kWidth>];
-};
-
 struct SamplePlan {
   SampleShape shape;
   int64_t elements;     // of a sample
@@ -216,7 +211,7 @@ __device__ void load_as(const SampleInput& tensor,
 #pragma unroll
     for (int first = 0; first < kWidth; first += kVector) {
       const auto vector =
-          *reinterpret_cast<const SampleVector<T, kWidth>*>(data + cursor.offset() + first);
+          *reinterpret_cast<const Pack<T, kVector>*>(data + cursor.offset() + first);
 #pragma unroll
       for (int j = 0; j < kVector; ++j)
         values[first + j] = to_float(vector.values[j]);
@@ -241,11 +236,11 @@ __device__ void store_as(const SampleOutput& tensor,
     constexpr int kVector = kVectorOf<T, kWidth>;
 #pragma unroll
     for (int first = 0; first < kWidth; first += kVector) {
-      SampleVector<T, kWidth> vector;
+      Pack<T, kVector> vector;
 #pragma unroll
       for (int j = 0; j < kVector; ++j)
         vector.values[j] = convert<T>(values[first + j]);
-      *reinterpret_cast<SampleVector<T, kWidth>*>(data + cursor.offset() + first) = vector;
+      *reinterpret_cast<Pack<T, kVector>*>(data + cursor.offset() + first) = vector;
     }
     return;
   }

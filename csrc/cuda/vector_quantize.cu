@@ -9,6 +9,8 @@
 // positions whatever the device and add up in double, so the loss is the same in every run.
 #include "vector_quantize.h"
 
+#include "positions.h"
+
 namespace genperf {
 namespace {
 
@@ -42,18 +44,6 @@ unsigned blocks_of(const Tiling& tiling) {
                                                                     : kVectorQuantizeBlocks);
 }
 
-// Whether each group of `width` channels is aligned to 16 bytes and lies together.
-bool groups_together(const void* data,
-                     int64_t outer,
-                     int64_t channels,
-                     int64_t inner,
-                     Strides strides,
-                     int width) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && channels % width == 0 &&
-         strides.channel == 1 && (outer == 1 || strides.outer % width == 0) &&
-         (inner == 1 || strides.inner % width == 0);
-}
-
 // Which channels of which position of a tile this thread works on.
 struct Seat {
   int lane;      // in the team
@@ -65,12 +55,6 @@ struct Seat {
     position = tiling.channels_last ? thread / tiling.team : thread % tiling.positions;
   }
 };
-
-__device__ int64_t offset_of(int64_t position, int64_t inner, Strides strides) {
-  if (inner == 1)
-    return position * strides.outer;
-  return position / inner * strides.outer + position % inner * strides.inner;
-}
 
 // The sum over the block, in a fixed order; thread 0 holds it.
 __device__ double block_sum(double value) {

@@ -73,6 +73,14 @@ def run_checks(checks: dict[str, Callable]) -> None:
             traceback.print_exc()
 
 
+class Strides(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("outer", "channel", "inner")]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Strides":
+        return cls(*tensor.stride())
+
+
 class SampleTensor(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -100,10 +108,13 @@ def structure(*fields: tuple[str, type]) -> type[ctypes.Structure]:
 
 
 def fill(params: type[ctypes.Structure], **fields: object) -> ctypes.Structure:
-    """The struct with tensors as pointers or SampleTensors; what is None stays null."""
+    """The struct with tensors as pointers, with their strides where it has them, or as SampleTensors; None stays null."""
     filled, kinds = params(), dict(params._fields_)
     for name, value in fields.items():
         if isinstance(value, Tensor):
+            filled._tensors = (*getattr(filled, "_tensors", ()), value)  # they live as long as the struct
+            if f"{name}_strides" in kinds:
+                setattr(filled, f"{name}_strides", Strides.of(value))
             value = SampleTensor.of(value) if kinds[name] is SampleTensor else value.data_ptr() if value.numel() else None
         if value is not None:
             setattr(filled, name, value)
