@@ -108,6 +108,13 @@ GENPERF_DEVICE typename A::F exp(typename A::F x) {
   return ExpParts<A>(x).exp();
 }
 
+// e^x, exactly 0 where it would be below e^-87.
+template <class A>
+GENPERF_DEVICE typename A::F exp_or_zero(typename A::F x) {
+  const typename A::F value = exp<A>(x);
+  return x < -87.0f ? A::constant(0.0f) : value;
+}
+
 // sin and cos of 2 pi angle / 2^32.
 template <class A>
 GENPERF_DEVICE void sincos(typename A::U angle, typename A::F& sin, typename A::F& cos) {

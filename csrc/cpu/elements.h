@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <utility>
 
 #include "simd.h"
 
@@ -112,6 +113,12 @@ struct Rows {
   }
 
   explicit operator bool() const { return data != nullptr; }
+
+  Rows transposed() const {
+    Rows swapped = *this;
+    std::swap(swapped.row_stride, swapped.stride);
+    return swapped;
+  }
 
   // The row's elements from a column on.
   Rows at(int64_t sample, int64_t row, int64_t column) const {

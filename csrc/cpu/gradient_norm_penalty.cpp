@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Norms of the samples of a gradient, summed in float64 so that no square overflows, and the penalty
+// on them.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "elements.h"
+#include "flat_rows.h"
+
+namespace genperf {
+namespace {
+
+using Doubles = double __attribute__((vector_size(kLanes * sizeof(double))));
+
+double excess_of(double norm, double center, bool one_sided) {
+  const double excess = norm - center;
+  return one_sided && excess < 0 ? 0 : excess;
+}
+
+std::tuple<Tensor, Tensor> gradient_norm_penalty(const Tensor& gradients,
+                                                 double center,
+                                                 bool one_sided) {
+  check_rows(gradients, gradients, true, "gradients");
+  const int64_t samples = gradients.size(0);
+  Tensor penalty = torch::stable::new_empty(gradients, {}, ScalarType::Float);
+  Tensor norms = torch::stable::new_empty(gradients, {samples}, ScalarType::Float);
+  with_type(gradients, [&]<class T>(T*) {
+    FlatRows<T, 1> rows({Rows<T>(gradients)}, gradients, false);
+    std::vector<double> squares(rows.blocks());
+    rows.for_each([&](int64_t b, int64_t row, int64_t column, int64_t count, const auto& at) {
+      Doubles total{};
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const int n = int(std::min<int64_t>(kLanes, count - i));
+        const Doubles g = __builtin_convertvector(at[0].get(i, n), Doubles);
+        total += g * g;
+      }
+      double square = 0;
+      for (int lane = 0; lane < kLanes; ++lane)
+        square += total[lane];
+      squares[rows.block(b, row, column)] = square;
+    });
+    float* const norm = static_cast<float*>(norms.mutable_data_ptr());
+    double total = 0;
+    for (int64_t b = 0; b < samples; ++b) {
+      const double exact = std::sqrt(rows.sum_of_sample(squares, b));
+      const double excess = excess_of(exact, center, one_sided);
+      total += excess * excess;
+      norm[b] = float(exact);
+    }
+    *static_cast<float*>(penalty.mutable_data_ptr()) =
+        float(total / double(std::max<int64_t>(1, samples)));
+  });
+  return {penalty, norms};
+}
+
+Tensor gradient_norm_penalty_backward(const Tensor& grad_penalty,
+                                      const Tensor& gradients,
+                                      const Tensor& norms,
+                                      double center,
+                                      bool one_sided) {
+  check_rows(gradients, gradients, true, "gradients");
+  const int64_t samples = gradients.size(0);
+  STD_TORCH_CHECK(grad_penalty.scalar_type() == ScalarType::Float && grad_penalty.numel() == 1,
+                  "grad_penalty must be one float32");
+  STD_TORCH_CHECK(norms.scalar_type() == ScalarType::Float && norms.is_contiguous() &&
+                      norms.numel() == samples,
+                  "norms must be contiguous float32 [B]");
+  const double upstream = *static_cast<const float*>(grad_penalty.const_data_ptr());
+  const float* const norm = static_cast<const float*>(norms.const_data_ptr());
+  Tensor out = torch::stable::empty_like(gradients);
+  with_type(gradients, [&]<class T>(T*) {
+    FlatRows<T, 2> rows({Rows<T>(gradients), Rows<T>(out)}, gradients, false);
+    rows.for_each([&](int64_t b, int64_t, int64_t, int64_t count, const auto& at) {
+      // At a norm of 0 every direction is as good as any other, and none is taken.
+      const double along =
+          center == 0 ? 1 : norm[b] == 0 ? 0 : excess_of(norm[b], center, one_sided) / norm[b];
+      const Vec factor = broadcast(float(2 * upstream / double(samples) * along));
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const int n = int(std::min<int64_t>(kLanes, count - i));
+        at[1].set(i, n, factor * at[0].get(i, n));
+      }
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace genperf
+
+STABLE_TORCH_LIBRARY_IMPL(genperf, CPU, m) {
+  m.impl("gradient_norm_penalty", TORCH_BOX(&genperf::gradient_norm_penalty));
+  m.impl("gradient_norm_penalty_backward", TORCH_BOX(&genperf::gradient_norm_penalty_backward));
+}

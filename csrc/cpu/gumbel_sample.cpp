@@ -1,0 +1,436 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Gumbel-softmax over logits [outer, K, inner]. Where the classes of a position lie together, lanes
+// are classes; else they are neighbouring positions, and a position's quad of noise falls into one
+// lane of four vectors. Maxima are found in the pass that draws the noise; what the second pass needs
+// stays in a buffer for one position, or for one vector of positions.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+#include "draw.h"
+#include "elements.h"
+#include "positions.h"
+
+namespace genperf {
+namespace {
+
+constexpr int64_t kGrain = 16384;  // logits to a task
+
+// x - largest, kept from becoming -inf so that its product with a zero is zero.
+inline Vec below(Vec x, Vec largest) {
+  const Vec difference = x - largest;
+  return difference < -88.0f ? broadcast(-88.0f) : difference;
+}
+
+// Where a is above b, or is the first NaN.
+inline IVec above(Vec a, Vec b) {
+  return ~(a <= b) & (b == b);
+}
+
+struct Distribution {
+  float largest = -FLT_MAX;  // lowest finite: nothing is subtracted from an infinity
+  float sum = 0;             // of exp(logit - largest)
+  float weighted = 0;        // of exp(logit - largest) * (logit - largest)
+
+  // sum_k q_k log q_k; NaN where no logit is finite.
+  float negative_entropy() const {
+    return sum > 0 || sum != sum ? weighted / sum - std::log(sum)
+                                 : std::numeric_limits<float>::quiet_NaN();
+  }
+};
+
+struct Perturbed {
+  float largest = -FLT_MAX;
+  float sum = 0;  // of exp((perturbed - largest) / tau)
+  int64_t index = 0;
+};
+
+// What one position needs besides its logits.
+template <class T>
+struct Problem {
+  Rows<T> logits, noise;
+  int64_t outer, classes, inner;
+  uint64_t seed;
+  float inverse_tau;
+
+  int64_t position(int64_t o, int64_t i) const { return o * inner + i; }
+
+  // The perturbed logits of classes [first, first + 4) for `count` positions from (o, i) on.
+  void perturb(int64_t o, int64_t i, int count, int64_t first, const Vec (&l)[4], Vec (&s)[4]) const {
+    if (noise) {
+      for (int w = 0; w < 4; ++w)
+        s[w] = l[w] + (first + w < classes ? noise.at(o, first + w, i).get(0, count) : Vec{});
+      return;
+    }
+    const UVec low = split_low(position(o, i)) + lane_numbers();
+    const UVec carry = low < split_low(position(o, i)) ? UVec{} + 1u : UVec{};
+    const Words<Simd> words =
+        random_words<Simd>(split_low(first / 4), split_high(first / 4), low,
+                           split_high(position(o, i)) + carry, seed);
+    for (int w = 0; w < 4; ++w)
+      s[w] = l[w] + gumbel<Simd>(words.word[w]);
+  }
+
+  // The perturbed logits of one position in their order; `out` holds classes + kDrawn.
+  void perturb_all(int64_t o, int64_t i, float* out) const {
+    const Rows<T> row = logits.transposed().at(o, i, 0);
+    if (!noise)
+      draw(seed, position(o, i), 0, classes, out, [](const Words<Simd>& words, Vec (&values)[4]) {
+        for (int w = 0; w < 4; ++w)
+          values[w] = gumbel<Simd>(words.word[w]);
+      });
+    const Rows<T> given = noise.transposed().at(o, i, 0);
+    for (int64_t k = 0; k < classes; k += kLanes) {
+      const int n = int(std::min<int64_t>(kLanes, classes - k));
+      store(out + k, row.get(k, n) + (noise ? given.get(k, n) : load(out + k)));
+    }
+  }
+
+  static UVec lane_numbers() {
+    UVec numbers{};
+    for (int lane = 0; lane < kLanes; ++lane)
+      numbers[lane] = uint32_t(lane);
+    return numbers;
+  }
+};
+
+// A vector of positions, classes in blocks: one look for the maxima, one for the sums, which are
+// rescaled when a maximum grows.
+template <class T>
+void scan_positions(const Problem<T>& in,
+                    int64_t o,
+                    int64_t i,
+                    int count,
+                    Distribution* distribution,
+                    Perturbed* perturbed) {
+  constexpr int kBlock = 16;
+  Vec largest = broadcast(-FLT_MAX), best = largest, sum{}, weighted{}, soft_sum{};
+  UVec index{};
+  for (int64_t first = 0; first < in.classes; first += kBlock) {
+    const int block = int(std::min<int64_t>(kBlock, in.classes - first));
+    Vec l[kBlock / 4][4], s[kBlock / 4][4];
+    const Vec largest_before = largest, best_before = best;
+    for (int k = 0; k < block; k += 4) {
+      auto& quad = l[k / 4];
+      for (int w = 0; w < 4; ++w)
+        quad[w] = k + w < block ? in.logits.at(o, first + k + w, i).get(0, count) : Vec{};
+      in.perturb(o, i, count, first + k, quad, s[k / 4]);
+      for (int w = 0; w < std::min(4, block - k); ++w) {
+        const Vec value = s[k / 4][w];
+        const IVec better = above(value, best);
+        best = better ? value : best;
+        index = better ? UVec{} + uint32_t(first + k + w) : index;
+        largest = max(quad[w], largest);
+      }
+    }
+    const Vec grown = below(largest_before, largest), kept = exp_or_zero<Simd>(grown);
+    weighted = kept * fma(sum, grown, weighted);
+    sum *= kept;
+    soft_sum *= exp_or_zero<Simd>((best_before - best) * in.inverse_tau);
+    for (int k = 0; k < block; ++k) {
+      const Vec relative = below(l[k / 4][k % 4], largest), e = exp_or_zero<Simd>(relative);
+      sum += e;
+      weighted = fma(e, relative, weighted);
+      soft_sum += exp_or_zero<Simd>((s[k / 4][k % 4] - best) * in.inverse_tau);
+    }
+  }
+  for (int lane = 0; lane < count; ++lane) {
+    distribution[lane] = {largest[lane], sum[lane], weighted[lane]};
+    perturbed[lane] = {best[lane], soft_sum[lane], index[lane]};
+  }
+}
+
+// One position whose perturbed logits are in `s`.
+template <class T>
+void scan_classes(const Problem<T>& in,
+                  int64_t o,
+                  int64_t i,
+                  const float* s,
+                  Distribution& distribution,
+                  Perturbed& perturbed) {
+  const Rows<T> row = in.logits.transposed().at(o, i, 0);
+  Vec largest = broadcast(-FLT_MAX), best = largest;
+  UVec index{};
+  for (int64_t k = 0; k < in.classes; k += kLanes) {
+    const int n = int(std::min<int64_t>(kLanes, in.classes - k));
+    const IVec inside = IVec(Problem<T>::lane_numbers()) < n;
+    const Vec value = load(s + k);
+    const IVec better = inside & above(value, best);
+    best = better ? value : best;
+    index = better ? UVec{} + uint32_t(k) : index;
+    largest = max(inside ? row.get(k, n) : largest, largest);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    distribution.largest = std::max(distribution.largest, largest[lane]);
+    const int64_t k = int64_t(index[lane]) + lane;
+    const bool better = !(best[lane] <= perturbed.largest) && perturbed.largest == perturbed.largest;
+    const bool same = best[lane] == perturbed.largest ||
+                      (best[lane] != best[lane] && perturbed.largest != perturbed.largest);
+    if (better || (same && k < perturbed.index)) {
+      perturbed.largest = best[lane];
+      perturbed.index = k;
+    }
+  }
+  Vec sum{}, weighted{}, soft_sum{};
+  for (int64_t k = 0; k < in.classes; k += kLanes) {
+    const int n = int(std::min<int64_t>(kLanes, in.classes - k));
+    const IVec inside = IVec(Problem<T>::lane_numbers()) < n;
+    const Vec relative = below(row.get(k, n), broadcast(distribution.largest));
+    const Vec e = inside ? exp_or_zero<Simd>(relative) : Vec{};
+    sum += e;
+    weighted = fma(e, relative, weighted);
+    const Vec soft = exp_or_zero<Simd>((load(s + k) - perturbed.largest) * in.inverse_tau);
+    soft_sum += inside ? soft : Vec{};
+  }
+  distribution.sum = genperf::sum(sum);
+  distribution.weighted = genperf::sum(weighted);
+  perturbed.sum = genperf::sum(soft_sum);
+}
+
+template <class T>
+Problem<T> problem_of(const Tensor& logits,
+                      const std::optional<Tensor>& temperature,
+                      double tau,
+                      const std::optional<Tensor>& noise,
+                      const std::optional<Tensor>& seed) {
+  check_rows(logits, logits, true, "logits");
+  STD_TORCH_CHECK(logits.size(1) > 0 && logits.size(1) < int64_t{1} << 31,
+                  "logits must hold at least one class and fewer than 2^31");
+  STD_TORCH_CHECK(noise.has_value() || seed.has_value(), "noise or a seed must be given");
+  if (noise.has_value())
+    check_rows(*noise, logits, false, "noise");
+  float divisor = float(tau);
+  if (temperature.has_value()) {
+    STD_TORCH_CHECK(temperature->scalar_type() == ScalarType::Float && temperature->numel() == 1,
+                    "temperature must be one float32");
+    divisor = *static_cast<const float*>(temperature->const_data_ptr());
+  }
+  // At tau = 0 the largest keeps 0 = 0 * FLT_MAX, and everything else falls to -inf.
+  const float inverse = std::min(1 / divisor, FLT_MAX);
+  return {Rows<T>(logits), Rows<T>(noise),  logits.size(0), logits.size(1),
+          logits.size(2),  seed_of(seed), divisor == divisor ? inverse : divisor};
+}
+
+// Calls classes(o, i) for every position, or positions(o, i, count) for every vector of them.
+template <class T, class Classes, class Positions>
+void for_each_position(const Problem<T>& in, const Classes& classes, const Positions& positions) {
+  const bool by_class = in.logits.row_stride == 1 || in.inner == 1;
+  const int64_t step = by_class ? 1 : kLanes;
+  const int64_t tiles = (in.inner + step - 1) / step;
+  torch::stable::parallel_for(
+      0, in.outer * tiles, std::max<int64_t>(1, kGrain / (in.classes * step)),
+      [&](int64_t begin, int64_t end) {
+        const Buffer<float> buffer((by_class ? 1 : kLanes) * in.classes + kDrawn);
+        for (int64_t tile = begin; tile < end; ++tile) {
+          const int64_t o = tile / tiles, i = tile % tiles * step;
+          if (by_class)
+            classes(o, i, buffer.get());
+          else
+            positions(o, i, int(std::min<int64_t>(kLanes, in.inner - i)), buffer.get());
+        }
+      });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
+                                                         std::optional<Tensor> temperature,
+                                                         double tau,
+                                                         std::optional<Tensor> noise,
+                                                         std::optional<Tensor> seed,
+                                                         bool hard,
+                                                         bool dense) {
+  const int64_t outer = logits.size(0), inner = logits.size(2);
+  Tensor sample = dense ? torch::stable::empty_like(logits) : torch::stable::new_empty(logits, {0});
+  Tensor indices = torch::stable::new_empty(logits, {outer, inner}, ScalarType::Long);
+  Tensor kl = torch::stable::new_empty(logits, {outer, inner}, ScalarType::Float);
+  Tensor statistics = torch::stable::new_empty(logits, {4, outer, inner}, ScalarType::Float);
+  if (dense && hard)
+    torch::stable::zero_(sample);
+  with_type(logits, [&]<class T>(T*) {
+    const Problem<T> in = problem_of<T>(logits, temperature, tau, noise, seed);
+    const Rows<T> out = dense ? Rows<T>(sample) : Rows<T>();
+    int64_t* const index = static_cast<int64_t*>(indices.mutable_data_ptr());
+    float* const divergence = static_cast<float*>(kl.mutable_data_ptr());
+    float* const kept = static_cast<float*>(statistics.mutable_data_ptr());
+    const int64_t count = outer * inner;
+    const float log_classes = float(std::log(double(in.classes)));
+
+    const auto finish = [&](int64_t o, int64_t i, const Distribution& d, const Perturbed& p) {
+      const int64_t position = in.position(o, i);
+      index[position] = p.index;
+      divergence[position] = d.negative_entropy() + log_classes;
+      kept[position] = d.largest;
+      kept[count + position] = std::log(d.sum);
+      kept[2 * count + position] = p.largest;
+      kept[3 * count + position] = std::log(p.sum);
+      if (dense && hard)
+        out.at(o, p.index, i).set(0, 1, broadcast(1));
+    };
+    for_each_position(
+        in,
+        [&](int64_t o, int64_t i, float* s) {
+          Distribution distribution;
+          Perturbed perturbed;
+          in.perturb_all(o, i, s);
+          scan_classes(in, o, i, s, distribution, perturbed);
+          finish(o, i, distribution, perturbed);
+          if (!dense || hard)
+            return;
+          const Rows<T> row = out.transposed().at(o, i, 0);
+          const float scale = 1 / perturbed.sum;
+          for (int64_t k = 0; k < in.classes; k += kLanes)
+            row.set(k, int(std::min<int64_t>(kLanes, in.classes - k)),
+                    scale * exp_or_zero<Simd>((load(s + k) - perturbed.largest) * in.inverse_tau));
+        },
+        [&](int64_t o, int64_t i, int n, float*) {
+          Distribution distribution[kLanes];
+          Perturbed perturbed[kLanes];
+          scan_positions(in, o, i, n, distribution, perturbed);
+          Vec largest{}, scale{};
+          for (int lane = 0; lane < n; ++lane) {
+            finish(o, i + lane, distribution[lane], perturbed[lane]);
+            largest[lane] = perturbed[lane].largest;
+            scale[lane] = 1 / perturbed[lane].sum;
+          }
+          if (!dense || hard)
+            return;
+          for (int64_t k = 0; k < in.classes; k += 4) {
+            const int quad = int(std::min<int64_t>(4, in.classes - k));
+            Vec l[4] = {}, s[4];
+            for (int w = 0; w < quad; ++w)
+              l[w] = in.logits.at(o, k + w, i).get(0, n);
+            in.perturb(o, i, n, k, l, s);
+            for (int w = 0; w < quad; ++w)
+              out.at(o, k + w, i).set(0, n, scale * exp_or_zero<Simd>((s[w] - largest) * in.inverse_tau));
+          }
+        });
+  });
+  return {sample, indices, kl, statistics};
+}
+
+// With y = softmax(perturbed / tau): y (dy - sum y dy) / tau + grad_kl q (log q - sum q log q).
+Tensor gumbel_sample_backward(std::optional<Tensor> grad_sample,
+                              std::optional<Tensor> grad_kl,
+                              const Tensor& logits,
+                              const Tensor& statistics,
+                              std::optional<Tensor> temperature,
+                              double tau,
+                              std::optional<Tensor> noise,
+                              std::optional<Tensor> seed) {
+  const int64_t count = logits.size(0) * logits.size(2);
+  STD_TORCH_CHECK(statistics.scalar_type() == ScalarType::Float && statistics.is_contiguous() &&
+                      statistics.numel() == 4 * count,
+                  "statistics must be contiguous float32 [4, outer, inner]");
+  if (grad_sample.has_value())
+    check_rows(*grad_sample, logits, true, "grad_sample");
+  if (grad_kl.has_value())
+    STD_TORCH_CHECK(grad_kl->scalar_type() == ScalarType::Float && grad_kl->dim() == 2 &&
+                        grad_kl->size(0) == logits.size(0) && grad_kl->size(1) == logits.size(2),
+                    "grad_kl must be float32 [outer, inner]");
+  Tensor grad_logits = torch::stable::empty_like(logits);
+  with_type(logits, [&]<class T>(T*) {
+    const Problem<T> in = problem_of<T>(logits, temperature, tau, noise, seed);
+    const Rows<T> upstream(grad_sample), out(grad_logits);
+    const bool soft = bool(upstream) && in.inverse_tau < FLT_MAX;
+    const float* const kept = static_cast<const float*>(statistics.const_data_ptr());
+    const Rows<float> pull = [&] {
+      Rows<float> rows;
+      if (grad_kl.has_value()) {
+        rows.data = static_cast<char*>(grad_kl->data_ptr());
+        rows.batch_stride = grad_kl->stride(0);
+        rows.stride = grad_kl->stride(1);
+      }
+      return rows;
+    }();
+    for_each_position(
+        in,
+        [&](int64_t o, int64_t i, float* s) {
+          const float* const own = kept + in.position(o, i);
+          const float log_sum = own[count], soft_log_sum = own[3 * count];
+          const Vec largest = broadcast(own[0]), best = broadcast(own[2 * count]);
+          const float weight = pull ? pull.at(o, 0, i).get(0, 1)[0] : 0;
+          const Rows<T> row = in.logits.transposed().at(o, i, 0);
+          const Rows<T> grad = upstream.transposed().at(o, i, 0), to = out.transposed().at(o, i, 0);
+          Vec product{}, entropy{};
+          if (soft)
+            in.perturb_all(o, i, s);
+          for (int64_t k = 0; k < in.classes; k += kLanes) {
+            const int n = int(std::min<int64_t>(kLanes, in.classes - k));
+            if (soft) {
+              const Vec y = exp_or_zero<Simd>((load(s + k) - best) * in.inverse_tau - soft_log_sum);
+              store(s + k, y);
+              const Vec term = y * grad.get(k, n);
+              product += n == kLanes ? term : IVec(Problem<T>::lane_numbers()) < n ? term : Vec{};
+            }
+            if (pull) {
+              const Vec log_q = below(row.get(k, n), largest) - log_sum;
+              const Vec term = exp_or_zero<Simd>(log_q) * log_q;
+              entropy += n == kLanes ? term : IVec(Problem<T>::lane_numbers()) < n ? term : Vec{};
+            }
+          }
+          const float mean_gradient = sum(product), negative_entropy = sum(entropy);
+          for (int64_t k = 0; k < in.classes; k += kLanes) {
+            const int n = int(std::min<int64_t>(kLanes, in.classes - k));
+            Vec value{};
+            if (soft)
+              value = in.inverse_tau * load(s + k) * (grad.get(k, n) - mean_gradient);
+            if (pull) {
+              const Vec log_q = below(row.get(k, n), largest) - log_sum;
+              value += weight * exp_or_zero<Simd>(log_q) * (log_q - negative_entropy);
+            }
+            to.set(k, n, value);
+          }
+        },
+        [&](int64_t o, int64_t i, int n, float* buffer) {
+          const Rows<float> own(statistics);
+          const Vec largest = own.at(0, o, i).get(0, n), log_sum = own.at(1, o, i).get(0, n);
+          const Vec best = own.at(2, o, i).get(0, n), soft_log_sum = own.at(3, o, i).get(0, n);
+          const Vec weight = pull ? pull.at(o, 0, i).get(0, n) : Vec{};
+          Vec product{}, entropy{};
+          for (int64_t k = 0; k < in.classes; k += 4) {
+            const int quad = int(std::min<int64_t>(4, in.classes - k));
+            Vec l[4] = {}, s[4];
+            for (int w = 0; w < quad; ++w)
+              l[w] = in.logits.at(o, k + w, i).get(0, n);
+            if (soft)
+              in.perturb(o, i, n, k, l, s);
+            for (int w = 0; w < quad; ++w) {
+              if (soft) {
+                const Vec y = exp_or_zero<Simd>((s[w] - best) * in.inverse_tau - soft_log_sum);
+                store(buffer + (k + w) * kLanes, y);
+                product = fma(y, upstream.at(o, k + w, i).get(0, n), product);
+              }
+              if (pull) {
+                const Vec log_q = below(l[w], largest) - log_sum;
+                entropy = fma(exp_or_zero<Simd>(log_q), log_q, entropy);
+              }
+            }
+          }
+          for (int64_t k = 0; k < in.classes; ++k) {
+            Vec value{};
+            if (soft)
+              value = in.inverse_tau * load(buffer + k * kLanes) *
+                      (upstream.at(o, k, i).get(0, n) - product);
+            if (pull) {
+              const Vec log_q = below(in.logits.at(o, k, i).get(0, n), largest) - log_sum;
+              value = fma(weight * exp_or_zero<Simd>(log_q), log_q - entropy, value);
+            }
+            out.at(o, k, i).set(0, n, value);
+          }
+        });
+  });
+  return grad_logits;
+}
+
+}  // namespace
+}  // namespace genperf
+
+STABLE_TORCH_LIBRARY_IMPL(genperf, CPU, m) {
+  m.impl("gumbel_sample", TORCH_BOX(&genperf::gumbel_sample));
+  m.impl("gumbel_sample_backward", TORCH_BOX(&genperf::gumbel_sample_backward));
+}

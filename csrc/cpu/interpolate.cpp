@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Mixtures of two tensors, and of a tensor with noise, with one weight to a sample. The work is
+// bound by memory: an output too large for the caches is written past them.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "draw.h"
+#include "elements.h"
+#include "flat_rows.h"
+
+namespace genperf {
+namespace {
+
+constexpr int64_t kStreamedBytes = 16 << 20;
+
+// The weight of each sample, given or drawn.
+std::vector<float> weights_of(const std::optional<Tensor>& weight,
+                              const std::optional<Tensor>& seed,
+                              int64_t samples) {
+  std::vector<float> weights(samples);
+  if (weight.has_value()) {
+    STD_TORCH_CHECK(weight->scalar_type() == ScalarType::Float && weight->dim() == 1 &&
+                        weight->size(0) == samples,
+                    "weight must be float32 [B]");
+    const float* given = static_cast<const float*>(weight->const_data_ptr());
+    for (int64_t b = 0; b < samples; ++b)
+      weights[b] = given[b * weight->stride(0)];
+    return weights;
+  }
+  STD_TORCH_CHECK(seed.has_value(), "weight or a seed must be given");
+  for (int64_t b = 0; b < samples; ++b)
+    weights[b] = draw_weight(seed_of(seed), b);
+  return weights;
+}
+
+template <class T>
+void mix(const Rows<T>& real, const Rows<T>& fake, float weight, const Rows<T>& out, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int n = int(std::min<int64_t>(kLanes, count - i));
+    const Vec a = real.get(i, n), b = fake.get(i, n);
+    out.set(i, n, fma(broadcast(weight), a - b, b));
+  }
+}
+
+void mix_streamed(const float* real, const float* fake, float weight, float* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec a = load(real + i), b = load(fake + i);
+    stream(out + i, fma(broadcast(weight), a - b, b));
+  }
+  for (; i < count; ++i)
+    out[i] = Scalar::fma(weight, real[i] - fake[i], fake[i]);
+}
+
+Tensor interpolate(const Tensor& real,
+                   std::optional<Tensor> fake,
+                   std::optional<Tensor> scale,
+                   std::optional<Tensor> weight,
+                   std::optional<Tensor> seed) {
+  check_rows(real, real, true, "real");
+  if (fake.has_value())
+    check_rows(*fake, real, true, "fake");
+  STD_TORCH_CHECK(fake.has_value() || (seed.has_value() && scale.has_value() &&
+                                       scale->scalar_type() == ScalarType::Float &&
+                                       scale->numel() == 1),
+                  "without fake, a seed and a scale of one float32 must be given");
+  const std::vector<float> weights = weights_of(weight, seed, real.size(0));
+  Tensor mixed = torch::stable::empty_like(real);
+  with_type(real, [&]<class T>(T*) {
+    FlatRows<T, 3> rows({Rows<T>(real), Rows<T>(fake), Rows<T>(mixed)}, real, !fake.has_value());
+    if (fake.has_value()) {
+      const bool streamed = std::is_same_v<T, float> && rows.contiguous() &&
+                            real.numel() * int64_t(sizeof(T)) >= kStreamedBytes;
+      rows.for_each([&](int64_t b, int64_t, int64_t, int64_t count, const auto& at) {
+        if constexpr (std::is_same_v<T, float>) {
+          float* const out = reinterpret_cast<float*>(at[2].data);
+          if (streamed && reinterpret_cast<uintptr_t>(out) % sizeof(Vec) == 0)
+            return mix_streamed(reinterpret_cast<const float*>(at[0].data),
+                                reinterpret_cast<const float*>(at[1].data), weights[b], out, count);
+        }
+        mix(at[0], at[1], weights[b], at[2], count);
+      });
+      return;
+    }
+    const uint64_t key = seed_of(seed);
+    const float spread = *static_cast<const float*>(scale->const_data_ptr());
+    rows.for_each([&](int64_t b, int64_t row, int64_t column, int64_t count, const auto& at) {
+      constexpr int64_t kSegment = 512;
+      alignas(64) float buffer[kSegment + kDrawn + 4];
+      const float share = (1 - weights[b]) * spread;
+      for (int64_t start = 0; start < count; start += kSegment) {
+        const int64_t length = std::min(kSegment, count - start);
+        const float* drawn =
+            draw_uniforms(key, b, row * rows.columns + column + start, length, buffer);
+        for (int64_t i = 0; i < length; i += kLanes) {
+          const int n = int(std::min<int64_t>(kLanes, length - i));
+          at[2].set(start + i, n, fma(broadcast(share), load(drawn + i), at[0].get(start + i, n)));
+        }
+      }
+    });
+  });
+  return mixed;
+}
+
+std::tuple<Tensor, Tensor, Tensor> interpolate_backward(const Tensor& grad_mixed,
+                                                        std::optional<Tensor> real,
+                                                        std::optional<Tensor> fake,
+                                                        std::optional<Tensor> weight,
+                                                        std::optional<Tensor> seed) {
+  check_rows(grad_mixed, grad_mixed, true, "grad_mixed");
+  STD_TORCH_CHECK(real.has_value() == fake.has_value(), "real and fake are given together");
+  if (real.has_value()) {
+    check_rows(*real, grad_mixed, true, "real");
+    check_rows(*fake, grad_mixed, true, "fake");
+  }
+  const int64_t samples = grad_mixed.size(0);
+  const std::vector<float> weights = weights_of(weight, seed, samples);
+  Tensor grad_real = torch::stable::empty_like(grad_mixed);
+  Tensor grad_fake = torch::stable::empty_like(grad_mixed);
+  Tensor grad_weight = torch::stable::new_empty(grad_mixed, {real.has_value() ? samples : 0},
+                                                ScalarType::Float);
+  with_type(grad_mixed, [&]<class T>(T*) {
+    FlatRows<T, 5> rows({Rows<T>(grad_mixed), Rows<T>(real), Rows<T>(fake), Rows<T>(grad_real),
+                         Rows<T>(grad_fake)},
+                        grad_mixed, false);
+    std::vector<double> partial(rows.blocks());
+    rows.for_each([&](int64_t b, int64_t row, int64_t column, int64_t count, const auto& at) {
+      double total = 0;
+      constexpr int64_t kSegment = 512;
+      for (int64_t start = 0; start < count; start += kSegment) {
+        Vec sums{};
+        for (int64_t i = start; i < std::min(count, start + kSegment); i += kLanes) {
+          const int n = int(std::min<int64_t>(kLanes, count - i));
+          const Vec g = at[0].get(i, n);
+          at[3].set(i, n, weights[b] * g);
+          at[4].set(i, n, (1 - weights[b]) * g);
+          if (at[1])
+            sums = fma(g, at[1].get(i, n) - at[2].get(i, n), sums);
+        }
+        total += sum(sums);
+      }
+      partial[rows.block(b, row, column)] = total;
+    });
+    float* const out = static_cast<float*>(grad_weight.mutable_data_ptr());
+    for (int64_t b = 0; b < grad_weight.size(0); ++b)
+      out[b] = float(rows.sum_of_sample(partial, b));
+  });
+  return {grad_real, grad_fake, grad_weight};
+}
+
+}  // namespace
+}  // namespace genperf
+
+STABLE_TORCH_LIBRARY_IMPL(genperf, CPU, m) {
+  m.impl("interpolate", TORCH_BOX(&genperf::interpolate));
+  m.impl("interpolate_backward", TORCH_BOX(&genperf::interpolate_backward));
+}
