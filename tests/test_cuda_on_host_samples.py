@@ -20,10 +20,11 @@ from cuda_on_host.harness import (
     run_checks,
     run_in_child,
     structure,
+    uniform_noise,
 )
 from torch import Tensor
 
-OPS = ("gaussian_sample",)
+OPS = ("gaussian_sample", "interpolate", "gradient_norm_penalty")
 SEED = 0x7654321089ABCDE
 LAYOUTS = ("contiguous", "packed", "channels_last", "columns_apart", "sliced")
 
@@ -60,6 +61,35 @@ GaussianSampleBackwardParams = structure(
     ("grad_mean grad_logvar grad_prior_mean grad_prior_logvar", SampleTensor),
     ("shape", Shape),
     ("free_bits", FLOAT),
+)
+InterpolateParams = structure(
+    ("real fake", SampleTensor),
+    ("scale weight seed", POINTER),
+    ("mixed", SampleTensor),
+    ("shape", Shape),
+)
+InterpolateBackwardParams = structure(
+    ("grad_mixed real fake", SampleTensor),
+    ("weight seed", POINTER),
+    ("grad_real grad_fake", SampleTensor),
+    ("partials grad_weight", POINTER),
+    ("shape", Shape),
+)
+GradientNormPenaltyParams = structure(
+    ("gradients", SampleTensor),
+    ("partials norms penalty", POINTER),
+    ("shape", Shape),
+    ("center", FLOAT),
+    ("one_sided", ctypes.c_bool),
+)
+GradientNormPenaltyBackwardParams = structure(
+    ("grad_penalty", POINTER),
+    ("gradients", SampleTensor),
+    ("norms", POINTER),
+    ("grad_gradients", SampleTensor),
+    ("shape", Shape),
+    ("center", FLOAT),
+    ("one_sided", ctypes.c_bool),
 )
 
 
@@ -223,6 +253,129 @@ def check_gaussian_small_kl(library: ctypes.CDLL) -> None:
     assert (sample == 0).all()
     exact = 4001 * 0.5 * (torch.expm1(logvar[0, 0, 0].double()) - logvar[0, 0, 0].double())
     assert ((kl - exact).abs() <= 2e-5 * exact).all()
+
+
+def weights_of(number: int, batch: int) -> tuple[Tensor | None, Tensor]:
+    """Weights to give, or None, and what they are."""
+    if number % 3 == 0:
+        return None, uniform_noise(SEED, batch, 1, first_quad=1 << 63)[:, 0]
+    weight = torch.rand(batch, generator=torch.Generator().manual_seed(number))
+    return weight, weight.double()
+
+
+def check_interpolate(library: ctypes.CDLL) -> None:
+    for name, number, make, dtype, shape in cases():
+        real, fake = make(), None if number % 4 == 1 else make()
+        weight, exact_weight = weights_of(number, shape[0])
+        mixed, scale, seed = nan_like(real), torch.tensor(0.7), torch.tensor(SEED)
+        params = fill(InterpolateParams, real=real, fake=fake, scale=scale, weight=weight, seed=seed, mixed=mixed, shape=Shape(*shape))
+        library.interpolate(ctypes.byref(params), DTYPES[dtype])
+        exact_weight = exact_weight[:, None, None]
+        if fake is None:
+            noise = uniform_noise(SEED, shape[0], shape[1] * shape[2]).reshape(shape)
+            exact = real.double() + (1 - exact_weight) * 0.7 * noise
+        else:
+            exact = exact_weight * real.double() + (1 - exact_weight) * fake.double()
+        assert_close(name, mixed, exact, real.double().abs() + (1 if fake is None else fake.double().abs()), 1e-6)
+
+
+def check_interpolate_backward(library: ctypes.CDLL) -> None:
+    for name, number, make, dtype, shape in cases():
+        grad, learns = make(), number % 4 != 1
+        real, fake = (make(), make()) if learns else (None, None)
+        weight, exact_weight = weights_of(number, shape[0])
+        grad_real, grad_fake, grad_weight = nan_like(grad), nan_like(grad), nans(shape[0])
+        params = fill(
+            InterpolateBackwardParams,
+            grad_mixed=grad,
+            real=real,
+            fake=fake,
+            weight=weight,
+            seed=torch.tensor(SEED),
+            grad_real=grad_real,
+            grad_fake=grad_fake,
+            grad_weight=grad_weight if learns else None,
+            shape=Shape(*shape),
+        )
+        partials = nans(library.interpolate_backward_partials(ctypes.byref(params), DTYPES[dtype]), dtype=torch.float64)
+        params.partials = partials.data_ptr()
+        library.interpolate_backward(ctypes.byref(params), DTYPES[dtype])
+        exact_weight, wide = exact_weight[:, None, None], grad.double()
+        assert_close(f"{name} real", grad_real, exact_weight * wide, wide.abs(), 1e-7)
+        assert_close(f"{name} fake", grad_fake, (1 - exact_weight) * wide, wide.abs(), 1e-7)
+        if learns:
+            terms = wide * (real.double() - fake.double())
+            assert_close(f"{name} weight", grad_weight, terms.sum((1, 2)), terms.abs().sum((1, 2)), 1e-6)
+
+
+def run_penalty(library, gradients, center=1.0, one_sided=False) -> tuple[Tensor, Tensor]:
+    norms, penalty = nans(gradients.shape[0]), nans()
+    fields = {"shape": Shape(*gradients.shape), "center": center, "one_sided": one_sided}
+    params = fill(GradientNormPenaltyParams, gradients=gradients, norms=norms, penalty=penalty, **fields)
+    count = library.gradient_norm_penalty_partials(ctypes.byref(params), DTYPES[gradients.dtype])
+    partials = nans(count, dtype=torch.float64)
+    params.partials = partials.data_ptr()
+    library.gradient_norm_penalty(ctypes.byref(params), DTYPES[gradients.dtype])
+    return penalty, norms
+
+
+def run_penalty_backward(library, grad_penalty, gradients, norms, center=1.0, one_sided=False) -> Tensor:
+    result = nan_like(gradients)
+    fields = {"shape": Shape(*gradients.shape), "center": center, "one_sided": one_sided}
+    params = fill(
+        GradientNormPenaltyBackwardParams, grad_penalty=grad_penalty, gradients=gradients, norms=norms, grad_gradients=result, **fields
+    )
+    library.gradient_norm_penalty_backward(ctypes.byref(params), DTYPES[gradients.dtype])
+    return result
+
+
+def check_gradient_norm_penalty(library: ctypes.CDLL) -> None:
+    for name, number, make, _, shape in cases():
+        gradients = make((1.0, 1e-3, 0.2)[number % 3])
+        center, one_sided = (1.0, 0.0, 0.5)[number // 2 % 3], number % 5 < 2
+        penalty, norms = run_penalty(library, gradients, center, one_sided)
+        leaf = gradients.double().requires_grad_()
+        exact_norms = torch.linalg.vector_norm(leaf.flatten(1) if leaf.numel() else leaf.new_zeros(shape[0], 1), dim=1)
+        assert_close(f"{name} norms", norms, exact_norms.detach(), exact_norms.detach(), 1e-6)
+        distance = (exact_norms - center).clamp(min=0) if one_sided else exact_norms - center
+        exact = distance.square().sum() / max(1, shape[0])
+        assert_close(f"{name} penalty", penalty, exact.detach(), exact.detach() + 1e-6 * (1 + exact_norms.detach().sum()), 2e-6)
+        if not leaf.numel():
+            continue
+        (grad,) = torch.autograd.grad(3 * exact, leaf)
+        result = run_penalty_backward(library, torch.tensor(3.0), gradients, norms, center, one_sided)
+        scale = 6 / shape[0] * (leaf.detach().abs() + center * leaf.detach().abs() / exact_norms.detach()[:, None, None].clamp(min=1e-30))
+        assert_close(f"{name} gradient", result, grad, scale * (grad != 0), 1e-6)
+
+
+def check_gradient_norm_extremes(library: ctypes.CDLL) -> None:
+    """No overflow, no underflow, no NaN where a norm is zero, NaN where a gradient is."""
+    for dtype, scale in ((torch.float32, 1e30), (torch.float32, 1e-30), (torch.float32, 1e-42), (torch.bfloat16, 1e30)):
+        gradients = (torch.randn(3, 5, 700) * scale).to(dtype)
+        gradients[1] = 0
+        penalty, norms = run_penalty(library, gradients)
+        exact = torch.linalg.vector_norm(gradients.double().flatten(1), dim=1)
+        assert ((norms - exact).abs() <= 1e-6 * exact + 1e-45).all()
+        result = run_penalty_backward(library, torch.tensor(1.0), gradients, norms)
+        assert result.isfinite().all()
+        assert (result[1] == 0).all()
+        expected = 2 / 3 * (exact - 1)[:, None, None] * gradients.double() / exact[:, None, None].clamp(min=1e-50)
+        assert_close(f"{dtype} {scale}", result, expected, expected.abs(), 1e-5 if scale > 1e-40 else 1e-2)
+    gradients = torch.randn(3, 5, 7)
+    gradients[1, 2, 3] = float("nan")
+    for one_sided in (False, True):
+        penalty, norms = run_penalty(library, gradients, 1.0, one_sided)
+        assert penalty.isnan()
+        assert norms.isnan().tolist() == [False, True, False]
+        result = run_penalty_backward(library, torch.tensor(1.0), gradients, norms, 1.0, one_sided)
+        assert torch.equal(result.isnan(), norms.isnan()[:, None, None].expand_as(result))
+
+
+def check_many_units(library: ctypes.CDLL) -> None:
+    """Samples so large that a thread works on several units."""
+    gradients = torch.randn(5, 1, 460001)
+    norms = run_penalty(library, gradients)[1]
+    assert_close("norms", norms, torch.linalg.vector_norm(gradients[:, 0].double(), dim=1), norms.double(), 1e-6)
 
 
 def check_random_words(library: ctypes.CDLL) -> None:

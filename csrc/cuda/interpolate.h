@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "samples.h"
+
+namespace genperf {
+
+// T is the type of real, fake and mixed.
+struct InterpolateParams {
+  SampleInput real;
+  SampleInput fake;     // absent: real is perturbed by uniform noise
+  const float* scale;   // [], of that noise, else null
+  const float* weight;  // [B], or null if drawn
+  const int64_t* seed;  // [], or null if nothing is drawn
+  SampleOutput mixed;
+  SampleShape shape;
+};
+
+struct InterpolateBackwardParams {
+  SampleInput grad_mixed;
+  SampleInput real;  // with fake for the gradient of the weight, else absent
+  SampleInput fake;
+  const float* weight;  // [B], or null if drawn
+  const int64_t* seed;  // [], or null if weight is given
+  SampleOutput grad_real;
+  SampleOutput grad_fake;
+  double* partials;    // [interpolate_backward_partials()]
+  float* grad_weight;  // [B], or null if not wanted
+  SampleShape shape;
+};
+
+int64_t interpolate_backward_partials(InterpolateBackwardParams params, DType type);
+void launch_interpolate(InterpolateParams params, DType type, cudaStream_t stream);
+void launch_interpolate_backward(InterpolateBackwardParams params, DType type, cudaStream_t stream);
+
+}  // namespace genperf
