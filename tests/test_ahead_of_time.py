@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 ARCHS = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+MAX_REGISTERS = 128  # of 65536, so that a multiprocessor holds 512 threads
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
 
@@ -92,6 +93,8 @@ def test_cuda_kernels_compile_without_spills(source, tmp_path):
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
     assert len(frames) >= len(ARCHS), run.stderr
     assert all(frame == ("0", "0", "0") for frame in frames), run.stderr
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", run.stderr)]
+    assert max(registers) <= MAX_REGISTERS, run.stderr
 
 
 def test_cuda_ops_trace_on_fake_tensors():
@@ -122,8 +125,26 @@ def test_cuda_ops_trace_on_fake_tensors():
             assert (grad.shape, grad.dtype, grad.stride()) == (flat.shape, dtype, flat.stride())
 
 
+CUDA_OPS = [
+    "nearest_code",
+    "vector_quantize",
+    "vector_quantize_backward",
+    "code_statistics",
+    "gaussian_sample",
+    "gaussian_sample_backward",
+    "gumbel_sample",
+    "gumbel_sample_backward",
+    "interpolate",
+    "interpolate_backward",
+    "gradient_norm_penalty",
+    "gradient_norm_penalty_backward",
+    "minibatch_similarity",
+    "minibatch_similarity_backward",
+]
+
+
 def test_cuda_kernels_are_registered():
     if _library.cuda_failure is not None:
         pytest.skip(f"no CUDA library: {_library.cuda_failure}")
-    for op in ("nearest_code", "vector_quantize", "vector_quantize_backward", "code_statistics"):
+    for op in CUDA_OPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"genperf::{op}", "CUDA"), op
