@@ -205,7 +205,7 @@ def _squared_slope(
                 f"{op}: kind='finite-difference' needs outputs whose first dimension is the batch of {count}, got shape {list(low.shape)}."
             )
         # Subtracted before the sum, which would cancel.
-        rise = rise + (high.to(dtype) - low.to(dtype)).reshape(count, -1).sum(1)
+        rise = rise + (high.to(dtype) - low.to(dtype)).unsqueeze(1).flatten(1).sum(1)
     return (rise / step).square().sum() / max(1, count)
 
 
