@@ -10,6 +10,9 @@ namespace {
 template <typename T>
 constexpr int kWidth = 16 / sizeof(T);
 
+constexpr int kBackwardBlocks =
+    2;  // of a multiprocessor at least; asked for more, the compiler spills
+
 constexpr int64_t kWeightQuad = INT64_MIN;  // 2^63 as an unsigned number
 
 __device__ uint64_t seed_of(const int64_t* seed) {
@@ -61,7 +64,7 @@ __global__ void __launch_bounds__(kSampleThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kSampleThreads)
+__global__ void __launch_bounds__(kSampleThreads, kBackwardBlocks)
     interpolate_backward_kernel(InterpolateBackwardParams p, SamplePlan plan) {
   const SampleSeat seat(plan);
   const float weight = weight_of(p, seat.sample);
