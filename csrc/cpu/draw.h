@@ -72,11 +72,29 @@ inline UVec quad_of_lane() {
   return quads;
 }
 
+// random_words() in every lane.
+inline Words<Simd> lane_words(UVec quad_low, UVec quad_high, UVec row_low, UVec row_high, uint64_t seed) {
+  using Pairs = SimdPairs::U;
+  constexpr uint64_t kLower = 0xffffffffu;
+  const UVec counter[4] = {quad_low, quad_high, row_low, row_high};
+  Words<SimdPairs> even, odd;
+  for (int w = 0; w < 4; ++w) {
+    even.word[w] = Pairs(counter[w]);
+    odd.word[w] = Pairs(counter[w]) >> 32;
+  }
+  even = philox<SimdPairs>(even, seed);
+  odd = philox<SimdPairs>(odd, seed);
+  Words<Simd> words;
+  for (int w = 0; w < 4; ++w)
+    words.word[w] = UVec((even.word[w] & kLower) | (odd.word[w] << 32));
+  return words;
+}
+
 // The words of kLanes quads from `quad` on, in the order of quad_of_lane().
 inline Words<Simd> draw_words(uint64_t seed, int64_t row, int64_t quad) {
   const UVec low = split_low(quad) + quad_of_lane();
   const UVec carry = low < split_low(quad) ? UVec{} + 1u : UVec{};
-  return random_words<Simd>(low, split_high(quad) + carry, split_low(row), split_high(row), seed);
+  return lane_words(low, split_high(quad) + carry, split_low(row), split_high(row), seed);
 }
 
 // Writes at least the `count` numbers of a row from number `first` on; returns where they begin in

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <type_traits>
 #include <utility>
 
 #include "simd.h"
@@ -94,6 +95,11 @@ void with_type(const Tensor& x, const F& f) {
   }
 }
 
+// A count of elements: a whole vector of them that lie together.
+struct Whole {
+  constexpr operator int() const { return kLanes; }
+};
+
 // A tensor [B, rows, columns] of T or, where `wide`, of float; null if absent.
 template <class T>
 struct Rows {
@@ -120,6 +126,8 @@ struct Rows {
     return swapped;
   }
 
+  bool together() const { return !data || stride == 1; }
+
   // The row's elements from a column on.
   Rows at(int64_t sample, int64_t row, int64_t column) const {
     Rows moved = *this;
@@ -141,6 +149,18 @@ struct Rows {
       set_as<T>(i, count, v);
   }
 
+  Vec get(int64_t i, Whole) const {
+    return std::is_same_v<T, float> || wide ? load(reinterpret_cast<const float*>(data) + i)
+                                            : load(reinterpret_cast<const T*>(data) + i);
+  }
+
+  void set(int64_t i, Whole, Vec v) const {
+    if (std::is_same_v<T, float> || wide)
+      store(reinterpret_cast<float*>(data) + i, v);
+    else
+      store(reinterpret_cast<T*>(data) + i, v);
+  }
+
  private:
   template <class E>
   Vec get_as(int64_t i, int count) const {
@@ -157,6 +177,18 @@ struct Rows {
       write(p, stride, count, v);
   }
 };
+
+// Calls f(i, n) for every vector of `count` elements; n is Whole where the elements of all tensors
+// lie together, else a number.
+template <class F>
+inline void for_each_vector(int64_t count, bool together, const F& f) {
+  int64_t i = 0;
+  if (together)
+    for (; i + kLanes <= count; i += kLanes)
+      f(i, Whole{});
+  for (; i < count; i += kLanes)
+    f(i, int(count - i < kLanes ? count - i : kLanes));
+}
 
 inline void check_rows(const Tensor& x, const Tensor& like, bool same_type, const char* name) {
   STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == like.size(0) && x.size(1) == like.size(1) &&

@@ -66,6 +66,11 @@ struct Moments {
             prior_mean.at(sample, row, column), prior_logvar.at(sample, row, column),
             noise.at(sample, row, column)};
   }
+
+  bool together() const {
+    return mean.together() && logvar.together() && prior_mean.together() &&
+           prior_logvar.together() && noise.together();
+  }
 };
 
 inline Vec clamp(Vec logvar) {
@@ -82,8 +87,8 @@ template <bool kPrior>
 struct Divergence {
   Vec value, mean, logvar, prior_logvar;  // the derivative in the prior's mean is -mean
 
-  // half_expm1 = exp(logvar / 2) - 1, from which nothing cancels where the variance is near 1.
-  Divergence(Vec m, Vec lv, Vec half_expm1, Vec prior_m, Vec prior_lv) {
+  // lv_expm1 is the variance less 1, without cancellation where it is near 1.
+  Divergence(Vec m, Vec lv, Vec lv_expm1, Vec prior_m, Vec prior_lv) {
     if constexpr (kPrior) {
       const Vec difference = m - prior_m, ratio = lv - prior_lv;
       const Vec scaled = difference * exp<Simd>(-prior_lv);
@@ -93,9 +98,9 @@ struct Divergence {
       logvar = 0.5f * ratio_expm1;
       prior_logvar = -0.5f * fma(difference, scaled, ratio_expm1);
     } else {
-      value = 0.5f * fma(m, m, fma(half_expm1, half_expm1, 2.0f * half_expm1 - lv));
+      value = 0.5f * fma(m, m, lv_expm1 - lv);
       mean = m;
-      logvar = 0.5f * half_expm1 * (half_expm1 + 2.0f);
+      logvar = 0.5f * lv_expm1;
     }
   }
 };
@@ -108,25 +113,23 @@ void sample_segment(const Moments<T>& in,
                     int64_t count,
                     double& kl) {
   Vec sums{};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int n = int(std::min<int64_t>(kLanes, count - i));
+  for_each_vector(count, in.together() && out.together(), [&](int64_t i, auto n) {
     const Vec m = in.mean.get(i, n), lv = clamp(in.logvar.get(i, n));
-    const ExpParts<Simd> deviation(0.5f * lv);
+    const ExpParts<Simd> variance(lv);
     const Vec z = drawn ? load(drawn + i) : in.noise.get(i, n);
-    out.set(i, n, fma(deviation.exp(), z, m));
+    out.set(i, n, fma(sqrt(variance.exp()), z, m));
     Vec prior_m{}, prior_lv{};
     if constexpr (kPrior) {
       prior_m = in.prior_mean.get(i, n);
       prior_lv = clamp(in.prior_logvar.get(i, n));
     }
-    Vec divergence = Divergence<kPrior>(m, lv, deviation.expm1(), prior_m, prior_lv).value;
+    Vec divergence = Divergence<kPrior>(m, lv, variance.expm1(), prior_m, prior_lv).value;
     if (free_bits > 0)
       divergence = divergence < free_bits ? broadcast(free_bits) : divergence;
-    if (n < kLanes)
-      for (int lane = n; lane < kLanes; ++lane)
-        divergence[lane] = 0;
+    for (int lane = n; lane < kLanes; ++lane)
+      divergence[lane] = 0;
     sums += divergence;
-  }
+  });
   kl += sum(sums);
 }
 
@@ -138,16 +141,16 @@ void backward_segment(const Moments<T>& in,
                       float grad_kl,
                       const Moments<T>& out,
                       int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int n = int(std::min<int64_t>(kLanes, count - i));
+  const bool together = in.together() && out.together() && grad_sample.together();
+  for_each_vector(count, together, [&](int64_t i, auto n) {
     const Vec m = in.mean.get(i, n), raw = in.logvar.get(i, n), lv = clamp(raw);
-    const ExpParts<Simd> deviation(0.5f * lv);
+    const ExpParts<Simd> variance(lv);
     Vec prior_m{}, prior_raw{};
     if constexpr (kPrior) {
       prior_m = in.prior_mean.get(i, n);
       prior_raw = in.prior_logvar.get(i, n);
     }
-    const Divergence<kPrior> kl(m, lv, deviation.expm1(), prior_m, clamp(prior_raw));
+    const Divergence<kPrior> kl(m, lv, variance.expm1(), prior_m, clamp(prior_raw));
     Vec pull = broadcast(grad_kl);
     if (free_bits > 0)
       pull = kl.value < free_bits ? Vec{} : pull;
@@ -160,11 +163,11 @@ void backward_segment(const Moments<T>& in,
       const Vec g = grad_sample.get(i, n);
       const Vec z = drawn ? load(drawn + i) : in.noise.get(i, n);
       grad_mean += g;
-      grad_logvar = fma(0.5f * g, deviation.exp() * z, grad_logvar);
+      grad_logvar = fma(0.5f * g, sqrt(variance.exp()) * z, grad_logvar);
     }
     out.mean.set(i, n, grad_mean);
     out.logvar.set(i, n, where_inside(raw, grad_logvar));
-  }
+  });
 }
 
 void check_inputs(const Tensor& mean,

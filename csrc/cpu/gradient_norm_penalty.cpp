@@ -35,11 +35,10 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty(const Tensor& gradients,
     std::vector<double> squares(rows.blocks());
     rows.for_each([&](int64_t b, int64_t row, int64_t column, int64_t count, const auto& at) {
       Doubles total{};
-      for (int64_t i = 0; i < count; i += kLanes) {
-        const int n = int(std::min<int64_t>(kLanes, count - i));
+      for_each_vector(count, at[0].together(), [&](int64_t i, auto n) {
         const Doubles g = __builtin_convertvector(at[0].get(i, n), Doubles);
         total += g * g;
-      }
+      });
       double square = 0;
       for (int lane = 0; lane < kLanes; ++lane)
         square += total[lane];
@@ -81,10 +80,9 @@ Tensor gradient_norm_penalty_backward(const Tensor& grad_penalty,
       const double along =
           center == 0 ? 1 : norm[b] == 0 ? 0 : excess_of(norm[b], center, one_sided) / norm[b];
       const Vec factor = broadcast(float(2 * upstream / double(samples) * along));
-      for (int64_t i = 0; i < count; i += kLanes) {
-        const int n = int(std::min<int64_t>(kLanes, count - i));
+      for_each_vector(count, at[0].together() && at[1].together(), [&](int64_t i, auto n) {
         at[1].set(i, n, factor * at[0].get(i, n));
-      }
+      });
     });
   });
   return out;

@@ -61,18 +61,19 @@ struct Problem {
 
   int64_t position(int64_t o, int64_t i) const { return o * inner + i; }
 
-  // The perturbed logits of classes [first, first + 4) for `count` positions from (o, i) on.
-  void perturb(int64_t o, int64_t i, int count, int64_t first, const Vec (&l)[4], Vec (&s)[4]) const {
+  // The perturbed logits of classes [first, first + 4) for the n positions from (o, i) on.
+  template <class N>
+  void perturb(int64_t o, int64_t i, N n, int64_t first, const Vec (&l)[4], Vec (&s)[4]) const {
     if (noise) {
       for (int w = 0; w < 4; ++w)
-        s[w] = l[w] + (first + w < classes ? noise.at(o, first + w, i).get(0, count) : Vec{});
+        s[w] = l[w] + (first + w < classes ? noise.at(o, first + w, i).get(0, n) : Vec{});
       return;
     }
     const UVec low = split_low(position(o, i)) + lane_numbers();
     const UVec carry = low < split_low(position(o, i)) ? UVec{} + 1u : UVec{};
     const Words<Simd> words =
-        random_words<Simd>(split_low(first / 4), split_high(first / 4), low,
-                           split_high(position(o, i)) + carry, seed);
+        lane_words(split_low(first / 4), split_high(first / 4), low,
+                   split_high(position(o, i)) + carry, seed);
     for (int w = 0; w < 4; ++w)
       s[w] = l[w] + gumbel<Simd>(words.word[w]);
   }
@@ -102,11 +103,11 @@ struct Problem {
 
 // A vector of positions, classes in blocks: one look for the maxima, one for the sums, which are
 // rescaled when a maximum grows.
-template <class T>
+template <class T, class N>
 void scan_positions(const Problem<T>& in,
                     int64_t o,
                     int64_t i,
-                    int count,
+                    N count,
                     Distribution* distribution,
                     Perturbed* perturbed) {
   constexpr int kBlock = 16;
@@ -217,9 +218,13 @@ Problem<T> problem_of(const Tensor& logits,
           logits.size(2),  seed_of(seed), divisor == divisor ? inverse : divisor};
 }
 
-// Calls classes(o, i) for every position, or positions(o, i, count) for every vector of them.
+// Calls classes(o, i, buffer) for every position, or positions(o, i, n, buffer) for every n of them;
+// `together` says whether neighbouring positions are neighbours in every tensor.
 template <class T, class Classes, class Positions>
-void for_each_position(const Problem<T>& in, const Classes& classes, const Positions& positions) {
+void for_each_position(const Problem<T>& in,
+                       bool together,
+                       const Classes& classes,
+                       const Positions& positions) {
   const bool by_class = in.logits.row_stride == 1 || in.inner == 1;
   const int64_t step = by_class ? 1 : kLanes;
   const int64_t tiles = (in.inner + step - 1) / step;
@@ -229,10 +234,13 @@ void for_each_position(const Problem<T>& in, const Classes& classes, const Posit
         const Buffer<float> buffer((by_class ? 1 : kLanes) * in.classes + kDrawn);
         for (int64_t tile = begin; tile < end; ++tile) {
           const int64_t o = tile / tiles, i = tile % tiles * step;
+          const int n = int(std::min<int64_t>(step, in.inner - i));
           if (by_class)
             classes(o, i, buffer.get());
+          else if (together && n == kLanes)
+            positions(o, i, Whole{}, buffer.get());
           else
-            positions(o, i, int(std::min<int64_t>(kLanes, in.inner - i)), buffer.get());
+            positions(o, i, n, buffer.get());
         }
       });
 }
@@ -272,7 +280,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
         out.at(o, p.index, i).set(0, 1, broadcast(1));
     };
     for_each_position(
-        in,
+        in, in.logits.together() && in.noise.together() && out.together(),
         [&](int64_t o, int64_t i, float* s) {
           Distribution distribution;
           Perturbed perturbed;
@@ -287,7 +295,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
             row.set(k, int(std::min<int64_t>(kLanes, in.classes - k)),
                     scale * exp_or_zero<Simd>((load(s + k) - perturbed.largest) * in.inverse_tau));
         },
-        [&](int64_t o, int64_t i, int n, float*) {
+        [&](int64_t o, int64_t i, auto n, float*) {
           Distribution distribution[kLanes];
           Perturbed perturbed[kLanes];
           scan_positions(in, o, i, n, distribution, perturbed);
@@ -348,7 +356,7 @@ Tensor gumbel_sample_backward(std::optional<Tensor> grad_sample,
       return rows;
     }();
     for_each_position(
-        in,
+        in, in.logits.together() && in.noise.together() && upstream.together() && out.together(),
         [&](int64_t o, int64_t i, float* s) {
           const float* const own = kept + in.position(o, i);
           const float log_sum = own[count], soft_log_sum = own[3 * count];
@@ -386,11 +394,11 @@ Tensor gumbel_sample_backward(std::optional<Tensor> grad_sample,
             to.set(k, n, value);
           }
         },
-        [&](int64_t o, int64_t i, int n, float* buffer) {
+        [&](int64_t o, int64_t i, auto n, float* buffer) {
           const Rows<float> own(statistics);
-          const Vec largest = own.at(0, o, i).get(0, n), log_sum = own.at(1, o, i).get(0, n);
-          const Vec best = own.at(2, o, i).get(0, n), soft_log_sum = own.at(3, o, i).get(0, n);
-          const Vec weight = pull ? pull.at(o, 0, i).get(0, n) : Vec{};
+          const Vec largest = own.at(0, o, i).get(0, int(n)), log_sum = own.at(1, o, i).get(0, int(n));
+          const Vec best = own.at(2, o, i).get(0, int(n)), soft_log_sum = own.at(3, o, i).get(0, int(n));
+          const Vec weight = pull ? pull.at(o, 0, i).get(0, int(n)) : Vec{};
           Vec product{}, entropy{};
           for (int64_t k = 0; k < in.classes; k += 4) {
             const int quad = int(std::min<int64_t>(4, in.classes - k));

@@ -38,23 +38,28 @@ std::vector<float> weights_of(const std::optional<Tensor>& weight,
   return weights;
 }
 
+// Exact at a weight of 0 and 1, and within the range of a and b.
+inline Vec mixed(Vec weight, Vec a, Vec b) {
+  return fma(weight, a, (1.0f - weight) * b);
+}
+
 template <class T>
 void mix(const Rows<T>& real, const Rows<T>& fake, float weight, const Rows<T>& out, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int n = int(std::min<int64_t>(kLanes, count - i));
+  const bool together = real.together() && fake.together() && out.together();
+  for_each_vector(count, together, [&](int64_t i, auto n) {
     const Vec a = real.get(i, n), b = fake.get(i, n);
-    out.set(i, n, fma(broadcast(weight), a - b, b));
-  }
+    out.set(i, n, mixed(broadcast(weight), a, b));
+  });
 }
 
 void mix_streamed(const float* real, const float* fake, float weight, float* out, int64_t count) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     const Vec a = load(real + i), b = load(fake + i);
-    stream(out + i, fma(broadcast(weight), a - b, b));
+    stream(out + i, mixed(broadcast(weight), a, b));
   }
   for (; i < count; ++i)
-    out[i] = Scalar::fma(weight, real[i] - fake[i], fake[i]);
+    out[i] = Scalar::fma(weight, real[i], (1 - weight) * fake[i]);
 }
 
 Tensor interpolate(const Tensor& real,
@@ -97,10 +102,10 @@ Tensor interpolate(const Tensor& real,
         const int64_t length = std::min(kSegment, count - start);
         const float* drawn =
             draw_uniforms(key, b, row * rows.columns + column + start, length, buffer);
-        for (int64_t i = 0; i < length; i += kLanes) {
-          const int n = int(std::min<int64_t>(kLanes, length - i));
-          at[2].set(start + i, n, fma(broadcast(share), load(drawn + i), at[0].get(start + i, n)));
-        }
+        for_each_vector(length, at[0].together() && at[2].together(), [&](int64_t i, auto n) {
+          at[2].set(start + i, n,
+              fma(broadcast(share), load(drawn + i), at[0].get(start + i, n)));
+        });
       }
     });
   });
@@ -130,18 +135,18 @@ std::tuple<Tensor, Tensor, Tensor> interpolate_backward(const Tensor& grad_mixed
                         grad_mixed, false);
     std::vector<double> partial(rows.blocks());
     rows.for_each([&](int64_t b, int64_t row, int64_t column, int64_t count, const auto& at) {
+      const bool together = std::all_of(at.begin(), at.end(), [](auto& x) { return x.together(); });
       double total = 0;
       constexpr int64_t kSegment = 512;
       for (int64_t start = 0; start < count; start += kSegment) {
         Vec sums{};
-        for (int64_t i = start; i < std::min(count, start + kSegment); i += kLanes) {
-          const int n = int(std::min<int64_t>(kLanes, count - i));
-          const Vec g = at[0].get(i, n);
-          at[3].set(i, n, weights[b] * g);
-          at[4].set(i, n, (1 - weights[b]) * g);
+        for_each_vector(std::min(kSegment, count - start), together, [&](int64_t i, auto n) {
+          const Vec g = at[0].get(start + i, n);
+          at[3].set(start + i, n, weights[b] * g);
+          at[4].set(start + i, n, (1 - weights[b]) * g);
           if (at[1])
-            sums = fma(g, at[1].get(i, n) - at[2].get(i, n), sums);
-        }
+            sums = fma(g, at[1].get(start + i, n) - at[2].get(start + i, n), sums);
+        });
         total += sum(sums);
       }
       partial[rows.block(b, row, column)] = total;

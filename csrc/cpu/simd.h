@@ -103,34 +103,7 @@ inline Vec sqrt(Vec v) {
 #endif
 }
 
-// The low and the high halves of the products with a 32-bit integer.
-inline void multiply(UVec a, uint32_t b, UVec& low, UVec& high) {
-#if defined(__SSE2__)
-  using Wide = uint64_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-  const auto products = [&](Wide x) {  // of the lower 32 bits of each lane
-#if defined(__AVX512F__)
-    // The masked form, because GCC warns of the operand that the plain one leaves undefined.
-    return Wide(_mm512_maskz_mul_epu32(0xff, __m512i(x), _mm512_set1_epi32(int(b))));
-#elif defined(__AVX2__)
-    return Wide(_mm256_mul_epu32(__m256i(x), _mm256_set1_epi32(int(b))));
-#else
-    return Wide(_mm_mul_epu32(__m128i(x), _mm_set1_epi32(int(b))));
-#endif
-  };
-  constexpr uint64_t kUpper = 0xffffffff00000000u;
-  const Wide even = products(Wide(a)), odd = products(Wide(a) >> 32);
-  low = UVec((even & ~kUpper) | (odd << 32));
-  high = UVec((even >> 32) | (odd & kUpper));
-#else
-  for (int i = 0; i < kLanes; ++i) {
-    const uint64_t product = uint64_t{a[i]} * b;
-    low[i] = uint32_t(product);
-    high[i] = uint32_t(product >> 32);
-  }
-#endif
-}
-
-// The arithmetic of elementary.h and noise.h on vectors.
+// The arithmetic of elementary.h on vectors.
 struct Simd {
   using F = Vec;
   using U = UVec;
@@ -142,8 +115,25 @@ struct Simd {
   static Vec from_int(IVec a) { return __builtin_convertvector(a, Vec); }
   static UVec bits(Vec a) { return UVec(a); }
   static Vec from_bits(UVec a) { return Vec(a); }
-  static void multiply(UVec a, uint32_t b, UVec& low, UVec& high) {
-    genperf::multiply(a, b, low, high);
+};
+
+// What philox() needs, on 64-bit lanes of which only the lower half counts: products come as pairs,
+// and nothing has to be put together between the rounds.
+struct SimdPairs {
+  using U = uint64_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+
+  static void multiply(U a, uint32_t b, U& low, U& high) {
+#if defined(__AVX512F__)
+    // The masked form, because GCC warns of the operand that the plain one leaves undefined.
+    low = U(_mm512_maskz_mul_epu32(0xff, __m512i(a), _mm512_set1_epi32(int(b))));
+#elif defined(__AVX2__)
+    low = U(_mm256_mul_epu32(__m256i(a), _mm256_set1_epi32(int(b))));
+#elif defined(__SSE2__)
+    low = U(_mm_mul_epu32(__m128i(a), _mm_set1_epi32(int(b))));
+#else
+    low = (a & 0xffffffffu) * uint64_t{b};
+#endif
+    high = low >> 32;
   }
 };
 

@@ -167,10 +167,18 @@ def as_rows(read: Sequence[Tensor | None], written: Sequence[Tensor | None] = ()
     """
     tensors = [t for t in (*read, *written) if t is not None]
     shape = tensors[0].shape
+    if all(t.is_contiguous() for t in tensors):
+        sizes = (shape[0], 1, math.prod(shape[1:]))
+        return [None if t is None else t.view(sizes) for t in (*read, *written)]
     split = _row_split(shape, tensors) or _row_split(shape, [t for t in written if t is not None]) or 1
     sizes = (shape[0], math.prod(shape[1:split]), math.prod(shape[split:]))
     views = [None if t is None else t.reshape(sizes) for t in read]
     return views + [None if t is None else t.view(sizes) for t in written]
+
+
+def rows_fit(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape [B, ...] can be viewed as [B, rows, columns] together."""
+    return all(t.is_contiguous() for t in tensors) or _row_split(tensors[0].shape, tensors) is not None
 
 
 def _row_split(shape: Sequence[int], tensors: Sequence[Tensor]) -> int | None:
@@ -185,6 +193,13 @@ def _collapses(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether dimensions of these sizes and strides are one strided dimension."""
     kept = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
     return all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(kept))
+
+
+def apply(function: type[torch.autograd.Function], *arguments: object) -> tuple[Tensor, ...]:
+    """function.apply(*arguments) without its inspection of forward's signature, which takes longer than a small kernel."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)
 
 
 def differentiate(

@@ -51,18 +51,18 @@ def normal_noise(seed: Tensor, rows: int, count: int, dtype: torch.dtype) -> Ten
     radius = torch.sqrt(2 * exponential_variate(words[..., 0::2]))
     angle = words[..., 1::2].double() * (2 * math.pi * 2.0**-32)
     pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
-    return pairs.reshape(rows, -1)[:, :count].to(dtype)
+    return _flat(pairs, rows, count).to(dtype)
 
 
 def gumbel_noise(seed: Tensor, rows: int, count: int, dtype: torch.dtype) -> Tensor:
     """Standard Gumbel [rows, count]."""
     words = _words(seed, rows, count)
-    return -torch.log(exponential_variate(words)).reshape(rows, -1)[:, :count].to(dtype)
+    return -torch.log(_flat(exponential_variate(words), rows, count)).to(dtype)
 
 
 def uniform_noise(seed: Tensor, rows: int, count: int, dtype: torch.dtype) -> Tensor:
     """Uniform on [0, 1), multiples of 2^-24, [rows, count]."""
-    return _uniform(_words(seed, rows, count).reshape(rows, -1)[:, :count]).to(dtype)
+    return _uniform(_flat(_words(seed, rows, count), rows, count)).to(dtype)
 
 
 def uniform_weights(seed: Tensor, rows: int) -> Tensor:
@@ -74,6 +74,11 @@ def uniform_weights(seed: Tensor, rows: int) -> Tensor:
 def _words(seed: Tensor, rows: int, count: int) -> Tensor:
     quad = torch.arange((count + 3) // 4, device=seed.device)
     return random_words(seed, quad, torch.arange(rows, device=seed.device).unsqueeze(1))  # [rows, quads, 4]
+
+
+def _flat(quads: Tensor, rows: int, count: int) -> Tensor:
+    """The first `count` numbers of each row of quads."""
+    return quads.reshape(rows, (count + 3) // 4 * 4)[:, :count]
 
 
 def _uniform(words: Tensor) -> Tensor:

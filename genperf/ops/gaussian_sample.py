@@ -1,5 +1,6 @@
 """Reparameterised samples of diagonal Gaussians with their KL divergence."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from ._common import (
     HALF_DTYPES,
     accumulator_dtype,
+    apply,
     as_rows,
     check_float,
     check_noise,
@@ -15,6 +17,7 @@ from ._common import (
     choose_impl,
     differentiate,
     register_fake,
+    rows_fit,
     streaming_refusals,
 )
 from ._noise import draw_seed, normal_noise
@@ -76,6 +79,7 @@ def gaussian_sample(
     check_tensor(op, "mean", mean)
     check_float(op, "mean", mean)
     shape = _check_moments(op, "mean", mean, "logvar", logvar, dim)
+    dim %= mean.dim()
     prior_mean, prior_logvar = _check_prior(op, prior, mean, shape, dim)
     if noise is not None:
         check_noise(op, noise, "mean", mean, shape)
@@ -94,7 +98,7 @@ def gaussian_sample(
     if chosen == "reference":
         return gaussian_sample_reference(*inputs, noise, seed, dim, free_bits, wide)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _GaussianSample.apply(*inputs, noise, seed, dim, free_bits, wide)
+        return apply(_GaussianSample, *inputs, noise, seed, dim, free_bits, wide)
     return _forward(*inputs, noise, seed, dim, free_bits, wide)
 
 
@@ -158,10 +162,36 @@ def _all_halves(inputs: Sequence[Tensor | None], dim: int) -> list[Tensor | None
     return [*_halves(mean, logvar, dim), *prior]
 
 
+def _rows(
+    inputs: Sequence[Tensor | None], extra: Sequence[Tensor | None], written: Sequence[Tensor | None], dim: int
+) -> list[Tensor | None]:
+    """`as_rows` of the halves of `inputs`, of `extra`, and of the halves of `written`."""
+    if inputs[1] is None and all(t is None or t.is_contiguous() for t in (*inputs, *extra, *written)):
+        # What nearly every encoder gives: one view of each packed tensor, and its halves.
+        shape = inputs[0].shape
+        rows = math.prod(shape[1:dim])
+        columns = math.prod(shape[dim:]) // 2
+
+        def halves(mean: Tensor | None, logvar: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            if mean is not None and logvar is None:
+                return mean.view(shape[0], rows, 2, columns).unbind(2)
+            return view(mean), view(logvar)
+
+        def view(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.view(shape[0], rows, columns)
+
+        written_halves = (*halves(*written[:2]), *halves(*written[2:])) if written else ()
+        return [*halves(*inputs[:2]), *halves(*inputs[2:]), *map(view, extra), *written_halves]
+    return as_rows([*_all_halves(inputs, dim), *extra], _all_halves(written, dim) if written else ())
+
+
 def _forward(mean, logvar, prior_mean, prior_logvar, noise, seed, dim, free_bits, wide) -> tuple[Tensor, Tensor]:
-    halves = _all_halves((mean, logvar, prior_mean, prior_logvar), dim)
-    sample, kl = torch.ops.genperf.gaussian_sample(*as_rows([*halves, noise]), seed, free_bits, wide)
-    return sample.view(halves[0].shape), kl
+    rows = _rows((mean, logvar, prior_mean, prior_logvar), (noise,), (), dim)
+    sample, kl = torch.ops.genperf.gaussian_sample(*rows, seed, free_bits, wide)
+    shape = list(mean.shape)
+    if logvar is None:
+        shape[dim] //= 2
+    return sample.view(shape), kl
 
 
 class _GaussianSample(torch.autograd.Function):
@@ -183,9 +213,10 @@ class _GaussianSample(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
             outputs = gaussian_sample_reference(*inputs, noise, seed, ctx.dim, ctx.free_bits, ctx.wide)
             return (*differentiate(outputs, (grad_sample, grad_kl), inputs, ctx.needs_input_grad[:4]), *(None,) * 5)
-        gradients = [None if t is None else torch.empty_like(t) for t in inputs]
-        halves = _all_halves(inputs, ctx.dim)
-        rows = as_rows([*halves, noise, grad_sample], _all_halves(gradients, ctx.dim))
+        # A gradient keeps its input's memory format where the kernel can follow it.
+        layout = torch.preserve_format if rows_fit([t for t in _all_halves(inputs, ctx.dim) if t is not None]) else torch.contiguous_format
+        gradients = [None if t is None else torch.empty_like(t, memory_format=layout) for t in inputs]
+        rows = _rows(inputs, (noise, grad_sample), gradients, ctx.dim)
         torch.ops.genperf.gaussian_sample_backward(*rows[6:], rows[5], grad_kl, *rows[:5], seed, ctx.free_bits)
         return (*gradients, *(None,) * 5)
 
@@ -218,7 +249,7 @@ def gaussian_sample_reference(
         kl = 0.5 * ((mean - prior_mean).square() * torch.exp(-prior_logvar) + ratio.exp() - 1 - ratio)
     if free_bits > 0:
         kl = kl.clamp(min=free_bits)
-    return sample.to(sample_dtype), kl.reshape(kl.shape[0], -1).sum(1)
+    return sample.to(sample_dtype), kl.reshape(kl.shape[0], math.prod(kl.shape[1:])).sum(1)
 
 
 @register_fake("gaussian_sample")

@@ -5,7 +5,17 @@ import math
 import torch
 from torch import Tensor
 
-from ._common import accumulator_dtype, as_rows, check_float, check_tensor, choose_impl, differentiate, register_fake, streaming_refusals
+from ._common import (
+    accumulator_dtype,
+    apply,
+    as_rows,
+    check_float,
+    check_tensor,
+    choose_impl,
+    differentiate,
+    register_fake,
+    streaming_refusals,
+)
 
 
 def gradient_norm_penalty(
@@ -52,7 +62,7 @@ def gradient_norm_penalty(
         return gradient_norm_penalty_reference(gradients, center, one_sided)
     (rows,) = as_rows([gradients])
     if torch.is_grad_enabled() and gradients.requires_grad:
-        return _GradientNormPenalty.apply(rows, center, one_sided)[0]
+        return apply(_GradientNormPenalty, rows, center, one_sided)[0]
     return torch.ops.genperf.gradient_norm_penalty(rows, center, one_sided)[0]
 
 
@@ -84,7 +94,7 @@ class _GradientNormPenalty(torch.autograd.Function):
 
 def gradient_norm_penalty_reference(gradients: Tensor, center: float, one_sided: bool) -> Tensor:
     """The op in plain PyTorch, differentiated by autograd."""
-    flat = gradients.to(accumulator_dtype(gradients.dtype)).reshape(gradients.shape[0], -1)
+    flat = gradients.to(accumulator_dtype(gradients.dtype)).reshape(gradients.shape[0], math.prod(gradients.shape[1:]))
     if center == 0:
         return flat.square().sum() / max(1, gradients.shape[0])
     # A norm of zero is kept out of the square root, whose derivative there is infinite.

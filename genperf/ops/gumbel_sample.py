@@ -10,6 +10,7 @@ from ._common import (
     HALF_DTYPES,
     ValueOf,
     accumulator_dtype,
+    apply,
     as_positions,
     check_float,
     check_noise,
@@ -107,7 +108,7 @@ def gumbel_sample(
     if chosen == "reference":
         sample, indices, kl = gumbel_sample_reference(*arguments)
     elif torch.is_grad_enabled() and (logits.requires_grad or (codebook is not None and codebook.requires_grad)):
-        sample, indices, kl, _ = _GumbelSample.apply(*arguments)
+        sample, indices, kl, _ = apply(_GumbelSample, *arguments)
     else:
         sample, indices, kl, _ = _forward(*arguments)
     shape = positions_shape(logits, dim)

@@ -6,6 +6,7 @@ from torch import Tensor
 from ._common import (
     ValueOf,
     accumulator_dtype,
+    apply,
     as_rows,
     check_float,
     check_tensor,
@@ -143,7 +144,7 @@ def _mix(
         mixed = _forward(real.detach(), None, scale, weight, seed)
         return ValueOf.apply(mixed, real) if learns and real.requires_grad else mixed
     if learns and (real.requires_grad or fake.requires_grad or (weight is not None and weight.requires_grad)):
-        return _Interpolate.apply(real, fake, weight, seed)
+        return apply(_Interpolate, real, fake, weight, seed)
     return _forward(real, fake, None, weight, seed)
 
 
@@ -182,9 +183,7 @@ class _Interpolate(torch.autograd.Function):
         return grad_real.view(shape), grad_fake.view(shape), grad_weight if ctx.needs_input_grad[2] else None, None
 
 
-def interpolate_reference(
-    real: Tensor, fake: Tensor | None, scale: Tensor | None, weight: Tensor | None, seed: Tensor | None
-) -> Tensor:
+def interpolate_reference(real: Tensor, fake: Tensor | None, scale: Tensor | None, weight: Tensor | None, seed: Tensor | None) -> Tensor:
     """The op in plain PyTorch, differentiated by autograd; without `fake`, real is perturbed by uniform noise times `scale`."""
     dtype = accumulator_dtype(real.dtype)
     if weight is None:

@@ -1,9 +1,11 @@
 """How close each sample of a batch is to the others, for minibatch discrimination."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from ._common import accumulator_dtype, check_float, check_tensor, choose_impl, differentiate, register_fake, streaming_refusals
+from ._common import accumulator_dtype, apply, check_float, check_tensor, choose_impl, differentiate, register_fake, streaming_refusals
 
 
 def minibatch_similarity(
@@ -42,7 +44,7 @@ def minibatch_similarity(
         return minibatch_similarity_reference(features)
     features = features.contiguous()
     if torch.is_grad_enabled() and features.requires_grad:
-        return _MinibatchSimilarity.apply(features)
+        return apply(_MinibatchSimilarity, features)
     return torch.ops.genperf.minibatch_similarity(features)
 
 
@@ -73,7 +75,7 @@ def minibatch_similarity_reference(features: Tensor) -> Tensor:
     wide = features.to(accumulator_dtype(features.dtype))
     distance = (wide.unsqueeze(0) - wide.unsqueeze(1)).abs().sum(3)
     itself = torch.eye(features.shape[0], dtype=torch.bool, device=features.device).unsqueeze(-1)
-    return torch.exp(-distance).masked_fill(itself, 0).sum(1).to(features.dtype)
+    return torch.exp(-distance.masked_fill(itself, math.inf)).sum(1).to(features.dtype)
 
 
 @register_fake("minibatch_similarity")

@@ -6,6 +6,7 @@ from torch import Tensor
 from ._common import (
     ValueOf,
     accumulator_dtype,
+    apply,
     as_positions,
     check_positions,
     check_tensor,
@@ -91,7 +92,7 @@ def vector_quantize(
         outputs = vector_quantize_reference(positions, codebook, codebook_weight, commitment_weight, gradient, metric, mask)
     elif torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
         rotation = gradient == "rotation"
-        outputs = _VectorQuantize.apply(positions, codebook, codebook_weight, commitment_weight, rotation, metric, mask)[:3]
+        outputs = apply(_VectorQuantize, positions, codebook, codebook_weight, commitment_weight, rotation, metric, mask)[:3]
     else:
         outputs = _forward(positions, codebook, codebook_weight + commitment_weight, metric, mask)[:3]
     quantized, indices, loss = outputs
