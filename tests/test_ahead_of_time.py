@@ -125,6 +125,45 @@ def test_cuda_ops_trace_on_fake_tensors():
             assert (grad.shape, grad.dtype, grad.stride()) == (flat.shape, dtype, flat.stride())
 
 
+def check_like(tensor, x, dtype=None):
+    assert (tensor.shape, tensor.dtype, tensor.stride()) == (x.shape, dtype or x.dtype, x.stride())
+    assert tensor.device.type == "cuda"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cuda_sampling_and_penalties_trace_on_fake_tensors(dtype):
+    if _library.cuda_failure is not None:
+        pytest.skip(f"no CUDA library: {_library.cuda_failure}")
+    ops = torch.ops.genperf
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 5, 7, device="cuda", dtype=dtype)
+        seed = torch.empty((), device="cuda", dtype=torch.int64)
+        sample, kl = genperf.gaussian_sample(x, torch.empty_like(x), dtype=torch.float32)
+        check_like(sample, x, torch.float32)
+        check_like(kl, torch.empty(2))
+        for layout in (torch.contiguous_format, torch.channels_last):
+            sample, indices, kl = genperf.gumbel_sample(x.to(memory_format=layout), dim=1)
+            check_like(sample, x.to(memory_format=layout))
+            check_like(indices, torch.empty(2, 5, 7, dtype=torch.int64))
+            check_like(kl, torch.empty(2, 5, 7))
+        check_like(genperf.interpolate(x, x), x)
+        check_like(genperf.gradient_norm_penalty(x), torch.empty(()))
+        features = x.flatten(2)
+        check_like(genperf.minibatch_similarity(features), torch.empty(2, 8, dtype=dtype))
+
+        grads = [torch.empty_like(features) for _ in range(2)]
+        given = (None, None, features, None, features, features)
+        assert ops.gaussian_sample_backward(*grads, *given, None, None, None, seed, 0.0) is None
+        kl, statistics = torch.empty(2, 35, device="cuda"), torch.empty(4, 2, 35, device="cuda")
+        check_like(ops.gumbel_sample_backward(features, kl, features, statistics, None, 1.0, None, seed), features)
+        grads = ops.interpolate_backward(features, features, features, None, seed)
+        for result, expected in zip(grads, (features, features, torch.empty(2)), strict=True):
+            check_like(result, expected)
+        penalty, norms = torch.empty((), device="cuda"), torch.empty(2, device="cuda")
+        check_like(ops.gradient_norm_penalty_backward(penalty, features, norms, 1.0, False), features)
+        check_like(ops.minibatch_similarity_backward(torch.empty(2, 8, device="cuda", dtype=dtype), features), features)
+
+
 CUDA_OPS = [
     "nearest_code",
     "vector_quantize",

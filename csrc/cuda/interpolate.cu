@@ -10,8 +10,8 @@ namespace {
 template <typename T>
 constexpr int kWidth = 16 / sizeof(T);
 
-constexpr int kBackwardBlocks =
-    2;  // of a multiprocessor at least; asked for more, the compiler spills
+// Of a multiprocessor, at least; asked for more, the compiler spills.
+constexpr int kBackwardBlocks = 3;
 
 constexpr int64_t kWeightQuad = INT64_MIN;  // 2^63 as an unsigned number
 
