@@ -85,7 +85,6 @@ def test_nearest_code(benchmark, workload, contender, size, device):
     else:
         assert wrong < 0.1, f"{contender} disagrees in {wrong:.0%} of the rows: not the same search"
 
-    benchmark.group = f"nearest_code {name} N={n} K={k} D={d}"
     measure(
         benchmark, search, device, flops=2.0 * n * k * d, moved=4 * (n + k) * d + 8 * n, pairs=n * k,
         op="nearest_code", workload=name, N=n, K=k, D=d, contender=contender, wrong_rows=wrong,

@@ -84,7 +84,6 @@ def test_vector_quantize(benchmark, workload, contender, size, device):
     exact = 1 + 2 * 0.25 / x.numel() * (x - expected)
     assert (gradient - exact).abs().mean() < 1e-5
 
-    benchmark.group = f"vector_quantize {name} N={n} K={k} D={d}"
     measure(
         benchmark, make(x, codebook), device, flops=2.0 * n * k * d, moved=4 * (4 * n + 3 * k) * d + 8 * n, pairs=n * k,
         op="vector_quantize", workload=name, N=n, K=k, D=d, contender=contender, wrong_rows=wrong,

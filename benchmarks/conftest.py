@@ -1,5 +1,9 @@
+import functools
+
 import pytest
 import torch
+
+from workloads import Workload  # isort: skip
 
 
 def pytest_addoption(parser):
@@ -19,9 +23,19 @@ def _seeded():
 
 @pytest.fixture
 def size(benchmark):
-    """The workload as it is, or small where the benchmarks only have to run."""
+    """The workload or shape as it is, or small where the benchmarks only have to run."""
 
     def shrink(workload):
-        return workload._replace(n=min(workload.n, 256), k=min(workload.k, 300)) if benchmark.disabled else workload
+        if not benchmark.disabled:
+            return workload
+        if isinstance(workload, Workload):
+            return workload._replace(n=min(workload.n, 256), k=min(workload.k, 300))
+        return tuple(min(length, 8) for length in workload)
 
     return shrink
+
+
+@pytest.fixture
+def compiled(benchmark):
+    """torch.compile, without the minutes of its code generation where the benchmarks only have to run."""
+    return functools.partial(torch.compile, backend="aot_eager" if benchmark.disabled else "inductor")

@@ -11,19 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 
+# Of what takes milliseconds, so that one of them is undisturbed.
+MANY_ROUNDS = 15
 MINIMUM_SECONDS = 0.3
 MAXIMUM_ROUNDS = 30
 MAXIMUM_BYTES = 5e9
 
 
-def measure(benchmark, function: Callable[[], object], device: str, *, flops: float, moved: int, pairs: int, **facts: object) -> None:
-    """Time `function` and record what it did: floating-point operations, the fewest bytes it must move, code pairs, peak memory.
+def measure(
+    benchmark, function: Callable[[], object], device: str, *, moved: int | None = None, least_rounds: int = 5, **facts: object
+) -> None:
+    """Time `function` and record what it did: the fewest bytes it must move, `facts` (op, workload and contender among them), peak memory.
 
-    CPU: wall clock, at least 5 rounds (2 of calls over a second) and 0.3 s, to be judged by the minimum. CUDA: quantiles of
-    device time with a cold L2 cache, and the wall clock of synchronised calls.
+    CPU: wall clock, at least `least_rounds` rounds (a third of them of calls over a second) and 0.3 s, to be judged by the minimum. CUDA:
+    quantiles of device time with a cold L2 cache, and the wall clock of synchronised calls.
     """
+    benchmark.group = " ".join([f"{facts['op']} {facts['workload']}", *(f"{name}={facts[name]}" for name in "NKD" if name in facts)])
     benchmark.extra_info |= {
-        "flops": flops, "bytes": moved, "pairs": pairs, "device": device_name(device), "threads": torch.get_num_threads(),
+        "bytes": moved, "device": device_name(device), "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2), "torch": torch.__version__, **facts,
     }  # fmt: skip
     if benchmark.disabled:
@@ -37,7 +42,7 @@ def measure(benchmark, function: Callable[[], object], device: str, *, flops: fl
     start = time.perf_counter()
     _synchronised(function, device)()
     once = time.perf_counter() - start
-    rounds = int(min(max(5 if once < 1 else 2, MINIMUM_SECONDS / once), MAXIMUM_ROUNDS))
+    rounds = int(min(max(least_rounds if once < 1 else max(2, least_rounds // 3), MINIMUM_SECONDS / once), MAXIMUM_ROUNDS))
     benchmark.pedantic(_synchronised(function, device), rounds=rounds, warmup_rounds=1)
 
 

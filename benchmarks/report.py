@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("contender", "ms", "speed-up of genperf", "Gpairs/s", "GFLOP/s", "extra MB", "wrong rows")
+SIZES = ("N", "K", "D")
 
 
 def read(path: Path) -> list[dict]:
@@ -20,10 +20,30 @@ def read(path: Path) -> list[dict]:
 
 
 def group(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """Rows of one op, workload and size, which are what each contender did with the same inputs."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["op"], row["workload"], row["N"], row["K"], row["D"]), []).append(row)
+        groups.setdefault((row["op"], row["workload"], *(row.get(size) for size in SIZES)), []).append(row)
     return groups
+
+
+def cells(row: dict, ours: float | None) -> dict[str, str]:
+    """A row of the table by column. The searches count pairs, what streams counts bytes."""
+    found = {
+        "contender": row["contender"],
+        "ms": f"{row['ms']:.3g}",
+        "speed-up of genperf": "" if ours is None or row["contender"] == "genperf" else f"{row['ms'] / ours:.1f}x",
+    }
+    if "pairs" in row:
+        found["Gpairs/s"] = f"{row['pairs'] / row['ms'] / 1e6:.2f}"
+    if "flops" in row:
+        found["GFLOP/s"] = f"{row['flops'] / row['ms'] / 1e6:.0f}"
+    if "pairs" not in row and row.get("bytes") is not None:
+        found["GB/s"] = f"{row['bytes'] / row['ms'] / 1e6:.1f}"
+    found["extra MB"] = "" if row.get("extra_bytes") is None else f"{row['extra_bytes'] / 1e6:.0f}"
+    if "wrong_rows" in row:
+        found["wrong rows"] = f"{row['wrong_rows']:.2%}"
+    return found
 
 
 def table(rows: list[dict]) -> str:
@@ -33,16 +53,13 @@ def table(rows: list[dict]) -> str:
         f"{first['device']}, {first['threads']} threads, torch {first['torch']}; float32; {time}; load {first['load']} at the start.",
         "",
     ]
-    for (op, workload, n, k, d), members in group(rows).items():
+    for (op, workload, *sizes), members in group(rows).items():
         ours = next((row["ms"] for row in members if row["contender"] == "genperf"), None)
-        lines += [f"### {op}: {workload}, N = {n}, K = {k}, D = {d}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-        for row in sorted(members, key=lambda row: row["ms"]):
-            ratio = "" if ours is None or row["contender"] == "genperf" else f"{row['ms'] / ours:.1f}x"
-            extra = "" if row.get("extra_bytes") is None else f"{row['extra_bytes'] / 1e6:.0f}"
-            rate = row["pairs"] / row["ms"] / 1e6, row["flops"] / row["ms"] / 1e6
-            lines.append(
-                f"| {row['contender']} | {row['ms']:.3g} | {ratio} | {rate[0]:.2f} | {rate[1]:.0f} | {extra} | {row['wrong_rows']:.2%} |"
-            )
+        body = [cells(row, ours) for row in sorted(members, key=lambda row: row["ms"])]
+        columns = list(body[0])
+        heading = ", ".join([workload, *(f"{name} = {size}" for name, size in zip(SIZES, sizes, strict=True) if size is not None)])
+        lines += [f"### {op}: {heading}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += [f"| {' | '.join(row[column] for column in columns)} |" for row in body]
         lines.append("")
     return "\n".join(lines)
 
@@ -63,7 +80,10 @@ def chart(rows: list[dict], path: Path) -> None:
         for i, contender in enumerate(contenders):
             times = [next((row["ms"] for row in value if row["contender"] == contender), float("nan")) for value in members.values()]
             axis.bar([x + i * width for x in range(len(members))], times, width, label=contender)
-        labels = [f"{workload}\nN={n}\nK={k}\nD={d}" for _, workload, n, k, d in members]
+        labels = [
+            "\n".join([workload, *(f"{name}={size}" for name, size in zip(SIZES, sizes, strict=True) if size is not None)])
+            for _, workload, *sizes in members
+        ]
         axis.set_xticks([x + 0.4 - width / 2 for x in range(len(members))], labels, fontsize=7)
         axis.set(yscale="log", ylabel="ms")
         axis.set_title(f"{op}, {rows[0]['device']}, {rows[0]['threads']} threads", loc="left")
