@@ -51,6 +51,14 @@ def _computed(name: str) -> property:
 class DiagonalGaussianDistribution:
     """Distribution of an autoencoder's latents, from moments packed along dimension 1, mean first.
 
+    Equivalent to:
+        mean, logvar = parameters.chunk(2, dim=1)
+        logvar = logvar.clamp(-30, 20)
+        std, var = torch.exp(0.5 * logvar), torch.exp(logvar)
+        sample = mean + std * torch.randn_like(mean)
+        kl = 0.5 * (mean.square() + var - 1 - logvar).flatten(1).sum(1)
+        nll = 0.5 * (math.log(2 * math.pi) + logvar + (x - mean).square() / var).flatten(1).sum(1)
+
     The attributes mean, logvar, std and var can be assigned; sample, mode, kl and nll take what they then hold. std, var
     and logvar are computed when they are first read, so that encoding and sampling is one kernel.
 
@@ -65,6 +73,11 @@ class DiagonalGaussianDistribution:
         std, var: exp(logvar / 2) and exp(logvar); zeros when deterministic.
         deterministic: setting it computes std and var anew.
         torch_noise: whether noise is torch.randn's. False, a class attribute.
+
+    Samples and KLs are differentiable in the parameters, and twice, the second time in plain PyTorch.
+
+    Raises:
+        ValueError: parameters with an odd number of channels.
     """
 
     torch_noise = False
