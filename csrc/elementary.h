@@ -115,6 +115,31 @@ GENPERF_DEVICE typename A::F exp_or_zero(typename A::F x) {
   return x < -87.0f ? A::constant(0.0f) : value;
 }
 
+// e^x - 1 and e^(x/2) from one polynomial, for |x| <= 80. The polynomial is that of e^(r/2), whose
+// square is then near enough to 1 to lose nothing.
+template <class A>
+struct ExpAndRoot {
+  typename A::F expm1, root;
+
+  GENPERF_DEVICE explicit ExpAndRoot(typename A::F x) {
+    using F = typename A::F;
+    using U = typename A::U;
+    using I = typename A::I;
+    const float coefficients[] = {0.00833464135f, 0.0417185761f, 0.166666761f, 0.499999613f};
+    const F shifted = A::fma(x, A::constant(1.44269504f), A::constant(12582912.0f));
+    const F whole = shifted - 12582912.0f;
+    F r = A::fma(whole, A::constant(-0.693359375f), x);
+    r = A::fma(whole, A::constant(2.12194440e-4f), r) * 0.5f;
+    const F p = A::fma(polynomial<A>(r, coefficients), r * r, r);
+    const U exponent = A::bits(shifted) - 0x4b400000u;
+    const F scale = A::from_bits((exponent + 127u) << 23);
+    const F even_root = A::from_bits((U(I(exponent) >> 1) + 127u) << 23);
+    const F scale_root = (exponent & 1u) != 0u ? even_root * 1.41421356f : even_root;
+    expm1 = A::fma(scale, A::fma(p, p, p + p), scale - 1.0f);
+    root = A::fma(scale_root, p, scale_root);
+  }
+};
+
 // sin and cos of 2 pi angle / 2^32.
 template <class A>
 GENPERF_DEVICE void sincos(typename A::U angle, typename A::F& sin, typename A::F& cos) {

@@ -115,15 +115,15 @@ void sample_segment(const Moments<T>& in,
   Vec sums{};
   for_each_vector(count, in.together() && out.together(), [&](int64_t i, auto n) {
     const Vec m = in.mean.get(i, n), lv = clamp(in.logvar.get(i, n));
-    const ExpParts<Simd> variance(lv);
+    const ExpAndRoot<Simd> variance(lv);
     const Vec z = drawn ? load(drawn + i) : in.noise.get(i, n);
-    out.set(i, n, fma(sqrt(variance.exp()), z, m));
+    out.set(i, n, fma(variance.root, z, m));
     Vec prior_m{}, prior_lv{};
     if constexpr (kPrior) {
       prior_m = in.prior_mean.get(i, n);
       prior_lv = clamp(in.prior_logvar.get(i, n));
     }
-    Vec divergence = Divergence<kPrior>(m, lv, variance.expm1(), prior_m, prior_lv).value;
+    Vec divergence = Divergence<kPrior>(m, lv, variance.expm1, prior_m, prior_lv).value;
     if (free_bits > 0)
       divergence = divergence < free_bits ? broadcast(free_bits) : divergence;
     for (int lane = n; lane < kLanes; ++lane)
@@ -144,13 +144,13 @@ void backward_segment(const Moments<T>& in,
   const bool together = in.together() && out.together() && grad_sample.together();
   for_each_vector(count, together, [&](int64_t i, auto n) {
     const Vec m = in.mean.get(i, n), raw = in.logvar.get(i, n), lv = clamp(raw);
-    const ExpParts<Simd> variance(lv);
+    const ExpAndRoot<Simd> variance(lv);
     Vec prior_m{}, prior_raw{};
     if constexpr (kPrior) {
       prior_m = in.prior_mean.get(i, n);
       prior_raw = in.prior_logvar.get(i, n);
     }
-    const Divergence<kPrior> kl(m, lv, variance.expm1(), prior_m, clamp(prior_raw));
+    const Divergence<kPrior> kl(m, lv, variance.expm1, prior_m, clamp(prior_raw));
     Vec pull = broadcast(grad_kl);
     if (free_bits > 0)
       pull = kl.value < free_bits ? Vec{} : pull;
@@ -163,7 +163,7 @@ void backward_segment(const Moments<T>& in,
       const Vec g = grad_sample.get(i, n);
       const Vec z = drawn ? load(drawn + i) : in.noise.get(i, n);
       grad_mean += g;
-      grad_logvar = fma(0.5f * g, sqrt(variance.exp()) * z, grad_logvar);
+      grad_logvar = fma(0.5f * g, variance.root * z, grad_logvar);
     }
     out.mean.set(i, n, grad_mean);
     out.logvar.set(i, n, where_inside(raw, grad_logvar));

@@ -30,11 +30,11 @@ struct Divergence {
   float by_prior_mean = 0;
   float by_prior_logvar = 0;
 
-  // Against N(0, 1); expm1 of half the log variance.
-  __device__ Divergence(float mean, float half_logvar, float expm1) {
-    value = 0.5f * (mean * mean + expm1 * expm1) + (expm1 - half_logvar);
+  // Against N(0, 1), from the variance less 1.
+  __device__ Divergence(float mean, float logvar, float expm1) {
+    value = 0.5f * (mean * mean + (expm1 - logvar));
     by_mean = mean;
-    by_logvar = expm1 + 0.5f * expm1 * expm1;
+    by_logvar = 0.5f * expm1;
   }
 
   __device__ Divergence(float mean, float logvar, float prior_mean, float prior_logvar) {
@@ -84,11 +84,11 @@ __global__ void __launch_bounds__(kSampleThreads)
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       const float clamped = clamp_logvar(logvar[j]);
-      const ExpParts<Scalar> deviation(0.5f * clamped);
-      sample[j] = mean[j] + deviation.exp() * sample[j];
+      const ExpParts<Scalar> variance(clamped);
+      sample[j] = mean[j] + sqrtf(variance.exp()) * sample[j];
       const Divergence divergence =
           prior ? Divergence(mean[j], clamped, prior_mean[j], clamp_logvar(prior_logvar[j]))
-                : Divergence(mean[j], 0.5f * clamped, deviation.expm1());
+                : Divergence(mean[j], clamped, variance.expm1());
       const float value = divergence.value < p.free_bits ? p.free_bits : divergence.value;
       kl += j < unit.count ? value : 0.0f;
     }
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kSampleThreads)
       load_noise<T>(p, plan, unit, seed, grad_logvar);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j)
-        grad_logvar[j] *= 0.5f * exp<Scalar>(0.5f * clamp_logvar(logvar[j])) * grad_mean[j];
+        grad_logvar[j] *= 0.5f * sqrtf(exp<Scalar>(clamp_logvar(logvar[j]))) * grad_mean[j];
     }
     float prior_mean[kWidth] = {};  // the prior's gradients in the end
     float prior_logvar[kWidth] = {};
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kSampleThreads)
         const float clamped = clamp_logvar(logvar[j]);
         const Divergence divergence =
             prior ? Divergence(mean[j], clamped, prior_mean[j], clamp_logvar(prior_logvar[j]))
-                  : Divergence(mean[j], 0.5f * clamped, ExpParts<Scalar>(0.5f * clamped).expm1());
+                  : Divergence(mean[j], clamped, ExpParts<Scalar>(clamped).expm1());
         const bool counts = !(divergence.value < p.free_bits);
         grad_mean[j] += counts ? grad_kl * divergence.by_mean : 0.0f;
         grad_logvar[j] += counts ? grad_kl * divergence.by_logvar : 0.0f;

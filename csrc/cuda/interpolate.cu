@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kSampleThreads)
     load<T>(p.fake, plan, unit, fake);
 #pragma unroll
     for (int j = 0; j < kWidth<T>; ++j)
-      real[j] = fake[j] + weight * (real[j] - fake[j]);
+      real[j] = fmaf(weight, real[j], (1 - weight) * fake[j]);  // exact at 0 and 1
     store<T>(p.mixed, plan, unit, real);
   });
 }
