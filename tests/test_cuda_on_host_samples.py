@@ -260,6 +260,7 @@ def weights_of(number: int, batch: int) -> tuple[Tensor | None, Tensor]:
     if number % 3 == 0:
         return None, uniform_noise(SEED, batch, 1, first_quad=1 << 63)[:, 0]
     weight = torch.rand(batch, generator=torch.Generator().manual_seed(number))
+    weight[1:2], weight[2:3] = 0, 1
     return weight, weight.double()
 
 
@@ -276,6 +277,9 @@ def check_interpolate(library: ctypes.CDLL) -> None:
             exact = real.double() + (1 - exact_weight) * 0.7 * noise
         else:
             exact = exact_weight * real.double() + (1 - exact_weight) * fake.double()
+        if fake is not None and weight is not None:
+            assert torch.equal(mixed[1:2], fake[1:2])
+            assert torch.equal(mixed[2:3], real[2:3])
         assert_close(name, mixed, exact, real.double().abs() + (1 if fake is None else fake.double().abs()), 1e-6)
 
 
