@@ -428,12 +428,13 @@ def test_scaler_does_not_change_the_loss(kind, enabled, device):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("batch", [1, 3, 64])
-def test_scaler_keeps_gradients_that_half_precision_loses(batch, device):
+def test_scaler_keeps_gradients_that_half_precision_loses(batch, dtype, device):
     def critic(x):  # in float16 the gradient of x is 1e-8, below its smallest number
         return (x.half() * 1e-4 * 1e-4).sum(1)
 
-    real = torch.randn(batch, 4, device=device)
+    real = torch.randn(batch, 4, dtype=dtype, device=device)
     scaler = torch.amp.GradScaler(device, init_scale=2.0**15)
     kept = gradient_penalty(critic, real, kind="r1", weight=1.0, scaler=scaler)
     assert not gradient_penalty(critic, real, kind="r1", weight=1.0)
