@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // log, exp, sin and cos in float32: one source for the threads of the CUDA kernels and the vectors
-// of the CPU kernels, so that noise is the same on every device, bit for bit where the processor has
-// a fused multiply-add. The template parameter A names the arithmetic: Scalar here, Simd in
+// of the CPU kernels, so that noise is the same on every device, bit for bit where the processor
+// has a fused multiply-add. The template parameter A names the arithmetic: Scalar here, Simd in
 // cpu/simd.h. Polynomials are minimax fits of the function's relative error.
 #pragma once
 
@@ -59,7 +59,7 @@ GENPERF_DEVICE typename A::F polynomial(typename A::F x, const float (&descendin
 // exponent * log(2) + log(1 + f), for 1 + f between sqrt(1/2) and sqrt(2).
 template <class A>
 GENPERF_DEVICE typename A::F log_of_parts(typename A::F exponent, typename A::F f) {
-  const float coefficients[] = {-0.0764610618f, 0.127791151f,  -0.13164185f, 0.14199695f,
+  const float coefficients[] = {-0.0764610618f, 0.127791151f, -0.13164185f,  0.14199695f,
                                 -0.166227654f,  0.200012922f, -0.250008374f, 0.333333313f};
   using F = typename A::F;
   const F square = f * f;

@@ -4,8 +4,8 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(genperf, m) {
-  // Vector quantisation. x is [outer, D, inner] with any strides (inner is 1 for channels-last data),
-  // indices are [outer, inner], and an index of -1 marks a position that is masked out.
+  // Vector quantisation. x is [outer, D, inner] with any strides (inner is 1 for channels-last
+  // data), indices are [outer, inner], and an index of -1 marks a position that is masked out.
   m.def("nearest_code(Tensor x, Tensor codebook, Tensor? mask, bool cosine) -> Tensor");
   m.def(
       "vector_quantize(Tensor x, Tensor codebook, Tensor indices) -> (Tensor quantized, Tensor "
@@ -22,9 +22,9 @@ STABLE_TORCH_LIBRARY(genperf, m) {
   // Sampling. Noise is either given or a function of `seed`, an int64 of one element on the op's
   // device; noise.h says how. An output that is not asked for has no elements.
   //
-  // mean and all that has its shape are [B, rows, columns] with any strides; element (r, c) of sample
-  // b is normal number r * columns + c of row b. The prior is absent or whole. Gradients are written
-  // to where they are wanted, so that two of them can share a packed tensor.
+  // mean and all that has its shape are [B, rows, columns] with any strides; element (r, c) of
+  // sample b is normal number r * columns + c of row b. The prior is absent or whole. Gradients are
+  // written to where they are wanted, so that two of them can share a packed tensor.
   m.def(
       "gaussian_sample(Tensor mean, Tensor logvar, Tensor? prior_mean, Tensor? prior_logvar, "
       "Tensor? noise, Tensor? seed, float free_bits, bool float32_sample) -> (Tensor sample, "
@@ -34,10 +34,10 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "grad_prior_mean, Tensor(d!)? grad_prior_logvar, Tensor? grad_sample, Tensor? grad_kl, "
       "Tensor mean, Tensor logvar, Tensor? prior_mean, Tensor? prior_logvar, Tensor? noise, "
       "Tensor? seed, float free_bits) -> ()");
-  // logits and noise are [outer, K, inner] with any strides; class k at position p = outer * inner is
-  // Gumbel number k of row p. temperature, a float32 of one element, goes before tau. statistics is
-  // [4, outer, inner]: the largest logit, the log of the sum of exp(logit - largest), and the same two
-  // of the perturbed logits, the second with the temperature in it.
+  // logits and noise are [outer, K, inner] with any strides; class k at position p = outer * inner
+  // is Gumbel number k of row p. temperature, a float32 of one element, goes before tau. statistics
+  // is [4, outer, inner]: the largest logit, the log of the sum of exp(logit - largest), and the
+  // same two of the perturbed logits, the second with the temperature in it.
   m.def(
       "gumbel_sample(Tensor logits, Tensor? temperature, float tau, Tensor? noise, Tensor? seed, "
       "bool hard, bool dense) -> (Tensor sample, Tensor indices, Tensor kl, Tensor statistics)");
@@ -46,8 +46,8 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "statistics, Tensor? temperature, float tau, Tensor? noise, Tensor? seed) -> Tensor");
 
   // Gradient penalties. real, fake and gradients are [B, rows, columns] with any strides, weight is
-  // [B]. Without fake, real is perturbed by scale times a uniform variate, number r * columns + c of
-  // row b; the weight of sample b is the first word of quad 2^63 of row b.
+  // [B]. Without fake, real is perturbed by scale times a uniform variate, number r * columns + c
+  // of row b; the weight of sample b is the first word of quad 2^63 of row b.
   m.def(
       "interpolate(Tensor real, Tensor? fake, Tensor? scale, Tensor? weight, Tensor? seed) -> "
       "Tensor");

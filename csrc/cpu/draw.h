@@ -32,8 +32,8 @@ inline uint64_t seed_of(const std::optional<torch::stable::Tensor>& seed) {
   return *static_cast<const uint64_t*>(seed->const_data_ptr());
 }
 
-// From rows of words (lane 4 i + j of words[w] is word w of quad j * kLanes / 4 + i) to the order of
-// the quads.
+// From rows of words (lane 4 i + j of words[w] is word w of quad j * kLanes / 4 + i) to the order
+// of the quads.
 inline void in_order(const Vec (&words)[4], float* out) {
 #if defined(__SSE2__)
 #if defined(__AVX512F__)
@@ -73,7 +73,11 @@ inline UVec quad_of_lane() {
 }
 
 // random_words() in every lane.
-inline Words<Simd> lane_words(UVec quad_low, UVec quad_high, UVec row_low, UVec row_high, uint64_t seed) {
+inline Words<Simd> lane_words(UVec quad_low,
+                              UVec quad_high,
+                              UVec row_low,
+                              UVec row_high,
+                              uint64_t seed) {
   using Pairs = SimdPairs::U;
   constexpr uint64_t kLower = 0xffffffffu;
   const UVec counter[4] = {quad_low, quad_high, row_low, row_high};
@@ -116,14 +120,21 @@ const float* draw(uint64_t seed,
   return out + skipped;
 }
 
-inline const float* draw_normals(uint64_t seed, int64_t row, int64_t first, int64_t count, float* out) {
-  return draw(seed, row, first, count, out, [](const Words<Simd>& words, Vec (&values)[4]) {
-    normals<Simd>(words, values);
-  });
+inline const float* draw_normals(uint64_t seed,
+                                 int64_t row,
+                                 int64_t first,
+                                 int64_t count,
+                                 float* out) {
+  return draw(seed, row, first, count, out,
+              [](const Words<Simd>& words, Vec(&values)[4]) { normals<Simd>(words, values); });
 }
 
-inline const float* draw_uniforms(uint64_t seed, int64_t row, int64_t first, int64_t count, float* out) {
-  return draw(seed, row, first, count, out, [](const Words<Simd>& words, Vec (&values)[4]) {
+inline const float* draw_uniforms(uint64_t seed,
+                                  int64_t row,
+                                  int64_t first,
+                                  int64_t count,
+                                  float* out) {
+  return draw(seed, row, first, count, out, [](const Words<Simd>& words, Vec(&values)[4]) {
     for (int w = 0; w < 4; ++w)
       values[w] = uniform<Simd>(words.word[w]);
   });
@@ -131,8 +142,8 @@ inline const float* draw_uniforms(uint64_t seed, int64_t row, int64_t first, int
 
 // The weight of a sample.
 inline float draw_weight(uint64_t seed, int64_t row) {
-  const Words<Scalar> words = random_words<Scalar>(
-      0, 0x80000000u, uint32_t(uint64_t(row)), uint32_t(uint64_t(row) >> 32), seed);
+  const Words<Scalar> words = random_words<Scalar>(0, 0x80000000u, uint32_t(uint64_t(row)),
+                                                   uint32_t(uint64_t(row) >> 32), seed);
   return uniform<Scalar>(words.word[0]);
 }
 

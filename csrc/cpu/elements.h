@@ -53,7 +53,8 @@ inline void store(BFloat16* p, Vec v) {
 
 inline Vec load(const Half* p) {
 #if defined(__AVX512F__)
-  return Vec(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  return Vec(
+      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
   return Vec(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
@@ -194,9 +195,9 @@ inline void check_rows(const Tensor& x, const Tensor& like, bool same_type, cons
   STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == like.size(0) && x.size(1) == like.size(1) &&
                       x.size(2) == like.size(2),
                   name, " must be [B, rows, columns], of one shape with the rest");
-  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type() ||
-                      (!same_type && x.scalar_type() == ScalarType::Float),
-                  name, " has the wrong dtype");
+  STD_TORCH_CHECK(
+      x.scalar_type() == like.scalar_type() || (!same_type && x.scalar_type() == ScalarType::Float),
+      name, " has the wrong dtype");
 }
 
 }  // namespace genperf

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Tensors [B, rows, columns] of one shape, for work that is the same for every element of a sample:
-// in the order of memory, as long runs as their strides allow, cut into blocks that do not depend on
-// the number of threads.
+// in the order of memory, as long runs as their strides allow, cut into blocks that do not depend
+// on the number of threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

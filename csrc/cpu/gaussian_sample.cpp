@@ -31,7 +31,9 @@ struct Blocks {
     block_rows = std::min(rows, std::max<int64_t>(1, kBlock / std::max<int64_t>(block_columns, 1)));
   }
 
-  int64_t per_row() const { return block_columns ? (columns + block_columns - 1) / block_columns : 0; }
+  int64_t per_row() const {
+    return block_columns ? (columns + block_columns - 1) / block_columns : 0;
+  }
   int64_t per_sample() const {
     return block_rows ? (rows + block_rows - 1) / block_rows * per_row() : 0;
   }
@@ -41,18 +43,17 @@ struct Blocks {
   void for_each_segment(const F& f) const {
     const int64_t elements = block_rows * block_columns;
     const int64_t grain = std::max<int64_t>(1, 4 * kBlock / std::max<int64_t>(elements, 1));
-    torch::stable::parallel_for(
-        0, samples * per_sample(), grain, [&](int64_t begin, int64_t end) {
-          for (int64_t block = begin; block < end; ++block) {
-            const int64_t sample = block / per_sample(), rest = block % per_sample();
-            const int64_t first_row = rest / per_row() * block_rows;
-            const int64_t first_column = rest % per_row() * block_columns;
-            const int64_t last_column = std::min(columns, first_column + block_columns);
-            for (int64_t row = first_row; row < std::min(rows, first_row + block_rows); ++row)
-              for (int64_t c = first_column; c < last_column; c += kSegment)
-                f(block, sample, row, c, std::min(kSegment, last_column - c));
-          }
-        });
+    torch::stable::parallel_for(0, samples * per_sample(), grain, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t sample = block / per_sample(), rest = block % per_sample();
+        const int64_t first_row = rest / per_row() * block_rows;
+        const int64_t first_column = rest % per_row() * block_columns;
+        const int64_t last_column = std::min(columns, first_column + block_columns);
+        for (int64_t row = first_row; row < std::min(rows, first_row + block_rows); ++row)
+          for (int64_t c = first_column; c < last_column; c += kSegment)
+            f(block, sample, row, c, std::min(kSegment, last_column - c));
+      }
+    });
   }
 };
 
@@ -208,16 +209,15 @@ std::tuple<Tensor, Tensor> gaussian_sample(const Tensor& mean,
     const Moments<T> in{Rows<T>(mean), Rows<T>(logvar), Rows<T>(prior_mean), Rows<T>(prior_logvar),
                         Rows<T>(noise)};
     const Rows<T> out(sample);
-    blocks.for_each_segment(
-        [&](int64_t block, int64_t b, int64_t row, int64_t column, int64_t count) {
-          alignas(64) float buffer[kSegment + kDrawn + 4];
-          const float* drawn = in.noise ? nullptr
-                                        : draw_normals(key, b, row * blocks.columns + column,
-                                                       count, buffer);
-          const auto segment = in.prior_mean ? sample_segment<true, T> : sample_segment<false, T>;
-          segment(in.at(b, row, column), drawn, float(free_bits), out.at(b, row, column), count,
-                  partial[block]);
-        });
+    blocks.for_each_segment([&](int64_t block, int64_t b, int64_t row, int64_t column,
+                                int64_t count) {
+      alignas(64) float buffer[kSegment + kDrawn + 4];
+      const float* drawn =
+          in.noise ? nullptr : draw_normals(key, b, row * blocks.columns + column, count, buffer);
+      const auto segment = in.prior_mean ? sample_segment<true, T> : sample_segment<false, T>;
+      segment(in.at(b, row, column), drawn, float(free_bits), out.at(b, row, column), count,
+              partial[block]);
+    });
   });
   float* total = static_cast<float*>(kl.mutable_data_ptr());
   for (int64_t b = 0; b < blocks.samples; ++b) {
@@ -266,7 +266,8 @@ void gaussian_sample_backward(Tensor grad_mean,
     const Moments<T> out{Rows<T>(grad_mean), Rows<T>(grad_logvar), Rows<T>(grad_prior_mean),
                          Rows<T>(grad_prior_logvar), Rows<T>()};
     const Rows<T> upstream(grad_sample);
-    const float* pull = grad_kl.has_value() ? static_cast<const float*>(grad_kl->data_ptr()) : nullptr;
+    const float* pull =
+        grad_kl.has_value() ? static_cast<const float*>(grad_kl->data_ptr()) : nullptr;
     const int64_t pull_stride = grad_kl.has_value() ? grad_kl->stride(0) : 0;
     blocks.for_each_segment([&](int64_t, int64_t b, int64_t row, int64_t column, int64_t count) {
       alignas(64) float buffer[kSegment + kDrawn + 4];

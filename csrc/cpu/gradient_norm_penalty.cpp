@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Norms of the samples of a gradient, summed in float64 so that no square overflows, and the penalty
-// on them.
+// Norms of the samples of a gradient, summed in float64 so that no square overflows, and the
+// penalty on them.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -67,9 +67,9 @@ Tensor gradient_norm_penalty_backward(const Tensor& grad_penalty,
   const int64_t samples = gradients.size(0);
   STD_TORCH_CHECK(grad_penalty.scalar_type() == ScalarType::Float && grad_penalty.numel() == 1,
                   "grad_penalty must be one float32");
-  STD_TORCH_CHECK(norms.scalar_type() == ScalarType::Float && norms.is_contiguous() &&
-                      norms.numel() == samples,
-                  "norms must be contiguous float32 [B]");
+  STD_TORCH_CHECK(
+      norms.scalar_type() == ScalarType::Float && norms.is_contiguous() && norms.numel() == samples,
+      "norms must be contiguous float32 [B]");
   const double upstream = *static_cast<const float*>(grad_penalty.const_data_ptr());
   const float* const norm = static_cast<const float*>(norms.const_data_ptr());
   Tensor out = torch::stable::empty_like(gradients);
@@ -77,12 +77,12 @@ Tensor gradient_norm_penalty_backward(const Tensor& grad_penalty,
     FlatRows<T, 2> rows({Rows<T>(gradients), Rows<T>(out)}, gradients, false);
     rows.for_each([&](int64_t b, int64_t, int64_t, int64_t count, const auto& at) {
       // At a norm of 0 every direction is as good as any other, and none is taken.
-      const double along =
-          center == 0 ? 1 : norm[b] == 0 ? 0 : excess_of(norm[b], center, one_sided) / norm[b];
+      const double along = center == 0    ? 1
+                           : norm[b] == 0 ? 0
+                                          : excess_of(norm[b], center, one_sided) / norm[b];
       const Vec factor = broadcast(float(2 * upstream / double(samples) * along));
-      for_each_vector(count, at[0].together() && at[1].together(), [&](int64_t i, auto n) {
-        at[1].set(i, n, factor * at[0].get(i, n));
-      });
+      for_each_vector(count, at[0].together() && at[1].together(),
+                      [&](int64_t i, auto n) { at[1].set(i, n, factor * at[0].get(i, n)); });
     });
   });
   return out;

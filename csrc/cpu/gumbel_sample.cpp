@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Gumbel-softmax over logits [outer, K, inner]. Where the classes of a position lie together, lanes
-// are classes; else they are neighbouring positions, and a position's quad of noise falls into one
-// lane of four vectors. Maxima are found in the pass that draws the noise; what the second pass needs
-// stays in a buffer for one position, or for one vector of positions.
+// are classes, and a position's perturbed logits stay in a buffer. Else lanes are neighbouring
+// positions: a quad of a position's noise falls into one lane of four vectors, and a tile of
+// positions is carried through the classes, so that memory is read in runs.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -21,6 +21,8 @@ namespace genperf {
 namespace {
 
 constexpr int64_t kGrain = 16384;  // logits to a task
+constexpr int kTile = 512;         // positions that go through the classes together
+constexpr int kVectors = kTile / kLanes;
 
 // x - largest, kept from becoming -inf so that its product with a zero is zero.
 inline Vec below(Vec x, Vec largest) {
@@ -71,9 +73,8 @@ struct Problem {
     }
     const UVec low = split_low(position(o, i)) + lane_numbers();
     const UVec carry = low < split_low(position(o, i)) ? UVec{} + 1u : UVec{};
-    const Words<Simd> words =
-        lane_words(split_low(first / 4), split_high(first / 4), low,
-                   split_high(position(o, i)) + carry, seed);
+    const Words<Simd> words = lane_words(split_low(first / 4), split_high(first / 4), low,
+                                         split_high(position(o, i)) + carry, seed);
     for (int w = 0; w < 4; ++w)
       s[w] = l[w] + gumbel<Simd>(words.word[w]);
   }
@@ -82,7 +83,7 @@ struct Problem {
   void perturb_all(int64_t o, int64_t i, float* out) const {
     const Rows<T> row = logits.transposed().at(o, i, 0);
     if (!noise)
-      draw(seed, position(o, i), 0, classes, out, [](const Words<Simd>& words, Vec (&values)[4]) {
+      draw(seed, position(o, i), 0, classes, out, [](const Words<Simd>& words, Vec(&values)[4]) {
         for (int w = 0; w < 4; ++w)
           values[w] = gumbel<Simd>(words.word[w]);
       });
@@ -101,50 +102,75 @@ struct Problem {
   }
 };
 
-// A vector of positions, classes in blocks: one look for the maxima, one for the sums, which are
-// rescaled when a maximum grows.
+// What a tile of positions carries through the classes, a vector to each kLanes positions.
+struct TileState {
+  Vec largest[kVectors], sum[kVectors], weighted[kVectors];
+  Vec best[kVectors], soft_sum[kVectors];
+  UVec index[kVectors];
+};
+
+// Classes in blocks: one look for the maxima, one for the sums, which are rescaled when a maximum
+// grows.
 template <class T, class N>
+void scan_block(const Problem<T>& in,
+                int64_t o,
+                int64_t i,
+                N n,
+                int64_t first,
+                TileState& tile,
+                int v) {
+  constexpr int kBlock = 16;
+  const int block = int(std::min<int64_t>(kBlock, in.classes - first));
+  Vec l[kBlock / 4][4], s[kBlock / 4][4];
+  Vec largest = tile.largest[v], best = tile.best[v];
+  UVec index = tile.index[v];
+  for (int k = 0; k < block; k += 4) {
+    auto& quad = l[k / 4];
+    for (int w = 0; w < 4; ++w)
+      quad[w] = k + w < block ? in.logits.at(o, first + k + w, i).get(0, n) : Vec{};
+    in.perturb(o, i, n, first + k, quad, s[k / 4]);
+    for (int w = 0; w < std::min(4, block - k); ++w) {
+      const Vec value = s[k / 4][w];
+      const IVec better = above(value, best);
+      best = better ? value : best;
+      index = better ? UVec{} + uint32_t(first + k + w) : index;
+      largest = max(quad[w], largest);
+    }
+  }
+  const Vec grown = below(tile.largest[v], largest), kept = exp_or_zero<Simd>(grown);
+  Vec weighted = kept * fma(tile.sum[v], grown, tile.weighted[v]);
+  Vec sum = tile.sum[v] * kept;
+  Vec soft_sum = tile.soft_sum[v] * exp_or_zero<Simd>((tile.best[v] - best) * in.inverse_tau);
+  for (int k = 0; k < block; ++k) {
+    const Vec relative = below(l[k / 4][k % 4], largest), e = exp_or_zero<Simd>(relative);
+    sum += e;
+    weighted = fma(e, relative, weighted);
+    soft_sum += exp_or_zero<Simd>((s[k / 4][k % 4] - best) * in.inverse_tau);
+  }
+  tile.largest[v] = largest;
+  tile.sum[v] = sum;
+  tile.weighted[v] = weighted;
+  tile.best[v] = best;
+  tile.soft_sum[v] = soft_sum;
+  tile.index[v] = index;
+}
+
+template <class T>
 void scan_positions(const Problem<T>& in,
                     int64_t o,
                     int64_t i,
-                    N count,
-                    Distribution* distribution,
-                    Perturbed* perturbed) {
-  constexpr int kBlock = 16;
-  Vec largest = broadcast(-FLT_MAX), best = largest, sum{}, weighted{}, soft_sum{};
-  UVec index{};
-  for (int64_t first = 0; first < in.classes; first += kBlock) {
-    const int block = int(std::min<int64_t>(kBlock, in.classes - first));
-    Vec l[kBlock / 4][4], s[kBlock / 4][4];
-    const Vec largest_before = largest, best_before = best;
-    for (int k = 0; k < block; k += 4) {
-      auto& quad = l[k / 4];
-      for (int w = 0; w < 4; ++w)
-        quad[w] = k + w < block ? in.logits.at(o, first + k + w, i).get(0, count) : Vec{};
-      in.perturb(o, i, count, first + k, quad, s[k / 4]);
-      for (int w = 0; w < std::min(4, block - k); ++w) {
-        const Vec value = s[k / 4][w];
-        const IVec better = above(value, best);
-        best = better ? value : best;
-        index = better ? UVec{} + uint32_t(first + k + w) : index;
-        largest = max(quad[w], largest);
-      }
-    }
-    const Vec grown = below(largest_before, largest), kept = exp_or_zero<Simd>(grown);
-    weighted = kept * fma(sum, grown, weighted);
-    sum *= kept;
-    soft_sum *= exp_or_zero<Simd>((best_before - best) * in.inverse_tau);
-    for (int k = 0; k < block; ++k) {
-      const Vec relative = below(l[k / 4][k % 4], largest), e = exp_or_zero<Simd>(relative);
-      sum += e;
-      weighted = fma(e, relative, weighted);
-      soft_sum += exp_or_zero<Simd>((s[k / 4][k % 4] - best) * in.inverse_tau);
-    }
-  }
-  for (int lane = 0; lane < count; ++lane) {
-    distribution[lane] = {largest[lane], sum[lane], weighted[lane]};
-    perturbed[lane] = {best[lane], soft_sum[lane], index[lane]};
-  }
+                    int64_t count,
+                    bool together,
+                    TileState& tile) {
+  std::fill_n(tile.largest, kVectors, broadcast(-FLT_MAX));
+  std::fill_n(tile.best, kVectors, broadcast(-FLT_MAX));
+  for (Vec* zeros : {tile.sum, tile.weighted, tile.soft_sum})
+    std::fill_n(zeros, kVectors, Vec{});
+  std::fill_n(tile.index, kVectors, UVec{});
+  for (int64_t first = 0; first < in.classes; first += 16)
+    for_each_vector(count, together, [&](int64_t at, auto n) {
+      scan_block(in, o, i + at, n, first, tile, int(at / kLanes));
+    });
 }
 
 // One position whose perturbed logits are in `s`.
@@ -170,7 +196,8 @@ void scan_classes(const Problem<T>& in,
   for (int lane = 0; lane < kLanes; ++lane) {
     distribution.largest = std::max(distribution.largest, largest[lane]);
     const int64_t k = int64_t(index[lane]) + lane;
-    const bool better = !(best[lane] <= perturbed.largest) && perturbed.largest == perturbed.largest;
+    const bool better =
+        !(best[lane] <= perturbed.largest) && perturbed.largest == perturbed.largest;
     const bool same = best[lane] == perturbed.largest ||
                       (best[lane] != best[lane] && perturbed.largest != perturbed.largest);
     if (better || (same && k < perturbed.index)) {
@@ -214,33 +241,31 @@ Problem<T> problem_of(const Tensor& logits,
   }
   // At tau = 0 the largest keeps 0 = 0 * FLT_MAX, and everything else falls to -inf.
   const float inverse = std::min(1 / divisor, FLT_MAX);
-  return {Rows<T>(logits), Rows<T>(noise),  logits.size(0), logits.size(1),
-          logits.size(2),  seed_of(seed), divisor == divisor ? inverse : divisor};
+  return {Rows<T>(logits),
+          Rows<T>(noise),
+          logits.size(0),
+          logits.size(1),
+          logits.size(2),
+          seed_of(seed),
+          divisor == divisor ? inverse : divisor};
 }
 
-// Calls classes(o, i, buffer) for every position, or positions(o, i, n, buffer) for every n of them;
-// `together` says whether neighbouring positions are neighbours in every tensor.
+// Calls classes(o, i, buffer) for every position, or positions(o, i, count) for tiles of them.
 template <class T, class Classes, class Positions>
-void for_each_position(const Problem<T>& in,
-                       bool together,
-                       const Classes& classes,
-                       const Positions& positions) {
+void for_each_position(const Problem<T>& in, const Classes& classes, const Positions& positions) {
   const bool by_class = in.logits.row_stride == 1 || in.inner == 1;
-  const int64_t step = by_class ? 1 : kLanes;
-  const int64_t tiles = (in.inner + step - 1) / step;
+  const int64_t step = by_class ? 1 : std::min<int64_t>(kTile, in.inner);
+  const int64_t tiles = step ? (in.inner + step - 1) / step : 0;
   torch::stable::parallel_for(
-      0, in.outer * tiles, std::max<int64_t>(1, kGrain / (in.classes * step)),
+      0, in.outer * tiles, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, in.classes * step)),
       [&](int64_t begin, int64_t end) {
-        const Buffer<float> buffer((by_class ? 1 : kLanes) * in.classes + kDrawn);
+        const Buffer<float> buffer(by_class ? in.classes + kDrawn : 0);
         for (int64_t tile = begin; tile < end; ++tile) {
           const int64_t o = tile / tiles, i = tile % tiles * step;
-          const int n = int(std::min<int64_t>(step, in.inner - i));
           if (by_class)
             classes(o, i, buffer.get());
-          else if (together && n == kLanes)
-            positions(o, i, Whole{}, buffer.get());
           else
-            positions(o, i, n, buffer.get());
+            positions(o, i, std::min(step, in.inner - i));
         }
       });
 }
@@ -280,7 +305,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
         out.at(o, p.index, i).set(0, 1, broadcast(1));
     };
     for_each_position(
-        in, in.logits.together() && in.noise.together() && out.together(),
+        in,
         [&](int64_t o, int64_t i, float* s) {
           Distribution distribution;
           Perturbed perturbed;
@@ -295,27 +320,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
             row.set(k, int(std::min<int64_t>(kLanes, in.classes - k)),
                     scale * exp_or_zero<Simd>((load(s + k) - perturbed.largest) * in.inverse_tau));
         },
-        [&](int64_t o, int64_t i, auto n, float*) {
-          Distribution distribution[kLanes];
-          Perturbed perturbed[kLanes];
-          scan_positions(in, o, i, n, distribution, perturbed);
-          Vec largest{}, scale{};
-          for (int lane = 0; lane < n; ++lane) {
-            finish(o, i + lane, distribution[lane], perturbed[lane]);
-            largest[lane] = perturbed[lane].largest;
-            scale[lane] = 1 / perturbed[lane].sum;
+        [&](int64_t o, int64_t i, int64_t n) {
+          const bool together = in.logits.together() && in.noise.together() && out.together();
+          TileState tile;
+          scan_positions(in, o, i, n, together, tile);
+          for (int64_t at = 0; at < n; ++at) {
+            const int v = int(at / kLanes), lane = int(at % kLanes);
+            finish(o, i + at, {tile.largest[v][lane], tile.sum[v][lane], tile.weighted[v][lane]},
+                   {tile.best[v][lane], tile.soft_sum[v][lane], tile.index[v][lane]});
           }
           if (!dense || hard)
             return;
-          for (int64_t k = 0; k < in.classes; k += 4) {
-            const int quad = int(std::min<int64_t>(4, in.classes - k));
-            Vec l[4] = {}, s[4];
-            for (int w = 0; w < quad; ++w)
-              l[w] = in.logits.at(o, k + w, i).get(0, n);
-            in.perturb(o, i, n, k, l, s);
-            for (int w = 0; w < quad; ++w)
-              out.at(o, k + w, i).set(0, n, scale * exp_or_zero<Simd>((s[w] - largest) * in.inverse_tau));
-          }
+          for (int64_t k = 0; k < in.classes; k += 4)
+            for_each_vector(n, together, [&](int64_t at, auto lanes) {
+              const int quad = int(std::min<int64_t>(4, in.classes - k)), v = int(at / kLanes);
+              Vec l[4] = {}, s[4];
+              for (int w = 0; w < quad; ++w)
+                l[w] = in.logits.at(o, k + w, i + at).get(0, lanes);
+              in.perturb(o, i + at, lanes, k, l, s);
+              for (int w = 0; w < quad; ++w)
+                out.at(o, k + w, i + at)
+                    .set(0, lanes,
+                         exp_or_zero<Simd>((s[w] - tile.best[v]) * in.inverse_tau) /
+                             tile.soft_sum[v]);
+            });
         });
   });
   return {sample, indices, kl, statistics};
@@ -356,7 +384,7 @@ Tensor gumbel_sample_backward(std::optional<Tensor> grad_sample,
       return rows;
     }();
     for_each_position(
-        in, in.logits.together() && in.noise.together() && upstream.together() && out.together(),
+        in,
         [&](int64_t o, int64_t i, float* s) {
           const float* const own = kept + in.position(o, i);
           const float log_sum = own[count], soft_log_sum = own[3 * count];
@@ -394,42 +422,50 @@ Tensor gumbel_sample_backward(std::optional<Tensor> grad_sample,
             to.set(k, n, value);
           }
         },
-        [&](int64_t o, int64_t i, auto n, float* buffer) {
+        [&](int64_t o, int64_t i, int64_t n) {
+          const bool together =
+              in.logits.together() && in.noise.together() && upstream.together() && out.together();
           const Rows<float> own(statistics);
-          const Vec largest = own.at(0, o, i).get(0, int(n)), log_sum = own.at(1, o, i).get(0, int(n));
-          const Vec best = own.at(2, o, i).get(0, int(n)), soft_log_sum = own.at(3, o, i).get(0, int(n));
-          const Vec weight = pull ? pull.at(o, 0, i).get(0, int(n)) : Vec{};
-          Vec product{}, entropy{};
-          for (int64_t k = 0; k < in.classes; k += 4) {
-            const int quad = int(std::min<int64_t>(4, in.classes - k));
-            Vec l[4] = {}, s[4];
-            for (int w = 0; w < quad; ++w)
-              l[w] = in.logits.at(o, k + w, i).get(0, n);
+          Vec product[kVectors] = {}, entropy[kVectors] = {};
+          // Calls f(vector, lanes, class, soft sample, log q) for all; the first pass sums what the
+          // second subtracts, and drawing the noise again is cheaper than keeping it.
+          const auto for_all = [&](const auto& f) {
+            for (int64_t k = 0; k < in.classes; k += 4)
+              for_each_vector(n, together, [&](int64_t at, auto lanes) {
+                const int quad = int(std::min<int64_t>(4, in.classes - k));
+                const auto kept = [&](int64_t which) {
+                  return own.at(which, o, i + at).get(0, int(lanes));
+                };
+                const Vec largest = kept(0), log_sum = kept(1), best = kept(2),
+                          soft_log_sum = kept(3);
+                Vec l[4] = {}, s[4];
+                for (int w = 0; w < quad; ++w)
+                  l[w] = in.logits.at(o, k + w, i + at).get(0, lanes);
+                if (soft)
+                  in.perturb(o, i + at, lanes, k, l, s);
+                for (int w = 0; w < quad; ++w)
+                  f(at, lanes, k + w,
+                    soft ? exp_or_zero<Simd>((s[w] - best) * in.inverse_tau - soft_log_sum) : Vec{},
+                    below(l[w], largest) - log_sum);
+              });
+          };
+          for_all([&](int64_t at, auto lanes, int64_t k, Vec y, Vec log_q) {
+            const int v = int(at / kLanes);
             if (soft)
-              in.perturb(o, i, n, k, l, s);
-            for (int w = 0; w < quad; ++w) {
-              if (soft) {
-                const Vec y = exp_or_zero<Simd>((s[w] - best) * in.inverse_tau - soft_log_sum);
-                store(buffer + (k + w) * kLanes, y);
-                product = fma(y, upstream.at(o, k + w, i).get(0, n), product);
-              }
-              if (pull) {
-                const Vec log_q = below(l[w], largest) - log_sum;
-                entropy = fma(exp_or_zero<Simd>(log_q), log_q, entropy);
-              }
-            }
-          }
-          for (int64_t k = 0; k < in.classes; ++k) {
+              product[v] = fma(y, upstream.at(o, k, i + at).get(0, lanes), product[v]);
+            if (pull)
+              entropy[v] = fma(exp_or_zero<Simd>(log_q), log_q, entropy[v]);
+          });
+          for_all([&](int64_t at, auto lanes, int64_t k, Vec y, Vec log_q) {
+            const int v = int(at / kLanes);
             Vec value{};
             if (soft)
-              value = in.inverse_tau * load(buffer + k * kLanes) *
-                      (upstream.at(o, k, i).get(0, n) - product);
-            if (pull) {
-              const Vec log_q = below(in.logits.at(o, k, i).get(0, n), largest) - log_sum;
-              value = fma(weight * exp_or_zero<Simd>(log_q), log_q - entropy, value);
-            }
-            out.at(o, k, i).set(0, n, value);
-          }
+              value = in.inverse_tau * y * (upstream.at(o, k, i + at).get(0, lanes) - product[v]);
+            if (pull)
+              value = fma(pull.at(o, 0, i + at).get(0, int(lanes)) * exp_or_zero<Simd>(log_q),
+                          log_q - entropy[v], value);
+            out.at(o, k, i + at).set(0, lanes, value);
+          });
         });
   });
   return grad_logits;

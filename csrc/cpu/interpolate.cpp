@@ -44,7 +44,11 @@ inline Vec mixed(Vec weight, Vec a, Vec b) {
 }
 
 template <class T>
-void mix(const Rows<T>& real, const Rows<T>& fake, float weight, const Rows<T>& out, int64_t count) {
+void mix(const Rows<T>& real,
+         const Rows<T>& fake,
+         float weight,
+         const Rows<T>& out,
+         int64_t count) {
   const bool together = real.together() && fake.together() && out.together();
   for_each_vector(count, together, [&](int64_t i, auto n) {
     const Vec a = real.get(i, n), b = fake.get(i, n);
@@ -70,10 +74,10 @@ Tensor interpolate(const Tensor& real,
   check_rows(real, real, true, "real");
   if (fake.has_value())
     check_rows(*fake, real, true, "fake");
-  STD_TORCH_CHECK(fake.has_value() || (seed.has_value() && scale.has_value() &&
-                                       scale->scalar_type() == ScalarType::Float &&
-                                       scale->numel() == 1),
-                  "without fake, a seed and a scale of one float32 must be given");
+  STD_TORCH_CHECK(
+      fake.has_value() || (seed.has_value() && scale.has_value() &&
+                           scale->scalar_type() == ScalarType::Float && scale->numel() == 1),
+      "without fake, a seed and a scale of one float32 must be given");
   const std::vector<float> weights = weights_of(weight, seed, real.size(0));
   Tensor mixed = torch::stable::empty_like(real);
   with_type(real, [&]<class T>(T*) {
@@ -103,8 +107,7 @@ Tensor interpolate(const Tensor& real,
         const float* drawn =
             draw_uniforms(key, b, row * rows.columns + column + start, length, buffer);
         for_each_vector(length, at[0].together() && at[2].together(), [&](int64_t i, auto n) {
-          at[2].set(start + i, n,
-              fma(broadcast(share), load(drawn + i), at[0].get(start + i, n)));
+          at[2].set(start + i, n, fma(broadcast(share), load(drawn + i), at[0].get(start + i, n)));
         });
       }
     });
@@ -127,12 +130,12 @@ std::tuple<Tensor, Tensor, Tensor> interpolate_backward(const Tensor& grad_mixed
   const std::vector<float> weights = weights_of(weight, seed, samples);
   Tensor grad_real = torch::stable::empty_like(grad_mixed);
   Tensor grad_fake = torch::stable::empty_like(grad_mixed);
-  Tensor grad_weight = torch::stable::new_empty(grad_mixed, {real.has_value() ? samples : 0},
-                                                ScalarType::Float);
+  Tensor grad_weight =
+      torch::stable::new_empty(grad_mixed, {real.has_value() ? samples : 0}, ScalarType::Float);
   with_type(grad_mixed, [&]<class T>(T*) {
-    FlatRows<T, 5> rows({Rows<T>(grad_mixed), Rows<T>(real), Rows<T>(fake), Rows<T>(grad_real),
-                         Rows<T>(grad_fake)},
-                        grad_mixed, false);
+    FlatRows<T, 5> rows(
+        {Rows<T>(grad_mixed), Rows<T>(real), Rows<T>(fake), Rows<T>(grad_real), Rows<T>(grad_fake)},
+        grad_mixed, false);
     std::vector<double> partial(rows.blocks());
     rows.for_each([&](int64_t b, int64_t row, int64_t column, int64_t count, const auto& at) {
       const bool together = std::all_of(at.begin(), at.end(), [](auto& x) { return x.together(); });

@@ -45,8 +45,8 @@ inline Vec magnitude(Vec v) {
   return Vec(UVec(v) & 0x7fffffffu);
 }
 
-// Calls f(j, similarities of samples i + r to samples j ... j + kLanes - 1) for r < kRows, with zero
-// where the column does not come after the row or either is not there; first begin(i), at last
+// Calls f(j, similarities of samples i + r to samples j ... j + kLanes - 1) for r < kRows, with
+// zero where the column does not come after the row or either is not there; first begin(i), at last
 // end(i) for the same rows.
 template <class Begin, class F, class End>
 void for_each_pair(const Columns& features, const Begin& begin, const F& f, const End& end) {
@@ -81,7 +81,8 @@ void for_each_pair(const Columns& features, const Begin& begin, const F& f, cons
 void check_features(const Tensor& features) {
   STD_TORCH_CHECK(features.dim() == 3 && features.is_contiguous(),
                   "features must be contiguous [N, B, C]");
-  STD_TORCH_CHECK(features.size(0) < int64_t{1} << 31, "features must hold fewer than 2^31 samples");
+  STD_TORCH_CHECK(features.size(0) < int64_t{1} << 31,
+                  "features must hold fewer than 2^31 samples");
 }
 
 Tensor minibatch_similarity(const Tensor& features) {

@@ -166,8 +166,10 @@ def _rows(
     inputs: Sequence[Tensor | None], extra: Sequence[Tensor | None], written: Sequence[Tensor | None], dim: int
 ) -> list[Tensor | None]:
     """`as_rows` of the halves of `inputs`, of `extra`, and of the halves of `written`."""
-    if inputs[1] is None and all(t is None or t.is_contiguous() for t in (*inputs, *extra, *written)):
-        # What nearly every encoder gives: one view of each packed tensor, and its halves.
+    # What nearly every encoder gives: one view of each packed tensor, and its halves. Inductor (torch 2.13) loses what is
+    # written through them when sizes are dynamic.
+    packed = inputs[1] is None and not torch.compiler.is_compiling()
+    if packed and all(t is None or t.is_contiguous() for t in (*inputs, *extra, *written)):
         shape = inputs[0].shape
         rows = math.prod(shape[1:dim])
         columns = math.prod(shape[dim:]) // 2
