@@ -37,7 +37,7 @@ GPU_WORKLOADS := VQ-VAE or LDM-f8 or LlamaGen or ViT-VQGAN or RQ-VAE or SimVQ
 gpu-report: export TORCH_CUDA_ARCH_LIST ?= $(shell $(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null)
 gpu-report:
 	GENPERF_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps --no-index .
-	cd tests && $(PYTHON) -m pytest -q --device cuda test_nearest_code.py test_vector_quantize.py test_code_statistics.py
+	cd tests && $(PYTHON) -m pytest -q --device cuda $$(grep -lE 'def test.*device' test_*.py)
 	mkdir -p build
 	cd benchmarks && $(PYTHON) -m pytest -q --device cuda --benchmark-enable --benchmark-columns=min,median --benchmark-json=../build/bench-cuda.json -k '$(GPU_WORKLOADS)' bench_*.py
 	$(PYTHON) benchmarks/report.py build/bench-cuda.json

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from genperf import _library, _probe
+from genperf.ops import __all__ as OPS
 
-OP_TESTS = [str(Path(__file__).with_name(f"test_{op}.py")) for op in ("nearest_code", "vector_quantize", "code_statistics")]
+OP_TESTS = [str(path) for op in (*OPS, "noise") if (path := Path(__file__).with_name(f"test_{op}.py")).exists()]
 
 
 def run(code, **environment):

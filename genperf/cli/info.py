@@ -13,7 +13,16 @@ from .._version import __version__
 
 HELP = "show versions, hardware, and which implementation of each op runs here"
 
-OPS = ("nearest_code", "vector_quantize", "code_statistics")
+OPS = (
+    "nearest_code",
+    "vector_quantize",
+    "code_statistics",
+    "gaussian_sample",
+    "gumbel_sample",
+    "interpolate",
+    "gradient_norm_penalty",
+    "minibatch_similarity",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +57,8 @@ def _implementation(op: str, device: torch.device) -> list[str]:
     # importlib, because `genperf.ops.<op>` names the function.
     refusals = importlib.import_module(f"genperf.ops.{op}").refusals(device, torch.float32)
     chosen = next(name for name, refusal in refusals.items() if refusal is None)
-    passed_over = [f"{'':24}not {name}: {refusal}" for name, refusal in refusals.items() if refusal is not None]
-    return [f"  {op:<16} {device.type:<4} {chosen}", *passed_over]
+    passed_over = [f"{'':29}not {name}: {refusal}" for name, refusal in refusals.items() if refusal is not None]
+    return [f"  {op:<21} {device.type:<4} {chosen}", *passed_over]
 
 
 def _build() -> dict[str, str]:
