@@ -74,8 +74,8 @@ inline void store(Half* p, Vec v) {
 #endif
 }
 
-inline float sum(Vec v) {
-  float total = 0;
+inline double sum(Vec v) {
+  double total = 0;
   for (int i = 0; i < kLanes; ++i)
     total += v[i];
   return total;

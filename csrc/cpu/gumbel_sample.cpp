@@ -216,9 +216,9 @@ void scan_classes(const Problem<T>& in,
     const Vec soft = exp_or_zero<Simd>((load(s + k) - perturbed.largest) * in.inverse_tau);
     soft_sum += inside ? soft : Vec{};
   }
-  distribution.sum = genperf::sum(sum);
-  distribution.weighted = genperf::sum(weighted);
-  perturbed.sum = genperf::sum(soft_sum);
+  distribution.sum = float(genperf::sum(sum));
+  distribution.weighted = float(genperf::sum(weighted));
+  perturbed.sum = float(genperf::sum(soft_sum));
 }
 
 template <class T>
@@ -409,7 +409,7 @@ Tensor gumbel_sample_backward(std::optional<Tensor> grad_sample,
               entropy += n == kLanes ? term : IVec(Problem<T>::lane_numbers()) < n ? term : Vec{};
             }
           }
-          const float mean_gradient = sum(product), negative_entropy = sum(entropy);
+          const float mean_gradient = float(sum(product)), negative_entropy = float(sum(entropy));
           for (int64_t k = 0; k < in.classes; k += kLanes) {
             const int n = int(std::min<int64_t>(kLanes, in.classes - k));
             Vec value{};

@@ -108,7 +108,7 @@ Tensor minibatch_similarity(const Tensor& features) {
             },
             [&](int64_t i) {
               for (int r = 0; r < kRows; ++r)
-                sums[i + r] += sum(own[r]);
+                sums[i + r] += float(sum(own[r]));
             });
         for (int64_t n = 0; n < samples; ++n)
           out[n * kernels + b] = T(sums[n]);
@@ -170,7 +170,7 @@ Tensor minibatch_similarity_backward(const Tensor& grad_similarity, const Tensor
             [&](int64_t) {
               for (int64_t c = 0; c < dims; ++c)
                 for (int r = 0; r < kRows; ++r)
-                  gradients.row(c)[i + r] += sum(own[c * kRows + r]);
+                  gradients.row(c)[i + r] += float(sum(own[c * kRows + r]));
             });
         for (int64_t n = 0; n < samples; ++n)
           for (int64_t c = 0; c < dims; ++c)
