@@ -13,7 +13,7 @@
 #if defined(__CUDACC__)
 #define GENPERF_DEVICE __device__ __forceinline__
 #else
-#define GENPERF_DEVICE inline
+#define GENPERF_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace genperf {

@@ -75,10 +75,10 @@ inline void store(Half* p, Vec v) {
 }
 
 inline double sum(Vec v) {
-  double total = 0;
+  double sums[4] = {};
   for (int i = 0; i < kLanes; ++i)
-    total += v[i];
-  return total;
+    sums[i % 4] += v[i];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // Calls f with a null pointer of x's element type.

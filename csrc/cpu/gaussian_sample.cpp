@@ -23,19 +23,15 @@ constexpr int64_t kBlock = 4096;   // about as many elements to a unit of work
 struct Blocks {
   int64_t samples, rows, columns;
   int64_t block_rows, block_columns;
+  int64_t per_row, per_sample;  // blocks
 
   explicit Blocks(const Tensor& x) : samples(x.size(0)), rows(x.size(1)), columns(x.size(2)) {
     // Where rows lie closer together than columns, a block is narrow, so that all its rows are read
     // while their shared cache lines are there.
     block_columns = std::min(columns, x.stride(1) < x.stride(2) ? kSegment / 4 : kBlock);
     block_rows = std::min(rows, std::max<int64_t>(1, kBlock / std::max<int64_t>(block_columns, 1)));
-  }
-
-  int64_t per_row() const {
-    return block_columns ? (columns + block_columns - 1) / block_columns : 0;
-  }
-  int64_t per_sample() const {
-    return block_rows ? (rows + block_rows - 1) / block_rows * per_row() : 0;
+    per_row = block_columns ? (columns + block_columns - 1) / block_columns : 0;
+    per_sample = block_rows ? (rows + block_rows - 1) / block_rows * per_row : 0;
   }
 
   // Calls f(block, sample, row, column, count) for every segment, those of a block in order.
@@ -43,11 +39,11 @@ struct Blocks {
   void for_each_segment(const F& f) const {
     const int64_t elements = block_rows * block_columns;
     const int64_t grain = std::max<int64_t>(1, 4 * kBlock / std::max<int64_t>(elements, 1));
-    torch::stable::parallel_for(0, samples * per_sample(), grain, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, samples * per_sample, grain, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t sample = block / per_sample(), rest = block % per_sample();
-        const int64_t first_row = rest / per_row() * block_rows;
-        const int64_t first_column = rest % per_row() * block_columns;
+        const int64_t sample = block / per_sample, rest = block % per_sample;
+        const int64_t first_row = rest / per_row * block_rows;
+        const int64_t first_column = rest % per_row * block_columns;
         const int64_t last_column = std::min(columns, first_column + block_columns);
         for (int64_t row = first_row; row < std::min(rows, first_row + block_rows); ++row)
           for (int64_t c = first_column; c < last_column; c += kSegment)
@@ -204,7 +200,7 @@ std::tuple<Tensor, Tensor> gaussian_sample(const Tensor& mean,
     sample = torch::stable::to(sample, ScalarType::Float);
   Tensor kl = torch::stable::new_empty(mean, {mean.size(0)}, ScalarType::Float);
   const Blocks blocks(mean);
-  std::vector<double> partial(blocks.samples * blocks.per_sample());
+  std::vector<double> partial(blocks.samples * blocks.per_sample);
   with_type(mean, [&]<class T>(T*) {
     const Moments<T> in{Rows<T>(mean), Rows<T>(logvar), Rows<T>(prior_mean), Rows<T>(prior_logvar),
                         Rows<T>(noise)};
@@ -222,8 +218,8 @@ std::tuple<Tensor, Tensor> gaussian_sample(const Tensor& mean,
   float* total = static_cast<float*>(kl.mutable_data_ptr());
   for (int64_t b = 0; b < blocks.samples; ++b) {
     double value = 0;
-    for (int64_t i = 0; i < blocks.per_sample(); ++i)
-      value += partial[b * blocks.per_sample() + i];
+    for (int64_t i = 0; i < blocks.per_sample; ++i)
+      value += partial[b * blocks.per_sample + i];
     total[b] = float(value);
   }
   return {sample, kl};

@@ -178,7 +178,7 @@ def as_rows(read: Sequence[Tensor | None], written: Sequence[Tensor | None] = ()
 
 def rows_fit(tensors: Sequence[Tensor]) -> bool:
     """Whether tensors of one shape [B, ...] can be viewed as [B, rows, columns] together."""
-    return all(t.is_contiguous() for t in tensors) or _row_split(tensors[0].shape, tensors) is not None
+    return _row_split(tensors[0].shape, tensors) is not None
 
 
 def _row_split(shape: Sequence[int], tensors: Sequence[Tensor]) -> int | None:

@@ -215,12 +215,19 @@ class _GaussianSample(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
             outputs = gaussian_sample_reference(*inputs, noise, seed, ctx.dim, ctx.free_bits, ctx.wide)
             return (*differentiate(outputs, (grad_sample, grad_kl), inputs, ctx.needs_input_grad[:4]), *(None,) * 5)
-        # A gradient keeps its input's memory format where the kernel can follow it.
-        layout = torch.preserve_format if rows_fit([t for t in _all_halves(inputs, ctx.dim) if t is not None]) else torch.contiguous_format
+        layout = _gradient_format(inputs, ctx.dim)
         gradients = [None if t is None else torch.empty_like(t, memory_format=layout) for t in inputs]
         rows = _rows(inputs, (noise, grad_sample), gradients, ctx.dim)
         torch.ops.genperf.gaussian_sample_backward(*rows[6:], rows[5], grad_kl, *rows[:5], seed, ctx.free_bits)
         return (*gradients, *(None,) * 5)
+
+
+def _gradient_format(inputs: Sequence[Tensor | None], dim: int) -> torch.memory_format:
+    """That of the inputs, where the kernel can follow it."""
+    given = [t for t in inputs if t is not None]
+    if all(t.is_contiguous() for t in given) or not rows_fit([t for t in _all_halves(inputs, dim) if t is not None]):
+        return torch.contiguous_format
+    return torch.preserve_format
 
 
 def gaussian_sample_reference(
