@@ -41,9 +41,11 @@ STABLE_TORCH_LIBRARY(genperf, m) {
   m.def(
       "gumbel_sample(Tensor logits, Tensor? temperature, float tau, Tensor? noise, Tensor? seed, "
       "bool hard, bool dense) -> (Tensor sample, Tensor indices, Tensor kl, Tensor statistics)");
+  // grad_logits may be grad_sample, which is then overwritten.
   m.def(
-      "gumbel_sample_backward(Tensor? grad_sample, Tensor? grad_kl, Tensor logits, Tensor "
-      "statistics, Tensor? temperature, float tau, Tensor? noise, Tensor? seed) -> Tensor");
+      "gumbel_sample_backward(Tensor(a!) grad_logits, Tensor? grad_sample, Tensor? grad_kl, Tensor "
+      "logits, Tensor statistics, Tensor? temperature, float tau, Tensor? noise, Tensor? seed) -> "
+      "()");
 
   // Gradient penalties. real, fake and gradients are [B, rows, columns] with any strides, weight is
   // [B]. Without fake, real is perturbed by scale times a uniform variate, number r * columns + c

@@ -474,9 +474,9 @@ def test_contract(device):
     testing.check_op(
         "gumbel_sample_backward",
         [
-            (upstream, grad_kl, logits, statistics, None, 0.7, None, seed),
-            (upstream, None, channels_last, statistics, tau, 0.0, noise, None),
-            (None, grad_kl, logits, statistics, None, 0.7, None, seed),
+            (torch.empty_like(logits), upstream, grad_kl, logits, statistics, None, 0.7, None, seed),
+            (torch.empty_like(logits), upstream, None, channels_last, statistics, tau, 0.0, noise, None),
+            (torch.empty_like(logits), None, grad_kl, logits, statistics, None, 0.7, None, seed),
         ],
     )
 

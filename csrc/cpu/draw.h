@@ -73,11 +73,11 @@ inline UVec quad_of_lane() {
 }
 
 // random_words() in every lane.
-inline Words<Simd> lane_words(UVec quad_low,
-                              UVec quad_high,
-                              UVec row_low,
-                              UVec row_high,
-                              uint64_t seed) {
+[[gnu::always_inline]] inline Words<Simd> lane_words(UVec quad_low,
+                                                     UVec quad_high,
+                                                     UVec row_low,
+                                                     UVec row_high,
+                                                     uint64_t seed) {
   using Pairs = SimdPairs::U;
   constexpr uint64_t kLower = 0xffffffffu;
   const UVec counter[4] = {quad_low, quad_high, row_low, row_high};
@@ -95,7 +95,7 @@ inline Words<Simd> lane_words(UVec quad_low,
 }
 
 // The words of kLanes quads from `quad` on, in the order of quad_of_lane().
-inline Words<Simd> draw_words(uint64_t seed, int64_t row, int64_t quad) {
+[[gnu::always_inline]] inline Words<Simd> draw_words(uint64_t seed, int64_t row, int64_t quad) {
   const UVec low = split_low(quad) + quad_of_lane();
   const UVec carry = low < split_low(quad) ? UVec{} + 1u : UVec{};
   return lane_words(low, split_high(quad) + carry, split_low(row), split_high(row), seed);

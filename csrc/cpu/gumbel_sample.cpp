@@ -350,25 +350,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
 }
 
 // With y = softmax(perturbed / tau): y (dy - sum y dy) / tau + grad_kl q (log q - sum q log q).
-Tensor gumbel_sample_backward(std::optional<Tensor> grad_sample,
-                              std::optional<Tensor> grad_kl,
-                              const Tensor& logits,
-                              const Tensor& statistics,
-                              std::optional<Tensor> temperature,
-                              double tau,
-                              std::optional<Tensor> noise,
-                              std::optional<Tensor> seed) {
+// grad_logits may be grad_sample: an element is written after it was read for the last time.
+void gumbel_sample_backward(Tensor grad_logits,
+                            std::optional<Tensor> grad_sample,
+                            std::optional<Tensor> grad_kl,
+                            const Tensor& logits,
+                            const Tensor& statistics,
+                            std::optional<Tensor> temperature,
+                            double tau,
+                            std::optional<Tensor> noise,
+                            std::optional<Tensor> seed) {
   const int64_t count = logits.size(0) * logits.size(2);
   STD_TORCH_CHECK(statistics.scalar_type() == ScalarType::Float && statistics.is_contiguous() &&
                       statistics.numel() == 4 * count,
                   "statistics must be contiguous float32 [4, outer, inner]");
   if (grad_sample.has_value())
     check_rows(*grad_sample, logits, true, "grad_sample");
+  check_rows(grad_logits, logits, true, "grad_logits");
   if (grad_kl.has_value())
     STD_TORCH_CHECK(grad_kl->scalar_type() == ScalarType::Float && grad_kl->dim() == 2 &&
                         grad_kl->size(0) == logits.size(0) && grad_kl->size(1) == logits.size(2),
                     "grad_kl must be float32 [outer, inner]");
-  Tensor grad_logits = torch::stable::empty_like(logits);
   with_type(logits, [&]<class T>(T*) {
     const Problem<T> in = problem_of<T>(logits, temperature, tau, noise, seed);
     const Rows<T> upstream(grad_sample), out(grad_logits);
@@ -468,7 +470,6 @@ Tensor gumbel_sample_backward(std::optional<Tensor> grad_sample,
           });
         });
   });
-  return grad_logits;
 }
 
 }  // namespace

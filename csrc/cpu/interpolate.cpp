@@ -33,8 +33,9 @@ std::vector<float> weights_of(const std::optional<Tensor>& weight,
     return weights;
   }
   STD_TORCH_CHECK(seed.has_value(), "weight or a seed must be given");
+  const uint64_t key = seed_of(seed);
   for (int64_t b = 0; b < samples; ++b)
-    weights[b] = draw_weight(seed_of(seed), b);
+    weights[b] = draw_weight(key, b);
   return weights;
 }
 

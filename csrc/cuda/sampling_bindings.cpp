@@ -165,18 +165,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(Tensor logits,
   return {sample, indices, kl, statistics};
 }
 
-Tensor gumbel_sample_backward(std::optional<Tensor> grad_sample,
-                              std::optional<Tensor> grad_kl,
-                              Tensor logits,
-                              Tensor statistics,
-                              std::optional<Tensor> temperature,
-                              double tau,
-                              std::optional<Tensor> noise,
-                              std::optional<Tensor> seed) {
+void gumbel_sample_backward(Tensor grad_logits,
+                            std::optional<Tensor> grad_sample,
+                            std::optional<Tensor> grad_kl,
+                            Tensor logits,
+                            Tensor statistics,
+                            std::optional<Tensor> temperature,
+                            double tau,
+                            std::optional<Tensor> noise,
+                            std::optional<Tensor> seed) {
   constexpr const char* kOp = "gumbel_sample_backward";
   check_gumbel(kOp, logits, temperature);
   const int64_t outer = logits.size(0);
   const int64_t inner = logits.size(2);
+  check_like(kOp, "grad_logits", grad_logits, logits);
   if (grad_sample) {
     check_like(kOp, "grad_sample", *grad_sample, logits);
     check_noise(kOp, noise, seed, logits);
@@ -195,7 +197,6 @@ Tensor gumbel_sample_backward(std::optional<Tensor> grad_sample,
   const Launch launch(logits);
   grad_kl = contiguous(grad_kl);
   statistics = torch::stable::contiguous(statistics);
-  Tensor grad_logits = torch::stable::empty_like(logits);
 
   GumbelSampleBackwardParams params{};
   fill_gumbel(params, logits, temperature, tau, noise, seed);
@@ -207,7 +208,6 @@ Tensor gumbel_sample_backward(std::optional<Tensor> grad_sample,
   params.grad_logits = grad_logits.mutable_data_ptr();
   params.grad_logits_strides = strides_of(grad_logits);
   launch_gumbel_sample_backward(params, dtype_of(kOp, logits), launch.stream());
-  return grad_logits;
 }
 
 }  // namespace

@@ -136,16 +136,17 @@ def _forward(logits, codebook, temperature, tau, noise, seed, hard) -> tuple[Ten
     dense = codebook is None or not hard
     sample, indices, kl, statistics = torch.ops.genperf.gumbel_sample(logits, temperature, tau, noise, seed, hard, dense)
     if codebook is not None:
-        sample = _multiply(sample, codebook) if dense else F.embedding(indices, codebook).to(logits.dtype).transpose(1, 2)
+        sample = _multiply(sample, codebook, logits) if dense else F.embedding(indices, codebook).to(logits.dtype).transpose(1, 2)
     return sample, indices, kl, statistics
 
 
-def _multiply(x: Tensor, matrix: Tensor) -> Tensor:
-    """x [outer, K, inner] times matrix [K, D] along K, in x's memory layout and dtype."""
+def _multiply(x: Tensor, matrix: Tensor, like: Tensor) -> Tensor:
+    """x [outer, K, inner] times matrix [K, D] along K, in x's dtype and in the memory layout of `like`."""
     matrix = matrix.to(x.dtype)
-    if x.stride(1) == 1:
+    if like.stride(1) == 1:
         return (x.transpose(1, 2) @ matrix).transpose(1, 2)
-    return matrix.T @ x
+    # Not matmul, which transposes a copy of the result where the matrix learns.
+    return torch.bmm(matrix.T.expand(x.shape[0], -1, -1), x)
 
 
 class _GumbelSample(torch.autograd.Function):
@@ -173,16 +174,26 @@ class _GumbelSample(torch.autograd.Function):
             return (*differentiate((sample, kl), (grad_sample, grad_kl), (logits, codebook), needed), *unneeded)
         grad_logits = grad_codebook = None
         if needed[0]:
-            grad_soft = grad_sample if codebook is None or grad_sample is None else _multiply(grad_sample, codebook.T)
-            grad_logits = torch.ops.genperf.gumbel_sample_backward(
-                grad_soft, grad_kl, logits, statistics, temperature, ctx.tau, noise, seed
+            grad_logits, grad_soft = None, grad_sample
+            if codebook is not None and grad_sample is not None:
+                grad_soft = _multiply(grad_sample, codebook.T, logits)
+                # As large as the logits, and of no other use: it becomes their gradient in place.
+                grad_logits = None if torch.compiler.is_compiling() else grad_soft
+            if grad_logits is None:
+                grad_logits = torch.empty_like(logits)
+            torch.ops.genperf.gumbel_sample_backward(
+                grad_logits, grad_soft, grad_kl, logits, statistics, temperature, ctx.tau, noise, seed
             )
         if needed[1] and grad_sample is not None:
             if ctx.hard:
                 _, grad_codebook = torch.ops.genperf.code_statistics(grad_sample, indices, codebook.shape[0], None, None)
             else:
                 soft = torch.ops.genperf.gumbel_sample(logits, temperature, ctx.tau, noise, seed, False, True)[0]
-                grad_codebook = torch.einsum("oki,odi->kd", soft, grad_sample)
+                # One product for each outer position where that is the smaller detour, else one of copies.
+                if codebook.shape[1] <= logits.shape[2]:
+                    grad_codebook = torch.bmm(soft, grad_sample.transpose(1, 2)).sum(0)
+                else:
+                    grad_codebook = torch.einsum("oki,odi->kd", soft, grad_sample)
             grad_codebook = grad_codebook.to(codebook.dtype)
         return (grad_logits, grad_codebook, *unneeded)
 
@@ -214,7 +225,7 @@ def gumbel_sample_reference(
     soft = torch.where(temperature > 0, soft, one_hot)
     sample = (ValueOf.apply(one_hot, soft) if hard else soft).to(logits.dtype)
     if codebook is not None:
-        sample = _multiply(sample, codebook)
+        sample = _multiply(sample, codebook, logits)
     log_q = wide.log_softmax(1)
     q = log_q.exp()
     kl = (q * (torch.where(log_q == -math.inf, 0, log_q) + math.log(classes))).sum(1)
@@ -234,5 +245,5 @@ def _(logits, temperature, tau, noise, seed, hard, dense):
 
 
 @register_fake("gumbel_sample_backward")
-def _(grad_sample, grad_kl, logits, statistics, temperature, tau, noise, seed) -> Tensor:
-    return torch.empty_like(logits)
+def _(*tensors_and_tau) -> None:
+    pass
