@@ -40,11 +40,6 @@ struct FlatRows {
     rows = 1;
   }
 
-  bool contiguous() const {
-    return rows == 1 && std::all_of(operands.begin(), operands.end(),
-                                    [](const Rows<T>& x) { return !x || x.stride == 1; });
-  }
-
   int64_t blocks_per_row() const { return (columns + kBlock - 1) / kBlock; }
   int64_t blocks() const { return samples * rows * blocks_per_row(); }
   int64_t block(int64_t sample, int64_t row, int64_t column) const {

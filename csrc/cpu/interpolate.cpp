@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Mixtures of two tensors, and of a tensor with noise, with one weight to a sample. The work is
-// bound by memory: an output too large for the caches is written past them.
+// Mixtures of two tensors, and of a tensor with noise, with one weight to a sample.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -15,8 +14,6 @@
 
 namespace genperf {
 namespace {
-
-constexpr int64_t kStreamedBytes = 16 << 20;
 
 // The weight of each sample, given or drawn.
 std::vector<float> weights_of(const std::optional<Tensor>& weight,
@@ -57,16 +54,6 @@ void mix(const Rows<T>& real,
   });
 }
 
-void mix_streamed(const float* real, const float* fake, float weight, float* out, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Vec a = load(real + i), b = load(fake + i);
-    stream(out + i, mixed(broadcast(weight), a, b));
-  }
-  for (; i < count; ++i)
-    out[i] = Scalar::fma(weight, real[i], (1 - weight) * fake[i]);
-}
-
 Tensor interpolate(const Tensor& real,
                    std::optional<Tensor> fake,
                    std::optional<Tensor> scale,
@@ -84,15 +71,7 @@ Tensor interpolate(const Tensor& real,
   with_type(real, [&]<class T>(T*) {
     FlatRows<T, 3> rows({Rows<T>(real), Rows<T>(fake), Rows<T>(mixed)}, real, !fake.has_value());
     if (fake.has_value()) {
-      const bool streamed = std::is_same_v<T, float> && rows.contiguous() &&
-                            real.numel() * int64_t(sizeof(T)) >= kStreamedBytes;
       rows.for_each([&](int64_t b, int64_t, int64_t, int64_t count, const auto& at) {
-        if constexpr (std::is_same_v<T, float>) {
-          float* const out = reinterpret_cast<float*>(at[2].data);
-          if (streamed && reinterpret_cast<uintptr_t>(out) % sizeof(Vec) == 0)
-            return mix_streamed(reinterpret_cast<const float*>(at[0].data),
-                                reinterpret_cast<const float*>(at[1].data), weights[b], out, count);
-        }
         mix(at[0], at[1], weights[b], at[2], count);
       });
       return;

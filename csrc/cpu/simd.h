@@ -53,19 +53,6 @@ inline Vec max(Vec a, Vec b) {
   return a > b ? a : b;
 }
 
-// Writes past the caches; p must be aligned to a vector.
-inline void stream(float* p, Vec v) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(p, __m512(v));
-#elif defined(__AVX2__)
-  _mm256_stream_ps(p, __m256(v));
-#elif defined(__SSE__)
-  _mm_stream_ps(p, __m128(v));
-#else
-  store(p, v);
-#endif
-}
-
 // Bit i is set where lane i of `a` is not below lane i of `b`; a NaN is not below anything.
 inline uint32_t not_below(Vec a, Vec b) {
 #if defined(__AVX512F__)
