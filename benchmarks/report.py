@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 
@@ -85,7 +86,9 @@ def chart(rows: list[dict], path: Path) -> None:
             for _, workload, *sizes in members
         ]
         axis.set_xticks([x + 0.4 - width / 2 for x in range(len(members))], labels, fontsize=7)
-        axis.set(yscale="log", ylabel="ms")
+        # Bars of a logarithmic axis begin at a power of ten, well below the shortest.
+        shortest = min(row["ms"] for value in members.values() for row in value)
+        axis.set(yscale="log", ylabel="ms", ylim=(10 ** math.floor(math.log10(shortest / 2)), None))
         axis.set_title(f"{op}, {rows[0]['device']}, {rows[0]['threads']} threads", loc="left")
         axis.grid(axis="y", alpha=0.3)
         axis.legend(fontsize=8, ncols=len(contenders), loc="lower right", bbox_to_anchor=(1, 1), frameon=False)

@@ -181,9 +181,7 @@ class _GumbelSample(torch.autograd.Function):
                 grad_logits = None if torch.compiler.is_compiling() else grad_soft
             if grad_logits is None:
                 grad_logits = torch.empty_like(logits)
-            torch.ops.genperf.gumbel_sample_backward(
-                grad_logits, grad_soft, grad_kl, logits, statistics, temperature, ctx.tau, noise, seed
-            )
+            torch.ops.genperf.gumbel_sample_backward(grad_logits, grad_soft, grad_kl, logits, statistics, temperature, ctx.tau, noise, seed)
         if needed[1] and grad_sample is not None:
             if ctx.hard:
                 _, grad_codebook = torch.ops.genperf.code_statistics(grad_sample, indices, codebook.shape[0], None, None)
