@@ -502,3 +502,34 @@ GOOD = torch.zeros(4, 6)
 def test_bad_input(message, error, arguments, options):
     with pytest.raises(error, match="gaussian_sample: .*" + message):
         genperf.gaussian_sample(*arguments, **options)
+
+
+def test_forward_mode_runs_the_reference(device):
+    moments, tangent = torch.randn(2, 3, 8, device=device)
+    noise = torch.randn(3, 4, device=device)
+    found = torch.func.jvp(lambda x: genperf.gaussian_sample(x, noise=noise), (moments,), (tangent,))[1]
+    expected = torch.func.jvp(lambda x: genperf.gaussian_sample(x, noise=noise, impl="reference"), (moments,), (tangent,))[1]
+    for value, want in zip(found, expected, strict=True):
+        assert want.any()
+        torch.testing.assert_close(value, want)
+
+
+def test_a_prior_of_odd_strides(device):
+    """Gradients whose strides no view as rows fits are laid out anew."""
+    mean = torch.randn(1, 1, 33, 17, 4, device=device).expand(1, 2, 33, 17, 4).detach().requires_grad_()
+    prior = [torch.randn(68, device=device).as_strided((1, 1, 1, 17, 4), (68, 1, 68, 4, 1)).requires_grad_() for _ in range(2)]
+    noise = torch.randn(mean.shape, device=device)
+
+    def gradients(impl):
+        sample, kl = genperf.gaussian_sample(mean, mean.detach(), prior=tuple(prior), noise=noise, impl=impl)
+        return torch.autograd.grad(sample.sum() + kl.sum(), (mean, *prior))
+
+    for value, want in zip(gradients(None), gradients("reference"), strict=True):
+        torch.testing.assert_close(value, want)
+
+
+def test_a_kl_without_a_gradient_leaves_no_trace(device):
+    """Its derivative may be infinite, and is not even multiplied by zero."""
+    mean = torch.tensor([[1e30, 1.0]], device=device, requires_grad=True)
+    sample, _ = genperf.gaussian_sample(mean, torch.zeros_like(mean), prior=(torch.zeros_like(mean), torch.full_like(mean, -30)))
+    assert torch.equal(torch.autograd.grad(sample.sum(), mean)[0], torch.ones_like(mean))

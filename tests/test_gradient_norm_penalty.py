@@ -246,3 +246,19 @@ GOOD = torch.zeros(4, 6)
 def test_bad_input(message, error, gradients, options):
     with pytest.raises(error, match="gradient_norm_penalty: .*" + message):
         genperf.gradient_norm_penalty(gradients, **options)
+
+
+def test_forward_mode_runs_the_reference(device):
+    gradients, tangent = torch.randn(2, 3, 8, device=device)
+    found = torch.func.jvp(genperf.gradient_norm_penalty, (gradients,), (tangent,))[1]
+    expected = torch.func.jvp(lambda x: genperf.gradient_norm_penalty(x, impl="reference"), (gradients,), (tangent,))[1]
+    assert expected != 0
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_norm_without_a_float32_inverse(device):
+    gradients = torch.tensor([[2e-39, 0.0], [0.0, -3e-39], [3.0, 4.0]], device=device, requires_grad=True)
+    penalty = genperf.gradient_norm_penalty(gradients)
+    (found,) = torch.autograd.grad(penalty, gradients)
+    expected = torch.tensor([[-1.0, 0.0], [0.0, 1.0], [4 * 0.6, 4 * 0.8]], device=device) * 2 / 3
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

@@ -541,3 +541,51 @@ GOOD = torch.zeros(4, 6)
 def test_bad_input(message, error, arguments, options):
     with pytest.raises(error, match="gumbel_sample: .*" + message):
         genperf.gumbel_sample(*arguments, **options)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("hard", [True, False])
+def test_autocast_changes_nothing(hard, inside, device):
+    """Products with the codebook stay in the logits' dtype, whether backward runs under autocast or not."""
+    logits, codebook = torch.randn(2, 5, 8, device=device, requires_grad=True), torch.randn(8, 4, device=device, requires_grad=True)
+    noise = torch.randn(2, 5, 8, device=device)
+
+    def gradients():
+        sample, _, kl = genperf.gumbel_sample(logits, codebook, hard=hard, noise=noise)
+        assert sample.dtype == torch.float32
+        return sample.square().sum() + kl.sum()
+
+    expected = torch.autograd.grad(gradients(), (logits, codebook))
+    with torch.autocast(device, torch.bfloat16):
+        total = gradients()
+        found = torch.autograd.grad(total, (logits, codebook)) if inside else None
+    found = found or torch.autograd.grad(total, (logits, codebook))
+    for value, want in zip(found, expected, strict=True):
+        assert torch.equal(value, want)
+
+
+@pytest.mark.parametrize("tau", [0, -0.0, torch.tensor(-0.0)], ids=str)
+@pytest.mark.parametrize("dim", [1, 2])
+def test_at_temperature_zero_the_lowest_of_equals_is_taken(dim, tau, device):
+    zeros = torch.zeros(2, 5, 5, device=device)
+    sample, indices, _ = genperf.gumbel_sample(zeros, tau=tau, dim=dim, noise=zeros)
+    assert (indices == 0).all()
+    assert (sample.movedim(dim, -1) == torch.eye(5, device=device)[0]).all()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_lowest_finite_number_is_above_minus_infinity(dim, device):
+    lowest = torch.finfo(torch.float32).min
+    logits = torch.tensor([[-torch.inf, lowest, -torch.inf]], device=device).movedim(1, dim)
+    sample, indices, kl = genperf.gumbel_sample(logits, dim=dim, noise=torch.zeros_like(logits))
+    assert indices.item() == 1
+    assert sample.flatten().tolist() == [0, 1, 0]
+    assert kl.isfinite().all()
+
+
+def test_forward_mode_runs_the_reference(device):
+    logits, tangent, noise = torch.randn(3, 2, 5, 8, device=device)
+    found = torch.func.jvp(lambda x: genperf.gumbel_sample(x, noise=noise)[0], (logits,), (tangent,))[1]
+    expected = torch.func.jvp(lambda x: genperf.gumbel_sample(x, noise=noise, impl="reference")[0], (logits,), (tangent,))[1]
+    assert expected.any()
+    torch.testing.assert_close(found, expected)

@@ -400,3 +400,20 @@ def test_bad_input_of_perturb():
         genperf.perturb(torch.tensor(1.0))
     with pytest.raises(NotImplementedError, match="weight requires a gradient"):
         genperf.perturb(GOOD, weight=torch.ones(4, requires_grad=True), impl="native")
+
+
+def test_forward_mode_runs_the_reference(device):
+    real, fake, tangent = torch.randn(3, 4, 5, device=device)
+    weight = torch.rand(4, device=device)
+    found = torch.func.jvp(lambda x: genperf.interpolate(x, fake, weight=weight), (real,), (tangent,))[1]
+    torch.testing.assert_close(found, weight[:, None] * tangent)
+
+
+def test_second_derivative_of_samples_of_one_element(device):
+    real, fake = torch.randn(2, 3, device=device)
+    real.requires_grad_()
+    weight = torch.rand(3, device=device, requires_grad=True)
+    mixed = genperf.interpolate(real, fake, weight=weight)
+    (slope,) = torch.autograd.grad(mixed.square().sum(), weight, create_graph=True)
+    (found,) = torch.autograd.grad(slope.sum(), weight)
+    torch.testing.assert_close(found, 2 * (real.detach() - fake).square())

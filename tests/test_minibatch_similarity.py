@@ -210,3 +210,11 @@ def test_contract(device):
 def test_bad_input(message, error, features, impl):
     with pytest.raises(error, match="minibatch_similarity: .*" + message):
         genperf.minibatch_similarity(features, impl)
+
+
+def test_forward_mode_runs_the_reference(device):
+    features, tangent = torch.randn(2, 5, 3, 2, device=device)
+    found = torch.func.jvp(genperf.minibatch_similarity, (features,), (tangent,))[1]
+    expected = torch.func.jvp(lambda x: genperf.minibatch_similarity(x, impl="reference"), (features,), (tangent,))[1]
+    assert expected.any()
+    torch.testing.assert_close(found, expected)

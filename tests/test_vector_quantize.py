@@ -271,3 +271,11 @@ GOOD = (torch.zeros(4, 3), torch.zeros(5, 3))
 def test_bad_input(message, error, options):
     with pytest.raises(error, match="vector_quantize: .*" + message):
         genperf.vector_quantize(*GOOD, **options)
+
+
+def test_forward_mode_runs_the_reference(device):
+    x, codebook = testing.vectors("random", 8, 5, 4, torch.float32, device)
+    found = torch.func.jvp(lambda x: genperf.vector_quantize(x, codebook)[2], (x,), (torch.ones_like(x),))[1]
+    x.requires_grad_()
+    expected = torch.autograd.grad(genperf.vector_quantize(x, codebook)[2], x)[0].sum()
+    torch.testing.assert_close(found, expected)

@@ -135,26 +135,34 @@ void backward_segment(const Moments<T>& in,
                       const float* drawn,
                       float free_bits,
                       const Rows<T>& grad_sample,
-                      float grad_kl,
+                      const float* grad_kl,
                       const Moments<T>& out,
                       int64_t count) {
   const bool together = in.together() && out.together() && grad_sample.together();
   for_each_vector(count, together, [&](int64_t i, auto n) {
     const Vec m = in.mean.get(i, n), raw = in.logvar.get(i, n), lv = clamp(raw);
     const ExpAndRoot<Simd> variance(lv);
-    Vec prior_m{}, prior_raw{};
-    if constexpr (kPrior) {
-      prior_m = in.prior_mean.get(i, n);
-      prior_raw = in.prior_logvar.get(i, n);
+    Vec grad_mean{}, grad_logvar{}, grad_prior_mean{}, grad_prior_logvar{};
+    if (grad_kl) {
+      Vec prior_m{}, prior_raw{};
+      if constexpr (kPrior) {
+        prior_m = in.prior_mean.get(i, n);
+        prior_raw = in.prior_logvar.get(i, n);
+      }
+      const Divergence<kPrior> kl(m, lv, variance.expm1, prior_m, clamp(prior_raw));
+      Vec pull = broadcast(*grad_kl);
+      if (free_bits > 0)
+        pull = kl.value < free_bits ? Vec{} : pull;
+      grad_mean = pull * kl.mean;
+      grad_logvar = pull * kl.logvar;
+      if constexpr (kPrior) {
+        grad_prior_mean = -grad_mean;
+        grad_prior_logvar = where_inside(prior_raw, pull * kl.prior_logvar);
+      }
     }
-    const Divergence<kPrior> kl(m, lv, variance.expm1, prior_m, clamp(prior_raw));
-    Vec pull = broadcast(grad_kl);
-    if (free_bits > 0)
-      pull = kl.value < free_bits ? Vec{} : pull;
-    Vec grad_mean = pull * kl.mean, grad_logvar = pull * kl.logvar;
     if constexpr (kPrior) {
-      out.prior_mean.set(i, n, -grad_mean);
-      out.prior_logvar.set(i, n, where_inside(prior_raw, pull * kl.prior_logvar));
+      out.prior_mean.set(i, n, grad_prior_mean);
+      out.prior_logvar.set(i, n, grad_prior_logvar);
     }
     if (grad_sample) {
       const Vec g = grad_sample.get(i, n);
@@ -272,7 +280,7 @@ void gaussian_sample_backward(Tensor grad_mean,
                                : draw_normals(key, b, row * blocks.columns + column, count, buffer);
       const auto segment = in.prior_mean ? backward_segment<true, T> : backward_segment<false, T>;
       segment(in.at(b, row, column), drawn, float(free_bits), upstream.at(b, row, column),
-              pull ? pull[b * pull_stride] : 0.0f, out.at(b, row, column), count);
+              pull ? pull + b * pull_stride : nullptr, out.at(b, row, column), count);
     });
   });
 }

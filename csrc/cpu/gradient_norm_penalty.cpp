@@ -77,12 +77,16 @@ Tensor gradient_norm_penalty_backward(const Tensor& grad_penalty,
     FlatRows<T, 2> rows({Rows<T>(gradients), Rows<T>(out)}, gradients, false);
     rows.for_each([&](int64_t b, int64_t, int64_t, int64_t count, const auto& at) {
       // At a norm of 0 every direction is as good as any other, and none is taken.
-      const double along = center == 0    ? 1
-                           : norm[b] == 0 ? 0
-                                          : excess_of(norm[b], center, one_sided) / norm[b];
-      const Vec factor = broadcast(float(2 * upstream / double(samples) * along));
-      for_each_vector(count, at[0].together() && at[1].together(),
-                      [&](int64_t i, auto n) { at[1].set(i, n, factor * at[0].get(i, n)); });
+      const double excess = norm[b] == 0 ? 0 : excess_of(norm[b], center, one_sided);
+      const double factor = 2 * upstream / double(samples) * (center == 0 ? 1 : excess);
+      const double divisor = center == 0 || norm[b] == 0 ? 1 : norm[b];
+      const Vec both = broadcast(float(factor / divisor));
+      // Below about 1e-38 a norm has no inverse.
+      const bool apart = std::isinf(both[0]) && !std::isinf(factor);
+      for_each_vector(count, at[0].together() && at[1].together(), [&](int64_t i, auto n) {
+        const Vec g = at[0].get(i, n);
+        at[1].set(i, n, apart ? float(factor) * (g / float(divisor)) : both * g);
+      });
     });
   });
   return out;

@@ -35,6 +35,11 @@ inline IVec above(Vec a, Vec b) {
   return ~(a <= b) & (b == b);
 }
 
+// What is subtracted from perturbed logits: the best of them, or the lowest finite number.
+inline Vec finite(Vec best) {
+  return best < -FLT_MAX ? broadcast(-FLT_MAX) : best;
+}
+
 struct Distribution {
   float largest = -FLT_MAX;  // lowest finite: nothing is subtracted from an infinity
   float sum = 0;             // of exp(logit - largest)
@@ -48,7 +53,7 @@ struct Distribution {
 };
 
 struct Perturbed {
-  float largest = -FLT_MAX;
+  float largest = -std::numeric_limits<float>::infinity();
   float sum = 0;  // of exp((perturbed - largest) / tau)
   int64_t index = 0;
 };
@@ -140,12 +145,13 @@ void scan_block(const Problem<T>& in,
   const Vec grown = below(tile.largest[v], largest), kept = exp_or_zero<Simd>(grown);
   Vec weighted = kept * fma(tile.sum[v], grown, tile.weighted[v]);
   Vec sum = tile.sum[v] * kept;
-  Vec soft_sum = tile.soft_sum[v] * exp_or_zero<Simd>((tile.best[v] - best) * in.inverse_tau);
+  Vec soft_sum =
+      tile.soft_sum[v] * exp_or_zero<Simd>((finite(tile.best[v]) - finite(best)) * in.inverse_tau);
   for (int k = 0; k < block; ++k) {
     const Vec relative = below(l[k / 4][k % 4], largest), e = exp_or_zero<Simd>(relative);
     sum += e;
     weighted = fma(e, relative, weighted);
-    soft_sum += exp_or_zero<Simd>((s[k / 4][k % 4] - best) * in.inverse_tau);
+    soft_sum += exp_or_zero<Simd>((s[k / 4][k % 4] - finite(best)) * in.inverse_tau);
   }
   tile.largest[v] = largest;
   tile.sum[v] = sum;
@@ -163,7 +169,7 @@ void scan_positions(const Problem<T>& in,
                     bool together,
                     TileState& tile) {
   std::fill_n(tile.largest, kVectors, broadcast(-FLT_MAX));
-  std::fill_n(tile.best, kVectors, broadcast(-FLT_MAX));
+  std::fill_n(tile.best, kVectors, broadcast(Perturbed().largest));
   for (Vec* zeros : {tile.sum, tile.weighted, tile.soft_sum})
     std::fill_n(zeros, kVectors, Vec{});
   std::fill_n(tile.index, kVectors, UVec{});
@@ -171,6 +177,7 @@ void scan_positions(const Problem<T>& in,
     for_each_vector(count, together, [&](int64_t at, auto n) {
       scan_block(in, o, i + at, n, first, tile, int(at / kLanes));
     });
+  std::transform(tile.best, tile.best + kVectors, tile.best, finite);
 }
 
 // One position whose perturbed logits are in `s`.
@@ -182,7 +189,7 @@ void scan_classes(const Problem<T>& in,
                   Distribution& distribution,
                   Perturbed& perturbed) {
   const Rows<T> row = in.logits.transposed().at(o, i, 0);
-  Vec largest = broadcast(-FLT_MAX), best = largest;
+  Vec largest = broadcast(-FLT_MAX), best = broadcast(perturbed.largest);
   UVec index{};
   for (int64_t k = 0; k < in.classes; k += kLanes) {
     const int n = int(std::min<int64_t>(kLanes, in.classes - k));
@@ -205,6 +212,7 @@ void scan_classes(const Problem<T>& in,
       perturbed.index = k;
     }
   }
+  perturbed.largest = finite(broadcast(perturbed.largest))[0];
   Vec sum{}, weighted{}, soft_sum{};
   for (int64_t k = 0; k < in.classes; k += kLanes) {
     const int n = int(std::min<int64_t>(kLanes, in.classes - k));
@@ -240,7 +248,7 @@ Problem<T> problem_of(const Tensor& logits,
     divisor = *static_cast<const float*>(temperature->const_data_ptr());
   }
   // At tau = 0 the largest keeps 0 = 0 * FLT_MAX, and everything else falls to -inf.
-  const float inverse = std::min(1 / divisor, FLT_MAX);
+  const float inverse = divisor == 0 ? FLT_MAX : std::min(1 / divisor, FLT_MAX);
   return {Rows<T>(logits),
           Rows<T>(noise),
           logits.size(0),
@@ -282,10 +290,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
   Tensor indices = torch::stable::new_empty(logits, {outer, inner}, ScalarType::Long);
   Tensor kl = torch::stable::new_empty(logits, {outer, inner}, ScalarType::Float);
   Tensor statistics = torch::stable::new_empty(logits, {4, outer, inner}, ScalarType::Float);
-  if (dense && hard)
-    torch::stable::zero_(sample);
   with_type(logits, [&]<class T>(T*) {
     const Problem<T> in = problem_of<T>(logits, temperature, tau, noise, seed);
+    const bool one_hot = hard || in.inverse_tau == FLT_MAX;
+    if (dense && one_hot)
+      torch::stable::zero_(sample);
     const Rows<T> out = dense ? Rows<T>(sample) : Rows<T>();
     int64_t* const index = static_cast<int64_t*>(indices.mutable_data_ptr());
     float* const divergence = static_cast<float*>(kl.mutable_data_ptr());
@@ -301,7 +310,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
       kept[count + position] = std::log(d.sum);
       kept[2 * count + position] = p.largest;
       kept[3 * count + position] = std::log(p.sum);
-      if (dense && hard)
+      if (dense && one_hot)
         out.at(o, p.index, i).set(0, 1, broadcast(1));
     };
     for_each_position(
@@ -312,7 +321,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
           in.perturb_all(o, i, s);
           scan_classes(in, o, i, s, distribution, perturbed);
           finish(o, i, distribution, perturbed);
-          if (!dense || hard)
+          if (!dense || one_hot)
             return;
           const Rows<T> row = out.transposed().at(o, i, 0);
           const float scale = 1 / perturbed.sum;
@@ -329,7 +338,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
             finish(o, i + at, {tile.largest[v][lane], tile.sum[v][lane], tile.weighted[v][lane]},
                    {tile.best[v][lane], tile.soft_sum[v][lane], tile.index[v][lane]});
           }
-          if (!dense || hard)
+          if (!dense || one_hot)
             return;
           for (int64_t k = 0; k < in.classes; k += 4)
             for_each_vector(n, together, [&](int64_t at, auto lanes) {

@@ -353,7 +353,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int64_t k = first; k < end; k += step) {
     const int64_t count = end - k;
     float values[kWidth];
-    if (p.hard) {
+    if (p.hard || tau_of(p) == 0) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j)
         values[j] = k + j == running.index ? 1.0f : 0.0f;

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 log = logging.getLogger("genperf")
 
@@ -53,6 +54,14 @@ def streaming_refusals(op: str, device: torch.device, dtype: torch.dtype) -> dic
     if native is None and dtype == torch.float64:
         native = "the kernels take float32, bfloat16 and float16."
     return {"native": native, "reference": None}
+
+
+def refuse_forward_mode(refusals: dict[str, str | None], *inputs: object) -> None:
+    """Leave inputs with a forward-mode tangent to the reference: compiled kernels would drop it in silence."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+        refusals["native"] = refusals["native"] or "forward-mode gradients are not computed by the kernels."
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
@@ -229,6 +238,10 @@ class ValueOf(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return None, grad
+
+    @staticmethod
+    def jvp(ctx, _value, carrier):
+        return carrier.clone()
 
 
 def register_fake(op: str) -> Callable[[Callable], Callable]:

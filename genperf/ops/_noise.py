@@ -20,7 +20,7 @@ def draw_seed(op: str, device: torch.device, generator: torch.Generator | None) 
         raise TypeError(f"{op}: generator must be a torch.Generator or None, got {type(generator).__name__}.")
     source = device if generator is None else generator.device
     seed = torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=source, generator=generator)
-    return seed if seed.device.type == device.type else seed.to(device, non_blocking=True)
+    return seed if seed.device == device else seed.to(device, non_blocking=True)
 
 
 def random_words(seed: Tensor, quad: Tensor, row: Tensor) -> Tensor:

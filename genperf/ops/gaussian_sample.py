@@ -16,6 +16,7 @@ from ._common import (
     check_tensor,
     choose_impl,
     differentiate,
+    refuse_forward_mode,
     register_fake,
     rows_fit,
     streaming_refusals,
@@ -90,6 +91,7 @@ def gaussian_sample(
     reasons = refusals(mean.device, mean.dtype)
     if noise is not None and noise.requires_grad and torch.is_grad_enabled():
         reasons["native"] = reasons["native"] or "noise requires a gradient, which the kernels do not compute."
+    refuse_forward_mode(reasons, mean, logvar, prior_mean, prior_logvar, noise)
     chosen = choose_impl(op, impl, reasons)
 
     seed = draw_seed(op, mean.device, generator) if noise is None else None
@@ -215,19 +217,19 @@ class _GaussianSample(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
             outputs = gaussian_sample_reference(*inputs, noise, seed, ctx.dim, ctx.free_bits, ctx.wide)
             return (*differentiate(outputs, (grad_sample, grad_kl), inputs, ctx.needs_input_grad[:4]), *(None,) * 5)
-        layout = _gradient_format(inputs, ctx.dim)
-        gradients = [None if t is None else torch.empty_like(t, memory_format=layout) for t in inputs]
+        gradients = [None if t is None else torch.empty_like(t) for t in inputs]
+        if not _follows(gradients, ctx.dim):  # no memory format that the kernel can write
+            gradients = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
         rows = _rows(inputs, (noise, grad_sample), gradients, ctx.dim)
         torch.ops.genperf.gaussian_sample_backward(*rows[6:], rows[5], grad_kl, *rows[:5], seed, ctx.free_bits)
         return (*gradients, *(None,) * 5)
 
 
-def _gradient_format(inputs: Sequence[Tensor | None], dim: int) -> torch.memory_format:
-    """That of the inputs, where the kernel can follow it."""
-    given = [t for t in inputs if t is not None]
-    if all(t.is_contiguous() for t in given) or not rows_fit([t for t in _all_halves(inputs, dim) if t is not None]):
-        return torch.contiguous_format
-    return torch.preserve_format
+def _follows(tensors: Sequence[Tensor | None], dim: int) -> bool:
+    """Whether the kernel can see the halves of all the tensors as rows."""
+    if all(t is None or t.is_contiguous() for t in tensors):
+        return True
+    return rows_fit([t for t in _all_halves(tensors, dim) if t is not None])
 
 
 def gaussian_sample_reference(

@@ -13,6 +13,7 @@ from ._common import (
     check_tensor,
     choose_impl,
     differentiate,
+    refuse_forward_mode,
     register_fake,
     streaming_refusals,
 )
@@ -57,7 +58,9 @@ def gradient_norm_penalty(
         raise ValueError(f"{op}: gradients must have a batch dimension, got a scalar.")
     if not 0 <= center < math.inf:
         raise ValueError(f"{op}: center must be a norm, at least 0 and finite, got {center!r}.")
-    chosen = choose_impl(op, impl, refusals(gradients.device, gradients.dtype))
+    reasons = refusals(gradients.device, gradients.dtype)
+    refuse_forward_mode(reasons, gradients)
+    chosen = choose_impl(op, impl, reasons)
     if chosen == "reference":
         return gradient_norm_penalty_reference(gradients, center, one_sided)
     (rows,) = as_rows([gradients])

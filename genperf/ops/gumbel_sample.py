@@ -20,6 +20,7 @@ from ._common import (
     from_positions,
     like_positions,
     positions_shape,
+    refuse_forward_mode,
     register_fake,
     streaming_refusals,
 )
@@ -97,6 +98,7 @@ def gumbel_sample(
     for name, value in (("tau", tau), ("noise", noise)):
         if torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
             reasons["native"] = reasons["native"] or f"{name} requires a gradient, which the kernels do not compute."
+    refuse_forward_mode(reasons, logits, codebook, tau, noise)
     chosen = choose_impl(op, impl, reasons)
 
     temperature, tau = (tau.to(logits.device, torch.float32), 0.0) if isinstance(tau, Tensor) else (None, float(tau))
@@ -141,12 +143,22 @@ def _forward(logits, codebook, temperature, tau, noise, seed, hard) -> tuple[Ten
 
 
 def _multiply(x: Tensor, matrix: Tensor, like: Tensor) -> Tensor:
-    """x [outer, K, inner] times matrix [K, D] along K, in x's dtype and in the memory layout of `like`."""
+    """x [outer, K, inner] times matrix [K, D] along K, in x's dtype, autocast or not, and in the memory layout of `like`."""
     matrix = matrix.to(x.dtype)
-    if like.stride(1) == 1:
-        return (x.transpose(1, 2) @ matrix).transpose(1, 2)
-    # Not matmul, which transposes a copy of the result where the matrix learns.
-    return torch.bmm(matrix.T.expand(x.shape[0], -1, -1), x)
+    with torch.autocast(x.device.type, enabled=False):
+        if like.stride(1) == 1:
+            return (x.transpose(1, 2) @ matrix).transpose(1, 2)
+        # Not matmul, which transposes a copy of the result where the matrix learns.
+        return torch.bmm(matrix.T.expand(x.shape[0], -1, -1), x)
+
+
+def _multiply_positions(soft: Tensor, grad: Tensor) -> Tensor:
+    """soft [outer, K, inner] times grad [outer, D, inner] along the positions: [K, D]."""
+    with torch.autocast(soft.device.type, enabled=False):
+        # One product for each outer position where that is the smaller detour, else one of copies.
+        if grad.shape[1] <= grad.shape[2]:
+            return torch.bmm(soft, grad.transpose(1, 2)).sum(0)
+        return torch.einsum("oki,odi->kd", soft, grad)
 
 
 class _GumbelSample(torch.autograd.Function):
@@ -187,11 +199,7 @@ class _GumbelSample(torch.autograd.Function):
                 _, grad_codebook = torch.ops.genperf.code_statistics(grad_sample, indices, codebook.shape[0], None, None)
             else:
                 soft = torch.ops.genperf.gumbel_sample(logits, temperature, ctx.tau, noise, seed, False, True)[0]
-                # One product for each outer position where that is the smaller detour, else one of copies.
-                if codebook.shape[1] <= logits.shape[2]:
-                    grad_codebook = torch.bmm(soft, grad_sample.transpose(1, 2)).sum(0)
-                else:
-                    grad_codebook = torch.einsum("oki,odi->kd", soft, grad_sample)
+                grad_codebook = _multiply_positions(soft, grad_sample)
             grad_codebook = grad_codebook.to(codebook.dtype)
         return (grad_logits, grad_codebook, *unneeded)
 

@@ -1,5 +1,7 @@
 """Random points between real and fake samples, and around real ones: where gradient penalties are taken."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from ._common import (
     check_float,
     check_tensor,
     choose_impl,
+    refuse_forward_mode,
     register_fake,
     streaming_refusals,
 )
@@ -132,6 +135,7 @@ def _mix(
     reasons = refusals(real.device, real.dtype)
     if fake is None and weight is not None and weight.requires_grad and torch.is_grad_enabled():
         reasons["native"] = reasons["native"] or "weight requires a gradient, which the kernel does not compute for noise."
+    refuse_forward_mode(reasons, real, fake, weight)
     chosen = choose_impl(op, impl, reasons)
     # Perturbation draws its noise in any case.
     seed = draw_seed(op, real.device, generator) if weight is None or fake is None else None
@@ -175,7 +179,7 @@ class _Interpolate(torch.autograd.Function):
             grad_weight = None
             if ctx.needs_input_grad[2]:
                 difference = real.to(weight.dtype) - fake.to(weight.dtype)
-                grad_weight = (grad_mixed * difference).flatten(1).sum(1)
+                grad_weight = (grad_mixed * difference).reshape(grad_mixed.shape[0], math.prod(grad_mixed.shape[1:])).sum(1)
             return grad_real, grad_fake, grad_weight, None
         rows = as_rows([grad_mixed, real, fake])
         grad_real, grad_fake, grad_weight = torch.ops.genperf.interpolate_backward(*rows, weight, seed)

@@ -5,7 +5,17 @@ import math
 import torch
 from torch import Tensor
 
-from ._common import accumulator_dtype, apply, check_float, check_tensor, choose_impl, differentiate, register_fake, streaming_refusals
+from ._common import (
+    accumulator_dtype,
+    apply,
+    check_float,
+    check_tensor,
+    choose_impl,
+    differentiate,
+    refuse_forward_mode,
+    register_fake,
+    streaming_refusals,
+)
 
 
 def minibatch_similarity(
@@ -39,7 +49,9 @@ def minibatch_similarity(
     check_float(op, "features", features)
     if features.dim() != 3:
         raise ValueError(f"{op}: features must be [N, B, C], got shape {list(features.shape)}.")
-    chosen = choose_impl(op, impl, refusals(features.device, features.dtype))
+    reasons = refusals(features.device, features.dtype)
+    refuse_forward_mode(reasons, features)
+    chosen = choose_impl(op, impl, reasons)
     if chosen == "reference":
         return minibatch_similarity_reference(features)
     features = features.contiguous()

@@ -16,6 +16,7 @@ from ._common import (
     from_positions,
     native_refusal,
     positions_shape,
+    refuse_forward_mode,
     register_fake,
 )
 from .nearest_code import check_metric, search
@@ -83,7 +84,9 @@ def vector_quantize(
         if mask.dtype != torch.bool:
             raise TypeError(f"{op}: mask must be bool, got {mask.dtype}.")
         check_positions(op, "mask", mask, x, channel)
-    chosen = choose_impl(op, impl, refusals(x.device, x.dtype))
+    reasons = refusals(x.device, x.dtype)
+    refuse_forward_mode(reasons, x, codebook)
+    chosen = choose_impl(op, impl, reasons)
 
     positions = as_positions(x, channel)
     if mask is not None:
