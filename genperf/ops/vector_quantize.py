@@ -177,7 +177,7 @@ def _quantize_reference(
     code = codebook[indices.clamp(min=0)].transpose(1, 2)  # [outer, D, inner]
 
     def mean_square(difference: Tensor) -> Tensor:
-        elements = (valid.sum() * x.shape[1]).clamp(min=1).to(dtype)
+        elements = (valid.sum() * x.shape[1]).clamp(min=1)
         return torch.where(valid, difference, 0).square().sum() / elements
 
     wide, wide_code = x.to(dtype), code.to(dtype)
