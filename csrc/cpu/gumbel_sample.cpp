@@ -23,6 +23,7 @@ namespace {
 constexpr int64_t kGrain = 16384;  // logits to a task
 constexpr int kTile = 512;         // positions that go through the classes together
 constexpr int kVectors = kTile / kLanes;
+constexpr int kSummed = 32 * kLanes;  // classes to a sum in float32
 
 // x - largest, kept from becoming -inf so that its product with a zero is zero.
 inline Vec below(Vec x, Vec largest) {
@@ -42,19 +43,19 @@ inline Vec finite(Vec best) {
 
 struct Distribution {
   float largest = -FLT_MAX;  // lowest finite: nothing is subtracted from an infinity
-  float sum = 0;             // of exp(logit - largest)
-  float weighted = 0;        // of exp(logit - largest) * (logit - largest)
+  double sum = 0;            // of exp(logit - largest)
+  double weighted = 0;       // of exp(logit - largest) * (logit - largest)
 
   // sum_k q_k log q_k; NaN where no logit is finite.
-  float negative_entropy() const {
+  double negative_entropy() const {
     return sum > 0 || sum != sum ? weighted / sum - std::log(sum)
-                                 : std::numeric_limits<float>::quiet_NaN();
+                                 : std::numeric_limits<double>::quiet_NaN();
   }
 };
 
 struct Perturbed {
   float largest = -std::numeric_limits<float>::infinity();
-  float sum = 0;  // of exp((perturbed - largest) / tau)
+  double sum = 0;  // of exp((perturbed - largest) / tau)
   int64_t index = 0;
 };
 
@@ -143,21 +144,19 @@ void scan_block(const Problem<T>& in,
     }
   }
   const Vec grown = below(tile.largest[v], largest), kept = exp_or_zero<Simd>(grown);
-  Vec weighted = kept * fma(tile.sum[v], grown, tile.weighted[v]);
-  Vec sum = tile.sum[v] * kept;
-  Vec soft_sum =
-      tile.soft_sum[v] * exp_or_zero<Simd>((finite(tile.best[v]) - finite(best)) * in.inverse_tau);
+  Vec sum{}, weighted{}, soft_sum{};  // of the block: less is rounded than in one long sum
   for (int k = 0; k < block; ++k) {
     const Vec relative = below(l[k / 4][k % 4], largest), e = exp_or_zero<Simd>(relative);
     sum += e;
     weighted = fma(e, relative, weighted);
     soft_sum += exp_or_zero<Simd>((s[k / 4][k % 4] - finite(best)) * in.inverse_tau);
   }
+  const Vec soft_kept = exp_or_zero<Simd>((finite(tile.best[v]) - finite(best)) * in.inverse_tau);
+  tile.weighted[v] = fma(kept, fma(tile.sum[v], grown, tile.weighted[v]), weighted);
+  tile.sum[v] = fma(tile.sum[v], kept, sum);
+  tile.soft_sum[v] = fma(tile.soft_sum[v], soft_kept, soft_sum);
   tile.largest[v] = largest;
-  tile.sum[v] = sum;
-  tile.weighted[v] = weighted;
   tile.best[v] = best;
-  tile.soft_sum[v] = soft_sum;
   tile.index[v] = index;
 }
 
@@ -213,20 +212,22 @@ void scan_classes(const Problem<T>& in,
     }
   }
   perturbed.largest = finite(broadcast(perturbed.largest))[0];
-  Vec sum{}, weighted{}, soft_sum{};
-  for (int64_t k = 0; k < in.classes; k += kLanes) {
-    const int n = int(std::min<int64_t>(kLanes, in.classes - k));
-    const IVec inside = IVec(Problem<T>::lane_numbers()) < n;
-    const Vec relative = below(row.get(k, n), broadcast(distribution.largest));
-    const Vec e = inside ? exp_or_zero<Simd>(relative) : Vec{};
-    sum += e;
-    weighted = fma(e, relative, weighted);
-    const Vec soft = exp_or_zero<Simd>((load(s + k) - perturbed.largest) * in.inverse_tau);
-    soft_sum += inside ? soft : Vec{};
+  for (int64_t first = 0; first < in.classes; first += kSummed) {
+    Vec sum{}, weighted{}, soft_sum{};
+    for (int64_t k = first; k < std::min(in.classes, first + kSummed); k += kLanes) {
+      const int n = int(std::min<int64_t>(kLanes, in.classes - k));
+      const IVec inside = IVec(Problem<T>::lane_numbers()) < n;
+      const Vec relative = below(row.get(k, n), broadcast(distribution.largest));
+      const Vec e = inside ? exp_or_zero<Simd>(relative) : Vec{};
+      sum += e;
+      weighted = fma(e, relative, weighted);
+      const Vec soft = exp_or_zero<Simd>((load(s + k) - perturbed.largest) * in.inverse_tau);
+      soft_sum += inside ? soft : Vec{};
+    }
+    distribution.sum += genperf::sum(sum);
+    distribution.weighted += genperf::sum(weighted);
+    perturbed.sum += genperf::sum(soft_sum);
   }
-  distribution.sum = float(genperf::sum(sum));
-  distribution.weighted = float(genperf::sum(weighted));
-  perturbed.sum = float(genperf::sum(soft_sum));
 }
 
 template <class T>
@@ -300,16 +301,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
     float* const divergence = static_cast<float*>(kl.mutable_data_ptr());
     float* const kept = static_cast<float*>(statistics.mutable_data_ptr());
     const int64_t count = outer * inner;
-    const float log_classes = float(std::log(double(in.classes)));
+    const double log_classes = std::log(double(in.classes));
 
     const auto finish = [&](int64_t o, int64_t i, const Distribution& d, const Perturbed& p) {
       const int64_t position = in.position(o, i);
       index[position] = p.index;
-      divergence[position] = d.negative_entropy() + log_classes;
+      divergence[position] = float(d.negative_entropy() + log_classes);
       kept[position] = d.largest;
-      kept[count + position] = std::log(d.sum);
+      kept[count + position] = float(std::log(d.sum));
       kept[2 * count + position] = p.largest;
-      kept[3 * count + position] = std::log(p.sum);
+      kept[3 * count + position] = float(std::log(p.sum));
       if (dense && one_hot)
         out.at(o, p.index, i).set(0, 1, broadcast(1));
     };
@@ -324,7 +325,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
           if (!dense || one_hot)
             return;
           const Rows<T> row = out.transposed().at(o, i, 0);
-          const float scale = 1 / perturbed.sum;
+          const float scale = float(1 / perturbed.sum);
           for (int64_t k = 0; k < in.classes; k += kLanes)
             row.set(k, int(std::min<int64_t>(kLanes, in.classes - k)),
                     scale * exp_or_zero<Simd>((load(s + k) - perturbed.largest) * in.inverse_tau));
