@@ -239,10 +239,6 @@ class ValueOf(torch.autograd.Function):
     def backward(ctx, grad):
         return None, grad
 
-    @staticmethod
-    def jvp(ctx, _value, carrier):
-        return carrier.clone()
-
 
 def register_fake(op: str) -> Callable[[Callable], Callable]:
     """Decorator: shapes, dtypes and strides of the compiled `op` without its data, for torch.compile and FakeTensors."""
