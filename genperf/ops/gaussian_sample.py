@@ -250,7 +250,7 @@ def gaussian_sample_reference(
     mean, logvar, prior_mean, prior_logvar = tensors
     logvar = logvar.clamp(*LOGVAR_RANGE)
     if noise is None:
-        noise = normal_noise(seed, mean.shape[0], mean[0].numel() if mean.shape[0] else 0, dtype).reshape(mean.shape)
+        noise = normal_noise(seed, mean.shape[0], math.prod(mean.shape[1:]), dtype).reshape(mean.shape)
     sample = mean + torch.exp(0.5 * logvar) * noise.to(dtype)
     if prior_mean is None:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)

@@ -186,13 +186,11 @@ class _GumbelSample(torch.autograd.Function):
             return (*differentiate((sample, kl), (grad_sample, grad_kl), (logits, codebook), needed), *unneeded)
         grad_logits = grad_codebook = None
         if needed[0]:
-            grad_logits, grad_soft = None, grad_sample
-            if codebook is not None and grad_sample is not None:
-                grad_soft = _multiply(grad_sample, codebook.T, logits)
-                # As large as the logits, and of no other use: it becomes their gradient in place.
-                grad_logits = None if torch.compiler.is_compiling() else grad_soft
-            if grad_logits is None:
-                grad_logits = torch.empty_like(logits)
+            through_codes = codebook is not None and grad_sample is not None
+            grad_soft = _multiply(grad_sample, codebook.T, logits) if through_codes else grad_sample
+            # A product is as large as the logits and of no other use: it becomes their gradient in place.
+            in_place = through_codes and not torch.compiler.is_compiling()
+            grad_logits = grad_soft if in_place else torch.empty_like(logits)
             torch.ops.genperf.gumbel_sample_backward(grad_logits, grad_soft, grad_kl, logits, statistics, temperature, ctx.tau, noise, seed)
         if needed[1] and grad_sample is not None:
             if ctx.hard:

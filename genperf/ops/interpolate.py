@@ -195,8 +195,7 @@ def interpolate_reference(real: Tensor, fake: Tensor | None, scale: Tensor | Non
     weight = weight.to(dtype).reshape(-1, *[1] * (real.dim() - 1))
     wide = real.to(dtype)
     if fake is None:
-        count = real[0].numel() if real.shape[0] else 0
-        noise = uniform_noise(seed, real.shape[0], count, dtype).reshape(real.shape)
+        noise = uniform_noise(seed, real.shape[0], math.prod(real.shape[1:]), dtype).reshape(real.shape)
         mixed = wide + (1 - weight) * scale * noise
     else:
         mixed = weight * wide + (1 - weight) * fake.to(dtype)
