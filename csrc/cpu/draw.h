@@ -94,11 +94,19 @@ inline UVec quad_of_lane() {
   return words;
 }
 
+// first + offset in every lane, as 64-bit numbers in two halves.
+struct Counters {
+  UVec low, high;
+
+  Counters(int64_t first, UVec offsets)
+      : low(split_low(first) + offsets),
+        high(split_high(first) + (low < split_low(first) ? UVec{} + 1u : UVec{})) {}
+};
+
 // The words of kLanes quads from `quad` on, in the order of quad_of_lane().
 [[gnu::always_inline]] inline Words<Simd> draw_words(uint64_t seed, int64_t row, int64_t quad) {
-  const UVec low = split_low(quad) + quad_of_lane();
-  const UVec carry = low < split_low(quad) ? UVec{} + 1u : UVec{};
-  return lane_words(low, split_high(quad) + carry, split_low(row), split_high(row), seed);
+  const Counters quads(quad, quad_of_lane());
+  return lane_words(quads.low, quads.high, split_low(row), split_high(row), seed);
 }
 
 // Writes at least the `count` numbers of a row from number `first` on; returns where they begin in

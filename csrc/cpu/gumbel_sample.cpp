@@ -77,10 +77,9 @@ struct Problem {
         s[w] = l[w] + (first + w < classes ? noise.at(o, first + w, i).get(0, n) : Vec{});
       return;
     }
-    const UVec low = split_low(position(o, i)) + lane_numbers();
-    const UVec carry = low < split_low(position(o, i)) ? UVec{} + 1u : UVec{};
-    const Words<Simd> words = lane_words(split_low(first / 4), split_high(first / 4), low,
-                                         split_high(position(o, i)) + carry, seed);
+    const Counters rows(position(o, i), lane_numbers());
+    const Words<Simd> words =
+        lane_words(split_low(first / 4), split_high(first / 4), rows.low, rows.high, seed);
     for (int w = 0; w < 4; ++w)
       s[w] = l[w] + gumbel<Simd>(words.word[w]);
   }
