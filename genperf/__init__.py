@@ -8,13 +8,17 @@ _library.load()
 from . import compat, losses, models, nn  # noqa: E402
 from .ops import (  # noqa: E402
     code_statistics,
+    covariance_factor,
+    frechet_distance,
     gaussian_sample,
     gradient_norm_penalty,
     gumbel_sample,
     interpolate,
+    matrix_sqrt,
     minibatch_similarity,
     nearest_code,
     perturb,
+    trace_sqrt_product,
     vector_quantize,
 )
 
@@ -22,15 +26,19 @@ __all__ = [
     "__version__",
     "code_statistics",
     "compat",
+    "covariance_factor",
+    "frechet_distance",
     "gaussian_sample",
     "gradient_norm_penalty",
     "gumbel_sample",
     "interpolate",
     "losses",
+    "matrix_sqrt",
     "minibatch_similarity",
     "models",
     "nearest_code",
     "nn",
     "perturb",
+    "trace_sqrt_product",
     "vector_quantize",
 ]

@@ -1,20 +1,28 @@
 from .code_statistics import code_statistics
+from .covariance_factor import covariance_factor
+from .frechet_distance import frechet_distance
 from .gaussian_sample import gaussian_sample
 from .gradient_norm_penalty import gradient_norm_penalty
 from .gumbel_sample import gumbel_sample
 from .interpolate import interpolate, perturb
+from .matrix_sqrt import matrix_sqrt
 from .minibatch_similarity import minibatch_similarity
 from .nearest_code import nearest_code
+from .trace_sqrt_product import trace_sqrt_product
 from .vector_quantize import vector_quantize
 
 __all__ = [
     "code_statistics",
+    "covariance_factor",
+    "frechet_distance",
     "gaussian_sample",
     "gradient_norm_penalty",
     "gumbel_sample",
     "interpolate",
+    "matrix_sqrt",
     "minibatch_similarity",
     "nearest_code",
     "perturb",
+    "trace_sqrt_product",
     "vector_quantize",
 ]

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 log = logging.getLogger("genperf")
 
-IMPLEMENTATIONS = ("reference", "native", "triton")
+IMPLEMENTATIONS = ("reference", "native", "triton", "eigen", "polar")
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -61,7 +61,8 @@ def refuse_forward_mode(refusals: dict[str, str | None], *inputs: object) -> Non
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
-        refusals["native"] = refusals["native"] or "forward-mode gradients are not computed by the kernels."
+        for name in refusals.keys() - {"reference"}:
+            refusals[name] = refusals[name] or "forward-mode gradients are computed by the reference only."
 
 
 def check_tensor(op: str, name: str, value: object) -> None:

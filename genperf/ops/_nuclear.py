@@ -1,0 +1,159 @@
+"""tr (cov1 cov2)^(1/2), the nuclear norm of F1' F2, and its gradients: by eigenvalues, or by polar iterations."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _polar
+from ._blocks import congruence, gram, is_lower, lower_times, times_lower
+from ._symmetric_eigenvalues import symmetric_eigenvalues
+from .covariance_factor import covariance_factor, factor_without_sync, shifted_cholesky
+
+Gradients = list[Tensor | None]
+
+
+class Side(NamedTuple):
+    """A covariance [d, d], or a factor [d, r] of one."""
+
+    tensor: Tensor
+    is_factor: bool
+
+
+def eigen_route(sides: tuple[Side, Side], needed: tuple[bool, bool]) -> tuple[Tensor, Tensor, Gradients]:
+    """Trace, error estimate and gradients, from the eigenvalues of F' cov F: F a factor of one side, cov the other side."""
+    largest = [_largest(side.tensor) for side in sides]
+    error = sides[0].tensor.new_zeros(())
+    if 0 in largest or not all(map(math.isfinite, largest)):
+        trace = 0.0 if 0 in largest and not any(map(math.isnan, largest)) else math.nan
+        gradients = [torch.full_like(side.tensor, trace) if need else None for side, need in zip(sides, needed, strict=True)]
+        return torch.full_like(error, trace), error, gradients
+    # A product of four tiny or huge matrices must stay within range.
+    scales = [1.0 if 1e-60 < size < 1e60 else size for size in largest]
+    scaled = [side if scale == 1 else Side(side.tensor / scale, side.is_factor) for side, scale in zip(sides, scales, strict=True)]
+    narrow = [_narrow(side) for side in scaled]
+
+    base = _choose_base(narrow, needed)
+    factor = narrow[base].tensor if narrow[base].is_factor else covariance_factor(narrow[base].tensor)
+    trace, of_base, of_other = _nuclear_norm(factor, narrow[1 - base], needed[base], needed[1 - base])
+    gradients = [of_base, of_other] if base == 0 else [of_other, of_base]
+    if needed[base] and not narrow[base].is_factor:
+        factor = narrow[1 - base].tensor if narrow[1 - base].is_factor else covariance_factor(narrow[1 - base].tensor)
+        gradients[base] = _nuclear_norm(factor, narrow[base], False, True)[2]
+
+    unit = math.prod(scale if side.is_factor else math.sqrt(scale) for side, scale in zip(sides, scales, strict=True))
+    for index, gradient in enumerate(gradients):
+        if gradient is not None:
+            if scaled[index].is_factor and not narrow[index].is_factor:
+                gradient = 2 * gradient @ scaled[index].tensor
+            gradients[index] = gradient * (unit / scales[index]) if unit != 1 else gradient
+    return trace * unit, error, gradients
+
+
+def _largest(t: Tensor) -> float:
+    if t.numel() == 0:
+        return 0.0
+    low, high = t.aminmax()
+    return max(-low.item(), high.item()) if not low.isnan() else math.nan
+
+
+def _narrow(side: Side) -> Side:
+    """The side, a factor of more columns than rows as the covariance that it stands for."""
+    if side.is_factor and side.tensor.shape[1] > side.tensor.shape[0]:
+        return Side(gram(side.tensor, mirror=True), False)
+    return side
+
+
+def _choose_base(sides: list[Side], needed: tuple[bool, bool]) -> int:
+    """Which side to factor: a factor at hand, the narrower of two, or a covariance whose gradient is not wanted."""
+
+    def cost(index: int) -> tuple[bool, int]:
+        return not sides[index].is_factor, sides[index].tensor.shape[1] if sides[index].is_factor else needed[index]
+
+    return min((0, 1), key=cost)
+
+
+def _nuclear_norm(factor: Tensor, other: Side, need_factor: bool, need_other: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """|| factor' other ||_*, and its gradients in the factor and in the other side."""
+    triangular = is_lower(factor)
+    product = None  # what factor' is multiplied by: cov factor, or the other factor
+    if other.is_factor:
+        # [r, r2]
+        cross = times_lower(other.tensor.T, factor).T if triangular else factor.T @ other.tensor
+        square = gram(cross, mirror=False)
+    elif triangular and not need_factor:
+        square = congruence(factor, other.tensor)
+    else:
+        product = other.tensor @ factor
+        square = factor.T @ product
+    if not (need_factor or need_other):
+        values = symmetric_eigenvalues(square)
+        return _roots(values).sum(), None, None
+
+    values, vectors = torch.linalg.eigh(square)
+    roots = _roots(values)
+    kept = values > max(0.0, len(square) * torch.finfo(values.dtype).eps * values.max().item() if len(values) else 0.0)
+    inverse = torch.where(kept, values, 1).rsqrt() * kept
+    turned = lower_times(factor, vectors) if triangular else factor @ vectors
+    of_factor = of_other = None
+    if other.is_factor:
+        projected = vectors.T @ cross
+        if need_other:
+            of_other = (turned * inverse) @ projected
+        if need_factor:
+            of_factor = ((other.tensor @ projected.T) * inverse) @ vectors.T
+    else:
+        if need_other:
+            of_other = gram(turned * (inverse / 2).sqrt(), mirror=True)
+        if need_factor:
+            of_factor = ((product @ vectors) * inverse) @ vectors.T
+    return roots.sum(), of_factor, of_other
+
+
+def _roots(values: Tensor) -> Tensor:
+    """Square roots of ascending eigenvalues; those no farther above zero than rounding has put others below it count as zero."""
+    if len(values) == 0:
+        return values
+    noise = 2 * (-values[0]).clamp(min=0)
+    return torch.where(values > noise, values, 0).sqrt()
+
+
+def _largest_entry(t: Tensor) -> Tensor:
+    if t.numel() == 0:
+        return t.new_ones(())
+    return torch.linalg.vector_norm(t, ord=torch.inf).clamp_min(torch.finfo(t.dtype).tiny)
+
+
+def polar_route(sides: tuple[Side, Side], needed: tuple[bool, bool], precision: str) -> tuple[Tensor, Tensor, Gradients]:
+    """Trace, error estimate and gradients by matrix products, Cholesky and triangular solves: nothing waits for the device."""
+    scales = [_largest_entry(side.tensor) for side in sides]
+    scaled = [Side(side.tensor / scale, side.is_factor) for side, scale in zip(sides, scales, strict=True)]
+    factors, regular = zip(*((s.tensor, None) if s.is_factor else factor_without_sync(s.tensor) for s in scaled), strict=True)
+    cross = factors[0].T @ factors[1]  # [r1, r2]
+    # An orthogonal factor U; of singular values that did not reach 1 the error estimate tells.
+    u = _polar.polar(cross, precision=precision, accurate=any(needed)).to(cross.dtype)
+    trace = (u * cross).sum()
+    smaller = u @ (u.T @ u) if u.shape[0] > u.shape[1] else (u @ u.T) @ u
+    error = 0.5 * ((u - smaller) * cross).sum().abs()
+
+    unit = math.prod(scale if side.is_factor else scale.sqrt() for side, scale in zip(sides, scales, strict=True))
+    gradients: Gradients = [None, None]
+    for index in (0, 1):
+        if needed[index]:
+            gradient = factors[1 - index] @ (u.T if index == 0 else u)
+            if not scaled[index].is_factor:
+                gradient = _of_covariance(gradient / 2, factors[index], scaled[index].tensor, regular[index])
+            gradients[index] = gradient * (unit / scales[index])
+    return trace * unit, error * unit, gradients
+
+
+def _of_covariance(of_factor: Tensor, factor: Tensor, cov: Tensor, regular: Tensor) -> Tensor:
+    """The symmetric G with G factor = of_factor; where the covariance is singular, the one that is zero between its null vectors."""
+    inverse = torch.linalg.solve_triangular(factor, of_factor, upper=False, left=False)
+    shifted = shifted_cholesky(cov, 1e-10)
+    projector = torch.cholesky_solve(cov, shifted)  # onto the range
+    on_range = torch.cholesky_solve(factor @ of_factor.T, shifted).T @ projector  # G projector
+    twice = projector.T @ on_range
+    completed = on_range + on_range.T - (twice + twice.T) / 2
+    return torch.where(regular, (inverse + inverse.T) / 2, completed)

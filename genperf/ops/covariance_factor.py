@@ -1,0 +1,103 @@
+"""A factor of a covariance matrix."""
+
+import torch
+from torch import Tensor
+
+from ._blocks import BLOCK
+from ._common import check_float, check_tensor
+
+
+def covariance_factor(cov: Tensor) -> Tensor:
+    """F [d, r] with cov = F F', r the numerical rank of cov.
+
+    Equivalent to, where cov is well conditioned:
+        factor = torch.linalg.cholesky(cov.double())
+
+    Otherwise by a Cholesky factorisation with pivots, which stops at rounding (Higham, "Analysis of the Cholesky decomposition of a
+    semi-definite matrix", 1990). Either is taken of the correlation matrix in effect, so that features of different scales do
+    not hide one another. A factor is what `trace_sqrt_product` and `frechet_distance` need of a covariance: prepare it once
+    for one that is used often.
+
+    Args:
+        cov: [d, d], symmetric positive semi-definite, float32, float64, bfloat16 or float16; only its lower triangle is certain to be read.
+
+    Returns:
+        [d, r] in float64 (float32 on devices without float64), without gradient. Lower triangular where r = d and cov is
+        well conditioned. r = 0 for a zero matrix. Where cov is not positive semi-definite, its factor is that of a nearby matrix.
+
+    Raises:
+        ValueError: cov is not square, or holds NaN or infinity.
+        TypeError: cov is no floating-point tensor.
+    """
+    op = "covariance_factor"
+    check_covariance(op, "cov", cov)
+    with torch.no_grad():
+        matrix = cov.to(working_dtype(cov.device))
+        if not matrix.isfinite().all():
+            raise ValueError(f"{op}: cov must be finite, got NaN or infinity.")
+        scale = matrix.diagonal().clamp_min(0).sqrt()
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        well_conditioned = (factor.diagonal() > scale * (len(matrix) * torch.finfo(matrix.dtype).eps) ** 0.5).all()
+        if info == 0 and well_conditioned:
+            return factor
+        inverse = torch.where(scale > 0, 1 / scale, 0)
+        correlation = inverse[:, None] * torch.tril(matrix) * inverse
+        correlation = correlation + torch.tril(correlation, -1).T
+        return scale[:, None] * _pivoted_cholesky(correlation)
+
+
+def check_covariance(op: str, name: str, value: Tensor, batched: bool = False) -> None:
+    check_tensor(op, name, value)
+    check_float(op, name, value)
+    if value.dim() < 2 or (value.dim() > 2 and not batched) or value.shape[-1] != value.shape[-2]:
+        raise ValueError(f"{op}: {name} must be square, {'[..., d, d]' if batched else '[d, d]'}, got shape {list(value.shape)}.")
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """What matrix functions compute in: float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def factor_without_sync(cov: Tensor) -> tuple[Tensor, Tensor]:
+    """F with cov = F F', and whether cov is regular, so that F is its Cholesky factor; without waiting for the device.
+
+    Of a singular cov, with L L' = cov + shift I, F = cov L'^-1: what rounding leaves in the null space is shift^(1/2)
+    smaller than in L.
+    """
+    diagonal = cov.diagonal()
+    epsilon = torch.finfo(cov.dtype).eps * len(cov)
+    plain, info = torch.linalg.cholesky_ex(cov)
+    regular = (info == 0) & (plain.diagonal().square() > diagonal * epsilon).all()
+    factor = torch.linalg.solve_triangular(shifted_cholesky(cov, epsilon), cov, upper=False).T
+    return torch.where(regular, plain, factor), regular
+
+
+def shifted_cholesky(cov: Tensor, shift: float) -> Tensor:
+    """The Cholesky factor of cov + shift max(diagonal) I."""
+    identity = torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
+    size = cov.diagonal().max().clamp_min(torch.finfo(cov.dtype).tiny / shift)
+    return torch.linalg.cholesky_ex(cov + shift * size * identity)[0]
+
+
+def _pivoted_cholesky(a: Tensor) -> Tensor:
+    """F [d, r] with F F' = a up to rounding, the largest remaining diagonal entry as each pivot; `a` is overwritten."""
+    size = len(a)
+    factor = a.new_zeros(size, size)
+    left = a.diagonal().clone()
+    tolerance = size * torch.finfo(a.dtype).eps
+    open_rows = torch.ones(size, dtype=a.dtype, device=a.device)
+    for start in range(0, size, BLOCK // 4):
+        panel = factor[:, start : start + BLOCK // 4]
+        for step in range(panel.shape[1]):
+            pivot = int(left.argmax())
+            if not left[pivot] > tolerance:
+                return factor[:, : start + step].contiguous()
+            root = left[pivot].sqrt()
+            column = torch.addmv(a[pivot], panel[:, :step], panel[pivot, :step], alpha=-1).mul_(open_rows).div_(root)
+            column[pivot] = root
+            open_rows[pivot] = 0
+            panel[:, step] = column
+            left.addcmul_(column, column, value=-1)
+            left[pivot] = -1
+        a.addmm_(panel, panel.T, alpha=-1)
+    return factor

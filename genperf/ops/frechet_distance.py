@@ -1,0 +1,76 @@
+"""The Frechet distance of two normal distributions."""
+
+from torch import Tensor
+
+from ._common import check_float, check_tensor, choose_impl, refuse_forward_mode
+from .covariance_factor import working_dtype
+from .trace_sqrt_product import Side, check_precision, check_side, check_together, refusals, result_dtype, trace_of_sides
+
+
+def frechet_distance(
+    mean1: Tensor,  # [..., d]
+    cov1: Tensor | None,  # [..., d, d]
+    mean2: Tensor,  # [..., d]
+    cov2: Tensor | None,  # [..., d, d]
+    *,
+    factor1: Tensor | None = None,  # [..., d, r1]
+    factor2: Tensor | None = None,  # [..., d, r2]
+    precision: str = "float64",
+    return_error: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The squared Frechet (2-Wasserstein) distance of two normal distributions: FID, when they are fitted to Inception features.
+
+    Equivalent to:
+        root = scipy.linalg.sqrtm(cov1 @ cov2).real
+        distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * root.trace()
+
+    Dowson and Landau, "The Frechet distance between multivariate normal distributions" (1982); Heusel et al., "GANs Trained by a
+    Two Time-Scale Update Rule Converge to a Local Nash Equilibrium" (2017). The square root is never built: see
+    `trace_sqrt_product`, also for covariances given by factors, such as a few centred features.
+
+    Args:
+        mean1, mean2: float32, float64, bfloat16 or float16. Leading dimensions are a batch.
+        cov1, cov2, factor1, factor2, precision, return_error, impl: as in `trace_sqrt_product`.
+
+    Returns:
+        distance [...], at least 0, in float64 if any input is, else float32; with return_error, (distance, error), twice
+        the error of the trace. NaN and infinity give NaN. Differentiable once in whatever was given, finite at singular
+        covariances and at distance zero; with create_graph=True again, by the reference's derivatives.
+
+    Raises:
+        ValueError, TypeError: a bad argument, as a sentence.
+        NotImplementedError: an `impl` that cannot run here.
+    """
+    op = "frechet_distance"
+    sides = (check_side(op, 1, cov1, factor1), check_side(op, 2, cov2, factor2))
+    check_together(op, sides)
+    _check_mean(op, 1, mean1, sides[0])
+    _check_mean(op, 2, mean2, sides[1])
+    check_precision(op, precision)
+    reasons = refusals(mean1.device)
+    refuse_forward_mode(reasons, mean1, mean2, cov1, cov2, factor1, factor2)
+    chosen = choose_impl(op, impl, reasons)
+    dtype = result_dtype(mean1, mean2, *(side.tensor for side in sides))
+    working = working_dtype(mean1.device)
+    # In the working dtype from here on, so that what the terms have in common cancels before it is rounded.
+    sides = tuple(Side(side.tensor.to(working), side.is_factor) for side in sides)
+    trace, error = trace_of_sides(sides, precision, chosen)
+    apart = (mean1.to(working) - mean2.to(working)).square().sum(-1)
+    distance = (apart + _trace(sides[0]) + _trace(sides[1]) - 2 * trace).clamp(min=0)
+    return (distance.to(dtype), (2 * error).to(dtype)) if return_error else distance.to(dtype)
+
+
+def _check_mean(op: str, number: int, mean: Tensor, side: Side) -> None:
+    check_tensor(op, f"mean{number}", mean)
+    check_float(op, f"mean{number}", mean)
+    if mean.shape != side.tensor.shape[:-1]:
+        raise ValueError(f"{op}: mean{number} must have shape {list(side.tensor.shape[:-1])}, got {list(mean.shape)}.")
+    if mean.device != side.tensor.device:
+        raise ValueError(f"{op}: mean{number} must be on the device of side {number}, {side.tensor.device}, got {mean.device}.")
+
+
+def _trace(side: Side) -> Tensor:
+    if side.is_factor:
+        return side.tensor.square().sum((-2, -1))
+    return side.tensor.diagonal(dim1=-2, dim2=-1).sum(-1)

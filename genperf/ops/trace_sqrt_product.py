@@ -1,0 +1,183 @@
+"""The trace of the square root of a product of covariances: what the Frechet distance needs, without the root."""
+
+import torch
+from torch import Tensor
+
+from ._common import apply, check_float, check_tensor, choose_impl, differentiate, refuse_forward_mode
+from ._nuclear import Side, eigen_route, polar_route
+from .covariance_factor import check_covariance, working_dtype
+
+PRECISIONS = ("float64", "mixed")
+
+
+def trace_sqrt_product(
+    cov1: Tensor | None,  # [..., d, d]
+    cov2: Tensor | None,  # [..., d, d]
+    *,
+    factor1: Tensor | None = None,  # [..., d, r1]
+    factor2: Tensor | None = None,  # [..., d, r2]
+    precision: str = "float64",
+    return_error: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """tr (cov1 cov2)^(1/2), the fidelity of two covariances.
+
+    Equivalent to:
+        values, vectors = torch.linalg.eigh(cov1)
+        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+
+    With cov1 = F1 F1' and cov2 = F2 F2' the trace is the nuclear norm of F1' F2, whose gradient is its polar factor: no
+    square root, no inverse, and nothing infinite where a covariance is singular (Bhatia, Jain and Lim, "On the
+    Bures-Wasserstein distance between positive definite matrices", 2019). Each side is given as a covariance or, with None
+    in its place, as a factor: a root from `covariance_factor`, or n centred features, (x - x.mean(0)).T / (n - 1) ** 0.5.
+    A factor saves the factorisation, and with n < d nothing of size d x d is decomposed.
+
+    Args:
+        cov1, cov2: symmetric positive semi-definite, float32, float64, bfloat16 or float16, of any scale. Leading
+            dimensions are a batch.
+        factor1, factor2: any number of columns.
+        precision: of the polar iterations: "float64", or "mixed" (float32 for the most part; errors near 1e-6 of the trace).
+        return_error: also return an estimate of the absolute error of an iteration that has not converged, from its
+            residual; rounding is not in it, and the other implementations give 0.
+        impl: None picks. "eigen": eigenvalues of a symmetric matrix, best on a CPU; rank-deficient input may wait for the
+            device. "polar": matrix products only, without a wait, best on a GPU. "reference": the lines above.
+
+    Returns:
+        trace [...], in float64 if any input is, else float32; with return_error, (trace, error). Computed in float64
+        (float32 on devices without it). NaN and infinity give NaN. Differentiable once in whatever was given; where the
+        trace has no derivative (at a singular covariance), the gradient is finite and a subgradient in the factors.
+
+    Raises:
+        ValueError, TypeError: a bad argument, as a sentence.
+        NotImplementedError: an `impl` that cannot run here.
+    """
+    op = "trace_sqrt_product"
+    sides = (check_side(op, 1, cov1, factor1), check_side(op, 2, cov2, factor2))
+    check_together(op, sides)
+    check_precision(op, precision)
+    reasons = refusals(sides[0].tensor.device)
+    refuse_forward_mode(reasons, cov1, cov2, factor1, factor2)
+    chosen = choose_impl(op, impl, reasons)
+    trace, error = trace_of_sides(sides, precision, chosen)
+    return (trace, error) if return_error else trace
+
+
+def check_side(op: str, number: int, cov: Tensor | None, factor: Tensor | None) -> Side:
+    if (cov is None) == (factor is None):
+        given = "neither" if cov is None else "both"
+        raise ValueError(f"{op}: side {number} must be given either by cov{number} or by factor{number}, got {given}.")
+    if cov is not None:
+        check_covariance(op, f"cov{number}", cov, batched=True)
+        return Side(cov, False)
+    check_tensor(op, f"factor{number}", factor)
+    check_float(op, f"factor{number}", factor)
+    if factor.dim() < 2:
+        raise ValueError(f"{op}: factor{number} must have shape [..., d, r], got {list(factor.shape)}.")
+    return Side(factor, True)
+
+
+def check_together(op: str, sides: tuple[Side, Side]) -> None:
+    first, second = (side.tensor for side in sides)
+    if first.shape[:-2] != second.shape[:-2] or first.shape[-2] != second.shape[-2]:
+        raise ValueError(f"{op}: both sides must have the same d and batch, got shapes {list(first.shape)} and {list(second.shape)}.")
+    if first.device != second.device:
+        raise ValueError(f"{op}: both sides must be on one device, got {first.device} and {second.device}.")
+
+
+def check_precision(op: str, precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"{op}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+
+
+def refusals(device: torch.device) -> dict[str, str | None]:
+    """Which implementations cannot run, and why; best first."""
+    names = ("polar", "eigen") if device.type == "cuda" else ("eigen", "polar")
+    return dict.fromkeys((*names, "reference"))
+
+
+def result_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def trace_of_sides(sides: tuple[Side, Side], precision: str, impl: str) -> tuple[Tensor, Tensor]:
+    """The op on checked sides: (trace, error) [...], differentiable."""
+    first, second = sides
+    dtype = result_dtype(first.tensor, second.tensor)
+    if first.tensor.dim() > 2:
+        pairs = zip(first.tensor.flatten(0, -3), second.tensor.flatten(0, -3), strict=True)
+        found = [trace_of_sides((Side(a, first.is_factor), Side(b, second.is_factor)), precision, impl) for a, b in pairs]
+        batch = first.tensor.shape[:-2]
+        if not found:
+            return (first.tensor.new_zeros(batch, dtype=dtype),) * 2
+        return tuple(torch.stack(values).reshape(batch) for values in zip(*found, strict=True))
+    working = working_dtype(first.tensor.device)
+    with torch.autocast(first.tensor.device.type, enabled=False):
+        tensors = [side.tensor.to(working) for side in sides]
+        if impl == "reference":
+            trace = trace_sqrt_product_reference(tensors[0], tensors[1], first.is_factor, second.is_factor)
+            error = torch.zeros_like(trace)
+        else:
+            needed = (torch.is_grad_enabled() and t.requires_grad for t in tensors)
+            trace, error, _, _ = apply(_TraceSqrtProduct, *tensors, first.is_factor, second.is_factor, *needed, precision, impl)
+    return trace.to(dtype), error.to(dtype)
+
+
+def trace_sqrt_product_reference(first: Tensor, second: Tensor, first_is_factor: bool, second_is_factor: bool) -> Tensor:
+    """The op in plain PyTorch, differentiated by autograd; its derivative is infinite where a covariance is singular."""
+    cov1, cov2 = (t @ t.mT if is_factor else t for t, is_factor in ((first, first_is_factor), (second, second_is_factor)))
+    values, vectors = torch.linalg.eigh(cov1)
+    root = (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT
+    return torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum(-1)
+
+
+class _TraceSqrtProduct(torch.autograd.Function):
+    """The gradient comes with the value, of the same decomposition; backward scales it."""
+
+    @staticmethod
+    def forward(first, second, first_is_factor, second_is_factor, need_first, need_second, precision, impl):
+        compute = torch.ops.genperf.trace_sqrt_product if torch.compiler.is_compiling() else _compute
+        return compute(first, second, first_is_factor, second_is_factor, need_first, need_second, precision, impl)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        first, second, *ctx.are_factors, ctx.need_first, ctx.need_second, _precision, _impl = inputs
+        _trace, error, grad_first, grad_second = outputs
+        ctx.mark_non_differentiable(error, grad_first, grad_second)
+        ctx.save_for_backward(first, second, grad_first, grad_second)
+
+    @staticmethod
+    def backward(ctx, grad, _error, _grad_first, _grad_second):
+        first, second, grad_first, grad_second = ctx.saved_tensors
+        needed = (ctx.need_first, ctx.need_second)
+        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+            trace = trace_sqrt_product_reference(first, second, *ctx.are_factors)
+            return (*differentiate([trace], [grad], [first, second], needed), *[None] * 6)
+        found = (grad * g if need else None for g, need in zip((grad_first, grad_second), needed, strict=True))
+        return (*found, *[None] * 6)
+
+
+def _compute(
+    first: Tensor,
+    second: Tensor,
+    first_is_factor: bool,
+    second_is_factor: bool,
+    need_first: bool,
+    need_second: bool,
+    precision: str,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Trace, error estimate, and the gradients in either side where needed (else empty)."""
+    sides = (Side(first, first_is_factor), Side(second, second_is_factor))
+    needed = (need_first, need_second)
+    trace, error, gradients = polar_route(sides, needed, precision) if impl == "polar" else eigen_route(sides, needed)
+    return trace, error, *(first.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+torch.library.custom_op("genperf::trace_sqrt_product", _compute, mutates_args=())
+
+
+@torch.library.register_fake("genperf::trace_sqrt_product")
+def _(first, second, first_is_factor, second_is_factor, need_first, need_second, precision, impl):
+    gradients = (torch.empty_like(t) if need else t.new_empty(0) for t, need in ((first, need_first), (second, need_second)))
+    return first.new_empty(()), first.new_empty(()), *gradients
