@@ -95,19 +95,20 @@ def _nuclear_norm(factor: Tensor, other: Side, need_factor: bool, need_other: bo
     roots = _roots(values)
     kept = values > max(0.0, len(square) * torch.finfo(values.dtype).eps * values.max().item() if len(values) else 0.0)
     inverse = torch.where(kept, values, 1).rsqrt() * kept
-    turned = lower_times(factor, vectors) if triangular else factor @ vectors
     of_factor = of_other = None
     if other.is_factor:
-        projected = vectors.T @ cross
+        # The polar factor of cross.
+        polar = gram(vectors * inverse.sqrt(), mirror=True) @ cross
         if need_other:
-            of_other = (turned * inverse) @ projected
+            of_other = lower_times(factor, polar) if triangular else factor @ polar
         if need_factor:
-            of_factor = ((other.tensor @ projected.T) * inverse) @ vectors.T
+            of_factor = lower_times(other.tensor, polar.T) if is_lower(other.tensor) else other.tensor @ polar.T
     else:
         if need_other:
-            of_other = gram(turned * (inverse / 2).sqrt(), mirror=True)
+            turned = vectors * (inverse / 2).sqrt()
+            of_other = gram(lower_times(factor, turned) if triangular else factor @ turned, mirror=True)
         if need_factor:
-            of_factor = ((product @ vectors) * inverse) @ vectors.T
+            of_factor = product @ gram(vectors * inverse.sqrt(), mirror=True)
     return roots.sum(), of_factor, of_other
 
 
@@ -151,7 +152,7 @@ def polar_route(sides: tuple[Side, Side], needed: tuple[bool, bool], precision: 
 def _of_covariance(of_factor: Tensor, factor: Tensor, cov: Tensor, regular: Tensor) -> Tensor:
     """The symmetric G with G factor = of_factor; where the covariance is singular, the one that is zero between its null vectors."""
     inverse = torch.linalg.solve_triangular(factor, of_factor, upper=False, left=False)
-    shifted = shifted_cholesky(cov, 1e-10)
+    shifted, _ = shifted_cholesky(cov, 1e-10)
     projector = torch.cholesky_solve(cov, shifted)  # onto the range
     on_range = torch.cholesky_solve(factor @ of_factor.T, shifted).T @ projector  # G projector
     twice = projector.T @ on_range

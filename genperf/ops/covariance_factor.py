@@ -61,22 +61,29 @@ def working_dtype(device: torch.device) -> torch.dtype:
 def factor_without_sync(cov: Tensor) -> tuple[Tensor, Tensor]:
     """F with cov = F F', and whether cov is regular, so that F is its Cholesky factor; without waiting for the device.
 
-    Of a singular cov, with L L' = cov + shift I, F = cov L'^-1: what rounding leaves in the null space is shift^(1/2)
-    smaller than in L.
+    Of a singular cov, with L L' = cov + shift I, F = cov L'^-1, whose null space holds what rounding leaves divided by the
+    root of the shift. The larger shift is for what float32 has rounded. NaN where cov is further from positive semi-definite.
     """
     diagonal = cov.diagonal()
-    epsilon = torch.finfo(cov.dtype).eps * len(cov)
+    size = len(cov)
+    epsilon = size * torch.finfo(cov.dtype).eps
+    factor = torch.full_like(cov, torch.nan)
+    for shift in (8 * size**0.5 * torch.finfo(torch.float32).eps, max(1e-11, 8 * epsilon)):
+        lower, info = shifted_cholesky(cov, shift)
+        shifted = torch.linalg.solve_triangular(lower, cov, upper=False).T
+        # An eigenvalue just above -shift makes the factor far too long.
+        usable = (info == 0) & (shifted.square().sum() <= diagonal.sum() * (1 + shift))
+        factor = torch.where(usable, shifted, factor)
     plain, info = torch.linalg.cholesky_ex(cov)
     regular = (info == 0) & (plain.diagonal().square() > diagonal * epsilon).all()
-    factor = torch.linalg.solve_triangular(shifted_cholesky(cov, epsilon), cov, upper=False).T
     return torch.where(regular, plain, factor), regular
 
 
-def shifted_cholesky(cov: Tensor, shift: float) -> Tensor:
-    """The Cholesky factor of cov + shift max(diagonal) I."""
+def shifted_cholesky(cov: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of cov + shift max(diagonal) I, and 0 where there is one."""
     identity = torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
     size = cov.diagonal().max().clamp_min(torch.finfo(cov.dtype).tiny / shift)
-    return torch.linalg.cholesky_ex(cov + shift * size * identity)[0]
+    return torch.linalg.cholesky_ex(cov + shift * size * identity)
 
 
 def _pivoted_cholesky(a: Tensor) -> Tensor:

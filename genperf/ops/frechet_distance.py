@@ -35,8 +35,8 @@ def frechet_distance(
 
     Returns:
         distance [...], at least 0, in float64 if any input is, else float32; with return_error, (distance, error), twice
-        the error of the trace. NaN and infinity give NaN. Differentiable once in whatever was given, finite at singular
-        covariances and at distance zero; with create_graph=True again, by the reference's derivatives.
+        the error of the trace. NaN and infinity give NaN. Differentiable in whatever was given, finite at singular
+        covariances and at distance zero; second derivatives as in `trace_sqrt_product`.
 
     Raises:
         ValueError, TypeError: a bad argument, as a sentence.

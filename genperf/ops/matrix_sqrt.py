@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _polar
-from ._common import apply, choose_impl, differentiate, refuse_forward_mode
+from ._common import ValueOf, apply, choose_impl, differentiate, refuse_forward_mode
 from .covariance_factor import check_covariance, working_dtype
 from .trace_sqrt_product import refusals, result_dtype
 
@@ -28,9 +28,9 @@ def matrix_sqrt(a: Tensor, *, impl: str | None = None) -> Tensor:
 
     Returns:
         root [..., d, d], in float64 if `a` is, else float32; computed in float64 (float32 on devices without it). NaN and
-        infinity give NaN in their matrix. Differentiable once, finite where `a` is singular: between null vectors, where
-        the derivative is infinite, the gradient is 0 ("eigen") or large ("polar"); with create_graph=True again, by the
-        reference's derivatives.
+        infinity give NaN in their matrix. Differentiable, finite where `a` is singular: between null vectors, where the
+        derivative is infinite, the gradient is 0 ("eigen") or large ("polar"). Second derivatives (create_graph=True) are the
+        reference's, which are not finite where eigenvalues coincide.
 
     Raises:
         ValueError, TypeError: a bad argument, as a sentence.
@@ -73,14 +73,17 @@ class _MatrixSqrt(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _roots, _vectors):
         a, root, roots, vectors = ctx.saved_tensors
+        with torch.no_grad():
+            symmetric = (grad + grad.mT) / 2
+            if ctx.impl == "polar":
+                found = _polar.lyapunov(root, symmetric)
+            else:
+                sums = roots.unsqueeze(-1) + roots.unsqueeze(-2)
+                found = vectors @ torch.where(sums > 0, (vectors.mT @ symmetric @ vectors) / sums, 0) @ vectors.mT
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
-            return (*differentiate([matrix_sqrt_reference(a)], [grad], [a], [True]), None)
-        grad = (grad + grad.mT) / 2
-        if ctx.impl == "polar":
-            return _polar.lyapunov(root, grad), None
-        sums = roots.unsqueeze(-1) + roots.unsqueeze(-2)
-        solved = torch.where(sums > 0, (vectors.mT @ grad @ vectors) / sums, 0)
-        return vectors @ solved @ vectors.mT, None
+            (again,) = differentiate([matrix_sqrt_reference(a)], [grad], [a], [True])
+            found = ValueOf.apply(found, again)
+        return found, None
 
 
 def _eigen_root(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._common import apply, check_float, check_tensor, choose_impl, differentiate, refuse_forward_mode
+from ._common import ValueOf, apply, check_float, check_tensor, choose_impl, differentiate, refuse_forward_mode
 from ._nuclear import Side, eigen_route, polar_route
 from .covariance_factor import check_covariance, working_dtype
 
@@ -45,8 +45,9 @@ def trace_sqrt_product(
 
     Returns:
         trace [...], in float64 if any input is, else float32; with return_error, (trace, error). Computed in float64
-        (float32 on devices without it). NaN and infinity give NaN. Differentiable once in whatever was given; where the
-        trace has no derivative (at a singular covariance), the gradient is finite and a subgradient in the factors.
+        (float32 on devices without it). NaN and infinity give NaN. Differentiable in whatever was given; where the trace has
+        no derivative (at a singular covariance), the gradient is finite and a subgradient in the factors. Second derivatives
+        (create_graph=True) are the reference's, which are not finite there.
 
     Raises:
         ValueError, TypeError: a bad argument, as a sentence.
@@ -150,10 +151,11 @@ class _TraceSqrtProduct(torch.autograd.Function):
     def backward(ctx, grad, _error, _grad_first, _grad_second):
         first, second, grad_first, grad_second = ctx.saved_tensors
         needed = (ctx.need_first, ctx.need_second)
+        found = [grad * g if need else None for g, need in zip((grad_first, grad_second), needed, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
             trace = trace_sqrt_product_reference(first, second, *ctx.are_factors)
-            return (*differentiate([trace], [grad], [first, second], needed), *[None] * 6)
-        found = (grad * g if need else None for g, need in zip((grad_first, grad_second), needed, strict=True))
+            again = differentiate([trace], [grad], [first, second], needed)
+            found = [None if g is None else ValueOf.apply(g.detach(), carrier) for g, carrier in zip(found, again, strict=True)]
         return (*found, *[None] * 6)
 
 
@@ -171,7 +173,7 @@ def _compute(
     sides = (Side(first, first_is_factor), Side(second, second_is_factor))
     needed = (need_first, need_second)
     trace, error, gradients = polar_route(sides, needed, precision) if impl == "polar" else eigen_route(sides, needed)
-    return trace, error, *(first.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return trace, error, *(first.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients)
 
 
 torch.library.custom_op("genperf::trace_sqrt_product", _compute, mutates_args=())
@@ -179,5 +181,5 @@ torch.library.custom_op("genperf::trace_sqrt_product", _compute, mutates_args=()
 
 @torch.library.register_fake("genperf::trace_sqrt_product")
 def _(first, second, first_is_factor, second_is_factor, need_first, need_second, precision, impl):
-    gradients = (torch.empty_like(t) if need else t.new_empty(0) for t, need in ((first, need_first), (second, need_second)))
+    gradients = (t.new_empty(t.shape if need else 0) for t, need in ((first, need_first), (second, need_second)))
     return first.new_empty(()), first.new_empty(()), *gradients
