@@ -22,6 +22,9 @@ OPS = (
     "interpolate",
     "gradient_norm_penalty",
     "minibatch_similarity",
+    "trace_sqrt_product",
+    "frechet_distance",
+    "matrix_sqrt",
 )
 
 

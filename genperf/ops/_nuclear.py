@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _polar
 from ._blocks import congruence, gram, is_lower, lower_times, times_lower
 from ._symmetric_eigenvalues import symmetric_eigenvalues
-from .covariance_factor import covariance_factor, factor_without_sync, shifted_cholesky
+from .covariance_factor import INDEFINITE, covariance_factor, factor_without_sync
 
 Gradients = list[Tensor | None]
 
@@ -89,9 +89,11 @@ def _nuclear_norm(factor: Tensor, other: Side, need_factor: bool, need_other: bo
         square = factor.T @ product
     if not (need_factor or need_other):
         values = symmetric_eigenvalues(square)
+        _check_semi_definite(values)
         return _roots(values).sum(), None, None
 
     values, vectors = torch.linalg.eigh(square)
+    _check_semi_definite(values)
     roots = _roots(values)
     kept = values > max(0.0, len(square) * torch.finfo(values.dtype).eps * values.max().item() if len(values) else 0.0)
     inverse = torch.where(kept, values, 1).rsqrt() * kept
@@ -112,6 +114,14 @@ def _nuclear_norm(factor: Tensor, other: Side, need_factor: bool, need_other: bo
     return roots.sum(), of_factor, of_other
 
 
+def _check_semi_definite(values: Tensor) -> None:
+    if len(values) and values[0] < -INDEFINITE * values[-1].abs():
+        raise ValueError(
+            "trace_sqrt_product: covariances must be positive semi-definite, got a product with eigenvalues "
+            f"from {values[0].item():.2g} to {values[-1].item():.2g}."
+        )
+
+
 def _roots(values: Tensor) -> Tensor:
     """Square roots of ascending eigenvalues; those no farther above zero than rounding has put others below it count as zero."""
     if len(values) == 0:
@@ -130,7 +140,8 @@ def polar_route(sides: tuple[Side, Side], needed: tuple[bool, bool], precision: 
     """Trace, error estimate and gradients by matrix products, Cholesky and triangular solves: nothing waits for the device."""
     scales = [_largest_entry(side.tensor) for side in sides]
     scaled = [Side(side.tensor / scale, side.is_factor) for side, scale in zip(sides, scales, strict=True)]
-    factors, regular = zip(*((s.tensor, None) if s.is_factor else factor_without_sync(s.tensor) for s in scaled), strict=True)
+    factored = [None if s.is_factor else factor_without_sync(s.tensor) for s in scaled]
+    factors = [s.tensor if found is None else found[0] for s, found in zip(scaled, factored, strict=True)]
     cross = factors[0].T @ factors[1]  # [r1, r2]
     # An orthogonal factor U; of singular values that did not reach 1 the error estimate tells.
     u = _polar.polar(cross, precision=precision, accurate=any(needed)).to(cross.dtype)
@@ -143,18 +154,17 @@ def polar_route(sides: tuple[Side, Side], needed: tuple[bool, bool], precision: 
     for index in (0, 1):
         if needed[index]:
             gradient = factors[1 - index] @ (u.T if index == 0 else u)
-            if not scaled[index].is_factor:
-                gradient = _of_covariance(gradient / 2, factors[index], scaled[index].tensor, regular[index])
+            if factored[index] is not None:
+                gradient = _of_covariance(gradient / 2, scaled[index].tensor, *factored[index])
             gradients[index] = gradient * (unit / scales[index])
     return trace * unit, error * unit, gradients
 
 
-def _of_covariance(of_factor: Tensor, factor: Tensor, cov: Tensor, regular: Tensor) -> Tensor:
+def _of_covariance(of_factor: Tensor, cov: Tensor, factor: Tensor, lower: Tensor, regular: Tensor) -> Tensor:
     """The symmetric G with G factor = of_factor; where the covariance is singular, the one that is zero between its null vectors."""
     inverse = torch.linalg.solve_triangular(factor, of_factor, upper=False, left=False)
-    shifted, _ = shifted_cholesky(cov, 1e-10)
-    projector = torch.cholesky_solve(cov, shifted)  # onto the range
-    on_range = torch.cholesky_solve(factor @ of_factor.T, shifted).T @ projector  # G projector
+    projector = torch.cholesky_solve(cov, lower)  # onto the range
+    on_range = torch.cholesky_solve(factor @ of_factor.T, lower).T @ projector  # G projector
     twice = projector.T @ on_range
     completed = on_range + on_range.T - (twice + twice.T) / 2
     return torch.where(regular, (inverse + inverse.T) / 2, completed)

@@ -2,11 +2,10 @@
 
 No step waits for the host, so all of it can be captured in a CUDA graph. The singular values, scaled into (0, 1], are driven to 1 by odd
 polynomials of degree five, each the best one for the interval that the steps before it leave (Amsel et al., "The Polar
-Express", 2025), and two plain Newton-Schulz steps last. Values below `lower` end below 1: of a singular matrix the null
+Express", 2025), and two plain Newton-Schulz steps last. Values below the interval end below 1: of a singular matrix the null
 space stays what it is.
 """
 
-import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +13,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# Smallest relative singular value that is brought to 1. The square of it must stay above rounding in `sqrt_and_inverse`.
-LOWER = {torch.float64: 1e-7, torch.float32: 1e-5}
-
 # Room between a polynomial's interval and what rounding makes of it: without it a step may throw a value out of the next interval.
 CUSHION = 1.01
 
 NEWTON_SCHULZ = (15 / 8, -10 / 8, 3 / 8)
 
 
-@functools.cache
-def schedule(lower: float) -> tuple[tuple[float, float, float], ...]:
+def _schedule(lower: float) -> tuple[tuple[float, float, float], ...]:
     """Coefficients (a, b, c) of x -> a x + b x^3 + c x^5, one after another, that take [lower, 1] to 1."""
     low, high, steps = lower, 1.0, []
     while low < 0.97:
@@ -51,6 +46,12 @@ def _best_quintic(low: float, high: float) -> tuple[float, float, float, float]:
         first, second = math.sqrt(max(0.0, middle - spread)), math.sqrt(middle + spread)
 
 
+# By dtype, the steps that bring relative singular values from 1e-7 (float32: 1e-5) on to 1. The square root multiplies the
+# inverse's error by the square of that, which must stay above rounding.
+STEPS = {torch.float64: _schedule(1e-7), torch.float32: _schedule(1e-5)}
+SQRT_STEPS = {torch.float64: _schedule(1e-6), torch.float32: _schedule(1e-3)}
+
+
 def polar(w: Tensor, *, precision: str, accurate: bool) -> Tensor:
     """The polar factor of w [..., m, n]: the nearest matrix with orthonormal rows or columns, U V' of its singular vectors.
 
@@ -67,7 +68,7 @@ def polar(w: Tensor, *, precision: str, accurate: bool) -> Tensor:
     # The Schatten 8-norm: at least the largest singular value, and near it.
     norm = square.square().sum((-2, -1), keepdim=True).pow(1 / 8).clamp_min(torch.finfo(working).tiny)
     x = x / norm
-    steps = schedule(LOWER[working])
+    steps = STEPS[working]
     with _full_float32():
         for step, coefficients in enumerate(steps):
             rough = precision == "mixed" and not accurate and 6 <= step < len(steps) - 2
@@ -105,7 +106,7 @@ def _addmm(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float)
     if base.dim() == 2:
         return torch.addmm(base, left, right, beta=beta, alpha=alpha)
     shape = base.shape
-    base, left, right = (t.reshape(-1, *t.shape[-2:]) for t in (base, left, right))
+    base, left, right = (t.flatten(0, -3) for t in (base, left, right))
     return torch.baddbmm(base, left, right, beta=beta, alpha=alpha).reshape(shape)
 
 
@@ -117,7 +118,7 @@ def sqrt(a: Tensor) -> Tensor:
     norm = torch.linalg.matrix_norm(a, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
     y = a / norm
     z = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
-    for first, second, third in schedule(10 * LOWER[a.dtype]):
+    for first, second, third in SQRT_STEPS[a.dtype]:
         product = z @ y
         factor = _addmm(product, product, product, second, third)
         y, z = _addmm(y, y, factor, first, 1), _addmm(z, factor, z, first, 1)
@@ -131,9 +132,10 @@ def lyapunov(root: Tensor, right: Tensor) -> Tensor:
     The sign function of [[root, right], [0, -root]] is [[I, 2 X], [0, -I]]; its blocks are iterated (Song et al., "Fast
     Differentiable Matrix Square Root", 2022).
     """
-    norm = torch.linalg.matrix_norm(root, keepdim=True).clamp_min(torch.finfo(root.dtype).tiny)
+    norm = torch.linalg.matrix_norm(root, keepdim=True)
+    norm = torch.where(norm > 0, norm, 1)
     s, x = root / norm, right / norm
-    for a, b, c in schedule(LOWER[root.dtype]):
+    for a, b, c in STEPS[root.dtype]:
         square = s @ s
         corner = s @ x - x @ s
         outer = b * corner + c * (square @ corner + corner @ square)

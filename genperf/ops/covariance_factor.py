@@ -6,6 +6,9 @@ from torch import Tensor
 from ._blocks import BLOCK
 from ._common import check_float, check_tensor
 
+# What is left of a covariance may be this large, in units of its variances, before it is refused: rounding of float32 is below it.
+INDEFINITE = 1e-2
+
 
 def covariance_factor(cov: Tensor) -> Tensor:
     """F [d, r] with cov = F F', r the numerical rank of cov.
@@ -23,10 +26,10 @@ def covariance_factor(cov: Tensor) -> Tensor:
 
     Returns:
         [d, r] in float64 (float32 on devices without float64), without gradient. Lower triangular where r = d and cov is
-        well conditioned. r = 0 for a zero matrix. Where cov is not positive semi-definite, its factor is that of a nearby matrix.
+        well conditioned. r = 0 for a zero matrix. Of a matrix that rounding has made indefinite, the factor of one near it.
 
     Raises:
-        ValueError: cov is not square, or holds NaN or infinity.
+        ValueError: cov is not square, holds NaN or infinity, or is far from positive semi-definite.
         TypeError: cov is no floating-point tensor.
     """
     op = "covariance_factor"
@@ -43,7 +46,10 @@ def covariance_factor(cov: Tensor) -> Tensor:
         inverse = torch.where(scale > 0, 1 / scale, 0)
         correlation = inverse[:, None] * torch.tril(matrix) * inverse
         correlation = correlation + torch.tril(correlation, -1).T
-        return scale[:, None] * _pivoted_cholesky(correlation)
+        factor, left = _pivoted_cholesky(correlation)
+        if left > INDEFINITE:
+            raise ValueError(f"{op}: cov must be positive semi-definite, got one {left:.2g} of its variances away from any such matrix.")
+        return scale[:, None] * factor
 
 
 def check_covariance(op: str, name: str, value: Tensor, batched: bool = False) -> None:
@@ -58,8 +64,8 @@ def working_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def factor_without_sync(cov: Tensor) -> tuple[Tensor, Tensor]:
-    """F with cov = F F', and whether cov is regular, so that F is its Cholesky factor; without waiting for the device.
+def factor_without_sync(cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """F with cov = F F', a Cholesky factor L near it, and whether cov is regular, so that F = L; without waiting for the device.
 
     Of a singular cov, with L L' = cov + shift I, F = cov L'^-1, whose null space holds what rounding leaves divided by the
     root of the shift. The larger shift is for what float32 has rounded. NaN where cov is further from positive semi-definite.
@@ -67,27 +73,30 @@ def factor_without_sync(cov: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = cov.diagonal()
     size = len(cov)
     epsilon = size * torch.finfo(cov.dtype).eps
-    factor = torch.full_like(cov, torch.nan)
+    factor = lower = torch.full_like(cov, torch.nan)
     for shift in (8 * size**0.5 * torch.finfo(torch.float32).eps, max(1e-11, 8 * epsilon)):
-        lower, info = shifted_cholesky(cov, shift)
-        shifted = torch.linalg.solve_triangular(lower, cov, upper=False).T
+        shifted, info = _shifted_cholesky(cov, shift)
+        candidate = torch.linalg.solve_triangular(shifted, cov, upper=False).T
         # An eigenvalue just above -shift makes the factor far too long.
-        usable = (info == 0) & (shifted.square().sum() <= diagonal.sum() * (1 + shift))
-        factor = torch.where(usable, shifted, factor)
+        usable = (info == 0) & (candidate.square().sum() <= diagonal.sum() * (1 + shift))
+        factor, lower = torch.where(usable, candidate, factor), torch.where(usable, shifted, lower)
     plain, info = torch.linalg.cholesky_ex(cov)
     regular = (info == 0) & (plain.diagonal().square() > diagonal * epsilon).all()
-    return torch.where(regular, plain, factor), regular
+    return torch.where(regular, plain, factor), torch.where(regular, plain, lower), regular
 
 
-def shifted_cholesky(cov: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+def _shifted_cholesky(cov: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     """The Cholesky factor of cov + shift max(diagonal) I, and 0 where there is one."""
     identity = torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
     size = cov.diagonal().max().clamp_min(torch.finfo(cov.dtype).tiny / shift)
     return torch.linalg.cholesky_ex(cov + shift * size * identity)
 
 
-def _pivoted_cholesky(a: Tensor) -> Tensor:
-    """F [d, r] with F F' = a up to rounding, the largest remaining diagonal entry as each pivot; `a` is overwritten."""
+def _pivoted_cholesky(a: Tensor) -> tuple[Tensor, float]:
+    """F [d, r] with F F' = a up to rounding, the largest remaining diagonal entry as each pivot; and the largest entry of what is left.
+
+    `a` is overwritten.
+    """
     size = len(a)
     factor = a.new_zeros(size, size)
     left = a.diagonal().clone()
@@ -98,7 +107,8 @@ def _pivoted_cholesky(a: Tensor) -> Tensor:
         for step in range(panel.shape[1]):
             pivot = int(left.argmax())
             if not left[pivot] > tolerance:
-                return factor[:, : start + step].contiguous()
+                a.addmm_(panel[:, :step], panel[:, :step].T, alpha=-1)
+                return factor[:, : start + step].contiguous(), a.abs().max().item()
             root = left[pivot].sqrt()
             column = torch.addmv(a[pivot], panel[:, :step], panel[pivot, :step], alpha=-1).mul_(open_rows).div_(root)
             column[pivot] = root
@@ -107,4 +117,4 @@ def _pivoted_cholesky(a: Tensor) -> Tensor:
             left.addcmul_(column, column, value=-1)
             left[pivot] = -1
         a.addmm_(panel, panel.T, alpha=-1)
-    return factor
+    return factor, 0.0

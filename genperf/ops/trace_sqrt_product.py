@@ -91,8 +91,8 @@ def check_precision(op: str, precision: str) -> None:
         raise ValueError(f"{op}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
 
 
-def refusals(device: torch.device) -> dict[str, str | None]:
-    """Which implementations cannot run, and why; best first."""
+def refusals(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:
+    """Which implementations cannot run, and why; best first. None of them depends on the dtype."""
     names = ("polar", "eigen") if device.type == "cuda" else ("eigen", "polar")
     return dict.fromkeys((*names, "reference"))
 
