@@ -5,7 +5,7 @@ from ._version import __version__
 
 _library.load()
 
-from . import compat, losses, models, nn  # noqa: E402
+from . import compat, losses, metrics, models, nn  # noqa: E402
 from .ops import (  # noqa: E402
     code_statistics,
     covariance_factor,
@@ -34,6 +34,7 @@ __all__ = [
     "interpolate",
     "losses",
     "matrix_sqrt",
+    "metrics",
     "minibatch_similarity",
     "models",
     "nearest_code",

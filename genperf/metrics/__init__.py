@@ -1,0 +1,23 @@
+"""Metrics of generated samples, and what they are computed from."""
+
+from .feature_moments import FeatureMoments
+from .frechet_distance import FrechetDistance
+from .frechet_reference import FrechetReference
+from .kernel_inception_distance import KernelInceptionDistance, polynomial_mmd
+from .precision_recall import PrecisionRecall, PrecisionRecallScores, precision_recall
+from .statistics_files import load_features, load_moments, load_statistics, save_statistics
+
+__all__ = [
+    "FeatureMoments",
+    "FrechetDistance",
+    "FrechetReference",
+    "KernelInceptionDistance",
+    "PrecisionRecall",
+    "PrecisionRecallScores",
+    "load_features",
+    "load_moments",
+    "load_statistics",
+    "polynomial_mmd",
+    "precision_recall",
+    "save_statistics",
+]

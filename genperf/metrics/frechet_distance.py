@@ -1,0 +1,92 @@
+"""The Frechet distance between real and generated samples."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ._two_samples import TwoSampleMetric
+from .feature_moments import FeatureMoments
+from .frechet_reference import FrechetReference
+
+
+class FrechetDistance(TwoSampleMetric):
+    """Frechet distance between Gaussians of real and generated features.
+
+    With features of an Inception network it is the FID of Heusel et al., "GANs Trained by a Two Time-Scale Update Rule"
+    (2017). Moments are kept in float64, the distance is never negative, and fewer samples than dimensions do no harm.
+
+        metric = FrechetDistance(extractor)
+        for images in real: metric.update(images, real=True)
+        for images in generated: metric.update(images, real=False)
+        fid = metric.compute()
+
+    In a distributed evaluation each process updates with its own samples, then all call `sync()` once before `compute()`,
+    which itself never waits for another process.
+
+    Args:
+        extractor: images -> features, any callable that returns a tensor [N, d] or [B, d, H, W], or a list or tuple of just one.
+            It runs without gradients and, if it is a module, in evaluation mode, whatever mode it is in before and after.
+            It gets what `update` gets, where it lies. None: `update` takes features.
+        reference: of the real samples, a FrechetReference or the path of a statistics file; then there are no real updates.
+        dim: d; None takes that of the reference or of the first features.
+        reset_real: whether `reset` forgets the real samples too.
+        unbiased: divide by N - 1 for covariances, or by N, as StyleGAN does.
+        device: to keep moments and reference on; None for that of the first features.
+
+    Attributes:
+        real, fake: FeatureMoments.
+        reference: the FrechetReference, or None.
+
+    Raises:
+        ValueError: a dim that is not the reference's, or a file without statistics.
+        FileNotFoundError: no such file.
+    """
+
+    def __init__(
+        self,
+        extractor: Callable[[Any], Any] | None = None,
+        *,
+        reference: FrechetReference | str | os.PathLike | None = None,
+        dim: int | None = None,
+        reset_real: bool = True,
+        unbiased: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if reference is not None and not isinstance(reference, FrechetReference):
+            reference = FrechetReference.load(reference)
+        if reference is not None:
+            if dim not in (None, reference.dim):
+                raise ValueError(f"FrechetDistance: dim must be that of the reference, {reference.dim}, got {dim}.")
+            dim = reference.dim
+        real, fake = (FeatureMoments(dim, unbiased=unbiased, device=device) for _ in range(2))
+        super().__init__(extractor, real, fake, reset_real)
+        self.reference = reference
+
+    def update(self, x: Any, real: bool) -> None:
+        if real is True and self.reference is not None:
+            raise ValueError("FrechetDistance: the real samples are those of the reference, got an update with real=True.")
+        super().update(x, real)
+
+    def compute(self, *, impl: str | None = None) -> Tensor:
+        """The distance between the samples so far, a float64 scalar, or one of the reference's dtype.
+
+        Args:
+            impl: see `genperf.frechet_distance`.
+
+        Raises:
+            ValueError: fewer than two real or two generated samples (one, where not unbiased).
+        """
+        needed = 2 if self.fake.unbiased else 1
+        if self.reference is not None:
+            if self.fake.count < needed:
+                raise ValueError(f"FrechetDistance: it needs at least {needed} generated samples, got {self.fake.count}.")
+            # The sums may have been moved, or have found their device, since.
+            self.reference = self.reference.to(self.fake.device)
+            return self.reference.distance(self.fake.mean, self.fake.cov, impl=impl)
+        self._require(needed)
+        fake_mean, fake_cov = (t.to(self.real.device) for t in (self.fake.mean, self.fake.cov))
+        return ops.frechet_distance(self.real.mean, self.real.cov, fake_mean, fake_cov, impl=impl)

@@ -1,0 +1,218 @@
+"""The side of a Frechet distance that stays the same."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops._common import check_float, check_tensor
+from ..ops.covariance_factor import working_dtype
+from ._features import feature_rows
+from .feature_moments import FeatureMoments
+from .statistics_files import ArrayFile, check_statistics, read_statistics, write_atomically
+
+
+class FrechetReference:
+    """Mean, covariance and a factor of the covariance of reference features, prepared once and used for many distances.
+
+    A distance to it factors nothing of the reference anew. Instances do not change; `to` returns another. Made by
+    `from_moments`, `from_features` or `load`:
+
+        reference = FrechetReference.load("imagenet-256.npz")
+        distance = reference.distance_to_features(features)
+
+    Args:
+        mean: [d], float64, or float32.
+        cov: [d, d] of mean's dtype; None computes it from the factor when it is asked for.
+        factor: [d, r] of mean's dtype, with cov = factor @ factor.T, as it is taken on trust.
+
+    Attributes:
+        mean, cov, factor: the tensors.
+        dim: d.
+        device, dtype: of the tensors.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: tensors of different dtypes, or of neither of the two.
+    """
+
+    def __init__(self, mean: Tensor, cov: Tensor | None, factor: Tensor) -> None:
+        name = "FrechetReference"
+        given = {"mean": mean, "factor": factor} | ({} if cov is None else {"cov": cov})
+        for key, value in given.items():
+            if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float64) or value.dtype != mean.dtype:
+                kinds = ", ".join(f"{k} {v.dtype if isinstance(v, Tensor) else type(v).__name__}" for k, v in given.items())
+                raise TypeError(f"{name}: {key} must be a tensor of float64, or float32, as the others are, got {kinds}.")
+        d = mean.numel()
+        if mean.dim() != 1 or factor.dim() != 2 or len(factor) != d or (cov is not None and cov.shape != (d, d)):
+            shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in given.items())
+            raise ValueError(f"{name}: shapes must be [d], [d, d] and [d, r], got {shapes}.")
+        self.mean = mean.detach()
+        self.factor = factor.detach()
+        self._cov = None if cov is None else cov.detach()
+
+    @classmethod
+    def from_moments(cls, mean: Tensor | np.ndarray, cov: Tensor | np.ndarray) -> "FrechetReference":
+        """Prepare a mean [d] and covariance [d, d], in float64; the covariance may be singular.
+
+        Raises:
+            ValueError: shapes that do not fit, NaN or infinity, a matrix that is not symmetric or has negative variances.
+        """
+        mean, cov = check_statistics("FrechetReference.from_moments", mean, cov, "mean", "cov")
+        return cls(mean, cov, ops.covariance_factor(cov))
+
+    @classmethod
+    def from_features(cls, features: Tensor, *, unbiased: bool = True) -> "FrechetReference":
+        """Prepare features [N, d], or [B, d, H, W], which are averaged over positions.
+
+        With N <= d the factor is made of the centred features, [d, N - 1], and nothing of size d x d is computed.
+
+        Raises:
+            ValueError: as `FeatureMoments` does, or too few samples.
+            TypeError: no floating-point tensor.
+        """
+        rows = feature_rows("FrechetReference.from_features", features, None)
+        if len(rows) <= rows.shape[1]:
+            mean, factor = centred_factor("FrechetReference.from_features", rows.to(working_dtype(rows.device)), unbiased)
+            return cls(mean, None, factor)
+        moments = FeatureMoments(unbiased=unbiased).update(rows)
+        return cls.from_moments(moments.mean, moments.cov)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, keys: tuple[str, str] | None = None) -> "FrechetReference":
+        """Read what `save` wrote, or prepare any statistics file that `load_statistics` reads.
+
+        Args:
+            path: of the file.
+            keys: as for `load_statistics`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: no statistics in it, or a factor that is not one of its covariance.
+        """
+        name, path = "FrechetReference.load", Path(path)
+        with ArrayFile(name, path) as arrays:
+            mean, cov = read_statistics(name, path, arrays, keys)
+            if keys is not None or not arrays.has("factor"):
+                return cls(mean, cov, ops.covariance_factor(cov))
+            factor = torch.from_numpy(np.asarray(arrays["factor"], np.float64))
+        if factor.dim() != 2 or len(factor) != len(mean) or not _is_factor(factor, cov):
+            raise ValueError(f"{name}: {path} must hold a factor [d, r] of its sigma, got another matrix {list(factor.shape)}.")
+        return cls(mean, cov, factor)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write mean, covariance and factor to an .npz as mu, sigma and factor, in float64; pytorch-fid reads it too.
+
+        The file appears whole or not at all.
+
+        Raises:
+            ValueError: a path that does not end in .npz.
+            OSError: the file cannot be written.
+        """
+        path = Path(path)
+        if path.suffix != ".npz":
+            raise ValueError(f"FrechetReference.save: the file must end in .npz, got {str(path)!r}.")
+        arrays = {"mu": self.mean, "sigma": self.cov, "factor": self.factor}
+        arrays = {key: value.cpu().to(torch.float64).numpy() for key, value in arrays.items()}
+        write_atomically(path, lambda file: np.savez(file, **arrays))
+
+    @property
+    def cov(self) -> Tensor:
+        if self._cov is None:
+            self._cov = self.factor @ self.factor.T
+        return self._cov
+
+    @property
+    def dim(self) -> int:
+        return len(self.mean)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.mean.dtype
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "FrechetReference":
+        """The reference on another device, in float64 or float32; float32 on MPS, which has no other."""
+        device = self.device if device is None else torch.device(device)
+        dtype = torch.float32 if device.type == "mps" else dtype or self.dtype
+        # The dtype first, as a device may lack the one that is left.
+        mean, factor = (t.to(dtype).to(device) for t in (self.mean, self.factor))
+        return FrechetReference(mean, None if self._cov is None else self._cov.to(dtype).to(device), factor)
+
+    def distance(self, mean: Tensor, cov: Tensor, *, impl: str | None = None) -> Tensor:
+        """The Frechet distance to a mean [d] and covariance [d, d], differentiable in both; see `genperf.frechet_distance`.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: as `genperf.frechet_distance` does.
+        """
+        mean, cov = (t.to(self.dtype) if isinstance(t, Tensor) else t for t in (mean, cov))
+        return ops.frechet_distance(self.mean, None, mean, cov, factor1=self.factor, impl=impl)
+
+    def distance_to_features(self, features: Tensor, *, unbiased: bool = True, impl: str | None = None) -> Tensor:
+        """The Frechet distance to the mean and covariance of features, differentiable in them.
+
+        Equivalent to:
+            x = features.double()                                                    # [N, d]
+            genperf.frechet_distance(reference.mean, reference.cov, x.mean(0), torch.cov(x.T, correction=1 if unbiased else 0))
+
+        With N <= d the centred features take the place of a factor, and no d x d matrix is built for them.
+
+        Args:
+            features: [N, d], or [B, d, H, W], which are averaged over positions; any floating dtype. Computed in the
+                dtype of the reference. NaN and infinity give NaN.
+            unbiased: divide by N - 1 for the covariance, or by N.
+            impl: see `genperf.frechet_distance`.
+
+        Returns:
+            a scalar of the reference's dtype, with first-order gradients, finite also where covariances are singular.
+
+        Raises:
+            ValueError: another shape or dimension, fewer than two samples (one, where not unbiased), or another device.
+            TypeError: no floating-point tensor.
+        """
+        name = "FrechetReference.distance_to_features"
+        check_tensor(name, "features", features)
+        check_float(name, "features", features)
+        if features.dim() not in (2, 4) or features.shape[1] != self.dim:
+            raise ValueError(f"{name}: features must have shape [N, {self.dim}] or [B, {self.dim}, H, W], got {list(features.shape)}.")
+        if features.device != self.device:
+            raise ValueError(f"{name}: features and reference must be on one device, got {features.device} and {self.device}.")
+        rows = features.to(self.dtype)
+        if rows.dim() == 4:
+            rows = rows.mean((2, 3))
+        mean, factor = centred_factor(name, rows, unbiased)
+        if factor.shape[1] < self.dim:
+            return ops.frechet_distance(self.mean, None, mean, None, factor1=self.factor, factor2=factor, impl=impl)
+        return ops.frechet_distance(self.mean, None, mean, factor @ factor.T, factor1=self.factor, impl=impl)
+
+    def __repr__(self) -> str:
+        return f"FrechetReference(dim={self.dim}, rank={self.factor.shape[1]}, dtype={self.dtype}, device={self.device})"
+
+
+def centred_factor(name: str, rows: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
+    """Mean [d] of rows [N, d] and a factor [d, N - 1] of their covariance, differentiable."""
+    count = len(rows)
+    needed = 2 if unbiased else 1
+    if count < needed:
+        raise ValueError(f"{name}: a{'n unbiased' * unbiased} covariance needs at least {needed} samples, got {count}.")
+    mean = rows.mean(0)
+    centred = rows - mean
+    if count == 1:
+        return mean, centred.T
+    # Centred rows sum to zero. A reflection that takes the vector of ones to the first row makes that row zero, and leaves it out:
+    # else every distance would hold the square root of an eigenvalue that is zero but for rounding.
+    independent = centred[1:] + centred[0] / (count**0.5 - 1)
+    return mean, independent.T / (count - unbiased) ** 0.5
+
+
+def _is_factor(factor: Tensor, cov: Tensor) -> bool:
+    """Whether cov = factor factor', as far as one random vector tells."""
+    probe = torch.randn(len(cov), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    difference = factor @ (factor.T @ probe) - cov @ probe
+    return bool(difference.norm() <= 1e-6 * torch.linalg.matrix_norm(cov) * probe.norm())

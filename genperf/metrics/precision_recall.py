@@ -1,0 +1,176 @@
+"""Precision, recall, density and coverage of generated samples."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.covariance_factor import working_dtype
+from ._feature_rows import FeatureRows
+from ._features import feature_rows
+from ._two_samples import TwoSampleMetric
+
+# Rows and columns of the distance matrix that are held at a time.
+_BLOCK_ROWS = 1024
+_BLOCK_COLUMNS = 4096
+
+
+class PrecisionRecallScores(NamedTuple):
+    """Scalars of float64 (float32 on MPS)."""
+
+    precision: Tensor
+    recall: Tensor
+    density: Tensor
+    coverage: Tensor
+
+
+def precision_recall(
+    real: Tensor,  # [M, d]
+    fake: Tensor,  # [N, d]
+    *,
+    k: int = 3,
+) -> PrecisionRecallScores:
+    """Precision, recall, density and coverage from balls that reach from each sample to its k-th nearest neighbour.
+
+    Equivalent to:
+        def radius(x): return torch.cdist(x, x).fill_diagonal_(inf).kthvalue(k).values
+        distance = torch.cdist(real, fake)                                           # [M, N]
+        in_real, in_fake = distance <= radius(real)[:, None], distance <= radius(fake)
+        precision = in_real.any(0).double().mean()                                   # generated samples in a real ball
+        recall = in_fake.any(1).double().mean()                                      # real samples in a generated ball
+        density = in_real.double().sum() / (k * N)
+        coverage = in_real.any(1).double().mean()                                    # real balls with a generated sample
+
+    Precision and recall: Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models" (2019). Density and
+    coverage: Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative Models" (2020). Balls are closed, so a
+    copied sample counts; the package prdc leaves out what lies exactly on a boundary.
+
+    Distances are computed in float64 of features whose common mean is taken away, block by block: no M x N matrix is kept,
+    and features far from the origin lose nothing. Distances that cannot be told apart at that precision count as equal.
+
+    Args:
+        real, fake: float32, bfloat16, float16 or float64; M and N may differ.
+        k: which neighbour, a sample not being its own; 3 in the paper of precision and recall, 5 in that of density and coverage.
+
+    Raises:
+        ValueError: not more than k samples on a side, dimensions that differ, or NaN or infinity.
+        TypeError: no floating-point tensor.
+    """
+    name = "precision_recall"
+    _check_k(name, k)
+    real = feature_rows(name, real, None)
+    fake = feature_rows(name, fake, real.shape[1])
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"{name}: there must be more than k={k} samples on each side, got {len(real)} and {len(fake)}.")
+    if real.device != fake.device:
+        raise ValueError(f"{name}: real and fake must be on one device, got {real.device} and {fake.device}.")
+    return _scores(real, fake, k)
+
+
+class PrecisionRecall(TwoSampleMetric):
+    """Precision, recall, density and coverage of generated samples; see `precision_recall`.
+
+    Args:
+        extractor: see `FrechetDistance`.
+        k: which neighbour a ball reaches to.
+        reset_real: whether `reset` forgets the real samples too.
+        device: to keep the features on; None for that of the first features.
+
+    Attributes:
+        real, fake: what was taken in, each with `.features` [N, d] and `.count`.
+
+    Raises:
+        ValueError: a k below 1.
+    """
+
+    def __init__(
+        self,
+        extractor: Callable[[Any], Any] | None = None,
+        *,
+        k: int = 3,
+        reset_real: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        _check_k("PrecisionRecall", k)
+        super().__init__(extractor, FeatureRows(device=device), FeatureRows(device=device), reset_real)
+        self.k = k
+
+    def compute(self) -> PrecisionRecallScores:
+        """The four scores, also by name: `.precision`, `.recall`, `.density`, `.coverage`.
+
+        Raises:
+            ValueError: not more than k samples on a side.
+        """
+        self._require(self.k + 1, f"the neighbour k={self.k}")
+        return _scores(self.real.features, self.fake.features.to(self.real.device), self.k)
+
+
+def _check_k(name: str, k: int) -> None:
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"{name}: k must be a positive whole number, got {k!r}.")
+
+
+@torch.no_grad()
+def _scores(real: Tensor, fake: Tensor, k: int) -> PrecisionRecallScores:
+    dtype = working_dtype(real.device)
+    centre = (real.mean(0, dtype=dtype) * len(real) + fake.mean(0, dtype=dtype) * len(fake)) / (len(real) + len(fake))
+    real, fake = _Points(real, centre), _Points(fake, centre)
+    real_reach, fake_reach = real.reach(k), fake.reach(k)
+
+    precise = torch.zeros(len(fake), dtype=torch.bool, device=centre.device)
+    recalled, covered = (torch.zeros(len(real), dtype=torch.bool, device=centre.device) for _ in range(2))
+    pairs = torch.zeros((), dtype=torch.int64, device=centre.device)
+    for i, j, square, slack in real.distances(fake):
+        square -= slack
+        in_real = square <= real_reach[i][:, None]
+        precise[j] |= in_real.any(0)
+        covered[i] |= in_real.any(1)
+        pairs += in_real.sum()
+        recalled[i] |= (square <= fake_reach[j]).any(1)
+    means = [t.to(dtype).mean() for t in (precise, recalled, covered)]
+    return PrecisionRecallScores(means[0], means[1], pairs.to(dtype) / (k * len(fake)), means[2])
+
+
+class _Points:
+    """Samples as differences from a centre, which are computed block by block."""
+
+    def __init__(self, features: Tensor, centre: Tensor) -> None:
+        self.features, self.centre = features, centre
+        self.norms = torch.cat([self[i].square().sum(1) for i in self.blocks(_BLOCK_COLUMNS)])
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.features[rows].to(self.centre.dtype) - self.centre
+
+    def blocks(self, size: int) -> list[slice]:
+        return [slice(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+
+    def distances(self, other: "_Points") -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """Squared distances block by block: rows, columns, [rows, columns] and a bound on their rounding error."""
+        # Each of d products and sums rounds by half an epsilon, and so does each difference from the centre.
+        unit = (len(self.centre) + 8) * torch.finfo(self.centre.dtype).eps
+        for i in self.blocks(_BLOCK_ROWS):
+            rows = self[i]
+            for j in other.blocks(_BLOCK_COLUMNS):
+                norms = self.norms[i][:, None] + other.norms[j]
+                yield i, j, torch.addmm(norms, rows, other[j].T, alpha=-2), unit * norms
+
+    def reach(self, k: int) -> Tensor:
+        """Squared distance of each sample to its k-th nearest neighbour, with a bound on its rounding error added."""
+        nearest, slack = [], []
+        for i, j, square, bound in self.distances(self):
+            if i.start < j.stop and j.start < i.stop:  # the diagonal passes through: no sample is its own neighbour
+                rows, columns = (torch.arange(part.start, part.stop, device=square.device) for part in (i, j))
+                square.masked_fill_(rows[:, None] == columns, torch.inf)
+            if j.start == 0:
+                nearest.append(square[:, :0])
+                slack.append(square[:, :0])
+            found = torch.cat([nearest[-1], square], 1)
+            found, places = found.topk(min(k, found.shape[1]), largest=False)
+            nearest[-1] = found
+            slack[-1] = torch.cat([slack[-1], bound], 1).gather(1, places)
+        nearest, slack = torch.cat(nearest), torch.cat(slack)
+        return nearest[:, k - 1] + slack[:, k - 1]
