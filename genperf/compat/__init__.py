@@ -1,5 +1,16 @@
-"""Drop-ins for classes of other libraries, under their names and with their semantics; none of these libraries is needed."""
+"""Drop-ins for classes of other libraries, under their names and with their semantics.
 
-from . import diffusers, taming
+None of these libraries is needed, but for torchmetrics, whose class `compat.torchmetrics` extends: it is imported when first used.
+"""
 
-__all__ = ["diffusers", "taming"]
+import importlib
+
+from . import diffusers, pytorch_fid, taming
+
+__all__ = ["diffusers", "pytorch_fid", "taming"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "torchmetrics":
+        return importlib.import_module(".torchmetrics", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
