@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import info, train
+from . import fid, info, train
 from .errors import UserError
 
 # Each has a HELP line, add_arguments(parser) and run(arguments) -> exit code.
-SUBCOMMANDS = {"info": info, "train": train}
+SUBCOMMANDS = {"info": info, "train": train, "fid": fid}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
