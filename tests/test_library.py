@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from genperf import _library, _probe
-from genperf.ops import __all__ as OPS
 
-OP_TESTS = [str(path) for op in (*OPS, "noise") if (path := Path(__file__).with_name(f"test_{op}.py")).exists()]
+# The tests of everything that is compiled, csrc/cpu/<op>.cpp.
+COMPILED = sorted(path.stem for path in (Path(__file__).parents[1] / "csrc" / "cpu").glob("*.cpp"))
+OP_TESTS = [str(path) for op in (*COMPILED, "noise") if (path := Path(__file__).with_name(f"test_{op}.py")).exists()]
 
 
 def run(code, **environment):

@@ -89,11 +89,11 @@ def _nuclear_norm(factor: Tensor, other: Side, need_factor: bool, need_other: bo
         square = factor.T @ product
     if not (need_factor or need_other):
         values = symmetric_eigenvalues(square)
-        _check_semi_definite(values)
+        _check_semi_definite(values, factor, other)
         return _roots(values).sum(), None, None
 
     values, vectors = torch.linalg.eigh(square)
-    _check_semi_definite(values)
+    _check_semi_definite(values, factor, other)
     roots = _roots(values)
     kept = values > max(0.0, len(square) * torch.finfo(values.dtype).eps * values.max().item() if len(values) else 0.0)
     inverse = torch.where(kept, values, 1).rsqrt() * kept
@@ -114,8 +114,12 @@ def _nuclear_norm(factor: Tensor, other: Side, need_factor: bool, need_other: bo
     return roots.sum(), of_factor, of_other
 
 
-def _check_semi_definite(values: Tensor) -> None:
-    if len(values) and values[0] < -INDEFINITE * values[-1].abs():
+def _check_semi_definite(values: Tensor, factor: Tensor, other: Side) -> None:
+    """A sentence where the other side is a covariance that is far from positive semi-definite."""
+    if other.is_factor or not len(values) or not values[0] < -INDEFINITE * values[-1].abs():
+        return
+    rounding = len(factor) * torch.finfo(values.dtype).eps * factor.square().sum() * other.tensor.diagonal().abs().max()
+    if values[0] < -rounding:
         raise ValueError(
             "trace_sqrt_product: covariances must be positive semi-definite, got a product with eigenvalues "
             f"from {values[0].item():.2g} to {values[-1].item():.2g}."

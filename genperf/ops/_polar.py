@@ -1,4 +1,4 @@
-"""Matrix functions from matrix products alone: the polar factor, the square root and its derivative.
+"""Matrix functions from matrix products alone: the polar factor, and the derivative of a square root.
 
 No step waits for the host, so all of it can be captured in a CUDA graph. The singular values, scaled into (0, 1], are driven to 1 by odd
 polynomials of degree five, each the best one for the interval that the steps before it leave (Amsel et al., "The Polar
@@ -46,10 +46,8 @@ def _best_quintic(low: float, high: float) -> tuple[float, float, float, float]:
         first, second = math.sqrt(max(0.0, middle - spread)), math.sqrt(middle + spread)
 
 
-# By dtype, the steps that bring relative singular values from 1e-7 (float32: 1e-5) on to 1. The square root multiplies the
-# inverse's error by the square of that, which must stay above rounding.
+# By dtype, the steps that bring relative singular values from 1e-7 (float32: 1e-5) on to 1.
 STEPS = {torch.float64: _schedule(1e-7), torch.float32: _schedule(1e-5)}
-SQRT_STEPS = {torch.float64: _schedule(1e-6), torch.float32: _schedule(1e-3)}
 
 
 def polar(w: Tensor, *, precision: str, accurate: bool) -> Tensor:
@@ -110,30 +108,15 @@ def _addmm(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float)
     return torch.baddbmm(base, left, right, beta=beta, alpha=alpha).reshape(shape)
 
 
-def sqrt(a: Tensor) -> Tensor:
-    """Square root of symmetric positive semi-definite matrices [..., d, d].
-
-    The coupled form: y -> y p(z y), z -> p(z y) z keeps y z^-1 = a and drives z y to 1.
-    """
-    norm = torch.linalg.matrix_norm(a, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
-    y = a / norm
-    z = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
-    for first, second, third in SQRT_STEPS[a.dtype]:
-        product = z @ y
-        factor = _addmm(product, product, product, second, third)
-        y, z = _addmm(y, y, factor, first, 1), _addmm(z, factor, z, first, 1)
-        y, z = (y + y.mT) / 2, (z + z.mT) / 2
-    return y * norm.sqrt()
-
-
 def lyapunov(root: Tensor, right: Tensor) -> Tensor:
     """X with root X + X root = right, for symmetric positive semi-definite roots: the derivative of a square root.
 
     The sign function of [[root, right], [0, -root]] is [[I, 2 X], [0, -I]]; its blocks are iterated (Song et al., "Fast
     Differentiable Matrix Square Root", 2022).
     """
-    norm = torch.linalg.matrix_norm(root, keepdim=True)
-    norm = torch.where(norm > 0, norm, 1)
+    largest = root.abs().amax((-2, -1), keepdim=True)
+    largest = torch.where(largest > 0, largest, 1)
+    norm = largest * torch.linalg.matrix_norm(root / largest, keepdim=True).clamp_min(1)
     s, x = root / norm, right / norm
     for a, b, c in STEPS[root.dtype]:
         square = s @ s

@@ -43,7 +43,11 @@ def covariance_factor(cov: Tensor) -> Tensor:
         well_conditioned = (factor.diagonal() > scale * (len(matrix) * torch.finfo(matrix.dtype).eps) ** 0.5).all()
         if info == 0 and well_conditioned:
             return factor
-        inverse = torch.where(scale > 0, 1 / scale, 0)
+        dead = scale == 0
+        stray = torch.where(dead[:, None] | dead, matrix, 0).tril().abs().max()
+        if stray > INDEFINITE * scale.max().square():
+            raise ValueError(f"{op}: cov must be positive semi-definite, got {stray:.2g} in the row of a variance that is not positive.")
+        inverse = torch.where(dead, 0, 1 / scale)
         correlation = inverse[:, None] * torch.tril(matrix) * inverse
         correlation = correlation + torch.tril(correlation, -1).T
         factor, left = _pivoted_cholesky(correlation)
@@ -67,28 +71,30 @@ def working_dtype(device: torch.device) -> torch.dtype:
 def factor_without_sync(cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """F with cov = F F', a Cholesky factor L near it, and whether cov is regular, so that F = L; without waiting for the device.
 
-    Of a singular cov, with L L' = cov + shift I, F = cov L'^-1, whose null space holds what rounding leaves divided by the
-    root of the shift. The larger shift is for what float32 has rounded. NaN where cov is further from positive semi-definite.
+    Of a singular cov [..., d, d], with L L' = cov + shift I, F = cov L'^-1, whose null space holds what rounding leaves divided by
+    the root of the shift. The larger shift is for what float32 has rounded. NaN where cov is further from positive semi-definite.
     """
-    diagonal = cov.diagonal()
-    size = len(cov)
+    diagonal = cov.diagonal(dim1=-2, dim2=-1)
+    size = cov.shape[-1]
     epsilon = size * torch.finfo(cov.dtype).eps
     factor = lower = torch.full_like(cov, torch.nan)
     for shift in (8 * size**0.5 * torch.finfo(torch.float32).eps, max(1e-11, 8 * epsilon)):
         shifted, info = _shifted_cholesky(cov, shift)
-        candidate = torch.linalg.solve_triangular(shifted, cov, upper=False).T
+        candidate = torch.linalg.solve_triangular(shifted, cov, upper=False).mT
         # An eigenvalue just above -shift makes the factor far too long.
-        usable = (info == 0) & (candidate.square().sum() <= diagonal.sum() * (1 + shift))
+        usable = (info == 0) & (candidate.square().sum((-2, -1)) <= diagonal.sum(-1) * (1 + shift))
+        usable = usable[..., None, None]
         factor, lower = torch.where(usable, candidate, factor), torch.where(usable, shifted, lower)
     plain, info = torch.linalg.cholesky_ex(cov)
-    regular = (info == 0) & (plain.diagonal().square() > diagonal * epsilon).all()
+    regular = (info == 0) & (plain.diagonal(dim1=-2, dim2=-1).square() > diagonal * epsilon).all(-1)
+    regular = regular[..., None, None]
     return torch.where(regular, plain, factor), torch.where(regular, plain, lower), regular
 
 
 def _shifted_cholesky(cov: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     """The Cholesky factor of cov + shift max(diagonal) I, and 0 where there is one."""
-    identity = torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
-    size = cov.diagonal().max().clamp_min(torch.finfo(cov.dtype).tiny / shift)
+    identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+    size = cov.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None].clamp_min(torch.finfo(cov.dtype).tiny / shift)
     return torch.linalg.cholesky_ex(cov + shift * size * identity)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import _polar
 from ._common import ValueOf, apply, choose_impl, differentiate, refuse_forward_mode
-from .covariance_factor import check_covariance, working_dtype
+from .covariance_factor import check_covariance, factor_without_sync, working_dtype
 from .trace_sqrt_product import refusals, result_dtype
 
 
@@ -23,7 +23,7 @@ def matrix_sqrt(a: Tensor, *, impl: str | None = None) -> Tensor:
         a: [..., d, d], float32, float64, bfloat16 or float16, taken as symmetric. Negative eigenvalues, which rounding
             makes, count as zero.
         impl: None picks. "eigen": symmetric eigenvalues, best on a CPU. "polar": matrix products only, without a wait for the
-            device, best on a GPU; eigenvalues below 1e-12 of the largest become too small, by at most their size.
+            device, best on a GPU; roots below 1e-7 of the largest become too small, by at most their size.
             "reference": the lines above.
 
     Returns:
@@ -43,12 +43,7 @@ def matrix_sqrt(a: Tensor, *, impl: str | None = None) -> Tensor:
     chosen = choose_impl(op, impl, reasons)
     with torch.autocast(a.device.type, enabled=False):
         working = a.to(working_dtype(a.device))
-        if chosen == "reference":
-            root = matrix_sqrt_reference(working)
-        elif torch.is_grad_enabled() and a.requires_grad:
-            root = apply(_MatrixSqrt, working, chosen)[0]
-        else:
-            root = (_eigen_root if chosen == "eigen" else _polar_root)(working)[0]
+        root = matrix_sqrt_reference(working) if chosen == "reference" else apply(_MatrixSqrt, working, chosen)[0]
     return root.to(result_dtype(a))
 
 
@@ -61,7 +56,7 @@ def matrix_sqrt_reference(a: Tensor) -> Tensor:
 class _MatrixSqrt(torch.autograd.Function):
     @staticmethod
     def forward(a, impl):
-        return _eigen_root(a) if impl == "eigen" else _polar_root(a)
+        return (torch.ops.genperf.matrix_sqrt if torch.compiler.is_compiling() else _forward)(a, impl)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -73,27 +68,50 @@ class _MatrixSqrt(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _roots, _vectors):
         a, root, roots, vectors = ctx.saved_tensors
-        with torch.no_grad():
-            symmetric = (grad + grad.mT) / 2
-            if ctx.impl == "polar":
-                found = _polar.lyapunov(root, symmetric)
-            else:
-                sums = roots.unsqueeze(-1) + roots.unsqueeze(-2)
-                found = vectors @ torch.where(sums > 0, (vectors.mT @ symmetric @ vectors) / sums, 0) @ vectors.mT
+        backward = torch.ops.genperf.matrix_sqrt_backward if torch.compiler.is_compiling() else _backward
+        found = backward(grad.detach(), root.detach(), roots, vectors, ctx.impl)
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
             (again,) = differentiate([matrix_sqrt_reference(a)], [grad], [a], [True])
             found = ValueOf.apply(found, again)
         return found, None
 
 
-def _eigen_root(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The root, and the eigenvalues and vectors of it."""
-    finite = a.isfinite().all(-1).all(-1)[..., None, None]
-    values, vectors = torch.linalg.eigh(torch.where(finite, a, 0))
-    roots = values.clamp(min=0).sqrt()
-    root = (vectors * roots.unsqueeze(-2)) @ vectors.mT
-    return torch.where(finite, root, torch.nan), roots, vectors
+def _forward(a: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The root, and what its derivative needs: with "eigen" the eigenvalues and vectors of it."""
+    if impl == "eigen":
+        finite = a.isfinite().all(-1).all(-1)[..., None, None]
+        values, vectors = torch.linalg.eigh(torch.where(finite, a, 0))
+        roots = values.clamp(min=0).sqrt()
+        root = (vectors * roots.unsqueeze(-2)) @ vectors.mT
+        return torch.where(finite, root, torch.nan), roots, vectors.contiguous()
+    if a.numel() == 0:
+        return a.clone(), a.new_empty(0), a.new_empty(0)
+    # Of a = F F' and the polar decomposition F = H U, the root is H.
+    largest = a.abs().amax((-2, -1), keepdim=True)
+    largest = torch.where(largest == 0, 1, largest)
+    factor, _, _ = factor_without_sync((a / largest + a.mT / largest) / 2)
+    root = factor @ _polar.polar(factor, precision="float64", accurate=True).mT
+    return (root + root.mT) * (largest.sqrt() / 2), a.new_empty(0), a.new_empty(0)
 
 
-def _polar_root(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _polar.sqrt((a + a.mT) / 2), a.new_empty(0), a.new_empty(0)
+def _backward(grad: Tensor, root: Tensor, roots: Tensor, vectors: Tensor, impl: str) -> Tensor:
+    grad = (grad + grad.mT) / 2
+    if impl == "polar":
+        return _polar.lyapunov(root, grad)
+    sums = roots.unsqueeze(-1) + roots.unsqueeze(-2)
+    return vectors @ torch.where(sums > 0, (vectors.mT @ grad @ vectors) / sums, 0) @ vectors.mT
+
+
+torch.library.custom_op("genperf::matrix_sqrt", _forward, mutates_args=())
+torch.library.custom_op("genperf::matrix_sqrt_backward", _backward, mutates_args=())
+
+
+@torch.library.register_fake("genperf::matrix_sqrt")
+def _(a, impl):
+    eigen = impl == "eigen"
+    return a.new_empty(a.shape), a.new_empty(a.shape[:-1] if eigen else 0), a.new_empty(a.shape if eigen else 0)
+
+
+@torch.library.register_fake("genperf::matrix_sqrt_backward")
+def _(grad, root, roots, vectors, impl):
+    return root.new_empty(root.shape)
