@@ -425,14 +425,14 @@ def test_polar_never_waits_for_the_device():
         cov, factor = torch.empty(8, 8, dtype=torch.float64), torch.empty(8, 5, dtype=torch.float64)
         cov.requires_grad_()
         factor.requires_grad_()
+        forms = (
+            ((cov, cov.detach()), {}),
+            ((cov, None), {"factor2": factor}),
+            ((None, None), {"factor1": factor, "factor2": factor}),
+        )
         for precision in ("float64", "mixed"):
-            for sides in (
-                ((cov, cov.detach()), {}),
-                ((cov, None), {"factor2": factor}),
-                ((None, None), {"factor1": factor, "factor2": factor}),
-            ):
-                trace = genperf.trace_sqrt_product(*sides[0], **sides[1], precision=precision, impl="polar")
-                trace.backward()
+            for covariances, factors in forms:
+                genperf.trace_sqrt_product(*covariances, **factors, precision=precision, impl="polar").backward()
         genperf.matrix_sqrt(cov, impl="polar").sum().backward()
         with pytest.raises(DataDependentOutputException):
             genperf.trace_sqrt_product(cov, None, factor2=factor, impl="eigen")
