@@ -53,4 +53,6 @@ $(VENV)/torch:
 
 $(VENV)/installed-%: $(VENV)/torch $(SOURCES)
 	$(BIN)/pip install -q --no-build-isolation -e '.[$*]'
+	# A rival of the benchmarks and tests; what it depends on would bring another torch.
+	$(if $(filter train,$*),,$(BIN)/pip install -q --no-deps pytorch-fid==0.3.0)
 	touch $@

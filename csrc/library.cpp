@@ -66,4 +66,7 @@ STABLE_TORCH_LIBRARY(genperf, m) {
   // features is contiguous [N, B, C].
   m.def("minibatch_similarity(Tensor features) -> Tensor");
   m.def("minibatch_similarity_backward(Tensor grad_similarity, Tensor features) -> Tensor");
+
+  // Frechet distance. a is [n, n] with any strides, of which the lower triangle is read; ascending.
+  m.def("symmetric_eigenvalues(Tensor a) -> Tensor");
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _polar
 from ._blocks import congruence, gram, is_lower, lower_times, times_lower
 from ._symmetric_eigenvalues import symmetric_eigenvalues
-from .covariance_factor import INDEFINITE, covariance_factor, factor_without_sync
+from .covariance_factor import factor_without_sync, nearest_factor
 
 Gradients = list[Tensor | None]
 
@@ -35,11 +35,11 @@ def eigen_route(sides: tuple[Side, Side], needed: tuple[bool, bool]) -> tuple[Te
     narrow = [_narrow(side) for side in scaled]
 
     base = _choose_base(narrow, needed)
-    factor = narrow[base].tensor if narrow[base].is_factor else covariance_factor(narrow[base].tensor)
+    factor = narrow[base].tensor if narrow[base].is_factor else nearest_factor(narrow[base].tensor)[0]
     trace, of_base, of_other = _nuclear_norm(factor, narrow[1 - base], needed[base], needed[1 - base])
     gradients = [of_base, of_other] if base == 0 else [of_other, of_base]
     if needed[base] and not narrow[base].is_factor:
-        factor = narrow[1 - base].tensor if narrow[1 - base].is_factor else covariance_factor(narrow[1 - base].tensor)
+        factor = narrow[1 - base].tensor if narrow[1 - base].is_factor else nearest_factor(narrow[1 - base].tensor)[0]
         gradients[base] = _nuclear_norm(factor, narrow[base], False, True)[2]
 
     unit = math.prod(scale if side.is_factor else math.sqrt(scale) for side, scale in zip(sides, scales, strict=True))
@@ -89,11 +89,9 @@ def _nuclear_norm(factor: Tensor, other: Side, need_factor: bool, need_other: bo
         square = factor.T @ product
     if not (need_factor or need_other):
         values = symmetric_eigenvalues(square)
-        _check_semi_definite(values, factor, other)
         return _roots(values).sum(), None, None
 
     values, vectors = torch.linalg.eigh(square)
-    _check_semi_definite(values, factor, other)
     roots = _roots(values)
     kept = values > max(0.0, len(square) * torch.finfo(values.dtype).eps * values.max().item() if len(values) else 0.0)
     inverse = torch.where(kept, values, 1).rsqrt() * kept
@@ -112,18 +110,6 @@ def _nuclear_norm(factor: Tensor, other: Side, need_factor: bool, need_other: bo
         if need_factor:
             of_factor = product @ gram(vectors * inverse.sqrt(), mirror=True)
     return roots.sum(), of_factor, of_other
-
-
-def _check_semi_definite(values: Tensor, factor: Tensor, other: Side) -> None:
-    """A sentence where the other side is a covariance that is far from positive semi-definite."""
-    if other.is_factor or not len(values) or not values[0] < -INDEFINITE * values[-1].abs():
-        return
-    rounding = len(factor) * torch.finfo(values.dtype).eps * factor.square().sum() * other.tensor.diagonal().abs().max()
-    if values[0] < -rounding:
-        raise ValueError(
-            "trace_sqrt_product: covariances must be positive semi-definite, got a product with eigenvalues "
-            f"from {values[0].item():.2g} to {values[-1].item():.2g}."
-        )
 
 
 def _roots(values: Tensor) -> Tensor:

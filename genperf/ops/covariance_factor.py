@@ -1,5 +1,7 @@
 """A factor of a covariance matrix."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,22 +40,26 @@ def covariance_factor(cov: Tensor) -> Tensor:
         matrix = cov.to(working_dtype(cov.device))
         if not matrix.isfinite().all():
             raise ValueError(f"{op}: cov must be finite, got NaN or infinity.")
-        scale = matrix.diagonal().clamp_min(0).sqrt()
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        well_conditioned = (factor.diagonal() > scale * (len(matrix) * torch.finfo(matrix.dtype).eps) ** 0.5).all()
-        if info == 0 and well_conditioned:
-            return factor
-        dead = scale == 0
-        stray = torch.where(dead[:, None] | dead, matrix, 0).tril().abs().max()
-        if stray > INDEFINITE * scale.max().square():
-            raise ValueError(f"{op}: cov must be positive semi-definite, got {stray:.2g} in the row of a variance that is not positive.")
-        inverse = torch.where(dead, 0, 1 / scale)
-        correlation = inverse[:, None] * torch.tril(matrix) * inverse
-        correlation = correlation + torch.tril(correlation, -1).T
-        factor, left = _pivoted_cholesky(correlation)
+        factor, left = nearest_factor(matrix)
         if left > INDEFINITE:
             raise ValueError(f"{op}: cov must be positive semi-definite, got one {left:.2g} of its variances away from any such matrix.")
-        return scale[:, None] * factor
+        return factor
+
+
+def nearest_factor(cov: Tensor) -> tuple[Tensor, float]:
+    """F with F F' = cov up to rounding, and the largest entry that is left of an indefinite cov, in units of its variances."""
+    scale = cov.diagonal().clamp_min(0).sqrt()
+    factor, info = torch.linalg.cholesky_ex(cov)
+    if info == 0 and (factor.diagonal() > scale * (len(cov) * torch.finfo(cov.dtype).eps) ** 0.5).all():
+        return factor, 0.0
+    dead = scale == 0
+    lower = cov.tril()
+    stray = torch.where(dead[:, None] | dead, lower, 0).abs().max().item()
+    inverse = torch.where(dead, 0, 1 / scale)
+    correlation = inverse[:, None] * lower * inverse
+    factor, left = _pivoted_cholesky(correlation + correlation.tril(-1).T)
+    largest = scale.square().max().item()
+    return scale[:, None] * factor, max(left, stray / largest if largest else math.inf if stray else 0.0)
 
 
 def check_covariance(op: str, name: str, value: Tensor, batched: bool = False) -> None:
@@ -72,12 +78,14 @@ def factor_without_sync(cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """F with cov = F F', a Cholesky factor L near it, and whether cov is regular, so that F = L; without waiting for the device.
 
     Of a singular cov [..., d, d], with L L' = cov + shift I, F = cov L'^-1, whose null space holds what rounding leaves divided by
-    the root of the shift. The larger shift is for what float32 has rounded. NaN where cov is further from positive semi-definite.
+    the root of the shift. The larger shift is for what float32 has rounded. Of a cov further from positive semi-definite only
+    the diagonal is taken: it may be the rounding of a zero covariance.
     """
     diagonal = cov.diagonal(dim1=-2, dim2=-1)
     size = cov.shape[-1]
     epsilon = size * torch.finfo(cov.dtype).eps
-    factor = lower = torch.full_like(cov, torch.nan)
+    factor = torch.diag_embed(diagonal.clamp_min(0).sqrt())
+    lower = torch.eye(size, dtype=cov.dtype, device=cov.device).expand_as(cov)
     for shift in (8 * size**0.5 * torch.finfo(torch.float32).eps, max(1e-11, 8 * epsilon)):
         shifted, info = _shifted_cholesky(cov, shift)
         candidate = torch.linalg.solve_triangular(shifted, cov, upper=False).mT
