@@ -51,7 +51,8 @@ def table(rows: list[dict]) -> str:
     first = rows[0]
     time = "median device time, L2 cold" if "cuda" in first["torch"] and first["device"].startswith("NVIDIA") else "shortest wall time"
     lines = [
-        f"{first['device']}, {first['threads']} threads, torch {first['torch']}; float32 where no dtype is named; {time}; load {first['load']} at the start.",
+        f"{first['device']}, {first['threads']} threads, torch {first['torch']}; float32 where no dtype is named; {time}; "
+        f"load {first['load']} at the start.",
         "",
     ]
     for (op, workload, *sizes), members in group(rows).items():
