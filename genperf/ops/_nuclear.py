@@ -1,6 +1,7 @@
 """tr (cov1 cov2)^(1/2), the nuclear norm of F1' F2, and its gradients: by eigenvalues, or by polar iterations."""
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from . import _polar
 from ._blocks import congruence, gram, is_lower, lower_times, times_lower
 from ._symmetric_eigenvalues import symmetric_eigenvalues
-from .covariance_factor import factor_without_sync, nearest_factor
+from .covariance_factor import INDEFINITE, factor_without_sync, nearest_factor
 
 Gradients = list[Tensor | None]
 
@@ -35,11 +36,11 @@ def eigen_route(sides: tuple[Side, Side], needed: tuple[bool, bool]) -> tuple[Te
     narrow = [_narrow(side) for side in scaled]
 
     base = _choose_base(narrow, needed)
-    factor = narrow[base].tensor if narrow[base].is_factor else nearest_factor(narrow[base].tensor)[0]
+    factor = narrow[base].tensor if narrow[base].is_factor else _factor(narrow[base].tensor)
     trace, of_base, of_other = _nuclear_norm(factor, narrow[1 - base], needed[base], needed[1 - base])
     gradients = [of_base, of_other] if base == 0 else [of_other, of_base]
     if needed[base] and not narrow[base].is_factor:
-        factor = narrow[1 - base].tensor if narrow[1 - base].is_factor else nearest_factor(narrow[1 - base].tensor)[0]
+        factor = narrow[1 - base].tensor if narrow[1 - base].is_factor else _factor(narrow[1 - base].tensor)
         gradients[base] = _nuclear_norm(factor, narrow[base], False, True)[2]
 
     unit = math.prod(scale if side.is_factor else math.sqrt(scale) for side, scale in zip(sides, scales, strict=True))
@@ -89,10 +90,10 @@ def _nuclear_norm(factor: Tensor, other: Side, need_factor: bool, need_other: bo
         square = factor.T @ product
     if not (need_factor or need_other):
         values = symmetric_eigenvalues(square)
-        return _roots(values).sum(), None, None
+        return _roots(values, factor, other).sum(), None, None
 
     values, vectors = torch.linalg.eigh(square)
-    roots = _roots(values)
+    roots = _roots(values, factor, other)
     kept = values > max(0.0, len(square) * torch.finfo(values.dtype).eps * values.max().item() if len(values) else 0.0)
     inverse = torch.where(kept, values, 1).rsqrt() * kept
     of_factor = of_other = None
@@ -112,12 +113,30 @@ def _nuclear_norm(factor: Tensor, other: Side, need_factor: bool, need_other: bo
     return roots.sum(), of_factor, of_other
 
 
-def _roots(values: Tensor) -> Tensor:
+def _roots(values: Tensor, factor: Tensor, other: Side) -> Tensor:
     """Square roots of ascending eigenvalues; those no farther above zero than rounding has put others below it count as zero."""
     if len(values) == 0:
         return values
     noise = 2 * (-values[0]).clamp(min=0)
+    if not other.is_factor and values[0] < -INDEFINITE * values[-1].abs():
+        rounding = len(factor) * torch.finfo(values.dtype).eps * factor.square().sum() * other.tensor.diagonal().abs().max()
+        if values[0] < -rounding:
+            _warn_indefinite()
+            noise = torch.zeros_like(noise)
     return torch.where(values > noise, values, 0).sqrt()
+
+
+def _factor(cov: Tensor) -> Tensor:
+    factor, left = nearest_factor(cov)
+    if left <= INDEFINITE:
+        return factor
+    _warn_indefinite()
+    values, vectors = torch.linalg.eigh(cov)
+    return (vectors * values.clamp(min=0).sqrt())[:, values > 0]
+
+
+def _warn_indefinite() -> None:
+    warnings.warn("trace_sqrt_product: a covariance is far from positive semi-definite; only its positive part counts.", stacklevel=2)
 
 
 def _largest_entry(t: Tensor) -> Tensor:

@@ -77,12 +77,13 @@ def polar(w: Tensor, *, precision: str, accurate: bool) -> Tensor:
 @contextmanager
 def _full_float32() -> Iterator[None]:
     """Products of float32 tensors in float32, whatever the caller allows for its own."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        matmul.fp32_precision = allowed
 
 
 def _step(x: Tensor, coefficients: tuple[float, float, float]) -> Tensor:

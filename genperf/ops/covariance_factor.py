@@ -9,7 +9,7 @@ from ._blocks import BLOCK
 from ._common import check_float, check_tensor
 
 # What is left of a covariance may be this large, in units of its variances, before it is refused: rounding of float32 is below it.
-INDEFINITE = 1e-2
+INDEFINITE = 1e-3
 
 
 def covariance_factor(cov: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ def trace_sqrt_product(
 
     Args:
         cov1, cov2: symmetric positive semi-definite, float32, float64, bfloat16 or float16, of any scale. Leading
-            dimensions are a batch.
+            dimensions are a batch. Of a matrix that is far from semi-definite, "eigen" takes the positive part and warns;
+            "polar" cannot look and takes the diagonal.
         factor1, factor2: any number of columns.
         precision: of the polar iterations: "float64", or "mixed" (float32 for the most part; errors near 1e-6 of the trace).
         return_error: also return an estimate of the absolute error of an iteration that has not converged, from its
