@@ -253,10 +253,10 @@ def test_error_and_precision(device):
     for form in FORMS:
         inputs = given(form, *gaussians(48, 200, 150, device))
         expected = distance(form, *inputs)
-        for precision, tolerance in (("float64", 1e-9), ("mixed", 1e-4)):
+        for precision, tolerance, bound in (("float64", 1e-9, 1e-9), ("mixed", 1e-4, 0.05)):
             value, error = distance(form, *inputs, impl="polar", precision=precision, return_error=True)
             torch.testing.assert_close(value, expected, rtol=tolerance, atol=0)
-            assert 0 <= error <= tolerance * value
+            assert 0 <= error <= bound * value
             assert error.shape == value.shape == ()
             assert error.dtype == value.dtype
         assert distance(form, *inputs, impl="eigen", return_error=True)[1] == 0

@@ -243,3 +243,18 @@ GOOD = torch.eye(4)
 def test_bad_input(message, error, a, options):
     with pytest.raises(error, match="matrix_sqrt: .*" + message):
         genperf.matrix_sqrt(a, **options)
+
+
+@pytest.mark.parametrize("impl", ROUTES)
+@pytest.mark.parametrize(("size", "rank"), [(20, 5), (20, 19)])
+def test_gradient_through_a_factor_of_a_singular_matrix(size, rank, impl, device):
+    """The root of b b' is differentiable in b at full column rank: (b b')^(1/2) = b (b' b)^(-1/2) b'."""
+    b, weight = randn(size, rank).to(device).requires_grad_(), randn(size, size).to(device)
+    values, vectors = torch.linalg.eigh(b.T @ b)
+    (expected,) = torch.autograd.grad((b @ (vectors * values.rsqrt()) @ vectors.T @ b.T * weight).sum(), b)
+    product = b @ b.T
+    root = genperf.matrix_sqrt(product, impl=impl)
+    slope, found = torch.autograd.grad((root * weight).sum(), (product, b))
+    torch.testing.assert_close(found, expected, rtol=0, atol=(1e-8 if impl == "eigen" else 1e-3) * float(expected.norm()))
+    if impl == "eigen":
+        assert slope.abs().max() < 1e3

@@ -1,4 +1,6 @@
+import contextlib
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -377,7 +379,7 @@ def test_contract(device):
     factor, other = randn(6, 9).to(device), randn(9, 6).to(device).T
     for impl in ROUTES:
         for form, needed in (("covariances", (True, True)), ("factors", (True, True)), ("mixed", (True, False)), ("mixed", (False, False))):
-            testing.check_op("trace_sqrt_product", [(*given(form, factor, other), *FORMS[form], *needed, "float64", impl)])
+            testing.check_op("trace_sqrt_product", [(*given(form, factor, other), *FORMS[form], *needed, "float64", True, impl)])
 
     def function(first, second):
         return (
@@ -436,3 +438,50 @@ def test_polar_never_waits_for_the_device():
         genperf.matrix_sqrt(cov, impl="polar").sum().backward()
         with pytest.raises(DataDependentOutputException):
             genperf.trace_sqrt_product(cov, None, factor2=factor, impl="eigen")
+
+
+@pytest.mark.parametrize("impl", ROUTES)
+def test_indefinite_covariances(impl, device):
+    """In either place and whichever gradient is wanted, the positive part counts, of what is far from positive with a warning."""
+    values = torch.cat([torch.ones(1), torch.full((200,), 4e-3), torch.tensor([-2e-2])]).double()
+    indefinite, identity = torch.diag(values).to(device), torch.eye(202, dtype=torch.float64, device=device)
+    expected = values.clamp(min=0).sqrt().sum()
+    for sides in ((indefinite, identity), (identity, indefinite)):
+        for wanted in ((), (0,), (1,)):
+            inputs = [side.clone().requires_grad_(index in wanted) for index, side in enumerate(sides)]
+            with pytest.warns(UserWarning, match="positive part") if impl == "eigen" else contextlib.nullcontext():
+                found = genperf.trace_sqrt_product(*inputs, impl=impl)
+            torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", ROUTES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_covariances_rounded_to_half_precision(dtype, impl, device):
+    x, y = (torch.randn(count, 128, generator=torch.Generator().manual_seed(count)).relu().T.cov() for count in (90, 400))
+    exact = genperf.trace_sqrt_product(x.double(), y.double())
+    found = genperf.trace_sqrt_product(x.to(dtype).to(device), y.to(device), impl=impl)
+    assert abs(found.double().cpu() - exact) < 1e-2 * exact
+
+
+def test_second_derivatives_in_one_tensor_given_twice(device):
+    x = torch.randn(4, 6, dtype=torch.float64, device=device, requires_grad=True)  # the trace is |x|^2
+    (slope,) = torch.autograd.grad(genperf.trace_sqrt_product(None, None, factor1=x, factor2=x), x, create_graph=True)
+    torch.testing.assert_close(slope, 2 * x)
+    torch.testing.assert_close(torch.autograd.grad(slope.sum(), x)[0], torch.full_like(x, 2))
+
+
+def test_the_callers_float32_precision_is_kept(device):
+    code = """
+import torch, genperf
+{setting}
+before = torch.backends.cuda.matmul.fp32_precision
+genperf.trace_sqrt_product(torch.eye(4), torch.eye(4), precision="mixed", impl="polar")
+assert torch.backends.cuda.matmul.fp32_precision == before
+{after}
+"""
+    settings = (
+        {"setting": 'torch.backends.cuda.matmul.fp32_precision = "tf32"', "after": ""},
+        {"setting": 'torch.set_float32_matmul_precision("medium")', "after": "torch.get_float32_matmul_precision()"},
+    )
+    for setting in settings:
+        subprocess.run([sys.executable, "-c", code.format(**setting)], check=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _polar
 from ._blocks import congruence, gram, is_lower, lower_times, times_lower
 from ._symmetric_eigenvalues import symmetric_eigenvalues
-from .covariance_factor import INDEFINITE, factor_without_sync, nearest_factor
+from .covariance_factor import FLOAT32_SHIFT, INDEFINITE, factor_without_sync, nearest_factor
 
 Gradients = list[Tensor | None]
 
@@ -27,11 +27,12 @@ def eigen_route(sides: tuple[Side, Side], needed: tuple[bool, bool]) -> tuple[Te
     largest = [_largest(side.tensor) for side in sides]
     error = sides[0].tensor.new_zeros(())
     if 0 in largest or not all(map(math.isfinite, largest)):
-        trace = 0.0 if 0 in largest and not any(map(math.isnan, largest)) else math.nan
+        trace = 0.0 if all(map(math.isfinite, largest)) else math.nan
         gradients = [torch.full_like(side.tensor, trace) if need else None for side, need in zip(sides, needed, strict=True)]
         return torch.full_like(error, trace), error, gradients
     # A product of four tiny or huge matrices must stay within range.
-    scales = [1.0 if 1e-60 < size < 1e60 else size for size in largest]
+    limit = torch.finfo(error.dtype).max ** 0.2
+    scales = [1.0 if 1 / limit < size < limit else size for size in largest]
     scaled = [side if scale == 1 else Side(side.tensor / scale, side.is_factor) for side, scale in zip(sides, scales, strict=True)]
     narrow = [_narrow(side) for side in scaled]
 
@@ -94,7 +95,7 @@ def _nuclear_norm(factor: Tensor, other: Side, need_factor: bool, need_other: bo
 
     values, vectors = torch.linalg.eigh(square)
     roots = _roots(values, factor, other)
-    kept = values > max(0.0, len(square) * torch.finfo(values.dtype).eps * values.max().item() if len(values) else 0.0)
+    kept = (roots > 0) & (values > len(values) * torch.finfo(values.dtype).eps * values.amax()) if len(values) else values > 0
     inverse = torch.where(kept, values, 1).rsqrt() * kept
     of_factor = of_other = None
     if other.is_factor:
@@ -118,11 +119,12 @@ def _roots(values: Tensor, factor: Tensor, other: Side) -> Tensor:
     if len(values) == 0:
         return values
     noise = 2 * (-values[0]).clamp(min=0)
-    if not other.is_factor and values[0] < -INDEFINITE * values[-1].abs():
+    if not other.is_factor:
         rounding = len(factor) * torch.finfo(values.dtype).eps * factor.square().sum() * other.tensor.diagonal().abs().max()
-        if values[0] < -rounding:
-            _warn_indefinite()
-            noise = torch.zeros_like(noise)
+        if values[0] < -rounding:  # below zero in the covariance itself: what float32 has rounded, or worse
+            noise = torch.minimum(noise, 1e-5 * values[-1].clamp(min=0))
+            if values[0] < -INDEFINITE * values[-1].abs():
+                _warn_indefinite()
     return torch.where(values > noise, values, 0).sqrt()
 
 
@@ -140,23 +142,26 @@ def _warn_indefinite() -> None:
 
 
 def _largest_entry(t: Tensor) -> Tensor:
-    if t.numel() == 0:
-        return t.new_ones(())
     return torch.linalg.vector_norm(t, ord=torch.inf).clamp_min(torch.finfo(t.dtype).tiny)
 
 
-def polar_route(sides: tuple[Side, Side], needed: tuple[bool, bool], precision: str) -> tuple[Tensor, Tensor, Gradients]:
-    """Trace, error estimate and gradients by matrix products, Cholesky and triangular solves: nothing waits for the device."""
+def polar_route(sides: tuple[Side, Side], needed: tuple[bool, bool], precision: str, with_error: bool) -> tuple[Tensor, Tensor, Gradients]:
+    """Trace, error bound and gradients by matrix products, Cholesky and triangular solves: nothing waits for the device."""
+    if any(side.tensor.numel() == 0 for side in sides):
+        zero = sides[0].tensor.new_zeros(())
+        return zero, zero.clone(), [torch.zeros_like(side.tensor) if need else None for side, need in zip(sides, needed, strict=True)]
     scales = [_largest_entry(side.tensor) for side in sides]
     scaled = [Side(side.tensor / scale, side.is_factor) for side, scale in zip(sides, scales, strict=True)]
     factored = [None if s.is_factor else factor_without_sync(s.tensor) for s in scaled]
     factors = [s.tensor if found is None else found[0] for s, found in zip(scaled, factored, strict=True)]
     cross = factors[0].T @ factors[1]  # [r1, r2]
-    # An orthogonal factor U; of singular values that did not reach 1 the error estimate tells.
     u = _polar.polar(cross, precision=precision, accurate=any(needed)).to(cross.dtype)
     trace = (u * cross).sum()
-    smaller = u @ (u.T @ u) if u.shape[0] > u.shape[1] else (u @ u.T) @ u
-    error = 0.5 * ((u - smaller) * cross).sum().abs()
+    error = torch.zeros_like(trace)
+    if with_error:
+        # Of singular values s of cross and t <= 1 of U: sum s (1 - t) <= sum s (1 - t^2) <= r^(1/2) |cross - U U' cross|.
+        projected = u @ (u.T @ cross) if u.shape[0] > u.shape[1] else (u @ u.T) @ cross
+        error = min(u.shape) ** 0.5 * torch.linalg.matrix_norm(cross - projected)
 
     unit = math.prod(scale if side.is_factor else scale.sqrt() for side, scale in zip(sides, scales, strict=True))
     gradients: Gradients = [None, None]
@@ -169,9 +174,15 @@ def polar_route(sides: tuple[Side, Side], needed: tuple[bool, bool], precision: 
     return trace * unit, error * unit, gradients
 
 
-def _of_covariance(of_factor: Tensor, cov: Tensor, factor: Tensor, lower: Tensor, regular: Tensor) -> Tensor:
+def _of_covariance(of_factor: Tensor, cov: Tensor, factor: Tensor, regular: Tensor) -> Tensor:
     """The symmetric G with G factor = of_factor; where the covariance is singular, the one that is zero between its null vectors."""
     inverse = torch.linalg.solve_triangular(factor, of_factor, upper=False, left=False)
+    # Larger shifts than the value's: null vectors leave rounding divided by them.
+    identity = torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
+    lower, size = identity, cov.diagonal().max().clamp_min(torch.finfo(cov.dtype).eps)
+    for shift in (FLOAT32_SHIFT * len(cov) ** 0.5, 1e-10):
+        shifted, info = torch.linalg.cholesky_ex(cov + shift * size * identity)
+        lower = torch.where(info == 0, shifted, lower)
     projector = torch.cholesky_solve(cov, lower)  # onto the range
     on_range = torch.cholesky_solve(factor @ of_factor.T, lower).T @ projector  # G projector
     twice = projector.T @ on_range

@@ -8,7 +8,7 @@ space stays what it is.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -35,10 +35,10 @@ def _best_quintic(low: float, high: float) -> tuple[float, float, float, float]:
     first, second = (3 * low + high) / 4, (low + 3 * high) / 4
     error = math.inf
     while True:
-        points = torch.tensor([low, first, second, high], dtype=torch.float64)
-        signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+        points = torch.tensor([low, first, second, high], dtype=torch.float64, device="cpu")
+        signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64, device="cpu")
         system = torch.stack([points, points**3, points**5, signs], 1)
-        a, b, c, found = torch.linalg.solve(system, torch.ones(4, dtype=torch.float64)).tolist()
+        a, b, c, found = torch.linalg.solve(system, torch.ones_like(points)).tolist()
         if abs(found - error) <= 1e-12 * abs(found):
             return a, b, c, found
         error = found
@@ -48,6 +48,8 @@ def _best_quintic(low: float, high: float) -> tuple[float, float, float, float]:
 
 # By dtype, the steps that bring relative singular values from 1e-7 (float32: 1e-5) on to 1.
 STEPS = {torch.float64: _schedule(1e-7), torch.float32: _schedule(1e-5)}
+SIGN_LOWER = {torch.float64: 1e-10, torch.float32: 1e-5}
+SIGN_STEPS = {dtype: _schedule(lower) for dtype, lower in SIGN_LOWER.items()}
 
 
 def polar(w: Tensor, *, precision: str, accurate: bool) -> Tensor:
@@ -67,7 +69,7 @@ def polar(w: Tensor, *, precision: str, accurate: bool) -> Tensor:
     norm = square.square().sum((-2, -1), keepdim=True).pow(1 / 8).clamp_min(torch.finfo(working).tiny)
     x = x / norm
     steps = STEPS[working]
-    with _full_float32():
+    with _full_float32() if working == torch.float32 else nullcontext():
         for step, coefficients in enumerate(steps):
             rough = precision == "mixed" and not accurate and 6 <= step < len(steps) - 2
             x = _rough_step(x, coefficients) if rough else _step(x, coefficients)
@@ -118,8 +120,10 @@ def lyapunov(root: Tensor, right: Tensor) -> Tensor:
     largest = root.abs().amax((-2, -1), keepdim=True)
     largest = torch.where(largest > 0, largest, 1)
     norm = largest * torch.linalg.matrix_norm(root / largest, keepdim=True).clamp_min(1)
-    s, x = root / norm, right / norm
-    for a, b, c in STEPS[root.dtype]:
+    # A null vector's sign must be 1 as well: else what it shares with the others would count half.
+    identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+    s, x = root / norm + SIGN_LOWER[root.dtype] * identity, right / norm
+    for a, b, c in SIGN_STEPS[root.dtype]:
         square = s @ s
         corner = s @ x - x @ s
         outer = b * corner + c * (square @ corner + corner @ square)

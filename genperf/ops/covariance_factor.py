@@ -9,7 +9,9 @@ from ._blocks import BLOCK
 from ._common import check_float, check_tensor
 
 # What is left of a covariance may be this large, in units of its variances, before it is refused: rounding of float32 is below it.
-INDEFINITE = 1e-3
+INDEFINITE = 1e-2
+# Times d^(1/2) this is above what float32 rounding makes of a zero eigenvalue, in units of the variances.
+FLOAT32_SHIFT = 8 * torch.finfo(torch.float32).eps
 
 
 def covariance_factor(cov: Tensor) -> Tensor:
@@ -74,36 +76,32 @@ def working_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def factor_without_sync(cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """F with cov = F F', a Cholesky factor L near it, and whether cov is regular, so that F = L; without waiting for the device.
+def factor_without_sync(cov: Tensor) -> tuple[Tensor, Tensor]:
+    """F with cov = F F', and whether cov is regular, so that F is its Cholesky factor; without waiting for the device.
 
-    Of a singular cov [..., d, d], with L L' = cov + shift I, F = cov L'^-1, whose null space holds what rounding leaves divided by
-    the root of the shift. The larger shift is for what float32 has rounded. Of a cov further from positive semi-definite only
-    the diagonal is taken: it may be the rounding of a zero covariance.
+    Of a singular cov [..., d, d], with L L' = cov + shift diagonal(cov), F = cov L'^-1, whose null space holds what rounding leaves
+    divided by the root of the shift. The smallest shift that serves is taken; the larger ones are for what bfloat16 and
+    float32 have rounded. Of a cov further from positive semi-definite only the diagonal is taken: it may be the rounding of a
+    zero covariance.
     """
     diagonal = cov.diagonal(dim1=-2, dim2=-1)
     size = cov.shape[-1]
     epsilon = size * torch.finfo(cov.dtype).eps
-    factor = torch.diag_embed(diagonal.clamp_min(0).sqrt())
-    lower = torch.eye(size, dtype=cov.dtype, device=cov.device).expand_as(cov)
-    for shift in (8 * size**0.5 * torch.finfo(torch.float32).eps, max(1e-11, 8 * epsilon)):
-        shifted, info = _shifted_cholesky(cov, shift)
-        candidate = torch.linalg.solve_triangular(shifted, cov, upper=False).mT
+    scale = torch.where(diagonal > 0, diagonal, 1).sqrt()[..., None]
+    correlation = cov / scale / scale.mT
+    ones = correlation.diagonal(dim1=-2, dim2=-1)  # and zeros, of features that are constant
+    factor = torch.diag_embed(ones.clamp_min(0).sqrt())
+    identity = torch.eye(size, dtype=cov.dtype, device=cov.device)
+    for shift in (1e-2, FLOAT32_SHIFT * size**0.5, max(1e-12, 2 * epsilon)):
+        shifted, info = torch.linalg.cholesky_ex(correlation + shift * identity)
+        candidate = torch.linalg.solve_triangular(shifted, correlation, upper=False).mT
         # An eigenvalue just above -shift makes the factor far too long.
-        usable = (info == 0) & (candidate.square().sum((-2, -1)) <= diagonal.sum(-1) * (1 + shift))
-        usable = usable[..., None, None]
-        factor, lower = torch.where(usable, candidate, factor), torch.where(usable, shifted, lower)
+        usable = (info == 0) & (candidate.square().sum((-2, -1)) <= ones.sum(-1) * (1 + shift))
+        factor = torch.where(usable[..., None, None], candidate, factor)
     plain, info = torch.linalg.cholesky_ex(cov)
     regular = (info == 0) & (plain.diagonal(dim1=-2, dim2=-1).square() > diagonal * epsilon).all(-1)
     regular = regular[..., None, None]
-    return torch.where(regular, plain, factor), torch.where(regular, plain, lower), regular
-
-
-def _shifted_cholesky(cov: Tensor, shift: float) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor of cov + shift max(diagonal) I, and 0 where there is one."""
-    identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
-    size = cov.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None].clamp_min(torch.finfo(cov.dtype).tiny / shift)
-    return torch.linalg.cholesky_ex(cov + shift * size * identity)
+    return torch.where(regular, plain, scale * factor), regular
 
 
 def _pivoted_cholesky(a: Tensor) -> tuple[Tensor, float]:
@@ -120,7 +118,9 @@ def _pivoted_cholesky(a: Tensor) -> tuple[Tensor, float]:
         panel = factor[:, start : start + BLOCK // 4]
         for step in range(panel.shape[1]):
             pivot = int(left.argmax())
-            if not left[pivot] > tolerance:
+            # What has gone below zero tells how much of the rest is rounding of the matrix itself.
+            rounding = (-2 * (left * open_rows).amin()).clamp(min=tolerance)
+            if not left[pivot] > rounding:
                 a.addmm_(panel[:, :step], panel[:, :step].T, alpha=-1)
                 return factor[:, : start + step].contiguous(), a.abs().max().item()
             root = left[pivot].sqrt()

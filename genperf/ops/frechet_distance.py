@@ -55,7 +55,7 @@ def frechet_distance(
     working = working_dtype(mean1.device)
     # In the working dtype from here on, so that what the terms have in common cancels before it is rounded.
     sides = tuple(Side(side.tensor.to(working), side.is_factor) for side in sides)
-    trace, error = trace_of_sides(sides, precision, chosen)
+    trace, error = trace_of_sides(sides, precision, return_error, chosen)
     apart = (mean1.to(working) - mean2.to(working)).square().sum(-1)
     distance = (apart + _trace(sides[0]) + _trace(sides[1]) - 2 * trace).clamp(min=0)
     return (distance.to(dtype), (2 * error).to(dtype)) if return_error else distance.to(dtype)

@@ -89,7 +89,7 @@ def _forward(a: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     # Of a = F F' and the polar decomposition F = H U, the root is H.
     largest = a.abs().amax((-2, -1), keepdim=True)
     largest = torch.where(largest == 0, 1, largest)
-    factor, _, _ = factor_without_sync((a / largest + a.mT / largest) / 2)
+    factor, _ = factor_without_sync((a / largest + a.mT / largest) / 2)
     root = factor @ _polar.polar(factor, precision="float64", accurate=True).mT
     return (root + root.mT) * (largest.sqrt() / 2), a.new_empty(0), a.new_empty(0)
 
@@ -98,6 +98,9 @@ def _backward(grad: Tensor, root: Tensor, roots: Tensor, vectors: Tensor, impl: 
     grad = (grad + grad.mT) / 2
     if impl == "polar":
         return _polar.lyapunov(root, grad)
+    if roots.numel():
+        # The root of a null eigenvalue's rounding is no slope to divide by.
+        roots = torch.where(roots > (roots.shape[-1] * torch.finfo(roots.dtype).eps) ** 0.5 * roots[..., -1:], roots, 0)
     sums = roots.unsqueeze(-1) + roots.unsqueeze(-2)
     return vectors @ torch.where(sums > 0, (vectors.mT @ grad @ vectors) / sums, 0) @ vectors.mT
 

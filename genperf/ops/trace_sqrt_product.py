@@ -38,11 +38,12 @@ def trace_sqrt_product(
             dimensions are a batch. Of a matrix that is far from semi-definite, "eigen" takes the positive part and warns;
             "polar" cannot look and takes the diagonal.
         factor1, factor2: any number of columns.
-        precision: of the polar iterations: "float64", or "mixed" (float32 for the most part; errors near 1e-6 of the trace).
-        return_error: also return an estimate of the absolute error of an iteration that has not converged, from its
-            residual; rounding is not in it, and the other implementations give 0.
-        impl: None picks. "eigen": eigenvalues of a symmetric matrix, best on a CPU; rank-deficient input may wait for the
-            device. "polar": matrix products only, without a wait, best on a GPU. "reference": the lines above.
+        precision: of the polar iterations: "float64", or "mixed", float32 for the most part: errors of about 1e-6 of the trace
+            for features of networks, 1e-4 where singular values fall off to 1e-8 of the largest.
+        return_error: also return a bound of the absolute error of iterations that have not converged, from their residual;
+            rounding is not in it, and the other implementations give 0.
+        impl: None picks. "eigen": eigenvalues of a symmetric matrix, best on a CPU; it waits for the device. "polar": matrix
+            products and triangular solves, without a wait, best on a GPU. "reference": the lines above.
 
     Returns:
         trace [...], in float64 if any input is, else float32; with return_error, (trace, error). Computed in float64
@@ -61,7 +62,7 @@ def trace_sqrt_product(
     reasons = refusals(sides[0].tensor.device)
     refuse_forward_mode(reasons, cov1, cov2, factor1, factor2)
     chosen = choose_impl(op, impl, reasons)
-    trace, error = trace_of_sides(sides, precision, chosen)
+    trace, error = trace_of_sides(sides, precision, return_error, chosen)
     return (trace, error) if return_error else trace
 
 
@@ -102,13 +103,13 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def trace_of_sides(sides: tuple[Side, Side], precision: str, impl: str) -> tuple[Tensor, Tensor]:
+def trace_of_sides(sides: tuple[Side, Side], precision: str, with_error: bool, impl: str) -> tuple[Tensor, Tensor]:
     """The op on checked sides: (trace, error) [...], differentiable."""
     first, second = sides
     dtype = result_dtype(first.tensor, second.tensor)
     if first.tensor.dim() > 2:
         pairs = zip(first.tensor.flatten(0, -3), second.tensor.flatten(0, -3), strict=True)
-        found = [trace_of_sides((Side(a, first.is_factor), Side(b, second.is_factor)), precision, impl) for a, b in pairs]
+        found = [trace_of_sides((Side(a, first.is_factor), Side(b, second.is_factor)), precision, with_error, impl) for a, b in pairs]
         batch = first.tensor.shape[:-2]
         if not found:
             return (first.tensor.new_zeros(batch, dtype=dtype),) * 2
@@ -121,7 +122,7 @@ def trace_of_sides(sides: tuple[Side, Side], precision: str, impl: str) -> tuple
             error = torch.zeros_like(trace)
         else:
             needed = (torch.is_grad_enabled() and t.requires_grad for t in tensors)
-            trace, error, _, _ = apply(_TraceSqrtProduct, *tensors, first.is_factor, second.is_factor, *needed, precision, impl)
+            trace, error, _, _ = apply(_TraceSqrtProduct, *tensors, first.is_factor, second.is_factor, *needed, precision, with_error, impl)
     return trace.to(dtype), error.to(dtype)
 
 
@@ -137,13 +138,13 @@ class _TraceSqrtProduct(torch.autograd.Function):
     """The gradient comes with the value, of the same decomposition; backward scales it."""
 
     @staticmethod
-    def forward(first, second, first_is_factor, second_is_factor, need_first, need_second, precision, impl):
+    def forward(first, second, first_is_factor, second_is_factor, need_first, need_second, precision, with_error, impl):
         compute = torch.ops.genperf.trace_sqrt_product if torch.compiler.is_compiling() else _compute
-        return compute(first, second, first_is_factor, second_is_factor, need_first, need_second, precision, impl)
+        return compute(first, second, first_is_factor, second_is_factor, need_first, need_second, precision, with_error, impl)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        first, second, *ctx.are_factors, ctx.need_first, ctx.need_second, _precision, _impl = inputs
+        first, second, *ctx.are_factors, ctx.need_first, ctx.need_second, _precision, _with_error, _impl = inputs
         _trace, error, grad_first, grad_second = outputs
         ctx.mark_non_differentiable(error, grad_first, grad_second)
         ctx.save_for_backward(first, second, grad_first, grad_second)
@@ -154,10 +155,11 @@ class _TraceSqrtProduct(torch.autograd.Function):
         needed = (ctx.need_first, ctx.need_second)
         found = [grad * g if need else None for g, need in zip((grad_first, grad_second), needed, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+            first, second = first.view_as(first), second.view_as(second)  # apart, if they are one tensor
             trace = trace_sqrt_product_reference(first, second, *ctx.are_factors)
             again = differentiate([trace], [grad], [first, second], needed)
             found = [None if g is None else ValueOf.apply(g.detach(), carrier) for g, carrier in zip(found, again, strict=True)]
-        return (*found, *[None] * 6)
+        return (*found, *[None] * 7)
 
 
 def _compute(
@@ -168,12 +170,13 @@ def _compute(
     need_first: bool,
     need_second: bool,
     precision: str,
+    with_error: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Trace, error estimate, and the gradients in either side where needed (else empty)."""
     sides = (Side(first, first_is_factor), Side(second, second_is_factor))
     needed = (need_first, need_second)
-    trace, error, gradients = polar_route(sides, needed, precision) if impl == "polar" else eigen_route(sides, needed)
+    trace, error, gradients = polar_route(sides, needed, precision, with_error) if impl == "polar" else eigen_route(sides, needed)
     return trace, error, *(first.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients)
 
 
@@ -181,6 +184,6 @@ torch.library.custom_op("genperf::trace_sqrt_product", _compute, mutates_args=()
 
 
 @torch.library.register_fake("genperf::trace_sqrt_product")
-def _(first, second, first_is_factor, second_is_factor, need_first, need_second, precision, impl):
+def _(first, second, first_is_factor, second_is_factor, need_first, need_second, precision, with_error, impl):
     gradients = (t.new_empty(t.shape if need else 0) for t, need in ((first, need_first), (second, need_second)))
     return first.new_empty(()), first.new_empty(()), *gradients
