@@ -249,7 +249,7 @@ def test_data_that_cannot_be_used(tmp_path, capsys):
 
     fails(tmp_path / "missing", "'.*missing', which does not exist")
     (tmp_path / "empty").mkdir()
-    fails(tmp_path / "empty", "in which no file has the suffix of an image")
+    fails(tmp_path / "empty", "must hold images, but no file in it has the suffix of an image")
     folder = write_images(tmp_path / "sizes", ["L", "L"])
     Image.new("L", (4, 4)).save(folder / "small.png")
     fails(folder, r"one size, got 12x8 in '.*0\.png' and 4x4 in '.*small\.png'")
@@ -332,7 +332,7 @@ def test_info_names_the_implementation_of_each_op(arguments, capsys):
     assert f"torch        {torch.__version__}" in page
     for op in info.OPS:
         for device in ("cpu", "cuda"):
-            assert re.search(rf"^  {op} +{device} +(native|triton|reference)$", page, re.M), (op, device)
+            assert re.search(rf"^  {op} +{device} +(native|triton|eigen|polar|reference)$", page, re.M), (op, device)
     assert "not triton: the Triton kernel runs on CUDA" in page
 
 

@@ -47,23 +47,15 @@ def fingerprint(images: Tensor) -> str:
 
 
 def _read_folder(folder: Path) -> np.ndarray:
-    from PIL import Image
+    from .images import image_paths, open_image
 
-    suffixes = Image.registered_extensions()
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
-    if not paths:
-        raise UserError(f"--data must hold images, got the folder {str(folder)!r}, in which no file has the suffix of an image.")
+    paths = image_paths(folder)
     pixels = []
     grey = True
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                if image.mode[0] in "IF":
-                    raise UserError(f"images must have 8 bits per channel, got {str(path)!r} of mode {image.mode}.")
-                grey &= image.mode in ("1", "L", "LA")
-                pixels.append(np.asarray(image.convert("L" if grey else "RGB")))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"the image {str(path)!r} cannot be read: {error}.") from error
+        with open_image(path) as image:
+            grey &= image.mode in ("1", "L", "LA")
+            pixels.append(np.asarray(image.convert("L" if grey else "RGB")))
         height, width = pixels[0].shape[:2]
         if pixels[-1].shape[:2] != (height, width):
             got = f"{pixels[-1].shape[1]}x{pixels[-1].shape[0]} in {str(path)!r}"

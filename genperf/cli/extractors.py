@@ -4,12 +4,14 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..metrics._features import feature_rows
 from .errors import UserError
 
 # From bytes to what an extractor takes.
@@ -24,7 +26,9 @@ class Extractor:
     """Maps images, uint8 [B, C, H, W], to features [B, d].
 
     The callable gets the images on the device in the form that `pixels` names. It returns features [B, d], or feature
-    maps [B, d, H, W], of which the mean over all positions is taken; or a tuple or list that begins with them.
+    maps [B, d, H, W], of which the mean over all positions is taken; or a tuple or list of just one such tensor.
+
+    It runs without TF32, so that a GPU's features are those of a CPU up to rounding of float32.
     """
 
     def __init__(self, name: str, function: Callable[[Tensor], object], *, pixels: str, device: torch.device) -> None:
@@ -40,20 +44,39 @@ class Extractor:
         shape = list(images.shape)
         images = PIXELS[self.pixels](images.to(self.device))
         try:
-            features = self._function(images)
+            with _full_float32():
+                features = self._function(images)
         except Exception as error:
             raise UserError(f"the extractor {self.name!r} failed on images {shape}: {_reason(error)}.") from error
-        if isinstance(features, tuple | list) and features:
+        owner = f"the extractor {self.name!r}"
+        if isinstance(features, tuple | list):
+            if len(features) != 1:
+                raise UserError(f"{owner} must return one tensor of features, got {len(features)} outputs.")
             features = features[0]
-        if not isinstance(features, Tensor) or not features.is_floating_point():
-            got = f"{features.dtype}" if isinstance(features, Tensor) else type(features).__name__
-            raise UserError(f"the extractor {self.name!r} must return a tensor of a floating dtype, got {got}.")
-        if features.dim() not in (2, 4) or features.shape[0] != shape[0] or features.numel() == 0:
-            got = list(features.shape)
-            raise UserError(f"the extractor {self.name!r} must return [B, d] or [B, d, H, W] for images {shape}, got {got}.")
-        if features.dim() == 4:
-            features = features.mean((2, 3), dtype=torch.float64)
-        return features
+        try:
+            rows = feature_rows(owner, features, None)
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
+        if len(rows) != shape[0]:
+            raise UserError(f"{owner} must return features of every image, got {list(features.shape)} for images {shape}.")
+        return rows
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Convolutions and matrix products of float32 without TF32; afterwards as before."""
+    try:
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # chosen for single operators with torch.backends' fp32_precision, which these cannot tell: the user's own choice
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def load_extractor(name: str, *, pixels: str | None, weights: Path | None, device: torch.device) -> Extractor:
@@ -76,7 +99,7 @@ def _inception(weights: Path | None) -> nn.Module:
         module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     except Exception as error:  # a torchvision that does not fit raises other kinds than ImportError
         raise UserError(
-            f"--extractor inception needs the package torch-fidelity ({_reason(error)}); install it with `pip install torch-fidelity`, "
+            f"--extractor inception needs the package torch-fidelity ({_reason(error)}); install it with `pip install 'genperf[fid]'`, "
             f"or name another extractor."
         ) from error
     if weights is None:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
@@ -46,7 +47,7 @@ extractors:
                         extractor; a callable that needs none (such as a class) is called once and returns it. A module
                         is put into evaluation mode and on the device. It gets float32 [B, 3, H, W] in [0, 1] on the device (see
                         --channels, --pixels), without gradients, and returns floats [B, d] or [B, d, H, W] (averaged over
-                        H and W), or a tuple or list that begins with them: pytorch_fid.inception:InceptionV3 fits.
+                        H and W), or a tuple or list of just one such tensor: pytorch_fid.inception:InceptionV3 fits. It runs without TF32.
 
 exit codes: 0; 2 with a sentence on stderr after a mistake, and nothing written; 130 after Ctrl-C.
 """
@@ -63,6 +64,7 @@ class _Side:
     cov: Tensor  # [d, d], float64
     count: int | None = None  # unknown for a statistics file
     features: Tensor | None = None  # [N, d], where a metric needs them
+    reference: metrics.FrechetReference | None = None  # of a statistics file
 
 
 class _Dimension(NamedTuple):
@@ -125,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
     if any(isinstance(source, Images) for source in sources):
         if arguments.extractor == "inception" and arguments.channels != 3:
             raise UserError(f"--extractor inception takes images of 3 channels, got --channels {arguments.channels}.")
-        import_extra("tqdm", "tqdm", "train")
+        import_extra("tqdm", "tqdm", "fid")
         extractor = load_extractor(arguments.extractor, pixels=arguments.pixels, weights=arguments.weights, device=device)
     sides = []
     for source in sources:
@@ -139,7 +141,9 @@ def run(arguments: argparse.Namespace) -> int:
         "biased": arguments.biased,
     }
     if arguments.save_stats is None:
-        results |= _compare(*sides, arguments)
+        scores = _compare(*sides, arguments)
+        _check_finite(scores, paths)
+        results |= scores
     else:
         results["saved"] = _save(arguments.save_stats, sides[0])
     results["seconds"] = time.perf_counter() - start
@@ -184,7 +188,7 @@ def _check_sources(sources: list[Source], arguments: argparse.Namespace) -> _Dim
         elif option:
             raise UserError(f"features or images are needed for {option}, got the statistics file {source.path!r}.")
         if not isinstance(source, Images):
-            dimension = len(source.mean) if isinstance(source, Statistics) else source.rows.shape[1]
+            dimension = source.reference.dim if isinstance(source, Statistics) else source.rows.shape[1]
             _check_dimension(known, dimension, source)
             known = _Dimension(dimension, source.path)
     return known
@@ -200,7 +204,8 @@ def _measure(
     source: Source, known: _Dimension | None, extractor: Extractor | None, arguments: argparse.Namespace, device: torch.device
 ) -> _Side:
     if isinstance(source, Statistics):
-        return _Side(source.mean.to(device), source.cov.to(device))
+        reference = source.reference.to(device)
+        return _Side(reference.mean, reference.cov, reference=reference)
     moments = metrics.FeatureMoments(unbiased=not arguments.biased, device=device)
     kept = []
     batches = _batches(source, extractor, arguments)
@@ -242,8 +247,7 @@ def _batches(source: Features | Images, extractor: Extractor | None, arguments: 
 
 def _compare(a: _Side, b: _Side, arguments: argparse.Namespace) -> dict[str, object]:
     mean_term = (a.mean - b.mean).square().sum().item()
-    # Between equal means the distance is its other term.
-    trace_term = frechet_distance(a.mean, a.cov, a.mean, b.cov).item()
+    trace_term = _trace_term(a, b)
     results = {"distance": mean_term + trace_term, "mean_term": mean_term, "trace_term": trace_term}
     if arguments.kid:
         results["kid"] = _kid(a.features, b.features, arguments)
@@ -251,6 +255,23 @@ def _compare(a: _Side, b: _Side, arguments: argparse.Namespace) -> dict[str, obj
         scores = metrics.precision_recall(a.features, b.features, k=arguments.neighbours)
         results |= {name: score.item() for name, score in scores._asdict().items()}
     return results
+
+
+def _trace_term(a: _Side, b: _Side) -> float:
+    # Between equal means the distance is its other term.
+    if a.reference is not None:
+        return a.reference.distance(a.mean, b.cov).item()
+    if b.reference is not None:
+        return b.reference.distance(b.mean, a.cov).item()
+    return frechet_distance(a.mean, a.cov, a.mean, b.cov).item()
+
+
+def _check_finite(scores: dict[str, Any], paths: list[str]) -> None:
+    for name, score in scores.items():
+        for value in score.values() if isinstance(score, dict) else [score]:
+            if not math.isfinite(value):
+                a, b = paths
+                raise UserError(f"the numbers in {a!r} and {b!r} must be small enough for a finite {name}, got {value}.")
 
 
 def _kid(a: Tensor, b: Tensor, arguments: argparse.Namespace) -> dict[str, float]:
@@ -267,6 +288,9 @@ def _save(path: Path, side: _Side) -> str:
         metrics.save_statistics(path, side.mean, side.cov)
     except OSError as error:
         raise UserError(f"--save-stats {str(path)!r} cannot be written: {error}.") from error
+    except ValueError as error:
+        reason = str(error).removeprefix("save_statistics: ").rstrip(".")
+        raise UserError(f"--save-stats {str(path)!r} cannot be written: {reason}.") from error
     return str(path)
 
 

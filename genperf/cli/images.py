@@ -1,8 +1,9 @@
 """Images on their way to a feature extractor: decoded and resized in threads, batch by batch."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -12,18 +13,42 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import UserError
+from .zipped_array import ZippedArray
 
 # A folder's files, or an array [N, H, W] or [N, H, W, 1 or 3] of uint8.
-ImageSequence = Sequence[Path] | np.ndarray
+ImageSequence = list[Path] | np.ndarray | ZippedArray
+
+Image.init()
+# Pillow goes by content, whatever a file is called. Of what it opens, EPS starts Ghostscript, IPTC opens any format inside it, and the
+# others have no decoder but one that another package or the system adds.
+FORMATS = [name for name in Image.OPEN if name not in ("EPS", "IPTC", "WMF", "EMF", "BUFR", "GRIB", "HDF5", "MPEG")]
 
 
 def image_paths(folder: Path) -> list[Path]:
     """The images in a folder and the folders within, in the order of their names."""
-    suffixes = Image.registered_extensions()
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if not paths:
         raise UserError(f"the folder {str(folder)!r} must hold images, but no file in it has the suffix of an image.")
     return paths
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """An image file of 8 bits per channel.
+
+    Raises:
+        UserError: there is none, or decoding it within the context fails.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.mode[0] in "IF":
+                raise UserError(f"images must have 8 bits per channel, got {str(path)!r} of mode {image.mode}.")
+            yield image
+    except UserError:
+        raise
+    except Exception as error:  # of whatever kind a decoder raises on broken data
+        raise UserError(f"the image {str(path)!r} cannot be read: {str(error).rstrip('.') or type(error).__name__}.") from error
 
 
 def read_batches(
@@ -41,12 +66,12 @@ def read_batches(
     first: np.ndarray | None = None
     with ThreadPoolExecutor(workers) as pool:
         # A bounded queue: submitting every image at once would hold the decoded folder in memory.
-        left = iter(range(len(images)))
+        left = iter(images)
         queue: deque[Future[np.ndarray]] = deque()
         try:
             for start in range(0, len(images), batch_size):
                 wanted = 2 * batch_size + workers - len(queue)
-                queue.extend(pool.submit(_read, images[index], _name(images, index, source), mode, size) for index in islice(left, wanted))
+                queue.extend(pool.submit(_read, image, mode, size) for image in islice(left, wanted))
                 batch = []
                 for index in range(start, min(start + batch_size, len(images))):
                     pixels = queue.popleft().result()
@@ -64,18 +89,11 @@ def read_batches(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _read(image: Path | np.ndarray, name: str, mode: str, size: tuple[int, int] | None) -> np.ndarray:
+def _read(image: Path | np.ndarray, mode: str, size: tuple[int, int] | None) -> np.ndarray:
     if isinstance(image, np.ndarray):
-        return _convert(Image.fromarray(image[..., 0] if image.shape[-1:] == (1,) else image), mode, size)
-    try:
-        with Image.open(image) as opened:
-            if opened.mode[0] in "IF":
-                raise UserError(f"images must have 8 bits per channel, got {name} of mode {opened.mode}.")
-            return _convert(opened, mode, size)
-    except UserError:
-        raise
-    except Exception as error:  # of whatever kind a decoder raises on broken data
-        raise UserError(f"the image {name} cannot be read: {str(error).rstrip('.') or type(error).__name__}.") from error
+        return _convert(Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image), mode, size)
+    with open_image(image) as opened:
+        return _convert(opened, mode, size)
 
 
 def _convert(image: Image.Image, mode: str, size: tuple[int, int] | None) -> np.ndarray:
@@ -86,7 +104,7 @@ def _convert(image: Image.Image, mode: str, size: tuple[int, int] | None) -> np.
 
 
 def _name(images: ImageSequence, index: int, source: str) -> str:
-    return f"image {index} of {source!r}" if isinstance(images, np.ndarray) else repr(str(images[index]))
+    return repr(str(images[index])) if isinstance(images, list) else f"image {index} of {source!r}"
 
 
 def _size(pixels: np.ndarray) -> str:

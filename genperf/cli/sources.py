@@ -2,15 +2,15 @@
 
 import dataclasses
 import zipfile
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-from ..metrics import load_moments
+from ..metrics import FrechetReference, load_moments
 from .errors import UserError, import_extra
+from .zipped_array import ERRORS, ZippedArray
 
 if TYPE_CHECKING:
     from .images import ImageSequence
@@ -21,8 +21,7 @@ class Statistics:
     """A file with mean and covariance."""
 
     path: str
-    mean: Tensor  # [d]
-    cov: Tensor  # [d, d]
+    reference: FrechetReference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,35 +50,59 @@ def open_source(path: str) -> Source:
         UserError: a sentence that says what is wrong with it.
     """
     if Path(path).is_dir():
-        import_extra("PIL", "pillow", "train")
+        import_extra("PIL", "pillow", "fid")
         from .images import image_paths
 
         return Images(path, image_paths(Path(path)))
     if not Path(path).exists():
         raise UserError(f"an input must be a file of statistics or features, or a folder of images, got {path!r}, which does not exist.")
+    # Before load_moments, which would read an array of images whole to find that it holds no features.
+    images = _image_array(path, lone=True)
+    if images is None:
+        try:
+            held = load_moments(path)
+        except ValueError as error:
+            images = _image_array(path, lone=False)
+            if images is None:
+                raise UserError(str(error).removeprefix("load_moments: ")) from error
+        else:
+            return Features(path, held) if isinstance(held, Tensor) else Statistics(path, _reference(path, *held))
+    import_extra("PIL", "pillow", "fid")
+    return Images(path, images)
+
+
+def _reference(path: str, mean: Tensor, cov: Tensor) -> FrechetReference:
     try:
-        held = load_moments(path)
+        return FrechetReference.from_moments(mean, cov)
     except ValueError as error:
-        images = _image_array(path)
-        if images is None:
-            raise UserError(str(error).removeprefix("load_moments: ")) from error
-        import_extra("PIL", "pillow", "train")
-        return Images(path, images)
-    return Features(path, held) if isinstance(held, Tensor) else Statistics(path, *held)
+        reason = str(error).partition(": ")[2].rstrip(".")
+        raise UserError(f"the statistics in {path!r} cannot be used: {reason}.") from error
 
 
-def _image_array(path: str) -> np.ndarray | None:
-    """The images that a .npy or .npz file holds; None where it holds none."""
+def _image_array(path: str, *, lone: bool) -> np.ndarray | ZippedArray | None:
+    """The images that a .npy or .npz file holds, mapped or to be read row by row; None where it holds none.
+
+    Args:
+        lone: whether to take them only from a file that holds no other array.
+    """
     try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(loaded, np.ndarray):
-            with loaded:
+        if not zipfile.is_zipfile(path):
+            loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        else:
+            with zipfile.ZipFile(path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+            if len(names) > 1:
                 # guided-diffusion writes batches of samples as the first of unnamed arrays.
-                names = [name for name in ("images", "arr_0") if name in loaded.files]
-                if not names and len(loaded.files) != 1:
-                    return None
-                loaded = loaded[(names or loaded.files)[0]]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+                names = [] if lone else [name for name in ("images", "arr_0") if name in names]
+            if not names:
+                return None
+            loaded = ZippedArray(path, names[0])
+        shape = loaded.shape
+        if loaded.dtype != np.uint8 or 0 in shape or not (len(shape) == 3 or (len(shape) == 4 and shape[-1] in (1, 3))):
+            return None
+        if isinstance(loaded, ZippedArray) and loaded.fortran_order:
+            with np.load(path, allow_pickle=False) as arrays:
+                return arrays[names[0]]
+        return loaded
+    except ERRORS:
         return None
-    is_image = loaded.ndim == 3 or (loaded.ndim == 4 and loaded.shape[-1] in (1, 3))
-    return loaded if is_image and loaded.dtype == np.uint8 and loaded.size else None

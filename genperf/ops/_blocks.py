@@ -8,35 +8,39 @@ BLOCK = 256
 
 def gram(w: Tensor, *, mirror: bool) -> Tensor:
     """w w' [m, m] of w [m, n]; its upper triangle only if `mirror`, and otherwise undefined above the diagonal blocks."""
-    result = w.new_zeros(len(w), len(w))
+    result = w.new_empty(len(w), len(w))
     for start, stop in _blocks(len(w)):
-        rows = w[start:stop] @ w[:stop].T
-        result[start:stop, :stop] = rows
+        torch.mm(w[start:stop], w[:stop].T, out=result[start:stop, :stop])
         if mirror:
-            result[:start, start:stop] = rows[:, :start].T
+            result[:start, start:stop] = result[start:stop, :start].T
     return result
 
 
 def congruence(lower: Tensor, symmetric: Tensor) -> Tensor:
-    """The lower triangle of lower' symmetric lower: a quarter of the work of two full products."""
+    """The lower triangle of lower' symmetric lower, with the diagonal blocks: a quarter of the work of two full products."""
     size = len(lower)
-    right = lower.new_empty(size, size)
+    right, result = torch.empty_like(lower), torch.empty_like(lower)
     for start, stop in _blocks(size):
-        right[start:, start:stop] = symmetric[start:, start:] @ lower[start:, start:stop]
-    result = lower.new_zeros(size, size)
+        torch.mm(symmetric[start:, start:], lower[start:, start:stop], out=right[start:, start:stop])
     for start, stop in _blocks(size):
-        result[start:stop, :stop] = lower[start:, start:stop].T @ right[start:, :stop]
+        torch.mm(lower[start:, start:stop].T, right[start:, :stop], out=result[start:stop, :stop])
     return result
 
 
 def times_lower(left: Tensor, lower: Tensor) -> Tensor:
     """left @ lower."""
-    return torch.cat([left[:, start:] @ lower[start:, start:stop] for start, stop in _blocks(len(lower))], 1)
+    result = left.new_empty(len(left), len(lower))
+    for start, stop in _blocks(len(lower)):
+        torch.mm(left[:, start:], lower[start:, start:stop], out=result[:, start:stop])
+    return result
 
 
 def lower_times(lower: Tensor, right: Tensor) -> Tensor:
     """lower @ right."""
-    return torch.cat([lower[start:stop, :stop] @ right[:stop] for start, stop in _blocks(len(lower))])
+    result = right.new_empty(len(lower), right.shape[1])
+    for start, stop in _blocks(len(lower)):
+        torch.mm(lower[start:stop, :stop], right[:stop], out=result[start:stop])
+    return result
 
 
 def is_lower(a: Tensor) -> bool:
