@@ -8,6 +8,7 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 from genperf.metrics import FeatureMoments, FrechetDistance, KernelInceptionDistance
+from genperf.metrics._feature_rows import FeatureRows
 from genperf.metrics.feature_moments import _BLOCK_ROWS
 
 
@@ -129,6 +130,27 @@ def test_state_dict_resumes_exactly(dim, device):
         FeatureMoments(5).load_state_dict(moments.state_dict())
     with pytest.raises(RuntimeError, match=r"Missing key.*scatter"):
         FeatureMoments().load_state_dict({"count": torch.tensor(1)})
+    with pytest.raises(RuntimeError, match=r"must have shapes \[\], \[d\], \[d\], \[d, d\], got"):
+        resumed.load_state_dict(moments.state_dict() | {"scatter": torch.zeros(4)})
+    assert torch.equal(resumed.cov, moments.cov)
+    rows = FeatureRows().update(features)
+    with pytest.raises(RuntimeError, match=r"must have shape \[N, d\], got \[4\]"):
+        rows.load_state_dict({"features": torch.zeros(4)})
+    assert rows.count == 100
+
+
+def test_state_dict_brings_its_device_unless_one_was_given(device):
+    features = torch.randn(20, 4, device=device)
+    for kind in (FeatureMoments, FeatureRows):
+        state = kind().update(features).state_dict()
+        for given, expected in ((None, device), ("cpu", "cpu")):
+            resumed = kind(device=given)
+            resumed.load_state_dict(state)
+            assert resumed.device.type == expected
+            assert resumed.update(features.cpu()).count == 40
+    meta = FeatureRows()
+    meta.load_state_dict({"features": torch.empty(3, 2, device="meta")})
+    assert meta.device.type == "meta"
 
 
 def test_moves_keep_float64(device):
@@ -158,7 +180,7 @@ def test_reset_forgets_all_but_a_given_dimension():
     assert (moments.count, moments.dim) == (0, None)
     features = torch.randn(5, 6)
     assert_moments(moments.update(features), features)
-    fixed = FeatureMoments(3).update(torch.randn(5, 3))
+    fixed = FeatureMoments(np.int64(3)).update(torch.randn(5, 3))
     fixed.reset()
     assert (fixed.count, fixed.dim) == (0, 3)
 
@@ -178,8 +200,8 @@ def test_empty_batches_and_few_samples():
 @pytest.mark.parametrize(
     ("features", "error", "message"),
     [
-        (torch.zeros(2, 4), ValueError, "must have 3 dimensions as those before, got 4"),
-        (torch.zeros(3), ValueError, r"shape \[N, d\] or \[B, d, H, W\], got \[3\]"),
+        (torch.zeros(2, 4), ValueError, r"must have shape \[N, 3\] or \[B, 3, H, W\], got \[2, 4\]"),
+        (torch.zeros(3), ValueError, r"shape \[N, 3\] or \[B, 3, H, W\], got \[3\]"),
         (torch.zeros(2, 3, 0, 5), ValueError, r"got \[2, 3, 0, 5\]"),
         (torch.zeros(2, 3, dtype=torch.uint8), TypeError, r"must be float32, .* got torch.uint8"),
         (np.zeros((2, 3)), TypeError, "must be a tensor, got ndarray"),
@@ -195,7 +217,7 @@ def test_bad_features_leave_the_moments_alone(features, error, message):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="dim must be None or a positive number, got 0"):
+    with pytest.raises(ValueError, match="dim must be a whole number of at least 1, got 0"):
         FeatureMoments(0)
     with pytest.raises(ValueError, match="must have one dimension, got 3 and 2"):
         FeatureMoments(3).merge(FeatureMoments(2))
@@ -209,6 +231,13 @@ def test_sync_without_processes_does_nothing():
     assert_moments(moments.sync().sync(), features)
 
 
+def refusal(call):
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+
+
 def _synchronise(rank, path, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
@@ -219,11 +248,23 @@ def _synchronise(rank, path, results):
         alone.update(features)
     alone.sync()
     nothing = FeatureMoments().sync()
-    refused = False
-    try:
-        moments.sync()
-    except RuntimeError:
-        refused = True
+    refused = [refusal(moments.sync)]
+    loaded = FeatureMoments()
+    loaded.load_state_dict(moments.state_dict())
+    refused += [refusal(call) for call in (loaded.sync, lambda: loaded.update(features), lambda: loaded.merge(alone))]
+    one_of_two = copy.deepcopy(moments)
+    if rank == 1:
+        one_of_two.reset()
+    refused.append(refusal(one_of_two.sync))
+    kept = FrechetDistance(reset_real=False)
+    kept.update(features, real=True)
+    if rank == 0:
+        kept.real.load_state_dict(moments.state_dict())
+    refused += [refusal(kept.sync), kept.fake.is_synced]
+    rows = FeatureRows().update(features[:2]).sync()
+    again = FeatureRows()
+    again.load_state_dict(rows.state_dict())
+    refused += [refusal(call) for call in (again.sync, lambda: again.update(features), lambda: again.merge(rows))]
     try:
         FeatureMoments().update(torch.zeros(2, 3 + rank)).sync()
         dims = ""
@@ -266,9 +307,15 @@ def test_sync_counts_uneven_processes_alike_on_each(tmp_path):
         assert count == 90
         np.testing.assert_allclose(found_mean, mean.astype(np.float64), rtol=1e-15)
         np.testing.assert_allclose(found_cov, cov.astype(np.float64), rtol=0, atol=1e-13)
-    assert first[2:-1] == (0, True, "FeatureMoments: features of all processes must have one dimension, got [3, 4].", 4)
+    nothing, refused, dims, again, scores = first[2:]
+    twice, more = "are in here already; reset() before the next round.", "holds the samples of all processes; reset()"
+    for found, expected in zip(
+        refused, [twice, twice, more, more, twice, "hold the real samples of all", False, twice, more, more], strict=True
+    ):
+        assert found is expected or expected in found
+    assert (nothing, dims, again) == (0, "FeatureMoments: features of all processes must have one dimension, got [3, 4].", 4)
     features -= features.round(decimals=-6)
-    for metric, (real, fake, value) in zip((FrechetDistance(), KernelInceptionDistance()), first[-1], strict=True):
+    for metric, (real, fake, value) in zip((FrechetDistance(), KernelInceptionDistance()), scores, strict=True):
         metric.update(features, real=True)
         metric.update(torch.cat([features[:50], features[50:80]]) - 1, real=False)
         assert (real, fake) == (90, 80)

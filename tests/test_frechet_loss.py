@@ -211,6 +211,9 @@ def test_extractor_is_frozen_and_no_part_of_the_state(device):
     extractor.train()  # by a training loop that reaches it some other way
     assert torch.equal(FrechetLoss(make_reference(device=device), extractor)(images), value)
     assert not extractor.training
+    extractor.layers[3].train()
+    loss(images)
+    assert not extractor.layers[3].training
     assert all(p.grad is None and not p.requires_grad for p in extractor.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before.values(), extractor.state_dict().values(), strict=True))
     assert not list(loss.parameters())
@@ -322,6 +325,46 @@ def test_samples_that_are_not_finite_leave_no_trace(bad, kind, device):
     assert loss(x).isfinite()
 
 
+@pytest.mark.parametrize("queue_size", [4, 20])
+def test_queue_leaves_out_samples_that_are_not_finite(queue_size, device):
+    """Those of a full queue stay in the place of such a sample; before, there is nothing to stand in for it."""
+    reference = make_reference(device=device)
+    loss = FrechetLoss(reference, queue_size=queue_size)
+    seen = torch.empty(0, D, dtype=torch.float64, device=device)
+    while len(seen) < queue_size:
+        x = samples(3, seed=len(seen)).to(device)
+        joined = torch.cat([seen, x])
+        torch.testing.assert_close(loss(x), distance(joined, reference), rtol=1e-6, atol=1e-7)
+        seen = joined.float().double()[-queue_size:]
+        x[1] = float("nan")
+        loss.update(x)
+        seen = torch.cat([seen, x[::2]]).float().double()[-queue_size:]
+    before = loss.eval()(x[:1])
+    loss.update(torch.full_like(x, float("inf")))
+    torch.testing.assert_close(loss(x[:1]), before)
+
+
+def test_queue_forgets_samples_far_off(device):
+    """What the subtraction of a sample leaves behind in the sums goes with the next time round."""
+    reference = make_reference(device=device)
+    loss, x = FrechetLoss(reference, queue_size=20), samples(10).to(device)
+    loss.update(1e9 * x)
+    for seed in range(1, 5):
+        loss.update(samples(10, seed=seed).to(device))
+    joined = torch.cat([samples(10, seed=3), samples(10, seed=4)]).to(device)
+    torch.testing.assert_close(loss(x), distance(torch.cat([joined.float().double(), x]), reference), rtol=1e-6, atol=1e-7)
+
+
+def test_averages_in_float32_show_no_start_value(monkeypatch):
+    """As on MPS, which has no float64: 1 - momentum has 3 digits there."""
+    monkeypatch.setattr("genperf.losses.frechet_loss._available", lambda dtype, device: torch.float32)
+    loss = FrechetLoss(make_reference(), momentum=0.9999)
+    first, second = (samples(12, seed=seed, dtype=torch.float32) for seed in range(2))
+    for x, expected in ((first, first.mean(0)), (second, (0.9999 * first.mean(0) + second.mean(0)) / 1.9999)):
+        loss(x)
+        torch.testing.assert_close(loss.state_dict()["parts.0.history.mean"], expected)
+
+
 def test_large_means(kind, device):
     """Far from the origin as near it: nothing is subtracted from sums of squares about zero."""
     shift = 1e5
@@ -399,6 +442,7 @@ def test_processes_share_one_batch(tmp_path):
         ({"reference": {}}, ValueError, "at least one"),
         ({"reference": {"a.b": (None, make_reference())}}, ValueError, "name must be"),
         ({"reference": {"keys": (None, make_reference())}}, ValueError, "name must be"),
+        ({"reference": {"training": (None, make_reference())}}, ValueError, "name must be"),
         ({"reference": {"a": make_reference()}}, TypeError, "pairs"),
         ({"reference": {"a": (make_reference(), None)}}, TypeError, "reference must be"),
         ({"reference": [make_reference()] * 2, "extractor": [None]}, ValueError, "2 references need"),

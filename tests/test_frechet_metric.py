@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import genperf
 from genperf.metrics import FeatureMoments, FrechetDistance, FrechetReference, load_statistics, save_statistics
@@ -68,6 +69,29 @@ def test_few_features_are_their_own_factor():
     assert largest_allocation(lambda: FrechetReference.from_features(batch)) < square / 4
     assert largest_allocation(lambda: reference.distance_to_features(batch)) < square / 4
     assert reference.cov.shape == (400, 400)
+
+
+class Large(TorchDispatchMode):
+    """Keeps every result of at least `nbytes` that owns its memory."""
+
+    def __init__(self, nbytes):
+        super().__init__()
+        self.nbytes, self.found = nbytes, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage().nbytes() >= self.nbytes:
+            self.found[result.untyped_storage().data_ptr()] = result
+        return result
+
+
+def test_many_features_are_copied_once():
+    reference = FrechetReference.from_features(features(60, 4, 1))
+    batch = features(2000, 4, 2, dtype=torch.float64)
+    with Large(batch.nbytes // 2) as large:
+        reference.distance_to_features(batch)
+    large.found.pop(batch.untyped_storage().data_ptr(), None)
+    assert len(large.found) == 1
 
 
 @pytest.mark.parametrize("count", [5, 40])
@@ -141,6 +165,11 @@ def test_a_factor_of_another_covariance_is_refused(tmp_path):
     ("call", "error", "message"),
     [
         (lambda r: FrechetReference(torch.zeros(3), None, torch.zeros(2, 3)), ValueError, r"got mean \[3\], factor \[2, 3\]"),
+        (
+            lambda r: FrechetReference(torch.zeros(3), None, torch.zeros(3, 3).to("meta")),
+            ValueError,
+            "one device, got mean cpu, factor meta",
+        ),
         (lambda r: FrechetReference(torch.zeros(3).half(), None, torch.zeros(3, 3).half()), TypeError, "float64, or float32"),
         (lambda r: FrechetReference(torch.zeros(3), None, torch.zeros(3, 3).double()), TypeError, "as the others are"),
         (lambda r: FrechetReference.from_moments(torch.zeros(3), torch.eye(2)), ValueError, r"\[d\] and \[d, d\], got \[3\] and \[2, 2\]"),
@@ -193,6 +222,12 @@ def test_a_reference_takes_the_place_of_real_samples(kind, tmp_path, device):
         metric.update(fake, real=True)
     with pytest.raises(ValueError, match="must have 12 dimensions"):
         metric.update(fake[:, :5], real=False)
+    other = FrechetDistance()
+    other.update(real, real=True)
+    with pytest.raises(ValueError, match="are those of the reference, got 160 to merge"):
+        metric.merge(other)
+    with pytest.raises(RuntimeError, match="are those of the reference, got a state with 160"):
+        metric.load_state_dict(other.state_dict())
 
 
 @pytest.mark.parametrize("wrap", [None, lambda x: [x], lambda x: (x.mean((2, 3)),)])

@@ -122,9 +122,9 @@ def test_extractor_and_spatial_features(device):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"subsets": 0}, "subsets must be a positive number, got 0"),
-        ({"subset_size": 1}, "subset_size must be at least 2, got 1"),
-        ({"degree": 1.5}, "degree must be a positive whole number, got 1.5"),
+        ({"subsets": 0}, "subsets must be a whole number of at least 1, got 0"),
+        ({"subset_size": 1}, "subset_size must be a whole number of at least 2, got 1"),
+        ({"degree": 1.5}, "degree must be a whole number of at least 1, got 1.5"),
         ({"gamma": 0}, "gamma must be None or positive, got 0"),
         ({"coef": -1}, "coef must not be negative, got -1"),
     ],
@@ -142,7 +142,7 @@ def test_too_few_samples():
         KernelInceptionDistance().compute_full()
     with pytest.raises(ValueError, match="at least two samples on each side, got 30 and 1"):
         polynomial_mmd(*samples(30, 1))
-    with pytest.raises(ValueError, match="must have 6 dimensions as those before, got 5"):
+    with pytest.raises(ValueError, match=r"must have shape \[N, 6\]"):
         polynomial_mmd(torch.zeros(3, 6), torch.zeros(3, 5))
     with pytest.raises(ValueError, match="must have 6 dimensions as those before, got 5"):
         metric.update(torch.zeros(3, 5), real=True)

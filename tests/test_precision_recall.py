@@ -105,7 +105,7 @@ def test_metric_takes_batches(small_blocks, device):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="k must be a positive whole number, got 0"):
+    with pytest.raises(ValueError, match="k must be a whole number of at least 1, got 0"):
         PrecisionRecall(k=0)
     metric = PrecisionRecall()
     metric.update(torch.zeros(9, 2), real=True)
@@ -114,7 +114,7 @@ def test_bad_input():
         metric.compute()
     with pytest.raises(ValueError, match="more than k=3 samples on each side, got 3 and 9"):
         precision_recall(torch.zeros(3, 2), torch.zeros(9, 2))
-    with pytest.raises(ValueError, match="must have 2 dimensions"):
+    with pytest.raises(ValueError, match=r"must have shape \[N, 2\]"):
         precision_recall(torch.zeros(9, 2), torch.zeros(9, 3))
     with pytest.raises(ValueError, match="NaN or infinity in 1 of 9 samples"):
         precision_recall(torch.zeros(9, 2), torch.zeros(9, 2).index_fill(0, torch.tensor([4]), torch.nan))

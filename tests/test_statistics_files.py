@@ -107,7 +107,7 @@ def test_nothing_in_a_pickle_is_executed(tmp_path):
         "array.pkl": {"mu": mean, "sigma": np.array([Program(tmp_path / "executed")], dtype=object)},
     }.items():
         (tmp_path / name).write_bytes(pickle.dumps(content))
-        with pytest.raises(ValueError, match=r"the pickle names \w+.mkdir"):
+        with pytest.raises(ValueError, match=r"the pickle (names \w+.mkdir|holds an array of object)"):
             load_statistics(tmp_path / name)
     np.savez(tmp_path / "object.npz", mu=mean, sigma=np.array([Program(tmp_path / "executed")], dtype=object))
     np.save(tmp_path / "object.npy", {"mu": mean, "sigma": cov})
@@ -115,6 +115,53 @@ def test_nothing_in_a_pickle_is_executed(tmp_path):
         with pytest.raises(ValueError, match=f"{name} must be .* cannot be read"):
             load_statistics(tmp_path / name)
     assert not (tmp_path / "executed").exists()
+
+
+class Call:
+    """A pickle of this calls a function when it is loaded, and then sets a state."""
+
+    def __init__(self, function, *arguments, state=None):
+        self.function, self.arguments, self.state = function, arguments, state
+
+    def __reduce__(self):
+        return self.function, self.arguments, self.state
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_nothing_in_a_pickle_becomes_a_pointer(protocol, tmp_path):
+    """numpy's own functions would take the eight bytes for the address of an object, or read beyond them."""
+    path, pointer = tmp_path / "stats.pkl", b"AAAAAAAA"
+    reconstruct, scalar = (x.__reduce__()[0] for x in (np.zeros(1), np.float64(1)))
+
+    def array(shape, dtype):
+        return Call(reconstruct, np.ndarray, (0,), b"b", state=(1, shape, dtype, False, pointer))
+
+    for content in (
+        np.array([None]),
+        np.zeros(1, "f8,f8"),
+        array((4096,), np.dtype("f8")),
+        array((-1, -1), np.dtype("f8")),
+        Call(scalar, np.dtype("O"), pointer),
+        Call(np.ndarray, (1,), "O", pointer),
+        Call(np.ndarray, (1,), np.dtype("O"), pointer),
+    ):
+        path.write_bytes(pickle.dumps({"mu": content, "sigma": np.eye(1)}, protocol))
+        with pytest.raises(ValueError, match=r"load_statistics: .* cannot be read"):
+            load_statistics(path)
+    flagged = Call(np.dtype, "f8", False, True, state=(3, "<", None, None, None, -1, -1, 63))  # as an array of objects is
+    path.write_bytes(pickle.dumps({"mu": array((1,), flagged), "sigma": np.eye(1)}, protocol))
+    assert load_statistics(path)[0].item() == np.frombuffer(pointer)[0]
+
+
+def test_arrays_of_pickles_keep_their_order_and_type(tmp_path):
+    mean, cov, x = moments()
+    for protocol in (0, 2, 5):
+        for array in (x, np.asfortranarray(x), x.astype(">f4"), x[::2], x.astype(np.float16)):
+            (tmp_path / "x.pkl").write_bytes(pickle.dumps({"mu": mean, "sigma": cov, "features": array, "n": np.int32(7)}, protocol))
+            found = load_features(tmp_path / "x.pkl")
+            assert found.dtype.itemsize == array.dtype.itemsize
+            np.testing.assert_array_equal(found.numpy(), array)
+            found.fill_(1)
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f4", np.longdouble])

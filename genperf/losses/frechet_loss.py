@@ -7,7 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from ..metrics.frechet_reference import FrechetReference, centred_factor
+from ..metrics._distributed import world_size
+from ..metrics._features import as_rows, whole_number
+from ..metrics._sample_moments import Moments, population_moments, sample_moments
+from ..metrics.frechet_reference import FrechetReference
 from ..ops.frechet_distance import frechet_distance
 
 Extractor = Callable[[Tensor], Tensor]
@@ -31,12 +34,14 @@ class FrechetLoss(nn.Module):
 
     Queue and averages change at each forward pass in training mode, after the distance was taken, and never in eval
     mode. Both are buffers: a run that is resumed from a state_dict continues as it would have. Before training, fill them
-    with `update`. The queue holds features in float32. A sample with a NaN or infinite feature does not enter the queue,
-    and a batch with one does not enter the averages; the distance of that step is what frechet_distance makes of it.
+    with `update`. The queue holds features in float32. A sample with a NaN or infinite feature does not enter the queue
+    (of a full one, the oldest sample stays in its place), and a batch with one does not enter the averages; the distance of that
+    step is what frechet_distance makes of it.
 
     Moments and distance are float64 (float32 on MPS), autocast or not, and neither `.half()` nor `.to(dtype)` changes
     that. Fewer samples than features cost less: then no covariance is formed. A queue at least as long as the
-    features have dimensions keeps the sums of its moments, so that the cost of a step does not grow with the queue.
+    features have dimensions keeps the sums of its moments, so that the cost of a step does not grow with the queue; each time round,
+    they are summed anew. How full a queue is, and where it goes on, are numbers on the host: it is not for CUDA graphs or torch.compile.
 
     **Extractors.** A module is frozen for good: it is put in eval mode, its parameters stop requiring a gradient, and it
     moves with `.to()`. It is no submodule: state_dict(), parameters() and train() leave it out. To use a network that goes on
@@ -46,10 +51,11 @@ class FrechetLoss(nn.Module):
     sum of the distances times `weights`. `normalize=True` divides each distance by its own value + 0.01, without a
     gradient through the divisor, so that features of different scale pull alike; the loss is then near the sum of the weights.
 
-    **Several processes.** With torch.distributed initialised, features are gathered (in equal numbers from each rank) and every
-    rank returns the same loss, that of the joined batch; each gets the gradient of its own samples, without further
-    communication. The sum of the ranks' gradients is that of one process on the joined batch. DistributedDataParallel
-    takes their mean: multiply the loss by the number of ranks there.
+    **Several processes.** With torch.distributed initialised, features are gathered and every rank returns the same loss, that of the
+    joined batch; each gets the gradient of its own samples, without further communication. The sum of the ranks' gradients is
+    that of one process on the joined batch. DistributedDataParallel takes their mean: multiply the loss by the number of ranks
+    there. All ranks must have batches of one size, which is not checked: with others torch.distributed fails, or waits for ever. Take
+    drop_last=True for a DataLoader.
 
     Args:
         reference: statistics of real features, a genperf.metrics.FrechetReference; a sequence of them; or a mapping.
@@ -90,8 +96,7 @@ class FrechetLoss(nn.Module):
         pairs = _named_pairs(reference, extractor)
         self.names = tuple(pairs)
         self.weights = _checked_weights(weights, self.names)
-        if not isinstance(queue_size, int) or queue_size < 0:
-            raise ValueError(f"FrechetLoss: queue_size must be a number of features, at least 0, got {queue_size!r}.")
+        queue_size = whole_number("FrechetLoss", "queue_size", queue_size, 0)
         if momentum is not None and not 0 <= momentum < 1:
             raise ValueError(f"FrechetLoss: momentum must be None or lie in [0, 1), got {momentum!r}.")
         if momentum is not None and queue_size:
@@ -153,11 +158,11 @@ class FrechetLoss(nn.Module):
         """Features [n, d] of each extractor, all ranks' samples together."""
         found = []
         for name, extractor in zip(self.names, self._extractors, strict=True):
-            if isinstance(extractor, nn.Module) and extractor.training:
+            if isinstance(extractor, nn.Module) and any(module.training for module in extractor.modules()):
                 extractor.eval()
             features = images if extractor is None else extractor(images)
             found.append(_checked_features(features, self.parts[name].mean))
-        if self.gather and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        if self.gather and world_size() > 1:
             found = [_GatherBatch.apply(rows) for rows in found]
         return found
 
@@ -169,12 +174,6 @@ class FrechetLoss(nn.Module):
         for module in self._modules_of_extractors():
             module._apply(fn)
         return self
-
-
-class _Moments(NamedTuple):
-    mean: Tensor  # [d]
-    cov: Tensor | None = None  # [d, d]
-    factor: Tensor | None = None  # [d, r], in place of the covariance
 
 
 class _Statistics(nn.Module):
@@ -236,8 +235,7 @@ class _Queue(_Statistics):
         super().__init__()
         self.size = size
         self.unbiased = unbiased
-        # Rows that are not filled hold the reference's mean: where a sample is not finite, that stays.
-        self.register_buffer("features", mean.float().repeat(size, 1))
+        self.register_buffer("features", mean.new_zeros(size, mean.shape[0], dtype=torch.float32))
         self.register_buffer("cursor", torch.zeros(2, dtype=torch.int64, device=mean.device))
         # The same two numbers on the host, so that asking costs no synchronisation.
         self._position, self._filled = 0, 0
@@ -251,7 +249,7 @@ class _Queue(_Statistics):
     def step(self, x: Tensor) -> Tensor:
         return x
 
-    def moments(self, x: Tensor) -> _Moments:
+    def moments(self, x: Tensor) -> Moments:
         n, d = x.shape
         if not self.has_sums or self._filled + n <= d:
             return _moments(torch.cat([self.features[: self._filled].to(x.dtype), x]), self.unbiased)
@@ -260,25 +258,40 @@ class _Queue(_Statistics):
         centre = self.total / self._filled
         held = self.shift + centre, self.outer / self._filled - torch.outer(centre, centre)
         count = self._filled + n
-        mean, cov = _mixture(*held, *_population_moments(x), n / count)
-        return _Moments(mean, cov * (count / (count - 1)) if self.unbiased else cov)
+        mean, cov = _mixture(*held, *population_moments(x), n / count)
+        return Moments(mean, cov * (count / (count - 1)) if self.unbiased else cov)
 
     def commit(self, x: Tensor) -> None:
-        rows = x.detach()[-self.size :].to(self.features.dtype)
+        rows = x.detach().to(self.features.dtype)
+        if self._filled < self.size:
+            # To leave samples out waits for the device; a full queue has others to put in their place.
+            rows = rows[rows.isfinite().all(1)]
+        rows = rows[-self.size :]
         n = rows.shape[0]
         index = (torch.arange(n, device=rows.device) + self._position) % self.size
         old = self.features[index]
         rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, old)
-        if self.has_sums:
+        self.features[index] = rows
+        if self.has_sums and self._position + n >= self.size:
+            self._sum_anew()
+        elif self.has_sums:
             entering = rows.to(self.total.dtype) - self.shift
             leaving = old[min(n, self.size - self._filled) :].to(self.total.dtype) - self.shift
             self.total.add_(entering.sum(0) - leaving.sum(0))
             self.outer.addmm_(entering.T, entering).addmm_(leaving.T, leaving, alpha=-1)
-        self.features[index] = rows
         self._position = (self._position + n) % self.size
         self._filled = min(self._filled + n, self.size)
         self.cursor[0].fill_(self._position)
         self.cursor[1].fill_(self._filled)
+
+    def _sum_anew(self) -> None:
+        """Of a full queue: subtraction leaves rounding behind, as large as the largest sample that ever was in."""
+        self.total.zero_()
+        self.outer.zero_()
+        for rows in self.features.split(1024):
+            rows = rows.to(self.total.dtype) - self.shift
+            self.total.add_(rows.sum(0))
+            self.outer.addmm_(rows.T, rows)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -288,7 +301,7 @@ class _Queue(_Statistics):
 class _AveragesState(NamedTuple):
     mean: Tensor  # [d]
     cov: Tensor  # [d, d], of the mixture as a population
-    decay: Tensor  # [], momentum ** steps
+    weights: Tensor  # [], their sum 1 - momentum ** steps
     squares: Tensor  # [], sum of the squared weights of all samples; its inverse is the effective number of samples
 
 
@@ -301,20 +314,20 @@ class _Averages(_Statistics):
         self.unbiased = unbiased
         self.register_buffer("mean", torch.zeros_like(mean))
         self.register_buffer("cov", mean.new_zeros(mean.shape[0], mean.shape[0]))
-        self.register_buffer("decay", mean.new_ones(()))
+        self.register_buffer("weights", mean.new_zeros(()))
         self.register_buffer("squares", mean.new_zeros(()))
 
     def step(self, x: Tensor) -> _AveragesState:
-        decay = self.decay * self.momentum
-        weight = (1 - self.momentum) / (1 - decay)  # 1 at the first step
-        mean, cov = _mixture(self.mean, self.cov, *_population_moments(x), weight)
-        return _AveragesState(mean, cov, decay, (1 - weight) ** 2 * self.squares + weight**2 / x.shape[0])
+        weights = self.momentum * self.weights + (1 - self.momentum)
+        weight = (1 - self.momentum) / weights  # 1 at the first step
+        mean, cov = _mixture(self.mean, self.cov, *population_moments(x), weight)
+        return _AveragesState(mean, cov, weights, (1 - weight) ** 2 * self.squares + weight**2 / x.shape[0])
 
-    def moments(self, step: _AveragesState) -> _Moments:
+    def moments(self, step: _AveragesState) -> Moments:
         if not self.unbiased:
-            return _Moments(step.mean, step.cov)
+            return Moments(step.mean, step.cov)
         rest = 1 - step.squares
-        return _Moments(step.mean, step.cov / torch.where(rest > 0, rest, 1))
+        return Moments(step.mean, step.cov / torch.where(rest > 0, rest, 1))
 
     def commit(self, step: _AveragesState) -> None:
         finite = step.mean.isfinite().all() & step.cov.isfinite().all()
@@ -339,20 +352,8 @@ class _GatherBatch(torch.autograd.Function):
         return grad.narrow(0, ctx.count * distributed.get_rank(), ctx.count)
 
 
-def _moments(x: Tensor, unbiased: bool) -> _Moments:
-    """Of samples x [n, d], in the form that makes the smaller matrix."""
-    n, d = x.shape
-    if n <= d:
-        mean, factor = centred_factor("FrechetLoss", x, unbiased and n > 1)
-        return _Moments(mean, factor=factor)
-    mean, cov = _population_moments(x)
-    return _Moments(mean, cov * (n / (n - 1)) if unbiased else cov)
-
-
-def _population_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    mean = x.mean(0)
-    centred = x - mean
-    return mean, centred.T @ centred / x.shape[0]
+def _moments(x: Tensor, unbiased: bool) -> Moments:
+    return sample_moments("FrechetLoss", x, unbiased and len(x) > 1)
 
 
 def _mixture(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -373,7 +374,7 @@ def _named_pairs(reference: object, extractor: object) -> dict[str, tuple[Extrac
         if extractor is not None:
             raise ValueError("FrechetLoss: a mapping holds the extractors with the references, got an extractor beside it.")
         for name, pair in reference.items():
-            if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+            if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
                 raise ValueError(f"FrechetLoss: a name must be a string that a submodule can have, got {name!r}.")
             if not isinstance(pair, Sequence) or len(pair) != 2:
                 raise TypeError(f"FrechetLoss: a mapping must hold pairs (extractor, reference), got {pair!r} at {name!r}.")
@@ -414,18 +415,11 @@ def _checked_features(features: object, mean: Tensor) -> Tensor:
     """Features as rows [n, d], for a reference with this mean."""
     if isinstance(features, list | tuple) and len(features) == 1:
         features = features[0]
-    if not isinstance(features, Tensor) or not features.is_floating_point():
-        got = f"a {features.dtype} tensor" if isinstance(features, Tensor) else type(features).__name__
-        raise TypeError(f"FrechetLoss: features must be a floating tensor, got {got}.")
-    if features.dim() not in (2, 4) or features.shape[1] != mean.shape[0] or features.numel() == 0:
-        raise ValueError(
-            f"FrechetLoss: features must have shape [B, d] or [B, d, H, W] with at least one sample and the reference's "
-            f"d={mean.shape[0]}, got {list(features.shape)}."
-        )
+    rows = as_rows("FrechetLoss", features, mean.shape[0])
+    if not len(rows):
+        raise ValueError(f"FrechetLoss: there must be at least one sample, got features {list(features.shape)}.")
     if features.device != mean.device:
         raise ValueError(
             f"FrechetLoss: features and statistics must be on one device (the loss has a .to()), got {features.device} and {mean.device}."
         )
-    if features.dim() == 2:
-        return features
-    return features.mean((2, 3), dtype=torch.promote_types(features.dtype, torch.float32))
+    return rows

@@ -54,7 +54,7 @@ class FeatureRows(FeatureStore):
     def sync(self, group: Any = None) -> "FeatureRows":
         if world_size(group) == 1:
             return self
-        self._start_sync()
+        self._start_sync(group)
         dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
         gathered = gather_numbers([self.count, self.dim or 0, dtypes.index(self.features.dtype)], group)
         kinds = sorted({(dim, dtype) for count, dim, dtype in gathered if count})
@@ -84,10 +84,10 @@ class FeatureRows(FeatureStore):
         features = state_dict.get(prefix + "features")
         if features is None:
             missing_keys.append(prefix + "features")
-        elif len(features) and self._given_dim not in (None, features.shape[1]):
-            errors.append(f"FeatureRows: the state must be of {self._given_dim} dimensions, got {features.shape[1]}.")
+        elif features.dim() != 2 or (len(features) and self._given_dim not in (None, features.shape[1])):
+            errors.append(f"FeatureRows: features of the state must have shape [N, {self._given_dim or 'd'}], got {list(features.shape)}.")
         else:
-            self.reset()
+            self._start_load(state_dict, prefix, features.device)
             if len(features):
                 self._batches = [features.detach().to(self._device, copy=True)]
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._distributed import gather_numbers, world_size
 from ._features import FeatureStore
 
 
@@ -41,6 +42,7 @@ class TwoSampleMetric(nn.Module):
             ValueError: features of another dimension than before, of another shape, NaN or infinite; nothing of such a
                 batch is counted.
             TypeError: no floating-point tensor, or a `real` that is neither True nor False.
+            RuntimeError: after a `sync`, without a `reset` in between.
         """
         if not isinstance(real, bool):
             raise TypeError(f"{type(self).__name__}: real must be True or False, got {real!r}.")
@@ -60,6 +62,7 @@ class TwoSampleMetric(nn.Module):
         Raises:
             TypeError: another class.
             ValueError: features of another dimension.
+            RuntimeError: after a `sync`, without a `reset` in between.
         """
         if type(other) is not type(self):
             raise TypeError(f"{type(self).__name__}: only the same metric can be merged, got {type(other).__name__}.")
@@ -67,18 +70,25 @@ class TwoSampleMetric(nn.Module):
             for theirs in (other.real, other.fake):
                 if mine.dim is not None and theirs.dim is not None and mine.dim != theirs.dim:
                     raise ValueError(f"{type(self).__name__}: merged features must have one dimension, got {mine.dim} and {theirs.dim}.")
+        for mine, theirs in ((self.real, other.real), (self.fake, other.fake)):
+            if theirs.count:
+                mine.refuse_if_synced()
         self.real.merge(other.real)
         self.fake.merge(other.fake)
 
     def sync(self, group: Any = None) -> None:
-        """Take in what all processes of torch.distributed have; every process must call it, and then computes the same.
+        """Take in what all processes of torch.distributed have; every process must call it, and then holds the same.
 
         Real samples that stay through `reset` are exchanged once. Without torch.distributed nothing happens.
 
         Raises:
-            RuntimeError: called again without a reset in between, which would count samples twice.
+            RuntimeError: a process synchronised before and did not reset, which would count its samples twice; on every process.
             ValueError: features of different dimensions, on every process.
         """
+        if world_size(group) == 1:
+            return
+        if len({real for (real,) in gather_numbers([self.real.is_synced], group)}) > 1:
+            raise RuntimeError(f"{type(self).__name__}: some processes hold the real samples of all, and others only theirs; reset() each.")
         self.fake.sync(group)
         if not self.real.is_synced:
             self.real.sync(group)

@@ -87,6 +87,7 @@ class FeatureMoments(FeatureStore):
         Raises:
             ValueError: another d than before, another shape, NaN or infinity; nothing of such a batch is counted.
             TypeError: no floating-point tensor.
+            RuntimeError: after a `sync`, without a `reset` in between.
         """
         # Sums that were made under inference_mode could not be updated outside of it.
         with torch.inference_mode(False), torch.no_grad():
@@ -119,6 +120,7 @@ class FeatureMoments(FeatureStore):
         Raises:
             ValueError: features of another dimension.
             TypeError: no FeatureMoments.
+            RuntimeError: after a `sync`, without a `reset` in between.
         """
         if not isinstance(other, FeatureMoments):
             raise TypeError(f"FeatureMoments: only FeatureMoments can be merged, got {type(other).__name__}.")
@@ -126,6 +128,7 @@ class FeatureMoments(FeatureStore):
             raise ValueError(f"FeatureMoments: merged moments must have one dimension, got {self.dim} and {other.dim}.")
         if not other.count:
             return self
+        self.refuse_if_synced()
         with torch.inference_mode(False), torch.no_grad():
             self._flush()
             other._flush()
@@ -144,12 +147,12 @@ class FeatureMoments(FeatureStore):
         Counts may differ, and some may be 0. Without torch.distributed nothing happens.
 
         Raises:
-            RuntimeError: called again without a reset in between, which would count all samples once more.
+            RuntimeError: a process synchronised before and did not reset, which would count its samples once more; on every process.
             ValueError: features of different dimensions, on every process.
         """
         if world_size(group) == 1:
             return self
-        self._start_sync()
+        self._start_sync(group)
         with torch.inference_mode(False), torch.no_grad():
             self._flush()
             gathered = gather_numbers([self._count, len(self.shift)], group)
@@ -239,11 +242,15 @@ class FeatureMoments(FeatureStore):
             missing_keys += absent
             return
         count, shift, offset, scatter = (state_dict[prefix + name] for name in names)
-        dim = len(shift)
+        dim = shift.numel()
+        shapes = [tuple(t.shape) for t in (count, shift, offset, scatter)]
+        if shapes != [(), (dim,), (dim,), (dim, dim)] or (dim == 0 and count > 0):
+            errors.append(f"FeatureMoments: {', '.join(names)} of the state must have shapes [], [d], [d], [d, d], got {shapes}.")
+            return
         if self._given_dim not in (None, dim):
             errors.append(f"FeatureMoments: the state must be of {self._given_dim} dimensions, got {dim}.")
             return
-        self.reset()
+        self._start_load(state_dict, prefix, shift.device)
         self.shift, self.offset, self.scatter = (t.detach().to(self._device, torch.float64, copy=True) for t in (shift, offset, scatter))
         self._count = int(count)
 

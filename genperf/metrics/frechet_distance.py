@@ -31,7 +31,8 @@ class FrechetDistance(TwoSampleMetric):
         extractor: images -> features, any callable that returns a tensor [N, d] or [B, d, H, W], or a list or tuple of just one.
             It runs without gradients and, if it is a module, in evaluation mode, whatever mode it is in before and after.
             It gets what `update` gets, where it lies. None: `update` takes features.
-        reference: of the real samples, a FrechetReference or the path of a statistics file; then there are no real updates.
+        reference: of the real samples, a FrechetReference or the path of a statistics file; then real samples are refused, in
+            updates, merged metrics and states.
         dim: d; None takes that of the reference or of the first features.
         reset_real: whether `reset` forgets the real samples too.
         unbiased: divide by N - 1 for covariances, or by N, as StyleGAN does.
@@ -70,6 +71,17 @@ class FrechetDistance(TwoSampleMetric):
         if real is True and self.reference is not None:
             raise ValueError("FrechetDistance: the real samples are those of the reference, got an update with real=True.")
         super().update(x, real)
+
+    def merge(self, other: TwoSampleMetric) -> None:
+        if self.reference is not None and isinstance(other, FrechetDistance) and other.real.count:
+            raise ValueError(f"FrechetDistance: the real samples are those of the reference, got {other.real.count} to merge.")
+        super().merge(other)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        errors, count = args[4], int(state_dict.get(prefix + "real.count", 0))
+        if self.reference is not None and count:
+            errors.append(f"FrechetDistance: the real samples are those of the reference, got a state with {count}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def compute(self, *, impl: str | None = None) -> Tensor:
         """The distance between the samples so far, a float64 scalar, or one of the reference's dtype.

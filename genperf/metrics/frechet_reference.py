@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops._common import check_float, check_tensor
 from ..ops.covariance_factor import working_dtype
-from ._features import feature_rows
+from ._features import as_rows, feature_rows
+from ._sample_moments import centred_factor, sample_moments
 from .feature_moments import FeatureMoments
 from .statistics_files import ArrayFile, check_statistics, read_statistics, write_atomically
 
@@ -35,7 +35,7 @@ class FrechetReference:
         device, dtype: of the tensors.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or tensors on different devices.
         TypeError: tensors of different dtypes, or of neither of the two.
     """
 
@@ -50,6 +50,9 @@ class FrechetReference:
         if mean.dim() != 1 or factor.dim() != 2 or len(factor) != d or (cov is not None and cov.shape != (d, d)):
             shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in given.items())
             raise ValueError(f"{name}: shapes must be [d], [d, d] and [d, r], got {shapes}.")
+        if len({t.device for t in given.values()}) > 1:
+            places = ", ".join(f"{k} {v.device}" for k, v in given.items())
+            raise ValueError(f"{name}: mean, covariance and factor must be on one device, got {places}.")
         self.mean = mean.detach()
         self.factor = factor.detach()
         self._cov = None if cov is None else cov.detach()
@@ -177,38 +180,14 @@ class FrechetReference:
             TypeError: no floating-point tensor.
         """
         name = "FrechetReference.distance_to_features"
-        check_tensor(name, "features", features)
-        check_float(name, "features", features)
-        if features.dim() not in (2, 4) or features.shape[1] != self.dim:
-            raise ValueError(f"{name}: features must have shape [N, {self.dim}] or [B, {self.dim}, H, W], got {list(features.shape)}.")
+        rows = as_rows(name, features, self.dim, self.dtype)
         if features.device != self.device:
             raise ValueError(f"{name}: features and reference must be on one device, got {features.device} and {self.device}.")
-        rows = features.to(self.dtype)
-        if rows.dim() == 4:
-            rows = rows.mean((2, 3))
-        mean, factor = centred_factor(name, rows, unbiased)
-        if factor.shape[1] < self.dim:
-            return ops.frechet_distance(self.mean, None, mean, None, factor1=self.factor, factor2=factor, impl=impl)
-        return ops.frechet_distance(self.mean, None, mean, factor @ factor.T, factor1=self.factor, impl=impl)
+        mean, cov, factor = sample_moments(name, rows.to(self.dtype), unbiased)
+        return ops.frechet_distance(self.mean, None, mean, cov, factor1=self.factor, factor2=factor, impl=impl)
 
     def __repr__(self) -> str:
         return f"FrechetReference(dim={self.dim}, rank={self.factor.shape[1]}, dtype={self.dtype}, device={self.device})"
-
-
-def centred_factor(name: str, rows: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
-    """Mean [d] of rows [N, d] and a factor [d, N - 1] of their covariance, differentiable."""
-    count = len(rows)
-    needed = 2 if unbiased else 1
-    if count < needed:
-        raise ValueError(f"{name}: a{'n unbiased' * unbiased} covariance needs at least {needed} samples, got {count}.")
-    mean = rows.mean(0)
-    centred = rows - mean
-    if count == 1:
-        return mean, centred.T
-    # Centred rows sum to zero. A reflection that takes the vector of ones to the first row makes that row zero, and leaves it out:
-    # else every distance would hold the square root of an eigenvalue that is zero but for rounding.
-    independent = centred[1:] + centred[0] / (count**0.5 - 1)
-    return mean, independent.T / (count - unbiased) ** 0.5
 
 
 def _is_factor(factor: Tensor, cov: Tensor) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops.covariance_factor import working_dtype
 from ._feature_rows import FeatureRows
-from ._features import feature_rows
+from ._features import feature_rows, whole_number
 from ._two_samples import TwoSampleMetric
 
 # Rows and columns of the kernel matrix that are held at a time.
@@ -47,7 +47,7 @@ def polynomial_mmd(
         TypeError: no floating-point tensor.
     """
     name = "polynomial_mmd"
-    _check_kernel(name, degree, gamma, coef)
+    degree = _checked_degree(name, degree, gamma, coef)
     real = feature_rows(name, real, None)
     fake = feature_rows(name, fake, real.shape[1])
     if min(len(real), len(fake)) < 2:
@@ -91,11 +91,9 @@ class KernelInceptionDistance(TwoSampleMetric):
         device: torch.device | str | None = None,
     ) -> None:
         name = "KernelInceptionDistance"
-        if not isinstance(subsets, int) or subsets < 1:
-            raise ValueError(f"{name}: subsets must be a positive number, got {subsets!r}.")
-        if not isinstance(subset_size, int) or subset_size < 2:
-            raise ValueError(f"{name}: subset_size must be at least 2, got {subset_size!r}.")
-        _check_kernel(name, degree, gamma, coef)
+        subsets = whole_number(name, "subsets", subsets, 1)
+        subset_size = whole_number(name, "subset_size", subset_size, 2)
+        degree = _checked_degree(name, degree, gamma, coef)
         super().__init__(extractor, FeatureRows(device=device), FeatureRows(device=device), reset_real)
         self.subsets = subsets
         self.subset_size = subset_size
@@ -105,6 +103,8 @@ class KernelInceptionDistance(TwoSampleMetric):
 
     def compute(self, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation over the subsets, float64 scalars (float32 on MPS); the deviation divides by the number of subsets.
+
+        After `sync` each process draws subsets of its own. With generators of one seed they give one value.
 
         Args:
             generator: a CPU generator for the subsets, in place of torch's default one.
@@ -138,13 +138,14 @@ class KernelInceptionDistance(TwoSampleMetric):
         return self.real.features, self.fake.features.to(self.real.device)
 
 
-def _check_kernel(name: str, degree: int, gamma: float | None, coef: float) -> None:
-    if not isinstance(degree, int) or degree < 1:
-        raise ValueError(f"{name}: degree must be a positive whole number, got {degree!r}.")
+def _checked_degree(name: str, degree: int, gamma: float | None, coef: float) -> int:
+    """The degree, of a kernel that is one."""
+    degree = whole_number(name, "degree", degree, 1)
     if gamma is not None and not gamma > 0:
         raise ValueError(f"{name}: gamma must be None or positive, got {gamma!r}.")
     if not coef >= 0:
         raise ValueError(f"{name}: coef must not be negative, got {coef!r}.")
+    return degree
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops.covariance_factor import working_dtype
 from ._feature_rows import FeatureRows
-from ._features import feature_rows
+from ._features import feature_rows, whole_number
 from ._two_samples import TwoSampleMetric
 
 # Rows and columns of the distance matrix that are held at a time.
@@ -58,7 +58,7 @@ def precision_recall(
         TypeError: no floating-point tensor.
     """
     name = "precision_recall"
-    _check_k(name, k)
+    k = whole_number(name, "k", k, 1)
     real = feature_rows(name, real, None)
     fake = feature_rows(name, fake, real.shape[1])
     if min(len(real), len(fake)) <= k:
@@ -92,7 +92,7 @@ class PrecisionRecall(TwoSampleMetric):
         reset_real: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
-        _check_k("PrecisionRecall", k)
+        k = whole_number("PrecisionRecall", "k", k, 1)
         super().__init__(extractor, FeatureRows(device=device), FeatureRows(device=device), reset_real)
         self.k = k
 
@@ -104,11 +104,6 @@ class PrecisionRecall(TwoSampleMetric):
         """
         self._require(self.k + 1, f"the neighbour k={self.k}")
         return _scores(self.real.features, self.fake.features.to(self.real.device), self.k)
-
-
-def _check_k(name: str, k: int) -> None:
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"{name}: k must be a positive whole number, got {k!r}.")
 
 
 @torch.no_grad()

@@ -322,27 +322,68 @@ def _leaves(content: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads containers, numbers, strings and numpy arrays; a pickle that names anything else is refused before it is used."""
+    """Reads containers, numbers, strings and numpy arrays of numbers; a pickle that names anything else is refused.
 
-    _ALLOWED = frozenset(
-        [("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")]
-        + [
-            (f"numpy.{core}.{module}", function)
-            for core in ("core", "_core")
-            for module, function in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
-        ]
-    )
+    Nothing that a pickle names is called: stand-ins take its arguments. numpy's own dtypes and arrays can be restored to a state in
+    which the bytes of the file are taken for pointers to objects.
+    """
 
     def __init__(self, file: io.BufferedReader) -> None:
         super().__init__(file, encoding="latin1")
+        # Bound methods, as a pickle could set the defaults of a function.
+        self._stand_ins = {
+            "numpy.ndarray": None,  # named as what _reconstruct makes
+            "numpy.dtype": _Dtype,
+            "numpy.core.multiarray._reconstruct": self._empty,
+            "numpy.core.multiarray.scalar": self._scalar,
+            "numpy.core.numeric._frombuffer": self._array,
+            "_codecs.encode": self._bytes,
+        }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
+        known = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
+        if known not in self._stand_ins:
             raise pickle.UnpicklingError(f"the pickle names {module}.{name}, and only arrays in plain containers are read")
-        return super().find_class(module.replace("numpy.core", "numpy._core") if _HAS_UNDERSCORE_CORE else module, name)
+        return self._stand_ins[known]
 
     def persistent_load(self, pid: object) -> Any:
         raise pickle.UnpicklingError("the pickle refers to objects outside of it")
 
+    def _empty(self, cls: None, shape: tuple, typecode: bytes) -> np.ndarray:
+        return _Array(0)
 
-_HAS_UNDERSCORE_CORE = int(np.__version__.split(".")[0]) >= 2
+    def _scalar(self, dtype: "_Dtype", data: bytes | str) -> np.generic:
+        return _numbers(data, dtype, (), "C")[()]
+
+    def _array(self, data: bytes, dtype: "_Dtype", shape: tuple[int, ...], order: str) -> np.ndarray:
+        return _numbers(data, dtype, shape, order)
+
+    def _bytes(self, text: str, encoding: str) -> bytes:
+        return text.encode("latin1")
+
+
+class _Dtype:
+    """A numpy.dtype of numbers, of which a pickle sets the byte order and nothing else."""
+
+    def __init__(self, name: Any, align: bool = False, copy: bool = False) -> None:
+        self.dtype = np.dtype(str(name))
+        if self.dtype.kind not in "biuf":
+            raise pickle.UnpicklingError(f"the pickle holds an array of {self.dtype}, and only numbers are read")
+
+    def __setstate__(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """An array that is filled after it was made, with what has been checked."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, is_fortran, data = state
+        array = _numbers(data, dtype, shape, "F" if is_fortran else "C")
+        super().__setstate__((1, array.shape, array.dtype, False, array.tobytes()))
+
+
+def _numbers(data: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+    """Of a copy of the data, which may belong to an array that the pickle fills anew; Python 2 wrote bytes as strings."""
+    data = data.encode("latin1") if isinstance(data, str) else data
+    return np.frombuffer(bytearray(data), dtype.dtype).reshape(shape, order=order)

@@ -1,0 +1,44 @@
+"""Mean and covariance of samples, differentiable."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    mean: Tensor  # [d]
+    cov: Tensor | None = None  # [d, d]
+    factor: Tensor | None = None  # [d, r], in place of the covariance
+
+
+def sample_moments(name: str, rows: Tensor, unbiased: bool) -> Moments:
+    """Of rows [N, d], in the form that makes the smaller matrix."""
+    count, d = rows.shape
+    if count <= d:
+        mean, factor = centred_factor(name, rows, unbiased)
+        return Moments(mean, factor=factor)
+    mean, cov = population_moments(rows)
+    return Moments(mean, cov * (count / (count - 1)) if unbiased else cov)
+
+
+def population_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [d] and covariance [d, d] of rows [N, d], divided by N."""
+    mean = rows.mean(0)
+    centred = rows - mean
+    return mean, centred.T @ centred / len(rows)
+
+
+def centred_factor(name: str, rows: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
+    """Mean [d] of rows [N, d] and a factor [d, N - 1] of their covariance, differentiable."""
+    count = len(rows)
+    needed = 2 if unbiased else 1
+    if count < needed:
+        raise ValueError(f"{name}: a{'n unbiased' * unbiased} covariance needs at least {needed} samples, got {count}.")
+    mean = rows.mean(0)
+    centred = rows - mean
+    if count == 1:
+        return mean, centred.T
+    # Centred rows sum to zero. A reflection that takes the vector of ones to the first row makes that row zero, and leaves it out:
+    # else every distance would hold the square root of an eigenvalue that is zero but for rounding.
+    independent = centred[1:] + centred[0] / (count**0.5 - 1)
+    return mean, independent.T / (count - unbiased) ** 0.5
