@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from ..ops._blocks import gram
 
 
 class Moments(NamedTuple):
@@ -12,9 +15,9 @@ class Moments(NamedTuple):
 
 
 def sample_moments(name: str, rows: Tensor, unbiased: bool) -> Moments:
-    """Of rows [N, d], in the form that makes the smaller matrix."""
+    """Of rows [N, d], in the form that makes less work."""
     count, d = rows.shape
-    if count <= d:
+    if count <= 0.9 * d:  # nearer to d, products with the factor cost more than the smaller decomposition saves
         mean, factor = centred_factor(name, rows, unbiased)
         return Moments(mean, factor=factor)
     mean, cov = population_moments(rows)
@@ -23,9 +26,26 @@ def sample_moments(name: str, rows: Tensor, unbiased: bool) -> Moments:
 
 def population_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [d] and covariance [d, d] of rows [N, d], divided by N."""
-    mean = rows.mean(0)
-    centred = rows - mean
-    return mean, centred.T @ centred / len(rows)
+    return _PopulationMoments.apply(rows)
+
+
+class _PopulationMoments(torch.autograd.Function):
+    """One product in forward, of which half is computed, and one in backward, where autograd takes two; centred rows are not kept."""
+
+    @staticmethod
+    def forward(rows):
+        mean = rows.mean(0)
+        return mean, gram((rows - mean).T, mirror=True).div_(len(rows))
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.save_for_backward(*inputs, outputs[0])
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_cov):
+        rows, mean = ctx.saved_tensors
+        slope = (grad_cov + grad_cov.T) / len(rows)
+        return torch.addmm(grad_mean / len(rows) - mean @ slope, rows, slope)
 
 
 def centred_factor(name: str, rows: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:

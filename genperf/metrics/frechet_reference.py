@@ -164,7 +164,7 @@ class FrechetReference:
             x = features.double()                                                    # [N, d]
             genperf.frechet_distance(reference.mean, reference.cov, x.mean(0), torch.cov(x.T, correction=1 if unbiased else 0))
 
-        With N <= d the centred features take the place of a factor, and no d x d matrix is built for them.
+        With N below about d the centred features take the place of a factor, and no d x d matrix is built for them.
 
         Args:
             features: [N, d], or [B, d, H, W], which are averaged over positions; any floating dtype. Computed in the

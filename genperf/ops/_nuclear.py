@@ -34,7 +34,7 @@ def eigen_route(sides: tuple[Side, Side], needed: tuple[bool, bool]) -> tuple[Te
     limit = torch.finfo(error.dtype).max ** 0.2
     scales = [1.0 if 1 / limit < size < limit else size for size in largest]
     scaled = [side if scale == 1 else Side(side.tensor / scale, side.is_factor) for side, scale in zip(sides, scales, strict=True)]
-    narrow = [_narrow(side) for side in scaled]
+    narrow = [_narrow(side, 1) for side in scaled]
 
     base = _choose_base(narrow, needed)
     factor = narrow[base].tensor if narrow[base].is_factor else _factor(narrow[base].tensor)
@@ -60,9 +60,9 @@ def _largest(t: Tensor) -> float:
     return max(-low.item(), high.item()) if not low.isnan() else math.nan
 
 
-def _narrow(side: Side) -> Side:
-    """The side, a factor of more columns than rows as the covariance that it stands for."""
-    if side.is_factor and side.tensor.shape[1] > side.tensor.shape[0]:
+def _narrow(side: Side, aspect: int) -> Side:
+    """The side, a factor of more than `aspect` times as many columns as rows as the covariance that it stands for."""
+    if side.is_factor and side.tensor.shape[1] > aspect * side.tensor.shape[0]:
         return Side(gram(side.tensor, mirror=True), False)
     return side
 
@@ -152,8 +152,9 @@ def polar_route(sides: tuple[Side, Side], needed: tuple[bool, bool], precision: 
         return zero, zero.clone(), [torch.zeros_like(side.tensor) if need else None for side, need in zip(sides, needed, strict=True)]
     scales = [_largest_entry(side.tensor) for side in sides]
     scaled = [Side(side.tensor / scale, side.is_factor) for side, scale in zip(sides, scales, strict=True)]
-    factored = [None if s.is_factor else factor_without_sync(s.tensor) for s in scaled]
-    factors = [s.tensor if found is None else found[0] for s, found in zip(scaled, factored, strict=True)]
+    narrow = [_narrow(side, 2) for side in scaled]  # below that Cholesky costs more than longer rows
+    factored = [None if side.is_factor else factor_without_sync(side.tensor) for side in narrow]
+    factors = [side.tensor if found is None else found[0] for side, found in zip(narrow, factored, strict=True)]
     cross = factors[0].T @ factors[1]  # [r1, r2]
     u = _polar.polar(cross, precision=precision, accurate=any(needed)).to(cross.dtype)
     trace = (u * cross).sum()
@@ -169,7 +170,9 @@ def polar_route(sides: tuple[Side, Side], needed: tuple[bool, bool], precision: 
         if needed[index]:
             gradient = factors[1 - index] @ (u.T if index == 0 else u)
             if factored[index] is not None:
-                gradient = _of_covariance(gradient / 2, scaled[index].tensor, *factored[index])
+                gradient = _of_covariance(gradient / 2, narrow[index].tensor, *factored[index])
+            if scaled[index].is_factor and not narrow[index].is_factor:
+                gradient = 2 * gradient @ scaled[index].tensor
             gradients[index] = gradient * (unit / scales[index])
     return trace * unit, error * unit, gradients
 
