@@ -34,6 +34,8 @@ def test_op_tests_pass_on(isa):
     """Every instruction set below the best one, which the rest of the run has used."""
     if os.environ.get("GENPERF_ISA"):
         pytest.skip("this run is already for one instruction set")
+    # AMX is code of the search within the library of x86-64-v4.
+    same_library = (isa, _library.isa) == ("x86-64-v4", "amx")
     command = [
         sys.executable,
         "-m",
@@ -44,7 +46,7 @@ def test_op_tests_pass_on(isa):
         "no:cacheprovider",
         "-k",
         "not contract and not compile and not derivatives and not host",
-        *OP_TESTS,
+        *(path for path in OP_TESTS if not same_library or "nearest_code" in path or "vector_quantize" in path),
     ]
     result = subprocess.run(command, env={**os.environ, "GENPERF_ISA": isa}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:]
