@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 X86 = platform.machine() in ("x86_64", "AMD64")
-ISAS = ["x86-64", "x86-64-v3", "x86-64-v4"] if X86 else ["native"]
+ISAS = os.environ.get("GENPERF_BUILD_ISAS", "x86-64 x86-64-v3 x86-64-v4").split() if X86 else ["native"]
 
 if "sdist" not in sys.argv:
     try:
@@ -79,7 +79,7 @@ class NinjaBuild(build_ext):
         cxx = os.environ.get("CXX", "g++")
         if not shutil.which(shlex.split(cxx)[0]):
             sys.exit(f"genperf: no C++ compiler: {cxx!r} is not on PATH; install one or name it in CXX.")
-        build = Path(self.build_temp).resolve()
+        build = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()  # pip's folder is new each time
         build.mkdir(parents=True, exist_ok=True)
         optimise = "-O3 -DNDEBUG" if os.environ.get("DEBUG", "0") in ("", "0") else "-O0 -g"
         common = f"-std=c++20 {optimise} -fPIC -I{shlex.quote(str(ROOT / 'csrc'))} -DTORCH_TARGET_VERSION=0x020b000000000000"
