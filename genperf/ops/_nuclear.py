@@ -23,7 +23,7 @@ class Side(NamedTuple):
 
 
 def eigen_route(sides: tuple[Side, Side], needed: tuple[bool, bool]) -> tuple[Tensor, Tensor, Gradients]:
-    """Trace, error estimate and gradients, from the eigenvalues of F' cov F: F a factor of one side, cov the other side."""
+    """Trace, error (none here) and gradients, from the eigenvalues of F' cov F: F a factor of one side, cov the other side."""
     largest = [_largest(side.tensor) for side in sides]
     error = sides[0].tensor.new_zeros(())
     if 0 in largest or not all(map(math.isfinite, largest)):
