@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..metrics._features import feature_rows
+from ..metrics._features import feature_rows, only_output
 from .errors import UserError
 
 # From bytes to what an extractor takes.
@@ -49,11 +49,8 @@ class Extractor:
         except Exception as error:
             raise UserError(f"the extractor {self.name!r} failed on images {shape}: {_reason(error)}.") from error
         owner = f"the extractor {self.name!r}"
-        if isinstance(features, tuple | list):
-            if len(features) != 1:
-                raise UserError(f"{owner} must return one tensor of features, got {len(features)} outputs.")
-            features = features[0]
         try:
+            features = only_output(owner, features)
             rows = feature_rows(owner, features, None)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error

@@ -34,6 +34,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+from ..ops.covariance_factor import working_dtype
 from ..ops.frechet_distance import frechet_distance
 
 
@@ -66,7 +67,7 @@ class FrechetInceptionDistance(fid.FrechetInceptionDistance):
 
 def _moments(total: Tensor, outer: Tensor, count: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Mean, and covariance or factor, of `count` samples with the sum `total` and the sum of products `outer`."""
-    dtype = torch.float32 if total.device.type == "mps" else torch.float64
+    dtype = working_dtype(total.device)
     mean = total.to(dtype) / count
     cov = (outer.to(dtype) - count * torch.outer(mean, mean)) / (count - 1)
     rank = count - 1

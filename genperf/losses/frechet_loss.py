@@ -11,6 +11,7 @@ from ..metrics._distributed import world_size
 from ..metrics._features import as_rows, whole_number
 from ..metrics._sample_moments import Moments, population_moments, sample_moments
 from ..metrics.frechet_reference import FrechetReference
+from ..ops.covariance_factor import working_dtype
 from ..ops.frechet_distance import frechet_distance
 
 Extractor = Callable[[Tensor], Tensor]
@@ -184,7 +185,7 @@ class _Statistics(nn.Module):
             child._apply(fn)
         for name, buffer in self._buffers.items():
             device = fn(torch.empty(0, device=buffer.device)).device
-            self._buffers[name] = buffer.to(device, _available(buffer.dtype, device))
+            self._buffers[name] = buffer.to(device, working_dtype(device) if buffer.dtype == torch.float64 else buffer.dtype)
         return self
 
 
@@ -193,7 +194,7 @@ class _FeatureDistance(_Statistics):
 
     def __init__(self, mean: Tensor, factor: Tensor, queue_size: int, momentum: float | None, unbiased: bool) -> None:
         super().__init__()
-        dtype = _available(torch.float64, mean.device)
+        dtype = working_dtype(mean.device)
         mean = mean.detach().to(dtype)
         self.unbiased = unbiased
         self.register_buffer("mean", mean.clone(), persistent=False)
@@ -361,10 +362,6 @@ def _mixture(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, weight: f
     difference = mean2 - mean1
     between = weight * (1 - weight) * torch.outer(difference, difference)
     return mean1 + weight * difference, (1 - weight) * cov1 + weight * cov2 + between
-
-
-def _available(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    return torch.float32 if dtype == torch.float64 and device.type == "mps" else dtype
 
 
 def _named_pairs(reference: object, extractor: object) -> dict[str, tuple[Extractor | None, FrechetReference]]:

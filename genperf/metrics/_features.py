@@ -29,6 +29,19 @@ def as_rows(owner: str, x: Tensor, dim: int | None, dtype: torch.dtype | None = 
     return x.flatten(1) if x.shape[2:].numel() == 1 else x.mean((2, 3), dtype=dtype or torch.promote_types(x.dtype, torch.float32))
 
 
+def only_output(owner: str, output: Any) -> Any:
+    """What an extractor returned, out of a list or tuple of one.
+
+    Raises:
+        ValueError: several outputs, or none.
+    """
+    if not isinstance(output, list | tuple):
+        return output
+    if len(output) != 1:
+        raise ValueError(f"{owner} must return one tensor of features, got {len(output)} outputs.")
+    return output[0]
+
+
 def feature_rows(owner: str, x: Tensor, dim: int | None) -> Tensor:
     """As `as_rows`, without gradient, averaged in float64, and finite.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._distributed import gather_numbers, world_size
-from ._features import FeatureStore
+from ._features import FeatureStore, only_output
 
 
 class TwoSampleMetric(nn.Module):
@@ -107,12 +107,7 @@ class TwoSampleMetric(nn.Module):
 
     def _extract(self, x: Any) -> Tensor:
         with torch.no_grad(), evaluating(self.extractor):
-            features = self.extractor(x)
-        if isinstance(features, (list, tuple)):
-            if len(features) != 1:
-                raise ValueError(f"{type(self).__name__}: the extractor must return one tensor of features, got {len(features)} outputs.")
-            features = features[0]
-        return features
+            return only_output(f"{type(self).__name__}: the extractor", self.extractor(x))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "TwoSampleMetric":
         if isinstance(self.extractor, nn.Module):

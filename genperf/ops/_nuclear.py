@@ -37,12 +37,11 @@ def eigen_route(sides: tuple[Side, Side], needed: tuple[bool, bool]) -> tuple[Te
     narrow = [_narrow(side, 1) for side in scaled]
 
     base = _choose_base(narrow, needed)
-    factor = narrow[base].tensor if narrow[base].is_factor else _factor(narrow[base].tensor)
+    factor = _factor(narrow[base])
     trace, of_base, of_other = _nuclear_norm(factor, narrow[1 - base], needed[base], needed[1 - base])
     gradients = [of_base, of_other] if base == 0 else [of_other, of_base]
     if needed[base] and not narrow[base].is_factor:
-        factor = narrow[1 - base].tensor if narrow[1 - base].is_factor else _factor(narrow[1 - base].tensor)
-        gradients[base] = _nuclear_norm(factor, narrow[base], False, True)[2]
+        gradients[base] = _nuclear_norm(_factor(narrow[1 - base]), narrow[base], False, True)[2]
 
     unit = math.prod(scale if side.is_factor else math.sqrt(scale) for side, scale in zip(sides, scales, strict=True))
     for index, gradient in enumerate(gradients):
@@ -128,12 +127,14 @@ def _roots(values: Tensor, factor: Tensor, other: Side) -> Tensor:
     return torch.where(values > noise, values, 0).sqrt()
 
 
-def _factor(cov: Tensor) -> Tensor:
-    factor, left = nearest_factor(cov)
+def _factor(side: Side) -> Tensor:
+    if side.is_factor:
+        return side.tensor
+    factor, left = nearest_factor(side.tensor)
     if left <= INDEFINITE:
         return factor
     _warn_indefinite()
-    values, vectors = torch.linalg.eigh(cov)
+    values, vectors = torch.linalg.eigh(side.tensor)
     return (vectors * values.clamp(min=0).sqrt())[:, values > 0]
 
 

@@ -49,7 +49,7 @@ def _best_quintic(low: float, high: float) -> tuple[float, float, float, float]:
 # By dtype, the steps that bring relative singular values from 1e-7 (float32: 1e-5) on to 1.
 STEPS = {torch.float64: _schedule(1e-7), torch.float32: _schedule(1e-5)}
 SIGN_LOWER = {torch.float64: 1e-10, torch.float32: 1e-5}
-SIGN_STEPS = {dtype: _schedule(lower) for dtype, lower in SIGN_LOWER.items()}
+SIGN_STEPS = {torch.float64: _schedule(1e-10), torch.float32: STEPS[torch.float32]}
 
 
 def polar(w: Tensor, *, precision: str, accurate: bool) -> Tensor:
