@@ -7,7 +7,6 @@ import ast
 import functools
 import importlib.util
 import math
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -20,7 +19,7 @@ import genperf
 from genperf.metrics import FrechetReference
 
 from frechet_cases import eigvalsh, from_trace, symmetric_root  # isort: skip
-from measure import device_name, measure  # isort: skip
+from measure import measure  # isort: skip
 
 
 class Problem(NamedTuple):
@@ -117,18 +116,6 @@ def verify(found: Tensor, exact: Tensor, tolerance: float) -> None:
     assert error < tolerance, f"relative error {error:.1e}"
 
 
-def measure_once(benchmark, function, device, **facts):
-    """What takes a quarter of a minute is called once: no warm-up, no count of memory."""
-    if benchmark.disabled:
-        return benchmark(function)
-    benchmark.group = f"{facts['op']} {facts['workload']} D={facts['D']}"
-    benchmark.extra_info |= {
-        "bytes": None, "device": device_name(device), "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2), "torch": torch.__version__, **facts,
-    }  # fmt: skip
-    benchmark.pedantic(function, rounds=1, warmup_rounds=0)
-
-
 @pytest.mark.parametrize("contender", OF_MOMENTS)
 @pytest.mark.parametrize("d", [768, 1024, 2048])
 def test_of_covariances(benchmark, d, contender, size, device):
@@ -138,8 +125,8 @@ def test_of_covariances(benchmark, d, contender, size, device):
     slow = contender == "pytorch-fid" and d > 1024
     if not slow:
         verify(function(), problem.distance, 1e-8)
-    (measure_once if slow else measure)(
-        benchmark, function, device, flops=flops(d),
+    measure(
+        benchmark, function, device, flops=flops(d), once=slow,
         op="frechet_distance", workload="full rank, float64", contender=contender, D=d,
     )  # fmt: skip
 

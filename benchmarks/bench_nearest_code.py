@@ -15,23 +15,23 @@ from workloads import WORKLOADS  # isort: skip
 SAMPLED_DISTANCES = 3e7
 
 
-def genperf_search(x, codebook):
+def genperf_search(x, codebook, compiled):
     return lambda: genperf.nearest_code(x, codebook)
 
 
-def torch_cdist(x, codebook):
+def torch_cdist(x, codebook, compiled):
     return lambda: torch.cdist(x, codebook).argmin(1)
 
 
-def torch_compile(x, codebook):
-    @torch.compile(dynamic=True)
-    def search(x, codebook):
+def torch_compile(x, codebook, compiled):
+    def lines(x, codebook):
         return torch.addmm(codebook.square().sum(1), x, codebook.T, alpha=-2).argmin(1)
 
+    search = compiled(lines, dynamic=True)
     return lambda: search(x, codebook)
 
 
-def faiss_flat(x, codebook):
+def faiss_flat(x, codebook, compiled):
     faiss = pytest.importorskip("faiss")
     if x.is_cuda:
         pytest.skip("faiss-cpu has no CUDA search")
@@ -47,7 +47,7 @@ def faiss_flat(x, codebook):
     return search
 
 
-def vector_quantize_pytorch_eval(x, codebook):
+def vector_quantize_pytorch_eval(x, codebook, compiled):
     package = pytest.importorskip("vector_quantize_pytorch")
     layer = package.VectorQuantize(codebook.shape[1], codebook.shape[0]).to(x.device).eval()
     layer._codebook.embed.copy_(codebook.unsqueeze(0))
@@ -70,12 +70,12 @@ CONTENDERS = {
 
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("workload", WORKLOADS, ids=str)
-def test_nearest_code(benchmark, workload, contender, size, device):
+def test_nearest_code(benchmark, workload, contender, size, compiled, device):
     name, n, k, d = size(workload)
     make, bytes_per_pair = CONTENDERS[contender]
     skip_too_large(contender, bytes_per_pair * n * k)
     x, codebook = torch.randn(n, d, device=device), torch.randn(k, d, device=device)
-    search = make(x, codebook)
+    search = make(x, codebook, compiled)
 
     rows = torch.randperm(n, device=device)[: max(16, int(SAMPLED_DISTANCES / k / d))]
     exact = genperf.nearest_code(x[rows], codebook, impl="reference")

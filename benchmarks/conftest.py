@@ -1,13 +1,24 @@
 import functools
+import sys
 
 import pytest
 import torch
 
-from workloads import Workload  # isort: skip
+from workloads import QUICK, Workload  # isort: skip
 
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device that the benchmarks run on: cpu or cuda")
+    parser.addoption("--quick", action="store_true", help="only one of each kind of size of the searches")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--quick"):
+        return
+    workloads = {item: item.callspec.params.get("workload") for item in items if hasattr(item, "callspec")}
+    dropped = [item for item, workload in workloads.items() if workload is not None and workload.name not in QUICK]
+    items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=dropped)
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +29,8 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # it takes seconds to load
+        torch._dynamo.reset()
 
 
 @pytest.fixture

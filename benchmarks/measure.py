@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from genperf import __version__, _library
+
 # Of what takes milliseconds, so that one of them is undisturbed.
 MANY_ROUNDS = 15
 MINIMUM_SECONDS = 0.3
@@ -19,20 +21,32 @@ MAXIMUM_BYTES = 5e9
 
 
 def measure(
-    benchmark, function: Callable[[], object], device: str, *, moved: int | None = None, least_rounds: int = 5, **facts: object
+    benchmark,
+    function: Callable[[], object],
+    device: str,
+    *,
+    moved: int | None = None,
+    least_rounds: int = 5,
+    once: bool = False,
+    **facts: object,
 ) -> None:
     """Time `function` and record what it did: the fewest bytes it must move, `facts` (op, workload and contender among them), peak memory.
 
     CPU: wall clock, at least `least_rounds` rounds (a third of them of calls over a second) and 0.3 s, to be judged by the minimum. CUDA:
-    quantiles of device time with a cold L2 cache, and the wall clock of synchronised calls.
+    quantiles of device time with a cold L2 cache, and the wall clock of synchronised calls. What takes a quarter of a minute is called
+    `once`: without a warm-up, and its memory is not counted.
     """
     benchmark.group = " ".join([f"{facts['op']} {facts['workload']}", *(f"{name}={facts[name]}" for name in "NKD" if name in facts)])
     benchmark.extra_info |= {
         "bytes": moved, "device": device_name(device), "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2), "torch": torch.__version__, **facts,
+        "load": round(os.getloadavg()[0], 2), "torch": torch.__version__,
+        "genperf": f"{__version__}, {_library.isa}" if device == "cpu" else __version__, **facts,
     }  # fmt: skip
     if benchmark.disabled:
         benchmark(function)
+        return
+    if once:
+        benchmark.pedantic(_synchronised(function, device), rounds=1, warmup_rounds=0)
         return
     benchmark.extra_info["extra_bytes"] = peak_extra_bytes(function, device)
     if device == "cuda":

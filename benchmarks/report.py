@@ -1,39 +1,145 @@
-"""From pytest-benchmark's JSON to a table, a chart and the committed results: results/<device>.json, .md and .png."""
+"""From measurements to one page on a machine: its ceilings, every op beside its rivals, a chart.
+
+python benchmarks/report.py build/bench.json [--out FOLDER] [--name NAME]  writes NAME.json, .md and .png
+python benchmarks/report.py benchmarks/results/NAME.json                   the page of kept rows anew
+python benchmarks/report.py --readme benchmarks/results/NAME.json          README's tables and figures from kept rows
+"""
 
 import argparse
 import json
-import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
 SIZES = ("N", "K", "D")
+# What no implementation of its op can be faster than, and therefore no rival.
+BOUNDS = ("clone",)
+WALL_TIME, DEVICE_TIME = "shortest wall time", "median device time, L2 cold"
+
+
+class Case(NamedTuple):
+    """What every contender did with the same inputs."""
+
+    op: str
+    size: str
+    rows: list[dict]
+
+    @property
+    def ours(self) -> dict:
+        """genperf's row, or that of its first variant."""
+        variants = [row for row in self.rows if is_ours(row)]
+        return next((row for row in variants if row["contender"] == "genperf"), variants[0])
+
+    @property
+    def rivals(self) -> list[dict]:
+        """The others, fastest first."""
+        return sorted((row for row in self.rows if not is_ours(row) and row["contender"] not in BOUNDS), key=lambda row: row["ms"])
+
+
+def is_ours(row: dict) -> bool:
+    return row["contender"].startswith("genperf")
 
 
 def read(path: Path) -> list[dict]:
-    """One row for each benchmark: what it was, and its best time in milliseconds (median of device times on a GPU)."""
+    """One row for each benchmark: what it was, and its best time in milliseconds (median of device times on a GPU).
+
+    The file is pytest-benchmark's, or rows that were kept.
+    """
+    content = json.loads(path.read_text())
+    if isinstance(content, list):
+        return content
     rows = []
-    for entry in json.loads(path.read_text())["benchmarks"]:
+    for entry in content["benchmarks"]:
         facts = entry["extra_info"]
         device_ms = facts.pop("device_ms", None)
-        rows.append({**facts, "ms": device_ms[1] if device_ms else entry["stats"]["min"] * 1e3, "rounds": entry["stats"]["rounds"]})
+        ms = device_ms[1] if device_ms else entry["stats"]["min"] * 1e3
+        rows.append({**facts, "ms": ms, "time": DEVICE_TIME if device_ms else WALL_TIME, "rounds": entry["stats"]["rounds"]})
     return rows
 
 
-def group(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Rows of one op, workload and size, which are what each contender did with the same inputs."""
-    groups: dict[tuple, list[dict]] = {}
+def sizes_of(row: dict) -> str:
+    return ", ".join([row["workload"], *(f"{name} = {row[name]}" for name in SIZES if name in row)])
+
+
+def cases(rows: list[dict]) -> list[Case]:
+    """Every op and size that genperf was measured at, in the order of the rows."""
+    found: dict[tuple[str, str], Case] = {}
     for row in rows:
-        groups.setdefault((row["op"], row["workload"], *(row.get(size) for size in SIZES)), []).append(row)
-    return groups
+        found.setdefault((row["op"], size := sizes_of(row)), Case(row["op"], size, [])).rows.append(row)
+    return [case for case in found.values() if any(map(is_ours, case.rows))]
 
 
-def cells(row: dict, ours: float | None) -> dict[str, str]:
-    """A row of the table by column. The searches count pairs, what streams counts bytes."""
+def milliseconds(ms: float | None) -> str:
+    """Three digits, and those before the point."""
+    return "" if ms is None else f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}"
+
+
+def times(row: dict, ours: dict) -> str:
+    """How often genperf's time fits into a rival's; bold where the rival is faster."""
+    ratio = row["ms"] / ours["ms"]
+    text = f"{ratio:.2f}x" if ratio < 2 else f"{ratio:.1f}x"
+    return f"**{text}**" if ratio < 1 else text
+
+
+def megabytes(row: dict) -> str:
+    return "" if row.get("extra_bytes") is None else f"{row['extra_bytes'] / 1e6:.0f}"
+
+
+def markdown(lines: list[dict[str, str]]) -> str:
+    """A table of lines, each of which has every column."""
+    columns = list(lines[0])
+    head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join(head + [f"| {' | '.join(line[column] for column in columns)} |" for line in lines])
+
+
+def machine(rows: list[dict]) -> str:
+    first = rows[0]
+    parts = [f"{first['device']}, {first['threads']} threads, torch {first['torch']}"]
+    parts += [f"genperf {first['genperf']}"] if "genperf" in first else []
+    return "; ".join([*parts, first.get("time", WALL_TIME)])
+
+
+def ceilings(rows: list[dict]) -> str:
+    """What the machine was measured to do at most, or nothing where it was not."""
+    found = []
+    for row in rows:
+        if row["op"] == "ceiling":
+            rate = f"{row['flops'] / row['ms'] / 1e6:.0f} GFLOP/s" if "flops" in row else f"{row['bytes'] / row['ms'] / 1e6:.1f} GB/s"
+            found.append(f"{row['workload']} {rate}")
+    return ", ".join(found)
+
+
+def summary(rows: list[dict]) -> str:
+    """One line for every op and size: genperf, and the fastest of the others."""
+    lines, lost = [], 0
+    for case in cases(rows):
+        ours, rival = case.ours, next(iter(case.rivals), None)
+        lost += rival is not None and rival["ms"] < ours["ms"]
+        lines.append(
+            {
+                "op": case.op,
+                "size": case.size,
+                "genperf, ms": milliseconds(ours["ms"]),
+                "fastest other": rival["contender"] if rival else "",
+                "its ms": milliseconds(rival["ms"]) if rival else "",
+                "speed-up of genperf": times(rival, ours) if rival else "",
+                "genperf, extra MB": megabytes(ours),
+                "its extra MB": megabytes(rival) if rival else "",
+            }
+        )
+    text = f"The fastest other is faster than genperf in {lost} of {len(lines)} rows, whose speed-up is in bold."
+    return f"{text}\n\n{markdown(lines)}"
+
+
+def cells(row: dict, ours: dict) -> dict[str, str]:
+    """A row of a case by column. The searches count pairs, what streams counts bytes."""
+    speed_up = f"{row['ms'] / ours['ms']:.2f}x" if is_ours(row) or row["contender"] in BOUNDS else times(row, ours)
     found = {
         "contender": row["contender"],
-        "ms": f"{row['ms']:.3g}",
-        "speed-up of genperf": "" if ours is None or row["contender"] == "genperf" else f"{row['ms'] / ours:.1f}x",
+        "ms": milliseconds(row["ms"]),
+        "speed-up of genperf": "" if row is ours else speed_up,
     }
     if "pairs" in row:
         found["Gpairs/s"] = f"{row['pairs'] / row['ms'] / 1e6:.2f}"
@@ -41,77 +147,89 @@ def cells(row: dict, ours: float | None) -> dict[str, str]:
         found["GFLOP/s"] = f"{row['flops'] / row['ms'] / 1e6:.0f}"
     if "pairs" not in row and row.get("bytes") is not None:
         found["GB/s"] = f"{row['bytes'] / row['ms'] / 1e6:.1f}"
-    found["extra MB"] = "" if row.get("extra_bytes") is None else f"{row['extra_bytes'] / 1e6:.0f}"
+    found["extra MB"] = megabytes(row)
     if "wrong_rows" in row:
         found["wrong rows"] = f"{row['wrong_rows']:.2%}"
     return found
 
 
-def table(rows: list[dict]) -> str:
-    first = rows[0]
-    time = "median device time, L2 cold" if "cuda" in first["torch"] and first["device"].startswith("NVIDIA") else "shortest wall time"
-    lines = [
-        f"{first['device']}, {first['threads']} threads, torch {first['torch']}; float32 where no dtype is named; {time}; "
-        f"load {first['load']} at the start.",
-        "",
-    ]
-    for (op, workload, *sizes), members in group(rows).items():
-        ours = next((row["ms"] for row in members if row["contender"] == "genperf"), None)
-        body = [cells(row, ours) for row in sorted(members, key=lambda row: row["ms"])]
-        columns = list(body[0])
-        heading = ", ".join([workload, *(f"{name} = {size}" for name, size in zip(SIZES, sizes, strict=True) if size is not None)])
-        lines += [f"### {op}: {heading}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        lines += [f"| {' | '.join(row[column] for column in columns)} |" for row in body]
-        lines.append("")
-    return "\n".join(lines)
+def head(rows: list[dict]) -> str:
+    """The page without its single contenders."""
+    facts = [f"{machine(rows)}; float32 where no dtype is named; load {rows[0]['load']} at the start."]
+    facts += [f"Ceilings of the machine, measured: {limits}."] if (limits := ceilings(rows)) else []
+    return "\n\n".join([*facts, summary(rows)])
+
+
+def page(rows: list[dict], name: str) -> str:
+    """The whole report in Markdown; NAME.png is its chart."""
+    blocks = [f"# Speed of genperf: {rows[0]['device']}", head(rows), f"![times relative to genperf's]({name}.png)", "## Every contender"]
+    for case in cases(rows):
+        lines = [cells(row, case.ours) for row in sorted(case.rows, key=lambda row: row["ms"])]
+        blocks += [f"### {case.op}: {case.size}", markdown(lines)]
+    return "\n\n".join(blocks) + "\n"
 
 
 def chart(rows: list[dict], path: Path) -> None:
+    """Each contender's time relative to genperf's, a line for every op and size."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = group(rows)
-    ops = sorted({key[0] for key in groups})
-    figure, axes = pyplot.subplots(len(ops), 1, figsize=(12, 4.2 * len(ops)), squeeze=False)
-    for axis, op in zip(axes[:, 0], ops, strict=True):
-        members = {key: value for key, value in groups.items() if key[0] == op}
-        contenders = list(dict.fromkeys(row["contender"] for value in members.values() for row in value))
-        width = 0.8 / len(contenders)
-        for i, contender in enumerate(contenders):
-            times = [next((row["ms"] for row in value if row["contender"] == contender), float("nan")) for value in members.values()]
-            axis.bar([x + i * width for x in range(len(members))], times, width, label=contender)
-        labels = [
-            "\n".join([workload, *(f"{name}={size}" for name, size in zip(SIZES, sizes, strict=True) if size is not None)])
-            for _, workload, *sizes in members
+    found = cases(rows)
+    contenders = list(dict.fromkeys(row["contender"] for case in found for row in case.rows))
+    figure, axis = pyplot.subplots(figsize=(12, 2 + 0.24 * len(found)), layout="constrained")
+    for number, contender in enumerate(contenders):
+        points = [
+            (row["ms"] / case.ours["ms"], line)
+            for line, case in enumerate(found)
+            for row in case.rows
+            if row["contender"] == contender and row is not case.ours
         ]
-        axis.set_xticks([x + 0.4 - width / 2 for x in range(len(members))], labels, fontsize=7)
-        # Bars of a logarithmic axis begin at a power of ten, well below the shortest.
-        shortest = min(row["ms"] for value in members.values() for row in value)
-        axis.set(yscale="log", ylabel="ms", ylim=(10 ** math.floor(math.log10(shortest / 2)), None))
-        axis.set_title(f"{op}, {rows[0]['device']}, {rows[0]['threads']} threads", loc="left")
-        axis.grid(axis="y", alpha=0.3)
-        axis.legend(fontsize=8, ncols=len(contenders), loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
-    figure.tight_layout()
+        if points:
+            style = {"marker": "osD^vP"[number % 6], "color": f"C{number % 10}", "s": 36, "zorder": 3}
+            axis.scatter(*zip(*points, strict=True), label=contender, **style)
+    labels = [f"{case.op}: {case.size}   {milliseconds(case.ours['ms'])} ms" for case in found]
+    axis.set_yticks(range(len(found)), labels, fontsize=7)
+    axis.set(xscale="log", ylim=(len(found) - 0.5, -0.5), xlabel="time / genperf's time")
+    axis.xaxis.set_major_formatter("{x:g}x")
+    faster, slower = min(0.5, axis.get_xlim()[0]), max(2.0, axis.get_xlim()[1])
+    axis.set_xlim(faster, slower)
+    axis.axvline(1, color="black", linewidth=1)
+    axis.axvspan(faster, 1, color="tab:red", alpha=0.1, zorder=0)
+    axis.text(0.97, -0.7, "faster than genperf", ha="right", fontsize=7)
+    axis.grid(alpha=0.3)
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center", frameon=False)
+    figure.suptitle(f"{machine(rows)}; genperf's times at the left", fontsize=9)
     figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", type=Path, nargs="+", help="files written by pytest --benchmark-json")
-    parser.add_argument("--name", help="name of the results (the device's)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path, nargs="+", help="files written by pytest --benchmark-json, or by this command")
+    parser.add_argument("--name", help="of the results (the device's, or that of kept rows)")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where to write")
+    parser.add_argument("--readme", action="store_true", help="rewrite README's tables and figures instead")
     arguments = parser.parse_args()
     rows = [row for path in arguments.json for row in read(path)]
-    if not rows:
-        parser.error("the files hold no benchmark")
-    name = arguments.name or re.sub(r"[^A-Za-z0-9]+", "-", rows[0]["device"]).strip("-")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(table(rows) + "\n")
-    print(table(rows))
-    chart(rows, RESULTS / f"{name}.png")
-    print(f"written: benchmarks/results/{name}.json, .md, .png")
+    if not cases(rows):
+        parser.error("the files hold no measurement of genperf")
+    first = arguments.json[0]
+    if arguments.readme:
+        from readme import refreshed
+
+        README.write_text(refreshed(README.read_text(), rows, first.stem))
+        print(f"written: {README.name}")
+        return
+    in_place = first.parent.resolve() == arguments.out.resolve()
+    name = arguments.name or (first.stem if in_place else re.sub(r"[^A-Za-z0-9]+", "-", rows[0]["device"]).strip("-"))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (arguments.out / f"{name}.md").write_text(page(rows, name))
+    print(head(rows))
+    chart(rows, arguments.out / f"{name}.png")
+    print(f"\nwritten: {arguments.out / name}.json, .md, .png")
 
 
 if __name__ == "__main__":

@@ -28,3 +28,6 @@ WORKLOADS = (
     Workload("SimVQ", 4096, 65536, 128),
     Workload("RQ-VAE-level", 4096, 16384, 256),
 )
+
+# One of each kind of size, for a run of minutes: torch.compile is compiled anew for each.
+QUICK = ("VQ-VAE", "LDM-f8", "LlamaGen-f16", "ViT-VQGAN", "SimVQ", "RQ-VAE-level")

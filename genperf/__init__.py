@@ -18,6 +18,8 @@ from .ops import (  # noqa: E402
     minibatch_similarity,
     nearest_code,
     perturb,
+    reference_ops,
+    sample_offset,
     trace_sqrt_product,
     vector_quantize,
 )
@@ -40,6 +42,8 @@ __all__ = [
     "nearest_code",
     "nn",
     "perturb",
+    "reference_ops",
+    "sample_offset",
     "trace_sqrt_product",
     "vector_quantize",
 ]

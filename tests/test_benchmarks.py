@@ -1,54 +1,128 @@
-"""Every benchmark runs, at a small size and without timing; what it verifies first is verified here too."""
+"""Every benchmark runs, at a small size and without timing; what it verifies first is verified here too. And `genperf bench`."""
 
+import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from genperf.cli import bench
+from genperf.cli.errors import UserError
+
 ROOT = Path(__file__).parents[1]
 
-
 # Of the many workloads of the searches, one of each kind of size.
-SELECTED = "VQ-VAE-N or LDM-f8 or SimVQ"
+SELECTED = "VQ-VAE-N or LDM-f8 or SimVQ or not (nearest_code or vector_quantize)"
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "benchmarks").glob("bench_*.py")))
-def test_benchmark_runs(script):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "-p", "no:cacheprovider", "--benchmark-disable", f"benchmarks/{script}"]
-    if script in ("bench_nearest_code.py", "bench_vector_quantize.py"):
-        command += ["-k", SELECTED]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_benchmarks_run():
+    scripts = sorted(path.name for path in (ROOT / "benchmarks").glob("bench_*.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "-p", "no:cacheprovider", "--benchmark-disable", "-k", SELECTED]
+    command += [f"benchmarks/{script}" for script in scripts]
+    # At these sizes threads would only wait for each other.
+    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     print(run.stdout)
     assert run.returncode == 0, run.stdout
 
 
-def test_report(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import report
+def parse(*options):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args(options)
 
-    facts = {"op": "nearest_code", "workload": "A", "N": 10, "K": 20, "D": 3, "flops": 1200.0, "bytes": 400, "pairs": 200}
-    facts |= {"device": "Some CPU", "threads": 2, "torch": "2.13.0", "load": 0.1, "extra_bytes": 1000}
-    entries = [
-        {"extra_info": {**facts, "contender": name, "wrong_rows": wrong}, "stats": {"min": seconds, "rounds": 5}}
-        for name, seconds, wrong in (("genperf", 1e-3, 0.0), ("other", 4e-3, 0.01))
-    ]
-    streaming = {"op": "interpolate", "workload": "[64, 3]", "bytes": 4_000_000, "extra_bytes": None, "contender": "clone"}
-    streaming |= {fact: facts[fact] for fact in ("device", "threads", "torch", "load")}
-    entries.append({"extra_info": streaming, "stats": {"min": 2e-3, "rounds": 15}})
-    source = tmp_path / "bench.json"
-    source.write_text(json.dumps({"benchmarks": entries}))
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(sys, "argv", ["report.py", str(source)])
-    report.main()
-    printed = capsys.readouterr().out
-    assert "| other | 4 | 4.0x |" in printed
-    assert "1.00% |" in printed
-    assert (
-        "### nearest_code: A, N = 10, K = 20, D = 3\n\n| contender | ms | speed-up of genperf | Gpairs/s | GFLOP/s | extra MB |" in printed
-    )
-    assert "### interpolate: [64, 3]\n\n| contender | ms | speed-up of genperf | GB/s | extra MB |" in printed
-    assert "| clone | 2 |  | 2.0 |  |" in printed
-    assert json.loads((tmp_path / "results/Some-CPU.json").read_text())[1]["contender"] == "other"
-    assert (tmp_path / "results/Some-CPU.png").stat().st_size > 1000
+
+def test_bench_from_an_installed_package(tmp_path, monkeypatch, capfd):
+    """Installed, the benchmarks are a part of the package, and around it may be a project with its own configuration."""
+    package, out = tmp_path / "genperf", tmp_path / "out"
+    installed = package / "benchmarks"
+    installed.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    for name in ("conftest", "measure", "workloads", "report", "bench_gradient_norm_penalty", "bench_nearest_code"):
+        shutil.copy(ROOT / f"benchmarks/{name}.py", installed)
+    before = sorted(installed.iterdir())
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --benchmark-disable --no-such-option\n")
+    (tmp_path / "conftest.py").write_text("raise AssertionError('loaded')\n")
+    monkeypatch.setattr(bench, "_PACKAGE", package)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # Of the searches, --quick leaves out VQ-VAE-2 and TiTok.
+    expression = "gradient_norm and not compile or nearest_code and genperf and (VQ-VAE or TiTok)"
+    assert bench.run(parse("--device", "cpu", "--quick", "--out", str(out), "--name", "here", "-k", expression)) == 0
+    rows = json.loads((out / "here.json").read_text())
+    step = "forward and backward, [64, 3, 64, 64]"
+    assert [(row["workload"], row["contender"]) for row in rows] == [(step, "genperf"), (step, "PyTorch"), ("VQ-VAE", "genperf")]
+    assert all(row["ms"] > 0 and row["rounds"] >= 1 for row in rows)
+    assert f"| gradient_norm_penalty | {step} |" in capfd.readouterr().out
+    assert sorted(path.suffix for path in out.iterdir()) == [".json", ".md", ".png"]
+    assert sorted(installed.iterdir()) == before
+
+
+CONFTEST = """
+def pytest_addoption(parser):
+    parser.addoption("--device")
+    parser.addoption("--quick", action="store_true")
+"""
+BENCHMARKS = """
+import pytest
+
+FACTS = {"device": "a CPU", "threads": 1, "torch": "2", "load": 0, "workload": "a size", "op": "an op", "contender": "genperf"}
+
+def test_good(benchmark):
+    benchmark.extra_info |= FACTS
+    benchmark.pedantic(sum, ([1],))
+
+def test_wrong(benchmark):
+    assert sum([1]) == 2
+"""
+
+
+@pytest.fixture
+def few(tmp_path, monkeypatch):
+    """A folder of benchmarks that are quick to load, in place of the real one."""
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    (folder / "conftest.py").write_text(CONFTEST)
+    (folder / "bench_few.py").write_text(BENCHMARKS)
+    shutil.copy(ROOT / "benchmarks/report.py", folder)
+    monkeypatch.setattr(bench, "benchmarks", lambda: folder)
+    return folder
+
+
+def test_bench_reports_what_passed(few, tmp_path, capfd):
+    assert bench.run(parse("--device", "cpu", "--out", str(tmp_path / "out"))) == 1
+    output = capfd.readouterr()
+    assert "1 failed, 1 passed" in output.out
+    assert "some benchmarks failed" in output.err
+    assert (tmp_path / "out/a-CPU.md").read_text().count("| an op |") == 1
+
+
+def test_bench_in_a_checkout_uses_its_benchmarks():
+    assert (bench.benchmarks() / "measure.py").read_text() == (ROOT / "benchmarks/measure.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-k", "nothing"], "no benchmark can run here, of those that match -k 'nothing'"),
+        (["-k", "wrong"], "every benchmark failed; .* of those that match -k 'wrong'"),
+        (["-k", "a b"], r"could not run the benchmarks \(exit code 4\)"),
+        (["--out", "file"], "--out must be a folder that can be written, got 'file'"),
+    ],
+)
+def test_bench_errors(few, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=message):
+        bench.run(parse("--device", "cpu", "--out", "out", *options))
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize(("module", "package"), [("pytest_benchmark", "pytest-benchmark"), ("matplotlib", "matplotlib")])
+def test_bench_needs_its_extra(monkeypatch, tmp_path, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"needs the package {package} .* `pip install 'genperf\[bench\]'`"):
+        bench.run(parse("--out", str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

@@ -1,58 +1,166 @@
 import pytest
 import torch
+from torch import distributed as dist
+from torch import multiprocessing
+from torch.nn import functional as F
 
-from genperf.models import VQVAE, VQVAEConfig
+from genperf.models.vqvae import VQVAE
+from genperf.models.vqvae2 import VQVAE2
+from genperf.nn import VectorQuantizer
+
+BOTH = pytest.mark.parametrize("system", [VQVAE, VQVAE2])
 
 
-def small(**changes):
+def small(system=VQVAE, image_shape=(1, 16, 16), **changes):
     torch.manual_seed(0)
-    return VQVAE(VQVAEConfig(**{"hidden": 8, "dim": 4, "num_codes": 16, **changes}))
+    return system(system.Config(image_shape=image_shape, **{"hidden": 8, "dim": 4, "num_codes": 16, "prior_width": 8, **changes}))
 
 
-@pytest.mark.parametrize(("channels", "height", "width"), [(1, 28, 28), (3, 8, 12)])
-def test_shapes(channels, height, width):
-    model = small(image_channels=channels)
-    images = torch.rand(2, channels, height, width)
-    reconstruction, indices, loss = model(images)
+def levels(codes):
+    """Codes of one level or of two, as a tuple."""
+    return codes if isinstance(codes, tuple) else (codes,)
+
+
+def blocks(n, side=8):
+    """Images of four evenly coloured quarters."""
+    return torch.rand(n, 1, 2, 2).repeat_interleave(side, 2).repeat_interleave(side, 3)
+
+
+@BOTH
+@pytest.mark.parametrize("image_shape", [(1, 28, 28), (3, 8, 12)])
+def test_shapes(system, image_shape):
+    model = small(system, image_shape).eval()
+    images = torch.rand(2, *image_shape)
+    reconstruction, codes, loss = model(images)
     assert reconstruction.shape == images.shape
-    assert indices.shape == (2, height // 4, width // 4)
-    assert indices.dtype == torch.int64
     assert loss.shape == ()
-    assert model.decode(indices).shape == images.shape
+    for indices, factor in zip(levels(codes), (4, 2), strict=False):
+        assert indices.shape == (2, image_shape[1] // factor, image_shape[2] // factor)
+        assert indices.dtype == torch.int64
+    for made in (model.decode(codes), model.reconstruct(images), model.sample(3)):
+        assert made.shape[1:] == image_shape
+        assert (made >= 0).all()
+        assert (made <= 1).all()
 
 
-def test_indices_carry_the_whole_image():
-    model = small().eval()
+@BOTH
+def test_codes_carry_the_whole_image(system):
+    model = small(system).eval()
     images = torch.rand(3, 1, 16, 16)
     output = model(images)
-    indices = model.encode(images)
-    assert torch.equal(indices, output.indices)
-    torch.testing.assert_close(model.decode(indices), output.reconstruction)
+    codes = model.encode(images)
+    for ours, theirs in zip(levels(codes), levels(output[1]), strict=True):
+        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(model.decode(codes), output.reconstruction.clamp(0, 1))
+    assert torch.equal(model.reconstruct(images), model.decode(codes))
+    assert not model.decode(codes).requires_grad
 
 
-def test_encode_learns_nothing():
-    model = small().train()
+@BOTH
+def test_what_is_no_training_step_learns_nothing(system):
+    model = small(system).train()
+    images = torch.rand(3, 1, 16, 16)
+    model.init_codes(images)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.encode(torch.rand(3, 1, 16, 16))
+    model.encode(images)
+    model.reconstruct(images)
+    model.sample(2)
+    for player in model.players[1:]:
+        model.training_step(images, player=player)
+    assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@BOTH
 @pytest.mark.parametrize("decay", [None, 0.9])
-def test_training_lowers_the_loss(decay):
-    model = small(decay=decay)
-    images = torch.rand(8, 1, 2, 2).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    reconstruction = []
+def test_training_lowers_the_losses(system, decay):
+    model = small(system, decay=decay, lr=5e-3, lr_prior=1e-2)
+    images = blocks(8)
+    optimizers = model.optimizers()
+    history = {player: [] for player in model.players}
+    for step in range(40):
+        for player in model.players_at(4 * step):
+            losses = model.training_step(images, player=player)
+            model.zero_grad(set_to_none=True)
+            losses["loss"].backward()
+            own = {id(p) for group in optimizers[player].param_groups for p in group["params"]}
+            assert own == {id(p) for p in model.parameters() if p.grad is not None}
+            optimizers[player].step()
+            model.step_done(player)
+            history[player].append(losses["reconstruction" if player == "model" else "loss"].item())
+        if step == 0:
+            assert sum(len(group["params"]) for o in optimizers.values() for group in o.param_groups) == len(list(model.parameters()))
+    assert history["model"][-1] < 0.5 * history["model"][0]
+    for player in model.players[1:]:
+        assert history[player][-1] < history[player][0] - 0.2, player
+
+
+@BOTH
+def test_losses_are_what_they_are_called(system):
+    model = small(system)
+    images = torch.rand(3, 1, 16, 16)
+    model.init_codes(images)
+    model.eval()
+    losses = model.training_step(images)
+    assert losses.keys() == {"loss", "reconstruction", "quantizer"}
+    torch.testing.assert_close(losses["reconstruction"], F.mse_loss(model(images).reconstruction, images))
+    torch.testing.assert_close(losses["loss"], losses["reconstruction"] + losses["quantizer"])
+    codes = levels(model.encode(images))
+    for player, indices in zip(model.players[1:], codes, strict=True):
+        conditions = (
+            []
+            if indices is codes[0]
+            else [model.top_quantizer.codebook[codes[0]].movedim(-1, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)]
+        )
+        expected = F.cross_entropy(getattr(model, player)(indices, *conditions), indices)
+        torch.testing.assert_close(model.training_step(images, player=player)["loss"], expected)
+
+
+@BOTH
+def test_priors_learn_from_every_fourth_batch(system):
+    model = small(system)
+    assert [model.players_at(step) for step in range(5)] == [model.players, *[("model",)] * 3, model.players]
+    assert small(system, prior_every=1).players_at(1) == model.players
+
+
+def test_samples_resemble_a_single_training_image():
+    """Everything learned from one image: the prior must draw its codes."""
+    model = small(lr=1e-2, lr_prior=1e-2)
+    images = blocks(1).expand(8, -1, -1, -1)
+    optimizers = model.optimizers()
     for _ in range(60):
-        losses = model.training_step(images)
-        assert losses.keys() == {"loss", "reconstruction", "quantizer"}
-        torch.testing.assert_close(losses["loss"].detach(), losses["reconstruction"] + losses["quantizer"])
-        optimizer.zero_grad()
-        losses["loss"].backward()
-        assert all(parameter.grad is not None for parameter in model.parameters())
-        optimizer.step()
-        reconstruction.append(losses["reconstruction"].item())
-    assert reconstruction[-1] < 0.4 * reconstruction[0]
+        for player in model.players:
+            model.zero_grad(set_to_none=True)
+            model.training_step(images, player=player)["loss"].backward()
+            optimizers[player].step()
+    errors = (model.sample(8) - images).square().mean((1, 2, 3))
+    assert errors.median() < 0.02
+
+
+@BOTH
+def test_state_dict_brings_the_samples(system):
+    source, target = small(system), small(system, decay=0.9)
+    source.training_step(torch.rand(4, 1, 16, 16))
+    target.load_state_dict(source.state_dict())
+    drawn = []
+    for model in (source, target):
+        torch.manual_seed(3)
+        drawn.append(model.sample(4))
+    assert torch.equal(*drawn)
+    assert not torch.equal(drawn[0], source.sample(4))
+    assert torch.equal(*[model.reconstruct(torch.full((1, 1, 16, 16), 0.3)) for model in (source, target)])
+
+
+@BOTH
+def test_without_a_prior_there_is_one_player(system):
+    model = small(system, prior_width=0)
+    assert model.players == model.players_at(0) == ("model",)
+    assert model.optimizers().keys() == {"model"}
+    for player, optimizer in small(system, lr=0.1, lr_prior=0.2).optimizers().items():
+        assert optimizer.defaults["lr"] == (0.1 if player == "model" else 0.2)
+    assert small(system).optimizers().keys() == set(system.players)
+    with pytest.raises(RuntimeError, match=rf"^{system.__name__}.sample: samples need .* got prior_width=0"):
+        model.sample(1)
 
 
 def test_init_codes_takes_encodings():
@@ -63,15 +171,87 @@ def test_init_codes_takes_encodings():
     assert torch.cdist(model.quantizer.codebook, latents).amin(1).max() < 1e-3
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 30, 28), (1, 3, 28, 28), (1, 28, 28)])
-def test_images_that_do_not_fit(shape):
-    with pytest.raises(ValueError, match=r"shape \[B, 1, H, W\], H and W divisible by 4, got \["):
-        small()(torch.rand(shape))
+@BOTH
+@pytest.mark.parametrize("shape", [(1, 1, 16, 12), (1, 3, 16, 16), (1, 16, 16)])
+def test_images_that_do_not_fit(system, shape):
+    model = small(system)
+    for call in (model, model.encode, model.init_codes, model.training_step):
+        with pytest.raises(ValueError, match=rf"^{system.__name__}: images must have shape \[B, 1, 16, 16\], got \["):
+            call(torch.rand(shape))
 
 
+@BOTH
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"image_channels": 0}, "image_channels"), ({"hidden": 7}, "even"), ({"num_codes": 0}, "num_codes")]
+    ("changes", "message"),
+    [
+        ({"image_shape": (0, 8, 8)}, "at least 1 channel"),
+        ({"image_shape": (1, 30, 28)}, r"sides divisible by 4, got \[1, 30, 28\]"),
+        ({"hidden": 7}, "hidden must be a positive .*, got 7"),
+        ({"num_codes": 0}, "num_codes"),
+        ({"prior_width": 6}, "IndexPrior: width must be"),
+        ({"prior_every": 0}, "prior_every must be at least 1, got 0"),
+    ],
 )
-def test_config_that_does_not_fit(changes, message):
+def test_config_that_does_not_fit(system, changes, message):
     with pytest.raises(ValueError, match=message):
-        small(**changes)
+        small(system, **changes)
+
+
+def trained(system, images, processes=1):
+    """The state after two steps of every player, in float64; gradients are averaged over the processes."""
+    model = small(system).double()
+    for _ in range(2):
+        for player in model.players:
+            model.zero_grad(set_to_none=True)
+            model.training_step(images, player=player)["loss"].backward()
+            for p in model.parameters():
+                if p.grad is not None:
+                    if processes > 1:
+                        dist.all_reduce(p.grad)
+                    p.data -= 0.1 * p.grad / processes
+    return model.state_dict()
+
+
+def codes_drawn(x, mask):
+    """A codebook from vectors of x, some of them masked, and after a step of its averages."""
+    torch.manual_seed(1)
+    quantizer = VectorQuantizer(6, 4, decay=0.5).double()
+    quantizer.init_codes(x, mask)
+    drawn = quantizer.codebook.clone()
+    quantizer(x, mask)
+    return [drawn, *quantizer.state_dict().values()]
+
+
+def distributed_inputs():
+    generator = torch.Generator().manual_seed(0)
+    images, x = (torch.rand(*shape, generator=generator, dtype=torch.float64) for shape in ((4, 1, 16, 16), (9, 4)))
+    return images, x, torch.arange(9) % 3 > 0
+
+
+def _share(rank, path, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    images, x, mask = distributed_inputs()
+    states = [trained(system, images.chunk(2)[rank], 2) for system in (VQVAE, VQVAE2)]
+    part = slice(0, 2) if rank == 0 else slice(2, None)  # uneven
+    codes = [codes_drawn(x[part], mask[part]), codes_drawn(x[:0] if rank == 0 else x, None)]
+    results.put((rank, [[t.tolist() for t in state.values()] for state in states] + [[t.tolist() for t in drawn] for drawn in codes]))
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one_on_the_joined_batch(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    processes = [context.Process(target=_share, args=(rank, tmp_path / "store", results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    first, second = (found for _, found in sorted(results.get() for _ in processes))
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    images, x, mask = distributed_inputs()
+    alone = [list(trained(system, images).values()) for system in (VQVAE, VQVAE2)] + [codes_drawn(x, mask), codes_drawn(x, None)]
+    for ours, theirs, expected in zip(first, second, alone, strict=True):
+        assert ours == theirs, "bit for bit"
+        for value, exact in zip(ours, expected, strict=True):
+            torch.testing.assert_close(torch.tensor(value, dtype=exact.dtype), exact, rtol=1e-9, atol=1e-12)

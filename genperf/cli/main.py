@@ -5,11 +5,19 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import fid, info, train
+from . import bench, evaluate, fid, info, sample, systems, train
 from .errors import UserError
 
 # Each has a HELP line, add_arguments(parser) and run(arguments) -> exit code.
-SUBCOMMANDS = {"info": info, "train": train, "fid": fid}
+SUBCOMMANDS = {
+    "info": info,
+    "systems": systems,
+    "train": train,
+    "sample": sample,
+    "evaluate": evaluate,
+    "fid": fid,
+    "bench": bench,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,10 @@
 """Parsers of option values, each of which names its rule."""
 
 import argparse
+import dataclasses
 import math
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -25,17 +27,64 @@ def number(kind: type, low: float, *, exclusive: bool = False) -> Callable[[str]
     return parse
 
 
-def decay(text: str) -> float | None:
-    """Decay of moving averages, or "none"."""
-    if text == "none":
-        return None
+def fraction(text: str) -> float:
+    """A number in [0, 1]."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be none or lie in [0, 1), got {text!r}")
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {text!r}")
     return value
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"must be {' or '.join(choices)}, got {text!r}")
+        return text
+
+    return parse
+
+
+def add_field(group: argparse._ArgumentGroup, flag: str, field: dataclasses.Field) -> None:
+    """An option for a field of a system's configuration, without a default; "none" where the field may be None.
+
+    Raises:
+        TypeError: a field of a type that has no parser.
+    """
+    types = typing.get_args(field.type) or (field.type,)
+    kind = next(t for t in types if t is not type(None))
+    shown = "none" if field.default is None else str(field.default)
+    meaning = f"{field.metadata['help']} ({shown})".replace("%", "%%")
+    if kind is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=meaning)
+        return
+    choices = field.metadata["choices"]
+    if choices is not None:
+        meaning = f"{field.metadata['help']}: {', '.join('none' if c is None else str(c) for c in choices)} ({shown})"
+    parse = _value(kind, type(None) in types, choices)
+    group.add_argument(flag, type=parse, default=argparse.SUPPRESS, help=meaning, metavar=field.name.upper())
+
+
+def _value(kind: type, optional: bool, choices: Sequence[object] | None) -> Callable[[str], object]:
+    rules = {int: "a whole number", float: "a finite number", str: "text"}
+    if kind not in rules:
+        raise TypeError(f"an option must be a bool, int, float or str, got {kind}.")
+
+    def parse(text: str) -> object:
+        if optional and text == "none":
+            return None
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if value in (choices or (value,)) and not (isinstance(value, float) and not math.isfinite(value)):
+            return value
+        rule = ", ".join("none" if c is None else str(c) for c in choices) if choices else rules[kind] + (" or none" if optional else "")
+        raise argparse.ArgumentTypeError(f"must be {'one of ' if choices else ''}{rule}, got {text!r}")
+
+    return parse
 
 
 def device(name: str | None) -> torch.device:

@@ -4,6 +4,8 @@ from .feature_moments import FeatureMoments
 from .frechet_distance import FrechetDistance
 from .frechet_reference import FrechetReference
 from .kernel_inception_distance import KernelInceptionDistance, polynomial_mmd
+from .mode_coverage import ModeCoverage, mode_coverage
+from .nearest_images import NearestImages, duplicate_rate, nearest_images
 from .precision_recall import PrecisionRecall, PrecisionRecallScores, precision_recall
 from .statistics_files import load_features, load_moments, load_statistics, save_statistics
 
@@ -12,11 +14,16 @@ __all__ = [
     "FrechetDistance",
     "FrechetReference",
     "KernelInceptionDistance",
+    "ModeCoverage",
+    "NearestImages",
     "PrecisionRecall",
     "PrecisionRecallScores",
+    "duplicate_rate",
     "load_features",
     "load_moments",
     "load_statistics",
+    "mode_coverage",
+    "nearest_images",
     "polynomial_mmd",
     "precision_recall",
     "save_statistics",

@@ -1,5 +1,6 @@
 """VQ-VAE for images."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,21 +9,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn.vector_quantizer import VectorQuantizer
+from .index_prior import IndexPrior
+from .system import System, SystemConfig, check_divisible, evaluating, option
 
 
 @dataclass(frozen=True)
-class VQVAEConfig:
-    """What a `VQVAE` is built from."""
-
-    image_channels: int = 1
-    hidden: int = 64
-    """Channels of the convolutions, an even number."""
-    dim: int = 32
-    """Length of a code."""
-    num_codes: int = 256
-    decay: float | None = 0.99
-    """Of the codebook's moving averages; None for a codebook that learns by gradient."""
-    commitment_weight: float = 0.25
+class VQVAEConfig(SystemConfig):
+    hidden: int = option(64, "channels of the convolutions, an even number")
+    dim: int = option(32, "length of a code")
+    num_codes: int = option(256, "codes in the codebook")
+    decay: float | None = option(0.99, "of the codebook's moving averages, in [0, 1); none: a codebook that learns by gradient")
+    commitment_weight: float = option(0.25, "weight of the loss that moves encodings to their codes")
+    lr: float = option(2e-3, "learning rate of Adam")
+    lr_prior: float = option(4e-3, "learning rate of Adam for the prior")
+    prior_width: int = option(64, "length of the hidden vectors of the prior over the codes, 0: no prior, and no samples")
+    prior_layers: int = option(2, "layers of the prior")
+    prior_every: int = option(4, "of how many batches the prior learns from one")
 
 
 class VQVAEOutput(NamedTuple):
@@ -34,22 +36,35 @@ class VQVAEOutput(NamedTuple):
     """Scalar."""
 
 
-class VQVAE(nn.Module):
-    """A convolutional autoencoder whose latent image holds codes; van den Oord et al. (2017).
+class VQVAE(System):
+    """A convolutional autoencoder whose latent image holds codes; van den Oord et al., "Neural Discrete Representation Learning" (2017).
 
-    Images [B, C, H, W] with H and W divisible by 4, pixels around [0, 1], become indices [B, H/4, W/4] and back.
+    Equivalent to:
+        quantized, indices, quantizer_loss = VectorQuantizer(encoder(images))
+        loss = mse(decoder(quantized), images) + quantizer_loss                     # player "model"
+        loss = -log p(indices)                                                      # player "prior"
+
+    Images [B, C, H, W], H and W divisible by 4, become indices [B, H/4, W/4] and back. The prior is an `IndexPrior` that
+    learns the codes as they are at the time, so that `sample` works at any; without one (`prior_width=0`) there is one
+    player only.
+
+    Raises:
+        ValueError: a configuration outside its range.
     """
 
+    Config = VQVAEConfig
+    players = ("model", "prior")
     downsampling = 4
 
     def __init__(self, config: VQVAEConfig | None = None) -> None:
-        super().__init__()
-        self.config = config = config or VQVAEConfig()
-        if config.image_channels < 1:
-            raise ValueError(f"VQVAE: image_channels must be at least 1, got {config.image_channels}.")
+        super().__init__(config)
+        config = self.config
+        check_divisible("VQVAE", config.image_shape, self.downsampling)
         if config.hidden < 2 or config.hidden % 2:
             raise ValueError(f"VQVAE: hidden must be a positive even number, got {config.hidden}.")
-        channels, hidden = config.image_channels, config.hidden
+        if config.prior_every < 1:
+            raise ValueError(f"VQVAE: prior_every must be at least 1, got {config.prior_every}.")
+        channels, hidden = config.image_shape[0], config.hidden
         self.encoder = nn.Sequential(
             nn.Conv2d(channels, hidden // 2, 4, stride=2, padding=1),
             nn.ReLU(),
@@ -58,14 +73,7 @@ class VQVAE(nn.Module):
             nn.ReLU(),
             nn.Conv2d(hidden, config.dim, 1),
         )
-        self.quantizer = VectorQuantizer(
-            config.num_codes,
-            config.dim,
-            decay=config.decay,
-            commitment_weight=config.commitment_weight,
-            channel_dim=1,
-            init="data",
-        )
+        self.quantizer = image_quantizer(config)
         self.decoder = nn.Sequential(
             nn.Conv2d(config.dim, hidden, 3, padding=1),
             ResidualBlock(hidden),
@@ -74,13 +82,20 @@ class VQVAE(nn.Module):
             nn.ReLU(),
             nn.ConvTranspose2d(hidden // 2, channels, 4, stride=2, padding=1),
         )
+        self.prior = IndexPrior(config.num_codes, width=config.prior_width, layers=config.prior_layers) if config.prior_width else None
+        if self.prior is None:
+            self.players = ("model",)
 
     def forward(self, images: Tensor) -> VQVAEOutput:
-        quantized, indices, loss = self.quantizer(self._latents(images))
+        self.check_images(images)
+        quantized, indices, loss = self.quantizer(self.encoder(images))
         return VQVAEOutput(self.decoder(quantized), indices, loss)
 
-    def training_step(self, images: Tensor) -> dict[str, Tensor]:
-        """The losses of a batch by name; "loss" is their sum, the one to differentiate."""
+    def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
+        """The losses of a batch by name: for "model" those of the pixels and codes, for "prior" nats per code."""
+        if player == "prior":
+            loss = self.prior.loss(self.encode(images))
+            return {"loss": loss, "nats_per_code": loss.detach()}
         output = self(images)
         reconstruction = F.mse_loss(output.reconstruction, images)
         return {
@@ -89,24 +104,47 @@ class VQVAE(nn.Module):
             "quantizer": output.quantizer_loss.detach(),
         }
 
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        learners = {"model": nn.ModuleList([self.encoder, self.quantizer, self.decoder]), "prior": self.prior}
+        config = self.config
+        rates = {player: config.lr if player == "model" else config.lr_prior for player in self.players}
+        return {player: torch.optim.Adam(learners[player].parameters(), lr=lr) for player, lr in rates.items()}
+
+    def players_at(self, step: int) -> Sequence[str]:
+        return self.players if step % self.config.prior_every == 0 else ("model",)
+
+    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Indices [B, H/4, W/4] of the images; nothing learns from them, in training mode neither."""
-        return self.quantizer.encode(self._latents(images))
+        self.check_images(images)
+        with evaluating(self):
+            return self.quantizer.encode(self.encoder(images))
 
+    @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
         """Images [B, C, 4h, 4w] of the indices [B, h, w]."""
-        return self.decoder(self.quantizer.decode(indices))
+        with evaluating(self):
+            return self.decoder(self.quantizer.decode(indices)).clamp(0, 1)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        return self.decode(self.encode(images))
+
+    def sample(self, n: int, labels: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
+        """Images of n drawn latent images; a temperature below 1 prefers the likelier codes.
+
+        Raises:
+            RuntimeError: a model without a prior.
+        """
+        if self.prior is None:
+            raise RuntimeError("VQVAE.sample: samples need a prior over the codes, got prior_width=0.")
+        height, width = (size // self.downsampling for size in self.config.image_shape[1:])
+        return self.decode(self.prior.sample(n, height, width, temperature=temperature))
 
     @torch.no_grad()
     def init_codes(self, images: Tensor) -> None:
         """Set the codes to encodings of the images, as the first training step does where nobody else has."""
-        self.quantizer.init_codes(self._latents(images))
-
-    def _latents(self, images: Tensor) -> Tensor:
-        channels, step = self.config.image_channels, self.downsampling
-        if images.dim() != 4 or images.shape[1] != channels or any(size % step for size in images.shape[2:]):
-            raise ValueError(f"VQVAE: images must have shape [B, {channels}, H, W], H and W divisible by {step}, got {list(images.shape)}.")
-        return self.encoder(images)
+        self.check_images(images)
+        self.quantizer.init_codes(self.encoder(images))
 
 
 class ResidualBlock(nn.Module):
@@ -123,3 +161,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
+
+
+def image_quantizer(config: VQVAEConfig) -> VectorQuantizer:
+    """Of latent images [B, dim, h, w]; its codes start as encodings of the first batch."""
+    return VectorQuantizer(
+        config.num_codes, config.dim, decay=config.decay, commitment_weight=config.commitment_weight, channel_dim=1, init="data"
+    )

@@ -1,8 +1,28 @@
 """Layers over the ops of genperf."""
 
+from .batch_norm import BatchNorm
+from .conditioning_augmentation import ConditioningAugmentation
 from .diagonal_gaussian import DiagonalGaussian
 from .gumbel_quantizer import GumbelQuantizer
+from .joint import joint_mean
+from .laplacian_pyramid import LaplacianPyramid
 from .minibatch_discrimination import MinibatchDiscrimination
 from .vector_quantizer import CodeUsage, VectorQuantizer, code_usage
+from .virtual_batch_norm import ReferenceBatchNorm, VirtualBatchNorm, reference_pass, set_reference_batch
 
-__all__ = ["CodeUsage", "DiagonalGaussian", "GumbelQuantizer", "MinibatchDiscrimination", "VectorQuantizer", "code_usage"]
+__all__ = [
+    "BatchNorm",
+    "CodeUsage",
+    "ConditioningAugmentation",
+    "DiagonalGaussian",
+    "GumbelQuantizer",
+    "LaplacianPyramid",
+    "MinibatchDiscrimination",
+    "ReferenceBatchNorm",
+    "VectorQuantizer",
+    "VirtualBatchNorm",
+    "code_usage",
+    "joint_mean",
+    "reference_pass",
+    "set_reference_batch",
+]

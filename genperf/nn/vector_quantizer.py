@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 
+from ..metrics._distributed import gather_numbers, gather_rows, sum_over_processes, world_size
 from ..ops.code_statistics import code_statistics
 from ..ops.nearest_code import METRICS, nearest_code
 from ..ops.vector_quantize import GRADIENTS, vector_quantize
@@ -24,8 +26,11 @@ class VectorQuantizer(nn.Module):
         smoothed = (counts + eps) / (counts.sum() + K * eps) * counts.sum()
         codebook = sums / smoothed[:, None]
 
-    The output of a step is quantised with the codebook from before its update. The averages are those of this
-    process; nothing waits for the device.
+    The output of a step is quantised with the codebook from before its update, and nothing waits for the device.
+
+    Under torch.distributed n and s are summed over all processes, so that their codebooks stay equal and are those of one
+    process on the joined batch: in training mode every process must take part in every step. A codebook that learns by
+    gradient stays equal by its averaged gradients (DistributedDataParallel).
 
     Args:
         num_codes: K.
@@ -149,19 +154,25 @@ class VectorQuantizer(nn.Module):
         """Set the codes to vectors of x, drawn by torch's default generator; each is drawn once before any is drawn twice.
 
         `init="data"` does this with the first training batch. Where x has no vector (the mask is False everywhere) the
-        codes stay.
+        codes stay. Under torch.distributed every process must call it; all end with the same codes, drawn from the joined
+        batch as process 0 draws.
         """
         vectors = x.detach().movedim(self.channel_dim, -1).reshape(-1, self.dim)
-        if vectors.shape[0] == 0:
+        counts = [vectors.shape[0]]
+        if (processes := world_size()) > 1:
+            counts = [count for (count,) in gather_numbers(counts, None)]
+            mask = mask if mask is None else gather_rows(mask.reshape(-1), counts, None)
+        if sum(counts) == 0:
             return
-        keys = torch.rand(vectors.shape[0], device=x.device)
-        valid = torch.full((), vectors.shape[0], device=x.device)
+        keys = torch.rand(sum(counts), device=x.device)
+        valid = torch.full((), sum(counts), device=x.device)
         if mask is not None:
             keys = keys.masked_fill(~mask.reshape(-1), -1)
             valid = mask.sum()
         order = keys.argsort(descending=True)  # the valid vectors first, shuffled
         drawn = order[torch.arange(self.num_codes, device=x.device) % valid.clamp(min=1)]
-        codes = torch.where(valid > 0, vectors[drawn].to(self.codebook.dtype), self.codebook)
+        codes = vectors[drawn] if processes == 1 else _vectors_of_all(vectors, counts, drawn)
+        codes = torch.where(valid > 0, codes.to(self.codebook.dtype), self.codebook)
         self.codebook.copy_(codes)
         if self.decay is not None:
             self.counts.fill_(1)
@@ -171,6 +182,9 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _update_averages(self, x: Tensor, indices: Tensor) -> None:
         counts, sums = code_statistics(x, indices, self.num_codes, channel_dim=self.channel_dim)
+        if world_size() > 1:
+            joined = sum_over_processes(torch.cat([counts.unsqueeze(1), sums], 1), None)
+            counts, sums = joined[:, 0], joined[:, 1:]
         self.counts.lerp_(counts.to(self.counts.dtype), 1 - self.decay)
         self.sums.lerp_(sums.to(self.sums.dtype), 1 - self.decay)
         total = self.counts.sum()
@@ -184,6 +198,17 @@ class VectorQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_codes}, {self.dim}, decay={self.decay}, metric={self.metric!r}, channel_dim={self.channel_dim}"
+
+
+def _vectors_of_all(vectors: Tensor, counts: list[int], drawn: Tensor) -> Tensor:
+    """The vectors [K, D] that process 0 has drawn from those of all processes, numbered in the order of ranks."""
+    rank = dist.get_rank()
+    drawn = sum_over_processes(drawn if rank == 0 else torch.zeros_like(drawn), None)
+    codes = vectors.new_zeros(len(drawn), vectors.shape[1])
+    place = drawn - sum(counts[:rank])
+    mine = (place >= 0) & (place < len(vectors))
+    codes[mine] = vectors[place[mine]]
+    return sum_over_processes(codes, None)  # each is of one process and zero on the others
 
 
 class CodeUsage(NamedTuple):

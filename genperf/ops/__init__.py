@@ -1,3 +1,5 @@
+from ._common import reference_ops
+from ._noise import sample_offset
 from .code_statistics import code_statistics
 from .covariance_factor import covariance_factor
 from .frechet_distance import frechet_distance
@@ -23,6 +25,8 @@ __all__ = [
     "minibatch_similarity",
     "nearest_code",
     "perturb",
+    "reference_ops",
+    "sample_offset",
     "trace_sqrt_product",
     "vector_quantize",
 ]

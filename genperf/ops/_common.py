@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -15,6 +16,23 @@ IMPLEMENTATIONS = ("reference", "native", "triton", "eigen", "polar")
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
+_only_reference = False
+
+
+@contextmanager
+def reference_ops() -> Iterator[None]:
+    """Within this context every op without an `impl` of its own runs its reference, in plain PyTorch, in layers and losses too.
+
+    For comparisons, and to find out whether a kernel is to blame. It holds for the whole process, all threads.
+    """
+    global _only_reference
+    before, _only_reference = _only_reference, True
+    try:
+        yield
+    finally:
+        _only_reference = before
+
+
 def choose_impl(op: str, impl: str | None, refusals: dict[str, str | None]) -> str:
     """Name the implementation to run.
 
@@ -22,7 +40,7 @@ def choose_impl(op: str, impl: str | None, refusals: dict[str, str | None]) -> s
     where it cannot. A named `impl` that cannot run raises that sentence; it never falls back.
     """
     if impl is None:
-        chosen = next(name for name, refusal in refusals.items() if refusal is None)
+        chosen = "reference" if _only_reference else next(name for name, refusal in refusals.items() if refusal is None)
         if not torch.compiler.is_compiling() and log.isEnabledFor(logging.DEBUG):
             passed_over = "".join(f"; not {name}: {refusal}" for name, refusal in refusals.items() if refusal is not None)
             log.debug("%s runs %s%s", op, chosen, passed_over)

@@ -21,7 +21,7 @@ from ._common import (
     rows_fit,
     streaming_refusals,
 )
-from ._noise import draw_seed, normal_noise
+from ._noise import draw_seed, first_sample, normal_noise
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -95,6 +95,8 @@ def gaussian_sample(
     chosen = choose_impl(op, impl, reasons)
 
     seed = draw_seed(op, mean.device, generator) if noise is None else None
+    if seed is not None and first_sample():
+        noise = normal_noise(seed, shape[0], math.prod(shape[1:]), accumulator_dtype(mean.dtype), first_sample()).reshape(shape)
     inputs = (mean, logvar, prior_mean, prior_logvar)
     wide = dtype == torch.float32 and mean.dtype != torch.float32
     if chosen == "reference":

@@ -24,7 +24,7 @@ from ._common import (
     register_fake,
     streaming_refusals,
 )
-from ._noise import draw_seed, gumbel_noise
+from ._noise import draw_seed, first_sample, gumbel_noise
 
 
 def gumbel_sample(
@@ -106,6 +106,11 @@ def gumbel_sample(
     positions = as_positions(logits, dim)
     if noise is not None:
         noise = like_positions(noise, positions, logits, dim)
+    elif first_sample() and dim != 0:
+        outer, classes, inner = positions.shape
+        first = first_sample() * math.prod(positions_shape(logits, dim)[1:])
+        noise = gumbel_noise(seed, outer * inner, classes, accumulator_dtype(logits.dtype), first)
+        noise = noise.reshape(outer, inner, classes).transpose(1, 2)
     arguments = (positions, codebook, temperature, tau, noise, seed, hard)
     if chosen == "reference":
         sample, indices, kl = gumbel_sample_reference(*arguments)

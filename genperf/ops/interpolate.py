@@ -17,7 +17,7 @@ from ._common import (
     register_fake,
     streaming_refusals,
 )
-from ._noise import draw_seed, uniform_noise, uniform_weights
+from ._noise import draw_seed, first_sample, uniform_noise, uniform_weights
 
 
 def interpolate(
@@ -139,6 +139,12 @@ def _mix(
     chosen = choose_impl(op, impl, reasons)
     # Perturbation draws its noise in any case.
     seed = draw_seed(op, real.device, generator) if weight is None or fake is None else None
+    if seed is not None and first_sample():
+        weight = uniform_weights(seed, real.shape[0], first_sample()) if weight is None else weight
+        if fake is None:
+            with torch.no_grad():
+                mixed = interpolate_reference(real, None, scale, weight, seed)
+            return ValueOf.apply(mixed, real)
     if chosen == "reference":
         return interpolate_reference(real, fake, scale, weight, seed)
     if weight is not None:
@@ -195,7 +201,7 @@ def interpolate_reference(real: Tensor, fake: Tensor | None, scale: Tensor | Non
     weight = weight.to(dtype).reshape(-1, *[1] * (real.dim() - 1))
     wide = real.to(dtype)
     if fake is None:
-        noise = uniform_noise(seed, real.shape[0], math.prod(real.shape[1:]), dtype).reshape(real.shape)
+        noise = uniform_noise(seed, real.shape[0], math.prod(real.shape[1:]), dtype, first_sample()).reshape(real.shape)
         mixed = wide + (1 - weight) * scale * noise
     else:
         mixed = weight * wide + (1 - weight) * fake.to(dtype)

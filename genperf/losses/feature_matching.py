@@ -1,0 +1,40 @@
+"""Feature matching: a generator's loss that compares means of features."""
+
+import torch
+from torch import Tensor
+
+from ..nn.joint import joint_mean
+
+
+def feature_matching(real_features: Tensor, fake_features: Tensor) -> Tensor:
+    """Squared distance between the mean features of real and of generated samples; Salimans et al. (2016), section 3.1.
+
+    Equivalent to (in one process):
+        loss = (real_features.detach().mean(0) - fake_features.mean(0)).square().sum()
+
+    With several processes of torch.distributed the means are those of the joined batch: the loss is the same in each.
+
+    Args:
+        real_features: [B, ...], of an inner layer of the discriminator; no gradient flows into them.
+        fake_features: [B', ...], alike but for the size of the batch.
+
+    Returns:
+        A scalar, float32 (float64 for float64), differentiable in fake_features.
+
+    Raises:
+        ValueError, TypeError: features that do not fit, as a sentence.
+    """
+    op = "feature_matching"
+    for name, features in (("real_features", real_features), ("fake_features", fake_features)):
+        if not isinstance(features, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(features).__name__}.")
+        if not features.is_floating_point():
+            raise TypeError(f"{op}: {name} must be of a floating dtype, got {features.dtype}.")
+        if features.dim() == 0 or features.shape[0] == 0:
+            raise ValueError(f"{op}: {name} must be a batch of at least one sample, got shape {list(features.shape)}.")
+    if real_features.shape[1:] != fake_features.shape[1:]:
+        raise ValueError(
+            f"{op}: features must have one shape but for the batch, got {list(real_features.shape)} and {list(fake_features.shape)}."
+        )
+    real, fake = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (real_features.detach(), fake_features))
+    return (joint_mean(real) - joint_mean(fake)).square().sum()

@@ -1,0 +1,92 @@
+"""The training image that each sample is nearest to: does a model generate, or remember?"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops._common import check_float, check_tensor
+from ..ops.nearest_code import nearest_code
+
+
+class NearestImages(NamedTuple):
+    """The nearest training image of each of N samples."""
+
+    indices: Tensor
+    """[N], int64: its number in the training set, the lowest on ties."""
+    distances: Tensor
+    """[N], float32 (float64 for float64): the Euclidean distance to it."""
+
+
+@torch.no_grad()
+def nearest_images(
+    samples: Tensor,  # [N, ...]
+    training_images: Tensor,  # [M, ...]
+) -> NearestImages:
+    """The nearest training image of each sample, exactly, in the space of pixels or of features.
+
+    Equivalent to:
+        distances, indices = torch.cdist(samples.flatten(1).double(), training_images.flatten(1).double()).min(1)
+
+    without the [N, M] distances: the search is `genperf.nearest_code`. Shown side by side with their neighbours, samples
+    tell whether they are copies; `duplicate_rate` counts those. Compare with the distances of held-out images.
+
+    Args:
+        samples: float32, bfloat16, float16 or float64; images, or features of images [N, d].
+        training_images: of the same shape but for M >= 1, and of the same dtype, or float32 with half-precision samples.
+
+    Returns:
+        indices and distances. A sample with a NaN has index 0 and a NaN for its distance; a training image with a NaN is
+        never preferred.
+
+    Raises:
+        ValueError: shapes that do not fit, an empty training set, or tensors on two devices.
+        TypeError: an unsupported dtype.
+    """
+    return _nearest("nearest_images", samples, training_images)
+
+
+@torch.no_grad()
+def duplicate_rate(
+    samples: Tensor,  # [N, ...]
+    training_images: Tensor,  # [M, ...]
+    threshold: float,
+) -> Tensor:
+    """Share of the samples that lie within a distance of a training image: memorised ones.
+
+    Equivalent to:
+        (nearest_images(samples, training_images).distances <= threshold).double().mean()
+
+    Args:
+        samples, training_images: see `nearest_images`.
+        threshold: Euclidean distance, at least 0: small against that of held-out images to the training set.
+
+    Returns:
+        Scalar, float64; NaN without samples.
+
+    Raises:
+        ValueError, TypeError: see `nearest_images`; also a threshold below 0.
+    """
+    if not 0 <= threshold < math.inf:
+        raise ValueError(f"duplicate_rate: threshold must be a finite number, at least 0, got {threshold!r}.")
+    distances = _nearest("duplicate_rate", samples, training_images).distances
+    return (distances <= threshold).double().mean()
+
+
+def _nearest(name: str, samples: Tensor, training_images: Tensor) -> NearestImages:
+    for what, images in (("samples", samples), ("training_images", training_images)):
+        check_tensor(name, what, images)
+        check_float(name, what, images)
+    if samples.dim() < 2 or samples.shape[1:] != training_images.shape[1:] or not len(training_images):
+        got = f"{list(samples.shape)} and {list(training_images.shape)}"
+        raise ValueError(f"{name}: samples [N, ...] and training_images [M, ...] must be alike in shape, M at least 1, got {got}.")
+    samples, training_images = samples.flatten(1), training_images.flatten(1)
+    indices = nearest_code(samples, training_images)
+    working = torch.promote_types(samples.dtype, torch.float32)
+    # From differences, which keep the digits of small distances.
+    parts = [
+        torch.linalg.vector_norm(s.to(working) - training_images[i].to(working), dim=1)
+        for s, i in zip(samples.split(4096), indices.split(4096), strict=True)
+    ]
+    return NearestImages(indices, torch.cat(parts))

@@ -1,0 +1,57 @@
+"""Class-conditional GAN."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .dcgan import DCGAN, DCGANConfig
+
+
+@dataclass(frozen=True)
+class ConditionalGANConfig(DCGANConfig):
+    """What a `ConditionalGAN` is built from."""
+
+    num_classes: int = 10
+
+
+class ConditionalGAN(DCGAN):
+    """Mirza & Osindero, "Conditional Generative Adversarial Nets" (2014), with the networks of `DCGAN`.
+
+    The generator is told the label as a one-hot vector beside the noise. The discriminator adds the inner product of its
+    features with an embedding of the label: Miyato & Koyama, "cGANs with Projection Discriminator" (2018).
+    """
+
+    Config = ConditionalGANConfig
+
+    @property
+    def condition_dim(self) -> int:
+        return self.config.num_classes
+
+    def condition(self, labels: Tensor | None) -> Tensor:
+        """One-hot labels [B, num_classes].
+
+        Raises:
+            ValueError, TypeError: no labels, labels out of range or of another dtype.
+        """
+        name, classes = type(self).__name__, self.config.num_classes
+        if labels is None:
+            raise ValueError(f"{name}: labels must be int64 [B], got None.")
+        if labels.dtype != torch.int64:
+            raise TypeError(f"{name}: labels must be int64, got {labels.dtype}.")
+        if labels.dim() != 1 or (labels.numel() and not 0 <= labels.min() <= labels.max() < classes):
+            got = f"{labels.min()} ... {labels.max()}" if labels.dim() == 1 else f"shape {list(labels.shape)}"
+            raise ValueError(f"{name}: labels must be [B] with values 0 ... {classes - 1}, got {got}.")
+        return F.one_hot(labels.to(self.device), classes).to(next(self.parameters()).dtype)
+
+    def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
+        """Images [n, C, H, W] in [0, 1] of the labels [n], evenly of all classes without labels: 0, 1, ..., 0, 1, ..."""
+        if labels is None and n > 0:
+            labels = torch.arange(n) % self.config.num_classes
+        return super().sample(n, labels)
+
+    def _check_config(self) -> None:
+        super()._check_config()
+        if self.config.num_classes < 1:
+            raise ValueError(f"{type(self).__name__}: num_classes must be at least 1, got {self.config.num_classes!r}.")

@@ -1,0 +1,75 @@
+"""The denoising autoencoder."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .autoencoder import Autoencoder, AutoencoderConfig
+from .system import option, standard_normal
+
+NOISES = ("gaussian", "salt-and-pepper", "masking")
+
+
+@dataclass(frozen=True)
+class DenoisingAutoencoderConfig(AutoencoderConfig):
+    """What a `DenoisingAutoencoder` is built from."""
+
+    noise: str = option("gaussian", "what corrupts the images", choices=NOISES)
+    level: float = option(0.5, "standard deviation of gaussian noise, or the share of the pixels that the others change")
+
+
+class DenoisingAutoencoder(Autoencoder):
+    """Reconstructs images from corrupted ones; Vincent et al., "Stacked Denoising Autoencoders" (2010).
+
+    Equivalent to:
+        loss = F.mse_loss(model(corrupt(images)), images)
+
+    noise               corrupt(x), u uniform on [0, 1)
+    "gaussian"          (x + level * torch.randn_like(x)).clamp(0, 1)
+    "salt-and-pepper"   0 where u < level / 2, 1 where u >= 1 - level / 2
+    "masking"           0 where u < level
+
+    Each channel of a pixel has noise of its own.
+
+    Raises:
+        ValueError: a config or images that do not fit.
+    """
+
+    Config = DenoisingAutoencoderConfig
+
+    def __init__(self, config: DenoisingAutoencoderConfig | None = None) -> None:
+        super().__init__(config)
+        noise, level, name = self.config.noise, self.config.level, type(self).__name__
+        if noise not in NOISES:
+            raise ValueError(f"{name}: noise must be one of {', '.join(NOISES)}, got {noise!r}.")
+        if not 0 <= level < float("inf"):
+            raise ValueError(f"{name}: level must be a finite number, at least 0, got {level}.")
+        if noise != "gaussian" and level > 1:
+            raise ValueError(f"{name}: level must be at most 1, a share of the pixels, for noise={noise!r}, got {level}.")
+
+    def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
+        return {"loss": F.mse_loss(self(self.corrupt(images)).to(images.dtype), images)}
+
+    @torch.no_grad()
+    def corrupt(self, images: Tensor) -> Tensor:
+        """The images with noise as in training, drawn anew at each call; pixels stay in [0, 1]."""
+        self.check_images(images)
+        level = self.config.level
+        noise = standard_normal(*images.shape, device=images.device).to(images.dtype)
+        if self.config.noise == "gaussian":
+            return (images + level * noise).clamp(0, 1)
+        # A standard normal number lies below quantile(p) with probability p.
+        if self.config.noise == "masking":
+            return images.masked_fill(noise < _normal_quantile(level), 0)
+        tail = _normal_quantile(level / 2)
+        return images.masked_fill(noise < tail, 0).masked_fill(noise >= -tail, 1)
+
+    def denoise(self, images: Tensor) -> Tensor:
+        """Clean images of corrupted ones."""
+        return self.reconstruct(images)
+
+
+def _normal_quantile(probability: float) -> float:
+    return torch.special.ndtri(torch.tensor(probability, dtype=torch.float64)).item()

@@ -1,0 +1,142 @@
+"""The discrete variational autoencoder."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..nn.batch_norm import BatchNorm
+from ..nn.gumbel_quantizer import GumbelQuantizer
+from ._convolutional import DOWNSAMPLING, check_convolutional, image_decoder, image_encoder
+from .index_prior import IndexPrior
+from .system import System, SystemConfig, evaluating, option
+
+# Standard deviation of a code's logits at the start. That of Gumbel noise is 1.28, in which smaller logits would drown.
+LOGIT_SCALE = 3.0
+
+
+@dataclass(frozen=True)
+class DiscreteVAEConfig(SystemConfig):
+    """What a `DiscreteVAE` is built from."""
+
+    num_codes: int = option(256, "number of codes")
+    dim: int = option(32, "length of a code")
+    hidden: int = option(64, "channels of the convolutions, an even number")
+    hard: bool = option(False, "train with codes as they are, straight through, instead of soft mixtures")
+    tau_start: float = option(1.0, "temperature at the start of the training")
+    tau_end: float = option(1 / 16, "temperature at its end")
+    kl_weight: float = option(0.0, "weight of the KL divergence of a position from the uniform prior, in nats")
+    lr: float = option(2e-3, "learning rate of Adam")
+    lr_prior: float = option(4e-3, "learning rate of Adam for the prior")
+    prior_width: int = option(64, "length of the hidden vectors of the prior over the codes, 0: no prior, and no samples")
+    prior_layers: int = option(2, "layers of the prior")
+    prior_every: int = option(4, "of how many batches the prior learns from one")
+
+
+class DiscreteVAE(System):
+    """An autoencoder whose latent image holds categories, sampled by the Gumbel-softmax.
+
+    Jang et al., "Categorical Reparameterization with Gumbel-Softmax" (2016); Maddison et al., "The Concrete Distribution" (2016);
+    as the first stage of an image generator Ramesh et al., "Zero-Shot Text-to-Image Generation" (2021).
+
+    Equivalent to:
+        tau = tau_start * (tau_end / tau_start) ** progress
+        logits = normalisation(encoder(images))                             # each code over batch and positions
+        sample, indices, kl = genperf.gumbel_sample(logits, codebook, tau=tau, hard=hard, dim=1)
+        reconstruction = F.mse_loss(decoder(sample), images)
+        loss = reconstruction + kl_weight * kl.mean()                       # mean over pixels; mean over positions, nats
+
+    Batch normalisation of the logits keeps many codes in use, as it does before a vector quantizer: Lancucki et al., "Robust
+    Training of Vector Quantized Bottleneck Models" (2020). Without it a few codes win everywhere.
+
+    Soft mixtures approach single codes, which evaluation uses, as the temperature falls. Images [B, C, H, W] become indices
+    [B, H/4, W/4] and back. The player "prior" learns an autoregressive distribution of the indices, `IndexPrior`, from the
+    encodings of some of the batches; `sample` draws from it.
+
+    Raises:
+        ValueError: a config or images that do not fit.
+    """
+
+    Config = DiscreteVAEConfig
+
+    def __init__(self, config: DiscreteVAEConfig | None = None) -> None:
+        super().__init__(config)
+        config = self.config
+        check_convolutional("DiscreteVAE", config)
+        if config.num_codes < 1:
+            raise ValueError(f"DiscreteVAE: num_codes must be at least 1, got {config.num_codes}.")
+        for name in ("tau_start", "tau_end"):
+            if not 0 < getattr(config, name) < math.inf:
+                raise ValueError(f"DiscreteVAE: {name} must be a finite number above 0, got {getattr(config, name)}.")
+        if not 0 <= config.kl_weight < math.inf:
+            raise ValueError(f"DiscreteVAE: kl_weight must be a finite number, at least 0, got {config.kl_weight}.")
+        if config.prior_every < 1:
+            raise ValueError(f"DiscreteVAE: prior_every must be at least 1, got {config.prior_every}.")
+        channels = config.image_shape[0]
+        self.encoder = image_encoder(channels, config.hidden, config.num_codes)
+        self.normalisation = BatchNorm(config.num_codes)
+        nn.init.constant_(self.normalisation.weight, LOGIT_SCALE)
+        self.quantizer = GumbelQuantizer(config.num_codes, config.dim, tau=config.tau_start, hard=config.hard, channel_dim=1)
+        self.decoder = image_decoder(config.dim, config.hidden, channels)
+        self.prior = IndexPrior(config.num_codes, width=config.prior_width, layers=config.prior_layers) if config.prior_width else None
+        self.players = ("model", "prior") if config.prior_width else ("model",)
+
+    @property
+    def tau(self) -> float:
+        """The temperature at this share of the training."""
+        start, end = self.config.tau_start, self.config.tau_end
+        return start * (end / start) ** self.progress
+
+    def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
+        if player == "prior":
+            return {"loss": self.prior.loss(self.encode(images))}
+        self.quantizer.set_tau(self.tau)
+        quantized, _, kl = self.quantizer(self._logits(images))
+        reconstruction, kl = F.mse_loss(self.decoder(quantized).to(images.dtype), images), kl.mean()
+        loss = reconstruction + self.config.kl_weight * kl
+        return {"loss": loss, "reconstruction": reconstruction.detach(), "kl": kl.detach()}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        networks = [p for name, p in self.named_parameters() if not name.startswith("prior.")]
+        optimizers = {"model": torch.optim.Adam(networks, lr=self.config.lr)}
+        if self.prior is not None:
+            optimizers["prior"] = torch.optim.Adam(self.prior.parameters(), lr=self.config.lr_prior)
+        return optimizers
+
+    def players_at(self, step: int) -> Sequence[str]:
+        return self.players if step % self.config.prior_every == 0 else ("model",)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Likeliest indices [B, H/4, W/4] of images [B, C, H, W]."""
+        with evaluating(self):
+            return self.quantizer.encode(self._logits(images))
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor) -> Tensor:
+        """Images [B, C, 4h, 4w] of indices [B, h, w]."""
+        with evaluating(self):
+            return self.decoder(self.quantizer.decode(indices)).clamp(0, 1)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        return self.decode(self.encode(images))
+
+    @torch.no_grad()
+    def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
+        """Images of n index images drawn from the prior.
+
+        Raises:
+            RuntimeError: without a prior.
+        """
+        if self.prior is None:
+            raise RuntimeError("DiscreteVAE.sample: samples are drawn from the prior, got prior_width=0.")
+        height, width = (side // DOWNSAMPLING for side in self.config.image_shape[1:])
+        with evaluating(self):
+            return self.decode(self.prior.sample(n, height, width))
+
+    def _logits(self, images: Tensor) -> Tensor:
+        self.check_images(images)
+        return self.normalisation(self.encoder(images))

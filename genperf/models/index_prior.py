@@ -1,0 +1,158 @@
+"""An autoregressive prior over images of code indices."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.gumbel_sample import gumbel_sample
+from .system import evaluating
+
+
+class IndexPrior(nn.Module):
+    """The distribution of images of indices, one index after the other in the order of rows; van den Oord et al. (2017), section 3.3.
+
+    Equivalent to:
+        log p(i | c) = sum_t log softmax(logits_t(i_0 ... i_(t - 1), c))[i_t]
+
+    The logits come from a small transformer: Vaswani et al., "Attention Is All You Need" (2017), normalised before each layer. The
+    input of a position is its place, the index before it, that above it and, where there is a condition, what that says of its
+    5x5 neighbourhood. So a position sees all that come before it, at any size of image, and drawing it costs no more than one
+    step: keys and values of the earlier ones are kept.
+
+    Args:
+        num_codes: K.
+        width: length of the hidden vectors, a multiple of 4.
+        layers: of the transformer.
+        num_conditions: C, channels of the condition; 0 for none.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    def __init__(self, num_codes: int, *, width: int = 64, layers: int = 2, num_conditions: int = 0) -> None:
+        super().__init__()
+        _check("num_codes must be at least 1", num_codes, num_codes >= 1)
+        _check("width must be a positive multiple of 4", width, width >= 4 and width % 4 == 0)
+        _check("layers must be at least 1", layers, layers >= 1)
+        _check("num_conditions must not be negative", num_conditions, num_conditions >= 0)
+        self.num_codes = num_codes
+        self.width = width
+        self.num_conditions = num_conditions
+        # Index K stands for what lies outside of the image.
+        self.previous = nn.Embedding(num_codes + 1, width)
+        self.above = nn.Embedding(num_codes + 1, width)
+        self.condition = None
+        if num_conditions:
+            self.condition = nn.Sequential(nn.Conv2d(num_conditions, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, width, 3, padding=1))
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(layers))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_codes))
+
+    def forward(self, indices: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Logits of each index given those before it.
+
+        Args:
+            indices: [B, h, w], int64, 0 ... K - 1.
+            condition: [B, C, h, w], with `num_conditions` only.
+
+        Returns:
+            [B, K, h, w]
+
+        Raises:
+            ValueError, TypeError: tensors that do not fit.
+        """
+        return self._logits(indices, condition).movedim(-1, 1)
+
+    def loss(self, indices: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy of an index, a scalar in nats: F.cross_entropy(self(indices, condition), indices)."""
+        return F.cross_entropy(self._logits(indices, condition).flatten(0, 2), indices.flatten())
+
+    @torch.no_grad()
+    def sample(self, n: int, height: int, width: int, condition: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
+        """Draw n images of indices, one position after the other; `genperf.sample_offset` applies.
+
+        Args:
+            condition: [n, C, height, width], with `num_conditions` only.
+            temperature: positive; the logits are divided by it.
+
+        Returns:
+            [n, height, width], int64.
+        """
+        _check("temperature must be a finite number above 0", temperature, 0 < temperature < math.inf)
+        self._check_condition(condition, (n, height, width))
+        place = self._place(height, width, condition)
+        length = height * width
+        known = torch.full((n, width + length), self.num_codes, device=place.device)  # below a row of what lies outside
+        caches = [block.new_cache(n, length) for block in self.blocks]
+        with evaluating(self):
+            for t in range(length):
+                x = self.previous(known[:, width + t - 1]) + self.above(known[:, t]) + place[:, t]
+                x = x.unsqueeze(1)
+                for block, cache in zip(self.blocks, caches, strict=True):
+                    x = block(x, cache, t)
+                _, known[:, width + t], _ = gumbel_sample(self.head(x[:, 0]) / temperature, hard=True)
+        return known[:, width:].reshape(n, height, width)
+
+    def _logits(self, indices: Tensor, condition: Tensor | None) -> Tensor:
+        """[B, h, w, K]"""
+        if indices.dtype != torch.int64:
+            raise TypeError(f"IndexPrior: indices must be int64, got {indices.dtype}.")
+        if indices.dim() != 3:
+            raise ValueError(f"IndexPrior: indices must have shape [B, h, w], got {list(indices.shape)}.")
+        self._check_condition(condition, indices.shape)
+        _, height, width = indices.shape
+        known = F.pad(indices.flatten(1), (width, 0), value=self.num_codes)
+        x = self.previous(known[:, width - 1 : -1]) + self.above(known[:, :-width]) + self._place(height, width, condition)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x).unflatten(1, (height, width))
+
+    def _place(self, height: int, width: int, condition: Tensor | None) -> Tensor:
+        """[1 or B, h * w, width]: sines and cosines of row and column, and the condition."""
+        device = self.above.weight.device
+        frequencies = torch.exp(-math.log(100) * torch.linspace(0, 1, self.width // 4, device=device))
+        row, column = (torch.arange(size, device=device).unsqueeze(1) * frequencies for size in (height, width))
+        row, column = (torch.cat([angle.sin(), angle.cos()], 1) for angle in (row, column))
+        place = torch.cat([row.unsqueeze(1).expand(-1, width, -1), column.expand(height, -1, -1)], 2).flatten(0, 1)
+        return place.unsqueeze(0) if condition is None else place + self.condition(condition).flatten(2).mT
+
+    def _check_condition(self, condition: Tensor | None, shape: tuple[int, int, int]) -> None:
+        batch, height, width = shape
+        expected = [batch, self.num_conditions, height, width] if self.num_conditions else None
+        got = None if condition is None else list(condition.shape)
+        if got != expected:
+            raise ValueError(f"IndexPrior: condition must {f'have shape {expected}' if expected else 'be None'}, got {got}.")
+
+
+class _Block(nn.Module):
+    """Causal attention and a layer on each position, both added to what comes in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.head_dim = math.gcd(width, 32)
+        self.attention_norm = nn.LayerNorm(width)
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.from_heads = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, cache: Tensor | None = None, t: int = 0) -> Tensor:
+        """x [B, T, width]; with a cache x is position t alone, [B, 1, width], and the cache holds those before it."""
+        qkv = self.to_qkv(self.attention_norm(x)).unflatten(2, (3, -1, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, head_dim] each
+        if cache is not None:
+            cache[0, :, :, t], cache[1, :, :, t] = k[:, :, 0], v[:, :, 0]
+            k, v = cache[:, :, :, : t + 1]
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+        x = x + self.from_heads(seen.transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+    def new_cache(self, n: int, length: int) -> Tensor:
+        """Room for the keys and values of n images: [2, n, heads, T, head_dim]."""
+        weight = self.from_heads.weight
+        return weight.new_empty(2, n, len(weight) // self.head_dim, length, self.head_dim)
+
+
+def _check(rule: str, value: object, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"IndexPrior: {rule}, got {value!r}.")

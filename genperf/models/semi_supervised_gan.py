@@ -1,0 +1,225 @@
+"""Semi-supervised GAN: a classifier that learns from a few labels and many images without."""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+from torch.optim.swa_utils import AveragedModel
+
+from ..nn.batch_norm import BatchNorm
+from ..ops._noise import sample_offset
+from .gan import GAN, GANConfig, _moving_average
+from .system import evaluating, option, standard_normal
+
+# Standard deviation of the noise on hidden layers.
+LAYER_NOISE = 0.5
+
+
+@dataclass(frozen=True)
+class SemiSupervisedGANConfig(GANConfig):
+    """What a `SemiSupervisedGAN` is built from."""
+
+    num_classes: int = 10
+    labels_per_class: int = option(10, "images of each class whose label is kept")
+    label_seed: int = option(0, "chooses these images")
+    labelled_batch: int = option(100, "labelled images in each step of the discriminator")
+    unlabelled: bool = option(True, "learn from the images without a label too, False: the classifier alone, from the labels")
+    input_noise: float = option(0.6, "standard deviation of the noise on the discriminator's input, of images in [-1, 1]")
+    classifier_ema: float = option(0.995, "decay of the moving average of the discriminator that classifies, 0: none")
+    adversarial_weight: float = option(0.0, "weight of the adversarial loss in the generator's")
+    feature_matching: float = option(1.0, "weight of feature matching in the generator's loss")
+    width: int = option(256, "units of the hidden layers: width in the generator, 2 to 1/2 of it in the discriminator")
+    lr: float = option(1e-3, "learning rate of the generator")
+
+
+class SemiSupervisedGAN(GAN):
+    """Salimans et al., "Improved Techniques for Training GANs" (2016), section 5; Odena (2016).
+
+    The discriminator tells the K classes and generated images apart, K + 1 classes. Of their logits one is redundant, and
+    that of generated images is 0; with the others l(x) [B, K] and d(x) = logsumexp(l(x), 1) the probability that an image
+    is real is sigmoid(d(x)), that it is real and of class k exp(l_k(x)) / (1 + exp(d(x))). With few labelled images a, their labels y,
+    images x without label and noise z:
+        discriminator:  F.cross_entropy(l(a), y) + mean softplus(-d(x)) + mean softplus(d(g(z)))
+        generator:      feature_matching(f(x), f(g(z)))                     # f: the discriminator's last hidden layer
+
+    Both networks are fully connected, as published for digits: the discriminator with weight normalisation (Salimans &
+    Kingma 2016) and Gaussian noise on its input and hidden layers in training, the generator with batch normalisation. What
+    `GAN` offers beside is there as well, but for minibatch discrimination.
+
+    `prepare` chooses the images whose labels are kept and must come before the first step. Each step of the
+    discriminator draws some of them, the same in every process.
+
+    Attributes:
+        labelled_images, labels: the images [L, C, H, W] and labels [L] that are kept; not in the state_dict.
+
+    Raises:
+        ValueError: a field of the configuration outside its range, as a sentence.
+    """
+
+    Config = SemiSupervisedGANConfig
+    labelled_images: Tensor | None
+    labels: Tensor | None
+
+    def __init__(self, config: SemiSupervisedGANConfig | None = None) -> None:
+        super().__init__(config)
+        self.classifier = None
+        if self.config.classifier_ema:
+            average = functools.partial(_moving_average, decay=self.config.classifier_ema)
+            self.classifier = AveragedModel(self.discriminator, avg_fn=average).requires_grad_(False)
+        self.register_buffer("labelled_images", None, persistent=False)
+        self.register_buffer("labels", None, persistent=False)
+
+    def build_generator(self) -> nn.Module:
+        return NormalizedGenerator(self.config.image_shape, self.config.latent_dim, self.config.width)
+
+    def build_discriminator(self) -> nn.Module:
+        return ClassifyingDiscriminator(self.config.image_shape, self.config.num_classes, self.config.width, self.config.input_noise)
+
+    def prepare(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keep `labels_per_class` labels of each class; the choice depends on them and on `label_seed` alone.
+
+        Returns:
+            All images, and labels that are -1 where they are hidden.
+
+        Raises:
+            ValueError: no int64 labels, labels out of range, or a class with fewer images.
+        """
+        self.check_images(images)
+        name, config = type(self).__name__, self.config
+        if labels is None or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            got = None if labels is None else f"{labels.dtype} {list(labels.shape)}"
+            raise ValueError(f"{name}: labels must be int64 [{len(images)}], got {got}.")
+        present, counts = labels.unique(return_counts=True)
+        if len(present) and not 0 <= present[0] <= present[-1] < config.num_classes:
+            raise ValueError(f"{name}: labels must be 0 ... {config.num_classes - 1}, got {present[0]} ... {present[-1]}.")
+        if not len(present) or counts.min() < config.labels_per_class:
+            raise ValueError(
+                f"{name}: each class must have at least {config.labels_per_class} images, got {counts.min() if len(counts) else 0}."
+            )
+        generator = torch.Generator().manual_seed(config.label_seed)
+        order = torch.randperm(len(labels), generator=generator).to(labels.device)
+        kept = torch.cat([order[labels[order] == k][: config.labels_per_class] for k in present])
+        self.labelled_images = images[kept].to(self.device)
+        self.labels = labels[kept].to(self.device)
+        hidden = torch.full_like(labels, -1)
+        hidden[kept] = labels[kept]
+        return images, hidden
+
+    def players_at(self, step: int) -> Sequence[str]:
+        """As in `GAN`; the discriminator alone where nothing is learned from generated images."""
+        return super().players_at(step) if self.config.unlabelled else self.players[:1]
+
+    def step_done(self, player: str) -> None:
+        super().step_done(player)
+        if player == "discriminator" and self.classifier is not None:
+            self.classifier.update_parameters(self.discriminator)
+
+    @torch.no_grad()
+    def classify(self, images: Tensor) -> Tensor:
+        """Logits [B, num_classes] of the classes, by the averaged weights where there are any."""
+        self.check_images(images)
+        network = self.discriminator if self.classifier is None else self.classifier.module
+        with evaluating(self):
+            return network.classify(images * 2 - 1)[0]
+
+    def _discriminator_losses(self, real: Tensor, condition: None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        parts, scores = super()._discriminator_losses(real, condition) if self.config.unlabelled else ({}, {})
+        parts["cross_entropy"] = self._cross_entropy()
+        return parts, scores
+
+    def _generator_losses(self, real: Tensor, condition: None) -> dict[str, Tensor]:
+        parts = super()._generator_losses(real, condition)
+        return {**parts, "adversarial": self.config.adversarial_weight * parts["adversarial"]}
+
+    def _cross_entropy(self) -> Tensor:
+        if self.labels is None:
+            raise RuntimeError(f"{type(self).__name__}: prepare(images, labels) must come before the first step, got a training_step.")
+        # On the CPU, where all processes draw the same; the noise of the discriminator must then be the same too.
+        drawn = torch.randperm(len(self.labels))[: self.config.labelled_batch].to(self.labels.device)
+        with sample_offset(0):
+            logits, _ = self.discriminator.classify(self.labelled_images[drawn] * 2 - 1)
+        return F.cross_entropy(logits, self.labels[drawn])
+
+    def _check_config(self) -> None:
+        super()._check_config()
+        config, name = self.config, type(self).__name__
+        for field, least in (("num_classes", 2), ("labels_per_class", 1), ("labelled_batch", 1), ("width", 2)):
+            if getattr(config, field) < least:
+                raise ValueError(f"{name}: {field} must be at least {least}, got {getattr(config, field)!r}.")
+        for field in ("input_noise", "adversarial_weight"):
+            if getattr(config, field) < 0:
+                raise ValueError(f"{name}: {field} must be at least 0, got {getattr(config, field)!r}.")
+        if not 0 <= config.classifier_ema < 1:
+            raise ValueError(f"{name}: classifier_ema must be in [0, 1), got {config.classifier_ema!r}.")
+        if not (config.adversarial_weight or config.feature_matching):
+            raise ValueError(f"{name}: adversarial_weight or feature_matching must be above 0, got 0 for both.")
+        if config.minibatch_kernels:
+            raise ValueError(f"{name}: minibatch_kernels must be 0, since a class is that of one image, got {config.minibatch_kernels}.")
+
+
+class ClassifyingDiscriminator(nn.Module):
+    """Images [B, C, H, W] and a condition that is None to logits [B], real against generated, and features [B, width / 2]."""
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, width: int, input_noise: float) -> None:
+        super().__init__()
+        layers = [nn.Flatten(), GaussianNoise(input_noise)]
+        sizes = [math.prod(image_shape), 2 * width, width, width // 2, width // 2, width // 2]
+        for inputs, outputs in itertools.pairwise(sizes):
+            layers += [_normalized(inputs, outputs), nn.ReLU(), GaussianNoise(LAYER_NOISE)]
+        *body, last_noise = layers
+        self.body = nn.Sequential(*body)
+        self.classes = nn.Sequential(last_noise, _normalized(sizes[-1], num_classes))
+
+    def forward(self, images: Tensor, condition: None = None) -> tuple[Tensor, Tensor]:
+        logits, features = self.classify(images)
+        return logits.logsumexp(1), features
+
+    def classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, num_classes] and features."""
+        features = self.body(images)
+        return self.classes(features), features
+
+
+class NormalizedGenerator(nn.Module):
+    """Noise [B, latent_dim] and a condition that is None to images in [-1, 1], through two hidden layers with batch normalisation."""
+
+    def __init__(self, image_shape: tuple[int, int, int], latent_dim: int, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(latent_dim, width),
+            BatchNorm(width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            BatchNorm(width),
+            nn.ReLU(),
+            nn.Linear(width, math.prod(image_shape)),
+            nn.Tanh(),
+            nn.Unflatten(1, image_shape),
+        )
+
+    def forward(self, z: Tensor, condition: None = None) -> Tensor:
+        return self.body(z)
+
+
+class GaussianNoise(nn.Module):
+    """x + std * noise in training, x otherwise; `genperf.sample_offset` applies."""
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        self.std = std
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.std * standard_normal(*x.shape, device=x.device) if self.training and self.std else x
+
+
+def _normalized(inputs: int, outputs: int) -> nn.Module:
+    """A linear layer with weight normalisation that keeps the scale of what ReLU leaves, so that the noise does not drown it."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    return weight_norm(layer)

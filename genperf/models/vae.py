@@ -1,0 +1,146 @@
+"""The variational autoencoder."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.gaussian_sample import gaussian_sample
+from ._convolutional import check_convolutional, vector_decoder, vector_encoder
+from .autoencoder import latent_plane
+from .system import System, SystemConfig, evaluating, option, standard_normal
+
+LIKELIHOODS = ("bernoulli", "gaussian")
+
+# Of a learned sigma: about the spread of pixels in [0, 1], the error of a decoder that knows nothing.
+SIGMA_START = 0.3
+
+
+@dataclass(frozen=True)
+class VAEConfig(SystemConfig):
+    """What a `VAE` is built from."""
+
+    dim: int = option(20, "length of a code")
+    hidden: int = option(32, "channels of the convolutions, an even number")
+    likelihood: str = option("bernoulli", "distribution of a pixel given the code", choices=LIKELIHOODS)
+    sigma: float | None = option(None, "standard deviation of a gaussian pixel, none: learned")
+    beta: float = option(1.0, "weight of the KL divergence")
+    shift: int = option(1, "pixels by which each batch is moved at most, at random, against overfitting; 0: not at all")
+    lr: float = option(2e-3, "learning rate of Adam")
+
+
+class VAE(System):
+    """Learns a distribution of images with a latent code of standard normal prior; Kingma and Welling, "Auto-Encoding
+    Variational Bayes" (2013); with beta other than 1 Higgins et al., "beta-VAE" (2017).
+
+    Equivalent to (likelihood="bernoulli"):
+        sample, kl = genperf.gaussian_sample(encoder(images))               # moments packed, [B, 2 * dim]
+        reconstruction = F.binary_cross_entropy_with_logits(decoder(sample), images, reduction="none").flatten(1).sum(1)
+        loss = (reconstruction + beta * kl).mean()
+
+    All losses are in nats for each image, summed over pixels and code, mean over the batch; with beta = 1 the loss is the
+    negative evidence lower bound.
+
+    likelihood      reconstruction, summed over the pixels x; m is the decoder's output, for bernoulli its sigmoid
+    "bernoulli"     -x log m - (1 - x) log(1 - m); a grey pixel is the mean of binary ones
+    "gaussian"      ((x - m) / sigma)^2 / 2 + log sigma + log(2 pi) / 2; a density, so the loss may be negative. A learned sigma
+                    is one number for all pixels: Rybkin et al., "Simple and Effective VAE Training with Calibrated Decoders" (2021)
+
+    Attributes:
+        log_sigma: scalar parameter, with the gaussian likelihood and sigma=None.
+
+    Raises:
+        ValueError: a config or images that do not fit.
+    """
+
+    Config = VAEConfig
+
+    def __init__(self, config: VAEConfig | None = None) -> None:
+        super().__init__(config)
+        config = self.config
+        check_convolutional("VAE", config)
+        if config.likelihood not in LIKELIHOODS:
+            raise ValueError(f"VAE: likelihood must be one of {', '.join(LIKELIHOODS)}, got {config.likelihood!r}.")
+        if config.sigma is not None and not 0 < config.sigma < math.inf:
+            raise ValueError(f"VAE: sigma must be None or a finite number above 0, got {config.sigma}.")
+        if not 0 <= config.beta < math.inf:
+            raise ValueError(f"VAE: beta must be a finite number, at least 0, got {config.beta}.")
+        if config.shift < 0:
+            raise ValueError(f"VAE: shift must not be negative, got {config.shift}.")
+        self.encoder = vector_encoder(config.image_shape, config.hidden, 2 * config.dim)
+        self.decoder = vector_decoder(config.dim, config.hidden, config.image_shape)
+        if config.likelihood == "gaussian" and config.sigma is None:
+            self.log_sigma = nn.Parameter(torch.tensor(math.log(SIGMA_START)))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Both terms of the negative evidence lower bound, [B] each, in nats: reconstruction and KL, of one drawn code."""
+        self.check_images(images)
+        sample, kl = gaussian_sample(self.encoder(images))
+        return self._reconstruction_nats(self.decoder(sample), images), kl
+
+    def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
+        reconstruction, kl = (nats.mean() for nats in self(_shifted(images, self.config.shift)))
+        return {"loss": reconstruction + self.config.beta * kl, "reconstruction": reconstruction.detach(), "kl": kl.detach()}
+
+    @torch.no_grad()
+    def negative_elbo(self, images: Tensor, *, samples: int = 1) -> Tensor:
+        """The negative evidence lower bound of each image, in nats [B]: reconstruction, mean over so many codes, plus KL.
+
+        Whatever beta is, it counts once here. The KL is exact; more samples make the estimate less noisy, not tighter.
+        """
+        if samples < 1:
+            raise ValueError(f"VAE.negative_elbo: samples must be at least 1, got {samples}.")
+        self.check_images(images)
+        with evaluating(self):
+            moments = self.encoder(images)
+            total = 0
+            for _ in range(samples):
+                sample, kl = gaussian_sample(moments)
+                total = total + self._reconstruction_nats(self.decoder(sample), images)
+            return total / samples + kl
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Means [B, dim] of the codes of images [B, C, H, W]."""
+        self.check_images(images)
+        with evaluating(self):
+            return self.encoder(images).chunk(2, 1)[0]
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Mean images [B, C, H, W] of codes [B, dim]."""
+        with evaluating(self):
+            outputs = self.decoder(codes)
+        return outputs.sigmoid() if self.config.likelihood == "bernoulli" else outputs.clamp(0, 1)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        return self.decode(self.encode(images))
+
+    def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
+        """Mean images of n codes drawn from the prior."""
+        return self.decode(standard_normal(n, self.config.dim, device=self.device))
+
+    def latent_grid(self, n: int, images: Tensor) -> Tensor:
+        """n * n images [n * n, C, H, W], row by row, decoded from the plane of `latent_plane` through the codes of `images`."""
+        return self.decode(latent_plane(self.encode(images), n))
+
+    def _reconstruction_nats(self, outputs: Tensor, images: Tensor) -> Tensor:
+        outputs = outputs.to(images.dtype)  # sums over pixels are too long for half precision
+        if self.config.likelihood == "bernoulli":
+            nats = F.binary_cross_entropy_with_logits(outputs, images, reduction="none")
+        else:
+            sigma = self.config.sigma
+            log_sigma = self.log_sigma if sigma is None else torch.tensor(math.log(sigma))
+            nats = 0.5 * ((images - outputs) * torch.exp(-log_sigma)).square() + log_sigma + 0.5 * math.log(2 * math.pi)
+        return nats.flatten(1).sum(1)
+
+
+def _shifted(images: Tensor, largest: int) -> Tensor:
+    """All images moved by the same random number of pixels up to `largest` each way; what comes in repeats the border."""
+    if largest == 0:
+        return images
+    down, right = torch.randint(2 * largest + 1, (2,)).tolist()
+    height, width = images.shape[2:]
+    return F.pad(images, [largest] * 4, mode="replicate")[:, :, down : down + height, right : right + width]

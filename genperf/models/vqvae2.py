@@ -1,0 +1,188 @@
+"""VQ-VAE-2: codes of two resolutions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..nn.batch_norm import BatchNorm
+from .index_prior import IndexPrior
+from .system import System, check_divisible, evaluating
+from .vqvae import ResidualBlock, VQVAEConfig, image_quantizer
+
+
+@dataclass(frozen=True)
+class VQVAE2Config(VQVAEConfig):
+    """As of a `VQVAE`; hidden, dim and num_codes are those of either level."""
+
+
+class HierarchicalCodes(NamedTuple):
+    """Indices, int64."""
+
+    top: Tensor
+    """[B, H/4, W/4]"""
+    bottom: Tensor
+    """[B, H/2, W/2]"""
+
+
+class VQVAE2Output(NamedTuple):
+    reconstruction: Tensor
+    """[B, C, H, W]"""
+    codes: HierarchicalCodes
+    quantizer_loss: Tensor
+    """Scalar, of both levels."""
+
+
+class VQVAE2(System):
+    """An autoencoder with codes on two levels; Razavi et al., "Generating Diverse High-Fidelity Images with VQ-VAE-2" (2019).
+
+    Equivalent to:
+        fine = encoder(images)                                                              # [B, hidden / 2, H/2, W/2]
+        top, top_indices, top_loss = VectorQuantizer(top_encoder(fine))                     # [B, dim, H/4, W/4]
+        bottom, bottom_indices, bottom_loss = VectorQuantizer(bottom_encoder(cat([fine, top_decoder(top)])))
+        loss = mse(decoder(cat([upsample(top), bottom])), images) + top_loss + bottom_loss  # player "model"
+        loss = -log p(top_indices), loss = -log p(bottom_indices | top)                     # players "top_prior", "bottom_prior"
+
+    The levels are those for small images, factors 4 and 2 where the paper has 8 and 4. Encodings of the top level are normalised
+    over the batch before they are quantised (Lancucki et al., "Robust Training of Vector Quantized Bottleneck Models", 2020):
+    without that the top falls back to a few codes, since the bottom can do without it.
+
+    Images [B, C, H, W], H and W divisible by 4, become `HierarchicalCodes` and back. The priors are `IndexPrior`s that learn
+    the codes as they are at the time; without them (`prior_width=0`) there is one player only.
+
+    Raises:
+        ValueError: a configuration outside its range.
+    """
+
+    Config = VQVAE2Config
+    players = ("model", "top_prior", "bottom_prior")
+    downsampling = 4
+
+    def __init__(self, config: VQVAE2Config | None = None) -> None:
+        super().__init__(config)
+        config = self.config
+        check_divisible("VQVAE2", config.image_shape, self.downsampling)
+        if config.hidden < 4 or config.hidden % 4:
+            raise ValueError(f"VQVAE2: hidden must be a positive multiple of 4, got {config.hidden}.")
+        if config.prior_every < 1:
+            raise ValueError(f"VQVAE2: prior_every must be at least 1, got {config.prior_every}.")
+        channels, hidden, dim = config.image_shape[0], config.hidden, config.dim
+        self.encoder = nn.Sequential(nn.Conv2d(channels, hidden // 2, 4, stride=2, padding=1), ResidualBlock(hidden // 2), nn.ReLU())
+        self.top_encoder = nn.Sequential(
+            nn.Conv2d(hidden // 2, hidden, 4, stride=2, padding=1),
+            ResidualBlock(hidden),
+            nn.ReLU(),
+            nn.Conv2d(hidden, dim, 1),
+            BatchNorm(dim, affine=False),
+        )
+        self.top_decoder = nn.Sequential(
+            nn.Conv2d(dim, hidden, 3, padding=1),
+            ResidualBlock(hidden),
+            nn.ReLU(),
+            nn.ConvTranspose2d(hidden, hidden // 2, 4, stride=2, padding=1),
+        )
+        self.bottom_encoder = nn.Conv2d(hidden, dim, 1)
+        self.top_quantizer = image_quantizer(config)
+        self.bottom_quantizer = image_quantizer(config)
+        self.upsample = nn.ConvTranspose2d(dim, hidden // 2, 4, stride=2, padding=1)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(hidden // 2 + dim, hidden // 2, 3, padding=1),
+            ResidualBlock(hidden // 2),
+            nn.ReLU(),
+            nn.ConvTranspose2d(hidden // 2, channels, 4, stride=2, padding=1),
+        )
+        self.top_prior = self.bottom_prior = None
+        if config.prior_width:
+            self.top_prior = IndexPrior(config.num_codes, width=config.prior_width, layers=config.prior_layers)
+            self.bottom_prior = IndexPrior(config.num_codes, width=config.prior_width, layers=config.prior_layers, num_conditions=dim)
+        else:
+            self.players = ("model",)
+
+    def forward(self, images: Tensor) -> VQVAE2Output:
+        self.check_images(images)
+        fine = self.encoder(images)
+        top, top_indices, top_loss = self.top_quantizer(self.top_encoder(fine))
+        bottom, bottom_indices, bottom_loss = self.bottom_quantizer(self._bottom_latents(fine, top))
+        return VQVAE2Output(self._decode(top, bottom), HierarchicalCodes(top_indices, bottom_indices), top_loss + bottom_loss)
+
+    def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
+        """The losses of a batch by name: for "model" those of the pixels and codes, for the priors nats per code."""
+        if player != "model":
+            top, bottom = self.encode(images)
+            loss = self.top_prior.loss(top) if player == "top_prior" else self.bottom_prior.loss(bottom, self._condition(top))
+            return {"loss": loss, "nats_per_code": loss.detach()}
+        output = self(images)
+        reconstruction = F.mse_loss(output.reconstruction, images)
+        return {
+            "loss": reconstruction + output.quantizer_loss,
+            "reconstruction": reconstruction.detach(),
+            "quantizer": output.quantizer_loss.detach(),
+        }
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        autoencoder = [self.encoder, self.top_encoder, self.top_decoder, self.bottom_encoder]
+        autoencoder += [self.top_quantizer, self.bottom_quantizer, self.upsample, self.decoder]
+        learners = {"model": nn.ModuleList(autoencoder), "top_prior": self.top_prior, "bottom_prior": self.bottom_prior}
+        config = self.config
+        rates = {player: config.lr if player == "model" else config.lr_prior for player in self.players}
+        return {player: torch.optim.Adam(learners[player].parameters(), lr=lr) for player, lr in rates.items()}
+
+    def players_at(self, step: int) -> Sequence[str]:
+        return self.players if step % self.config.prior_every == 0 else ("model",)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> HierarchicalCodes:
+        """Indices of the images on both levels; nothing learns from them, in training mode neither."""
+        self.check_images(images)
+        with evaluating(self):
+            fine = self.encoder(images)
+            top = self.top_quantizer.encode(self.top_encoder(fine))
+            bottom = self._bottom_latents(fine, self.top_quantizer.decode(top))
+            return HierarchicalCodes(top, self.bottom_quantizer.encode(bottom))
+
+    @torch.no_grad()
+    def decode(self, codes: HierarchicalCodes) -> Tensor:
+        """Images [B, C, H, W] of the indices of both levels, a pair (top, bottom)."""
+        top, bottom = codes
+        with evaluating(self):
+            return self._decode(self.top_quantizer.decode(top), self.bottom_quantizer.decode(bottom)).clamp(0, 1)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        return self.decode(self.encode(images))
+
+    def sample(self, n: int, labels: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
+        """Images of n drawn pairs of latent images, the coarse one first; a temperature below 1 prefers the likelier codes.
+
+        Raises:
+            RuntimeError: a model without priors.
+        """
+        if self.top_prior is None:
+            raise RuntimeError("VQVAE2.sample: samples need priors over the codes, got prior_width=0.")
+        height, width = self.config.image_shape[1:]
+        top = self.top_prior.sample(n, height // 4, width // 4, temperature=temperature)
+        bottom = self.bottom_prior.sample(n, height // 2, width // 2, self._condition(top), temperature=temperature)
+        return self.decode(HierarchicalCodes(top, bottom))
+
+    @torch.no_grad()
+    def init_codes(self, images: Tensor) -> None:
+        """Set the codes of both levels to encodings of the images, as the first training step does where nobody else has."""
+        self.check_images(images)
+        fine = self.encoder(images)
+        latents = self.top_encoder(fine)
+        self.top_quantizer.init_codes(latents)
+        top = self.top_quantizer.decode(self.top_quantizer.encode(latents))
+        self.bottom_quantizer.init_codes(self._bottom_latents(fine, top))
+
+    def _bottom_latents(self, fine: Tensor, top: Tensor) -> Tensor:
+        return self.bottom_encoder(torch.cat([fine, self.top_decoder(top)], 1))
+
+    def _decode(self, top: Tensor, bottom: Tensor) -> Tensor:
+        return self.decoder(torch.cat([self.upsample(top), bottom], 1))
+
+    @torch.no_grad()
+    def _condition(self, top: Tensor) -> Tensor:
+        """The codes of the top level at the resolution of the bottom, [B, dim, H/2, W/2]."""
+        return F.interpolate(self.top_quantizer.decode(top), scale_factor=2)

@@ -1,0 +1,102 @@
+"""Noise of a share of a batch, and the switch to the references."""
+
+import logging
+
+import pytest
+import torch
+
+import genperf
+
+BATCH, SHARE = 6, 2
+
+
+def gaussian(x):
+    return genperf.gaussian_sample(x, dim=1)[0]
+
+
+def gumbel(x):
+    return genperf.gumbel_sample(x, tau=0.7, dim=1)[0]
+
+
+def gumbel_last(x):
+    return genperf.gumbel_sample(x, tau=0.7, dim=-1)[0]
+
+
+def mixed(x):
+    return genperf.interpolate(x, -2 * x)
+
+
+def perturbed(x):
+    # A constant scale, so that the standard deviation of a share does not matter.
+    return genperf.perturb(x, scale=1 / x.std())
+
+
+@pytest.mark.parametrize("draw", [gaussian, gumbel, gumbel_last, mixed, perturbed])
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_shares_draw_the_noise_of_the_whole(draw, impl, dtype, device):
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, 4, 3, 5, device=device).to(dtype)
+    weight = torch.randn_like(draw(x))
+
+    def values_and_gradients(part, weight, first):
+        torch.manual_seed(1)
+        part = part.detach().requires_grad_()
+        with genperf.sample_offset(first):
+            sample = draw(part)
+        (gradient,) = torch.autograd.grad((sample * weight).sum(), part)
+        return sample, gradient
+
+    if impl == "reference":
+        with genperf.reference_ops():
+            whole = values_and_gradients(x, weight, 0)
+    else:
+        whole = values_and_gradients(x, weight, 0)
+    shares = [values_and_gradients(x[i : i + SHARE], weight[i : i + SHARE], i) for i in range(0, BATCH, SHARE)]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]
+    for expected, *parts in zip(whole, *shares, strict=True):
+        torch.testing.assert_close(torch.cat(parts), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_given_noise_and_the_draws_after_stay_as_they_are(device):
+    x, noise = torch.randn(2, 3, 4, device=device)
+    torch.manual_seed(0)
+    expected = genperf.gaussian_sample(x, x, noise=noise)[0], torch.rand(1)
+    torch.manual_seed(0)
+    with genperf.sample_offset(5):
+        found = genperf.gaussian_sample(x, x, noise=noise)[0]
+    assert torch.equal(found, expected[0])
+    assert torch.equal(torch.rand(1), expected[1])
+    # A draw takes as much of the generator within the context as outside.
+    states = []
+    for first in (0, 7):
+        torch.manual_seed(0)
+        with genperf.sample_offset(first):
+            genperf.gaussian_sample(x, x)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_an_offset_ends_with_its_context():
+    x = torch.zeros(2, 3)
+    torch.manual_seed(0)
+    expected = genperf.gaussian_sample(x, x)[0]
+    with pytest.raises(RuntimeError, match="inside"), genperf.sample_offset(3), genperf.sample_offset(4):
+        raise RuntimeError("inside")
+    torch.manual_seed(0)
+    assert torch.equal(genperf.gaussian_sample(x, x)[0], expected)
+    with pytest.raises(ValueError, match="sample_offset: first must not be negative, got -1"), genperf.sample_offset(-1):
+        pass
+
+
+def test_reference_ops_reach_layers_and_end_with_their_context(caplog):
+    caplog.set_level(logging.DEBUG, logger="genperf")
+    layer, moments = genperf.nn.DiagonalGaussian(), torch.randn(2, 6)
+    with genperf.reference_ops():
+        layer(moments)
+        assert "gaussian_sample runs reference" in caplog.text
+        with pytest.raises(NotImplementedError, match="impl='triton' cannot run here"):
+            genperf.gaussian_sample(torch.randn(2, 6), impl="triton")
+    caplog.clear()
+    layer(moments)
+    assert "runs native" in caplog.text
