@@ -21,7 +21,7 @@ from genperf.cli.classifier import Classifier, train_classifier
 from genperf.cli.data import load_images, split_held_out
 from genperf.cli.evaluation import anchors, evaluate
 from genperf.cli.main import main as genperf
-from genperf.cli.runs import Run, Settings, build_system, load_run
+from genperf.cli.runs import Run, build_system, load_run
 
 RESULTS = Path(__file__).parent / "results"
 PICTURES = RESULTS / "systems"
@@ -128,7 +128,9 @@ def train_row(name: str, row: Row, classifier: Classifier, work: Path) -> dict:
         folder = work / name.replace(" ", "-") / str(number)
         run = train(row.system, f"{row.options} {variant}", folder)
         metrics = json.loads((folder / "metrics.json").read_text())
-        results.append({"scores": score(run, classifier), **{key: metrics[key] for key in ("training_seconds", "images_per_second", "step_ms")}})
+        results.append(
+            {"scores": score(run, classifier), **{key: metrics[key] for key in ("training_seconds", "images_per_second", "step_ms")}}
+        )
         print(name, variant, results[-1]["scores"], flush=True)
     if row.picture:
         PICTURES.mkdir(parents=True, exist_ok=True)
@@ -166,7 +168,11 @@ def markdown(results: dict) -> str:
         "",
         "| FID of | |",
         "|---|---|",
-        *(f"| {key.removeprefix('fid_').replace('_', ' ')} | {value:.4g} |" for key, value in results["anchors"].items() if key.startswith("fid_")),
+        *(
+            f"| {key.removeprefix('fid_').replace('_', ' ')} | {value:.4g} |"
+            for key, value in results["anchors"].items()
+            if key.startswith("fid_")
+        ),
         "",
         "| system | scores | training s | step, genperf ms | step, reference ms | goals |",
         "|---|---|---|---|---|---|",
@@ -175,13 +181,17 @@ def markdown(results: dict) -> str:
         shown = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in row["scores"].items())
         goals = "; ".join(f"{text}: {'yes' if holds(scores) else '**no**'}" for goal, text, holds in GOALS if goal == name)
         times = row["step_ms"]
-        lines.append(f"| {name} | {shown} | {row['training_seconds']:.0f} | {times['genperf_ms']:.1f} | {times['reference_ms']:.1f} | {goals} |")
+        lines.append(
+            f"| {name} | {shown} | {row['training_seconds']:.0f} | {times['genperf_ms']:.1f} | {times['reference_ms']:.1f} | {goals} |"
+        )
     if results.get("equal"):
         lines += ["", "Trained with genperf's ops and with their references in plain PyTorch, seeds 0, 1, 2:", ""]
         lines += ["| system | score | genperf | reference | means differ by no more than the seeds |", "|---|---|---|---|---|"]
         for system, result in results["equal"].items():
             ours, reference = (", ".join(f"{value:.4g}" for value in result[impl]) for impl in ("genperf", "reference"))
-            lines.append(f"| {system} {result['options']} | {result['score']} | {ours} | {reference} | {'yes' if agrees(result) else '**no**'} |")
+            lines.append(
+                f"| {system} {result['options']} | {result['score']} | {ours} | {reference} | {'yes' if agrees(result) else '**no**'} |"
+            )
     lines += ["", "Commands:", "", *(f"    {row['command']}" for row in results["rows"].values()), ""]
     for name, row in ROWS.items():
         if row.picture and name in results["rows"]:

@@ -624,7 +624,7 @@ def test_files_of_other_kinds_are_left_out(world, extractors, tmp_path, capsys):
     for name in ("paper.pdf", "a.eps", "a.ps", "a.mpo", "a.h5", "a.mpg", "notes.txt"):
         (tmp_path / name).write_bytes(b"no image")
     assert fid_json(capsys, tmp_path, world / "low", *DIGITS)["n"][0] == 3
-    assert load_images(str(tmp_path)).shape == (3, 1, 8, 8)
+    assert load_images(str(tmp_path)).images.shape == (3, 1, 8, 8)
 
 
 def test_files_that_cannot_be_used(world, extractors, tmp_path, capsys):

@@ -81,7 +81,9 @@ def test_killed_run_continues(tmp_path):
     write_images(tmp_path / "images.npz")
     command = [sys.executable, "-m", "genperf"]
     epochs = ("--epochs", "150")
-    whole = subprocess.Popen([*command, *options(tmp_path, "whole", *epochs)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    whole = subprocess.Popen(
+        [*command, *options(tmp_path, "whole", *epochs)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     chance = random.Random(os.getpid())
     checkpoint = tmp_path / "parts" / "checkpoint.pt"
     for attempt in range(3):

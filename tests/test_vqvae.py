@@ -60,7 +60,7 @@ def test_codes_carry_the_whole_image(system):
 def test_what_is_no_training_step_learns_nothing(system):
     model = small(system).train()
     images = torch.rand(3, 1, 16, 16)
-    model.init_codes(images)
+    model.initialize(images)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.encode(images)
     model.reconstruct(images)
@@ -99,7 +99,7 @@ def test_training_lowers_the_losses(system, decay):
 def test_losses_are_what_they_are_called(system):
     model = small(system)
     images = torch.rand(3, 1, 16, 16)
-    model.init_codes(images)
+    model.initialize(images)
     model.eval()
     losses = model.training_step(images)
     assert losses.keys() == {"loss", "reconstruction", "quantizer"}
@@ -166,7 +166,7 @@ def test_without_a_prior_there_is_one_player(system):
 def test_init_codes_takes_encodings():
     model = small()
     images = torch.rand(4, 1, 16, 16)
-    model.init_codes(images)
+    model.initialize(images)
     latents = model.encoder(images).movedim(1, -1).reshape(-1, 4)
     assert torch.cdist(model.quantizer.codebook, latents).amin(1).max() < 1e-3
 
@@ -175,7 +175,7 @@ def test_init_codes_takes_encodings():
 @pytest.mark.parametrize("shape", [(1, 1, 16, 12), (1, 3, 16, 16), (1, 16, 16)])
 def test_images_that_do_not_fit(system, shape):
     model = small(system)
-    for call in (model, model.encode, model.init_codes, model.training_step):
+    for call in (model, model.encode, model.initialize, model.training_step):
         with pytest.raises(ValueError, match=rf"^{system.__name__}: images must have shape \[B, 1, 16, 16\], got \["):
             call(torch.rand(shape))
 

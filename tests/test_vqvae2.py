@@ -14,7 +14,7 @@ def small(**changes):
 
 def test_both_levels_and_the_way_between_them_reach_the_image():
     model = small().eval()
-    model.init_codes(torch.rand(4, 1, 16, 16))
+    model.initialize(torch.rand(4, 1, 16, 16))
     top, bottom = torch.zeros(2, 4, 4, dtype=torch.int64), torch.zeros(2, 8, 8, dtype=torch.int64)
     plain = model.decode(HierarchicalCodes(top, bottom))
     for codes in ((top + 1, bottom), (top, bottom + 1)):
@@ -30,7 +30,7 @@ def test_decoder_is_that_of_the_paper():
     """Upsampled top beside bottom, and the quantizer losses of both levels."""
     model = small()
     images = torch.rand(4, 1, 16, 16)
-    model.init_codes(images)
+    model.initialize(images)
     model.eval()
     output = model(images)
     fine = model.encoder(images)
@@ -46,7 +46,7 @@ def test_decoder_is_that_of_the_paper():
 def test_bottom_is_drawn_given_the_top(monkeypatch):
     """The bottom prior must see the codes of the very top that is decoded."""
     model = small()
-    model.init_codes(torch.rand(4, 1, 16, 16))
+    model.initialize(torch.rand(4, 1, 16, 16))
     decoded = []
     monkeypatch.setattr(model, "decode", decoded.append)
     seen = []

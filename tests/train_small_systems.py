@@ -23,7 +23,6 @@ SMALL = {
     "latent_dim": 4,
     "num_codes": 5,
     "prior_width": 8,
-    "condition_dim": 4,
     "normal_class": 1,
     "labels_per_class": 2,
     "critic_steps": 2,

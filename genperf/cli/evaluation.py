@@ -60,11 +60,11 @@ def evaluate(
     device = system.device
     scores: dict[str, float] = {}
     with seeded(seed, device), evaluating(system):
-        usual = _usual(system, held_out).split(batch_size)
-        if usual[0].numel():
-            scores |= _reconstruction(system, usual) | _denoising(system, usual)
+        batches = usual(system, held_out).split(batch_size)
+        if batches[0].numel():
+            scores |= _reconstruction(system, batches) | _denoising(system, batches)
             if hasattr(system, "negative_elbo"):
-                scores["negative_elbo"] = _mean(system.negative_elbo(batch.to(device)) for batch in usual)
+                scores["negative_elbo"] = _mean(system.negative_elbo(batch.to(device)) for batch in batches)
         scores |= _codes(system, held_out, batch_size) | _anomalies(system, held_out, batch_size) | _classes(system, held_out, batch_size)
         if samples and refusal(system) is None:
             scores |= _samples(system, training, held_out, samples, extractor, classifier, batch_size)
@@ -125,7 +125,7 @@ def class_labels(n: int, labels: Tensor) -> Tensor:
     return labels.sort().values[torch.arange(n) * len(labels) // n]
 
 
-def _usual(system: System, held_out: LabelledImages) -> Tensor:
+def usual(system: System, held_out: LabelledImages) -> Tensor:
     """The held-out images of the kind that the system learnt from."""
     normal = getattr(system.config, "normal_class", None)
     return held_out.images if normal is None or held_out.labels is None else held_out.images[held_out.labels == normal]

@@ -44,9 +44,13 @@ def build_system(name: str, settings: Settings, config: dict[str, Any], images: 
     if "num_classes" in fields:
         if images.labels is None:
             raise UserError(
-                f"{name} needs labels: a folder with one folder of images for each class, or an .npz with an array 'labels'; got images without."
+                f"{name} needs labels: a folder with one folder of images for each class, or an .npz with an array 'labels', got images "
+                "without any."
             )
         from_data["num_classes"] = images.num_classes
+    for field, value in config.items():
+        if field.startswith("lr") and value is not None and value <= 0:
+            raise UserError(f"--{field.replace('_', '-')} must be above 0, got {value}.")
     torch.manual_seed(settings.seed)
     try:
         return system_class(system_class.Config(**{**from_data, **config}))

@@ -15,6 +15,7 @@ from . import options
 from .errors import UserError, import_extra
 
 if TYPE_CHECKING:
+    from .data import LabelledImages
     from .runs import Settings
     from .training import Training
 
@@ -49,7 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    for module, package in (("numpy", "numpy"), ("PIL", "pillow"), ("tqdm", "tqdm"), ("lightning_fabric", "lightning-fabric")):
+    for module, package in (
+        ("numpy", "numpy"),
+        ("PIL", "pillow"),
+        ("tqdm", "tqdm"),
+        ("matplotlib", "matplotlib"),
+        ("lightning_fabric", "lightning-fabric"),
+    ):
         import_extra(module, package, "train")
     from .checkpoint import save_checkpoint
     from .data import fingerprint, load_images, split_held_out
@@ -94,7 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         training.run(settings.epochs, save)
         if fabric.is_global_zero:
-            _report(training, settings, config, held_out, out)
+            _report(training, settings, held_out, out)
+            save()  # with what `finish` has set
     except KeyboardInterrupt:
         if fabric.is_global_zero:
             print(f"genperf: interrupted; continue with `genperf train {name} --resume --out {out}`.", file=sys.stderr)
@@ -102,9 +110,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _report(training: "Training", settings: "Settings", config: dict[str, Any], held_out: Any, out: Path) -> None:
+def _report(training: "Training", settings: "Settings", held_out: "LabelledImages", out: Path) -> None:
     """Judge the system on the held-out images; print and write what comes of it."""
-    from .evaluation import evaluate
+    from .evaluation import evaluate, usual
     from .pictures import write_pictures
     from .timing import time_steps
 
@@ -115,6 +123,7 @@ def _report(training: "Training", settings: "Settings", config: dict[str, Any], 
     times = time_steps(system, training.images.images[batch].to(device), None if labels is None else labels[batch].to(device))
     system.progress = 1.0
     system.eval()
+    system.finish(usual(system, held_out).to(device))
     scores = evaluate(system, training.images, held_out, samples=0)
     pictures = write_pictures(out, system, held_out, history=training.history)
     trained_on = training.epoch * training.steps_per_epoch * training.batch_size
@@ -148,7 +157,7 @@ def _write_history(path: Path, history: list[dict[str, float]]) -> None:
 
 
 def _choices(arguments: argparse.Namespace, state: dict[str, Any] | None) -> tuple["Settings", dict[str, Any]]:
-    """Settings and configuration from the command line; a resumed run keeps its own, all but the number of epochs and where its data lie."""
+    """Settings and configuration from the command line; a resumed run keeps its own, all but the epochs and where its data lie."""
     from .runs import Settings
 
     given = vars(arguments)

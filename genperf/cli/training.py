@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..models import System
@@ -44,6 +44,17 @@ def make_fabric(device: torch.device, precision: str) -> Fabric:
     return fabric
 
 
+class _TrainingStep(nn.Module):
+    """A system as the engine wants it, whose precision and gradient exchange apply to `forward` alone."""
+
+    def __init__(self, system: System) -> None:
+        super().__init__()
+        self.system = system
+
+    def forward(self, images: Tensor, labels: Tensor | None, player: str) -> dict[str, Tensor]:
+        return self.system.training_step(images, labels, player=player)
+
+
 class Training:
     """Trains a system; see `genperf.models.System` for the steps.
 
@@ -66,8 +77,7 @@ class Training:
             optimizers = system.optimizers()
         except ValueError as error:
             raise UserError(f"{type(system).__name__}: {error}.") from error
-        self._module, *wrapped = fabric.setup(system, *optimizers.values())
-        self._module.mark_forward_method("training_step")
+        self._module, *wrapped = fabric.setup(_TrainingStep(system), *optimizers.values())
         self.optimizers = dict(zip(optimizers, wrapped, strict=True))
         self._rates = {name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
         self.epoch = 0  # finished ones
@@ -160,7 +170,7 @@ class Training:
             optimizer = self.optimizers[player]
             self._set_rates(player, optimizer)
             with sample_offset(rank * share):
-                losses = self._module.training_step(images, labels, player=player)
+                losses = self._module(images, labels, player)
                 self.system.zero_grad(set_to_none=True)
                 self.fabric.backward(losses["loss"])
             optimizer.step()

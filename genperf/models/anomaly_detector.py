@@ -95,6 +95,11 @@ class AnomalyDetector(DenoisingAutoencoder):
         self.threshold.copy_(scores.quantile(quantile))
         return self.threshold.clone()
 
+    def finish(self, held_out: Tensor) -> None:
+        """Set the threshold to the 0.95 quantile of the usual images held out."""
+        if len(held_out):
+            self.fit_threshold(held_out)
+
     def is_anomaly(self, images: Tensor) -> Tensor:
         """Which images score above the threshold: bool [B].
 

@@ -173,7 +173,7 @@ class GAN(System):
 
     def _condition_of(self, n: int, labels: Tensor | None) -> Tensor | None:
         condition = self.condition(labels)
-        if condition is not None and len(condition) != n:
+        if isinstance(condition, Tensor) and len(condition) != n:
             raise ValueError(f"{type(self).__name__}: there must be a label for each of {n} images, got {len(condition)} labels.")
         return condition
 

@@ -81,6 +81,9 @@ class System(nn.Module):
     def initialize(self, images: Tensor) -> None:
         """Take from the first batch, all of it in every process, what a new system starts from: codes, a reference batch."""
 
+    def finish(self, held_out: Tensor) -> None:
+        """Take from usual images that were held out what follows the training: thresholds."""
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
@@ -88,7 +91,8 @@ class System(nn.Module):
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError unless the images have the shape that the system was built for."""
         if list(images.shape[1:]) != list(self.config.image_shape):
-            raise ValueError(f"{type(self).__name__}: images must have shape [B, {_listed(self.config.image_shape)}], got {list(images.shape)}.")
+            expected = _listed(self.config.image_shape)
+            raise ValueError(f"{type(self).__name__}: images must have shape [B, {expected}], got {list(images.shape)}.")
 
 
 def standard_normal(*shape: int, device: torch.device) -> Tensor:

@@ -141,7 +141,7 @@ class VQVAE(System):
         return self.decode(self.prior.sample(n, height, width, temperature=temperature))
 
     @torch.no_grad()
-    def init_codes(self, images: Tensor) -> None:
+    def initialize(self, images: Tensor) -> None:
         """Set the codes to encodings of the images, as the first training step does where nobody else has."""
         self.check_images(images)
         self.quantizer.init_codes(self.encoder(images))

@@ -167,7 +167,7 @@ class VQVAE2(System):
         return self.decode(HierarchicalCodes(top, bottom))
 
     @torch.no_grad()
-    def init_codes(self, images: Tensor) -> None:
+    def initialize(self, images: Tensor) -> None:
         """Set the codes of both levels to encodings of the images, as the first training step does where nobody else has."""
         self.check_images(images)
         fine = self.encoder(images)
