@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc kernels genperf -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test lint format bench gpu-report clean
+.PHONY: demo test lint format bench systems gpu-report clean
 
 demo: $(VENV)/installed-train
 	$(BIN)/python -m genperf
@@ -26,21 +26,19 @@ format: $(VENV)/installed-dev
 	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 bench: $(VENV)/installed-bench
-	mkdir -p build
-	$(BIN)/python -m pytest benchmarks/bench_*.py -q --benchmark-enable --benchmark-columns=min,median,rounds --benchmark-json=build/bench.json
-	$(BIN)/python benchmarks/report.py build/bench.json
+	$(BIN)/genperf bench --device cpu --out benchmarks/results
 
-# Enough of the workloads to finish within minutes: torch.compile is compiled anew for each.
-GPU_WORKLOADS := VQ-VAE or LDM-f8 or LlamaGen or ViT-VQGAN or RQ-VAE or SimVQ
+systems: $(VENV)/installed-train
+	$(BIN)/python benchmarks/systems.py
+	$(BIN)/python benchmarks/systems.py --equal
 
 # For a machine with a GPU and no network: it uses the Python that is there and what that has installed.
 gpu-report: export TORCH_CUDA_ARCH_LIST ?= $(shell $(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null)
 gpu-report:
 	GENPERF_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps --no-index .
 	cd tests && $(PYTHON) -m pytest -q --device cuda $$(grep -lE 'def test.*device' test_*.py)
-	mkdir -p build
-	cd benchmarks && $(PYTHON) -m pytest -q --device cuda --benchmark-enable --benchmark-columns=min,median --benchmark-json=../build/bench-cuda.json -k '$(GPU_WORKLOADS) or not (nearest_code or vector_quantize)' bench_*.py
-	$(PYTHON) benchmarks/report.py build/bench-cuda.json
+	# From another folder, so that what was installed is measured.
+	cd tests && $(PYTHON) -m genperf bench --device cuda --quick --out ../benchmarks/results
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info genperf/*.so

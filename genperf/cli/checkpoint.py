@@ -26,7 +26,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"--resume needs the checkpoint of an earlier run, got {str(path)!r}, which does not exist.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, IndexError, pickle.UnpicklingError) as error:
         raise UserError(f"the checkpoint {str(path)!r} cannot be read: {str(error).splitlines()[0]}.") from error
 
 

@@ -13,6 +13,7 @@ import torch
 from ..models import SYSTEMS
 from . import options
 from .errors import UserError, import_extra
+from .systems import summary
 
 if TYPE_CHECKING:
     from .data import LabelledImages
@@ -35,8 +36,7 @@ SETTINGS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     systems = parser.add_subparsers(title="systems", metavar="SYSTEM", dest="system", required=True)
     for name, system_class in SYSTEMS.items():
-        summary = (system_class.__doc__ or "").strip().splitlines()[0]
-        command = systems.add_parser(name, help=summary, description=f"Train: {summary}")
+        command = systems.add_parser(name, help=summary(system_class), description=summary(system_class))
         # Without defaults here, a resumed run can tell which options were given.
         for setting, parse, meaning in SETTINGS:
             command.add_argument(_option(setting), type=parse, default=argparse.SUPPRESS, help=meaning, metavar=setting.upper())

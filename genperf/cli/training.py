@@ -123,7 +123,7 @@ class Training:
                         saved = time.monotonic()
                 self._finish_epoch()
                 shown = ", ".join(f"{name} {value:.4f}" for name, value in self.history[-1].items() if name.endswith("loss"))
-                rate = (steps - began) * self.batch_size / (self.seconds - start)
+                rate = (steps - began) * self.batch_size / max(self.seconds - start, 1e-9)  # 0 where the last run ended with the epoch
                 bar.set_postfix_str(f"epoch {self.epoch}, {shown}, {rate:.0f} images/s")
                 save()
                 saved = time.monotonic()
