@@ -10,7 +10,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc kernels genperf -name '*.py
 
 demo: $(VENV)/installed-train
 	$(BIN)/python -m genperf
-	$(BIN)/genperf train vqvae --out runs/demo
+	$(BIN)/genperf train vqvae --out runs/demo --overwrite
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest

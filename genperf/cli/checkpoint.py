@@ -1,7 +1,6 @@
 """Checkpoints of training runs: complete, written atomically, loaded without executing code."""
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"--resume needs the checkpoint of an earlier run, got {str(path)!r}, which does not exist.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, IndexError, pickle.UnpicklingError) as error:
-        raise UserError(f"the checkpoint {str(path)!r} cannot be read: {str(error).splitlines()[0]}.") from error
+    except Exception as error:  # of whatever kind broken bytes raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"the checkpoint {str(path)!r} cannot be read: {reason}.") from error
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -106,6 +106,8 @@ def _classes(folder: Path, paths: list[Path]) -> np.ndarray | None:
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("it is no zip archive")
         with np.load(path, allow_pickle=False) as arrays:
             names = arrays.files
             if "images" not in names and len(names) != 1:
@@ -113,7 +115,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             images = "images" if "images" in names else names[0]
             return arrays[images], arrays["labels"] if "labels" in names and images != "labels" else None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"the file {str(path)!r} cannot be read as .npz: {error}.") from error
+        raise UserError(f"the file {str(path)!r} cannot be read as .npz: {str(error).rstrip('.')}.") from error
 
 
 def _to_tensor(images: np.ndarray, source: str) -> Tensor:

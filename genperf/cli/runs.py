@@ -66,6 +66,11 @@ def load_state(folder: Path, purpose: str) -> dict[str, Any]:
     state = load_checkpoint(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{purpose} needs a checkpoint of `genperf train`, got another kind of file, {str(path)!r}.")
+    if state["system"] not in SYSTEMS:
+        raise UserError(f"{purpose} needs a run of a system that genperf.models.SYSTEMS names, got one of {state['system']!r}.")
+    unknown = {*state["config"]} - {field.name for field in dataclasses.fields(SYSTEMS[state["system"]].Config)}
+    if unknown:
+        raise UserError(f"{purpose} needs a run whose options are known, got one with {', '.join(sorted(unknown))}.")
     return state
 
 
@@ -87,7 +92,15 @@ def load_run(folder: Path, device: torch.device, *, data: str | None = None) -> 
     return Run(state["system"], system.to(device).eval(), settings, *split_held_out(images))
 
 
-def check_fingerprint(images: LabelledImages, state: dict[str, Any], option: str) -> None:
-    found = fingerprint(images.images)
-    if found != state["data"]:
-        raise UserError(f"{option} needs the images that the run began with, {state['data']}, got {found} (shape and checksum).")
+def data_fingerprint(name: str, data: LabelledImages) -> dict[str, str | None]:
+    """Of all that the system learns from: the images, and their labels where it uses these."""
+    uses_labels = {"num_classes", "normal_class"} & {field.name for field in dataclasses.fields(SYSTEMS[name].Config)}
+    labels = data.labels if uses_labels else None
+    return {"images": fingerprint(data.images), "labels": None if labels is None else fingerprint(labels)}
+
+
+def check_fingerprint(data: LabelledImages, state: dict[str, Any], option: str) -> None:
+    for what, found in data_fingerprint(state["system"], data).items():
+        kept = state["data"][what]
+        if found != kept:
+            raise UserError(f"{option} needs the {what} that the run began with, {kept}, got {found} (shape and checksum).")

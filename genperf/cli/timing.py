@@ -3,6 +3,8 @@
 import copy
 import statistics
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,17 +17,22 @@ _REPEATS = 7
 
 
 class StepTimes(NamedTuple):
-    """Medians over several training steps of all players, in milliseconds."""
+    """Medians over several training steps, each of every player once, in milliseconds."""
 
     genperf_ms: float
     reference_ms: float
 
 
-def time_steps(system: System, images: Tensor, labels: Tensor | None) -> StepTimes:
-    """Time both on a batch, with copies of the system: it stays as it is, and so do torch's generators."""
+def time_steps(
+    system: System, images: Tensor, labels: Tensor | None, *, autocast: Callable[[], AbstractContextManager] = nullcontext
+) -> StepTimes:
+    """Time both on a batch, with copies of the system: it stays as it is, and so do torch's generators.
+
+    Among several processes each must call it, with its share of the batch.
+    """
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        ours, reference = (_Step(system, images, labels) for _ in range(2))
+        ours, reference = (_Step(system, images, labels, autocast) for _ in range(2))
         times = []
         for repeat in range(_REPEATS + 1):
             # In turns, so that a change in the load of the machine meets both.
@@ -38,16 +45,18 @@ def time_steps(system: System, images: Tensor, labels: Tensor | None) -> StepTim
 
 
 class _Step:
-    def __init__(self, system: System, images: Tensor, labels: Tensor | None) -> None:
+    def __init__(self, system: System, images: Tensor, labels: Tensor | None, autocast: Callable[[], AbstractContextManager]) -> None:
         self.system = copy.deepcopy(system).train()
         self.optimizers = self.system.optimizers()
         self.batch = images, labels
+        self.autocast = autocast
 
     def milliseconds(self) -> float:
         _wait_for(self.batch[0].device)
         start = time.perf_counter()
         for player, optimizer in self.optimizers.items():
-            losses = self.system.training_step(*self.batch, player=player)
+            with self.autocast():
+                losses = self.system.training_step(*self.batch, player=player)
             self.system.zero_grad(set_to_none=True)
             losses["loss"].backward()
             optimizer.step()

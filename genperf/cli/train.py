@@ -18,6 +18,7 @@ from .systems import summary
 if TYPE_CHECKING:
     from .data import LabelledImages
     from .runs import Settings
+    from .timing import StepTimes
     from .training import Training
 
 HELP = "train a system on images"
@@ -42,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             command.add_argument(_option(setting), type=parse, default=argparse.SUPPRESS, help=meaning, metavar=setting.upper())
         command.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
         command.add_argument("--out", default=f"runs/{name}", metavar="FOLDER", help="for checkpoint and results (%(default)s)")
-        command.add_argument("--resume", action="store_true", help="continue from the checkpoint in the folder")
+        existing = command.add_mutually_exclusive_group()
+        existing.add_argument("--resume", action="store_true", help="continue from the checkpoint in the folder")
+        existing.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
         group = command.add_argument_group(f"options of {name}")
         for field in dataclasses.fields(system_class.Config):
             if "help" in field.metadata:
@@ -59,12 +62,16 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         import_extra(module, package, "train")
     from .checkpoint import save_checkpoint
-    from .data import fingerprint, load_images, split_held_out
-    from .runs import CHECKPOINT, FORMAT, build_system, check_fingerprint, load_state
+    from .data import load_images, split_held_out
+    from .evaluation import usual
+    from .runs import CHECKPOINT, FORMAT, build_system, check_fingerprint, data_fingerprint, load_state
+    from .timing import time_steps
     from .training import Training, make_fabric
 
     name, out = arguments.system, Path(arguments.out)
     state = load_state(out, "--resume") if arguments.resume else None
+    if state is None and (out / CHECKPOINT).exists() and not arguments.overwrite:
+        raise UserError(f"--out must be a folder without a run, got {str(out)!r}; --resume continues that run, --overwrite replaces it.")
     settings, config = _choices(arguments, state)
     fabric = make_fabric(options.device(arguments.device), settings.precision)
     images = load_images(settings.data)
@@ -86,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         training.restore(state["training"])
 
-    data = fingerprint(images.images)
+    data = data_fingerprint(name, images)
     kept = {"format": FORMAT, "system": name, "settings": dataclasses.asdict(settings), "config": config, "data": data}
 
     def save() -> None:
@@ -96,13 +103,20 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         save()
+        (out / "evaluation.json").unlink(missing_ok=True)  # of other weights
     except OSError as error:
         raise UserError(f"--out must be a folder that can be written to, got {str(out)!r}: {error}.") from error
     try:
         training.run(settings.epochs, save)
+        times = time_steps(system, *training.share(training.batches()[0]), autocast=fabric.autocast)
+        system.progress = 1.0
+        system.eval()
+        system.finish(usual(system, held_out).to(fabric.device))
+        save()
         if fabric.is_global_zero:
-            _report(training, settings, held_out, out)
-            save()  # with what `finish` has set
+            _report(training, times, settings, held_out, out)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     except KeyboardInterrupt:
         if fabric.is_global_zero:
             print(f"genperf: interrupted; continue with `genperf train {name} --resume --out {out}`.", file=sys.stderr)
@@ -110,20 +124,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _report(training: "Training", settings: "Settings", held_out: "LabelledImages", out: Path) -> None:
+def _report(training: "Training", times: "StepTimes", settings: "Settings", held_out: "LabelledImages", out: Path) -> None:
     """Judge the system on the held-out images; print and write what comes of it."""
-    from .evaluation import evaluate, usual
+    from .evaluation import evaluate
     from .pictures import write_pictures
-    from .timing import time_steps
 
     system = training.system
-    device = training.fabric.device
-    batch = training.batches()[0]
-    labels = training.images.labels
-    times = time_steps(system, training.images.images[batch].to(device), None if labels is None else labels[batch].to(device))
-    system.progress = 1.0
-    system.eval()
-    system.finish(usual(system, held_out).to(device))
     scores = evaluate(system, training.images, held_out, samples=0)
     pictures = write_pictures(out, system, held_out, history=training.history)
     trained_on = training.epoch * training.steps_per_epoch * training.batch_size

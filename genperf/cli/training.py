@@ -133,6 +133,12 @@ class Training:
         order = np.random.default_rng([self.settings.seed, self.epoch]).permutation(len(self.images.images))
         return list(torch.from_numpy(order)[: self.steps_per_epoch * self.batch_size].split(self.batch_size))
 
+    def share(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images and labels of this process's share of the batch, on its device."""
+        rows = batch.chunk(self.fabric.world_size)[self.fabric.global_rank]
+        images, labels = self.images
+        return images[rows].to(self.fabric.device), None if labels is None else labels[rows].to(self.fabric.device)
+
     def state(self) -> dict[str, Any]:
         """All that `restore` needs to continue."""
         return {
@@ -159,17 +165,13 @@ class Training:
 
     def _train_on(self, batch: Tensor, epochs: int) -> None:
         start = time.perf_counter()
-        device, rank = self.fabric.device, self.fabric.global_rank
-        share = self.batch_size // self.fabric.world_size
-        rows = batch[rank * share : (rank + 1) * share]
-        images = self.images.images[rows].to(device)
-        labels = None if self.images.labels is None else self.images.labels[rows].to(device)
+        images, labels = self.share(batch)
         step = self.epoch * self.steps_per_epoch + self.step
         self.system.progress = step / (epochs * self.steps_per_epoch)
         for player in self.system.players_at(step):
             optimizer = self.optimizers[player]
             self._set_rates(player, optimizer)
-            with sample_offset(rank * share):
+            with sample_offset(self.fabric.global_rank * len(images)):
                 losses = self._module(images, labels, player)
                 self.system.zero_grad(set_to_none=True)
                 self.fabric.backward(losses["loss"])

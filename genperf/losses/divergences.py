@@ -94,9 +94,12 @@ def wasserstein_1d(x: Tensor, y: Tensor, x_weights: Tensor | None = None, y_weig
     distance = (_quantiles(x_steps, x, steps) - _quantiles(y_steps, y, steps)).abs()
     if p == 1:
         return (lengths.to(dtype) * distance).sum(-1)
-    total = (lengths.to(dtype) * distance.pow(p)).sum(-1)
+    # Powers of what is at most 1 do not overflow, and the largest keeps its digits.
+    scale = distance.detach().amax(-1, keepdim=True)
+    scale = torch.where(scale == 0, 1, scale)
+    total = (lengths.to(dtype) * (distance / scale).pow(p)).sum(-1)
     # The root's slope at 0 is infinite.
-    return torch.where(total > 0, torch.where(total > 0, total, 1).pow(1 / p), 0)
+    return torch.where(total == 0, 0, torch.where(total == 0, 1, total).pow(1 / p)) * scale.squeeze(-1)
 
 
 def _relative_entropy(p: Tensor, q: Tensor) -> Tensor:

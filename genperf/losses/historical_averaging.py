@@ -16,7 +16,8 @@ class HistoricalAveraging(nn.Module):
 
     Add the loss, weighted, to that of the player whose parameters these are, and call `update` after its step. The
     parameters stay those of their owner: they are neither in this module's parameters() nor in its state_dict; the
-    means are buffers, mean_0, mean_1, ... in the parameters' order. The mean starts at the first update.
+    means are buffers, mean_0, mean_1, ... in the parameters' order. The mean starts at the first update
+    and is kept in at least float32, in which half precision would soon stand still.
 
     Args:
         parameters: of one player, as `module.parameters()` gives them.
@@ -41,7 +42,8 @@ class HistoricalAveraging(nn.Module):
             if not isinstance(p, Tensor) or not p.is_floating_point():
                 got = p.dtype if isinstance(p, Tensor) else type(p).__name__
                 raise TypeError(f"HistoricalAveraging: parameters must be tensors of a floating dtype, got {got}.")
-            self.register_buffer(f"mean_{i}", torch.zeros_like(p, requires_grad=False))
+            mean = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+            self.register_buffer(f"mean_{i}", mean)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=self._parameters_of_player[0].device))
 
     @property

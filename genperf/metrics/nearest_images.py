@@ -81,6 +81,11 @@ def _nearest(name: str, samples: Tensor, training_images: Tensor) -> NearestImag
     if samples.dim() < 2 or samples.shape[1:] != training_images.shape[1:] or not len(training_images):
         got = f"{list(samples.shape)} and {list(training_images.shape)}"
         raise ValueError(f"{name}: samples [N, ...] and training_images [M, ...] must be alike in shape, M at least 1, got {got}.")
+    if training_images.dtype not in (samples.dtype, torch.float32) or (samples.dtype == torch.float64 != training_images.dtype):
+        raise TypeError(
+            f"{name}: training_images must have the dtype of samples, or be float32 with half-precision samples, "
+            f"got {training_images.dtype} and {samples.dtype}."
+        )
     samples, training_images = samples.flatten(1), training_images.flatten(1)
     indices = nearest_code(samples, training_images)
     working = torch.promote_types(samples.dtype, torch.float32)

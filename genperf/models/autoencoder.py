@@ -52,6 +52,7 @@ class Autoencoder(System):
         return self.decoder(self.encoder(images))
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
+        self.check_player(player)
         return {"loss": F.mse_loss(self(images).to(images.dtype), images)}
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dcgan import DCGAN, DCGANConfig
+from .system import check_labels
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class ConditionalGANConfig(DCGANConfig):
 
 
 class ConditionalGAN(DCGAN):
-    """Mirza & Osindero, "Conditional Generative Adversarial Nets" (2014), with the networks of `DCGAN`.
+    """A GAN that is told the class of the image to draw, with the networks of `DCGAN`; Mirza & Osindero, "Conditional
+    Generative Adversarial Nets" (2014).
 
     The generator is told the label as a one-hot vector beside the noise. The discriminator adds the inner product of its
     features with an embedding of the label: Miyato & Koyama, "cGANs with Projection Discriminator" (2018).
@@ -35,14 +37,12 @@ class ConditionalGAN(DCGAN):
         Raises:
             ValueError, TypeError: no labels, labels out of range or of another dtype.
         """
-        name, classes = type(self).__name__, self.config.num_classes
+        name, classes = self.name, self.config.num_classes
         if labels is None:
             raise ValueError(f"{name}: labels must be int64 [B], got None.")
         if labels.dtype != torch.int64:
             raise TypeError(f"{name}: labels must be int64, got {labels.dtype}.")
-        if labels.dim() != 1 or (labels.numel() and not 0 <= labels.min() <= labels.max() < classes):
-            got = f"{labels.min()} ... {labels.max()}" if labels.dim() == 1 else f"shape {list(labels.shape)}"
-            raise ValueError(f"{name}: labels must be [B] with values 0 ... {classes - 1}, got {got}.")
+        check_labels(name, labels, classes)
         return F.one_hot(labels.to(self.device), classes).to(next(self.parameters()).dtype)
 
     def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
@@ -53,5 +53,5 @@ class ConditionalGAN(DCGAN):
 
     def _check_config(self) -> None:
         super()._check_config()
-        if self.config.num_classes < 1:
-            raise ValueError(f"{type(self).__name__}: num_classes must be at least 1, got {self.config.num_classes!r}.")
+        if not self.config.num_classes >= 1:
+            raise ValueError(f"{self.name}: num_classes must be at least 1, got {self.config.num_classes!r}.")

@@ -6,7 +6,7 @@ from torch import nn
 
 from ._adversarial_networks import NORMS, ConvDiscriminator, ConvGenerator
 from .gan import GAN, GANConfig
-from .system import check_divisible, option
+from .system import option
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class DCGANConfig(GANConfig):
 
 
 class DCGAN(GAN):
-    """Radford et al., "Unsupervised Representation Learning with Deep Convolutional Generative Adversarial Networks" (2016).
+    """A GAN of convolutions; Radford et al., "Unsupervised Representation Learning with Deep Convolutional Generative
+    Adversarial Networks" (2016).
 
     Strided and transposed convolutions between the image and an image of a quarter of its height and width, batch
     normalisation everywhere but at the generator's output and the discriminator's input, ReLU in the generator, leaky
@@ -34,6 +35,7 @@ class DCGAN(GAN):
     """
 
     Config = DCGANConfig
+    downsampling = 4
     condition_dim = 0
 
     def build_generator(self) -> nn.Module:
@@ -49,7 +51,3 @@ class DCGAN(GAN):
             minibatch_kernels=config.minibatch_kernels,
             condition_dim=self.condition_dim,
         )
-
-    def _check_config(self) -> None:
-        super()._check_config()
-        check_divisible(type(self).__name__, self.config.image_shape, 4)

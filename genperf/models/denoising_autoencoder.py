@@ -50,6 +50,7 @@ class DenoisingAutoencoder(Autoencoder):
             raise ValueError(f"{name}: level must be at most 1, a share of the pixels, for noise={noise!r}, got {level}.")
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
+        self.check_player(player)
         return {"loss": F.mse_loss(self(self.corrupt(images)).to(images.dtype), images)}
 
     @torch.no_grad()

@@ -91,6 +91,7 @@ class DiscreteVAE(System):
         return start * (end / start) ** self.progress
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
+        self.check_player(player)
         if player == "prior":
             return {"loss": self.prior.loss(self.encode(images))}
         self.quantizer.set_tau(self.tau)
@@ -129,8 +130,10 @@ class DiscreteVAE(System):
         """Images of n index images drawn from the prior.
 
         Raises:
+            ValueError: n below 1, or labels, which nothing here depends on.
             RuntimeError: without a prior.
         """
+        self.check_sample(n, labels)
         if self.prior is None:
             raise RuntimeError("DiscreteVAE.sample: samples are drawn from the prior, got prior_width=0.")
         height, width = (side // DOWNSAMPLING for side in self.config.image_shape[1:])

@@ -1,6 +1,6 @@
 """The adversarial game, and the fully connected GAN of its first paper."""
 
-import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -13,7 +13,8 @@ from ..losses.feature_matching import feature_matching
 from ..losses.gradient_penalty import CENTERS, gradient_penalty
 from ..losses.historical_averaging import HistoricalAveraging
 from ._adversarial_networks import DenseDiscriminator, DenseGenerator
-from .system import System, SystemConfig, evaluating, frozen, option, standard_normal
+from ._moving_average import update_average
+from .system import System, SystemConfig, check_divisible, evaluating, frozen, option, standard_normal
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class GAN(System):
 
     Config = GANConfig
     players = ("discriminator", "generator")
+    downsampling = 1
 
     def __init__(self, config: GANConfig | None = None) -> None:
         super().__init__(config)
@@ -71,8 +73,7 @@ class GAN(System):
         self.discriminator = self.build_discriminator()
         self.average = None
         if self.config.ema:
-            average = functools.partial(_moving_average, decay=self.config.ema)
-            self.average = AveragedModel(self.generator, avg_fn=average).requires_grad_(False)
+            self.average = AveragedModel(self.generator).requires_grad_(False)
         self.history = nn.ModuleDict()
         if self.config.historical_averaging:
             self.history.update({player: HistoricalAveraging(getattr(self, player).parameters()) for player in self.players})
@@ -98,8 +99,7 @@ class GAN(System):
             ValueError: images of another shape, or no player of that name.
         """
         self.check_images(images)
-        if player not in self.players:
-            raise ValueError(f"{type(self).__name__}: player must be one of {', '.join(self.players)}, got {player!r}.")
+        self.check_player(player)
         real, condition = images * 2 - 1, self._condition_of(len(images), labels)
         if player == "discriminator":
             parts, scores = self._discriminator_losses(real, condition)
@@ -123,7 +123,7 @@ class GAN(System):
         if self.history:
             self.history[player].update()
         if player == "generator" and self.average is not None:
-            self.average.update_parameters(self.generator)
+            update_average(self.average, self.generator, self.config.ema)
 
     @torch.no_grad()
     def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
@@ -132,11 +132,10 @@ class GAN(System):
         Raises:
             ValueError: n below 1, or labels that the system has no use for.
         """
-        if n < 1:
-            raise ValueError(f"{type(self).__name__}: n must be at least 1, got {n!r}.")
+        self.check_sample(n)
         condition = self._condition_of(n, labels)
-        if labels is not None and condition is None:
-            raise ValueError(f"{type(self).__name__}: labels must be None, since samples are unconditional, got {list(labels.shape)}.")
+        if condition is None:
+            self.check_sample(n, labels)
         with evaluating(self):
             images = self.sampler(self._noise(n), condition)
         return images.add(1).div(2)
@@ -174,7 +173,7 @@ class GAN(System):
     def _condition_of(self, n: int, labels: Tensor | None) -> Tensor | None:
         condition = self.condition(labels)
         if isinstance(condition, Tensor) and len(condition) != n:
-            raise ValueError(f"{type(self).__name__}: there must be a label for each of {n} images, got {len(condition)} labels.")
+            raise ValueError(f"{self.name}: there must be a label for each of {n} images, got {len(condition)} labels.")
         return condition
 
     def _noise(self, n: int) -> Tensor:
@@ -190,13 +189,14 @@ class GAN(System):
         return self.config.lr if player == "generator" or rate is None else rate
 
     def _check_config(self) -> None:
-        config, name = self.config, type(self).__name__
+        config, name = self.config, self.name
+        check_divisible(name, config.image_shape, self.downsampling)
         for field in ("latent_dim", "width", "critic_steps"):
-            if getattr(config, field) < 1:
+            if not getattr(config, field) >= 1:
                 raise ValueError(f"{name}: {field} must be at least 1, got {getattr(config, field)!r}.")
         for field in ("penalty_weight", "instance_noise", "feature_matching", "historical_averaging", "minibatch_kernels"):
-            if getattr(config, field) < 0:
-                raise ValueError(f"{name}: {field} must be at least 0, got {getattr(config, field)!r}.")
+            if not 0 <= getattr(config, field) < math.inf:
+                raise ValueError(f"{name}: {field} must be a finite number, at least 0, got {getattr(config, field)!r}.")
         for field in ("label_smoothing", "ema"):
             if not 0 <= getattr(config, field) < 1:
                 raise ValueError(f"{name}: {field} must be in [0, 1), got {getattr(config, field)!r}.")
@@ -206,8 +206,3 @@ class GAN(System):
                 raise ValueError(f"{name}: {field.name} must be one of {', '.join(map(str, choices))}, got {value!r}.")
         if config.label_smoothing and config.loss not in SMOOTHED:
             raise ValueError(f"{name}: label_smoothing must be 0 for loss {config.loss!r}, got {config.label_smoothing!r}.")
-
-
-def _moving_average(average: Tensor, value: Tensor, count: Tensor, *, decay: float) -> Tensor:
-    """Exponential moving average whose first `count` steps weigh more, so that the weights of the start are soon forgotten."""
-    return average.lerp(value, (1 - ((1 + count) / (10 + count)).clamp(max=decay)).to(value.dtype))

@@ -28,7 +28,8 @@ class LAPGANConfig(GANConfig):
 
 
 class LAPGAN(System):
-    """Denton et al., "Deep Generative Image Models using a Laplacian Pyramid of Adversarial Networks" (2015).
+    """A GAN for each band of a Laplacian pyramid, which draws images from coarse to fine; Denton et al., "Deep Generative
+    Image Models using a Laplacian Pyramid of Adversarial Networks" (2015).
 
     With I_0 the image and I_(k+1) = down(I_k), the band h_k = I_k - up(I_(k+1)) is what is lost on the way. The coarsest
     image comes from a GAN of its own, each band from a GAN that is told l_k = up(I_(k+1)):
@@ -58,13 +59,13 @@ class LAPGAN(System):
                 f"LAPGAN: images must have at least 1 channel and sides of at least {2 ** (config.levels + 1)} for "
                 f"{config.levels} levels, got {list(config.image_shape)}."
             )
-        if config.hidden < 1:
+        if not config.hidden >= 1:
             raise ValueError(f"LAPGAN: hidden must be at least 1, got {config.hidden!r}.")
         games = []
         for _ in range(config.levels):
             games.append(BandGAN(dataclasses.replace(config, image_shape=(channels, *sides))))
             sides = [(side + 1) // 2 for side in sides]
-        games.append(GAN(dataclasses.replace(config, image_shape=(channels, *sides), width=config.hidden)))
+        games.append(CoarseGAN(dataclasses.replace(config, image_shape=(channels, *sides), width=config.hidden)))
         self.games = nn.ModuleList(games)
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str) -> dict[str, Tensor]:
@@ -74,6 +75,7 @@ class LAPGAN(System):
             ValueError: images of another shape, or no player of that name.
         """
         self.check_images(images)
+        self.check_player(player)
         losses = []
         for game, (image, low) in zip(self.games, self._levels(images), strict=True):
             game.progress = self.progress
@@ -99,10 +101,7 @@ class LAPGAN(System):
         Raises:
             ValueError: n below 1, or labels, which nothing here depends on.
         """
-        if n < 1:
-            raise ValueError(f"LAPGAN: n must be at least 1, got {n!r}.")
-        if labels is not None:
-            raise ValueError(f"LAPGAN: labels must be None, since samples are unconditional, got {list(labels.shape)}.")
+        self.check_sample(n, labels)
         *bands, coarse = self.games
         images = coarse.sample(n)
         for game in reversed(bands):
@@ -121,8 +120,16 @@ class LAPGAN(System):
         return [*levels, (images, None)]
 
 
+class CoarseGAN(GAN):
+    """The game of the coarsest image."""
+
+    name = "LAPGAN"
+
+
 class BandGAN(GAN):
     """The game of one band in [-1, 1]; "labels" are the low-pass images [B, C, H, W] in [0, 1] that it is told."""
+
+    name = "LAPGAN"
 
     def build_generator(self) -> nn.Module:
         return BandGenerator(self.config.image_shape, self.config.width)

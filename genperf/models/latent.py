@@ -148,4 +148,4 @@ def _check_pair(op: str, a: Tensor, b: Tensor, name_a: str, name_b: str) -> None
 
 def _length(x: Tensor) -> Tensor:
     """Of each sample of x [B, ...], as [B, 1, ...]."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1).reshape(-1, *[1] * (x.dim() - 1))
+    return torch.linalg.vector_norm(x.unsqueeze(-1).flatten(1), dim=1).reshape(-1, *[1] * (x.dim() - 1))

@@ -1,6 +1,5 @@
 """Semi-supervised GAN: a classifier that learns from a few labels and many images without."""
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -14,7 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..nn.batch_norm import BatchNorm
 from ..ops._noise import sample_offset
-from .gan import GAN, GANConfig, _moving_average
+from ._moving_average import update_average
+from .gan import GAN, GANConfig
 from .system import evaluating, option, standard_normal
 
 # Standard deviation of the noise on hidden layers.
@@ -39,7 +39,8 @@ class SemiSupervisedGANConfig(GANConfig):
 
 
 class SemiSupervisedGAN(GAN):
-    """Salimans et al., "Improved Techniques for Training GANs" (2016), section 5; Odena (2016).
+    """A classifier that learns from a few labels and from many images without, as a GAN's discriminator; Salimans et al.,
+    "Improved Techniques for Training GANs" (2016), section 5; Odena (2016).
 
     The discriminator tells the K classes and generated images apart, K + 1 classes. Of their logits one is redundant, and
     that of generated images is 0; with the others l(x) [B, K] and d(x) = logsumexp(l(x), 1) the probability that an image
@@ -50,7 +51,8 @@ class SemiSupervisedGAN(GAN):
 
     Both networks are fully connected, as published for digits: the discriminator with weight normalisation (Salimans &
     Kingma 2016) and Gaussian noise on its input and hidden layers in training, the generator with batch normalisation. What
-    `GAN` offers beside is there as well, but for minibatch discrimination.
+    `GAN` offers beside is there as well, but for minibatch discrimination and the penalty
+    "finite-difference", which compares two passes of a discriminator that is to be without noise of its own.
 
     `prepare` chooses the images whose labels are kept and must come before the first step. Each step of the
     discriminator draws some of them, the same in every process.
@@ -70,8 +72,7 @@ class SemiSupervisedGAN(GAN):
         super().__init__(config)
         self.classifier = None
         if self.config.classifier_ema:
-            average = functools.partial(_moving_average, decay=self.config.classifier_ema)
-            self.classifier = AveragedModel(self.discriminator, avg_fn=average).requires_grad_(False)
+            self.classifier = AveragedModel(self.discriminator).requires_grad_(False)
         self.register_buffer("labelled_images", None, persistent=False)
         self.register_buffer("labels", None, persistent=False)
 
@@ -91,7 +92,7 @@ class SemiSupervisedGAN(GAN):
             ValueError: no int64 labels, labels out of range, or a class with fewer images.
         """
         self.check_images(images)
-        name, config = type(self).__name__, self.config
+        name, config = self.name, self.config
         if labels is None or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             got = None if labels is None else f"{labels.dtype} {list(labels.shape)}"
             raise ValueError(f"{name}: labels must be int64 [{len(images)}], got {got}.")
@@ -118,7 +119,7 @@ class SemiSupervisedGAN(GAN):
     def step_done(self, player: str) -> None:
         super().step_done(player)
         if player == "discriminator" and self.classifier is not None:
-            self.classifier.update_parameters(self.discriminator)
+            update_average(self.classifier, self.discriminator, self.config.classifier_ema)
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
@@ -139,7 +140,7 @@ class SemiSupervisedGAN(GAN):
 
     def _cross_entropy(self) -> Tensor:
         if self.labels is None:
-            raise RuntimeError(f"{type(self).__name__}: prepare(images, labels) must come before the first step, got a training_step.")
+            raise RuntimeError(f"{self.name}: prepare(images, labels) must come before the first step, got a training_step.")
         # On the CPU, where all processes draw the same; the noise of the discriminator must then be the same too.
         drawn = torch.randperm(len(self.labels))[: self.config.labelled_batch].to(self.labels.device)
         with sample_offset(0):
@@ -148,17 +149,19 @@ class SemiSupervisedGAN(GAN):
 
     def _check_config(self) -> None:
         super()._check_config()
-        config, name = self.config, type(self).__name__
+        config, name = self.config, self.name
         for field, least in (("num_classes", 2), ("labels_per_class", 1), ("labelled_batch", 1), ("width", 2)):
-            if getattr(config, field) < least:
+            if not getattr(config, field) >= least:
                 raise ValueError(f"{name}: {field} must be at least {least}, got {getattr(config, field)!r}.")
         for field in ("input_noise", "adversarial_weight"):
-            if getattr(config, field) < 0:
-                raise ValueError(f"{name}: {field} must be at least 0, got {getattr(config, field)!r}.")
+            if not 0 <= getattr(config, field) < math.inf:
+                raise ValueError(f"{name}: {field} must be a finite number, at least 0, got {getattr(config, field)!r}.")
         if not 0 <= config.classifier_ema < 1:
             raise ValueError(f"{name}: classifier_ema must be in [0, 1), got {config.classifier_ema!r}.")
         if not (config.adversarial_weight or config.feature_matching):
             raise ValueError(f"{name}: adversarial_weight or feature_matching must be above 0, got 0 for both.")
+        if config.penalty == "finite-difference":
+            raise ValueError(f"{name}: penalty must compare no two passes, whose noise on the layers differs, got {config.penalty!r}.")
         if config.minibatch_kernels:
             raise ValueError(f"{name}: minibatch_kernels must be 0, since a class is that of one image, got {config.minibatch_kernels}.")
 

@@ -1,6 +1,7 @@
 """StackGAN: a conditional GAN at half the size, and a second one that refines its images."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from ..nn.conditioning_augmentation import ConditioningAugmentation
 from ._adversarial_networks import ConvDiscriminator, dcgan_init
 from ._convolutional import ResidualBlock
 from .gan import GAN, GANConfig
-from .system import System, check_divisible, frozen, option
+from .system import System, check_divisible, check_labels, frozen, option
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class StackGANConfig(GANConfig):
 
 
 class StackGAN(System):
-    """Zhang et al., "StackGAN: Text to Photo-realistic Image Synthesis with Stacked Generative Adversarial Networks" (2017).
+    """A conditional GAN at half the size and one that refines its images; Zhang et al., "StackGAN: Text to Photo-realistic
+    Image Synthesis with Stacked Generative Adversarial Networks" (2017).
 
     Stage I draws images of half the height and width from noise z and a condition, stage II images of full size from these
     and the condition; each generator draws its condition c around an embedding e, `ConditioningAugmentation`:
@@ -49,7 +51,8 @@ class StackGAN(System):
 
     A condition is a label, int64 [B], or an embedding, floats [B, E]. Embeddings are given, not learned, with elements of
     mean square about 1, so that conditions of different embeddings start apart. That of a label is its one-hot vector times
-    sqrt(E), E = num_classes; with `condition_dim` E is that, and labels have none.
+    sqrt(E), E = num_classes; with `condition_dim` E is that, and labels have none. The wrong one of a label is that of another
+    class; of an embedding it is that of the next image in the batch, even where both are equal.
 
     Attributes:
         stages: both GANs; their discriminators and generators are the four players.
@@ -68,48 +71,46 @@ class StackGAN(System):
         channels, height, width = config.image_shape
         if min(height, width) < 8:
             raise ValueError(f"StackGAN: sides must be at least 8, got {height} x {width}.")
-        if config.num_classes < 2:
+        if not config.num_classes >= 2:
             raise ValueError(f"StackGAN: num_classes must be at least 2, got {config.num_classes!r}.")
         for field in ("condition_dim", "augmented_dim"):
-            if getattr(config, field) is not None and getattr(config, field) < 1:
+            if getattr(config, field) is not None and not getattr(config, field) >= 1:
                 raise ValueError(f"StackGAN: {field} must be at least 1, got {getattr(config, field)!r}.")
-        if config.kl_weight < 0:
-            raise ValueError(f"StackGAN: kl_weight must be at least 0, got {config.kl_weight!r}.")
+        if not 0 <= config.kl_weight < math.inf:
+            raise ValueError(f"StackGAN: kl_weight must be a finite number, at least 0, got {config.kl_weight!r}.")
         if not 0 <= config.stage1_share <= 1:
             raise ValueError(f"StackGAN: stage1_share must be in [0, 1], got {config.stage1_share!r}.")
         half = dataclasses.replace(config, image_shape=(channels, height // 2, width // 2))
         self.stages = nn.ModuleList([Stage(half, Stage1Generator), Stage(config, Stage2Generator)])
 
     def embed(self, labels: Tensor | None) -> Tensor:
-        """Embeddings [B, E] of labels; embeddings as they are.
+        """Embeddings [B, E] of labels; embeddings as they are, in the dtype of the parameters.
 
         Raises:
             ValueError, TypeError: what is neither, or labels out of range.
         """
-        classes, given = self.config.num_classes, self.config.condition_dim
+        classes, given, dtype = self.config.num_classes, self.config.condition_dim, next(self.parameters()).dtype
         expected = f"embeddings [B, {given}]" if given else f"int64 labels [B] or embeddings [B, {classes}]"
         if labels is None:
             raise ValueError(f"StackGAN: labels must be {expected}, got None.")
         if labels.dtype == torch.int64 and given is None:
-            if labels.dim() != 1 or (labels.numel() and not 0 <= labels.min() <= labels.max() < classes):
-                got = f"{labels.min()} ... {labels.max()}" if labels.dim() == 1 else f"shape {list(labels.shape)}"
-                raise ValueError(f"StackGAN: labels must be [B] with values 0 ... {classes - 1}, got {got}.")
-            return F.one_hot(labels.to(self.device), classes) * classes**0.5
+            check_labels("StackGAN", labels, classes)
+            return F.one_hot(labels.to(self.device), classes).to(dtype) * classes**0.5
         if not labels.is_floating_point():
             raise TypeError(f"StackGAN: labels must be {expected}, got {labels.dtype}.")
         if labels.dim() != 2 or labels.shape[1] != (given or classes):
             raise ValueError(f"StackGAN: labels must be {expected}, got shape {list(labels.shape)}.")
-        return labels.to(self.device)
+        return labels.to(self.device, dtype)
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str) -> dict[str, Tensor]:
         """The player's losses of a batch, of the names that `GAN.training_step` has, and a generator's "kl", weighted.
 
         Raises:
-            ValueError, TypeError: images of another shape, no player of that name, or labels that `embed` refuses.
+            ValueError, TypeError: images of another shape, no player of that name, labels that `embed` refuses, or one image
+                alone with an embedding, for a discriminator.
         """
         self.check_images(images)
-        if player not in self.players:
-            raise ValueError(f"StackGAN: player must be one of {', '.join(self.players)}, got {player!r}.")
+        self.check_player(player)
         role, number = player[:-1], int(player[-1])
         embedding = self.embed(labels)
         wrong = self._wrong(labels) if role == "discriminator" else None
@@ -140,8 +141,7 @@ class StackGAN(System):
         Raises:
             ValueError, TypeError: n below 1, another number of labels, or labels that `embed` refuses.
         """
-        if n < 1:
-            raise ValueError(f"StackGAN: n must be at least 1, got {n!r}.")
+        self.check_sample(n)
         if labels is None and self.config.condition_dim is None:
             labels = torch.arange(n) % self.config.num_classes
         embedding = self.embed(labels)
@@ -159,6 +159,8 @@ class StackGAN(System):
             classes = self.config.num_classes
             return self.embed((labels + torch.randint(1, classes, ()).item()) % classes)
         embedding, processes = self.embed(labels), world_size()
+        if len(embedding) * processes == 1:
+            raise ValueError("StackGAN: a batch with embeddings must have at least 2 images, since a wrong embedding is another's, got 1.")
         if processes == 1:
             return embedding.roll(-1, 0)
         joined = gather_rows(embedding, [len(embedding)] * processes, None)
@@ -182,6 +184,8 @@ class Condition:
 
 class Stage(GAN):
     """One game; "labels" are a `Condition`."""
+
+    name = "StackGAN"
 
     def __init__(self, config: StackGANConfig, generator: type[nn.Module]) -> None:
         self.build_generator = lambda: generator(config)

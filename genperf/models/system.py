@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
+from ..metrics._distributed import world_size
 from ..ops.gaussian_sample import gaussian_sample
 
 
@@ -88,11 +90,34 @@ class System(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def name(self) -> str:
+        """What errors call the system."""
+        return type(self).__name__
+
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError unless the images have the shape that the system was built for."""
         if list(images.shape[1:]) != list(self.config.image_shape):
             expected = _listed(self.config.image_shape)
-            raise ValueError(f"{type(self).__name__}: images must have shape [B, {expected}], got {list(images.shape)}.")
+            raise ValueError(f"{self.name}: images must have shape [B, {expected}], got {list(images.shape)}.")
+
+    def check_player(self, player: str) -> None:
+        """Raise ValueError unless the system has the player."""
+        if player not in self.players:
+            raise ValueError(f"{self.name}: player must be one of {', '.join(self.players)}, got {player!r}.")
+
+    def check_sample(self, n: int, labels: Tensor | None = None) -> None:
+        """Raise ValueError unless n samples can be drawn, of a system that has no use for labels."""
+        if n < 1:
+            raise ValueError(f"{self.name}: n must be at least 1, got {n!r}.")
+        if labels is not None:
+            raise ValueError(f"{self.name}: labels must be None, since samples are unconditional, got {list(labels.shape)}.")
+
+
+def share(batch: Tensor) -> Tensor:
+    """This process's rows of a batch that every process has whole."""
+    processes = world_size()
+    return batch if processes == 1 else batch.tensor_split(processes)[dist.get_rank()]
 
 
 def standard_normal(*shape: int, device: torch.device) -> Tensor:
@@ -116,20 +141,33 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within this context the module is in evaluation mode."""
-    training = module.training
+    """Within this context the module is in evaluation mode; after it each of its parts is in its own mode again."""
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for part, training in modes:
+            part.training = training
 
 
 def check_divisible(owner: str, image_shape: tuple[int, int, int], step: int) -> None:
     """Raise ValueError unless height and width can be halved as often as the networks do."""
     channels, height, width = image_shape
     if channels < 1 or height < 1 or width < 1 or height % step or width % step:
-        raise ValueError(f"{owner}: images must have at least 1 channel and sides divisible by {step}, got [{_listed(image_shape)}].")
+        rule = f"divisible by {step}" if step > 1 else "of at least 1"
+        raise ValueError(f"{owner}: images must have at least 1 channel and sides {rule}, got [{_listed(image_shape)}].")
+
+
+def check_labels(owner: str, labels: Tensor, num_classes: int) -> None:
+    """Raise ValueError unless labels are [B] and in range; the range only on the CPU, since looking would wait for a GPU."""
+    got = None
+    if labels.dim() != 1:
+        got = f"shape {list(labels.shape)}"
+    elif labels.device.type == "cpu" and labels.numel() and not 0 <= labels.min() <= labels.max() < num_classes:
+        got = f"{labels.min()} ... {labels.max()}"
+    if got is not None:
+        raise ValueError(f"{owner}: labels must be [B] with values 0 ... {num_classes - 1}, got {got}.")
 
 
 def _listed(shape: Sequence[int]) -> str:

@@ -81,6 +81,7 @@ class VAE(System):
         return self._reconstruction_nats(self.decoder(sample), images), kl
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
+        self.check_player(player)
         reconstruction, kl = (nats.mean() for nats in self(_shifted(images, self.config.shift)))
         return {"loss": reconstruction + self.config.beta * kl, "reconstruction": reconstruction.detach(), "kl": kl.detach()}
 
@@ -119,7 +120,12 @@ class VAE(System):
         return self.decode(self.encode(images))
 
     def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
-        """Mean images of n codes drawn from the prior."""
+        """Mean images of n codes drawn from the prior.
+
+        Raises:
+            ValueError: n below 1, or labels, which nothing here depends on.
+        """
+        self.check_sample(n, labels)
         return self.decode(standard_normal(n, self.config.dim, device=self.device))
 
     def latent_grid(self, n: int, images: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn.vector_quantizer import VectorQuantizer
+from ._convolutional import DOWNSAMPLING, check_convolutional, image_decoder, image_encoder
 from .index_prior import IndexPrior
-from .system import System, SystemConfig, check_divisible, evaluating, option
+from .system import System, SystemConfig, evaluating, option, share
 
 
 @dataclass(frozen=True)
@@ -54,34 +55,17 @@ class VQVAE(System):
 
     Config = VQVAEConfig
     players = ("model", "prior")
-    downsampling = 4
 
     def __init__(self, config: VQVAEConfig | None = None) -> None:
         super().__init__(config)
         config = self.config
-        check_divisible("VQVAE", config.image_shape, self.downsampling)
-        if config.hidden < 2 or config.hidden % 2:
-            raise ValueError(f"VQVAE: hidden must be a positive even number, got {config.hidden}.")
+        check_convolutional("VQVAE", config)
         if config.prior_every < 1:
             raise ValueError(f"VQVAE: prior_every must be at least 1, got {config.prior_every}.")
-        channels, hidden = config.image_shape[0], config.hidden
-        self.encoder = nn.Sequential(
-            nn.Conv2d(channels, hidden // 2, 4, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(hidden // 2, hidden, 4, stride=2, padding=1),
-            ResidualBlock(hidden),
-            nn.ReLU(),
-            nn.Conv2d(hidden, config.dim, 1),
-        )
+        channels = config.image_shape[0]
+        self.encoder = image_encoder(channels, config.hidden, config.dim)
         self.quantizer = image_quantizer(config)
-        self.decoder = nn.Sequential(
-            nn.Conv2d(config.dim, hidden, 3, padding=1),
-            ResidualBlock(hidden),
-            nn.ReLU(),
-            nn.ConvTranspose2d(hidden, hidden // 2, 4, stride=2, padding=1),
-            nn.ReLU(),
-            nn.ConvTranspose2d(hidden // 2, channels, 4, stride=2, padding=1),
-        )
+        self.decoder = image_decoder(config.dim, config.hidden, channels)
         self.prior = IndexPrior(config.num_codes, width=config.prior_width, layers=config.prior_layers) if config.prior_width else None
         if self.prior is None:
             self.players = ("model",)
@@ -93,6 +77,7 @@ class VQVAE(System):
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
         """The losses of a batch by name: for "model" those of the pixels and codes, for "prior" nats per code."""
+        self.check_player(player)
         if player == "prior":
             loss = self.prior.loss(self.encode(images))
             return {"loss": loss, "nats_per_code": loss.detach()}
@@ -133,34 +118,20 @@ class VQVAE(System):
         """Images of n drawn latent images; a temperature below 1 prefers the likelier codes.
 
         Raises:
+            ValueError: n below 1, or labels, which nothing here depends on.
             RuntimeError: a model without a prior.
         """
+        self.check_sample(n, labels)
         if self.prior is None:
             raise RuntimeError("VQVAE.sample: samples need a prior over the codes, got prior_width=0.")
-        height, width = (size // self.downsampling for size in self.config.image_shape[1:])
+        height, width = (size // DOWNSAMPLING for size in self.config.image_shape[1:])
         return self.decode(self.prior.sample(n, height, width, temperature=temperature))
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
         """Set the codes to encodings of the images, as the first training step does where nobody else has."""
         self.check_images(images)
-        self.quantizer.init_codes(self.encoder(images))
-
-
-class ResidualBlock(nn.Module):
-    """x + f(x) with two convolutions that keep size and channels."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(channels, channels // 2, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(channels // 2, channels, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        self.quantizer.init_codes(self.encoder(share(images)))
 
 
 def image_quantizer(config: VQVAEConfig) -> VectorQuantizer:

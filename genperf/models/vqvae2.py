@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn.batch_norm import BatchNorm
+from ._convolutional import ResidualBlock, check_convolutional
 from .index_prior import IndexPrior
-from .system import System, check_divisible, evaluating
-from .vqvae import ResidualBlock, VQVAEConfig, image_quantizer
+from .system import System, evaluating, share
+from .vqvae import VQVAEConfig, image_quantizer
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,13 @@ class VQVAE2(System):
 
     Config = VQVAE2Config
     players = ("model", "top_prior", "bottom_prior")
-    downsampling = 4
 
     def __init__(self, config: VQVAE2Config | None = None) -> None:
         super().__init__(config)
         config = self.config
-        check_divisible("VQVAE2", config.image_shape, self.downsampling)
         if config.hidden < 4 or config.hidden % 4:
             raise ValueError(f"VQVAE2: hidden must be a positive multiple of 4, got {config.hidden}.")
+        check_convolutional("VQVAE2", config)
         if config.prior_every < 1:
             raise ValueError(f"VQVAE2: prior_every must be at least 1, got {config.prior_every}.")
         channels, hidden, dim = config.image_shape[0], config.hidden, config.dim
@@ -110,6 +110,7 @@ class VQVAE2(System):
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
         """The losses of a batch by name: for "model" those of the pixels and codes, for the priors nats per code."""
+        self.check_player(player)
         if player != "model":
             top, bottom = self.encode(images)
             loss = self.top_prior.loss(top) if player == "top_prior" else self.bottom_prior.loss(bottom, self._condition(top))
@@ -157,8 +158,10 @@ class VQVAE2(System):
         """Images of n drawn pairs of latent images, the coarse one first; a temperature below 1 prefers the likelier codes.
 
         Raises:
+            ValueError: n below 1, or labels, which nothing here depends on.
             RuntimeError: a model without priors.
         """
+        self.check_sample(n, labels)
         if self.top_prior is None:
             raise RuntimeError("VQVAE2.sample: samples need priors over the codes, got prior_width=0.")
         height, width = self.config.image_shape[1:]
@@ -170,7 +173,7 @@ class VQVAE2(System):
     def initialize(self, images: Tensor) -> None:
         """Set the codes of both levels to encodings of the images, as the first training step does where nobody else has."""
         self.check_images(images)
-        fine = self.encoder(images)
+        fine = self.encoder(share(images))
         latents = self.top_encoder(fine)
         self.top_quantizer.init_codes(latents)
         top = self.top_quantizer.decode(self.top_quantizer.encode(latents))

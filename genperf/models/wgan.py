@@ -21,7 +21,8 @@ class WGANConfig(DCGANConfig):
 
 
 class WGAN(DCGAN):
-    """Arjovsky et al., "Wasserstein GAN" (2017), with the networks of `DCGAN`.
+    """A GAN whose critic estimates the Wasserstein distance, kept Lipschitz by clipped weights, with the networks of `DCGAN`;
+    Arjovsky et al., "Wasserstein GAN" (2017).
 
         critic:     mean d(g(z)) - mean d(x)
         generator:  -mean d(g(z))
@@ -50,4 +51,4 @@ class WGAN(DCGAN):
     def _check_config(self) -> None:
         super()._check_config()
         if not self.config.clip > 0:
-            raise ValueError(f"{type(self).__name__}: clip must be above 0, got {self.config.clip!r}.")
+            raise ValueError(f"{self.name}: clip must be above 0, got {self.config.clip!r}.")

@@ -19,7 +19,8 @@ class WGANGPConfig(DCGANConfig):
 
 
 class WGANGP(DCGAN):
-    """Gulrajani et al., "Improved Training of Wasserstein GANs" (2017), with the networks of `DCGAN`.
+    """A Wasserstein GAN whose critic is kept Lipschitz by a gradient penalty, with the networks of `DCGAN`; Gulrajani et al.,
+    "Improved Training of Wasserstein GANs" (2017).
 
         critic:     mean d(g(z)) - mean d(x) + penalty_weight * mean (|grad d(mixed)| - 1)^2
         generator:  -mean d(g(z))

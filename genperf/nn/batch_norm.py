@@ -51,7 +51,7 @@ class BatchNorm(_BatchNorm):
         """Normalise.
 
         Args:
-            x: [B, C, ...], float32 or float64, or half precision (normalised in float32).
+            x: [B, C, ...], of the dtype of the parameters, or half precision (normalised in float32).
 
         Returns:
             Of x's shape and dtype.
