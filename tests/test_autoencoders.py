@@ -198,6 +198,12 @@ def test_config_that_does_not_fit(system, changes, message):
         small(system, **changes)
 
 
+@pytest.mark.parametrize("system", [Autoencoder, DenoisingAutoencoder, AnomalyDetector])
+def test_unknown_players_are_named(system):
+    with pytest.raises(ValueError, match=f"^{system.__name__}: player must be one of model, got 'prior'"):
+        small(system).training_step(torch.rand(2, 1, 8, 8), player="prior")
+
+
 @pytest.mark.parametrize("method", ["training_step", "encode", "reconstruct", "corrupt", "anomaly_score"])
 @pytest.mark.parametrize("shape", [(2, 1, 8, 12), (2, 3, 8, 8), (1, 8, 8)])
 def test_images_that_do_not_fit(method, shape):

@@ -106,7 +106,7 @@ def test_training_writes_its_results(npz, tmp_path, capsys):
 
 @pytest.mark.parametrize("interrupt", [send_interrupt, raise_interrupt])
 @pytest.mark.parametrize("decay", ["0.9", "none"])
-@pytest.mark.parametrize("number", [0, STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH - 1])
+@pytest.mark.parametrize("number", [STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH - 1])
 def test_resumed_run_equals_uninterrupted_one(npz, tmp_path, monkeypatch, capsys, decay, number, interrupt):
     options = (*SMALL, "--decay", decay)
     assert train(npz, tmp_path / "whole", *options) == 0
@@ -260,8 +260,40 @@ def test_resume_that_does_not_fit(npz, tmp_path, capsys):
     fails("needs the images that the run began with")
     torch.save({"model": {}}, tmp_path / "out" / "checkpoint.pt")
     fails("another kind of file")
-    (tmp_path / "out" / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    fails("cannot be read")
+    for content in (b"", b"not a checkpoint", b"hello world" * 20):
+        (tmp_path / "out" / "checkpoint.pt").write_bytes(content)
+        fails(r"checkpoint\.pt' cannot be read: \w+")
+
+
+def test_run_is_replaced_on_request_alone(npz, tmp_path, capsys):
+    short = (*SMALL, "--epochs", "1")
+    assert train(npz, tmp_path / "out", *short) == 0
+    before = (tmp_path / "out" / "checkpoint.pt").read_bytes()
+    assert_fails(capsys, train(npz, tmp_path / "out", *short, "--seed", "1"), "--resume continues that run, --overwrite replaces it")
+    assert (tmp_path / "out" / "checkpoint.pt").read_bytes() == before
+    (tmp_path / "out" / "evaluation.json").touch()
+    assert train(npz, tmp_path / "out", *short, "--seed", "1", "--overwrite") == 0
+    assert load_checkpoint(tmp_path / "out" / "checkpoint.pt")["settings"]["seed"] == 1
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_runs_of_other_labels_systems_and_options(tmp_path, capsys):
+    images = np.random.default_rng(0).random((12, 8, 8))
+    path = tmp_path / "images.npz"
+    np.savez(path, images=images, labels=np.arange(12) % 3)
+    tiny = ["--data", str(path), "--width", "8", "--epochs", "1", "--batch-size", "4"]
+    for system in ("conditional-gan", "gan"):
+        assert main(["train", system, "--out", str(tmp_path / system), *tiny]) == 0
+    np.savez(path, images=images, labels=np.arange(12) % 4)
+    assert_fails(capsys, main(["evaluate", str(tmp_path / "conditional-gan")]), "--data needs the labels that the run began with")
+    assert main(["train", "gan", "--out", str(tmp_path / "gan"), "--resume"]) == 0  # has no use for labels
+    checkpoint = tmp_path / "gan" / "checkpoint.pt"
+    state = load_checkpoint(checkpoint)
+    torch.save({**state, "system": "no-such"}, checkpoint)
+    assert_fails(capsys, main(["sample", str(tmp_path / "gan")]), "needs a run of a system that .* names, got one of 'no-such'")
+    torch.save({**state, "config": {"no_such": 1}}, checkpoint)
+    assert_fails(capsys, main(["sample", str(tmp_path / "gan")]), "options are known, got one with no_such")
+    assert_fails(capsys, main(["train", "lapgan", "--out", str(tmp_path / "one"), *tiny[:-1], "1"]), "more than 1 value per channel")
 
 
 def test_out_that_is_no_folder(npz, tmp_path, capsys):

@@ -70,6 +70,19 @@ def test_higher_orders():
     torch.testing.assert_close(wasserstein_1d(x, x + 3, p=2), torch.full((4,), 3.0))
 
 
+@pytest.mark.parametrize("p", [2.0, 8.0])
+def test_higher_orders_at_any_scale(p):
+    x, y = torch.rand(5), torch.rand(7)
+    expected = wasserstein_1d(x, y, p=p)
+    for scale in (1e30, 1e-30):
+        torch.testing.assert_close(wasserstein_1d(scale * x, scale * y, p=p) / scale, expected)
+    # Samples without weight do not count, however far away.
+    far = torch.cat([x, torch.tensor([-1e30, 1e30])])
+    torch.testing.assert_close(wasserstein_1d(far, y, (far.abs() < 2).float(), p=p), expected)
+    for value in (math.nan, math.inf):
+        assert not wasserstein_1d(torch.tensor([0.0, value]), torch.zeros(2), p=p).isfinite()
+
+
 @pytest.mark.parametrize("p", [1.0, 2.0])
 def test_gradients_of_wasserstein(p):
     x, y = (torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (3, 5))

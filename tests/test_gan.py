@@ -5,8 +5,10 @@ import torch
 from test_gans import batch, small, train
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from genperf import interpolate
+from genperf.models._moving_average import update_average
 from genperf.models.conditional_gan import ConditionalGAN
 from genperf.models.dcgan import DCGAN
 from genperf.models.gan import GAN
@@ -126,6 +128,22 @@ def test_samples_come_from_the_average():
     system.average.eval()
     torch.testing.assert_close(samples, (system.average(z) + 1) / 2)
     assert not torch.allclose(samples, (system.generator.eval()(z) + 1) / 2)
+
+
+def test_averages_are_those_of_torch_bit_for_bit():
+    def plain(average, value, count):
+        return average.lerp(value, (1 - ((1 + count) / (10 + count)).clamp(max=0.3)).to(value.dtype))
+
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2).bfloat16())
+    ours, theirs = AveragedModel(network), AveragedModel(network, avg_fn=plain)
+    for _ in range(5):
+        with torch.no_grad():
+            for value in (*network.parameters(), *network[1].buffers()):
+                value.add_(1 if value.dtype == torch.int64 else torch.randn_like(value))
+        update_average(ours, network, 0.3)
+        theirs.update_parameters(network)
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
+        assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
 
 
 def test_the_generator_rests_while_the_critic_learns():

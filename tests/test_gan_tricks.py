@@ -84,6 +84,17 @@ def test_history_belongs_to_the_state_but_parameters_to_their_owner():
     assert moved.network.weight.grad.dtype == torch.float64
 
 
+def test_the_mean_of_half_precision_moves_on():
+    parameter = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    history = HistoricalAveraging([parameter])
+    for step in range(1000):
+        nn.init.constant_(parameter, step % 2)
+        history.update()
+    assert history.means[0].item() == pytest.approx(0.5, abs=1e-3)
+    history().backward()
+    assert parameter.grad.dtype == torch.bfloat16
+
+
 def test_historical_averaging_refuses():
     with pytest.raises(ValueError, match="HistoricalAveraging: there must be at least one parameter, got none"):
         HistoricalAveraging([])

@@ -148,6 +148,8 @@ def test_learns_the_bands():
         ({"levels": 3}, "sides of at least 16 for 3 levels"),
         ({"levels": 0}, "levels must be at least 1"),
         ({"hidden": 0}, "hidden must be at least 1"),
+        ({"width": 0}, "^LAPGAN: width must be at least 1"),
+        ({"ema": 2.0}, "^LAPGAN: ema must be in"),
         ({"kernel": "sinc"}, "kernel must be one of"),
         ({"image_shape": (0, 8, 8)}, "at least 1 channel"),
     ],
@@ -161,7 +163,7 @@ def test_bad_input():
     system = small()
     with pytest.raises(ValueError, match=r"LAPGAN: images must have shape \[B, 1, 8, 8\], got \[2, 1, 8, 9\]"):
         system.training_step(torch.rand(2, 1, 8, 9), player="generator")
-    with pytest.raises(ValueError, match="player must be one of discriminator, generator, got 'critic'"):
+    with pytest.raises(ValueError, match="LAPGAN: player must be one of discriminator, generator, got 'critic'"):
         system.training_step(torch.rand(2, 1, 8, 8), player="critic")
     with pytest.raises(ValueError, match="LAPGAN: labels must be None"):
         system.sample(2, torch.zeros(2, dtype=torch.int64))

@@ -51,6 +51,11 @@ def test_slerp_is_the_straight_line_where_there_is_no_arc(a, b, dtype):
     assert b.grad.isfinite().all()
 
 
+def test_slerp_of_single_numbers_is_the_straight_line():
+    a, b = torch.randn(2, 4)
+    torch.testing.assert_close(slerp(a, b, torch.rand(4).fill_(0.3)), lerp(a, b, 0.3))
+
+
 @pytest.mark.parametrize("turn", [1e-3, 1e-2, math.pi - 1e-2])
 def test_slerp_keeps_the_length_near_the_ends_of_its_range(turn):
     a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[math.cos(turn), math.sin(turn)]])

@@ -194,10 +194,12 @@ def test_averaged_weights_classify():
         ({"num_classes": 1}, "num_classes must be at least 2"),
         ({"labels_per_class": 0}, "labels_per_class must be at least 1"),
         ({"labelled_batch": 0}, "labelled_batch must be at least 1"),
-        ({"input_noise": -0.1}, "input_noise must be at least 0"),
+        ({"input_noise": -0.1}, "input_noise must be a finite number, at least 0, got -0.1"),
         ({"classifier_ema": 1.0}, r"classifier_ema must be in \[0, 1\)"),
         ({"feature_matching": 0.0}, "adversarial_weight or feature_matching must be above 0"),
         ({"minibatch_kernels": 3}, "minibatch_kernels must be 0"),
+        ({"penalty": "finite-difference"}, "penalty must .* got 'finite-difference'"),
+        ({"input_noise": float("nan")}, "input_noise must be .*, got nan"),
     ],
 )
 def test_bad_configurations(changes, message):

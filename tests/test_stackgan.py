@@ -102,6 +102,21 @@ def test_given_embeddings_take_the_place_of_labels():
         system.sample(4, LABELS)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_embeddings_may_have_another_dtype(dtype):
+    system = small(condition_dim=6)
+    embeddings = torch.randn(4, 6).to(dtype)
+    for player in system.players:
+        assert system.training_step(torch.rand(4, 1, 8, 8), embeddings, player=player)["loss"].dtype == torch.float32
+    assert system.sample(4, embeddings).dtype == torch.float32
+    assert small().double().embed(LABELS).dtype == torch.float64
+
+
+def test_one_embedding_alone_has_no_wrong_one():
+    with pytest.raises(ValueError, match=r"^StackGAN: a batch with embeddings must have at least 2 images, .* got 1"):
+        small(condition_dim=6).training_step(torch.rand(1, 1, 8, 8), torch.randn(1, 6), player="discriminator1")
+
+
 def test_scaled_one_hot_embeddings_are_labels():
     system = small()
     drawn = []
@@ -165,7 +180,8 @@ def test_samples_take_their_class():
         ({"num_classes": 1}, "num_classes must be at least 2"),
         ({"condition_dim": 0}, "condition_dim must be at least 1"),
         ({"augmented_dim": 0}, "augmented_dim must be at least 1"),
-        ({"kl_weight": -1.0}, "kl_weight must be at least 0"),
+        ({"kl_weight": -1.0}, "kl_weight must be a finite number, at least 0"),
+        ({"width": 0}, "^StackGAN: width must be at least 1"),
         ({"stage1_share": 1.5}, r"stage1_share must be in \[0, 1\]"),
     ],
 )

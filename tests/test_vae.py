@@ -213,6 +213,19 @@ def test_without_a_prior():
     assert model.optimizers().keys() == {"model"}
     with pytest.raises(RuntimeError, match="prior_width=0"):
         model.sample(2)
+    with pytest.raises(ValueError, match=r"^DiscreteVAE: player must be one of model, got 'prior'"):
+        model.training_step(torch.rand(2, 1, 8, 8), player="prior")
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_calls_that_do_not_fit(system):
+    model, name = small(system), system.__name__
+    with pytest.raises(ValueError, match=f"^{name}: player must be one of {', '.join(model.players)}, got 'generator'"):
+        model.training_step(torch.rand(2, 1, 8, 8), player="generator")
+    with pytest.raises(ValueError, match=f"^{name}: n must be at least 1, got 0"):
+        model.sample(0)
+    with pytest.raises(ValueError, match=f"^{name}: labels must be None"):
+        model.sample(2, torch.zeros(2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(

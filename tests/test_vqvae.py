@@ -161,6 +161,28 @@ def test_without_a_prior_there_is_one_player(system):
     assert small(system).optimizers().keys() == set(system.players)
     with pytest.raises(RuntimeError, match=rf"^{system.__name__}.sample: samples need .* got prior_width=0"):
         model.sample(1)
+    with pytest.raises(ValueError, match=rf"^{system.__name__}: player must be one of model, got '{system.players[1]}'\.$"):
+        model.training_step(torch.rand(2, 1, 16, 16), player=system.players[1])
+
+
+@BOTH
+def test_calls_that_do_not_fit(system):
+    model, name = small(system), system.__name__
+    with pytest.raises(ValueError, match=f"^{name}: player must be one of {', '.join(system.players)}, got 'generator'"):
+        model.training_step(torch.rand(2, 1, 16, 16), player="generator")
+    with pytest.raises(ValueError, match=f"^{name}: n must be at least 1, got 0"):
+        model.sample(0)
+    with pytest.raises(ValueError, match=f"^{name}: labels must be None"):
+        model.sample(2, torch.zeros(2, dtype=torch.int64))
+
+
+def test_parts_keep_their_own_modes():
+    model = small().train()
+    model.quantizer.eval()
+    modes = [module.training for module in model.modules()]
+    model.reconstruct(torch.rand(2, 1, 16, 16))
+    assert [module.training for module in model.modules()] == modes
+    assert not all(modes)
 
 
 def test_init_codes_takes_encodings():
@@ -187,6 +209,7 @@ def test_images_that_do_not_fit(system, shape):
         ({"image_shape": (0, 8, 8)}, "at least 1 channel"),
         ({"image_shape": (1, 30, 28)}, r"sides divisible by 4, got \[1, 30, 28\]"),
         ({"hidden": 7}, "hidden must be a positive .*, got 7"),
+        ({"dim": 0}, "dim must be at least 1"),
         ({"num_codes": 0}, "num_codes"),
         ({"prior_width": 6}, "IndexPrior: width must be"),
         ({"prior_every": 0}, "prior_every must be at least 1, got 0"),
@@ -197,9 +220,10 @@ def test_config_that_does_not_fit(system, changes, message):
         small(system, **changes)
 
 
-def trained(system, images, processes=1):
-    """The state after two steps of every player, in float64; gradients are averaged over the processes."""
+def trained(system, images, first, processes=1):
+    """The state after the start and two steps of every player, in float64; gradients are averaged over the processes."""
     model = small(system).double()
+    model.initialize(first)
     for _ in range(2):
         for player in model.players:
             model.zero_grad(set_to_none=True)
@@ -232,7 +256,7 @@ def _share(rank, path, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     images, x, mask = distributed_inputs()
-    states = [trained(system, images.chunk(2)[rank], 2) for system in (VQVAE, VQVAE2)]
+    states = [trained(system, images.chunk(2)[rank], images, 2) for system in (VQVAE, VQVAE2)]
     part = slice(0, 2) if rank == 0 else slice(2, None)  # uneven
     codes = [codes_drawn(x[part], mask[part]), codes_drawn(x[:0] if rank == 0 else x, None)]
     results.put((rank, [[t.tolist() for t in state.values()] for state in states] + [[t.tolist() for t in drawn] for drawn in codes]))
@@ -250,7 +274,7 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path):
         process.join()
         assert process.exitcode == 0
     images, x, mask = distributed_inputs()
-    alone = [list(trained(system, images).values()) for system in (VQVAE, VQVAE2)] + [codes_drawn(x, mask), codes_drawn(x, None)]
+    alone = [list(trained(system, images, images).values()) for system in (VQVAE, VQVAE2)] + [codes_drawn(x, mask), codes_drawn(x, None)]
     for ours, theirs, expected in zip(first, second, alone, strict=True):
         assert ours == theirs, "bit for bit"
         for value, exact in zip(ours, expected, strict=True):

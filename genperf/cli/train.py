@@ -115,8 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
         save()
         if fabric.is_global_zero:
             _report(training, times, settings, held_out, out)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    except ValueError as error:  # torch's own sentences have no full stop
+        raise UserError(f"{str(error).rstrip('.')}.") from error
     except KeyboardInterrupt:
         if fabric.is_global_zero:
             print(f"genperf: interrupted; continue with `genperf train {name} --resume --out {out}`.", file=sys.stderr)

@@ -94,10 +94,10 @@ def wasserstein_1d(x: Tensor, y: Tensor, x_weights: Tensor | None = None, y_weig
     distance = (_quantiles(x_steps, x, steps) - _quantiles(y_steps, y, steps)).abs()
     if p == 1:
         return (lengths.to(dtype) * distance).sum(-1)
-    # Powers of what is at most 1 do not overflow, and the largest keeps its digits.
-    scale = distance.detach().amax(-1, keepdim=True)
+    # Powers of what is at most 1 do not overflow, and the largest keeps its digits. Where a step has no length, more may lie.
+    scale = torch.where(lengths > 0, distance, 0).detach().amax(-1, keepdim=True)
     scale = torch.where(scale == 0, 1, scale)
-    total = (lengths.to(dtype) * (distance / scale).pow(p)).sum(-1)
+    total = (lengths.to(dtype) * (distance / scale).clamp(max=1).pow(p)).sum(-1)
     # The root's slope at 0 is infinite.
     return torch.where(total == 0, 0, torch.where(total == 0, 1, total).pow(1 / p)) * scale.squeeze(-1)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._common import check_float, check_tensor
+from ..ops._common import HALF_DTYPES, check_float, check_tensor
 from ..ops.nearest_code import nearest_code
 
 
@@ -81,7 +81,8 @@ def _nearest(name: str, samples: Tensor, training_images: Tensor) -> NearestImag
     if samples.dim() < 2 or samples.shape[1:] != training_images.shape[1:] or not len(training_images):
         got = f"{list(samples.shape)} and {list(training_images.shape)}"
         raise ValueError(f"{name}: samples [N, ...] and training_images [M, ...] must be alike in shape, M at least 1, got {got}.")
-    if training_images.dtype not in (samples.dtype, torch.float32) or (samples.dtype == torch.float64 != training_images.dtype):
+    mixed = samples.dtype in HALF_DTYPES and training_images.dtype == torch.float32
+    if training_images.dtype != samples.dtype and not mixed:
         raise TypeError(
             f"{name}: training_images must have the dtype of samples, or be float32 with half-precision samples, "
             f"got {training_images.dtype} and {samples.dtype}."

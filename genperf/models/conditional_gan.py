@@ -35,7 +35,7 @@ class ConditionalGAN(DCGAN):
         """One-hot labels [B, num_classes].
 
         Raises:
-            ValueError, TypeError: no labels, labels out of range or of another dtype.
+            ValueError, TypeError: no labels, labels out of range (on a GPU an assertion of the device) or of another dtype.
         """
         name, classes = self.name, self.config.num_classes
         if labels is None:

@@ -28,8 +28,8 @@ class LAPGANConfig(GANConfig):
 
 
 class LAPGAN(System):
-    """A GAN for each band of a Laplacian pyramid, which draws images from coarse to fine; Denton et al., "Deep Generative
-    Image Models using a Laplacian Pyramid of Adversarial Networks" (2015).
+    """A GAN for each band of a pyramid of images, from coarse to fine; Denton et al., "Deep Generative Image Models using a
+    Laplacian Pyramid of Adversarial Networks" (2015).
 
     With I_0 the image and I_(k+1) = down(I_k), the band h_k = I_k - up(I_(k+1)) is what is lost on the way. The coarsest
     image comes from a GAN of its own, each band from a GAN that is told l_k = up(I_(k+1)):

@@ -39,8 +39,8 @@ class SemiSupervisedGANConfig(GANConfig):
 
 
 class SemiSupervisedGAN(GAN):
-    """A classifier that learns from a few labels and from many images without, as a GAN's discriminator; Salimans et al.,
-    "Improved Techniques for Training GANs" (2016), section 5; Odena (2016).
+    """Learns to classify from a few labels and many images without; Salimans et al., "Improved Techniques for Training
+    GANs" (2016), section 5; Odena (2016).
 
     The discriminator tells the K classes and generated images apart, K + 1 classes. Of their logits one is redundant, and
     that of generated images is 0; with the others l(x) [B, K] and d(x) = logsumexp(l(x), 1) the probability that an image

@@ -37,8 +37,8 @@ class StackGANConfig(GANConfig):
 
 
 class StackGAN(System):
-    """A conditional GAN at half the size and one that refines its images; Zhang et al., "StackGAN: Text to Photo-realistic
-    Image Synthesis with Stacked Generative Adversarial Networks" (2017).
+    """A conditional GAN, and one that refines its images; Zhang et al., "StackGAN: Text to Photo-realistic Image Synthesis
+    with Stacked Generative Adversarial Networks" (2017).
 
     Stage I draws images of half the height and width from noise z and a condition, stage II images of full size from these
     and the condition; each generator draws its condition c around an embedding e, `ConditioningAugmentation`:
@@ -87,7 +87,7 @@ class StackGAN(System):
         """Embeddings [B, E] of labels; embeddings as they are, in the dtype of the parameters.
 
         Raises:
-            ValueError, TypeError: what is neither, or labels out of range.
+            ValueError, TypeError: what is neither, or labels out of range (on a GPU an assertion of the device).
         """
         classes, given, dtype = self.config.num_classes, self.config.condition_dim, next(self.parameters()).dtype
         expected = f"embeddings [B, {given}]" if given else f"int64 labels [B] or embeddings [B, {classes}]"
