@@ -12,8 +12,9 @@ demo: $(VENV)/installed-train
 	$(BIN)/python -m genperf
 	$(BIN)/genperf train vqvae --out runs/demo --overwrite
 
+# A process for each core, with one thread each; those of several threads are set where they matter.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -44,17 +44,17 @@ ROWS = {
         "anomaly-detector", "--epochs 20", tuple(f"--normal-class {digit}" for digit in range(10)), picture="reconstructions.png"
     ),
     "vae": Row("vae", "--epochs 30 --lr-decay 0.5"),
-    "discrete-vae": Row("discrete-vae", "--epochs 15 --lr-decay 0.5"),
-    "vqvae": Row("vqvae", "--epochs 15 --lr-decay 0.5"),
-    "vqvae2": Row("vqvae2", "--epochs 15 --lr-decay 0.5"),
+    "discrete-vae": Row("discrete-vae", "--epochs 12 --lr-decay 0.5"),
+    "vqvae": Row("vqvae", "--epochs 12 --lr-decay 0.5"),
+    "vqvae2": Row("vqvae2", "--epochs 8 --lr-decay 0.5"),
     "gan": Row("gan", "--epochs 60 --lr-decay 0.5"),
     "dcgan": Row("dcgan", "--epochs 30 --lr-decay 0.5"),
-    "wgan": Row("wgan", "--epochs 50"),
-    "wgan-gp": Row("wgan-gp", "--epochs 50 --lr-decay 0.5"),
-    "conditional-gan": Row("conditional-gan", "--epochs 30 --lr-decay 0.5"),
-    "semi-supervised-gan": Row("semi-supervised-gan", "--epochs 30 --lr-decay 0.5"),
-    "labels alone": Row("semi-supervised-gan", "--epochs 30 --lr-decay 0.5 --no-unlabelled", picture=""),
-    "stackgan": Row("stackgan", "--epochs 40"),
+    "wgan": Row("wgan", "--epochs 60 --lr-decay 0.5 --critic-steps 2"),
+    "wgan-gp": Row("wgan-gp", "--epochs 60 --lr-decay 0.5 --critic-steps 2"),
+    "conditional-gan": Row("conditional-gan", "--epochs 20 --lr-decay 0.5"),
+    "semi-supervised-gan": Row("semi-supervised-gan", "--epochs 45 --lr-decay 0.5"),
+    "labels alone": Row("semi-supervised-gan", "--epochs 45 --lr-decay 0.5 --no-unlabelled", picture=""),
+    "stackgan": Row("stackgan", "--epochs 24 --lr-decay 0.5"),
     "lapgan": Row("lapgan", "--epochs 30 --lr-decay 0.5"),
 }
 
@@ -89,7 +89,7 @@ EQUAL = {
     "vqvae": ("--epochs 4 --prior-width 0", "mse"),
     "vae": ("--epochs 6", "negative_elbo"),
     "discrete-vae": ("--epochs 4 --prior-width 0", "mse"),
-    "wgan-gp": ("--epochs 15", "fid"),
+    "wgan-gp": ("--epochs 10 --critic-steps 2", "fid"),
 }
 SEEDS = (0, 1, 2)
 

@@ -13,7 +13,7 @@ class WGANConfig(DCGANConfig):
     """What a `WGAN` is built from."""
 
     loss: str = option("wasserstein", "adversarial loss", choices=("wasserstein",))
-    critic_steps: int = option(2, "steps of the critic for each of the generator")
+    critic_steps: int = option(5, "steps of the critic for each of the generator")
     lr: float = option(5e-4, "learning rate of the generator")
     beta1: float = option(0.0, "momentum of RMSprop")
     beta2: float = option(0.99, "decay of RMSprop's mean square")
@@ -28,8 +28,8 @@ class WGAN(DCGAN):
         generator:  -mean d(g(z))
 
     After each of its steps the critic's parameters are clipped, so that it stays Lipschitz; RMSprop, since the authors
-    found momentum unstable here. As published are critic_steps=5, lr=5e-5, for a hundred thousand steps; the defaults
-    suit a thousand or two on small images.
+    found momentum unstable here. As published are critic_steps=5 and, for a hundred thousand steps, lr=5e-5; the default
+    suits a thousand or two on small images.
     """
 
     Config = WGANConfig

@@ -13,7 +13,7 @@ class WGANGPConfig(DCGANConfig):
     """What a `WGANGP` is built from."""
 
     loss: str = option("wasserstein", "adversarial loss", choices=ADVERSARIAL_LOSSES)
-    critic_steps: int = option(2, "steps of the critic for each of the generator")
+    critic_steps: int = option(5, "steps of the critic for each of the generator")
     beta2: float = option(0.9, "of Adam")
     penalty: str = option("wgan-gp", "kind of gradient penalty of the critic", choices=tuple(CENTERS))
 
@@ -25,8 +25,8 @@ class WGANGP(DCGAN):
         critic:     mean d(g(z)) - mean d(x) + penalty_weight * mean (|grad d(mixed)| - 1)^2
         generator:  -mean d(g(z))
 
-    mixed = genperf.interpolate(x, g(z)). The critic has no batch normalisation. As published are critic_steps=5, lr=1e-4,
-    beta1=0.0, for a hundred thousand steps; the defaults suit a thousand or two on small images.
+    mixed = genperf.interpolate(x, g(z)). The critic has no batch normalisation. As published are critic_steps=5 and,
+    for a hundred thousand steps, lr=1e-4 and beta1=0.0; the defaults suit a thousand or two on small images.
     """
 
     Config = WGANGPConfig
