@@ -52,7 +52,7 @@ ROWS = {
     "wgan": Row("wgan", "--epochs 60 --lr-decay 0.5 --critic-steps 2"),
     "wgan-gp": Row("wgan-gp", "--epochs 60 --lr-decay 0.5 --critic-steps 2"),
     "conditional-gan": Row("conditional-gan", "--epochs 20 --lr-decay 0.5"),
-    "semi-supervised-gan": Row("semi-supervised-gan", "--epochs 45 --lr-decay 0.5"),
+    "semi-supervised-gan": Row("semi-supervised-gan", "--epochs 45 --lr-decay 0.5 --adversarial-weight 1"),
     "labels alone": Row("semi-supervised-gan", "--epochs 45 --lr-decay 0.5 --no-unlabelled", picture=""),
     "stackgan": Row("stackgan", "--epochs 24 --lr-decay 0.5"),
     "lapgan": Row("lapgan", "--epochs 30 --lr-decay 0.5"),
@@ -209,7 +209,6 @@ def main() -> None:
     results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {"rows": {}}
     training, held_out = split_held_out(load_images(None))
     classifier = train_classifier(training, held_out, torch.device("cpu"))
-    results["machine"] = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     results["classifier_accuracy"] = classifier.accuracy
     results["anchors"] = anchors(training, held_out, classifier=classifier, seed=SEED)
 
@@ -221,6 +220,7 @@ def main() -> None:
     if arguments.equal:
         results["equal"] = train_equally(classifier, arguments.work)
     else:
+        results["machine"] = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         for name in arguments.only or ROWS:
             results["rows"][name] = train_row(name, ROWS[name], classifier, arguments.work, arguments.results.with_suffix(""))
             # In the order of the list, whatever was trained first.
