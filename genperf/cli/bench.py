@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         measured = Path(temporary) / "measured.json"
         command = [sys.executable, "-m", "pytest", *sorted(path.name for path in folder.glob("bench_*.py"))]
         # Nothing of a project around the benchmarks, such as one whose .venv they are in.
-        command += ["-c", os.devnull, f"--rootdir={folder}", f"--confcutdir={folder}", "-p", "no:cacheprovider", "-q", "-ra"]
+        command += ["-c", os.devnull, f"--rootdir={folder}", f"--confcutdir={folder}", "-p", "no:cacheprovider", "-p", "no:xdist", "-q", "-ra"]
         command += ["--benchmark-enable", "--benchmark-columns=min,median,rounds", f"--benchmark-json={measured}"]
         command += [f"--benchmark-storage=file://{temporary}", f"--device={device}"]
         command += ["--quick"] if arguments.quick else []
