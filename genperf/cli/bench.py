@@ -44,13 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out must be a folder that can be written, got {arguments.out!r}: {error.strerror}.") from error
-    # Nothing is left beside the benchmarks, which may lie where packages are installed.
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    # Nothing of a pytest around this one, and nothing left beside the benchmarks, which may lie where packages are installed.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
     with tempfile.TemporaryDirectory(prefix="genperf-bench-") as temporary:
         measured = Path(temporary) / "measured.json"
         command = [sys.executable, "-m", "pytest", *sorted(path.name for path in folder.glob("bench_*.py"))]
         # Nothing of a project around the benchmarks, such as one whose .venv they are in.
-        command += ["-c", os.devnull, f"--rootdir={folder}", f"--confcutdir={folder}", "-p", "no:cacheprovider", "-p", "no:xdist", "-q", "-ra"]
+        command += ["-c", os.devnull, f"--rootdir={folder}", f"--confcutdir={folder}", "-p", "no:cacheprovider", "-q", "-ra"]
         command += ["--benchmark-enable", "--benchmark-columns=min,median,rounds", f"--benchmark-json={measured}"]
         command += [f"--benchmark-storage=file://{temporary}", f"--device={device}"]
         command += ["--quick"] if arguments.quick else []
