@@ -21,8 +21,6 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The saved state with its tensors on the CPU."""
-    if not path.is_file():
-        raise UserError(f"--resume needs the checkpoint of an earlier run, got {str(path)!r}, which does not exist.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of whatever kind broken bytes raise

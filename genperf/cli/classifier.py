@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import LabelledImages, fingerprint
+from .errors import UserError
 from .seeding import seeded
 
 _FORMAT = "genperf classifier, 1"
@@ -123,11 +124,9 @@ def predict(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Te
 
 def _load(path: Path, key: str) -> dict[str, Any] | None:
     """What the file holds, or None where it has to be made anew."""
-    if not path.is_file():
-        return None
     try:
         state = load_checkpoint(path)
-    except Exception:  # of whatever kind broken bytes raise
+    except UserError:
         return None
     fits = isinstance(state, dict) and state.get("format") == _FORMAT and state.get("data") == key
     return state if fits else None

@@ -9,7 +9,7 @@ import torch
 from ..models import SYSTEMS, System
 from .checkpoint import load_checkpoint
 from .data import LabelledImages, fingerprint, load_images, split_held_out
-from .errors import UserError
+from .errors import UserError, sentences
 
 FORMAT = "genperf train, 1"
 CHECKPOINT = "checkpoint.pt"
@@ -52,10 +52,8 @@ def build_system(name: str, settings: Settings, config: dict[str, Any], images: 
         if field.startswith("lr") and value is not None and value <= 0:
             raise UserError(f"--{field.replace('_', '-')} must be above 0, got {value}.")
     torch.manual_seed(settings.seed)
-    try:
+    with sentences():
         return system_class(system_class.Config(**{**from_data, **config}))
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def load_state(folder: Path, purpose: str) -> dict[str, Any]:

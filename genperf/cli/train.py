@@ -12,7 +12,7 @@ import torch
 
 from ..models import SYSTEMS
 from . import options
-from .errors import UserError, import_extra
+from .errors import UserError, import_extra, sentences
 from .systems import summary
 
 if TYPE_CHECKING:
@@ -82,10 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     # On a GPU convolutions may otherwise add in another order in each run.
     torch.backends.cudnn.deterministic = True
     system = build_system(name, settings, config, images)
-    try:
+    with sentences():
         training_images = type(training_images)(*system.prepare(*training_images))
-    except ValueError as error:
-        raise UserError(str(error)) from error
     training = Training(fabric, system, training_images, settings)
     if state is None:
         first = training_images.images[training.batches()[0]].to(fabric.device)
@@ -107,16 +105,15 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"--out must be a folder that can be written to, got {str(out)!r}: {error}.") from error
     try:
-        training.run(settings.epochs, save)
-        times = time_steps(system, *training.share(training.batches()[0]), autocast=fabric.autocast)
-        system.progress = 1.0
-        system.eval()
-        system.finish(usual(system, held_out).to(fabric.device))
-        save()
-        if fabric.is_global_zero:
-            _report(training, times, settings, held_out, out)
-    except ValueError as error:  # torch's own sentences have no full stop
-        raise UserError(f"{str(error).rstrip('.')}.") from error
+        with sentences():
+            training.run(settings.epochs, save)
+            times = time_steps(system, *training.share(training.batches()[0]), autocast=fabric.autocast)
+            system.progress = 1.0
+            system.eval()
+            system.finish(usual(system, held_out).to(fabric.device))
+            save()
+            if fabric.is_global_zero:
+                _report(training, times, settings, held_out, out)
     except KeyboardInterrupt:
         if fabric.is_global_zero:
             print(f"genperf: interrupted; continue with `genperf train {name} --resume --out {out}`.", file=sys.stderr)

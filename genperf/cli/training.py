@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..models import System
+from ..models.system import share
 from ..ops import reference_ops, sample_offset
 from .checkpoint import random_state, restore_random_state
 from .data import LabelledImages
@@ -135,7 +136,7 @@ class Training:
 
     def share(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images and labels of this process's share of the batch, on its device."""
-        rows = batch.chunk(self.fabric.world_size)[self.fabric.global_rank]
+        rows = share(batch)
         images, labels = self.images
         return images[rows].to(self.fabric.device), None if labels is None else labels[rows].to(self.fabric.device)
 

@@ -1,7 +1,6 @@
 """The discrete variational autoencoder."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +9,10 @@ from torch.nn import functional as F
 
 from ..nn.batch_norm import BatchNorm
 from ..nn.gumbel_quantizer import GumbelQuantizer
+from ._code_autoencoder import CodeAutoencoder
 from ._convolutional import DOWNSAMPLING, check_convolutional, image_decoder, image_encoder
 from .index_prior import IndexPrior
-from .system import System, SystemConfig, evaluating, option
+from .system import SystemConfig, evaluating, option
 
 # Standard deviation of a code's logits at the start. That of Gumbel noise is 1.28, in which smaller logits would drown.
 LOGIT_SCALE = 3.0
@@ -36,7 +36,7 @@ class DiscreteVAEConfig(SystemConfig):
     prior_every: int = option(4, "of how many batches the prior learns from one")
 
 
-class DiscreteVAE(System):
+class DiscreteVAE(CodeAutoencoder):
     """An autoencoder whose latent image holds categories, sampled by the Gumbel-softmax.
 
     Jang et al., "Categorical Reparameterization with Gumbel-Softmax" (2016); Maddison et al., "The Concrete Distribution" (2016);
@@ -73,8 +73,7 @@ class DiscreteVAE(System):
                 raise ValueError(f"DiscreteVAE: {name} must be a finite number above 0, got {getattr(config, name)}.")
         if not 0 <= config.kl_weight < math.inf:
             raise ValueError(f"DiscreteVAE: kl_weight must be a finite number, at least 0, got {config.kl_weight}.")
-        if config.prior_every < 1:
-            raise ValueError(f"DiscreteVAE: prior_every must be at least 1, got {config.prior_every}.")
+        self.check_prior_every()
         channels = config.image_shape[0]
         self.encoder = image_encoder(channels, config.hidden, config.num_codes)
         self.normalisation = BatchNorm(config.num_codes)
@@ -100,16 +99,6 @@ class DiscreteVAE(System):
         loss = reconstruction + self.config.kl_weight * kl
         return {"loss": loss, "reconstruction": reconstruction.detach(), "kl": kl.detach()}
 
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        networks = [p for name, p in self.named_parameters() if not name.startswith("prior.")]
-        optimizers = {"model": torch.optim.Adam(networks, lr=self.config.lr)}
-        if self.prior is not None:
-            optimizers["prior"] = torch.optim.Adam(self.prior.parameters(), lr=self.config.lr_prior)
-        return optimizers
-
-    def players_at(self, step: int) -> Sequence[str]:
-        return self.players if step % self.config.prior_every == 0 else ("model",)
-
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Likeliest indices [B, H/4, W/4] of images [B, C, H, W]."""
@@ -121,9 +110,6 @@ class DiscreteVAE(System):
         """Images [B, C, 4h, 4w] of indices [B, h, w]."""
         with evaluating(self):
             return self.decoder(self.quantizer.decode(indices)).clamp(0, 1)
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        return self.decode(self.encode(images))
 
     @torch.no_grad()
     def sample(self, n: int, labels: Tensor | None = None) -> Tensor:

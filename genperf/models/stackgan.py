@@ -18,7 +18,7 @@ from ..nn.conditioning_augmentation import ConditioningAugmentation
 from ._adversarial_networks import ConvDiscriminator, dcgan_init
 from ._convolutional import ResidualBlock
 from .gan import GAN, GANConfig
-from .system import System, check_divisible, check_labels, frozen, option
+from .system import System, check_divisible, check_labels, frozen, option, share
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,8 @@ class StackGAN(System):
         embedding, processes = self.embed(labels), world_size()
         if len(embedding) * processes == 1:
             raise ValueError("StackGAN: a batch with embeddings must have at least 2 images, since a wrong embedding is another's, got 1.")
-        if processes == 1:
-            return embedding.roll(-1, 0)
-        joined = gather_rows(embedding, [len(embedding)] * processes, None)
-        return joined.roll(-1, 0).chunk(processes)[torch.distributed.get_rank()]
+        joined = embedding if processes == 1 else gather_rows(embedding, [len(embedding)] * processes, None)
+        return share(joined.roll(-1, 0))
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,17 @@
 """VQ-VAE for images."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..nn.vector_quantizer import VectorQuantizer
+from ._code_autoencoder import CodeAutoencoder
 from ._convolutional import DOWNSAMPLING, check_convolutional, image_decoder, image_encoder
 from .index_prior import IndexPrior
-from .system import System, SystemConfig, evaluating, option, share
+from .system import SystemConfig, evaluating, option, share
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class VQVAEOutput(NamedTuple):
     """Scalar."""
 
 
-class VQVAE(System):
+class VQVAE(CodeAutoencoder):
     """A convolutional autoencoder whose latent image holds codes; van den Oord et al., "Neural Discrete Representation Learning" (2017).
 
     Equivalent to:
@@ -60,8 +60,7 @@ class VQVAE(System):
         super().__init__(config)
         config = self.config
         check_convolutional("VQVAE", config)
-        if config.prior_every < 1:
-            raise ValueError(f"VQVAE: prior_every must be at least 1, got {config.prior_every}.")
+        self.check_prior_every()
         channels = config.image_shape[0]
         self.encoder = image_encoder(channels, config.hidden, config.dim)
         self.quantizer = image_quantizer(config)
@@ -81,22 +80,7 @@ class VQVAE(System):
         if player == "prior":
             loss = self.prior.loss(self.encode(images))
             return {"loss": loss, "nats_per_code": loss.detach()}
-        output = self(images)
-        reconstruction = F.mse_loss(output.reconstruction, images)
-        return {
-            "loss": reconstruction + output.quantizer_loss,
-            "reconstruction": reconstruction.detach(),
-            "quantizer": output.quantizer_loss.detach(),
-        }
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        learners = {"model": nn.ModuleList([self.encoder, self.quantizer, self.decoder]), "prior": self.prior}
-        config = self.config
-        rates = {player: config.lr if player == "model" else config.lr_prior for player in self.players}
-        return {player: torch.optim.Adam(learners[player].parameters(), lr=lr) for player, lr in rates.items()}
-
-    def players_at(self, step: int) -> Sequence[str]:
-        return self.players if step % self.config.prior_every == 0 else ("model",)
+        return quantized_losses(self(images), images)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -110,9 +94,6 @@ class VQVAE(System):
         """Images [B, C, 4h, 4w] of the indices [B, h, w]."""
         with evaluating(self):
             return self.decoder(self.quantizer.decode(indices)).clamp(0, 1)
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        return self.decode(self.encode(images))
 
     def sample(self, n: int, labels: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
         """Images of n drawn latent images; a temperature below 1 prefers the likelier codes.
@@ -132,6 +113,16 @@ class VQVAE(System):
         """Set the codes to encodings of the images, as the first training step does where nobody else has."""
         self.check_images(images)
         self.quantizer.init_codes(self.encoder(share(images)))
+
+
+def quantized_losses(output: VQVAEOutput, images: Tensor) -> dict[str, Tensor]:
+    """The losses of a batch, of a `VQVAE` or `VQVAE2`, from the module's output."""
+    reconstruction = F.mse_loss(output.reconstruction, images)
+    return {
+        "loss": reconstruction + output.quantizer_loss,
+        "reconstruction": reconstruction.detach(),
+        "quantizer": output.quantizer_loss.detach(),
+    }
 
 
 def image_quantizer(config: VQVAEConfig) -> VectorQuantizer:

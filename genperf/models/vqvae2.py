@@ -1,6 +1,5 @@
 """VQ-VAE-2: codes of two resolutions."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn.batch_norm import BatchNorm
+from ._code_autoencoder import CodeAutoencoder
 from ._convolutional import ResidualBlock, check_convolutional
 from .index_prior import IndexPrior
-from .system import System, evaluating, share
-from .vqvae import VQVAEConfig, image_quantizer
+from .system import evaluating, share
+from .vqvae import VQVAEConfig, image_quantizer, quantized_losses
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class VQVAE2Output(NamedTuple):
     """Scalar, of both levels."""
 
 
-class VQVAE2(System):
+class VQVAE2(CodeAutoencoder):
     """An autoencoder with codes on two levels; Razavi et al., "Generating Diverse High-Fidelity Images with VQ-VAE-2" (2019).
 
     Equivalent to:
@@ -67,8 +67,7 @@ class VQVAE2(System):
         if config.hidden < 4 or config.hidden % 4:
             raise ValueError(f"VQVAE2: hidden must be a positive multiple of 4, got {config.hidden}.")
         check_convolutional("VQVAE2", config)
-        if config.prior_every < 1:
-            raise ValueError(f"VQVAE2: prior_every must be at least 1, got {config.prior_every}.")
+        self.check_prior_every()
         channels, hidden, dim = config.image_shape[0], config.hidden, config.dim
         self.encoder = nn.Sequential(nn.Conv2d(channels, hidden // 2, 4, stride=2, padding=1), ResidualBlock(hidden // 2), nn.ReLU())
         self.top_encoder = nn.Sequential(
@@ -115,24 +114,7 @@ class VQVAE2(System):
             top, bottom = self.encode(images)
             loss = self.top_prior.loss(top) if player == "top_prior" else self.bottom_prior.loss(bottom, self._condition(top))
             return {"loss": loss, "nats_per_code": loss.detach()}
-        output = self(images)
-        reconstruction = F.mse_loss(output.reconstruction, images)
-        return {
-            "loss": reconstruction + output.quantizer_loss,
-            "reconstruction": reconstruction.detach(),
-            "quantizer": output.quantizer_loss.detach(),
-        }
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        autoencoder = [self.encoder, self.top_encoder, self.top_decoder, self.bottom_encoder]
-        autoencoder += [self.top_quantizer, self.bottom_quantizer, self.upsample, self.decoder]
-        learners = {"model": nn.ModuleList(autoencoder), "top_prior": self.top_prior, "bottom_prior": self.bottom_prior}
-        config = self.config
-        rates = {player: config.lr if player == "model" else config.lr_prior for player in self.players}
-        return {player: torch.optim.Adam(learners[player].parameters(), lr=lr) for player, lr in rates.items()}
-
-    def players_at(self, step: int) -> Sequence[str]:
-        return self.players if step % self.config.prior_every == 0 else ("model",)
+        return quantized_losses(self(images), images)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> HierarchicalCodes:
@@ -150,9 +132,6 @@ class VQVAE2(System):
         top, bottom = codes
         with evaluating(self):
             return self._decode(self.top_quantizer.decode(top), self.bottom_quantizer.decode(bottom)).clamp(0, 1)
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        return self.decode(self.encode(images))
 
     def sample(self, n: int, labels: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
         """Images of n drawn pairs of latent images, the coarse one first; a temperature below 1 prefers the likelier codes.
