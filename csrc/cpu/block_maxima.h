@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The low-precision pass of the search: the largest score of each block of codes, for a tile of
-// queries. No index is tracked, so the epilogue is one subtraction and one maximum per 16 scores.
+// queries. No index is tracked, so the epilogue is one addition and one maximum per 16 scores.
 #pragma once
 
 #include "code_panel.h"
@@ -21,7 +21,8 @@ void block_maxima_fma(const CodePanel& panel,
 
 #if defined(__AVX512F__)
 #define GENPERF_HAS_AMX 1
-// halves [2, depth, 16, 16, 2] bfloat16: two sub-tiles of 16 queries, components in pairs.
+// halves [2, depth, 16, 16, 2] bfloat16: two sub-tiles of 16 queries, components in pairs. With
+// single-group blocks, begin and end are even.
 void block_maxima_amx(const CodePanel& panel,
                       int64_t begin,
                       int64_t end,

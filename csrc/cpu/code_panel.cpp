@@ -5,61 +5,92 @@
 #include <atomic>
 #include <cmath>
 
-#include "simd.h"
+#include "doubles.h"
+#include "elements.h"
 
 namespace genperf {
 namespace {
 
 constexpr int64_t kCentreSample = 256;
 constexpr int64_t kMaxBlocks = 1024;
+constexpr int64_t kFineDim = 48;  // from here on a block is one group: scoring it again is dear
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
+}
+
+int64_t tile_depth(int64_t dim) {
+  return (dim <= kMaxSplitDim ? 3 * dim + kDepth - 1 : dim + kDepth - 1) / kDepth;
 }
 
 // Any centre gives a right answer; the mean of a sample of the codes gives a fast one.
 template <class C>
 void find_centre(const Codes<C>& codebook, float* centre) {
   const int64_t step = (codebook.count + kCentreSample - 1) / kCentreSample;
-  for (int64_t d = 0; d < codebook.dim; ++d) {
-    double sum = 0;
-    int64_t finite = 0;
-    for (int64_t k = 0; k < codebook.count; k += step) {
-      const double value = double(codebook.data[k * codebook.code_stride + d * codebook.stride]);
-      if (std::abs(value) < 1e30) {
-        sum += value;
-        ++finite;
-      }
+  Buffer<double> sums(codebook.dim);
+  std::fill_n(sums.get(), codebook.dim, 0.0);
+  for (int64_t k = 0; k < codebook.count; k += step) {
+    const C* code = codebook.data + k * codebook.code_stride;
+    for (int64_t d = 0; d < codebook.dim; ++d) {
+      const double value = double(code[d]);
+      sums[d] += std::abs(value) < 1e30 ? value : 0.0;
     }
-    centre[d] = finite ? float(sum / finite) : 0.0f;
+  }
+  const double count = double((codebook.count + step - 1) / step);
+  for (int64_t d = 0; d < codebook.dim; ++d)
+    centre[d] = float(sums[d] / count);
+}
+
+template <class C>
+void load_pair(const C* p, DVec& low, DVec& high) {
+  using Half = float __attribute__((vector_size(kDoubles * sizeof(float))));
+  if constexpr (std::is_same_v<C, double>) {
+    low = load_doubles(p);
+    high = load_doubles(p + kDoubles);
+  } else {
+    const Vec v = load(p);
+    Half halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    low = __builtin_convertvector(halves[0], DVec);
+    high = __builtin_convertvector(halves[1], DVec);
   }
 }
 
-// |code - centre|^2, or |code|^2 for cosine; several sums so that the compiler can use vectors.
+void store_pair(float* p, DVec low, DVec high) {
+  using Half = float __attribute__((vector_size(kDoubles * sizeof(float))));
+  const Half halves[2] = {__builtin_convertvector(low, Half), __builtin_convertvector(high, Half)};
+  std::memcpy(p, halves, sizeof(halves));
+}
+
+// row = (code - centre) * factor, each rounded once; the squared length of code - centre.
 template <class C>
-double squared_norm(const C* code, int64_t stride, const float* centre, int64_t dim) {
-  constexpr int kSums = 8;
-  double sums[kSums] = {};
+double pack_code(const C* code, const float* centre, double factor, int64_t dim, float* row) {
+  DVec squares[2] = {};
+  const DVec factors = broadcast(factor);
   int64_t d = 0;
-  for (; d + kSums <= dim; d += kSums)
-    for (int i = 0; i < kSums; ++i) {
-      const double t = double(code[(d + i) * stride]) - double(centre[d + i]);
-      sums[i] += t * t;
-    }
-  for (; d < dim; ++d) {
-    const double t = double(code[d * stride]) - double(centre[d]);
-    sums[0] += t * t;
+  for (; d + kLanes <= dim; d += kLanes) {
+    DVec low, high, centre_low, centre_high;
+    load_pair(code + d, low, high);
+    load_pair(centre + d, centre_low, centre_high);
+    low -= centre_low;
+    high -= centre_high;
+    squares[0] += low * low;
+    squares[1] += high * high;
+    store_pair(row + d, low * factors, high * factors);
   }
-  double total = 0;
-  for (double sum : sums)
-    total += sum;
-  return total;
+  double square = sum(squares[0] + squares[1]);
+  for (; d < dim; ++d) {
+    const double t = double(code[d]) - double(centre[d]);
+    square += t * t;
+    row[d] = float(t * factor);
+  }
+  return square;
 }
 
 template <class C, class F>
-bool every(const C* code, int64_t stride, int64_t dim, const F& holds) {
+bool every(const C* code, int64_t dim, const F& holds) {
   for (int64_t d = 0; d < dim; ++d)
-    if (!holds(double(code[d * stride])))
+    if (!holds(double(code[d])))
       return false;
   return true;
 }
@@ -76,122 +107,172 @@ uint16_t upper_half(float value) {
   return uint16_t(bits >> 16);
 }
 
-// One group of 16 from its float values: bfloat16 rows for AMX, and the longest rounding error
-// among its codes.
-double pack_halves(const float* values, int64_t dim, int64_t depth, uint16_t* halves) {
-  float residual[kGroup] = {};
-  std::memset(halves, 0, depth * kGroup * kDepth * sizeof(uint16_t));
-  for (int64_t d = 0; d < dim; ++d)
-    for (int lane = 0; lane < kGroup; lane += kLanes) {
-      const Vec value = load(values + d * kGroup + lane);
-      const Vec rounded = round_to_bfloat16(value);
-      const Vec error = value - rounded;
-      store(residual + lane, load(residual + lane) + error * error);
+float rounded(float value) {
+  return round_to_bfloat16(broadcast(value))[0];
+}
+
+// One code for AMX from `row`, padded with zeros to whole vectors; the squared length of what
+// bfloat16 leaves out.
+double pack_half_row(const float* row, int64_t dim, int64_t depth, uint16_t* halves) {
+  using Narrow = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+  Vec square{};
+  for (int64_t d = 0; d < depth * kDepth; d += kLanes) {
+    const Vec value = d < dim ? load(row + d) : Vec{};
+    const Vec near = round_to_bfloat16(value);
+    square += (value - near) * (value - near);
+    const Narrow bits = __builtin_convertvector(UVec(near) >> 16, Narrow);
+    std::memcpy(halves + d / kDepth * kGroup * kDepth + d % kDepth, &bits, sizeof(bits));
+  }
+  return sum(square);
+}
+
+// The same in two parts, columns [fh, fl, fh]; `low` is the squared length of fl.
+double pack_split_row(const float* row, int64_t dim, uint16_t* halves, double& low) {
+  double square = 0;
+  std::fill_n(halves, kDepth, uint16_t{0});
+  low = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    const float first = rounded(row[d]);
+    const float second = rounded(row[d] - first);
+    const double rest = double(row[d] - first) - second;
+    halves[d] = halves[2 * dim + d] = upper_half(first);
+    halves[dim + d] = upper_half(second);
+    low += double(second) * second;
+    square += rest * rest;
+  }
+  return square;
+}
+
+// [16, row_length] -> [D, 16]
+void interleave(const float* rows, int64_t row_length, int64_t dim, float* values) {
+  for (int lane = 0; lane < kGroup; lane += kLanes)
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      Vec block[kLanes];
       for (int i = 0; i < kLanes; ++i)
-        halves[(d / kDepth * kGroup + lane + i) * kDepth + d % kDepth] = upper_half(rounded[i]);
+        block[i] = load(rows + (lane + i) * row_length + d);
+      transpose(block);
+      const int count = int(std::min<int64_t>(kLanes, dim - d));
+      for (int i = 0; i < count; ++i)
+        store(values + (d + i) * kGroup + lane, block[i]);
     }
-  return std::sqrt(double(*std::max_element(residual, residual + kGroup)));
 }
 
 }  // namespace
 
+int64_t packed_code_bytes(int64_t dim, bool halved) {
+  return (dim + 1) * sizeof(float) + (halved ? tile_depth(dim) * kDepth * sizeof(uint16_t) : 0);
+}
+
+int64_t CodePanel::bytes() const {
+  return capacity * packed_code_bytes(dim, halved);
+}
+
 template <class C>
-CodePanel prepare_panel(const Codes<C>& codebook, int64_t capacity, bool cosine, bool use_amx) {
+CodePanel prepare_panel(const Codes<C>& codebook,
+                        double largest,
+                        int64_t capacity,
+                        bool cosine,
+                        bool halved) {
   CodePanel panel;
   panel.dim = codebook.dim;
-  panel.depth = (codebook.dim + kDepth - 1) / kDepth;
+  panel.cosine = cosine;
+  panel.halved = halved;
+  panel.split = halved && codebook.dim <= kMaxSplitDim;
+  panel.depth = tile_depth(codebook.dim);
   const int64_t pairs = (capacity + 2 * kGroup - 1) / (2 * kGroup);
   panel.block_groups = 2 * ((pairs + kMaxBlocks - 1) / kMaxBlocks);
-  panel.capacity = round_up(capacity, panel.block_groups * kGroup);
+  if (panel.block_groups == 2 && codebook.dim >= kFineDim)
+    panel.block_groups = 1;
+  panel.capacity = round_up(capacity, std::max<int64_t>(panel.block_groups, 2) * kGroup);
   panel.centre = Buffer<float>(panel.dim);
   panel.values = Buffer<float>(panel.capacity * panel.dim);
   panel.bias = Buffer<float>(panel.capacity);
-  if (use_amx)
+  if (halved)
     panel.halves = Buffer<uint16_t>(panel.capacity * panel.depth * kDepth);
-  if (cosine) {
-    std::fill_n(panel.centre.get(), panel.dim, 0.0f);
+  std::fill_n(panel.centre.get(), panel.dim, 0.0f);
+  if (cosine)
     return panel;
-  }
   find_centre(codebook, panel.centre.get());
-  std::atomic<double> longest = 0;
-  torch::stable::parallel_for(0, codebook.count, 256, [&](int64_t begin, int64_t end) {
-    double local = 0;
-    for (int64_t k = begin; k < end; ++k) {
-      const double norm = squared_norm(codebook.data + k * codebook.code_stride, codebook.stride,
-                                       panel.centre.get(), panel.dim);
-      if (std::isfinite(norm))
-        local = std::max(local, norm);
-    }
-    raise_to(longest, local);
-  });
-  const double norm = std::sqrt(longest.load());
-  if (norm > 0)
-    panel.scale = float(std::exp2(-std::clamp(std::ilogb(norm), -100, 100)));
+  for (int64_t d = 0; d < panel.dim; ++d)
+    largest = std::max(largest, double(std::abs(panel.centre[d])));
+  if (largest > 0)
+    panel.scale = float(std::exp2(-std::clamp(std::ilogb(largest) + 1, -100, 100)));
   return panel;
 }
 
 template <class C>
-void pack_panel(CodePanel& panel,
-                const Codes<C>& codebook,
-                int64_t first,
-                bool cosine,
-                bool use_amx) {
-  const int64_t dim = panel.dim;
+void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first) {
+  const int64_t dim = panel.dim, row_length = round_up(dim, kLanes);
   panel.codes = std::min(codebook.count - first, panel.capacity);
-  panel.groups = round_up(panel.codes, panel.block_groups * kGroup) / kGroup;
-  std::atomic<double> norm = 0, half_residual = 0, max_bias = 0;
-  torch::stable::parallel_for(0, panel.groups, 16, [&](int64_t begin, int64_t end) {
+  panel.groups =
+      round_up(panel.codes, std::max<int64_t>(panel.block_groups, 2) * kGroup) / kGroup;
+  std::atomic<double> norm = 0, low_norm = 0, residual = 0, max_bias = 0;
+  const auto pack_groups = [&](int64_t begin, int64_t end) {
+    Buffer<float> rows(kGroup * row_length);
+    std::fill_n(rows.get(), kGroup * row_length, 0.0f);
+    double longest = 0, largest_bias = 0, largest_low = 0, largest_residual = 0;
     for (int64_t group = begin; group < end; ++group) {
-      float* values = panel.values.get() + group * dim * kGroup;
-      double longest = 0, largest_bias = 0;
       for (int lane = 0; lane < kGroup; ++lane) {
         const int64_t k = group * kGroup + lane;
-        float& bias = panel.bias[k];
         const C* code = codebook.data + (first + k) * codebook.code_stride;
-        const double square = k < panel.codes
-                                  ? squared_norm(code, codebook.stride, panel.centre.get(), dim)
-                                  : INFINITY;
+        float* row = rows.get() + lane * row_length;
+        double factor = panel.scale;
+        double square = k < panel.codes
+                            ? pack_code(code, panel.centre.get(), factor, dim, row)
+                            : INFINITY;
         if (!std::isfinite(square)) {
           // Padding, or a code with NaN or infinity, which only a query that is not finite either
           // can choose: such queries are searched in float64. A finite code too long for float64
           // makes every query so.
-          bias = INFINITY;
-          for (int64_t d = 0; d < dim; ++d)
-            values[d * kGroup + lane] = 0;
+          panel.bias[k] = -INFINITY;
+          std::fill_n(row, dim, 0.0f);
           const auto finite = [](double value) { return std::isfinite(value); };
-          if (k < panel.codes && every(code, codebook.stride, dim, finite))
+          if (k < panel.codes && every(code, dim, finite))
             longest = INFINITY;
-          continue;
+        } else if (panel.cosine) {
+          // A code whose square is below float64's normal range has no usable direction: the same.
+          const auto zero = [](double value) { return value == 0; };
+          if (square < 1e-290 && !every(code, dim, zero))
+            longest = INFINITY;
+          factor = square > 0 ? 1 / std::sqrt(square) : 0.0;
+          pack_code(code, panel.centre.get(), factor, dim, row);
+          panel.bias[k] = 0;
+          longest = std::max(longest, std::sqrt(square) * factor);
+        } else {
+          const double length = std::sqrt(square) * factor;
+          panel.bias[k] = float(-length * length / 2);
+          longest = std::max(longest, length);
+          largest_bias = std::max(largest_bias, length * length / 2);
         }
-        // A code whose square is below float64's normal range has no usable direction: the same.
-        const auto zero = [](double value) { return value == 0; };
-        if (cosine && square < 1e-290 && !every(code, codebook.stride, dim, zero))
-          longest = INFINITY;
-        const double factor = cosine ? (square > 0 ? 1 / std::sqrt(square) : 0.0) : panel.scale;
-        for (int64_t d = 0; d < dim; ++d)
-          values[d * kGroup + lane] =
-              float((double(code[d * codebook.stride]) - double(panel.centre[d])) * factor);
-        const double length = std::sqrt(square) * factor;
-        bias = cosine ? 0.0f : float(length * length / 2);
-        longest = std::max(longest, length);
-        largest_bias = std::max(largest_bias, double(bias));
+        if (panel.split) {
+          double low;
+          const double left_out =
+              pack_split_row(row, dim, panel.halves.get() + k * kDepth, low);
+          largest_low = std::max(largest_low, low);
+          largest_residual = std::max(largest_residual, left_out);
+        } else if (panel.halved) {
+          uint16_t* halves = panel.halves.get() + (group * panel.depth * kGroup + lane) * kDepth;
+          largest_residual =
+              std::max(largest_residual, pack_half_row(row, dim, panel.depth, halves));
+        }
       }
-      raise_to(norm, longest);
-      raise_to(max_bias, largest_bias);
-      if (use_amx)
-        raise_to(half_residual,
-                 pack_halves(values, dim, panel.depth,
-                             panel.halves.get() + group * panel.depth * kGroup * kDepth));
+      interleave(rows.get(), row_length, dim, panel.values.get() + group * dim * kGroup);
     }
-  });
+    raise_to(norm, longest);
+    raise_to(max_bias, largest_bias);
+    raise_to(low_norm, std::sqrt(largest_low));
+    raise_to(residual, std::sqrt(largest_residual));
+  };
+  torch::stable::parallel_for(0, panel.groups, 16, pack_groups);
   panel.norm = norm;
-  panel.half_residual = half_residual;
+  panel.low_norm = low_norm;
+  panel.residual = residual;
   panel.max_bias = max_bias;
 }
 
-#define INSTANTIATE(C)                                                       \
-  template CodePanel prepare_panel<C>(const Codes<C>&, int64_t, bool, bool); \
-  template void pack_panel<C>(CodePanel&, const Codes<C>&, int64_t, bool, bool);
+#define INSTANTIATE(C)                                                                       \
+  template CodePanel prepare_panel<C>(const Codes<C>&, double, int64_t, bool, bool); \
+  template void pack_panel<C>(CodePanel&, const Codes<C>&, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(torch::headeronly::BFloat16)

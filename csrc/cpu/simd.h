@@ -35,8 +35,9 @@ inline void store(float* p, Vec v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+// x - 0 is x for every x, which x + 0 is not, and costs nothing.
 inline Vec broadcast(float value) {
-  return Vec{} + value;
+  return value - Vec{};
 }
 
 inline Vec fma(Vec a, Vec b, Vec c) {
@@ -73,6 +74,24 @@ inline uint32_t not_below(Vec a, Vec b) {
 inline Vec round_to_bfloat16(Vec v) {
   const UVec bits = UVec(v);
   return Vec((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
+}
+
+inline void transpose(Vec (&rows)[kLanes]) {
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {
+    IVec low{}, high{};
+    for (int lane = 0; lane < kLanes; ++lane) {
+      low[lane] = lane & step ? kLanes + lane - step : lane;
+      high[lane] = lane & step ? kLanes + lane : lane + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if (!(i & step)) {
+        const Vec a = rows[i], b = rows[i + step];
+        rows[i] = __builtin_shuffle(a, b, low);
+        rows[i + step] = __builtin_shuffle(a, b, high);
+      }
+  }
 }
 
 // Square roots, correctly rounded.
