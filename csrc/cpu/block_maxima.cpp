@@ -78,111 +78,161 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// The largest of best and of the 16 scores + bias in each column.
-inline void take(const float* scores, const float* bias, Vec (&best)[2]) {
-  for (int code = 0; code < kGroup; code += 2) {
-    best[0] = max(best[0], load(scores + code * 16) + broadcast(bias[code]));
-    best[1] = max(best[1], load(scores + (code + 1) * 16) + broadcast(bias[code + 1]));
+#define GENPERF_AMX __attribute__((target("amx-tile,amx-bf16")))
+
+constexpr int64_t kTileSize = kGroup * kDepth;
+
+// The kernels below have codes on the rows and queries on the columns, so that a vector of the
+// product holds 16 queries, and take groups two by two. How they use the eight tiles follows from
+// the depth: where the queries fit, they stay in tiles, for loads are what the matrix unit waits for
+// when the core is shared.
+class Maxima {
+ public:
+  Maxima(const CodePanel& panel, int64_t begin, int64_t end, float* maxima)
+      : codes(panel.halves.get()),
+        first(begin * panel.block_groups),
+        last(end * panel.block_groups),
+        bias_(panel.bias.get()),
+        maxima_(maxima + begin * kAmxTile),
+        block_groups_(panel.block_groups),
+        left_(panel.block_groups) {}
+
+  // The scores [2, 16, 16] of a group against the two sub-tiles of queries.
+  void take(int64_t group, const float* scores) {
+    const float* bias = bias_ + group * kGroup;
+    const Vec lowest = broadcast(-INFINITY);
+    Vec best[2][2] = {{lowest, lowest}, {lowest, lowest}};
+    for (int code = 0; code < kGroup; ++code) {
+      const Vec b = broadcast(bias[code]);
+      for (int v = 0; v < 2; ++v)
+        best[v][code % 2] = max(best[v][code % 2], load(scores + v * 256 + code * 16) + b);
+    }
+    for (int v = 0; v < 2; ++v)
+      best_[v] = max(best_[v], max(best[v][0], best[v][1]));
+    if (--left_ > 0)
+      return;
+    for (int v = 0; v < 2; ++v) {
+      store(maxima_ + v * 16, best_[v]);
+      best_[v] = lowest;
+    }
+    maxima_ += kAmxTile;
+    left_ = block_groups_;
+  }
+
+  const uint16_t* const codes;
+  const int64_t first, last;  // groups
+
+ private:
+  const float* bias_;
+  float* maxima_;
+  const int64_t block_groups_;
+  int64_t left_;  // groups until the block is complete
+  Vec best_[2] = {broadcast(-INFINITY), broadcast(-INFINITY)};
+};
+
+// Queries in tiles 6 and 7. Two pairs of accumulators take turns: while the matrix unit fills one,
+// the other's maxima are taken.
+GENPERF_AMX void maxima_of_depth_1(Maxima maxima, const uint16_t* halves) {
+  alignas(64) float scores[512];
+  _tile_loadd(6, halves, 64);
+  _tile_loadd(7, halves + kTileSize, 64);
+  const uint16_t* codes = maxima.codes + maxima.first * kTileSize;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_loadd(4, codes, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  for (int64_t group = maxima.first; group < maxima.last; group += 2, codes += 2 * kTileSize) {
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_loadd(5, codes + kTileSize, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_stored(0, scores, 64);
+    _tile_stored(1, scores + 256, 64);
+    maxima.take(group, scores);
+    if (group + 2 < maxima.last) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_loadd(4, codes + 2 * kTileSize, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(2, scores, 64);
+    _tile_stored(3, scores + 256, 64);
+    maxima.take(group + 1, scores);
   }
 }
 
-// Codes on the rows and queries on the columns, so that a vector of the product holds 16 queries.
-// Two pairs of accumulators, 16 codes x 32 queries each, take turns: while the matrix unit fills
-// one, the other's maxima are taken. Tiles 0, 1 and 2, 3 accumulate, 4 and 5 hold their codes, 6
-// and 7 queries.
-template <int kKnownDepth>
-__attribute__((target("amx-tile,amx-bf16"))) void maxima_amx(const CodePanel& panel,
-                                                             int64_t begin,
-                                                             int64_t end,
-                                                             const uint16_t* halves,
-                                                             float* maxima) {
-  static_assert(kTile == kAmxTile);
-  constexpr int64_t kTileSize = kGroup * kDepth;
-  alignas(64) float scores[2][kGroup * 16];
-  const int64_t depth = kKnownDepth ? kKnownDepth : panel.depth;
-  const uint16_t* codes = panel.halves.get();
-  const auto even = [&](int64_t group) __attribute__((target("amx-tile,amx-bf16"), always_inline)) {
-    const uint16_t* rows = codes + group * depth * kTileSize;
+// Queries in tiles 4 to 7.
+GENPERF_AMX void maxima_of_depth_2(Maxima maxima, const uint16_t* halves) {
+  alignas(64) float scores[512];
+  _tile_loadd(4, halves, 64);
+  _tile_loadd(5, halves + kTileSize, 64);
+  _tile_loadd(6, halves + 2 * kTileSize, 64);
+  _tile_loadd(7, halves + 3 * kTileSize, 64);
+  for (int64_t group = maxima.first; group < maxima.last; ++group) {
+    const uint16_t* codes = maxima.codes + group * 2 * kTileSize;
     _tile_zero(0);
     _tile_zero(1);
-    for (int64_t t = 0; t < depth; ++t) {
-      _tile_loadd(4, rows + t * kTileSize, 64);
-      if constexpr (kKnownDepth != 1)
-        _tile_loadd(6, halves + t * kTileSize, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (kKnownDepth != 1)
-        _tile_loadd(7, halves + (depth + t) * kTileSize, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-  };
-  const auto odd = [&](int64_t group) __attribute__((target("amx-tile,amx-bf16"), always_inline)) {
-    const uint16_t* rows = codes + group * depth * kTileSize;
+    _tile_loadd(2, codes, 64);
+    _tile_dpbf16ps(0, 2, 4);
+    _tile_dpbf16ps(1, 2, 6);
+    _tile_loadd(3, codes + kTileSize, 64);
+    _tile_dpbf16ps(0, 3, 5);
+    _tile_dpbf16ps(1, 3, 7);
+    _tile_stored(0, scores, 64);
+    _tile_stored(1, scores + 256, 64);
+    maxima.take(group, scores);
+  }
+}
+
+// Two groups of codes in tiles 4 and 5, queries in 6 and 7, loaded anew for each step in depth.
+GENPERF_AMX void maxima_of_any_depth(Maxima maxima, const uint16_t* halves, int64_t depth) {
+  alignas(64) float scores[2][512];
+  for (int64_t group = maxima.first; group < maxima.last; group += 2) {
+    const uint16_t* codes = maxima.codes + group * depth * kTileSize;
+    _tile_zero(0);
+    _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t t = 0; t < depth; ++t) {
-      _tile_loadd(5, rows + t * kTileSize, 64);
-      if constexpr (kKnownDepth != 1)
-        _tile_loadd(6, halves + t * kTileSize, 64);
+      _tile_loadd(4, codes + t * kTileSize, 64);
+      _tile_loadd(6, halves + t * kTileSize, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, halves + (depth + t) * kTileSize, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, codes + (depth + t) * kTileSize, 64);
       _tile_dpbf16ps(2, 5, 6);
-      if constexpr (kKnownDepth != 1)
-        _tile_loadd(7, halves + (depth + t) * kTileSize, 64);
       _tile_dpbf16ps(3, 5, 7);
     }
-  };
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  if constexpr (kKnownDepth == 1) {
-    _tile_loadd(6, halves, 64);
-    _tile_loadd(7, halves + kTileSize, 64);
-  }
-  const int64_t block_groups = panel.block_groups;
-  const int64_t last = end * block_groups;
-  const Vec lowest = broadcast(-INFINITY);
-  Vec best[2][2] = {{lowest, lowest}, {lowest, lowest}};  // of both halves of the queries
-  int64_t block = begin, left = block_groups;
-  const auto finish_group = [&] {
-    if (--left > 0)
-      return;
-    for (int v = 0; v < 2; ++v) {
-      store(maxima + block * kAmxTile + v * 16, max(best[v][0], best[v][1]));
-      best[v][0] = best[v][1] = lowest;
-    }
-    ++block;
-    left = block_groups;
-  };
-  even(begin * block_groups);
-  for (int64_t group = begin * block_groups; group < last; group += 2) {
-    const float* bias = panel.bias.get() + group * kGroup;
-    odd(group + 1);
     _tile_stored(0, scores[0], 64);
-    _tile_stored(1, scores[1], 64);
-    take(scores[0], bias, best[0]);
-    take(scores[1], bias, best[1]);
-    finish_group();
-    if (group + 2 < last)
-      even(group + 2);
-    _tile_stored(2, scores[0], 64);
-    _tile_stored(3, scores[1], 64);
-    take(scores[0], bias + kGroup, best[0]);
-    take(scores[1], bias + kGroup, best[1]);
-    finish_group();
+    _tile_stored(1, scores[0] + 256, 64);
+    _tile_stored(2, scores[1], 64);
+    _tile_stored(3, scores[1] + 256, 64);
+    maxima.take(group, scores[0]);
+    maxima.take(group + 1, scores[1]);
   }
-  _tile_release();
 }
 
 }  // namespace
 
-void block_maxima_amx(const CodePanel& panel,
-                      int64_t begin,
-                      int64_t end,
-                      const uint16_t* halves,
-                      float* maxima) {
+GENPERF_AMX void block_maxima_amx(const CodePanel& panel,
+                                  int64_t begin,
+                                  int64_t end,
+                                  const uint16_t* halves,
+                                  float* maxima) {
+  static_assert(kTile == kAmxTile);
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  const Maxima range(panel, begin, end, maxima);
   if (panel.depth == 1)
-    maxima_amx<1>(panel, begin, end, halves, maxima);
+    maxima_of_depth_1(range, halves);
   else if (panel.depth == 2)
-    maxima_amx<2>(panel, begin, end, halves, maxima);
+    maxima_of_depth_2(range, halves);
   else
-    maxima_amx<0>(panel, begin, end, halves, maxima);
+    maxima_of_any_depth(range, halves, panel.depth);
+  _tile_release();
 }
 
 bool amx_allowed() {

@@ -101,16 +101,6 @@ void raise_to(std::atomic<double>& maximum, double value) {
   }
 }
 
-uint16_t upper_half(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return uint16_t(bits >> 16);
-}
-
-float rounded(float value) {
-  return round_to_bfloat16(broadcast(value))[0];
-}
-
 // One code for AMX from `row`, padded with zeros to whole vectors; the squared length of what
 // bfloat16 leaves out.
 double pack_half_row(const float* row, int64_t dim, int64_t depth, uint16_t* halves) {
@@ -128,19 +118,25 @@ double pack_half_row(const float* row, int64_t dim, int64_t depth, uint16_t* hal
 
 // The same in two parts, columns [fh, fl, fh]; `low` is the squared length of fl.
 double pack_split_row(const float* row, int64_t dim, uint16_t* halves, double& low) {
-  double square = 0;
-  std::fill_n(halves, kDepth, uint16_t{0});
-  low = 0;
-  for (int64_t d = 0; d < dim; ++d) {
-    const float first = rounded(row[d]);
-    const float second = rounded(row[d] - first);
-    const double rest = double(row[d] - first) - second;
-    halves[d] = halves[2 * dim + d] = upper_half(first);
-    halves[dim + d] = upper_half(second);
-    low += double(second) * second;
-    square += rest * rest;
+  using Narrow = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+  static_assert(kMaxSplitDim <= 16);
+  uint16_t columns[2 * kMaxSplitDim + 16] = {};
+  Vec squares{}, low_squares{};
+  // Each part is followed by the zeros that pad the row, over which the next one is written.
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const Vec value = load(row + d), first = round_to_bfloat16(value);
+    const Vec left = value - first, second = round_to_bfloat16(left);
+    squares += (left - second) * (left - second);
+    low_squares += second * second;
+    const Narrow high_bits = __builtin_convertvector(UVec(first) >> 16, Narrow);
+    const Narrow low_bits = __builtin_convertvector(UVec(second) >> 16, Narrow);
+    std::memcpy(columns + d, &high_bits, sizeof(high_bits));
+    std::memcpy(columns + dim + d, &low_bits, sizeof(low_bits));
+    std::memcpy(columns + 2 * dim + d, &high_bits, sizeof(high_bits));
   }
-  return square;
+  std::memcpy(halves, columns, kDepth * sizeof(uint16_t));
+  low = sum(low_squares);
+  return sum(squares);
 }
 
 // [16, row_length] -> [D, 16]

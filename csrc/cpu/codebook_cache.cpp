@@ -37,10 +37,12 @@ uint64_t mixed(uint64_t h) {
 class Hasher {
  public:
   explicit Hasher(uint64_t seed) {
+    uint64_t keys[2][kWords];
     for (int i = 0; i < kWords; ++i) {
-      key_[0][i] = mixed(seed * 2 * kWords + i + 1);
-      key_[1][i] = mixed(~(seed * 2 * kWords + kWords + i));
+      keys[0][i] = mixed(seed * 2 * kWords + i + 1);
+      keys[1][i] = mixed(~(seed * 2 * kWords + kWords + i));
     }
+    std::memcpy(key_, keys, sizeof(keys));
   }
 
   void add(const void* data, int64_t bytes) {
@@ -78,7 +80,7 @@ class Hasher {
     }
   }
 
-  Words key_[2] = {}, sum_[2] = {};
+  Words key_[2], sum_[2] = {};
 };
 
 // Largest absolute value of the finite ones among them.

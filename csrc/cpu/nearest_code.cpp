@@ -25,8 +25,8 @@
 namespace genperf {
 namespace {
 
-constexpr int64_t kMaxQueries = 256;        // positions that a thread keeps packed
-constexpr int64_t kQueryBytes = 512 << 10;  // ... in at most this much
+constexpr int64_t kMaxQueries = 512;        // positions that a thread keeps packed
+constexpr int64_t kQueryBytes = 1 << 20;  // ... in at most this much
 constexpr int64_t kCodeBytes = 192 << 10;   // codes that are passed over while they stay in L2
 constexpr int64_t kMinAmxDim = 5;
 
@@ -151,13 +151,18 @@ class Search {
 
   void search_chunk(int64_t begin, int64_t end, Scratch& s) {
     int count = 0;
+    int64_t outer = begin / x_.inner, inner = begin % x_.inner;
     for (int64_t position = begin; position < end; ++position) {
       if (mask_ && !mask_[position]) {
         indices_[position] = -1;
-        continue;
+      } else {
+        s.positions[count] = position;
+        s.offsets[count++] = outer * x_.outer_stride + inner * x_.inner_stride;
       }
-      s.positions[count] = position;
-      s.offsets[count++] = x_.offset(position);
+      if (++inner == x_.inner) {
+        inner = 0;
+        ++outer;
+      }
     }
     const int tiles = (count + kTile - 1) / kTile;
     const CodePanel& panel = *panel_;
@@ -238,32 +243,32 @@ class Search {
       for (int64_t g = 0; g < panel_->block_groups; ++g)
         best = max(best, score_group(*panel_, blocks[i] * panel_->block_groups + g, z,
                                      s.scores.get() + i * block_codes + g * kGroup));
-    float largest = best[0];
-    for (int lane = 1; lane < kLanes; ++lane)
-      largest = std::max(largest, best[lane]);
-    const Vec threshold = broadcast(largest - bound);
+    const Vec threshold = broadcast(largest(best) - bound);
     int64_t candidates = 0, nearest = 0;
     double distance = INFINITY;
     bool known = false;
-    for (int64_t i = 0; i < count * block_codes; i += kLanes)
-      for (uint32_t left = not_below(load(s.scores.get() + i), threshold); left; left &= left - 1) {
-        const int64_t place = i + __builtin_ctz(left);
-        const int64_t k = blocks[place / block_codes] * block_codes + place % block_codes;
-        if (k >= panel_->codes)
-          continue;
-        if (++candidates == 1) {  // most often it stays alone, and its distance is of no interest
-          nearest = k;
-          continue;
-        }
-        if (!known)
-          distance = exact(s.offsets[query], nearest);
-        known = true;
-        const double other = exact(s.offsets[query], k);
-        if (other < distance) {
-          distance = other;
-          nearest = k;
-        }
+    const auto consider = [&](int64_t k) {
+      if (k >= panel_->codes)
+        return;
+      if (++candidates == 1) {  // most often it stays alone, and its distance is of no interest
+        nearest = k;
+        return;
       }
+      if (!known)
+        distance = exact(s.offsets[query], nearest);
+      known = true;
+      const double other = exact(s.offsets[query], k);
+      if (other < distance) {
+        distance = other;
+        nearest = k;
+      }
+    };
+    const float* scores = s.scores.get();
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t k = blocks[i] * block_codes; k < (blocks[i] + 1) * block_codes;
+           k += kLanes, scores += kLanes)
+        for (uint32_t left = not_below(load(scores), threshold); left; left &= left - 1)
+          consider(k + __builtin_ctz(left));
     if (distances_.get()) {
       if (!known)
         distance = exact(s.offsets[query], nearest);

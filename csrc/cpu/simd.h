@@ -76,22 +76,51 @@ inline Vec round_to_bfloat16(Vec v) {
   return Vec((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
 }
 
-inline void transpose(Vec (&rows)[kLanes]) {
-#pragma GCC unroll 4
-  for (int step = 1; step < kLanes; step *= 2) {
-    IVec low{}, high{};
-    for (int lane = 0; lane < kLanes; ++lane) {
-      low[lane] = lane & step ? kLanes + lane - step : lane;
-      high[lane] = lane & step ? kLanes + lane : lane + step;
-    }
+// A vector of f(0), f(1), ... that is a constant to the compiler, as shuffles need it.
+template <class F>
+inline IVec lanes(const F&) {
+  struct Values {
+    int32_t at[kLanes];
+  };
+  static constexpr Values values = [] {
+    Values v{};
+    for (int lane = 0; lane < kLanes; ++lane)
+      v.at[lane] = F{}(lane);
+    return v;
+  }();
+  IVec v;
+  std::memcpy(&v, values.at, sizeof(v));
+  return v;
+}
+
+template <int kStep>
+inline void transpose_pairs(Vec (&rows)[kLanes]) {
+  const IVec low = lanes([](int lane) { return lane & kStep ? kLanes + lane - kStep : lane; });
+  const IVec high = lanes([](int lane) { return lane & kStep ? kLanes + lane : lane + kStep; });
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-      if (!(i & step)) {
-        const Vec a = rows[i], b = rows[i + step];
-        rows[i] = __builtin_shuffle(a, b, low);
-        rows[i + step] = __builtin_shuffle(a, b, high);
-      }
-  }
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & kStep)) {
+      const Vec a = rows[i], b = rows[i + kStep];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + kStep] = __builtin_shuffle(a, b, high);
+    }
+}
+
+inline void transpose(Vec (&rows)[kLanes]) {
+  transpose_pairs<1>(rows);
+  transpose_pairs<2>(rows);
+  if constexpr (kLanes > 4)
+    transpose_pairs<4>(rows);
+  if constexpr (kLanes > 8)
+    transpose_pairs<8>(rows);
+}
+
+template <int kStep = kLanes / 2>
+inline float largest(Vec v) {
+  v = max(v, __builtin_shuffle(v, lanes([](int lane) { return lane ^ kStep; })));
+  if constexpr (kStep > 1)
+    return largest<kStep / 2>(v);
+  return v[0];
 }
 
 // Square roots, correctly rounded.
