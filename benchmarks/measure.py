@@ -18,6 +18,7 @@ MANY_ROUNDS = 15
 MINIMUM_SECONDS = 0.3
 MAXIMUM_ROUNDS = 30
 MAXIMUM_BYTES = 5e9
+MAXIMUM_SECONDS = 4.0
 
 
 def measure(
@@ -64,6 +65,19 @@ def skip_too_large(contender: str, size: float) -> None:
     """Skip a contender that would hold more than `MAXIMUM_BYTES`."""
     if size > MAXIMUM_BYTES:
         pytest.skip(f"{contender} would hold about {size / 1e9:.0f} GB")
+
+
+def first_result(contender: str, function: Callable[[], torch.Tensor], device: str) -> torch.Tensor:
+    """What `function` returns; a contender whose call takes over `MAXIMUM_SECONDS` is skipped."""
+    for _ in range(2):  # the first call may compile
+        start = time.perf_counter()
+        result = function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        if seconds <= MAXIMUM_SECONDS:
+            return result
+    pytest.skip(f"a call of {contender} takes {seconds:.0f} s")
 
 
 def peak_extra_bytes(function: Callable[[], object], device: str) -> int | None:

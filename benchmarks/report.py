@@ -16,6 +16,10 @@ README = Path(__file__).parents[1] / "README.md"
 SIZES = ("N", "K", "D")
 # What no implementation of its op can be faster than, and therefore no rival.
 BOUNDS = ("clone",)
+# Columns of an op's table, of which it has those that its rows know.
+COLUMNS = ("size", "contender", "ms", "speed-up of genperf", "Gpairs/s", "GFLOP/s", "% of ceiling", "GB/s", "extra MB", "wrong rows")
+# The matrix units' rate is the faster one.
+MATRIX_PRODUCTS = ("float32 matrix product", "bfloat16 matrix product")
 WALL_TIME, DEVICE_TIME = "shortest wall time", "median device time, L2 cold"
 
 
@@ -111,6 +115,11 @@ def ceilings(rows: list[dict]) -> str:
     return ", ".join(found)
 
 
+def matrix_ceiling(rows: list[dict]) -> float | None:
+    """Floating-point operations per millisecond of the machine's fastest matrix product, None where it was not measured."""
+    return max((row["flops"] / row["ms"] for row in rows if row["op"] == "ceiling" and row["workload"] in MATRIX_PRODUCTS), default=None)
+
+
 def summary(rows: list[dict]) -> str:
     """One line for every op and size: genperf, and the fastest of the others."""
     lines, lost = [], 0
@@ -133,24 +142,36 @@ def summary(rows: list[dict]) -> str:
     return f"{text}\n\n{markdown(lines)}"
 
 
-def cells(row: dict, ours: dict) -> dict[str, str]:
+def cells(row: dict, ours: dict, ceiling: float | None) -> dict[str, str]:
     """A row of a case by column. The searches count pairs, what streams counts bytes."""
     speed_up = f"{row['ms'] / ours['ms']:.2f}x" if is_ours(row) or row["contender"] in BOUNDS else times(row, ours)
     found = {
         "contender": row["contender"],
         "ms": milliseconds(row["ms"]),
         "speed-up of genperf": "" if row is ours else speed_up,
+        "extra MB": megabytes(row),
     }
-    if "pairs" in row:
-        found["Gpairs/s"] = f"{row['pairs'] / row['ms'] / 1e6:.2f}"
     if "flops" in row:
         found["GFLOP/s"] = f"{row['flops'] / row['ms'] / 1e6:.0f}"
-    if "pairs" not in row and row.get("bytes") is not None:
+    if "pairs" in row:
+        found["Gpairs/s"] = f"{row['pairs'] / row['ms'] / 1e6:.2f}"
+        if "flops" in row and ceiling:
+            found["% of ceiling"] = f"{100 * row['flops'] / row['ms'] / ceiling:.1f}"
+    elif row.get("bytes") is not None:
         found["GB/s"] = f"{row['bytes'] / row['ms'] / 1e6:.1f}"
-    found["extra MB"] = megabytes(row)
     if "wrong_rows" in row:
-        found["wrong rows"] = f"{row['wrong_rows']:.2%}"
+        found["wrong rows"] = f"{100 * row['wrong_rows']:.2g}%"
     return found
+
+
+def section(found: list[Case], ceiling: float | None) -> str:
+    """Every contender at every size of one op, fastest first; a size stands in the first of its rows."""
+    lines = []
+    for case in found:
+        ordered = sorted(case.rows, key=lambda row: row["ms"])
+        lines += [{"size": "" if number else case.size, **cells(row, case.ours, ceiling)} for number, row in enumerate(ordered)]
+    columns = [column for column in COLUMNS if any(line.get(column) for line in lines)]
+    return markdown([{column: line.get(column, "") for column in columns} for line in lines])
 
 
 def head(rows: list[dict]) -> str:
@@ -163,9 +184,14 @@ def head(rows: list[dict]) -> str:
 def page(rows: list[dict], name: str) -> str:
     """The whole report in Markdown; NAME.png is its chart."""
     blocks = [f"# Speed of genperf: {rows[0]['device']}", head(rows), f"![times relative to genperf's]({name}.png)", "## Every contender"]
+    ceiling = matrix_ceiling(rows)
+    if ceiling:
+        blocks.append("The ceiling of a search is the faster of the measured float32 and bfloat16 matrix products.")
+    by_op: dict[str, list[Case]] = {}
     for case in cases(rows):
-        lines = [cells(row, case.ours) for row in sorted(case.rows, key=lambda row: row["ms"])]
-        blocks += [f"### {case.op}: {case.size}", markdown(lines)]
+        by_op.setdefault(case.op, []).append(case)
+    for op, found in by_op.items():
+        blocks += [f"### {op}", section(found, ceiling)]
     return "\n\n".join(blocks) + "\n"
 
 

@@ -29,5 +29,43 @@ WORKLOADS = (
     Workload("RQ-VAE-level", 4096, 16384, 256),
 )
 
+# Further sizes of published configurations, which the search alone is measured at. A suffix tells the variants of a model apart: its number
+# of codes, or the batch of one GPU instead of the share of eight. A batch that a source leaves open is one of 32.
+SEARCHES = (
+    *WORKLOADS,
+    Workload("VQ-VAE-2-bottom", 524288, 512, 64),
+    Workload("LDM-f8-n256", 10240, 256, 4),
+    Workload("LDM-f16", 3584, 16384, 8),
+    Workload("rotation-trick-f4", 65536, 8192, 3),
+    Workload("rotation-trick-f8", 16384, 16384, 4),
+    Workload("ViT-VQGAN-one-GPU", 32768, 8192, 32),
+    Workload("LlamaGen-f16-one-GPU", 32768, 16384, 8),
+    Workload("RQ-VAE-step", 2048, 16384, 256),
+    Workload("IBQ-1k", 1024, 1024, 256),
+    Workload("IBQ-8k", 1024, 8192, 256),
+    Workload("IBQ-16k", 1024, 16384, 256),
+    Workload("IBQ-262k", 1024, 262144, 256),
+    Workload("Open-MAGVIT2-16k", 2048, 16384, 14),
+    Workload("Open-MAGVIT2-262k", 2048, 262144, 18),
+    Workload("SimVQ-1k", 16384, 1024, 128),
+    Workload("SimVQ-8k", 16384, 8192, 128),
+    Workload("SimVQ-65k", 16384, 65536, 128),
+    Workload("SimVQ-262k", 16384, 262144, 128),
+    Workload("SimVQ-audio-8k", 1500, 8192, 512),
+    Workload("SimVQ-audio-65k", 1500, 65536, 512),
+    Workload("TiTok-B", 2048, 4096, 12),
+    Workload("TiTok-L", 1024, 4096, 12),
+    Workload("TA-TiTok-S", 4096, 8192, 64),
+    Workload("TA-TiTok-B", 2048, 8192, 64),
+    Workload("TA-TiTok-L", 1024, 8192, 64),
+    Workload("VAR-first-scale", 32, 4096, 32),
+    Workload("VAR-last-scale", 8192, 4096, 32),
+    Workload("Emu3", 131072, 32768, 4),
+    Workload("MusicGen-level", 3200, 2048, 128),
+    Workload("Mimi-level", 4800, 2048, 256),
+    Workload("meshgpt", 5956, 16384, 14),
+    Workload("SVG2-head", 75600, 1000, 128),
+)
+
 # One of each kind of size, for a run of minutes: torch.compile is compiled anew for each.
 QUICK = ("VQ-VAE", "LDM-f8", "LlamaGen-f16", "ViT-VQGAN", "SimVQ", "RQ-VAE-level")

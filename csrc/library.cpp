@@ -7,8 +7,8 @@ STABLE_TORCH_LIBRARY(genperf, m) {
   // Vector quantisation. x is [outer, D, inner] with any strides (inner is 1 for channels-last
   // data), indices are [outer, inner], and an index of -1 marks a position that is masked out.
   //
-  // nearest_code also takes heads: x [heads, outer, D, inner], codebook [heads, K, D]. On the CPU it
-  // keeps the codebooks that it packed last.
+  // nearest_code also takes heads: x [heads, outer, D, inner], codebook [heads, K, D]. On the CPU
+  // it keeps the codebooks that it packed last.
   m.def("nearest_code(Tensor x, Tensor codebook, Tensor? mask, bool cosine) -> Tensor");
   m.def("forget_codebooks() -> ()");
   m.def(

@@ -7,6 +7,7 @@ _library.load()
 
 from . import compat, losses, metrics, models, nn  # noqa: E402
 from .ops import (  # noqa: E402
+    KMeansResult,
     code_statistics,
     covariance_factor,
     frechet_distance,
@@ -14,6 +15,7 @@ from .ops import (  # noqa: E402
     gradient_norm_penalty,
     gumbel_sample,
     interpolate,
+    kmeans,
     matrix_sqrt,
     minibatch_similarity,
     nearest_code,
@@ -25,6 +27,7 @@ from .ops import (  # noqa: E402
 )
 
 __all__ = [
+    "KMeansResult",
     "__version__",
     "code_statistics",
     "compat",
@@ -34,6 +37,7 @@ __all__ = [
     "gradient_norm_penalty",
     "gumbel_sample",
     "interpolate",
+    "kmeans",
     "losses",
     "matrix_sqrt",
     "metrics",

@@ -6,17 +6,23 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from genperf.cli import bench
 from genperf.cli.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import measure  # noqa: E402
+import search_ratios  # noqa: E402
+import workloads  # noqa: E402
 
 # Of the many workloads of the searches, one of each kind of size.
-SELECTED = "VQ-VAE-N or LDM-f8 or SimVQ or not (nearest_code or vector_quantize)"
+SELECTED = "VQ-VAE-N or LDM-f8-N or SimVQ-N or not (nearest_code or vector_quantize)"
 
 
 def test_benchmarks_run():
@@ -27,6 +33,53 @@ def test_benchmarks_run():
     run = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     print(run.stdout)
     assert run.returncode == 0, run.stdout
+
+
+def test_workloads_have_names_of_their_own():
+    names = [workload.name for workload in workloads.SEARCHES]
+    assert len(set(names)) == len(names)
+    assert set(workloads.QUICK) <= {workload.name for workload in workloads.WORKLOADS}
+
+
+def test_slow_rivals_are_skipped(monkeypatch):
+    calls = []
+
+    def slow_at_first():
+        calls.append(None)
+        time.sleep(0.2 if len(calls) == 1 else 0)
+        return torch.ones(1)
+
+    monkeypatch.setattr(measure, "MAXIMUM_SECONDS", 0.1)
+    assert measure.first_result("it", slow_at_first, "cpu") == 1
+    with pytest.raises(pytest.skip.Exception, match="a call of it takes 0 s"):
+        measure.first_result("it", lambda: time.sleep(0.11), "cpu")
+
+
+def test_ratios_of_the_search():
+    missed, reached, unknown = 1e9, 1e-9, None
+    lines = search_ratios.compared(100, 70, 12, (missed, reached, unknown))
+    assert [line[""].partition(",")[0] for line in lines] == ["wrong rows of 100", *["extra MB"] * (len(lines) - 4), "ms", "ms", "ms"]
+    assert lines[0]["genperf"] == "0"
+    assert [line["reached"] for line in lines[-3:]] == ["no", "yes", ""]
+    assert all(line["N, K, D"] == "100, 70, 12" for line in lines)
+    ratios = [float(line["other"]) / float(line["genperf"]) for line in lines[-3:]]
+    assert [float(line["ratio"].removesuffix("x")) for line in lines[-3:]] == pytest.approx(ratios, rel=0.02, abs=0.01)
+
+
+def test_ratios_are_of_alternating_turns(monkeypatch):
+    monkeypatch.setattr(search_ratios, "SLOW_SECONDS", 0.1)
+    calls = []
+
+    def contender(name, seconds):
+        return lambda: (calls.append(name), time.sleep(seconds))
+
+    ours, theirs = search_ratios.in_turn(contender("a", 0), contender("b", 0.001))
+    assert ours < theirs < 0.1
+    assert "".join(calls) == "ab" + "aabb" * search_ratios.ROUNDS
+    calls.clear()
+    _, theirs = search_ratios.in_turn(contender("a", 0), contender("b", 0.12))
+    assert theirs >= 0.12
+    assert "".join(calls) == "ab" + "aab" * search_ratios.ROUNDS_OF_SLOW
 
 
 def parse(*options):
@@ -49,7 +102,7 @@ def test_bench_from_an_installed_package(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(bench, "_PACKAGE", package)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # Of the searches, --quick leaves out VQ-VAE-2 and TiTok.
-    expression = "gradient_norm and not compile or nearest_code and genperf and (VQ-VAE or TiTok)"
+    expression = "gradient_norm and not compile or nearest_code and genperf and not again and (VQ-VAE or TiTok)"
     assert bench.run(parse("--device", "cpu", "--quick", "--out", str(out), "--name", "here", "-k", expression)) == 0
     rows = json.loads((out / "here.json").read_text())
     step = "forward and backward, [64, 3, 64, 64]"

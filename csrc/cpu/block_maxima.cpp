@@ -15,11 +15,7 @@ bool amx = false;
 
 // With D known to the compiler, short loops over it are unrolled and the queries stay in registers.
 template <int kKnownDim>
-void maxima_fma(const CodePanel& panel,
-                int64_t begin,
-                int64_t end,
-                const float* z,
-                float* maxima) {
+void maxima_fma(const CodePanel& panel, int64_t begin, int64_t end, const float* z, float* maxima) {
   const int64_t dim = kKnownDim ? kKnownDim : panel.dim;
   for (int64_t block = begin; block < end; ++block) {
     Vec best[2] = {broadcast(-INFINITY), broadcast(-INFINITY)};
@@ -84,8 +80,8 @@ constexpr int64_t kTileSize = kGroup * kDepth;
 
 // The kernels below have codes on the rows and queries on the columns, so that a vector of the
 // product holds 16 queries, and take groups two by two. How they use the eight tiles follows from
-// the depth: where the queries fit, they stay in tiles, for loads are what the matrix unit waits for
-// when the core is shared.
+// the depth: where the queries fit, they stay in tiles, for loads are what the matrix unit waits
+// for when the core is shared.
 class Maxima {
  public:
   Maxima(const CodePanel& panel, int64_t begin, int64_t end, float* maxima)

@@ -101,42 +101,53 @@ void raise_to(std::atomic<double>& maximum, double value) {
   }
 }
 
-// One code for AMX from `row`, padded with zeros to whole vectors; the squared length of what
-// bfloat16 leaves out.
-double pack_half_row(const float* row, int64_t dim, int64_t depth, uint16_t* halves) {
-  using Narrow = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-  Vec square{};
-  for (int64_t d = 0; d < depth * kDepth; d += kLanes) {
-    const Vec value = d < dim ? load(row + d) : Vec{};
-    const Vec near = round_to_bfloat16(value);
-    square += (value - near) * (value - near);
-    const Narrow bits = __builtin_convertvector(UVec(near) >> 16, Narrow);
-    std::memcpy(halves + d / kDepth * kGroup * kDepth + d % kDepth, &bits, sizeof(bits));
-  }
-  return sum(square);
+using Narrow = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+Narrow upper_halves(Vec v) {
+  return __builtin_convertvector(UVec(v) >> 16, Narrow);
 }
 
-// The same in two parts, columns [fh, fl, fh]; `low` is the squared length of fl.
-double pack_split_row(const float* row, int64_t dim, uint16_t* halves, double& low) {
-  using Narrow = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-  static_assert(kMaxSplitDim <= 16);
+// One code for AMX from `row`, which is padded with zeros to whole vectors.
+void pack_half_row(const float* row, int64_t dim, int64_t depth, uint16_t* halves) {
+  for (int64_t d = 0; d < depth * kDepth; d += kLanes) {
+    const Narrow bits = upper_halves(round_to_bfloat16(d < dim ? load(row + d) : Vec{}));
+    std::memcpy(halves + d / kDepth * kGroup * kDepth + d % kDepth, &bits, sizeof(bits));
+  }
+}
+
+// The same in two parts, columns [fh, fl, fh].
+void pack_split_row(const float* row, int64_t dim, uint16_t* halves) {
   uint16_t columns[2 * kMaxSplitDim + 16] = {};
-  Vec squares{}, low_squares{};
   // Each part is followed by the zeros that pad the row, over which the next one is written.
   for (int64_t d = 0; d < dim; d += kLanes) {
-    const Vec value = load(row + d), first = round_to_bfloat16(value);
-    const Vec left = value - first, second = round_to_bfloat16(left);
-    squares += (left - second) * (left - second);
-    low_squares += second * second;
-    const Narrow high_bits = __builtin_convertvector(UVec(first) >> 16, Narrow);
-    const Narrow low_bits = __builtin_convertvector(UVec(second) >> 16, Narrow);
-    std::memcpy(columns + d, &high_bits, sizeof(high_bits));
-    std::memcpy(columns + dim + d, &low_bits, sizeof(low_bits));
-    std::memcpy(columns + 2 * dim + d, &high_bits, sizeof(high_bits));
+    const Vec value = load(row + d), high = round_to_bfloat16(value);
+    const Narrow first = upper_halves(high);
+    const Narrow second = upper_halves(round_to_bfloat16(value - high));
+    std::memcpy(columns + d, &first, sizeof(first));
+    std::memcpy(columns + dim + d, &second, sizeof(second));
+    std::memcpy(columns + 2 * dim + d, &first, sizeof(first));
   }
   std::memcpy(halves, columns, kDepth * sizeof(uint16_t));
-  low = sum(low_squares);
-  return sum(squares);
+}
+
+// Squared lengths of what the halves of a group hold of its codes beside fh, and of what they leave
+// out; the largest of each lane.
+void measure_halves(const float* values, int64_t dim, bool split, Vec& low, Vec& residual) {
+  for (int lane = 0; lane < kGroup; lane += kLanes) {
+    Vec low_squares{}, squares{};
+    for (int64_t d = 0; d < dim; ++d) {
+      const Vec value = load(values + d * kGroup + lane);
+      Vec left = value - round_to_bfloat16(value);
+      if (split) {
+        const Vec second = round_to_bfloat16(left);
+        low_squares += second * second;
+        left -= second;
+      }
+      squares += left * left;
+    }
+    low = max(low_squares, low);
+    residual = max(squares, residual);
+  }
 }
 
 // [16, row_length] -> [D, 16]
@@ -200,22 +211,21 @@ template <class C>
 void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first) {
   const int64_t dim = panel.dim, row_length = round_up(dim, kLanes);
   panel.codes = std::min(codebook.count - first, panel.capacity);
-  panel.groups =
-      round_up(panel.codes, std::max<int64_t>(panel.block_groups, 2) * kGroup) / kGroup;
+  panel.groups = round_up(panel.codes, std::max<int64_t>(panel.block_groups, 2) * kGroup) / kGroup;
   std::atomic<double> norm = 0, low_norm = 0, residual = 0, max_bias = 0;
   const auto pack_groups = [&](int64_t begin, int64_t end) {
     Buffer<float> rows(kGroup * row_length);
     std::fill_n(rows.get(), kGroup * row_length, 0.0f);
-    double longest = 0, largest_bias = 0, largest_low = 0, largest_residual = 0;
+    double longest = 0, largest_bias = 0;
+    Vec low{}, left_out{};
     for (int64_t group = begin; group < end; ++group) {
       for (int lane = 0; lane < kGroup; ++lane) {
         const int64_t k = group * kGroup + lane;
         const C* code = codebook.data + (first + k) * codebook.code_stride;
         float* row = rows.get() + lane * row_length;
         double factor = panel.scale;
-        double square = k < panel.codes
-                            ? pack_code(code, panel.centre.get(), factor, dim, row)
-                            : INFINITY;
+        double square =
+            k < panel.codes ? pack_code(code, panel.centre.get(), factor, dim, row) : INFINITY;
         if (!std::isfinite(square)) {
           // Padding, or a code with NaN or infinity, which only a query that is not finite either
           // can choose: such queries are searched in float64. A finite code too long for float64
@@ -240,24 +250,21 @@ void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first) {
           longest = std::max(longest, length);
           largest_bias = std::max(largest_bias, length * length / 2);
         }
-        if (panel.split) {
-          double low;
-          const double left_out =
-              pack_split_row(row, dim, panel.halves.get() + k * kDepth, low);
-          largest_low = std::max(largest_low, low);
-          largest_residual = std::max(largest_residual, left_out);
-        } else if (panel.halved) {
-          uint16_t* halves = panel.halves.get() + (group * panel.depth * kGroup + lane) * kDepth;
-          largest_residual =
-              std::max(largest_residual, pack_half_row(row, dim, panel.depth, halves));
-        }
+        if (panel.split)
+          pack_split_row(row, dim, panel.halves.get() + k * kDepth);
+        else if (panel.halved)
+          pack_half_row(row, dim, panel.depth,
+                        panel.halves.get() + (group * panel.depth * kGroup + lane) * kDepth);
       }
-      interleave(rows.get(), row_length, dim, panel.values.get() + group * dim * kGroup);
+      float* values = panel.values.get() + group * dim * kGroup;
+      interleave(rows.get(), row_length, dim, values);
+      if (panel.halved)
+        measure_halves(values, dim, panel.split, low, left_out);
     }
     raise_to(norm, longest);
     raise_to(max_bias, largest_bias);
-    raise_to(low_norm, std::sqrt(largest_low));
-    raise_to(residual, std::sqrt(largest_residual));
+    raise_to(low_norm, std::sqrt(double(largest(low))));
+    raise_to(residual, std::sqrt(double(largest(left_out))));
   };
   torch::stable::parallel_for(0, panel.groups, 16, pack_groups);
   panel.norm = norm;
@@ -266,7 +273,7 @@ void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first) {
   panel.max_bias = max_bias;
 }
 
-#define INSTANTIATE(C)                                                                       \
+#define INSTANTIATE(C)                                                               \
   template CodePanel prepare_panel<C>(const Codes<C>&, double, int64_t, bool, bool); \
   template void pack_panel<C>(CodePanel&, const Codes<C>&, int64_t);
 INSTANTIATE(float)

@@ -175,8 +175,8 @@ template <class C>
 std::shared_ptr<const CodePanel> packed_codebook(const Codes<C>& codebook,
                                                  bool cosine,
                                                  bool halved) {
-  const Place place{codebook.data, codebook.count,   codebook.dim, codebook.code_stride,
-                    sizeof(C),     &kType<C>, cosine,       halved};
+  const Place place{codebook.data, codebook.count, codebook.dim, codebook.code_stride,
+                    sizeof(C),     &kType<C>,      cosine,       halved};
   const Content content = content_of(codebook);
   std::shared_ptr<CodePanel> panel;
   {
@@ -209,10 +209,9 @@ void forget_codebooks() {
   entries.clear();
 }
 
-#define INSTANTIATE(C)                                         \
-  template double largest_component<C>(const Codes<C>&);       \
-  template std::shared_ptr<const CodePanel> packed_codebook<C>( \
-      const Codes<C>&, bool, bool);
+#define INSTANTIATE(C)                                   \
+  template double largest_component<C>(const Codes<C>&); \
+  template std::shared_ptr<const CodePanel> packed_codebook<C>(const Codes<C>&, bool, bool);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(torch::headeronly::BFloat16)

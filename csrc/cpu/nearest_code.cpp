@@ -11,7 +11,8 @@
 // 3. If more than one code is left, float64 on the original inputs decides, components in ascending
 //    order, lowest index first: the arithmetic of the reference.
 //
-// Regimes. AMX takes 16 to 32 scores a cycle up to D = 32 whatever D is, float32 multiply-adds 32 / (D
+// Regimes. AMX takes 16 to 32 scores a cycle up to D = 32 whatever D is, float32 multiply-adds 32 /
+// (D
 // + 1); below D = 5 they win, and that is exact enough to need no splitting.
 #include <torch/csrc/stable/library.h>
 
@@ -25,9 +26,9 @@
 namespace genperf {
 namespace {
 
-constexpr int64_t kMaxQueries = 512;        // positions that a thread keeps packed
-constexpr int64_t kQueryBytes = 1 << 20;  // ... in at most this much
-constexpr int64_t kCodeBytes = 192 << 10;   // codes that are passed over while they stay in L2
+constexpr int64_t kMaxQueries = 512;       // positions that a thread keeps packed
+constexpr int64_t kQueryBytes = 1 << 20;   // ... in at most this much
+constexpr int64_t kCodeBytes = 192 << 10;  // codes that are passed over while they stay in L2
 constexpr int64_t kMinAmxDim = 5;
 
 // Scores of a group of codes for one query, in float32; returns the largest of each lane.
@@ -103,9 +104,8 @@ class Search {
       return;
     }
     const int64_t panels = (codebook_.count + most - 1) / most;
-    CodePanel panel =
-        prepare_panel(codebook_, largest_component(codebook_),
-                      (codebook_.count + panels - 1) / panels, cosine_, halved);
+    CodePanel panel = prepare_panel(codebook_, largest_component(codebook_),
+                                    (codebook_.count + panels - 1) / panels, cosine_, halved);
     distances_ = Buffer<double>(x_.count());
     for (int64_t first = 0; first < codebook_.count; first += panel.capacity) {
       pack_panel(panel, codebook_, first);
@@ -303,14 +303,13 @@ Tensor nearest_code(const Tensor& x,
   const int64_t count = heads ? x.size(0) : 1;
   STD_TORCH_CHECK(heads ? codebook.dim() == 3 && codebook.size(0) == count : x.dim() == 3,
                   "x and codebook must be [outer, D, inner] and [K, D], or both with heads first");
-  Tensor indices = heads ? torch::stable::new_empty(x, {count, x.size(1), x.size(3)},
-                                                    ScalarType::Long)
-                         : torch::stable::new_empty(x, {x.size(0), x.size(2)}, ScalarType::Long);
+  Tensor indices =
+      heads ? torch::stable::new_empty(x, {count, x.size(1), x.size(3)}, ScalarType::Long)
+            : torch::stable::new_empty(x, {x.size(0), x.size(2)}, ScalarType::Long);
   Tensor contiguous_mask;
   if (mask.has_value()) {
-    STD_TORCH_CHECK(
-        mask->scalar_type() == ScalarType::Bool && mask->numel() == indices.numel(),
-        "mask must be bool, one for each position");
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->numel() == indices.numel(),
+                    "mask must be bool, one for each position");
     contiguous_mask = torch::stable::contiguous(*mask);
   }
   // Short rows far apart are what packing and rescoring read badly.

@@ -45,9 +45,8 @@ void pack_queries(const Positions<T>& x,
         const Vec c = load(centre + d);
         Vec block[kLanes];
         for (int i = 0; i < kLanes; ++i)
-          block[i] = first + i < count
-                         ? centred(x.data + offsets[first + i] + d, c, panel.scale)
-                         : Vec{};
+          block[i] =
+              first + i < count ? centred(x.data + offsets[first + i] + d, c, panel.scale) : Vec{};
         transpose(block);
         for (int i = 0; i < kLanes; ++i)
           store(z + (d + i) * kTile + first, block[i]);

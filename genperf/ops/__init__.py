@@ -7,6 +7,7 @@ from .gaussian_sample import gaussian_sample
 from .gradient_norm_penalty import gradient_norm_penalty
 from .gumbel_sample import gumbel_sample
 from .interpolate import interpolate, perturb
+from .kmeans import KMeansResult, kmeans
 from .matrix_sqrt import matrix_sqrt
 from .minibatch_similarity import minibatch_similarity
 from .nearest_code import nearest_code
@@ -14,6 +15,7 @@ from .trace_sqrt_product import trace_sqrt_product
 from .vector_quantize import vector_quantize
 
 __all__ = [
+    "KMeansResult",
     "code_statistics",
     "covariance_factor",
     "frechet_distance",
@@ -21,6 +23,7 @@ __all__ = [
     "gradient_norm_penalty",
     "gumbel_sample",
     "interpolate",
+    "kmeans",
     "matrix_sqrt",
     "minibatch_similarity",
     "nearest_code",

@@ -169,18 +169,18 @@ def as_positions(x: Tensor, channel: int) -> Tensor:
 
 def like_positions(t: Tensor, positions: Tensor, x: Tensor, channel: int) -> Tensor:
     """View t, of x's shape, as [outer, D, inner] with the outer and inner of x's `positions`; a copy where it must be."""
-    split = _position_split(positions, x, channel)
+    split = position_split(positions, x, channel)
     return t.movedim(channel, split).reshape(positions.shape)
 
 
 def from_positions(y: Tensor, x: Tensor, channel: int) -> Tensor:
     """Undo `as_positions`: y [outer, D, inner] in the shape of x, but for its D."""
     sizes = positions_shape(x, channel)
-    split = _position_split(y, x, channel)
+    split = position_split(y, x, channel)
     return y.reshape(*sizes[:split], y.shape[1], *sizes[split:]).movedim(split, channel)
 
 
-def _position_split(positions: Tensor, x: Tensor, channel: int) -> int:
+def position_split(positions: Tensor, x: Tensor, channel: int) -> int:
     sizes = positions_shape(x, channel)
     split = 0
     while math.prod(sizes[:split]) != positions.shape[0] or math.prod(sizes[split:]) != positions.shape[2]:

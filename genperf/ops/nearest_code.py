@@ -5,10 +5,13 @@ from torch import Tensor
 
 from ._common import (
     as_positions,
+    check_channel_dim,
+    check_tensor,
     check_vectors,
     choose_impl,
     implement_on_cuda,
     native_refusal,
+    position_split,
     positions_shape,
     register_fake,
 )
@@ -21,7 +24,7 @@ _REFERENCE_CHUNK = 1 << 22
 
 def nearest_code(
     x: Tensor,  # [..., D, ...]
-    codebook: Tensor,  # [K, D]
+    codebook: Tensor,  # [K, D], or [heads, K, D]
     *,
     metric: str = "euclidean",
     channel_dim: int = -1,
@@ -39,11 +42,19 @@ def nearest_code(
     be nearest, and float64 decides between them. So the result does not depend on device, instruction set, layout or
     the split into batches, and data far from the origin costs no accuracy.
 
+    With a codebook [heads, K, D], dimension 0 of x and of the result is the heads, each with a codebook of its own, all
+    searched in one call. Equivalent to (channel_dim=-1):
+        torch.stack([nearest_code(x[i], codebook[i], metric=metric) for i in range(heads)])
+
+    A multi-head layer views its tensor so without a copy: x [B, heads * D, H, W] as
+    `x.unflatten(1, (heads, D)).movedim(1, 0)` with channel_dim=2, x [B, T, heads * D] as
+    `x.unflatten(-1, (heads, D)).movedim(-2, 0)`.
+
     Args:
         x: float32, bfloat16, float16 or float64; any strides, read where it lies.
-        codebook: K >= 1 codes, of x's dtype, or float32 with a half-precision x.
+        codebook: K >= 1 codes, or K >= 1 for each of at least one head; of x's dtype, or float32 with a half-precision x.
         metric: "euclidean", or "cosine" (a code of zeros has similarity 0 to everything).
-        channel_dim: the dimension of x that holds a vector; 1 for images [B, D, H, W].
+        channel_dim: the dimension of x that holds a vector; 1 for images [B, D, H, W]. Heads count as a dimension of x.
         impl: None picks; "native" (CPU), "triton" (CUDA) and "reference" insist.
 
     Returns:
@@ -51,23 +62,58 @@ def nearest_code(
         infinite: a vector with a NaN gets index 0, a code with a NaN is never preferred. Not differentiable.
 
     Raises:
-        ValueError: shapes that do not fit, an empty codebook, tensors on two devices, an unknown metric or impl.
+        ValueError: shapes that do not fit, an empty codebook, tensors on two devices, an unknown metric or impl, or
+            channel_dim=0 with heads.
         TypeError: an unsupported dtype.
         NotImplementedError: an `impl` that cannot run here.
     """
-    channel = check_vectors("nearest_code", x, codebook, channel_dim)
+    channel = _check_search("nearest_code", x, codebook, channel_dim)
     check_metric("nearest_code", metric)
     chosen = choose_impl("nearest_code", impl, refusals(x.device, x.dtype))
     x, codebook = x.detach(), codebook.detach()
-    return search(as_positions(x, channel), codebook, None, metric, chosen).reshape(positions_shape(x, channel))
+    positions = as_positions(x, channel) if codebook.dim() == 2 else _as_head_positions(x, channel)
+    return search(positions, codebook, None, metric, chosen).reshape(positions_shape(x, channel))
 
 
 def search(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, impl: str) -> Tensor:
-    """Indices [outer, inner] for x [outer, D, inner], -1 where the mask is False; arguments already checked."""
+    """Indices [outer, inner] for x [outer, D, inner], -1 where the mask is False; arguments already checked.
+
+    With a codebook [heads, K, D], x, mask and indices have a first dimension of heads too.
+    """
     if impl == "reference":
-        indices = nearest_code_reference(x.transpose(1, 2), codebook, metric)
+        indices = nearest_code_reference(x.transpose(-2, -1), codebook, metric)
         return indices if mask is None else indices.masked_fill(~mask, -1)
     return torch.ops.genperf.nearest_code(x, codebook, mask, metric == "cosine")
+
+
+def _check_search(op: str, x: Tensor, codebook: Tensor, channel_dim: int) -> int:
+    """Check x against the codebook, of one head or several; the channel dimension as a non-negative number."""
+    check_tensor(op, "x", x)
+    check_tensor(op, "codebook", codebook)
+    if codebook.dim() == 2:
+        return check_vectors(op, x, codebook, channel_dim)
+    if codebook.dim() != 3:
+        raise ValueError(f"{op}: codebook must have shape [K, D] or [heads, K, D], got {list(codebook.shape)}.")
+    if codebook.shape[0] == 0:
+        raise ValueError(f"{op}: codebook must hold at least one head, got shape {list(codebook.shape)}.")
+    channel = check_channel_dim(op, x, channel_dim)
+    if channel == 0:
+        raise ValueError(
+            f"{op}: with a codebook [heads, K, D], dimension 0 of x is the heads and cannot be the channels, "
+            f"got channel_dim={channel_dim} for x of shape {list(x.shape)}."
+        )
+    if x.shape[0] != codebook.shape[0]:
+        raise ValueError(
+            f"{op}: x must have as many heads (dimension 0) as the codebook, got x {list(x.shape)} and codebook {list(codebook.shape)}."
+        )
+    return check_vectors(op, x, codebook.select(0, 0), channel_dim)
+
+
+def _as_head_positions(x: Tensor, channel: int) -> Tensor:
+    """View x [heads, ..., D, ...] as [heads, outer, D, inner]; a copy only where no such view exists."""
+    head = as_positions(x.select(0, 0), channel - 1)
+    split = position_split(head, x.select(0, 0), channel - 1)
+    return x.movedim(channel, split + 1).reshape(x.shape[0], *head.shape)
 
 
 def check_metric(op: str, metric: str) -> None:
@@ -92,10 +138,12 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def nearest_code_reference(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
-    """The search in plain PyTorch: x [..., D], codebook [K, D] -> [...].
+    """The search in plain PyTorch: x [..., D], codebook [K, D] -> [...], or x [heads, ..., D], codebook [heads, K, D].
 
     Components are added one after the other, so that the sums, and with them every near-tie, are those of the kernels.
     """
+    if codebook.dim() == 3:
+        return torch.stack([nearest_code_reference(head, codes, metric) for head, codes in zip(x, codebook, strict=True)])
     codes = codebook.double()
     rows = x.reshape(-1, x.shape[-1]).double()
     chunk = max(1, _REFERENCE_CHUNK // codes.shape[0])
@@ -120,7 +168,7 @@ def _nearest_in_order(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
 
 @register_fake("nearest_code")
 def _(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[2], dtype=torch.int64)
+    return x.new_empty(*x.shape[:-2], x.shape[-1], dtype=torch.int64)
 
 
 @implement_on_cuda("nearest_code")
