@@ -36,21 +36,32 @@ Vec score_group(const CodePanel& panel, int64_t group, const float* z, float* sc
   constexpr int kVecs = kGroup / kLanes;
   constexpr int kSteps = 8 / kVecs;  // eight sums in flight, to hide the multiply-add's latency
   const float* values = panel.values.get() + group * panel.dim * kGroup;
-  Vec sum[kSteps][kVecs] = {};
-  const auto add = [&](int64_t d, int step) {
-    const Vec component = broadcast(z[d * kTile]);
-    for (int v = 0; v < kVecs; ++v)
-      sum[step][v] = fma(load(values + d * kGroup + v * kLanes), component, sum[step][v]);
+  Vec sum[kSteps][kVecs];
+  const auto component = [&](int64_t d, int v) {
+    return load(values + d * kGroup + v * kLanes) * broadcast(z[d * kTile]);
   };
-  int64_t d = 0;
+#pragma GCC unroll 8
+  for (int step = 0; step < kSteps; ++step)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v)
+      sum[step][v] = step < panel.dim ? component(step, v) : Vec{};
+  int64_t d = kSteps;
   for (; d + kSteps <= panel.dim; d += kSteps)
+#pragma GCC unroll 8
     for (int step = 0; step < kSteps; ++step)
-      add(d + step, step);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v)
+        sum[step][v] = fma(load(values + (d + step) * kGroup + v * kLanes),
+                           broadcast(z[(d + step) * kTile]), sum[step][v]);
   for (; d < panel.dim; ++d)
-    add(d, 0);
+    for (int v = 0; v < kVecs; ++v)
+      sum[0][v] += component(d, v);
   Vec best = broadcast(-INFINITY);
+#pragma GCC unroll 4
   for (int v = 0; v < kVecs; ++v) {
+#pragma GCC unroll 3
     for (int width = kSteps / 2; width > 0; width /= 2)
+#pragma GCC unroll 4
       for (int step = 0; step < width; ++step)
         sum[step][v] += sum[step + width][v];
     const Vec score = sum[0][v] + load(panel.bias.get() + group * kGroup + v * kLanes);
