@@ -1,7 +1,7 @@
 """Triton kernels in the interpreter, which must be chosen before they are imported: hence a process of its own.
 
-The interpreter is wrong for bfloat16 and slow, so float32, float16 and small sizes; it multiplies in full precision where
-the tensor cores take TF32, which the kernel's own rounding makes the same.
+The interpreter is wrong for bfloat16 and slow, so inputs are float32 and float16 and small, and the operands of the products
+are float32 that holds values rounded to bfloat16.
 """
 
 import os
@@ -15,44 +15,93 @@ pytest.importorskip("triton")
 SCRIPT = """
 import torch
 from genperf import testing
-from genperf.kernels.nearest_code import nearest_code
+from genperf.kernels import nearest_code as module
 from genperf.ops.nearest_code import search
 
 torch.manual_seed(0)
-for kind in ("random", "offset", "tied", "near_ties"):
-    for dtype in (torch.float32, torch.float16):
-        for n, k, d in ((1, 1, 1), (33, 70, 7), (17, 301, 33)):
-            for cosine in (False, True) if kind == "random" else (False,):
-                x, codebook = testing.vectors(kind, n, k, d, dtype, "cpu")
-                mask = torch.rand(n, 1) > 0.2 if n > 1 else None
-                rows = x.unsqueeze(-1)  # [n, D, 1]
-                expected = search(rows, codebook, mask, "cosine" if cosine else "euclidean", "reference")
-                with testing.poisoned_memory():
-                    found = nearest_code(rows, codebook, mask, cosine)
-                assert torch.equal(found, expected), (kind, dtype, n, k, d, cosine)
-                if mask is None:
-                    continue
-                planes = x.t().contiguous().unsqueeze(0)  # [1, D, n]
-                found = nearest_code(planes, codebook, mask.t(), cosine)
-                assert torch.equal(found, expected.t()), (kind, dtype, n, k, d, cosine, "channels first")
 
-x, codebook = testing.vectors("random", 20, 90, 5, torch.float32, "cpu")
-x[3, 2], x[4, 0], codebook[7, 1], codebook[0, 0] = torch.nan, torch.inf, torch.nan, torch.inf
-rows = x.unsqueeze(-1)
-assert torch.equal(nearest_code(rows, codebook, None, False), search(rows, codebook, None, "euclidean", "reference"))
-assert nearest_code(rows[:0], codebook, None, False).shape == (0, 1)
-codebook = torch.randn(40, 16)
-codebook = torch.cat([codebook, codebook + 1e-4 * torch.randn(40, 16)])
-rows = (torch.randn(20, 16) * 1e-24).unsqueeze(-1)
-assert torch.equal(nearest_code(rows, codebook, None, True), search(rows, codebook, None, "cosine", "reference"))
+def check(what, x, codebook, mask=None, cosine=False):
+    expected = search(x, codebook, mask, "cosine" if cosine else "euclidean", "reference")
+    with testing.poisoned_memory():
+        found = module.nearest_code(x, codebook, mask, cosine)
+    wrong = (found != expected).nonzero()
+    assert found.shape == expected.shape and not len(wrong), (what, len(wrong), found[tuple(wrong[0])], expected[tuple(wrong[0])])
+
+def rows(*size):
+    return torch.randn(*size).unsqueeze(-1)
+
+# Every regime: split operands in a depth of 16 and of 32; plain ones, the bias among them or apart; streamed ones, likewise.
+# Blocks of 8, 32 and 128 codes.
+codes_to_a_block = module.codes_to_a_block
+for d, k, block_codes in (
+    (1, 150, 128), (1, 400, None), (3, 80, None), (4, 300, 32), (8, 70, None), (9, 130, 128), (10, 50, None), (16, 60, 32),
+    (33, 80, 128), (64, 20, None), (128, 9, None), (129, 20, 32), (192, 9, None), (257, 9, None), (1000, 3, None),
+):  # fmt: skip
+    module.codes_to_a_block = codes_to_a_block if block_codes is None else lambda *_: block_codes
+    x, codebook = testing.vectors("random", 5 if d < 100 else 1, k, d, (torch.float32, torch.float16)[d % 2], "cpu")
+    check(("regime", d, k), x.unsqueeze(-1), codebook, None, d % 3 == 0)
+module.codes_to_a_block = codes_to_a_block
+
+# Data that a careless bound, or a careless tie, would get wrong.
+for kind in ("random", "clustered", "offset", "tied", "near_ties"):
+    for n, k, d in ((1, 1, 1), (5, 40, 7), (3, 30, 12)):
+        for cosine in (False, True) if kind in ("random", "tied") else (False,):
+            x, codebook = testing.vectors(kind, n, k, d, torch.float32, "cpu")
+            check((kind, n, k, d, cosine), x.unsqueeze(-1), codebook, None, cosine)
+for d in (4, 11):
+    x, codebook = rows(4, d), torch.randn(25, d)
+    outlier = codebook.clone()
+    outlier[20] *= 1e5  # its length makes the bound so wide that whole rows are searched
+    close = torch.cat([codebook, codebook + 1e-4 * torch.randn(25, d)])
+    for cosine in (False, True):
+        check(("outlier", d, cosine), x, outlier, None, cosine)
+        check(("repeated", d, cosine), x, codebook[:1].expand(100 if d == 4 else 530, d), None, cosine)
+        check(("zero codes", d, cosine), x, torch.cat([codebook * 0, codebook]), None, cosine)
+        for scale in (1e-41, 1e-24, 1e15, 1e38) if (d == 11) == cosine else ():
+            check(("queries", scale, d, cosine), (x * scale).clamp(-3e38, 3e38), close, None, cosine)
+            check(("codes", scale, d, cosine), x, (close * scale).clamp(-3e38, 3e38), None, cosine)
+        bad, codes = x.clone(), codebook.clone()
+        bad[0, 2], bad[1, 0], bad[3, 1] = torch.nan, torch.inf, -torch.inf
+        codes[7, 1], codes[0, 0], codes[9, 3] = torch.nan, torch.inf, -torch.inf
+        check(("not finite", d, cosine), bad, codes, None, cosine)
+        check(("no finite code", d, cosine), x, torch.full_like(codebook[:3], torch.nan), None, cosine)
+    # Apart by one unit in the last place of one component: only float64 tells.
+    near = codebook.clone()
+    near[:, 0] = torch.nextafter(near[:, 0], torch.tensor(9.0))
+    check(("last place", d), codebook[:4].unsqueeze(-1) * 1.001, torch.cat([codebook, near]))
+
+# Layouts, masks and heads.
+for d, k in ((4, 40), (13, 20), (129, 3)):
+    x, codebook = torch.randn(2, d, 2), torch.randn(k, d)
+    mask = torch.rand(2, 2) > 0.3
+    spaced = torch.full((2, 2 * d, 6), torch.nan)[:, ::2, ::3]
+    check(("planar", d), x, codebook, mask)
+    check(("strided", d), spaced.copy_(x), codebook.t().contiguous().t(), mask)
+    check(("transposed", d), x.transpose(1, 2).contiguous().transpose(1, 2).half(), codebook, mask.t().contiguous().t(), True)
+    heads, codebooks = torch.randn(2, 2 * d, 2).unflatten(1, (2, d)).movedim(1, 0), torch.randn(k, 2, d).transpose(0, 1)
+    codebooks[1] += 100
+    check(("heads", d), heads, codebooks, torch.rand(2, 2, 2) > 0.3)
+    check(("heads", d), heads.contiguous(), codebooks.contiguous(), None, d == 13)
+    check(("one head", d), heads[:1], codebooks[:1])
+
+# Positions in several parts, codes over several programs, neither a multiple of anything.
+module.MAX_MAXIMA = 1
+for d, k, programs in ((3, 300, 8), (20, 140, 1), (140, 260, 99)):
+    module.PROGRAMS = programs
+    mask = torch.arange(130).unsqueeze(1) % 43 == 0
+    check(("parts", d), rows(130, d), torch.randn(k, d), mask)
+x, codebook = torch.randn(2, 129, 5, 1), torch.randn(2, 140, 5)
+check("parts of heads", x, codebook, (torch.arange(129) % 32 == 0).expand(2, -1).unsqueeze(-1))
+
+assert module.nearest_code(rows(0, 5), torch.randn(7, 5), None, False).shape == (0, 1)
 torch.set_default_dtype(torch.float64)
-assert torch.equal(nearest_code(rows, codebook, None, False), search(rows, codebook, None, "euclidean", "reference"))
+check("default dtype", rows(9, 6).float(), torch.randn(50, 6, dtype=torch.float32))
 print("interpreted")
 """
 
 
 def test_nearest_code():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "interpreted\n"

@@ -16,7 +16,7 @@ HELP = "measure every op beside plain PyTorch and its rivals, and write one repo
 _DESCRIPTION = """\
 Measure every op beside plain PyTorch, torch.compile and the best rivals that are installed, each first checked for the same result.
 Writes NAME.json, NAME.md and NAME.png: the machine and its ceilings, a line for every op and size, every contender, a chart. Rows in which
-genperf is slower stay, and are in bold. A quiet machine and some 15 minutes are needed, or a few with --quick.
+genperf is slower stay, and are in bold. A quiet machine and some 30 minutes are needed, or a few with --quick.
 
 exit codes: 0; 1 where a benchmark failed, which the report then lacks; 2 with a sentence on stderr after a mistake; 130 after Ctrl-C.
 """
