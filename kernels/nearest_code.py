@@ -40,8 +40,9 @@ from torch import Tensor
 MAX_MAXIMA = 1 << 23  # block maxima held at a time: 32 MB, which stays in the L2 cache
 PROGRAMS = 264  # of a coarse pass at least: two for each multiprocessor of an H200
 TAIL = 16  # columns of the bias where it does not fit among the others
+BLOCK_D = 64  # columns at a time where queries stream
 CENTRE_OPTIONS = {"SAMPLE": 64, "BLOCK_D": 64, "num_warps": 8, "enable_fp_fusion": True}
-ROUND_OPTIONS = {"BLOCK_N": 32, "BLOCK_D": 64, "num_warps": 4, "enable_fp_fusion": True}
+ROUND_OPTIONS = {"BLOCK_N": 32, "BLOCK_D": BLOCK_D, "num_warps": 4, "enable_fp_fusion": True}
 MANY_BLOCKS = tl.constexpr(64)  # a row with more is searched wholly
 NONE = tl.constexpr(0x7FFFFFFF)  # no block
 SEARCH_BLOCKS = tl.constexpr(-2)  # in place of an index: float64 has to decide between the codes of the blocks that are left
@@ -56,6 +57,14 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
     if codebook.dim() == 2:
         mask = None if mask is None else mask.unsqueeze(0)
         return nearest_code(x.unsqueeze(0), codebook.unsqueeze(0), mask, cosine).squeeze(0)
+    if x.shape[3] >= 1 << 31:
+        indices = nearest_code(
+            x.transpose(2, 3).reshape(x.shape[0], -1, x.shape[2], 1),
+            codebook,
+            None if mask is None else mask.reshape(x.shape[0], -1, 1),
+            cosine,
+        )
+        return indices.reshape(x.shape[0], x.shape[1], x.shape[3])
     heads, outer, dim, inner = x.shape
     num_codes = codebook.shape[1]
     positions = outer * inner
@@ -92,10 +101,11 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
     planar = inner > 1 and x.stride(3) == 1 and x.stride(2) != 1
     for first in range(0, positions, rows):
         count = min(rows, positions - first)
+        start = divmod(first, inner)
         grid = (triton.cdiv(count, shape.block_n), splits, heads)
         if shape.streams:
             nearest_code_round_kernel[(triton.cdiv(count, 32), heads)](
-                x, centre, limits, queries, bound, first, count, rows, inner, dim, shape.depth, *x.stride(),
+                x, centre, limits, queries, bound, *start, count, rows, inner, dim, shape.depth, *x.stride(),
                 COSINE=cosine, PLANAR=planar, **ROUND_OPTIONS,
             )  # fmt: skip
             nearest_code_stream_kernel[grid](
@@ -104,10 +114,10 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
             )  # fmt: skip
         else:
             nearest_code_coarse_kernel[grid](
-                x, centre, codes, tail, limits, maxima, best, bound, first, count, rows, inner, shape.padded, tiles, shape.blocks,
+                x, centre, codes, tail, limits, maxima, best, bound, *start, count, rows, inner, shape.padded, tiles, shape.blocks,
                 dim, *x.stride(), COSINE=cosine, PLANAR=planar, **shape.coarse_options(),
             )  # fmt: skip
-        sizes = (first, count, rows, positions, inner, num_codes, shape.blocks, splits, dim, *x.stride(), *codebook.stride())
+        sizes = (first, *start, count, rows, positions, inner, num_codes, shape.blocks, splits, dim, *x.stride(), *codebook.stride())
         options = shape.exact_options()
         nearest_code_exact_kernel[(triton.cdiv(count, options["BLOCK_N"]), heads)](
             x, codebook, mask, maxima, best, bound, indices, *sizes, COSINE=cosine, PLANAR=planar, HAS_MASK=mask is not None, **options
@@ -126,23 +136,24 @@ class Shape:
     """
 
     def __init__(self, dim: int, num_codes: int, device: torch.device | int) -> None:
-        major = device
-        if isinstance(device, torch.device):
-            major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+        major, shared_memory = _architecture(device)
         self.dim = dim
         self.split_operands = dim <= 9
         self.streams = dim > 128
         width = (3 * dim if self.split_operands else dim) + 3
         if self.streams:
-            self.depth = triton.cdiv(dim, 64) * 64
+            self.depth = triton.cdiv(dim, BLOCK_D) * BLOCK_D
         else:
             self.depth = max(16, triton.next_power_of_2(width if self.split_operands else dim))
         self.tail = TAIL if width > self.depth else 0
         self.block_codes = codes_to_a_block(dim, num_codes)
         self.block_n = 128
-        # Streaming, a tile of 256 codes keeps the traffic below what L2 delivers; sm_80 has too few registers for it.
-        self.block_k = 256 if self.streams and major >= 9 else 128
-        self.stages = 3
+        # Streaming, a tile of 256 codes keeps the traffic below what L2 delivers; on other architectures its registers spill.
+        self.block_k = 256 if self.streams and major == 9 else 128
+        columns = BLOCK_D if self.streams else self.depth
+        held = 0 if self.streams else self.block_n * (columns + self.tail) * 2
+        stage = self.block_k * (columns + self.tail) * 2 + (self.block_n * columns * 2 if self.streams else 0)
+        self.stages = min(max((shared_memory - held - (8 << 10)) // stage, 1), 3)
         chunk = max(self.block_k, 4 * self.block_codes)
         self.padded = triton.cdiv(num_codes, chunk) * chunk
         self.blocks = self.padded // self.block_codes
@@ -167,7 +178,7 @@ class Shape:
             "num_stages": self.stages, "enable_fp_fusion": True,
         }  # fmt: skip
         if self.streams:
-            return {**options, "TAIL": self.tail, "BLOCK_D": 64}
+            return {**options, "TAIL": self.tail, "BLOCK_D": BLOCK_D}
         return {**options, "TAIL": self.tail, "SPLIT": self.split_operands, "DEPTH": self.depth}
 
     def exact_options(self) -> dict:
@@ -176,13 +187,22 @@ class Shape:
         block_d = min(triton.next_power_of_2(self.dim), 32, max(tile // self.block_codes, 4))
         rows = max(tile // (self.block_codes * block_d), 1)
         return {
-            "BLOCK_CODES": self.block_codes, "BLOCK_N": rows, "BLOCK_C": tile // (4 * rows), "BLOCK_D": block_d, "num_warps": 1,
+            "BLOCK_CODES": self.block_codes, "BLOCK_N": rows, "BLOCK_C": min(tile // (4 * rows), 32), "BLOCK_D": block_d, "num_warps": 1,
             "enable_fp_fusion": True,
         }  # fmt: skip
 
     def settle_options(self) -> dict:
         """No fused multiply-adds: they would differ from the reference's arithmetic in the last bit."""
         return {"BLOCK_CODES": self.block_codes, "BLOCK_N": 32, "num_warps": 4, "enable_fp_fusion": False}
+
+
+def _architecture(device: torch.device | int) -> tuple[int, int]:
+    """Major number of the compute capability, and bytes of shared memory that a program can have."""
+    if isinstance(device, torch.device) and device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return properties.major, properties.shared_memory_per_block_optin
+    major = device if isinstance(device, int) else 9
+    return major, 163 << 10 if major == 8 else 227 << 10
 
 
 def codes_to_a_block(dim: int, num_codes: int) -> int:
@@ -350,6 +370,14 @@ def nearest_code_prepare_kernel(
 
 
 @triton.jit
+def _offsets(row, first_outer, first_inner, inner, stride_outer, stride_inner):
+    """Where the vectors begin that come `row` positions after the first one."""
+    size = inner.to(tl.uint32)
+    within = (row + first_inner).to(tl.uint32)
+    return (first_outer + within // size).to(tl.int64) * stride_outer + (within % size).to(tl.int64) * stride_inner
+
+
+@triton.jit
 def _load_rows(x, base, inside, d, valid, stride_d, PLANAR: tl.constexpr):
     """x [rows, d] in float32; where rows are what lies together in memory, threads go along them."""
     if PLANAR:
@@ -398,7 +426,21 @@ def _store_maxima(maxima, tile, group, row, inside, rows, TILES: tl.constexpr):
     tl.store(maxima + place * 4 + tl.arange(0, 4)[None, None, :], group, mask=inside[:, None, None] & last)
 
 
-@triton.jit(do_not_specialize=["first", "count", "rows", "inner", "padded", "tiles", "blocks", "dim", "stride_head", "stride_outer"])
+@triton.jit(
+    do_not_specialize=[
+        "first_outer",
+        "first_inner",
+        "count",
+        "rows",
+        "inner",
+        "padded",
+        "tiles",
+        "blocks",
+        "dim",
+        "stride_head",
+        "stride_outer",
+    ]
+)
 def nearest_code_coarse_kernel(
     x,  # [heads, outer, D, inner]
     centre,  # [heads, D]
@@ -408,7 +450,8 @@ def nearest_code_coarse_kernel(
     maxima,  # [heads, blocks / 4, rows, 4]
     best,  # [heads, splits, rows] largest score
     bound,  # [heads, rows] twice the error bound of the scores
-    first,
+    first_outer,
+    first_inner,
     count,
     rows,
     inner,
@@ -432,8 +475,7 @@ def nearest_code_coarse_kernel(
     head = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < count
-    position = row.to(tl.int64) + first
-    base = head * stride_head + position // inner * stride_outer + position % inner * stride_inner
+    base = head * stride_head + _offsets(row, first_outer, first_inner, inner, stride_outer, stride_inner)
     operand += head * padded * DEPTH
     tail += head * padded * TAIL
     maxima += head * blocks * rows
@@ -487,14 +529,15 @@ def nearest_code_coarse_kernel(
     tl.store(best + row, tl.max(tl.max(largest, axis=2), axis=1), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first", "count", "rows", "inner", "dim", "stride_head", "stride_outer"])
+@triton.jit(do_not_specialize=["first_outer", "first_inner", "count", "rows", "inner", "dim", "stride_head", "stride_outer"])
 def nearest_code_round_kernel(
     x,  # [heads, outer, D, inner]
     centre,  # [heads, D]
     limits,  # [heads, 4]
     queries,  # [heads, rows, depth]
     bound,  # [heads, rows]
-    first,
+    first_outer,
+    first_inner,
     count,
     rows,
     inner,
@@ -512,8 +555,7 @@ def nearest_code_round_kernel(
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < count
-    position = row.to(tl.int64) + first
-    base = head * stride_head + position // inner * stride_outer + position % inner * stride_inner
+    base = head * stride_head + _offsets(row, first_outer, first_inner, inner, stride_outer, stride_inner)
     target = queries + (head * rows + row)[:, None] * depth
     square = tl.zeros([BLOCK_N], tl.float32)
     error = tl.zeros([BLOCK_N], tl.float32)
@@ -636,8 +678,8 @@ def _search_in_order(x, base, codebook, codes, inside, dim, stride_d, stride_k, 
 
 @triton.jit(
     do_not_specialize=[
-        "first", "count", "rows", "positions", "inner", "num_codes", "blocks", "splits", "dim", "stride_head", "stride_outer",
-        "stride_codebook",
+        "first", "first_outer", "first_inner", "count", "rows", "positions", "inner", "num_codes", "blocks",
+        "splits", "dim", "stride_head", "stride_outer", "stride_codebook",
     ]
 )  # fmt: skip
 def nearest_code_exact_kernel(
@@ -649,6 +691,8 @@ def nearest_code_exact_kernel(
     bound,  # [heads, rows]
     indices,  # [heads, outer, inner]
     first,
+    first_outer,
+    first_inner,
     count,
     rows,
     positions,
@@ -697,7 +741,7 @@ def nearest_code_exact_kernel(
     row = start_row + tl.arange(0, BLOCK_N)
     inside = row < count
     position = row.to(tl.int64) + first
-    base = position // inner * stride_outer + position % inner * stride_inner
+    base = _offsets(row, first_outer, first_inner, inner, stride_outer, stride_inner)
     searched = tl.max(tl.reshape(wanted4.to(tl.int32), [BLOCK_N, 4]), axis=1) > 0
     wide = inside & (searched == 0)
     nearest = tl.zeros([BLOCK_N], tl.int32)
@@ -775,8 +819,8 @@ def nearest_code_exact_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "first", "count", "rows", "positions", "inner", "num_codes", "blocks", "splits", "dim", "stride_head", "stride_outer",
-        "stride_codebook",
+        "first", "first_outer", "first_inner", "count", "rows", "positions", "inner", "num_codes", "blocks",
+        "splits", "dim", "stride_head", "stride_outer", "stride_codebook",
     ]
 )  # fmt: skip
 def nearest_code_settle_kernel(
@@ -787,6 +831,8 @@ def nearest_code_settle_kernel(
     bound,  # [heads, rows]
     indices,  # [heads, outer, inner]
     first,
+    first_outer,
+    first_inner,
     count,
     rows,
     positions,
@@ -814,16 +860,16 @@ def nearest_code_settle_kernel(
     bound += head * rows
     indices += head * positions + first
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    bases = _offsets(row, first_outer, first_inner, inner, stride_outer, stride_inner)
     found = tl.load(indices + row, mask=row < count, other=0)
     current = tl.min(tl.where(found <= SEARCH_BLOCKS, row, NONE))
     while current != NONE:
-        position = current.to(tl.int64) + first
-        base = position // inner * stride_outer + position % inner * stride_inner
+        base = tl.sum(tl.where(row == current, bases, 0))
         answer = tl.full([], 0, tl.int64)
         closest = tl.full([], float("inf"), tl.float64)
         if tl.min(tl.where(row == current, found, 0)) == SEARCH_ALL:
-            for start in range(0, num_codes, 512):
-                code = start + tl.arange(0, 512).to(tl.int64)
+            for start in range(0, num_codes, 256):
+                code = start + tl.arange(0, 256).to(tl.int64)
                 inside = code < num_codes
                 local, index = _search_in_order(x, base, codebook, code, inside, dim, stride_d, stride_k, stride_code_d, COSINE)
                 answer = tl.where(local < closest, index, answer)
@@ -833,8 +879,8 @@ def nearest_code_settle_kernel(
             for split in range(splits):
                 threshold = tl.maximum(threshold, tl.load(best + split * rows + current))
             threshold -= tl.load(bound + current)
-            for start in range(0, blocks, 512):
-                block = start + tl.arange(0, 512)
+            for start in range(0, blocks, 256):
+                block = start + tl.arange(0, 256)
                 place = ((block // 4).to(tl.int64) * rows + current) * 4 + block % 4
                 maximum = tl.load(maxima + place, mask=block < blocks, other=float("-inf"))
                 alive = (maximum >= threshold) & (block < blocks)

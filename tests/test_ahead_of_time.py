@@ -21,66 +21,109 @@ MAX_REGISTERS = 128  # of 65536, so that a multiprocessor holds 512 threads
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
 
-def compile_triton(kernel, signature, constants, arch, **options):
-    """Compile a Triton kernel for an architecture; its metadata and the assembler's resource report."""
+def compile_triton(kernel, types, arguments, arch):
+    """Compile a Triton kernel for an architecture as a launch would: pointers to whole vectors, components side by side."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    compiled = compile(
-        ASTSource(fn=kernel, signature={**signature, **dict.fromkeys(constants, "constexpr")}, constexprs=constants),
+    options = {name: value for name, value in arguments.items() if name not in kernel.arg_names}
+    constants = {name: value for name, value in arguments.items() if name in kernel.arg_names}
+    constants |= {name: 1 for name in ("stride_d", "stride_code_d") if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name == "depth"]
+    return compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}),
         target=GPUTarget("cuda", arch, 32),
         options=options,
     )
-    return compiled
 
 
-def spilled_bytes(cubin: bytes, path: Path) -> int:
+def resources(cubin: bytes, path: Path) -> dict[str, int]:
+    """What the assembler reports: registers of a thread, bytes of its stack and of local memory."""
     path.write_bytes(cubin)
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     report = subprocess.run([cuobjdump, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    return max(int(number) for number in re.findall(r"(?:STACK|LOCAL):(\d+)", report))
+    return {name: max(map(int, re.findall(rf"{name}:(\d+)", report))) for name in ("REG", "STACK", "LOCAL")}
 
 
-QUERY_STRIDES = {"stride_outer": "i64", "stride_d": "i32", "stride_inner": "i32"}
+def types(dtype):
+    """Types of the arguments of the search's kernels."""
+    pointers = {
+        **dict.fromkeys(("x", "codebook"), dtype),
+        **dict.fromkeys(("operand", "tail", "queries"), "bf16"),
+        **dict.fromkeys(("centre", "maxima", "best", "bound"), "fp32"),
+    } | {"mask": "i1", "indices": "i64", "limits": "i32"}
+    small = (
+        "count", "rows", "inner", "first_inner", "num_codes", "padded", "tiles", "blocks", "splits", "dim", "depth",
+        "stride_d", "stride_inner", "stride_k", "stride_code_d",
+    )  # fmt: skip
+    large = ("first", "first_outer", "positions", "stride_head", "stride_outer", "stride_codebook")
+    return {
+        **{name: f"*{kind}" for name, kind in pointers.items()},
+        **dict.fromkeys(small, "i32"),
+        **dict.fromkeys(large, "i64"),
+    }
+
+
+# D and K of every regime: split operands in a depth of 16 and of 32, the bias among the columns and apart, streamed queries;
+# blocks of 8, 32 and 128 codes.
+SHAPES = ((4, 8192), (8, 262144), (18, 262144), (32, 8192), (64, 512), (128, 262144), (256, 16384), (200, 262144))
 
 
 def kernels():
+    """Name, kernel, D, K, dtype, architectures, and the launch arguments that a Shape gives."""
     from genperf.kernels import nearest_code as module
 
-    for dtype in ("fp32", "bf16", "fp16"):
-        yield (
-            f"prepare-{dtype}", module.nearest_code_prepare_kernel,
-            {"codebook": f"*{dtype}", "centre": "*fp32", "values": "*fp32", "bias": "*fp32", "norm": "*fp32", "residual": "*fp32",
-             "num_codes": "i32", "dim": "i32", "stride_k": "i32", "stride_d": "i32"},
-            {"COSINE": False, "BLOCK_K": 64, "BLOCK_D": 32}, {"enable_fp_fusion": True},
-        )  # fmt: skip
-        yield (
-            f"coarse-{dtype}", module.nearest_code_coarse_kernel,
-            {"x": f"*{dtype}", "centre": "*fp32", "values": "*fp32", "bias": "*fp32", "limits": "*fp32", "maxima": "*fp32",
-             "bound": "*fp32", "first": "i64", "count": "i32", "inner": "i32", "num_codes": "i32", "blocks": "i32",
-             "dim": "i32", **QUERY_STRIDES},
-            {"COSINE": False, "TILES": 8, "BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_D": 32, "BLOCK_CODES": 32},
-            module.coarse_options,
-        )  # fmt: skip
-        yield (
-            f"exact-{dtype}", module.nearest_code_exact_kernel,
-            {"x": f"*{dtype}", "codebook": f"*{dtype}", "mask": "*i1", "maxima": "*fp32", "bound": "*fp32", "indices": "*i64",
-             "first": "i64", "inner": "i32", "num_codes": "i32", "blocks": "i32", "dim": "i32", **QUERY_STRIDES,
-             "stride_k": "i32", "stride_code_d": "i32"},
-            {"COSINE": False, "HAS_MASK": True, "BLOCK_CODES": 32, "BLOCK_B": 64}, {"num_warps": 1, "enable_fp_fusion": False},
-        )  # fmt: skip
+    search = {"COSINE": False, "PLANAR": False}
+
+    def kernel(name, dim, codes, dtype="fp32", archs=ARCHS):
+        arguments = {
+            "centre": lambda _: {"COSINE": False, **module.CENTRE_OPTIONS},
+            "prepare": lambda shape: {"COSINE": False, **shape.prepare_options()},
+            "coarse": lambda shape: {**search, **shape.coarse_options()},
+            "round": lambda _: {**search, **module.ROUND_OPTIONS},
+            "stream": lambda shape: shape.coarse_options(),
+            "exact": lambda shape: {**search, "HAS_MASK": True, **shape.exact_options()},
+            "settle": lambda shape: {"COSINE": False, **shape.settle_options()},
+        }
+        function = getattr(module, f"nearest_code_{name}_kernel")
+        return pytest.param(function, dim, codes, dtype, archs, arguments[name], id=f"{name}-{dim}-{codes}-{dtype}")
+
+    for dim, codes in SHAPES:
+        yield kernel("coarse" if dim <= 128 else "stream", dim, codes)
+    for dim, codes in ((4, 8192), (18, 262144), (256, 16384)):
+        yield kernel("exact", dim, codes)
+    for name in ("centre", "prepare", "round", "settle"):
+        yield kernel(name, 64, 512)
+    # Another dtype changes the loads alone.
+    for name in ("prepare", "coarse", "round", "exact"):
+        yield kernel(name, 16, 1024, "bf16", (90,))
+    yield kernel("coarse", 16, 1024, "fp16", (90,))
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("case", list(kernels()), ids=lambda case: case[0])
-def test_triton_kernels_compile(case, arch, tmp_path):
-    name, kernel, signature, constants, options = case
-    options = options(arch // 10) if callable(options) else options
-    compiled = compile_triton(kernel, signature, constants, arch, **options)
-    assert compiled.metadata.shared <= SHARED_MEMORY[arch]
-    assert spilled_bytes(compiled.asm["cubin"], tmp_path / "kernel.cubin") == 0
-    if name.startswith("coarse"):
-        assert "tf32" in compiled.asm["ptx"]
+@pytest.mark.parametrize(("kernel", "dim", "codes", "dtype", "archs", "arguments"), list(kernels()))
+def test_triton_kernels_compile(kernel, dim, codes, dtype, archs, arguments, tmp_path):
+    from genperf.kernels.nearest_code import Shape
+
+    for arch in archs:
+        launch = arguments(Shape(dim, codes, arch // 10))
+        compiled = compile_triton(kernel, types(dtype), launch, arch)
+        used = resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
+        assert compiled.metadata.shared <= SHARED_MEMORY[arch]
+        assert used["STACK"] == used["LOCAL"] == 0
+        warps = launch["num_warps"] * min(65536 // (used["REG"] * 32 * launch["num_warps"]), 32)
+        if compiled.metadata.shared:
+            warps = min(warps, launch["num_warps"] * (SHARED_MEMORY[arch] // compiled.metadata.shared))
+        print(f"sm_{arch}: {used['REG']} registers, {compiled.metadata.shared} bytes of shared memory, {warps} warps at a time")
+        # Where the epilogue is the limit, one program is to multiply while another takes maxima.
+        assert warps >= (16 if arch == 90 and dim <= 32 and "coarse" in kernel.__name__ else 8)
+        ptx = compiled.asm["ptx"]
+        if "coarse" in kernel.__name__ or "stream" in kernel.__name__:
+            assert {80: "bf16.bf16.f32", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch] in ptx
+            if arch == 90:
+                epilogue = ptx.partition("max.f32")[2].partition("bra")[0]
+                assert epilogue.count("max.f32") > 50
+                assert "shfl" not in epilogue, "the maxima leave their threads"
 
 
 @needs_nvcc

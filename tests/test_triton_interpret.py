@@ -35,7 +35,7 @@ def rows(*size):
 codes_to_a_block = module.codes_to_a_block
 for d, k, block_codes in (
     (1, 150, 128), (1, 400, None), (3, 80, None), (4, 300, 32), (8, 70, None), (9, 130, 128), (10, 50, None), (16, 60, 32),
-    (33, 80, 128), (64, 20, None), (128, 9, None), (129, 20, 32), (192, 9, None), (257, 9, None), (1000, 3, None),
+    (33, 80, 128), (64, 20, None), (128, 9, None), (129, 20, 32), (192, 9, None), (257, 5, None), (1000, 2, None),
 ):  # fmt: skip
     module.codes_to_a_block = codes_to_a_block if block_codes is None else lambda *_: block_codes
     x, codebook = testing.vectors("random", 5 if d < 100 else 1, k, d, (torch.float32, torch.float16)[d % 2], "cpu")
@@ -55,9 +55,9 @@ for d in (4, 11):
     close = torch.cat([codebook, codebook + 1e-4 * torch.randn(25, d)])
     for cosine in (False, True):
         check(("outlier", d, cosine), x, outlier, None, cosine)
-        check(("repeated", d, cosine), x, codebook[:1].expand(100 if d == 4 else 530, d), None, cosine)
+        check(("repeated", d, cosine), x, codebook[:1].expand(60 if d == 4 else 530, d), None, cosine)
         check(("zero codes", d, cosine), x, torch.cat([codebook * 0, codebook]), None, cosine)
-        for scale in (1e-41, 1e-24, 1e15, 1e38) if (d == 11) == cosine else ():
+        for scale in ((1e-41, 1e15), (1e-24, 1e38))[d == 4]:
             check(("queries", scale, d, cosine), (x * scale).clamp(-3e38, 3e38), close, None, cosine)
             check(("codes", scale, d, cosine), x, (close * scale).clamp(-3e38, 3e38), None, cosine)
         bad, codes = x.clone(), codebook.clone()
@@ -88,7 +88,7 @@ for d, k in ((4, 40), (13, 20), (129, 3)):
 module.MAX_MAXIMA = 1
 for d, k, programs in ((3, 300, 8), (20, 140, 1), (140, 260, 99)):
     module.PROGRAMS = programs
-    mask = torch.arange(130).unsqueeze(1) % 43 == 0
+    mask = torch.arange(130).unsqueeze(1) % 60 == 9
     check(("parts", d), rows(130, d), torch.randn(k, d), mask)
 x, codebook = torch.randn(2, 129, 5, 1), torch.randn(2, 140, 5)
 check("parts of heads", x, codebook, (torch.arange(129) % 32 == 0).expand(2, -1).unsqueeze(-1))
