@@ -54,14 +54,11 @@ def code_statistics(
     """
     op = "code_statistics"
     check_tensor(op, "x", x)
-    check_tensor(op, "indices", indices)
     channel = check_channel_dim(op, x, channel_dim)
     check_float(op, "x", x)
-    check_positions(op, "indices", indices, x, channel)
-    if indices.dtype != torch.int64:
-        raise TypeError(f"{op}: indices must be int64, got {indices.dtype}.")
     if num_codes < 1:
         raise ValueError(f"{op}: num_codes must be at least 1, got {num_codes}.")
+    check_indices(op, indices, x, channel, num_codes)
     if weights is not None:
         check_tensor(op, "weights", weights)
         check_float(op, "weights", weights)
@@ -70,8 +67,6 @@ def code_statistics(
     positions = as_positions(x.detach(), channel)
     shape = (positions.shape[0], positions.shape[2])
     indices = indices.reshape(shape).contiguous()
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(indices, FakeTensor):
-        check_index_range(op, indices, num_codes)
     if weights is not None:
         weights = weights.detach().reshape(shape).to(accumulator_dtype(x.dtype))
     return statistics(positions, indices, num_codes, weights, None, chosen)
@@ -91,8 +86,13 @@ def statistics(
     return torch.ops.genperf.code_statistics(x, indices, num_codes, weights, origins)
 
 
-def check_index_range(op: str, indices: Tensor, num_codes: int) -> None:
-    if indices.numel() == 0:
+def check_indices(op: str, indices: Tensor, x: Tensor, channel: int, num_codes: int) -> None:
+    """`indices` must hold a code, or -1, for each position of x; on CUDA the values are not looked at."""
+    check_tensor(op, "indices", indices)
+    if indices.dtype != torch.int64:
+        raise TypeError(f"{op}: indices must be int64, got {indices.dtype}.")
+    check_positions(op, "indices", indices, x, channel)
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(indices, FakeTensor) or indices.numel() == 0:
         return
     low, high = (int(bound) for bound in indices.aminmax())
     if low < -1 or high >= num_codes:

@@ -19,6 +19,7 @@ from ._common import (
     refuse_forward_mode,
     register_fake,
 )
+from .code_statistics import check_indices
 from .nearest_code import check_metric, search
 from .nearest_code import refusals as search_refusals
 
@@ -35,6 +36,7 @@ def vector_quantize(
     metric: str = "euclidean",
     channel_dim: int = -1,
     mask: Tensor | None = None,  # [...]
+    indices: Tensor | None = None,  # [...]
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Replace every vector by its nearest code; van den Oord et al., "Neural Discrete Representation Learning" (2017).
@@ -62,6 +64,7 @@ def vector_quantize(
         channel_dim: the dimension of x that holds a vector.
         mask: bool, x's shape without channel_dim; where False, quantized and the gradients are 0, the index is -1, and
             the loss leaves the vector out.
+        indices: int64, x's shape without channel_dim: the codes to take in place of the nearest ones, -1 as by the mask.
         impl: None picks; "native" and "reference" insist.
 
     Returns:
@@ -72,7 +75,8 @@ def vector_quantize(
         Differentiable in x and codebook; the second derivative (create_graph=True) runs in plain PyTorch.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `nearest_code`, and for a mask that does not fit.
+        ValueError, TypeError, NotImplementedError: as `nearest_code`, and for a mask or indices that do not fit.
+        IndexError: an index outside -1 ... K - 1 (on CUDA such an index is not looked for: looking would synchronise).
     """
     op = "vector_quantize"
     channel = check_vectors(op, x, codebook, channel_dim)
@@ -84,22 +88,42 @@ def vector_quantize(
         if mask.dtype != torch.bool:
             raise TypeError(f"{op}: mask must be bool, got {mask.dtype}.")
         check_positions(op, "mask", mask, x, channel)
+    if indices is not None:
+        check_indices(op, indices, x, channel, codebook.shape[0])
     reasons = refusals(x.device, x.dtype)
     refuse_forward_mode(reasons, x, codebook)
     chosen = choose_impl(op, impl, reasons)
 
     positions = as_positions(x, channel)
+    shape = (positions.shape[0], positions.shape[2])
     if mask is not None:
-        mask = mask.reshape(positions.shape[0], positions.shape[2])
-    if chosen == "reference":
-        outputs = vector_quantize_reference(positions, codebook, codebook_weight, commitment_weight, gradient, metric, mask)
-    elif torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
-        rotation = gradient == "rotation"
-        outputs = apply(_VectorQuantize, positions, codebook, codebook_weight, commitment_weight, rotation, metric, mask)[:3]
+        mask = mask.reshape(shape)
+    if indices is None:
+        found = search(positions.detach(), codebook.detach(), mask, metric, chosen)
     else:
-        outputs = _forward(positions, codebook, codebook_weight + commitment_weight, metric, mask)[:3]
-    quantized, indices, loss = outputs
-    return from_positions(quantized, x, channel), indices.reshape(positions_shape(x, channel)), loss
+        found = indices.reshape(shape).contiguous()
+        found = found if mask is None else found.masked_fill(~mask, -1)
+    quantized, loss = quantize(positions, codebook, found, codebook_weight, commitment_weight, gradient, chosen)
+    return from_positions(quantized, x, channel), found.reshape(positions_shape(x, channel)), loss
+
+
+def quantize(
+    x: Tensor,  # [outer, D, inner]
+    codebook: Tensor,  # [K, D]
+    indices: Tensor,  # [outer, inner]
+    codebook_weight: float,
+    commitment_weight: float,
+    gradient: str,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Quantized and loss of `vector_quantize` for the codes that were found; arguments already checked."""
+    if impl == "reference":
+        return _quantize_reference(x, codebook, indices, codebook_weight, commitment_weight, gradient)
+    if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
+        rotation = gradient == "rotation"
+        return apply(_VectorQuantize, x, codebook, indices, codebook_weight, commitment_weight, rotation)[:2]
+    quantized, error, _ = torch.ops.genperf.vector_quantize(x, codebook, indices)
+    return quantized, error * (codebook_weight + commitment_weight)
 
 
 def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
@@ -110,30 +134,25 @@ def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     return {"native": native, "reference": None}
 
 
-def _forward(x: Tensor, codebook: Tensor, weight: float, metric: str, mask: Tensor | None) -> tuple[Tensor, ...]:
-    indices = torch.ops.genperf.nearest_code(x, codebook, mask, metric == "cosine")
-    quantized, error, valid = torch.ops.genperf.vector_quantize(x, codebook, indices)
-    return quantized, indices, error * weight, valid
-
-
 class _VectorQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(x, codebook, codebook_weight, commitment_weight, rotation, metric, mask):
-        return _forward(x, codebook, codebook_weight + commitment_weight, metric, mask)
+    def forward(x, codebook, indices, codebook_weight, commitment_weight, rotation):
+        quantized, error, valid = torch.ops.genperf.vector_quantize(x, codebook, indices)
+        return quantized, error * (codebook_weight + commitment_weight), valid
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        x, codebook, ctx.codebook_weight, ctx.commitment_weight, ctx.rotation, _, _ = inputs
-        _, indices, _, valid = outputs
+        x, codebook, indices, ctx.codebook_weight, ctx.commitment_weight, ctx.rotation = inputs
+        valid = outputs[2]
         ctx.save_for_backward(x, codebook, indices, valid)
-        ctx.mark_non_differentiable(indices, valid)
+        ctx.mark_non_differentiable(valid)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_quantized, _indices, grad_loss, _valid):
+    def backward(ctx, grad_quantized, grad_loss, _valid):
         x, codebook, indices, valid = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
-            return (*_differentiable_backward(ctx, grad_quantized, grad_loss), None, None, None, None, None)
+            return (*_differentiable_backward(ctx, grad_quantized, grad_loss), None, None, None, None)
         grad_x = grad_codebook = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.genperf.vector_quantize_backward(
@@ -144,7 +163,7 @@ class _VectorQuantize(torch.autograd.Function):
             _, offsets = torch.ops.genperf.code_statistics(x, indices, codebook.shape[0], None, codebook)
             scale = grad_loss * (-2 * ctx.codebook_weight) / (valid * x.shape[1]).clamp(min=1)
             grad_codebook = (offsets * scale).to(codebook.dtype)
-        return grad_x, grad_codebook, None, None, None, None, None
+        return grad_x, grad_codebook, None, None, None, None
 
 
 def _differentiable_backward(ctx, grad_quantized: Tensor | None, grad_loss: Tensor | None) -> list[Tensor | None]:
