@@ -216,7 +216,7 @@ def test_rotation_and_cosine_reach_the_op():
         ({"commitment_weight": -1.0}, "commitment_weight must not be negative"),
         ({"gradient": "none"}, "gradient must be one of straight_through, rotation, got 'none'"),
         ({"metric": "dot"}, "metric must be one of euclidean, cosine, got 'dot'"),
-        ({"init": "kmeans"}, "init must be one of uniform, data, got 'kmeans'"),
+        ({"init": "pca"}, "init must be one of uniform, data, kmeans, got 'pca'"),
     ],
 )
 def test_constructor_names_the_rule(arguments, message):
@@ -230,7 +230,7 @@ def test_code_usage():
     assert usage.used == 3
     torch.testing.assert_close(usage.perplexity, entropy.exp().double(), rtol=1e-6, atol=0)
     assert code_usage(torch.arange(64), 64).perplexity.item() == pytest.approx(64)
-    assert code_usage(torch.tensor([-1, -1]), 3) == (0, 0)
+    assert code_usage(torch.tensor([-1, -1]), 3) == (0, 0, 1)
     with pytest.raises(TypeError, match="int64"):
         code_usage(torch.zeros(3), 3)
     with pytest.raises(ValueError, match="num_codes"):

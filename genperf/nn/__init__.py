@@ -1,5 +1,6 @@
 """Layers over the ops of genperf."""
 
+from ._codebooks import update_codebooks
 from .batch_norm import BatchNorm
 from .conditioning_augmentation import ConditioningAugmentation
 from .diagonal_gaussian import DiagonalGaussian
@@ -7,7 +8,7 @@ from .gumbel_quantizer import GumbelQuantizer
 from .joint import joint_mean
 from .laplacian_pyramid import LaplacianPyramid
 from .minibatch_discrimination import MinibatchDiscrimination
-from .vector_quantizer import CodeUsage, VectorQuantizer, code_usage
+from .vector_quantizer import CodeUsage, LossTerms, VectorQuantizer, code_usage
 from .virtual_batch_norm import ReferenceBatchNorm, VirtualBatchNorm, reference_pass, set_reference_batch
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "DiagonalGaussian",
     "GumbelQuantizer",
     "LaplacianPyramid",
+    "LossTerms",
     "MinibatchDiscrimination",
     "ReferenceBatchNorm",
     "VectorQuantizer",
@@ -25,4 +27,5 @@ __all__ = [
     "joint_mean",
     "reference_pass",
     "set_reference_batch",
+    "update_codebooks",
 ]

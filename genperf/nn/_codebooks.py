@@ -1,0 +1,325 @@
+"""Codebooks that follow their vectors: moving averages, initialisation from data, revival of dead codes, on all processes alike."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+
+from ..metrics._distributed import gather_numbers, gather_rows, sum_over_processes, world_size
+from ..ops.code_statistics import refusals as statistics_refusals
+from ..ops.code_statistics import statistics
+from ..ops.kmeans import kmeans
+from ..ops.nearest_code import METRICS
+
+INITS = ("uniform", "data", "kmeans")
+UPDATES = ("step", "accumulate", "none")
+
+# Of a step in the moving averages of each code.
+Weights = Tensor | Callable[[Tensor, Tensor], Tensor]
+
+# Vectors for each code that k-means starts from; more of them move its result little.
+_KMEANS_VECTORS = 256
+
+# Fractional parts of multiples of these fill [0, 1) evenly.
+_GOLDEN, _SQRT2 = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1
+
+
+class Codebooks(nn.Module):
+    """The codebooks of a quantizer and how they learn; layers extend it.
+
+    Attributes:
+        codebook: [K, D], or [books, K, D]; a buffer, or a parameter where gradients reach it.
+        counts, sums: [K] and [K, D], or with books; moving averages of the vectors of each code. They start as ones and as
+            the codebook, and exist where something follows them.
+        update: what training steps do with their statistics: "step" updates the codebooks, "accumulate" keeps them for
+            `update_codebooks`, "none" freezes the codebooks.
+    """
+
+    counts: Tensor
+    sums: Tensor
+
+    def __init__(
+        self,
+        num_codes: int,
+        code_dim: int,
+        *,
+        books: int | None,
+        decay: float | None,
+        usage_decay: float,
+        eps: float,
+        metric: str,
+        init: str,
+        init_iterations: int,
+        revive_below: float,
+        learned: bool,
+        update: str,
+    ) -> None:
+        super().__init__()
+        self.check("num_codes must be at least 1", num_codes, num_codes >= 1)
+        self.check("the dimension of a code must be at least 1", code_dim, code_dim >= 1)
+        self.check("decay must be None or lie in [0, 1)", decay, decay is None or 0 <= decay < 1)
+        self.check("usage_decay must lie in [0, 1)", usage_decay, 0 <= usage_decay < 1)
+        self.check("eps must be positive", eps, eps > 0)
+        self.check(f"metric must be one of {', '.join(METRICS)}", metric, metric in METRICS)
+        self.check(f"init must be one of {', '.join(INITS)}", init, init in INITS)
+        self.check("init_iterations must not be negative", init_iterations, init_iterations >= 0)
+        self.check("revive_below must not be negative", revive_below, revive_below >= 0)
+        self.check(f"update must be one of {', '.join(UPDATES)}", update, update in UPDATES)
+        self.num_codes = num_codes
+        self.code_dim = code_dim
+        self.decay = decay
+        self.usage_decay = usage_decay if decay is None else decay
+        self.eps = eps
+        self.metric = metric
+        self.init = init
+        self.init_iterations = init_iterations
+        self.revive_below = revive_below
+        self.update = update
+        # On the host, so that asking costs no synchronisation.
+        self._awaits_data = init != "uniform"
+        self._pending: tuple[Tensor, Tensor] | None = None
+        self._vectors: tuple[Tensor, Tensor] | None = None
+
+        shape = [num_codes, code_dim] if books is None else [books, num_codes, code_dim]
+        codebook = torch.empty(shape).uniform_(-1 / num_codes, 1 / num_codes)
+        codebook = self._normalized(codebook)
+        if learned or decay is None:
+            self.codebook = nn.Parameter(codebook)
+        else:
+            self.register_buffer("codebook", codebook)
+        if self.follows:
+            self.register_buffer("counts", torch.ones(shape[:-1]))
+            self.register_buffer("sums", codebook.clone())
+        if revive_below > 0:
+            self.register_buffer("_revivals", torch.zeros((), dtype=torch.float64), persistent=False)
+
+    @property
+    def follows(self) -> bool:
+        """Whether training steps gather statistics."""
+        return self.decay is not None or self.revive_below > 0
+
+    @property
+    def books(self) -> Tensor:
+        """The codebooks as [books, K, D]."""
+        return self.codebook if self.codebook.dim() == 3 else self.codebook.unsqueeze(0)
+
+    def _normalized(self, codes: Tensor) -> Tensor:
+        return F.normalize(codes, dim=-1, eps=1e-6) if self.metric == "cosine" else codes
+
+    @torch.no_grad()
+    def set_codes(self, codes: Tensor, counts: Tensor | None = None) -> None:
+        """Set the codebooks [(books,) K, D], and the averages as if each code had `counts` vectors, all equal to it (None: one)."""
+        codes = self._normalized(codes.to(self.codebook)).reshape(self.codebook.shape)
+        self.codebook.copy_(codes)
+        if self.follows:
+            self.counts.copy_(torch.ones_like(self.counts) if counts is None else counts.reshape(self.counts.shape))
+            self.sums.copy_(codes * self.counts.unsqueeze(-1))
+        self._awaits_data = False
+
+    @torch.no_grad()
+    def _init_from(self, vectors: Tensor, valid: Tensor | None) -> None:
+        """Set the codebooks from vectors [books, outer, D, inner], of which `valid` [books, outer, inner] are meant, alike in
+        every book, as `init` says; without any vector they stay.
+        """
+        rows = vectors.detach().movedim(2, -1).flatten(1, 2)
+        rows = rows if valid is None else rows[:, valid[0].flatten()]
+        limit = self.num_codes * _KMEANS_VECTORS
+        rows, seed = _joined(rows, limit if self.init == "kmeans" else None)
+        if rows.shape[1] == 0:
+            return
+        generator = torch.Generator(rows.device).manual_seed(seed)
+        if self.init == "kmeans":
+            found = kmeans(
+                rows,
+                self.num_codes,
+                iterations=self.init_iterations,
+                metric=self.metric,
+                heads=True,
+                generator=generator,
+            )
+            codes, counts = found.codebook, found.counts
+        else:
+            order = torch.rand(rows.shape[:2], generator=generator, device=rows.device).argsort(1)
+            drawn = order[:, torch.arange(self.num_codes, device=rows.device) % rows.shape[1]]
+            codes, counts = rows.gather(1, drawn.unsqueeze(-1).expand(-1, -1, rows.shape[2])), None
+        if world_size() > 1:  # machines may round differently
+            codes = sum_over_processes(codes if dist.get_rank() == 0 else torch.zeros_like(codes), None)
+            counts = counts if counts is None else sum_over_processes(counts if dist.get_rank() == 0 else torch.zeros_like(counts), None)
+        self.set_codes(codes, counts)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, indices: Tensor, vectors: Tensor, assigned: Tensor, update: str, weights: Weights | None = None) -> None:
+        """Take the vectors of a training step into account.
+
+        Args:
+            x, indices: [outer, D, inner] and [outer, inner], numbered over all books: code k of book b is b * K + k.
+            vectors, assigned: the same as [books, outer, D, inner] and [books, outer, inner].
+            update: one of UPDATES.
+            weights: `code_weights` of `update_codebooks`.
+        """
+        if not self.follows or update == "none":
+            return
+        books = self.books
+        impl = "reference" if statistics_refusals(x.device, x.dtype)["native"] else "native"
+        counts, sums = statistics(x.detach(), indices, books.shape[0] * self.num_codes, None, None, impl)
+        batch = counts.view(books.shape[:2]), sums.view(books.shape)
+        self.gather_statistics(*batch, vectors, assigned)
+        if update == "step":
+            _update([self], weights)
+
+    def gather_statistics(self, counts: Tensor, sums: Tensor, vectors: Tensor, assigned: Tensor) -> None:
+        """Add to what the next update takes: counts [books, K], sums [books, K, D], and the vectors it may revive codes from."""
+        if self._pending is not None:
+            counts, sums = self._pending[0] + counts, self._pending[1] + sums
+        self._pending = counts, sums
+        if self.revive_below > 0:
+            self._vectors = vectors.detach(), assigned
+
+    def _follow(self, counts: Tensor, sums: Tensor, weights: Weights | None) -> None:
+        """The moving averages, and the codebooks behind them; counts [books, K], sums [books, K, D]."""
+        counts = counts.reshape(self.counts.shape).to(self.counts.dtype)
+        sums = sums.reshape(self.sums.shape).to(self.sums.dtype)
+        share = 1 - self.usage_decay
+        if weights is None:
+            self.counts.lerp_(counts, share)
+            self.sums.lerp_(sums, share)
+        else:
+            share = share * (weights(sums, counts) if callable(weights) else weights).to(counts)
+            self.counts.lerp_(counts, share)
+            self.sums.lerp_(sums, share.unsqueeze(-1))
+        if self.decay is not None:
+            total = self.counts.sum(-1, keepdim=True)
+            smoothed = (self.counts + self.eps) / (total + self.num_codes * self.eps) * total
+            self.codebook.copy_(self._normalized(self.sums / smoothed.unsqueeze(-1)))
+
+    def number_of_vectors(self) -> Tensor:
+        """[books], int64: the vectors of the last training step that codes may be revived from."""
+        if self._vectors is None:
+            return torch.zeros(len(self.books), dtype=torch.int64, device=self.sums.device)
+        return (self._vectors[1] >= 0).flatten(1).sum(1)
+
+    def _candidates(self, before: Tensor, total: Tensor) -> Tensor:
+        """For every code one of the vectors that all processes have, zeros where another process has it: [books, K, 1 + D].
+
+        Component 0 is 1 where there is a vector. The vectors drawn stand evenly spaced in the joined batch, from a start that
+        changes from step to step without a random number: each is drawn once at most, and all processes draw the same.
+
+        Args:
+            before, total: [books], int64: vectors of the processes before this one, and of all.
+        """
+        if self._vectors is None or self._vectors[1].numel() == 0:
+            return self.sums.new_zeros(*self.books.shape[:2], 1 + self.code_dim)
+        vectors, assigned = self._vectors
+        valid = (assigned >= 0).flatten(1)  # [books, N]
+        k = torch.arange(self.num_codes, device=vectors.device)
+        start, shift = (self._revivals * _GOLDEN) % 1, ((self._revivals * _SQRT2) % 1 * self.num_codes).long()
+        stratum = (k + shift) % self.num_codes
+        strata = total.clamp(max=self.num_codes).unsqueeze(1)
+        position = ((stratum + start) * (total.unsqueeze(1) / strata.clamp(min=1).double())).long() - before.unsqueeze(1)
+        mine = (stratum < strata) & (position >= 0) & (position < valid.sum(1, keepdim=True))
+        row = torch.searchsorted(valid.cumsum(1), position.clamp(min=0) + 1).clamp(max=valid.shape[1] - 1)
+        book = torch.arange(vectors.shape[0], device=vectors.device).unsqueeze(1)
+        inner = vectors.shape[3]
+        drawn = vectors.movedim(2, -1)[book, row // inner, row % inner].to(self.sums.dtype)
+        mine = mine & drawn.isfinite().all(-1)
+        return torch.cat([mine.unsqueeze(-1).to(drawn), torch.where(mine.unsqueeze(-1), drawn, 0)], -1)
+
+    def _revive(self, candidates: Tensor) -> None:
+        """Put candidates [books, K, 1 + D] in the place of codes with few vectors."""
+        codes = self._normalized(candidates[..., 1:]).reshape(self.sums.shape)
+        dead = (self.counts < self.revive_below) & (candidates[..., 0] > 0).reshape(self.counts.shape)
+        self.counts.masked_fill_(dead, self.revive_below)
+        dead = dead.unsqueeze(-1)
+        self.sums.copy_(torch.where(dead, codes * self.revive_below, self.sums))
+        self.codebook.copy_(torch.where(dead, codes, self.codebook))
+        self._revivals += 1
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "codebook" in state_dict:
+            self._awaits_data = False
+
+    def check(self, rule: str, value: object, holds: bool) -> None:
+        if not holds:
+            raise ValueError(f"{type(self).__name__}: {rule}, got {value!r}.")
+
+
+@torch.no_grad()
+def update_codebooks(module: nn.Module, *, code_weights: Weights | None = None) -> None:
+    """Update all codebooks in a module from the statistics that their training steps gathered with update="accumulate".
+
+    Under torch.distributed every process must call it on the same module: the statistics of all layers are summed over the
+    processes in one all_reduce, whether or not a process has seen a vector. Layers that revive codes also gather the number
+    of each process's vectors first, so that all draw the same.
+
+    Args:
+        module: with VectorQuantizer or ResidualVectorQuantizer in it, or one of them.
+        code_weights: [K] or [books, K], multiplies 1 - decay for each code; or a function that returns it for the sums and
+            the counts of the joined batch.
+    """
+    _update([layer for layer in module.modules() if isinstance(layer, Codebooks) and layer.follows], code_weights)
+
+
+def _update(layers: list[Codebooks], code_weights: Weights | None) -> None:
+    parts = _gathered(layers)
+    if world_size() > 1 and parts:
+        joined = sum_over_processes(torch.cat([part.reshape(-1) for part in parts]), None)
+        parts = [flat.view(part.shape) for flat, part in zip(joined.split([part.numel() for part in parts]), parts, strict=True)]
+    for layer in layers:
+        layer._follow(parts.pop(0), parts.pop(0), code_weights)
+        if layer.revive_below > 0:
+            layer._revive(parts.pop(0))
+
+
+def _gathered(layers: list[Codebooks]) -> list[Tensor]:
+    """Counts, sums, and candidates for revival of this process, layer by layer."""
+    offsets = _offsets([layer.number_of_vectors() for layer in layers if layer.revive_below > 0])
+    parts = []
+    for layer in layers:
+        books = layer.books
+        batch = layer._pending or (layer.counts.new_zeros(books.shape[:2]), layer.sums.new_zeros(books.shape))
+        parts += [*batch, layer._candidates(*offsets.pop(0))] if layer.revive_below > 0 else batch
+        layer._pending = layer._vectors = None
+    return parts
+
+
+def _offsets(numbers: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """How many vectors the processes before this one have, and all of them, for this one's `numbers` [books] of every layer."""
+    if world_size() == 1 or not numbers:
+        return [(torch.zeros_like(number), number) for number in numbers]
+    rank, lengths = dist.get_rank(), [len(number) for number in numbers]
+    mine = torch.cat(numbers)
+    everyone = mine.new_zeros(world_size(), len(mine))
+    everyone[rank] = mine
+    everyone = sum_over_processes(everyone, None)
+    return list(zip(everyone[:rank].sum(0).split(lengths), everyone.sum(0).split(lengths), strict=True))
+
+
+def project(linear: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer over the channels of x [outer, C, inner], where they lie."""
+    if x.shape[2] == 1:
+        return linear(x.squeeze(2)).unsqueeze(2)
+    return F.conv1d(x, linear.weight.unsqueeze(-1), linear.bias)
+
+
+def _joined(rows: Tensor, limit: int | None) -> tuple[Tensor, int]:
+    """The rows [books, N, D] of all processes, evenly spaced ones where there are more than `limit`, and one seed for all."""
+    seed = int(torch.randint(2**62, ()))
+    counts = [rows.shape[1]]
+    if world_size() > 1:
+        numbers = gather_numbers([rows.shape[1], seed], None)
+        counts, seed = [count for count, _ in numbers], numbers[0][1]
+    total, rank = sum(counts), dist.get_rank() if len(counts) > 1 else 0
+    if limit is not None and total > limit:
+        starts = [sum(counts[:r]) for r in range(len(counts))]
+        # Row i * total // limit for i < limit; of those, the ones between a process's start and end.
+        first = [-(-start * limit // total) for start in [*starts, total]]
+        picked = torch.arange(first[rank], first[rank + 1], device=rows.device) * total // limit - starts[rank]
+        rows, counts = rows[:, picked], [b - a for a, b in itertools.pairwise(first)]
+    if len(counts) > 1 and sum(counts) > 0:
+        rows = gather_rows(rows.transpose(0, 1).contiguous(), counts, None).transpose(0, 1)
+    return rows, seed
