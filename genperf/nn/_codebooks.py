@@ -194,7 +194,9 @@ class Codebooks(nn.Module):
         if self.decay is not None:
             total = self.counts.sum(-1, keepdim=True)
             smoothed = (self.counts + self.eps) / (total + self.num_codes * self.eps) * total
-            self.codebook.copy_(self._normalized(self.sums / smoothed.unsqueeze(-1)))
+            torch.div(self.sums, smoothed.unsqueeze(-1), out=self.codebook)
+            if self.metric == "cosine":
+                self.codebook.copy_(self._normalized(self.codebook))
 
     def number_of_vectors(self) -> Tensor:
         """[books], int64: the vectors of the last training step that codes may be revived from."""

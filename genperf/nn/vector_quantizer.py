@@ -377,7 +377,7 @@ class VectorQuantizer(Codebooks):
 
 def _fold(t: Tensor) -> Tensor:
     """View t [books, outer, ...] as [outer * books, ...]."""
-    return t[0] if len(t) == 1 else t.transpose(0, 1).flatten(0, 1)
+    return t.squeeze(0) if len(t) == 1 else t.transpose(0, 1).flatten(0, 1)
 
 
 class CodeUsage(NamedTuple):
