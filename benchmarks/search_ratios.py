@@ -3,17 +3,12 @@
 python benchmarks/search_ratios.py                    with the best instruction set of this processor
 python benchmarks/search_ratios.py --isa x86-64-v4    without its matrix units
 
-Standard normal float32; the codebook is packed in every call. Shortest wall times; every turn calls twice, so that threads which wait for
-the other's work are not in the way. Exits with 1 where a goal is missed.
+Standard normal float32; the codebook is packed in every call. Shortest wall times. Exits with 1 where a goal is missed.
 """
 
 import argparse
 import os
-import time
-from collections.abc import Callable
 
-ROUNDS, ROUNDS_OF_SLOW = 7, 3
-SLOW_SECONDS = 1.0
 CHECKED_PRODUCTS = 2.5e9  # by float64: some seconds
 EXTRA_MEGABYTES = 32
 RIVALS = ("faiss", "torch.cdist+argmin", "vector-quantize-pytorch")
@@ -60,14 +55,15 @@ def compared(n: int, k: int, d: int, goals: tuple[float | None, ...]) -> list[di
     from bench_nearest_code import CONTENDERS, checked_rows
     from measure import peak_extra_bytes
     from report import megabytes, milliseconds
+    from turns import in_turn, verdict
 
     torch.manual_seed(0)
     x, codebook = torch.randn(n, d), torch.randn(k, d)
     ours = CONTENDERS["genperf"].make(x, codebook, None)
 
     def line(what: str, value: str, other: str = "", ratio: str = "", goal: str = "", reached: bool | None = None) -> dict[str, str]:
-        told = "" if reached is None else "yes" if reached else "no"
-        return {"N, K, D": f"{n}, {k}, {d}", "": what, "genperf": value, "other": other, "ratio": ratio, "goal": goal, "reached": told}
+        row = {"N, K, D": f"{n}, {k}, {d}", "": what, "genperf": value, "other": other, "ratio": ratio, "goal": goal}
+        return {**row, "reached": verdict(reached)}
 
     rows, exact = checked_rows(x, codebook, CHECKED_PRODUCTS)
     wrong = int((ours()[rows] != exact).sum())
@@ -87,25 +83,6 @@ def compared(n: int, k: int, d: int, goals: tuple[float | None, ...]) -> list[di
         wanted = {} if goal is None else {"goal": f">= {goal}x", "reached": ratio >= goal}
         lines.append(line(f"ms, {rival}", milliseconds(mine * 1e3), milliseconds(its * 1e3), f"{ratio:.2f}x", **wanted))
     return lines
-
-
-def in_turn(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[float, float]:
-    """Shortest seconds of each, in alternating turns."""
-    ours()
-    slow = seconds_of(theirs, 1) > SLOW_SECONDS
-    rounds, calls = (ROUNDS_OF_SLOW, 1) if slow else (ROUNDS, 2)
-    turns = [(seconds_of(ours, 2), seconds_of(theirs, calls)) for _ in range(rounds)]
-    mine, its = zip(*turns, strict=True)
-    return min(mine), min(its)
-
-
-def seconds_of(function: Callable[[], object], calls: int) -> float:
-    found = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        function()
-        found.append(time.perf_counter() - start)
-    return min(found)
 
 
 if __name__ == "__main__":

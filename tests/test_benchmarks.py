@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import measure  # noqa: E402
 import search_ratios  # noqa: E402
+import turns  # noqa: E402
 import workloads  # noqa: E402
 
 # Of the many workloads of the searches, one of each kind of size.
@@ -67,19 +68,19 @@ def test_ratios_of_the_search():
 
 
 def test_ratios_are_of_alternating_turns(monkeypatch):
-    monkeypatch.setattr(search_ratios, "SLOW_SECONDS", 0.1)
+    monkeypatch.setattr(turns, "SLOW_SECONDS", 0.1)
     calls = []
 
     def contender(name, seconds):
         return lambda: (calls.append(name), time.sleep(seconds))
 
-    ours, theirs = search_ratios.in_turn(contender("a", 0), contender("b", 0.001))
+    ours, theirs = turns.in_turn(contender("a", 0), contender("b", 0.001))
     assert ours < theirs < 0.1
-    assert "".join(calls) == "ab" + "aabb" * search_ratios.ROUNDS
+    assert "".join(calls) == "ab" + "aabb" * turns.ROUNDS
     calls.clear()
-    _, theirs = search_ratios.in_turn(contender("a", 0), contender("b", 0.12))
+    _, theirs = turns.in_turn(contender("a", 0), contender("b", 0.12))
     assert theirs >= 0.12
-    assert "".join(calls) == "ab" + "aab" * search_ratios.ROUNDS_OF_SLOW
+    assert "".join(calls) == "ab" + "aab" * turns.ROUNDS_OF_SLOW
 
 
 def parse(*options):
