@@ -1,6 +1,13 @@
-"""diffusers' DiagonalGaussianDistribution over genperf.gaussian_sample; diffusers itself is not needed.
+"""diffusers' VectorQuantizer over genperf.vector_quantize and DiagonalGaussianDistribution over genperf.gaussian_sample; diffusers
+itself is not needed.
 
-To use it in an autoencoder of diffusers, put it in the place of the name that the autoencoder's module imported:
+VectorQuantizer: what is the same: the constructor, `embedding.weight` (a checkpoint loads), beta with legacy=True, remapping, the
+shapes of what is returned. What differs, since there it is a cost or a fault: no positions x codes matrix, z is not permuted, z_q
+is the code bit for bit, the nearest code is exact in float64; with remap nothing waits for the device, and indices are not changed
+in place. To use it in a VQModel: `model.quantize = VectorQuantizer(...)` with the old one's state_dict.
+
+DiagonalGaussianDistribution: to use it in an autoencoder of diffusers, put it in the place of the name that the autoencoder's
+module imported:
 
     from diffusers.models.autoencoders import autoencoder_kl
     autoencoder_kl.DiagonalGaussianDistribution = genperf.compat.diffusers.DiagonalGaussianDistribution
@@ -28,10 +35,49 @@ from torch.randn, drawn as diffusers draws it.
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..ops.gaussian_sample import LOGVAR_RANGE, gaussian_sample
+from ._image_quantizer import ImageQuantizer
+
+
+class VectorQuantizer(ImageQuantizer):
+    """Quantises images with a codebook learned by gradient (van den Oord et al., 2017; Esser et al., 2021).
+
+    Equivalent to (no remap):
+        z_q, indices, loss = genperf.vector_quantize(
+            z, self.embedding.weight, codebook_weight=beta if legacy else 1, commitment_weight=1 if legacy else beta, channel_dim=1
+        )
+        return z_q, loss, (None, None, indices.flatten())
+
+    Args:
+        n_e: K, the number of codes.
+        vq_embed_dim: D, the length of a code.
+        beta: weight of the codes' term, or with legacy=False of the commitment; the other has weight 1.
+        remap: path of a .npy file with the indices of the codes in use, or those indices; the returned indices count them.
+        unknown_index: what `remap_to_used` makes of an unused index: "random", "extra" (one past the last) or a number.
+        sane_index_shape: return indices [B, H, W].
+        legacy: see beta.
+
+    Attributes:
+        embedding: Embedding(n_e, vq_embed_dim).
+        used, re_embed: with remap, the indices in use, a buffer; the number of indices after remapping.
+    """
+
+    def __init__(
+        self,
+        n_e: int,
+        vq_embed_dim: int,
+        beta: float,
+        remap: str | np.ndarray | Tensor | None = None,
+        unknown_index: str | int = "random",
+        sane_index_shape: bool = False,
+        legacy: bool = True,
+    ) -> None:
+        super().__init__(n_e, vq_embed_dim, beta, remap, unknown_index, sane_index_shape, legacy)
+        self.vq_embed_dim = vq_embed_dim
 
 
 def _computed(name: str) -> property:

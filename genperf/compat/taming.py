@@ -1,6 +1,15 @@
-"""taming-transformers' GumbelQuantize over genperf.gumbel_sample; taming-transformers itself is not needed.
+"""taming-transformers' quantizers over genperf.vector_quantize and genperf.gumbel_sample; taming-transformers itself is not needed.
 
-What is the same: the constructor, the names and shapes of the parameters (a checkpoint loads), the temperature as an
+VectorQuantizer2 and VectorQuantizer: what is the same: the constructor, `embedding.weight` (a checkpoint loads), the meaning
+of beta (legacy=True: it weighs the codes' term, as VectorQuantizer always does), remapping, the shapes of what is returned.
+What differs, since there it is a cost or a fault:
+  - No positions x codes matrix: the `min_encodings` of VectorQuantizer's tuple is None.
+  - z is not permuted, z_q is the code bit for bit, the nearest code is exact in float64.
+  - With remap nothing waits for the device, and indices are not changed in place.
+  - get_codebook_entry without a shape takes indices of any shape.
+For new code: `genperf.nn.VectorQuantizer`.
+
+GumbelQuantize: what is the same: the constructor, the names and shapes of the parameters (a checkpoint loads), the temperature as an
 attribute to assign, the noise in evaluation mode, the returned values and the loss, up to its 1e-10 inside the logarithm.
 
 What differs, since there it is a fault or a cost:
@@ -22,10 +31,83 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..nn.vector_quantizer import code_usage
 from ..ops.gumbel_sample import gumbel_sample
+from ._image_quantizer import ImageQuantizer
+from ._used_codes import UsedCodes
 
 
-class GumbelQuantize(nn.Module):
+class VectorQuantizer2(ImageQuantizer):
+    """Quantises images with a codebook learned by gradient (van den Oord et al., 2017; Esser et al., 2021).
+
+    Equivalent to (no remap):
+        z_q, indices, loss = genperf.vector_quantize(
+            z, self.embedding.weight, codebook_weight=beta if legacy else 1, commitment_weight=1 if legacy else beta, channel_dim=1
+        )
+        return z_q, loss, (None, None, indices.flatten())
+
+    Args:
+        n_e: K, the number of codes.
+        e_dim: D, the length of a code.
+        beta: weight of the codes' term, or with legacy=False of the commitment; the other has weight 1.
+        remap: path of a .npy file with the indices of the codes in use, or those indices; the returned indices count them.
+        unknown_index: what `remap_to_used` makes of an unused index: "random", "extra" (one past the last) or a number.
+        sane_index_shape: return indices [B, H, W].
+        legacy: see beta.
+
+    Attributes:
+        embedding: Embedding(n_e, e_dim).
+        used, re_embed: with remap, the indices in use, a buffer; the number of indices after remapping.
+    """
+
+    def __init__(
+        self,
+        n_e: int,
+        e_dim: int,
+        beta: float,
+        remap: str | np.ndarray | Tensor | None = None,
+        unknown_index: str | int = "random",
+        sane_index_shape: bool = False,
+        legacy: bool = True,
+    ) -> None:
+        super().__init__(n_e, e_dim, beta, remap, unknown_index, sane_index_shape, legacy)
+        self.e_dim = e_dim
+
+    def forward(
+        self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
+    ) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
+        """`ImageQuantizer.forward`; the other arguments are those of GumbelQuantize, and must be left alone.
+
+        Raises:
+            ValueError: another argument with a value of its own, or a z that is not [B, e_dim, H, W].
+        """
+        if temp not in (None, 1.0) or rescale_logits or return_logits:
+            raise ValueError("VectorQuantizer2: temp, rescale_logits and return_logits are of GumbelQuantize only.")
+        return super().forward(z)
+
+
+class VectorQuantizer(ImageQuantizer):
+    """`VectorQuantizer2` with legacy=True, which also returns the perplexity of the codes, and indices [B * H * W, 1].
+
+    Args:
+        n_e, e_dim, beta: as there.
+    """
+
+    def __init__(self, n_e: int, e_dim: int, beta: float) -> None:
+        super().__init__(n_e, e_dim, beta)
+        self.e_dim = e_dim
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
+        """Quantise z [B, e_dim, H, W].
+
+        Returns:
+            z_q, of z's shape; the loss, a scalar; (perplexity, None, indices), a float32 scalar and int64 [B * H * W, 1].
+        """
+        z_q, loss, indices = self.quantize(z)
+        return z_q, loss, (code_usage(indices, self.n_e).perplexity.float(), None, indices.reshape(-1, 1))
+
+
+class GumbelQuantize(UsedCodes):
     """Projects features to logits and draws codes by the Gumbel-softmax (Jang et al., 2016; Esser et al., 2021).
 
     Equivalent to (training, no remap):
@@ -55,7 +137,6 @@ class GumbelQuantize(nn.Module):
         temperature: float, to be assigned; a tensor when read.
     """
 
-    used: Tensor
     _temperature: Tensor
 
     def __init__(
@@ -80,20 +161,7 @@ class GumbelQuantize(nn.Module):
         self.use_vqinterface = use_vqinterface
         self.register_buffer("_temperature", torch.tensor(float(temp_init)), persistent=False)
         self.temperature = temp_init
-        self.remap = remap
-        self.re_embed = n_embed
-        self.unknown_index = unknown_index
-        if remap is not None:
-            used = torch.as_tensor(remap if isinstance(remap, np.ndarray | Tensor) else np.load(remap))
-            if used.dim() != 1 or used.dtype.is_floating_point or used.numel() == 0:
-                raise ValueError(f"GumbelQuantize: remap must hold a list of indices, got {used.dtype} of shape {list(used.shape)}.")
-            self.register_buffer("used", used.long().clone())
-            self.re_embed = len(used)
-            if unknown_index == "extra":
-                self.unknown_index = self.re_embed
-                self.re_embed += 1
-            elif unknown_index != "random" and not isinstance(unknown_index, int):
-                raise ValueError(f"GumbelQuantize: unknown_index must be 'random', 'extra' or a number, got {unknown_index!r}.")
+        self.use(n_embed, remap, unknown_index)
 
     @property
     def temperature(self) -> Tensor:
@@ -141,14 +209,3 @@ class GumbelQuantize(nn.Module):
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
         return F.embedding(indices, self.embed.weight).permute(0, 3, 1, 2).contiguous()
-
-    def remap_to_used(self, inds: Tensor) -> Tensor:
-        """Positions of `inds` among the indices in use; of what is not in use, see `unknown_index`."""
-        match = inds.unsqueeze(-1) == self.used.to(inds)
-        found = match.int().argmax(-1)
-        unknown = torch.randint_like(found, self.re_embed) if self.unknown_index == "random" else self.unknown_index
-        return torch.where(match.any(-1), found, unknown)
-
-    def unmap_to_all(self, inds: Tensor) -> Tensor:
-        """The inverse of `remap_to_used`; the extra index becomes the first in use."""
-        return self.used.to(inds)[torch.where(inds < len(self.used), inds, 0)]

@@ -1,0 +1,61 @@
+"""The quantizer of images that taming-transformers' VectorQuantizer2 and diffusers' VectorQuantizer share."""
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.vector_quantize import vector_quantize
+from ._used_codes import UsedCodes
+
+
+class ImageQuantizer(UsedCodes):
+    """Quantises z [B, D, H, W] with the codes of an embedding, which learn from the loss."""
+
+    def __init__(
+        self,
+        n_e: int,
+        dim: int,
+        beta: float,
+        remap: str | np.ndarray | Tensor | None = None,
+        unknown_index: str | int = "random",
+        sane_index_shape: bool = False,
+        legacy: bool = True,
+    ) -> None:
+        super().__init__()
+        self.n_e = n_e
+        self.beta = beta
+        self.legacy = legacy
+        self.sane_index_shape = sane_index_shape
+        self.embedding = nn.Embedding(n_e, dim)
+        nn.init.uniform_(self.embedding.weight, -1 / n_e, 1 / n_e)
+        self.use(n_e, remap, unknown_index)
+
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z_q, the loss, and the indices [B, H, W] in the whole codebook."""
+        if z.dim() != 4 or z.shape[1] != self.embedding.embedding_dim:
+            raise ValueError(f"{type(self).__name__}: z must be [B, {self.embedding.embedding_dim}, H, W], got {list(z.shape)}.")
+        codebook_weight, commitment_weight = (self.beta, 1.0) if self.legacy else (1.0, self.beta)
+        z_q, indices, loss = vector_quantize(
+            z, self.embedding.weight, codebook_weight=codebook_weight, commitment_weight=commitment_weight, channel_dim=1
+        )
+        return z_q, loss, indices
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
+        """Quantise z [B, D, H, W].
+
+        Returns:
+            z_q, of z's shape; the loss, a scalar; (None, None, indices), int64 [B * H * W], with remap [B * H * W, 1], with
+            sane_index_shape [B, H, W].
+        """
+        z_q, loss, indices = self.quantize(z)
+        shape = indices.shape if self.sane_index_shape else (-1,) if self.remap is None else (-1, 1)
+        if self.remap is not None:
+            indices = self.remap_to_used(indices)
+        return z_q, loss, (None, None, indices.reshape(shape))
+
+    def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
+        """Codes [B, D, H, W] of indices, where shape is (B, H, W, D); without a shape, [..., D] of indices [...]."""
+        if self.remap is not None:
+            indices = self.unmap_to_all(indices)
+        codes = F.embedding(indices if shape is None else indices.reshape(tuple(shape)[:-1]), self.embedding.weight)
+        return codes if shape is None else codes.permute(0, 3, 1, 2).contiguous()
