@@ -10,6 +10,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from ..metrics._distributed import gather_numbers, gather_rows, sum_over_processes, world_size
+from ..ops._common import accumulator_dtype, choose_impl
 from ..ops.code_statistics import refusals as statistics_refusals
 from ..ops.code_statistics import statistics
 from ..ops.kmeans import kmeans
@@ -35,6 +36,7 @@ class Codebooks(nn.Module):
         codebook: [K, D], or [books, K, D]; a buffer, or a parameter where gradients reach it.
         counts, sums: [K] and [K, D], or with books; moving averages of the vectors of each code. They start as ones and as
             the codebook, and exist where something follows them.
+        num_updates: how many updates the codebook has had, int64; a buffer that exists with revival, which draws by it.
         update: what training steps do with their statistics: "step" updates the codebooks, "accumulate" keeps them for
             `update_codebooks`, "none" freezes the codebooks.
     """
@@ -79,8 +81,11 @@ class Codebooks(nn.Module):
         self.init_iterations = init_iterations
         self.revive_below = revive_below
         self.update = update
-        # On the host, so that asking costs no synchronisation.
+        # On the host, so that asking costs no synchronisation; and as a buffer, which DistributedDataParallel copies to all
+        # processes with the codes that only one of them may have loaded.
         self._awaits_data = init != "uniform"
+        if self._awaits_data:
+            self.register_buffer("_no_codes", torch.ones((), dtype=torch.bool), persistent=False)
         self._pending: tuple[Tensor, Tensor] | None = None
         self._vectors: tuple[Tensor, Tensor] | None = None
 
@@ -95,7 +100,7 @@ class Codebooks(nn.Module):
             self.register_buffer("counts", torch.ones(shape[:-1]))
             self.register_buffer("sums", codebook.clone())
         if revive_below > 0:
-            self.register_buffer("_revivals", torch.zeros((), dtype=torch.float64), persistent=False)
+            self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
 
     @property
     def follows(self) -> bool:
@@ -118,7 +123,21 @@ class Codebooks(nn.Module):
         if self.follows:
             self.counts.copy_(torch.ones_like(self.counts) if counts is None else counts.reshape(self.counts.shape))
             self.sums.copy_(codes * self.counts.unsqueeze(-1))
+        self._has_codes()
+
+    def _has_codes(self) -> None:
         self._awaits_data = False
+        if self.init != "uniform":
+            self._no_codes.fill_(False)
+
+    @torch.compiler.disable(reason="the codes start from data: call init_codes, or take the first training step, without torch.compile")
+    @torch.no_grad()
+    def _start_from(self, vectors: Tensor, valid: Tensor | None) -> None:
+        """`_init_from` in the first training step, unless there are codes."""
+        if self._no_codes:
+            self._init_from(vectors, valid)
+        else:
+            self._awaits_data = False
 
     @torch.no_grad()
     def _init_from(self, vectors: Tensor, valid: Tensor | None) -> None:
@@ -141,7 +160,8 @@ class Codebooks(nn.Module):
                 heads=True,
                 generator=generator,
             )
-            codes, counts = found.codebook, found.counts
+            # A code without vectors of its own counts as one vector, lest the averages take it to the origin.
+            codes, counts = found.codebook, found.counts.clamp(min=1)
         else:
             order = torch.rand(rows.shape[:2], generator=generator, device=rows.device).argsort(1)
             drawn = order[:, torch.arange(self.num_codes, device=rows.device) % rows.shape[1]]
@@ -164,7 +184,7 @@ class Codebooks(nn.Module):
         if not self.follows or update == "none":
             return
         books = self.books
-        impl = "reference" if statistics_refusals(x.device, x.dtype)["native"] else "native"
+        impl = choose_impl("code_statistics", None, statistics_refusals(x.device, x.dtype))
         counts, sums = statistics(x.detach(), indices, books.shape[0] * self.num_codes, None, None, impl)
         batch = counts.view(books.shape[:2]), sums.view(books.shape)
         self.gather_statistics(*batch, vectors, assigned)
@@ -183,14 +203,11 @@ class Codebooks(nn.Module):
         """The moving averages, and the codebooks behind them; counts [books, K], sums [books, K, D]."""
         counts = counts.reshape(self.counts.shape).to(self.counts.dtype)
         sums = sums.reshape(self.sums.shape).to(self.sums.dtype)
-        share = 1 - self.usage_decay
-        if weights is None:
-            self.counts.lerp_(counts, share)
-            self.sums.lerp_(sums, share)
-        else:
+        share = torch.where(counts.sum(-1, keepdim=True) > 0, 1 - self.usage_decay, 0).to(counts)
+        if weights is not None:
             share = share * (weights(sums, counts) if callable(weights) else weights).to(counts)
-            self.counts.lerp_(counts, share)
-            self.sums.lerp_(sums, share.unsqueeze(-1))
+        self.counts.lerp_(counts, share)
+        self.sums.lerp_(sums, share.unsqueeze(-1))
         if self.decay is not None:
             total = self.counts.sum(-1, keepdim=True)
             smoothed = (self.counts + self.eps) / (total + self.num_codes * self.eps) * total
@@ -218,7 +235,8 @@ class Codebooks(nn.Module):
         vectors, assigned = self._vectors
         valid = (assigned >= 0).flatten(1)  # [books, N]
         k = torch.arange(self.num_codes, device=vectors.device)
-        start, shift = (self._revivals * _GOLDEN) % 1, ((self._revivals * _SQRT2) % 1 * self.num_codes).long()
+        step = self.num_updates.double()
+        start, shift = (step * _GOLDEN) % 1, ((step * _SQRT2) % 1 * self.num_codes).long()
         stratum = (k + shift) % self.num_codes
         strata = total.clamp(max=self.num_codes).unsqueeze(1)
         position = ((stratum + start) * (total.unsqueeze(1) / strata.clamp(min=1).double())).long() - before.unsqueeze(1)
@@ -238,12 +256,24 @@ class Codebooks(nn.Module):
         dead = dead.unsqueeze(-1)
         self.sums.copy_(torch.where(dead, codes * self.revive_below, self.sums))
         self.codebook.copy_(torch.where(dead, codes, self.codebook))
-        self._revivals += 1
+        self.num_updates += 1
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if self.revive_below > 0 and prefix + "counts" in state_dict:  # averages of a layer without revival
+            state_dict.setdefault(prefix + "num_updates", torch.zeros_like(self.num_updates))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "codebook" in state_dict:
-            self._awaits_data = False
+            self._has_codes()
+            self._pending = self._vectors = None
+            if self.follows and prefix + "sums" not in state_dict:  # averages of other codes
+                self.counts.fill_(1)
+                self.sums.copy_(self.codebook)
+
+    def check_code_weights(self, weights: Weights | None) -> None:
+        if isinstance(weights, Tensor):
+            each = list(self.codebook.shape[:-1])
+            rule = f"code_weights must have shape {each}" + (f" or {each[1:]}" if len(each) > 1 else "")
+            self.check(rule, list(weights.shape), list(weights.shape) in (each, each[-1:]))
 
     def check(self, rule: str, value: object, holds: bool) -> None:
         if not holds:
@@ -256,14 +286,20 @@ def update_codebooks(module: nn.Module, *, code_weights: Weights | None = None) 
 
     Under torch.distributed every process must call it on the same module: the statistics of all layers are summed over the
     processes in one all_reduce, whether or not a process has seen a vector. Layers that revive codes also gather the number
-    of each process's vectors first, so that all draw the same.
+    of each process's vectors first, so that all draw the same. A layer of which no process has seen a vector keeps its
+    codes, and so does one with update="none".
+
+    Call it after backward, which needs the codes that the step was quantised with.
 
     Args:
         module: with VectorQuantizer or ResidualVectorQuantizer in it, or one of them.
         code_weights: [K] or [books, K], multiplies 1 - decay for each code; or a function that returns it for the sums and
             the counts of the joined batch.
     """
-    _update([layer for layer in module.modules() if isinstance(layer, Codebooks) and layer.follows], code_weights)
+    layers = [layer for layer in module.modules() if isinstance(layer, Codebooks) and layer.follows and layer.update != "none"]
+    for layer in layers:
+        layer.check_code_weights(code_weights)
+    _update(layers, code_weights)
 
 
 def _update(layers: list[Codebooks], code_weights: Weights | None) -> None:
@@ -284,7 +320,9 @@ def _gathered(layers: list[Codebooks]) -> list[Tensor]:
     for layer in layers:
         books = layer.books
         batch = layer._pending or (layer.counts.new_zeros(books.shape[:2]), layer.sums.new_zeros(books.shape))
-        parts += [*batch, layer._candidates(*offsets.pop(0))] if layer.revive_below > 0 else batch
+        batch = [*batch, layer._candidates(*offsets.pop(0))] if layer.revive_below > 0 else batch
+        # Of one dtype on every process, whether it has seen a vector or not.
+        parts += [part.to(accumulator_dtype(layer.sums.dtype)) for part in batch]
         layer._pending = layer._vectors = None
     return parts
 
@@ -303,9 +341,10 @@ def _offsets(numbers: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 def project(linear: nn.Linear, x: Tensor) -> Tensor:
     """A linear layer over the channels of x [outer, C, inner], where they lie."""
-    if x.shape[2] == 1:
-        return linear(x.squeeze(2)).unsqueeze(2)
-    return F.conv1d(x, linear.weight.unsqueeze(-1), linear.bias)
+    weight, bias = linear.weight.to(x.dtype), None if linear.bias is None else linear.bias.to(x.dtype)
+    if x.shape[2] <= 1:
+        return F.linear(x.transpose(1, 2), weight, bias).transpose(1, 2)
+    return F.conv1d(x, weight.unsqueeze(-1), bias)
 
 
 def _joined(rows: Tensor, limit: int | None) -> tuple[Tensor, int]:

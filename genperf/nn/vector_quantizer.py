@@ -6,7 +6,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._common import as_positions, check_channel_dim, check_float, check_positions, check_tensor, from_positions, positions_shape
+from ..ops._common import (
+    HALF_DTYPES,
+    accumulator_dtype,
+    as_positions,
+    check_channel_dim,
+    check_float,
+    check_positions,
+    check_tensor,
+    choose_impl,
+    from_positions,
+    positions_shape,
+    refuse_forward_mode,
+)
 from ..ops.nearest_code import refusals as search_refusals
 from ..ops.nearest_code import search
 from ..ops.vector_quantize import GRADIENTS, quantize
@@ -193,10 +205,11 @@ class VectorQuantizer(Codebooks):
         mask = self._checked_mask(x, mask, lengths)
         update = self.update if update is None else update
         self.check(f"update must be one of {', '.join(UPDATES)}", update, update in UPDATES)
+        self.check_code_weights(code_weights)
         updates = self.training and self.follows and update != "none"
         vectors, valid = self._split(x, mask)
         if self.training and self._awaits_data:
-            self._init_from(vectors, valid)
+            self._start_from(vectors, valid)
 
         # Backward still needs these codes after the update has written the new ones in place.
         books = self._books_in_use(self.codebook.clone() if updates and update == "step" else self.codebook)
@@ -204,7 +217,9 @@ class VectorQuantizer(Codebooks):
         folded, indices = _fold(vectors), _fold(self._numbered(assigned))
         weights = self.codebook_weight, self.commitment_weight
         codes = (books if self.codebook_weight > 0 else books.detach()).flatten(0, 1)
-        impl = "reference" if quantize_refusals(x.device, x.dtype)["native"] else "native"
+        refusals = quantize_refusals(x.device, folded.dtype)
+        refuse_forward_mode(refusals, folded, codes)
+        impl = choose_impl("vector_quantize", None, refusals)
         quantized, loss = quantize(folded, codes, indices, *weights, self.gradient, impl)
         terms = LossTerms(loss / (sum(weights) or 1.0), *self._regularizers(vectors, books, assigned, valid))
         loss = loss + self.diversity_weight * terms.diversity + self.orthogonal_weight * terms.orthogonal
@@ -266,9 +281,17 @@ class VectorQuantizer(Codebooks):
         channel = check_channel_dim(name, x, self.channel_dim)
         check_float(name, "x", x)
         self.check(f"x must have {self.dim} channels in dimension {self.channel_dim}", list(x.shape), x.shape[channel] == self.dim)
+        dtype = self.codebook.dtype
+        if x.dtype != dtype and not (dtype == torch.float32 and x.dtype in HALF_DTYPES):
+            raise TypeError(
+                f"{name}: x must have the dtype of the codebook, or half precision with a float32 codebook, got {x.dtype} and {dtype}."
+            )
         if lengths is not None:
+            check_tensor(name, "lengths", lengths)
             self.check("only one of mask and lengths can be given", "both", mask is None)
             self.check("with lengths, x must be [B, T, D] or [B, D, T]", list(x.shape), x.dim() == 3 and channel != 0)
+            fits = lengths.shape == x.shape[:1] and lengths.dtype in (torch.int64, torch.int32)
+            self.check("lengths must hold an integer for each row of x", (list(lengths.shape), lengths.dtype), fits)
             steps = torch.arange(x.shape[3 - channel], device=x.device)
             mask = steps < lengths.unsqueeze(1)
         if mask is not None:
@@ -280,7 +303,10 @@ class VectorQuantizer(Codebooks):
 
     def _split(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The vectors that are searched, [books, outer, D, inner], and which of them are valid, [books, outer, inner]."""
-        positions = as_positions(x, self.channel_dim % x.dim())
+        channel = self.channel_dim % x.dim()
+        if mask is not None and (self.project_in is not None or self.metric == "cosine"):
+            x = torch.where(mask.unsqueeze(channel), x, 0)  # else what is masked could make gradients NaN
+        positions = as_positions(x, channel)
         outer, _, inner = positions.shape
         if self.project_in is not None:
             positions = project(self.project_in, positions)
@@ -310,8 +336,7 @@ class VectorQuantizer(Codebooks):
 
             logits = "dot" if self.metric == "cosine" else "distance"
             return sample_code(vectors, books, temperature=temperature, logits=logits, channel_dim=2, mask=valid)
-        refusals = search_refusals(vectors.device, vectors.dtype)
-        impl = next(name for name, reason in refusals.items() if reason is None)
+        impl = choose_impl("nearest_code", None, search_refusals(vectors.device, vectors.dtype))
         return search(vectors, books, valid, self.metric, impl)
 
     def _numbered(self, assigned: Tensor) -> Tensor:
@@ -343,21 +368,25 @@ class VectorQuantizer(Codebooks):
 
     def _orthogonality(self, books: Tensor, assigned: Tensor) -> Tensor:
         """Mean squared cosine of two codes, from the sum of squares of the Gram matrix of dimensions."""
+        books = books.to(accumulator_dtype(books.dtype))
         counted = books.new_ones(books.shape[:2])
         if self.orthogonal_used_only:
-            counted = torch.zeros_like(counted).scatter(1, assigned.flatten(1).clamp(min=0), 1.0)
+            # Slot 0 takes the masked ones.
+            counted = F.pad(torch.zeros_like(counted), (1, 0)).scatter(1, assigned.flatten(1) + 1, 1.0)[:, 1:]
         if self.orthogonal_max_codes is not None and self.orthogonal_max_codes < self.num_codes:
             keys = torch.rand_like(counted) * counted
             counted = counted * (keys >= keys.topk(self.orthogonal_max_codes, dim=1).values[:, -1:])
         codes = F.normalize(books, dim=-1, eps=1e-6) * counted.unsqueeze(-1)
         number = counted.sum(1)
-        gram = codes.transpose(1, 2) @ codes
-        return (gram.square().sum((1, 2)) / number.square() - 1 / number).mean()
+        with torch.autocast(books.device.type, enabled=False):  # squares of up to K codes exceed float16
+            gram = codes.transpose(1, 2) @ codes
+        squares = gram.square().sum((1, 2)) - number  # without those of a code and itself
+        return (squares / number.clamp(min=1).square()).mean()
 
     def _merged(self, quantized: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """The quantized vectors [outer * heads, D, inner] in the shape of x."""
         channel = self.channel_dim % x.dim()
-        quantized = quantized.reshape(-1 if quantized.shape[0] else 0, self.heads * self.code_dim, quantized.shape[2])
+        quantized = quantized.reshape(quantized.shape[0] // self.heads, self.heads * self.code_dim, quantized.shape[2])
         if self.project_out is not None:
             quantized = project(self.project_out, quantized)
         quantized = from_positions(quantized, x, channel).to(x.dtype)
