@@ -44,6 +44,9 @@ class Codebooks(nn.Module):
     counts: Tensor
     sums: Tensor
 
+    # Whether the codebooks are those of the joined batch where torch.distributed is in use.
+    synchronized = True
+
     def __init__(
         self,
         num_codes: int,
@@ -89,15 +92,13 @@ class Codebooks(nn.Module):
         self._pending: tuple[Tensor, Tensor] | None = None
         self._vectors: tuple[Tensor, Tensor] | None = None
 
-        shape = [num_codes, code_dim] if books is None else [books, num_codes, code_dim]
-        codebook = torch.empty(shape).uniform_(-1 / num_codes, 1 / num_codes)
-        codebook = self._normalized(codebook)
+        codebook = self._normalized(self._first_codes(books))
         if learned or decay is None:
             self.codebook = nn.Parameter(codebook)
         else:
             self.register_buffer("codebook", codebook)
         if self.follows:
-            self.register_buffer("counts", torch.ones(shape[:-1]))
+            self.register_buffer("counts", torch.ones(codebook.shape[:-1]))
             self.register_buffer("sums", codebook.clone())
         if revive_below > 0:
             self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
@@ -111,6 +112,11 @@ class Codebooks(nn.Module):
     def books(self) -> Tensor:
         """The codebooks as [books, K, D]."""
         return self.codebook if self.codebook.dim() == 3 else self.codebook.unsqueeze(0)
+
+    def _first_codes(self, books: int | None) -> Tensor:
+        """What the codebooks start as, before any vector is seen."""
+        shape = [self.num_codes, self.code_dim] if books is None else [books, self.num_codes, self.code_dim]
+        return torch.empty(shape).uniform_(-1 / self.num_codes, 1 / self.num_codes)
 
     def _normalized(self, codes: Tensor) -> Tensor:
         return F.normalize(codes, dim=-1, eps=1e-6) if self.metric == "cosine" else codes
@@ -147,7 +153,8 @@ class Codebooks(nn.Module):
         rows = vectors.detach().movedim(2, -1).flatten(1, 2)
         rows = rows if valid is None else rows[:, valid[0].flatten()]
         limit = self.num_codes * _KMEANS_VECTORS
-        rows, seed = _joined(rows, limit if self.init == "kmeans" else None)
+        joint = self.synchronized and world_size() > 1
+        rows, seed = _joined(rows, limit if self.init == "kmeans" else None, joint)
         if rows.shape[1] == 0:
             return
         generator = torch.Generator(rows.device).manual_seed(seed)
@@ -166,7 +173,7 @@ class Codebooks(nn.Module):
             order = torch.rand(rows.shape[:2], generator=generator, device=rows.device).argsort(1)
             drawn = order[:, torch.arange(self.num_codes, device=rows.device) % rows.shape[1]]
             codes, counts = rows.gather(1, drawn.unsqueeze(-1).expand(-1, -1, rows.shape[2])), None
-        if world_size() > 1:  # machines may round differently
+        if joint:  # machines may round differently
             codes = sum_over_processes(codes if dist.get_rank() == 0 else torch.zeros_like(codes), None)
             counts = counts if counts is None else sum_over_processes(counts if dist.get_rank() == 0 else torch.zeros_like(counts), None)
         self.set_codes(codes, counts)
@@ -200,7 +207,7 @@ class Codebooks(nn.Module):
             self._vectors = vectors.detach(), assigned
 
     def _follow(self, counts: Tensor, sums: Tensor, weights: Weights | None) -> None:
-        """The moving averages, and the codebooks behind them; counts [books, K], sums [books, K, D]."""
+        """The moving averages; counts [books, K], sums [books, K, D]."""
         counts = counts.reshape(self.counts.shape).to(self.counts.dtype)
         sums = sums.reshape(self.sums.shape).to(self.sums.dtype)
         share = torch.where(counts.sum(-1, keepdim=True) > 0, 1 - self.usage_decay, 0).to(counts)
@@ -208,12 +215,15 @@ class Codebooks(nn.Module):
             share = share * (weights(sums, counts) if callable(weights) else weights).to(counts)
         self.counts.lerp_(counts, share)
         self.sums.lerp_(sums, share.unsqueeze(-1))
-        if self.decay is not None:
-            total = self.counts.sum(-1, keepdim=True)
-            smoothed = (self.counts + self.eps) / (total + self.num_codes * self.eps) * total
-            torch.div(self.sums, smoothed.unsqueeze(-1), out=self.codebook)
-            if self.metric == "cosine":
-                self.codebook.copy_(self._normalized(self.codebook))
+
+    @torch.no_grad()
+    def _take_averages(self) -> None:
+        """Set the codes to what the moving averages say."""
+        total = self.counts.sum(-1, keepdim=True)
+        smoothed = (self.counts + self.eps) / (total + self.num_codes * self.eps) * total
+        torch.div(self.sums, smoothed.unsqueeze(-1), out=self.codebook)
+        if self.metric == "cosine":
+            self.codebook.copy_(self._normalized(self.codebook))
 
     def number_of_vectors(self) -> Tensor:
         """[books], int64: the vectors of the last training step that codes may be revived from."""
@@ -299,23 +309,28 @@ def update_codebooks(module: nn.Module, *, code_weights: Weights | None = None) 
     layers = [layer for layer in module.modules() if isinstance(layer, Codebooks) and layer.follows and layer.update != "none"]
     for layer in layers:
         layer.check_code_weights(code_weights)
-    _update(layers, code_weights)
+    for synchronized in (True, False):
+        _update([layer for layer in layers if layer.synchronized == synchronized], code_weights)
 
 
-def _update(layers: list[Codebooks], code_weights: Weights | None) -> None:
-    parts = _gathered(layers)
-    if world_size() > 1 and parts:
+def _update(layers: list[Codebooks], code_weights: Weights | None, *, write: bool | None = None) -> None:
+    """Update layers that are all `synchronized`, or none is; `write` the averages to the codes, or where there is a decay."""
+    joint = world_size() > 1 and bool(layers) and layers[0].synchronized
+    parts = _gathered(layers, joint)
+    if joint:
         joined = sum_over_processes(torch.cat([part.reshape(-1) for part in parts]), None)
         parts = [flat.view(part.shape) for flat, part in zip(joined.split([part.numel() for part in parts]), parts, strict=True)]
     for layer in layers:
         layer._follow(parts.pop(0), parts.pop(0), code_weights)
+        if write or (write is None and layer.decay is not None):
+            layer._take_averages()
         if layer.revive_below > 0:
             layer._revive(parts.pop(0))
 
 
-def _gathered(layers: list[Codebooks]) -> list[Tensor]:
+def _gathered(layers: list[Codebooks], joint: bool) -> list[Tensor]:
     """Counts, sums, and candidates for revival of this process, layer by layer."""
-    offsets = _offsets([layer.number_of_vectors() for layer in layers if layer.revive_below > 0])
+    offsets = _offsets([layer.number_of_vectors() for layer in layers if layer.revive_below > 0], joint)
     parts = []
     for layer in layers:
         books = layer.books
@@ -327,9 +342,9 @@ def _gathered(layers: list[Codebooks]) -> list[Tensor]:
     return parts
 
 
-def _offsets(numbers: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _offsets(numbers: list[Tensor], joint: bool) -> list[tuple[Tensor, Tensor]]:
     """How many vectors the processes before this one have, and all of them, for this one's `numbers` [books] of every layer."""
-    if world_size() == 1 or not numbers:
+    if not joint or not numbers:
         return [(torch.zeros_like(number), number) for number in numbers]
     rank, lengths = dist.get_rank(), [len(number) for number in numbers]
     mine = torch.cat(numbers)
@@ -347,11 +362,13 @@ def project(linear: nn.Linear, x: Tensor) -> Tensor:
     return F.conv1d(x, weight.unsqueeze(-1), bias)
 
 
-def _joined(rows: Tensor, limit: int | None) -> tuple[Tensor, int]:
-    """The rows [books, N, D] of all processes, evenly spaced ones where there are more than `limit`, and one seed for all."""
+def _joined(rows: Tensor, limit: int | None, joint: bool) -> tuple[Tensor, int]:
+    """The rows [books, N, D] of all processes, or of this one alone if not `joint`, evenly spaced ones where there are more than
+    `limit`; and one seed for all.
+    """
     seed = int(torch.randint(2**62, ()))
     counts = [rows.shape[1]]
-    if world_size() > 1:
+    if joint:
         numbers = gather_numbers([rows.shape[1], seed], None)
         counts, seed = [count for count, _ in numbers], numbers[0][1]
     total, rank = sum(counts), dist.get_rank() if len(counts) > 1 else 0

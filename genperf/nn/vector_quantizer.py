@@ -221,7 +221,8 @@ class VectorQuantizer(Codebooks):
         refuse_forward_mode(refusals, folded, codes)
         impl = choose_impl("vector_quantize", None, refusals)
         quantized, loss = quantize(folded, codes, indices, *weights, self.gradient, impl)
-        terms = LossTerms(loss / (sum(weights) or 1.0), *self._regularizers(vectors, books, assigned, valid))
+        diversity, orthogonal = self._diversity(vectors, books, valid), self._orthogonality(books, assigned)
+        terms = LossTerms(loss / (sum(weights) or 1.0), diversity, orthogonal)
         loss = loss + self.diversity_weight * terms.diversity + self.orthogonal_weight * terms.orthogonal
         if updates:
             self.observe(folded, indices, vectors, assigned, update, code_weights)
@@ -346,28 +347,27 @@ class VectorQuantizer(Codebooks):
         first = torch.arange(len(assigned), device=assigned.device) * self.num_codes
         return torch.where(assigned < 0, -1, assigned + first.view(-1, 1, 1))
 
-    def _regularizers(self, vectors: Tensor, books: Tensor, assigned: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Diversity and orthogonal term; 0 outside training and where they have no weight."""
-        diversity = orthogonal = books.new_zeros(())
-        if self.training and self.diversity_weight > 0:
-            from ..ops.code_entropy import code_entropy
+    def _diversity(self, vectors: Tensor, books: Tensor, valid: Tensor | None) -> Tensor:
+        """Negative entropy of the mean distribution over the codes; 0 outside training and without a weight."""
+        if not (self.training and self.diversity_weight > 0):
+            return books.new_zeros(())
+        from ..ops.code_entropy import code_entropy
 
-            _, entropy = code_entropy(
-                vectors,
-                books,
-                temperature=1 / self.diversity_temperature,
-                logits="dot" if self.metric == "cosine" else "distance",
-                channel_dim=2,
-                mask=valid,
-                epsilon=self._diversity_epsilon,
-            )
-            diversity = -entropy.mean()
-        if self.training and self.orthogonal_weight > 0:
-            orthogonal = self._orthogonality(books, assigned)
-        return diversity, orthogonal
+        _, entropy = code_entropy(
+            vectors,
+            books,
+            temperature=1 / self.diversity_temperature,
+            logits="dot" if self.metric == "cosine" else "distance",
+            channel_dim=2,
+            mask=valid,
+            epsilon=self._diversity_epsilon,
+        )
+        return -entropy.mean()
 
     def _orthogonality(self, books: Tensor, assigned: Tensor) -> Tensor:
-        """Mean squared cosine of two codes, from the sum of squares of the Gram matrix of dimensions."""
+        """Mean squared cosine of two codes, from the sum of squares of the Gram matrix of dimensions; 0 as `_diversity`."""
+        if not (self.training and self.orthogonal_weight > 0):
+            return books.new_zeros(())
         books = books.to(accumulator_dtype(books.dtype))
         counted = books.new_ones(books.shape[:2])
         if self.orthogonal_used_only:
