@@ -210,7 +210,7 @@ class Codebooks(nn.Module):
         """The moving averages; counts [books, K], sums [books, K, D]."""
         counts = counts.reshape(self.counts.shape).to(self.counts.dtype)
         sums = sums.reshape(self.sums.shape).to(self.sums.dtype)
-        share = torch.where(counts.sum(-1, keepdim=True) > 0, 1 - self.usage_decay, 0).to(counts)
+        share = (1 - self.usage_decay) * (counts.sum(-1, keepdim=True) > 0).to(counts)  # without a vector, all stays
         if weights is not None:
             share = share * (weights(sums, counts) if callable(weights) else weights).to(counts)
         self.counts.lerp_(counts, share)

@@ -308,6 +308,8 @@ class VectorQuantizer(Codebooks):
         if mask is not None and (self.project_in is not None or self.metric == "cosine"):
             x = torch.where(mask.unsqueeze(channel), x, 0)  # else what is masked could make gradients NaN
         positions = as_positions(x, channel)
+        if positions.stride(1) == 1 and (self.heads > 1 or self.project_in is not None):
+            positions = positions.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # which to cut, or to project, takes no copy
         outer, _, inner = positions.shape
         if self.project_in is not None:
             positions = project(self.project_in, positions)

@@ -1,0 +1,299 @@
+"""Trains quantizers in one process, in two and in three, and saves what becomes of them, case by case.
+
+python train_quantizers.py FOLDER
+
+Every process takes its share of each batch and writes FOLDER/processes-rank.pt. They are forked from one that has imported
+and compiled all that is needed, which takes longer than the training.
+
+All numbers are small multiples of 1/4, whose sums are exact in any order: the results of several processes must be those of
+one in every bit.
+"""
+
+import multiprocessing
+import sys
+from datetime import timedelta
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from genperf.nn import VectorQuantizer, _codebooks, update_codebooks
+
+WORLD, RANK = 1, 0
+DECAY = 0.75  # sums of multiples of 1/4 stay exact for a few steps
+
+
+def batch(seed, *shape):
+    return torch.randint(-8, 8, shape, generator=torch.Generator().manual_seed(seed)) / 4
+
+
+def share(x, first=0.3):
+    """The rows of x that are this process's; the first process has a share of `first`."""
+    inner = torch.linspace(first, 1, WORLD).mul(len(x)).long().tolist() if WORLD > 1 else [len(x)]
+    start, end = ([0, *inner][rank] for rank in (RANK, RANK + 1))
+    return x[start:end]
+
+
+def seeded(*arguments, **options):
+    torch.manual_seed(1)
+    layer = VectorQuantizer(*arguments, **options)
+    with torch.no_grad():  # exact as well
+        layer.codebook.copy_(batch(2, *layer.codebook.shape))
+        if layer.follows:
+            layer.sums.copy_(layer.codebook)
+    torch.manual_seed(RANK)  # what is drawn must not depend on the seeds of the other processes
+    return layer
+
+
+def state(*layers):
+    return {f"{i}.{name}": value.clone() for i, layer in enumerate(layers) for name, value in layer.state_dict().items()}
+
+
+class Collectives:
+    """Counts the calls of all_reduce."""
+
+    def __enter__(self):
+        self.calls, self.original = 0, dist.all_reduce
+        dist.all_reduce = self
+        return self
+
+    def __call__(self, *arguments, **options):
+        self.calls += 1
+        return self.original(*arguments, **options)
+
+    def __exit__(self, *_):
+        dist.all_reduce = self.original
+
+
+built_before_the_process_group = seeded(7, 3, decay=DECAY, revive_below=0.9)
+
+
+def moving_averages():
+    layer = seeded(7, 3, decay=DECAY, channel_dim=1)
+    with Collectives() as collectives:
+        for step in range(3):
+            layer(share(batch(step, 10, 3, 2, 2)))
+    assert collectives.calls == (3 if WORLD > 1 else 0)
+    return state(layer)
+
+
+def heads_and_mask():
+    separate = seeded(5, 4, decay=DECAY, heads=2, separate_codebooks=True, revive_below=0.9)
+    shared = seeded(5, 4, decay=DECAY, heads=2, revive_below=0.9)
+    for step in range(3):
+        x, mask = batch(step, 10, 3, 4), batch(step + 50, 10, 3) > -1
+        for layer in (separate, shared):
+            layer(share(x), share(mask))
+    return state(separate, shared)
+
+
+def code_weights():
+    layer = seeded(7, 3, decay=DECAY)
+    for step in range(2):
+        layer(share(batch(step, 10, 4, 3)), code_weights=lambda sums, counts: (counts > 4) * (sums[:, 0] > 0))
+    return state(layer)
+
+
+def kmeans():
+    layers = [
+        seeded(6, 3, decay=DECAY, init="kmeans"),
+        seeded(6, 4, decay=DECAY, init="kmeans", heads=2, separate_codebooks=True),
+    ]
+    for step in range(2):
+        x, mask = batch(step, 12, 5, 4), batch(step + 50, 12, 5) > -1
+        layers[0](share(x[..., :3].contiguous()), share(mask))
+        layers[1](share(x), share(mask))
+    return state(*layers)
+
+
+def cosine():
+    """To rounding: unit vectors have no exact sums."""
+    layer = seeded(6, 3, decay=DECAY, init="kmeans", metric="cosine", revive_below=0.5)
+    for step in range(4):
+        layer(share(batch(step, 12, 3)))
+    return state(layer)
+
+
+def kmeans_on_some_vectors():
+    _codebooks._KMEANS_VECTORS, before = 4, _codebooks._KMEANS_VECTORS
+    layer = seeded(6, 3, init="kmeans")
+    layer(share(batch(0, 100, 3)))
+    _codebooks._KMEANS_VECTORS = before
+    return state(layer)
+
+
+def data():
+    layers = [seeded(6, 3, decay=DECAY, init="data"), seeded(30, 4, init="data", heads=2, separate_codebooks=True)]
+    for step in range(2):
+        x, mask = batch(step, 12, 3, 4), batch(step + 50, 12, 3) > 0
+        layers[0](share(x[..., :3].contiguous()), share(mask))
+        layers[1](share(x), share(mask))
+    layers[0].init_codes(share(batch(9, 12, 3)))
+    return state(*layers)
+
+
+def revival():
+    layers = [seeded(7, 3, decay=DECAY, revive_below=2.0), seeded(40, 3, decay=DECAY, revive_below=0.9), seeded(7, 3, revive_below=2.0)]
+    with Collectives() as collectives:
+        for step in range(5):
+            for layer in layers:
+                layer(share(10 + batch(step, 9, 3)))  # out of reach of all codes but one
+    assert collectives.calls == (2 * 5 * len(layers) if WORLD > 1 else 0)
+    return state(*layers)
+
+
+def accumulation():
+    plain = nn.ModuleList(seeded(7, 3, decay=DECAY, update="accumulate") for _ in range(3))
+    reviving = nn.ModuleList(
+        [*plain, seeded(9, 2, decay=DECAY, update="accumulate", revive_below=1.0), seeded(9, 4, update="accumulate", revive_below=1.0)]
+    )
+    unused = seeded(5, 3, decay=DECAY, update="accumulate", revive_below=1.0)
+    for layers, calls in ((plain, 1), (reviving, 2)):
+        for step in range(2):
+            for micro in range(3):
+                for layer in layers:
+                    layer(share(batch(3 * step + micro, 11, layer.dim)))
+            with Collectives() as collectives:
+                update_codebooks(nn.ModuleList([*layers, unused]) if layers is reviving else layers)
+            assert collectives.calls == (calls if WORLD > 1 else 0)
+    return state(*reviving, unused)
+
+
+def first_process_has_no_vector():
+    layers = [seeded(7, 3, decay=DECAY, revive_below=1.0, init=init) for init in ("uniform", "data", "kmeans")]
+    for step in range(3):
+        for layer in layers:
+            layer(share(batch(step, 8, 2, 3), first=0))
+    return state(*layers)
+
+
+def first_process_is_masked():
+    layers = [seeded(7, 3, decay=DECAY, revive_below=1.0, init=init) for init in ("uniform", "data", "kmeans")]
+    for step in range(3):
+        x, mask = batch(step, 8, 2, 3), torch.arange(8) >= 3
+        x[~mask] = float("nan")
+        for layer in layers:
+            layer(share(x, first=0.375), share(mask.unsqueeze(1).expand(8, 2), first=0.375))
+    return state(*layers)
+
+
+def first_process_takes_no_step():
+    layers = nn.ModuleList(
+        [
+            seeded(7, 3, decay=DECAY, revive_below=1.0, update="accumulate"),
+            seeded(7, 3, decay=DECAY, revive_below=1.0, update="accumulate").bfloat16(),
+            seeded(7, 3, decay=DECAY, revive_below=1.0, update="accumulate").double(),
+        ]
+    )
+    for step in range(3):
+        for layer in layers:
+            x = share(batch(step, 8, 3), first=0).to(layer.codebook.dtype)
+            if len(x):
+                layer(x)
+        update_codebooks(layers)
+    return state(*layers)
+
+
+def no_process_has_a_vector():
+    layer = seeded(7, 3, decay=DECAY, revive_below=2.0, init="kmeans")
+    before = state(layer)
+    layer(share(batch(0, 8, 3)[:0]))
+    layer(share(batch(0, 8, 3)), torch.zeros(len(share(batch(0, 8, 3))), dtype=torch.bool))
+    after = state(layer)
+    assert all(torch.equal(before[name], after[name]) for name in ("0.codebook", "0.counts", "0.sums"))
+    layer(share(batch(0, 8, 3)))
+    return state(layer)
+
+
+def process_group_after_the_layer():
+    for step in range(3):
+        built_before_the_process_group(share(batch(step, 9, 3)))
+    return state(built_before_the_process_group)
+
+
+def compiled():
+    layer = seeded(7, 3, decay=DECAY, revive_below=1.0)
+    step = torch.compile(layer, fullgraph=True, backend="eager", dynamic=False)
+    for seed in range(3):
+        step(share(batch(seed, 9, 3)))
+    return state(layer)
+
+
+def behind_identity(layer):
+    """With parameters, as DistributedDataParallel asks for, that change no number."""
+    linear = nn.Linear(layer.dim, layer.dim, bias=False)
+    nn.init.eye_(linear.weight)
+    return nn.Sequential(linear, layer)
+
+
+def parallel(model):
+    return nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+
+
+def learned_under_data_parallel():
+    """To rounding: gradients are divided."""
+    model = behind_identity(seeded(12, 3, revive_below=0.5, usage_decay=0.5))
+    trained = parallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(4):
+        x = batch(step, 12, 3).unflatten(0, (WORLD, -1))[RANK]  # equal shares
+        quantized, _, loss = trained(x)
+        (loss + quantized.square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return state(model)
+
+
+def codes_loaded_by_the_first_process():
+    model = behind_identity(seeded(7, 3, decay=DECAY, init="kmeans", revive_below=0.9))
+    if RANK == 0:
+        model.load_state_dict({name: value + 1 if name == "1.codebook" else value for name, value in model.state_dict().items()})
+    trained = parallel(model)
+    for step in range(2):
+        trained(share(batch(step, 9, 3)))
+    return state(model)
+
+
+CASES = [
+    moving_averages,
+    heads_and_mask,
+    code_weights,
+    kmeans,
+    cosine,
+    kmeans_on_some_vectors,
+    data,
+    revival,
+    accumulation,
+    first_process_has_no_vector,
+    first_process_is_masked,
+    first_process_takes_no_step,
+    no_process_has_a_vector,
+    process_group_after_the_layer,
+    compiled,
+    learned_under_data_parallel,
+    codes_loaded_by_the_first_process,
+]
+
+
+def train(folder, world, rank):
+    global WORLD, RANK
+    WORLD, RANK = world, rank
+    torch.set_num_threads(1)
+    if world > 1:
+        group = f"file://{folder}/group-{world}"
+        dist.init_process_group("gloo", init_method=group, rank=rank, world_size=world, timeout=timedelta(seconds=40))
+    torch.save({case.__name__: case() for case in CASES}, f"{folder}/{world}-{rank}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.compile(VectorQuantizer(2, 2, decay=DECAY, revive_below=1.0), fullgraph=True, backend="eager")(torch.zeros(1, 2))
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=train, args=(sys.argv[1], world, rank)) for world in (1, 2, 3) for rank in range(world)]
+    for process in processes:
+        process.daemon = True  # ends with this one
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(any(process.exitcode for process in processes))
