@@ -138,7 +138,7 @@ def code_softmax_reference(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """The op in plain PyTorch, differentiated by autograd."""
-    heads, outer, dim, inner = x.shape
+    heads, outer, _, inner = x.shape
     valid = mask if indices is None else indices >= 0
     log_p = (logits_reference(x, codebook, valid, logits) / temperature).log_softmax(-1)  # [heads, N, K]
     if indices is not None:
@@ -239,7 +239,8 @@ def _implement(op: str) -> Callable[[Callable], Callable]:
 
     def decorate(function: Callable) -> Callable:
         def run(*arguments):
-            with torch.no_grad(), torch.autocast(arguments[0].device.type, enabled=False), _full_float32():
+            device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+            with torch.no_grad(), torch.autocast(device.type, enabled=False), _full_float32():
                 return function(*arguments)
 
         if _library.cpu_failure is None:
