@@ -219,20 +219,23 @@ void gradient_row(const Chunk& chunk,
     const Vec inside = gradient * scale / l;
     return l >= nearest ? Vec{} : inside;
   };
-  double mean = 0;
-  if (grad_usage)
-    for (int64_t first = 0; first < chunk.codes; first += kSummed) {
-      Vec sum{};
-      for_each_vector(std::min(kSummed, chunk.codes - first), true, [&](int64_t k, auto n) {
-        const Vec l = logit<kRoot>(get(row + first + k, n, kRoot ? kInfinity : -kInfinity));
-        sum = fma(exp_or_zero<Simd>(log_probability(l)), get(grad_usage + first + k, n, 0), sum);
-      });
-      mean += genperf::sum(sum);
-    }
   const int64_t index = chunk.indices ? chunk.indices[r] : 0;
-  const float chosen = row[index], middle = float(mean);
+  const Vec chosen = logit<kRoot>(broadcast(row[index]));
+  double mean = 0;
+  for (int64_t first = 0; first < chunk.codes && grad_usage; first += kSummed) {
+    float* const part = row + first;
+    Vec sum{};
+    for_each_vector(std::min(kSummed, chunk.codes - first), true, [&](int64_t k, auto n) {
+      const Vec l = logit<kRoot>(get(part + k, n, kRoot ? kInfinity : -kInfinity));
+      put(part + k, n, l);
+      sum = fma(exp_or_zero<Simd>(log_probability(l)), get(grad_usage + first + k, n, 0), sum);
+    });
+    mean += genperf::sum(sum);
+  }
+  const float middle = float(mean);
   for_each_vector(chunk.codes, true, [&](int64_t k, auto n) {
-    const Vec l = logit<kRoot>(get(row + k, n, 1));
+    const Vec found = get(row + k, n, -1);
+    const Vec l = grad_usage ? found : logit<kRoot>(found);
     const Vec y = log_probability(l);
     Vec slope = chunk.indices ? broadcast(grad_value) : -grad_value * (y + value);
     if (grad_usage)
@@ -240,7 +243,7 @@ void gradient_row(const Chunk& chunk,
     put(row + k, n, through_logit(l, exp_or_zero<Simd>(y) * slope));
   });
   if (chunk.indices)
-    row[index] -= through_logit(logit<kRoot>(broadcast(chosen)), broadcast(grad_value))[0];
+    row[index] -= through_logit(chosen, broadcast(grad_value))[0];
 }
 
 void code_softmax_rows_backward(Tensor logits,

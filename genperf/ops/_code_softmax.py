@@ -27,8 +27,11 @@ from .nearest_code import _as_head_positions, _check_search
 
 LOGITS = ("distance", "squared_distance", "dot")
 
-# Logits that are held at a time.
+# Logits that are held at a time: so many that they stay in cache, and more where codes are so many that too few rows would share a pass
+# over the codebook.
 _CHUNK = 1 << 20
+_LARGEST_CHUNK = 1 << 23
+_ROWS = 32
 
 # Below it a squared distance counts as constant, and the gradient of its root as 0.
 _SMALLEST = 1e-8
@@ -178,7 +181,7 @@ class _Chunks:
         self.centre = None if logits == "dot" else codes.mean(0)
         self.codes = codes if self.centre is None else codes - self.centre
         outer, _, inner = x.shape
-        rows = max(1, _CHUNK // len(codes))
+        rows = max(1, _CHUNK // len(codes), min(_ROWS, _LARGEST_CHUNK // len(codes)))
         if inner >= rows:
             self.outer_step, self.inner_step = 1, -(-inner // -(-inner // rows))
         else:
@@ -286,7 +289,7 @@ def _softmax_backward(grad_value, grad_usage, x, codebook, mask, indices, value,
         codes = chunks.codes
         # A column of ones, where there is a distance, sums the gradients beside the products with them.
         extended = torch.cat([codes, codes.new_ones(len(codes), 1)], 1) if chunks.root else codes
-        sums = codes.new_zeros(len(codes), codes.shape[1] + (logits != "dot"))
+        sums = codes.new_zeros(codes.shape[1] + (logits != "dot"), len(codes))
         for at, place, rows, products in chunks:
             arguments = (products, chunks.root, temperature, _at(valid, at), _at(chosen, at), largest[at], log_sum[at], values[at])
             backward = torch.ops.genperf.code_softmax_rows_backward if _has_kernel(products) else _backward_rows
@@ -300,12 +303,13 @@ def _softmax_backward(grad_value, grad_usage, x, codebook, mask, indices, value,
                 target = grad_x[head][place]
                 target.copy_(found.view(target.shape[0], target.shape[2], -1).transpose(1, 2))
             if of_codebook:
-                sums.addmm_(products.T, rows if logits == "dot" else torch.cat([rows, rows.new_ones(len(rows), 1)], 1))
+                left = rows if logits == "dot" else torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+                sums.addmm_(left.T, products)
         if of_codebook:
             if logits != "dot":
-                sums = sums[:, :-1] - codes * sums[:, -1:]
+                sums = torch.addcmul(sums[:-1], codes.T, sums[-1], value=-1)
                 sums *= -1 if chunks.root else 2
-            grad_codebook[head].copy_(sums)
+            grad_codebook[head].copy_(sums.T)
     return grad_x, grad_codebook
 
 
