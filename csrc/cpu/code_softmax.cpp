@@ -22,6 +22,7 @@ namespace {
 constexpr int64_t kGrain = 16384;         // logits to a task
 constexpr int64_t kSummed = 32 * kLanes;  // codes to a sum in float32
 constexpr int kColumns = 8;               // vectors of columns that are summed together
+constexpr int64_t kRows = 32;             // rows to a sum in float32
 constexpr int64_t kNoise = 1024;          // codes whose noise is drawn at a time
 constexpr float kSmallest = 1e-8f;        // a squared distance; below it, the gradient is 0
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -118,9 +119,32 @@ float* floats(const Tensor& t, int64_t length, const char* name) {
   return static_cast<float*>(t.data_ptr());
 }
 
-// Leaves exp(logit - largest) in the row; returns the sum.
+// What is kept of a row: the largest logit, and of the rest, relative to it and divided by the
+// temperature, the log of the sum of the exponentials and the mean.
+struct Statistics {
+  float largest = 0, log_sum = 0, mean = 0;
+};
+
+// Where the statistics of all rows are.
+struct Kept {
+  float *largest, *log_sum, *mean;
+
+  Kept(const Tensor& largest, const Tensor& log_sum, const Tensor& mean, int64_t rows)
+      : largest(floats(largest, rows, "largest")),
+        log_sum(floats(log_sum, rows, "log_sum")),
+        mean(floats(mean, rows, "mean")) {}
+
+  Statistics get(int64_t r) const { return {largest[r], log_sum[r], mean[r]}; }
+  void set(int64_t r, const Statistics& statistics) const {
+    largest[r] = statistics.largest;
+    log_sum[r] = statistics.log_sum;
+    mean[r] = statistics.mean;
+  }
+};
+
+// Leaves exp(logit - largest) in the row; returns their sum.
 template <bool kRoot>
-double exponentials(const Chunk& chunk, int64_t r, float& largest, float& log_sum, float& value) {
+double exponentials(const Chunk& chunk, int64_t r, Statistics& statistics, float& value) {
   float* const row = chunk.row(r);
   Vec top = broadcast(-FLT_MAX);
   for_each_vector(chunk.codes, true, [&](int64_t k, auto n) {
@@ -128,7 +152,7 @@ double exponentials(const Chunk& chunk, int64_t r, float& largest, float& log_su
     top = max(l, top);
     put(row + k, n, l);
   });
-  largest = genperf::largest(top);
+  const float largest = genperf::largest(top);
   const float scale = chunk.inverse_temperature;
   const float picked = chunk.indices ? (row[chunk.indices[r]] - largest) * scale : 0;
   double sum = 0, weighted = 0;
@@ -146,7 +170,7 @@ double exponentials(const Chunk& chunk, int64_t r, float& largest, float& log_su
     weighted += genperf::sum(products);
   }
   const double log = std::log(sum);
-  log_sum = float(log);
+  statistics = {largest, float(log), float(weighted / sum)};
   value = float(chunk.indices ? log - picked : log - weighted / sum);
   return sum;
 }
@@ -158,18 +182,20 @@ void code_softmax_rows(Tensor logits,
                        std::optional<Tensor> indices,
                        Tensor largest,
                        Tensor log_sum,
+                       Tensor mean,
                        Tensor value,
                        std::optional<Tensor> usage) {
   const Chunk chunk(logits, valid, indices, temperature);
-  float* const tops = floats(largest, chunk.rows, "largest");
-  float* const logs = floats(log_sum, chunk.rows, "log_sum");
+  const Kept kept(largest, log_sum, mean, chunk.rows);
   float* const values = floats(value, chunk.rows, "value");
   const Buffer<float> inverse(chunk.rows);
   with_root(root, [&](auto is_root) {
     chunk.for_each_row([&](int64_t r) {
-      tops[r] = logs[r] = values[r] = inverse[r] = 0;
+      Statistics statistics;
+      values[r] = inverse[r] = 0;
       if (chunk.counts(r))
-        inverse[r] = float(1 / exponentials<is_root>(chunk, r, tops[r], logs[r], values[r]));
+        inverse[r] = float(1 / exponentials<is_root>(chunk, r, statistics, values[r]));
+      kept.set(r, statistics);
     });
   });
   if (!usage)
@@ -183,18 +209,20 @@ void code_softmax_rows(Tensor logits,
       [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
           const int64_t first = block * kWidth, width = std::min(kWidth, chunk.codes - first);
-          Vec partial[kColumns] = {};
-          for (int64_t r = 0; r < chunk.rows; ++r) {
-            if (inverse[r] == 0)
-              continue;
-            const float* const row = chunk.row(r) + first;
-            for_each_vector(width, true, [&](int64_t k, auto n) {
-              partial[k / kLanes] =
-                  fma(broadcast(inverse[r]), get(row + k, n, 0), partial[k / kLanes]);
-            });
+          for (int64_t rows = 0; rows < chunk.rows; rows += kRows) {
+            Vec partial[kColumns] = {};
+            for (int64_t r = rows; r < std::min(rows + kRows, chunk.rows); ++r) {
+              if (inverse[r] == 0)
+                continue;
+              const float* const row = chunk.row(r) + first;
+              for_each_vector(width, true, [&](int64_t k, auto n) {
+                Vec& sum = partial[k / kLanes];
+                sum = fma(broadcast(inverse[r]), get(row + k, n, 0), sum);
+              });
+            }
+            for (int64_t k = 0; k < width; ++k)
+              sums[first + k] += partial[k / kLanes][k % kLanes];
           }
-          for (int64_t k = 0; k < width; ++k)
-            sums[first + k] += partial[k / kLanes][k % kLanes];
         }
       });
 }
@@ -204,15 +232,14 @@ void code_softmax_rows(Tensor logits,
 template <bool kRoot>
 void gradient_row(const Chunk& chunk,
                   int64_t r,
-                  float largest,
-                  float log_sum,
-                  float value,
+                  const Statistics& of,
                   float grad_value,
                   const float* grad_usage) {
   float* const row = chunk.row(r);
   const float scale = chunk.inverse_temperature;
   const float nearest = -std::sqrt(kSmallest);
-  const auto log_probability = [&](Vec l) { return bounded((l - largest) * scale - log_sum); };
+  const auto relative = [&](Vec l) { return bounded((l - of.largest) * scale); };
+  const auto probability = [&](Vec y) { return exp_or_zero<Simd>(bounded(y - of.log_sum)); };
   const auto through_logit = [&](Vec l, Vec gradient) {
     if constexpr (!kRoot)
       return gradient * scale;
@@ -228,7 +255,7 @@ void gradient_row(const Chunk& chunk,
     for_each_vector(std::min(kSummed, chunk.codes - first), true, [&](int64_t k, auto n) {
       const Vec l = logit<kRoot>(get(part + k, n, kRoot ? kInfinity : -kInfinity));
       put(part + k, n, l);
-      sum = fma(exp_or_zero<Simd>(log_probability(l)), get(grad_usage + first + k, n, 0), sum);
+      sum = fma(probability(relative(l)), get(grad_usage + first + k, n, 0), sum);
     });
     mean += genperf::sum(sum);
   }
@@ -236,11 +263,11 @@ void gradient_row(const Chunk& chunk,
   for_each_vector(chunk.codes, true, [&](int64_t k, auto n) {
     const Vec found = get(row + k, n, -1);
     const Vec l = grad_usage ? found : logit<kRoot>(found);
-    const Vec y = log_probability(l);
-    Vec slope = chunk.indices ? broadcast(grad_value) : -grad_value * (y + value);
+    const Vec y = relative(l);
+    Vec slope = chunk.indices ? broadcast(grad_value) : -grad_value * (y - of.mean);
     if (grad_usage)
       slope += get(grad_usage + k, n, 0) - middle;
-    put(row + k, n, through_logit(l, exp_or_zero<Simd>(y) * slope));
+    put(row + k, n, through_logit(l, probability(y) * slope));
   });
   if (chunk.indices)
     row[index] -= through_logit(chosen, broadcast(grad_value))[0];
@@ -253,19 +280,17 @@ void code_softmax_rows_backward(Tensor logits,
                                 std::optional<Tensor> indices,
                                 Tensor largest,
                                 Tensor log_sum,
-                                Tensor value,
+                                Tensor mean,
                                 std::optional<Tensor> grad_value,
                                 std::optional<Tensor> grad_usage) {
   const Chunk chunk(logits, valid, indices, temperature);
-  const float* const tops = floats(largest, chunk.rows, "largest");
-  const float* const logs = floats(log_sum, chunk.rows, "log_sum");
-  const float* const values = floats(value, chunk.rows, "value");
+  const Kept kept(largest, log_sum, mean, chunk.rows);
   const float* const pulls = grad_value ? floats(*grad_value, chunk.rows, "grad_value") : nullptr;
   const float* const uses = grad_usage ? floats(*grad_usage, chunk.codes, "grad_usage") : nullptr;
   with_root(root, [&](auto is_root) {
     chunk.for_each_row([&](int64_t r) {
       if (chunk.counts(r))
-        gradient_row<is_root>(chunk, r, tops[r], logs[r], values[r], pulls ? pulls[r] : 0, uses);
+        gradient_row<is_root>(chunk, r, kept.get(r), pulls ? pulls[r] : 0, uses);
       else
         std::fill_n(chunk.row(r), chunk.codes, 0.0f);
     });

@@ -1,6 +1,6 @@
 """Softmax over all codes of a codebook without the matrix positions x codes: one chunk of rows after the other.
 
-Forward keeps two numbers for each position; backward computes the logits again. A chunk of logits is one matrix product: the norms in
+Forward keeps three numbers for each position; backward computes the logits again. A chunk of logits is one matrix product: the norms in
 a squared distance are further columns of its operands. What follows it is one pass of a kernel on the CPU in float32, else plain PyTorch.
 """
 
@@ -78,7 +78,7 @@ def code_softmax(
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor | int]:
     """Of checked arguments: entropy or cross-entropy of each position [heads, outer, inner], 0 where the mask is False or the index is
-    -1; the sum of the probabilities [heads, K]; the number of positions that count, [heads] or one for all.
+    -1; the sum of the probabilities [heads, K], float64; the number of positions that count, [heads] or one for all.
     """
     if temperature == 0:
         raise ValueError(f"{op}: temperature must be positive, got {temperature!r}.")
@@ -112,14 +112,13 @@ class _CodeSoftmax(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         x, codebook, mask, indices, ctx.logits, ctx.temperature = inputs
-        value, _, statistics = outputs
-        ctx.save_for_backward(x, codebook, mask, indices, value, statistics)
-        ctx.mark_non_differentiable(statistics)
+        ctx.save_for_backward(x, codebook, mask, indices, outputs[2])
+        ctx.mark_non_differentiable(outputs[2])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_value, grad_usage, _statistics):
-        x, codebook, mask, indices, value, statistics = ctx.saved_tensors
+        x, codebook, mask, indices, statistics = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         if grad_value is None and grad_usage is None:
             return (None,) * 6
@@ -127,7 +126,7 @@ class _CodeSoftmax(torch.autograd.Function):
             outputs = code_softmax_reference(x, codebook, mask, indices, ctx.logits, ctx.temperature)
             return (*differentiate(outputs, (grad_value, grad_usage), (x, codebook), needed), None, None, None, None)
         grad_x, grad_codebook = torch.ops.genperf.code_softmax_backward(
-            grad_value, grad_usage, x, codebook, mask, indices, value, statistics, ctx.logits, ctx.temperature, *needed
+            grad_value, grad_usage, x, codebook, mask, indices, statistics, ctx.logits, ctx.temperature, *needed
         )
         return grad_x if needed[0] else None, grad_codebook if needed[1] else None, None, None, None, None
 
@@ -146,11 +145,11 @@ def code_softmax_reference(
     log_p = (logits_reference(x, codebook, valid, logits) / temperature).log_softmax(-1)  # [heads, N, K]
     if indices is not None:
         value = -log_p.gather(2, indices.reshape(heads, -1, 1).clamp(min=0)).squeeze(2)
-        usage = value.new_zeros(0)
+        usage = value.new_zeros(0, dtype=torch.float64)
     else:
         p = log_p.exp()
         value = -(p * torch.where(log_p == -math.inf, 0, log_p)).sum(-1)
-        usage = (p if valid is None else torch.where(valid.reshape(heads, -1, 1), p, 0)).sum(1)
+        usage = (p if valid is None else torch.where(valid.reshape(heads, -1, 1), p, 0)).sum(1).double()
     value = value.reshape(heads, outer, inner)
     return value if valid is None else torch.where(valid, value, 0), usage
 
@@ -185,7 +184,7 @@ class _Chunks:
         if inner >= rows:
             self.outer_step, self.inner_step = 1, -(-inner // -(-inner // rows))
         else:
-            self.outer_step, self.inner_step = min(rows // max(1, inner), outer), inner
+            self.outer_step, self.inner_step = max(1, min(rows // max(1, inner), outer)), inner
         self.buffer = x.new_empty((self.outer_step * self.inner_step, len(codes)), dtype=self.dtype)
         norms = self.codes.square().sum(1, keepdim=True)
         if logits == "distance":
@@ -261,45 +260,47 @@ def _has_kernel(x: Tensor) -> bool:
 def _softmax(x, codebook, mask, indices, logits, temperature):
     heads, outer, _, inner = x.shape
     dtype = accumulator_dtype(x.dtype)
-    statistics = x.new_empty((2, heads, outer, inner), dtype=dtype)
+    statistics = x.new_empty((3, heads, outer, inner), dtype=dtype)
     value = x.new_empty((heads, outer, inner), dtype=dtype)
     usage = x.new_zeros((heads, codebook.shape[1]) if indices is None else 0, dtype=torch.float64)
     for head in range(heads):
         valid, chosen = _rows_of(mask, head), _rows_of(indices, head)
-        largest, log_sum, values = (_rows_of(t, head) for t in (*statistics, value))
+        kept = [_rows_of(t, head) for t in statistics]
         chunks = _Chunks(x[head], codebook[head], chosen >= 0 if valid is None and chosen is not None else valid, logits)
         for at, _, _, products in chunks:
-            arguments = (products, chunks.root, temperature, _at(valid, at), _at(chosen, at), largest[at], log_sum[at], values[at])
+            arguments = (products, chunks.root, temperature, _at(valid, at), _at(chosen, at), *(t[at] for t in kept))
             forward = torch.ops.genperf.code_softmax_rows if _has_kernel(products) else _forward_rows
-            forward(*arguments, None if indices is not None else usage[head])
-    return value, usage.to(dtype), statistics
+            forward(*arguments, _rows_of(value, head)[at], None if indices is not None else usage[head])
+    return value, usage, statistics
 
 
 @_implement("code_softmax_backward")
-def _softmax_backward(grad_value, grad_usage, x, codebook, mask, indices, value, statistics, logits, temperature, of_x, of_codebook):
+def _softmax_backward(grad_value, grad_usage, x, codebook, mask, indices, statistics, logits, temperature, of_x, of_codebook):
     dtype = accumulator_dtype(x.dtype)
     grad_x = torch.empty_like(x) if of_x else x.new_empty(0)
     grad_codebook = torch.empty_like(codebook) if of_codebook else codebook.new_empty(0)
     grad_value = None if grad_value is None else grad_value.to(dtype).contiguous()
-    grad_usage = None if grad_usage is None else grad_usage.to(dtype).contiguous()
+    # Without what they have in common, which does not reach the logits, and less is rounded.
+    used = grad_usage is not None and indices is None
+    grad_usage = (grad_usage - grad_usage.mean(1, keepdim=True)).to(dtype) if used else None
     for head in range(len(x)):
         valid, chosen, pulls = (_rows_of(t, head) for t in (mask, indices, grad_value))
-        largest, log_sum, values = (_rows_of(t, head) for t in (*statistics, value))
+        kept = [_rows_of(t, head) for t in statistics]
         chunks = _Chunks(x[head], codebook[head], chosen >= 0 if valid is None and chosen is not None else valid, logits)
         codes = chunks.codes
-        # A column of ones, where there is a distance, sums the gradients beside the products with them.
-        extended = torch.cat([codes, codes.new_ones(len(codes), 1)], 1) if chunks.root else codes
+        # Where there is a distance, a column of ones sums the gradients beside the products with them: what is summed is then
+        # gradient * (x - code), of which little is lost where x is near the code that has all the weight.
+        extended = codes if logits == "dot" else torch.cat([codes, codes.new_ones(len(codes), 1)], 1)
         sums = codes.new_zeros(codes.shape[1] + (logits != "dot"), len(codes))
         for at, place, rows, products in chunks:
-            arguments = (products, chunks.root, temperature, _at(valid, at), _at(chosen, at), largest[at], log_sum[at], values[at])
+            arguments = (products, chunks.root, temperature, _at(valid, at), _at(chosen, at), *(t[at] for t in kept))
             backward = torch.ops.genperf.code_softmax_rows_backward if _has_kernel(products) else _backward_rows
             backward(*arguments, _at(pulls, at), None if grad_usage is None else grad_usage[head])
             if of_x:
                 found = products @ extended
-                if chunks.root:
+                if logits != "dot":
                     found = torch.addcmul(-found[:, :-1], rows, found[:, -1:])
-                elif logits == "squared_distance":
-                    found *= 2
+                    found *= 1 if chunks.root else -2
                 target = grad_x[head][place]
                 target.copy_(found.view(target.shape[0], target.shape[2], -1).transpose(1, 2))
             if of_codebook:
@@ -340,7 +341,7 @@ def _logits_in_place(products: Tensor, root: bool) -> Tensor:
     return products.clamp_(min=_SMALLEST).sqrt_().neg_() if root else products
 
 
-def _forward_rows(products, root, temperature, valid, indices, largest, log_sum, value, usage) -> None:
+def _forward_rows(products, root, temperature, valid, indices, largest, log_sum, mean, value, usage) -> None:
     """What csrc/cpu/code_softmax.cpp does with a chunk."""
     relative = _logits_in_place(products, root)
     torch.amax(relative, 1, out=largest)
@@ -353,24 +354,25 @@ def _forward_rows(products, root, temperature, valid, indices, largest, log_sum,
     if indices is None:
         share = total.reciprocal() if valid is None else torch.where(valid, total.reciprocal(), 0)
         usage += exps.T @ share
-        value.copy_(log_sum - relative.mul_(exps).sum(1) / total)
+        mean.copy_(relative.mul_(exps).sum(1) / total)
+        value.copy_(log_sum - mean)
     else:
+        mean.zero_()
         value.copy_(log_sum - relative.gather(1, indices.clamp(min=0).unsqueeze(1)).squeeze(1))
     if valid is not None:
         value.masked_fill_(~valid, 0)
 
 
-def _backward_rows(products, root, temperature, valid, indices, largest, log_sum, value, grad_value, grad_usage) -> None:
+def _backward_rows(products, root, temperature, valid, indices, largest, log_sum, mean, grad_value, grad_usage) -> None:
     logit = _logits_in_place(products, root)
-    log_p = ((logit - largest.unsqueeze(1)).mul_(1 / temperature).sub_(log_sum.unsqueeze(1))).clamp_(min=-1000)
+    relative = (logit - largest.unsqueeze(1)).mul_(1 / temperature).clamp_(min=-1000)
+    p = (relative - log_sum.unsqueeze(1)).exp_()
     valid = indices >= 0 if valid is None and indices is not None else valid
     if indices is not None:
-        gradient = log_p.exp_()
-        gradient.scatter_add_(1, indices.clamp(min=0).unsqueeze(1), gradient.new_full((1, 1), -1).expand(len(gradient), 1))
-        gradient *= grad_value.unsqueeze(1)
+        p.scatter_add_(1, indices.clamp(min=0).unsqueeze(1), p.new_full((1, 1), -1).expand(len(p), 1))
+        gradient = p.mul_(grad_value.unsqueeze(1))
     else:
-        p = log_p.exp()
-        slope = p.new_zeros(()) if grad_value is None else (log_p.add_(value.unsqueeze(1))).mul_(-grad_value.unsqueeze(1))
+        slope = p.new_zeros(()) if grad_value is None else relative.sub_(mean.unsqueeze(1)).mul_(-grad_value.unsqueeze(1))
         if grad_usage is not None:
             slope = slope + (grad_usage - (p @ grad_usage).unsqueeze(1))
         gradient = p.mul_(slope)
@@ -391,16 +393,16 @@ def _sample_rows(products, root, temperature, seed, first, indices) -> None:
 def _(x, codebook, mask, indices, logits, temperature):
     heads, outer, _, inner = x.shape
     dtype = accumulator_dtype(x.dtype)
-    usage = (heads, codebook.shape[1]) if indices is None else (0,)
+    usage = (heads, codebook.shape[1]) if indices is None else (0,)  # in float64, which the derivative of a logarithm deserves
     return (
         x.new_empty((heads, outer, inner), dtype=dtype),
-        x.new_empty(usage, dtype=dtype),
-        x.new_empty((2, heads, outer, inner), dtype=dtype),
+        x.new_empty(usage, dtype=torch.float64),
+        x.new_empty((3, heads, outer, inner), dtype=dtype),
     )
 
 
 @register_fake("code_softmax_backward")
-def _(grad_value, grad_usage, x, codebook, mask, indices, value, statistics, logits, temperature, of_x, of_codebook):
+def _(grad_value, grad_usage, x, codebook, mask, indices, statistics, logits, temperature, of_x, of_codebook):
     return torch.empty_like(x) if of_x else x.new_empty(0), torch.empty_like(codebook) if of_codebook else codebook.new_empty(0)
 
 

@@ -54,5 +54,5 @@ def code_cross_entropy(
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(indices, FakeTensor):
         check_index_range(op, indices, codebook.shape[-2])
     value, _, count = code_softmax(op, x, codebook, channel, mask, indices, logits, temperature, impl)
-    loss = value.sum((1, 2)) / count
+    loss = (value.sum((1, 2), dtype=torch.float64) / count).to(value.dtype)
     return loss if codebook.dim() == 3 else loss.squeeze(0)
