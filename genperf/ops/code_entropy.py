@@ -37,7 +37,9 @@ def code_entropy(
 
     `sample_entropy - batch_entropy` is the loss of LFQ (Yu et al., "Language Model Beats Diffusion", 2023), IBQ and
     Open-MAGVIT2. The diversity loss of vector-quantize-pytorch is `-batch_entropy` with temperature=1 / its
-    codebook_diversity_temperature (1 / 100) and epsilon=1e-5, and logits="dot" for unit vectors where it has use_cosine_sim.
+    codebook_diversity_temperature (1 / 100), epsilon=1e-5, and logits="dot" of unit vectors where it has use_cosine_sim. It averages
+    p over the batch alone, for each place of a sequence, and then the loss over the places: for x [B, T, D] it is
+        -code_entropy(x.movedim(1, 0), codebook.expand(T, -1, -1), temperature=1 / 100, epsilon=1e-5)[1].mean()
 
     Args:
         x: float32, bfloat16, float16 or float64; any strides.
