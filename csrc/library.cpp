@@ -23,6 +23,40 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "origins) "
       "-> (Tensor counts, Tensor sums)");
 
+  // Softmax over all codes: x is [heads, outer, D, inner], codebook [heads, K, D], mask and indices
+  // are [heads, outer, inner]. `logits` is "distance", "squared_distance" or "dot". value is the
+  // entropy of each position or, with indices, its cross-entropy; usage is the sum of the
+  // probabilities over the positions, float64, without elements where there are indices. statistics
+  // is [3, heads, outer, inner]: the largest logit and, of (logit - largest) / temperature, the log
+  // of the sum of the exponentials and the mean under the softmax. A gradient that is not asked for
+  // has no elements.
+  m.def(
+      "code_softmax(Tensor x, Tensor codebook, Tensor? mask, Tensor? indices, str logits, float "
+      "temperature) -> (Tensor value, Tensor usage, Tensor statistics)");
+  m.def(
+      "code_softmax_backward(Tensor? grad_value, Tensor? grad_usage, Tensor x, Tensor codebook, "
+      "Tensor? mask, Tensor? indices, Tensor statistics, str logits, float temperature, bool of_x, "
+      "bool of_codebook) -> (Tensor grad_x, Tensor grad_codebook)");
+  // Class k of position p of head h is perturbed by Gumbel number k of row first + p of seed + h;
+  // without a seed by nothing.
+  m.def(
+      "sample_code(Tensor x, Tensor codebook, Tensor? mask, Tensor? seed, SymInt first, str "
+      "logits, float temperature) -> Tensor");
+  // Their steps on the CPU, on contiguous float32 logits [rows, K], or squared distances where the
+  // logit is minus their `root`. The first leaves exp(logit - largest) behind and adds to usage,
+  // float64; the second leaves the gradient.
+  m.def(
+      "code_softmax_rows(Tensor(a!) logits, bool root, float temperature, Tensor? valid, Tensor? "
+      "indices, Tensor(b!) largest, Tensor(c!) log_sum, Tensor(d!) mean, Tensor(e!) value, "
+      "Tensor(f!)? usage) -> ()");
+  m.def(
+      "code_softmax_rows_backward(Tensor(a!) logits, bool root, float temperature, Tensor? valid, "
+      "Tensor? indices, Tensor largest, Tensor log_sum, Tensor mean, Tensor? grad_value, Tensor? "
+      "grad_usage) -> ()");
+  m.def(
+      "sample_code_rows(Tensor logits, bool root, float temperature, Tensor? seed, int first, "
+      "Tensor(a!) indices) -> ()");
+
   // Sampling. Noise is either given or a function of `seed`, an int64 of one element on the op's
   // device; noise.h says how. An output that is not asked for has no elements.
   //

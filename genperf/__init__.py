@@ -8,6 +8,8 @@ _library.load()
 from . import compat, losses, metrics, models, nn  # noqa: E402
 from .ops import (  # noqa: E402
     KMeansResult,
+    code_cross_entropy,
+    code_entropy,
     code_statistics,
     covariance_factor,
     frechet_distance,
@@ -21,6 +23,7 @@ from .ops import (  # noqa: E402
     nearest_code,
     perturb,
     reference_ops,
+    sample_code,
     sample_offset,
     trace_sqrt_product,
     vector_quantize,
@@ -29,6 +32,8 @@ from .ops import (  # noqa: E402
 __all__ = [
     "KMeansResult",
     "__version__",
+    "code_cross_entropy",
+    "code_entropy",
     "code_statistics",
     "compat",
     "covariance_factor",
@@ -47,6 +52,7 @@ __all__ = [
     "nn",
     "perturb",
     "reference_ops",
+    "sample_code",
     "sample_offset",
     "trace_sqrt_product",
     "vector_quantize",

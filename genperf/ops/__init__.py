@@ -1,5 +1,7 @@
 from ._common import reference_ops
 from ._noise import sample_offset
+from .code_cross_entropy import code_cross_entropy
+from .code_entropy import code_entropy
 from .code_statistics import code_statistics
 from .covariance_factor import covariance_factor
 from .frechet_distance import frechet_distance
@@ -11,11 +13,14 @@ from .kmeans import KMeansResult, kmeans
 from .matrix_sqrt import matrix_sqrt
 from .minibatch_similarity import minibatch_similarity
 from .nearest_code import nearest_code
+from .sample_code import sample_code
 from .trace_sqrt_product import trace_sqrt_product
 from .vector_quantize import vector_quantize
 
 __all__ = [
     "KMeansResult",
+    "code_cross_entropy",
+    "code_entropy",
     "code_statistics",
     "covariance_factor",
     "frechet_distance",
@@ -29,6 +34,7 @@ __all__ = [
     "nearest_code",
     "perturb",
     "reference_ops",
+    "sample_code",
     "sample_offset",
     "trace_sqrt_product",
     "vector_quantize",

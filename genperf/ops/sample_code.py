@@ -1,0 +1,85 @@
+"""Codes drawn from the softmax over the codebook."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._code_softmax import check_arguments, logits_reference, refusals, with_heads
+from ._common import accumulator_dtype, choose_impl, positions_shape
+from ._noise import draw_seed, first_sample, gumbel_noise
+from .nearest_code import nearest_code
+
+__all__ = ["refusals", "sample_code"]
+
+
+def sample_code(
+    x: Tensor,  # [..., D, ...]
+    codebook: Tensor,  # [K, D], or [heads, K, D]
+    *,
+    temperature: float = 1.0,
+    logits: str = "distance",
+    channel_dim: int = -1,
+    mask: Tensor | None = None,  # [...]
+    generator: torch.Generator | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Draw a code for every vector of x, the nearer the likelier: the stochastic counterpart of `nearest_code`.
+
+    Equivalent to (channel_dim=-1, no mask; x is [N, D], and logits [N, K] those of `code_entropy`):
+        noise = -torch.empty_like(logits).exponential_().log()
+        indices = (logits + temperature * noise).argmax(-1)                     # of softmax(logits / temperature)
+
+    without the [N, K] logits and noise: chunks of a fixed size are computed and drawn, and the noise is a function of a seed
+    and a position, so that the result does not depend on the chunks or on the layout of x.
+
+    Args:
+        temperature: not negative; at 0 the result is that of `nearest_code`, or the code of the largest dot product.
+        mask: bool, x's shape without channel_dim; where False the index is -1.
+        generator: the seed of the noise is drawn from it, or from torch's default generator of x's device.
+        x, codebook, logits, channel_dim, impl: as in `code_entropy`.
+
+    Returns:
+        int64 indices of x's shape without channel_dim. The lowest index wins a tie; a NaN is never preferred, and a vector with
+        a NaN gets index 0. Not differentiable.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `code_entropy`, and for a generator that is none.
+    """
+    op = "sample_code"
+    channel = check_arguments(op, x, codebook, temperature, logits, channel_dim, mask)
+    chosen = choose_impl(op, impl, refusals(x.device, x.dtype))
+    x, codebook = x.detach(), codebook.detach()
+    if temperature == 0 and logits != "dot":
+        indices = nearest_code(x, codebook, channel_dim=channel, impl="reference" if chosen == "reference" else None)
+        return indices if mask is None else indices.masked_fill(~mask, -1)
+    seed = draw_seed(op, x.device, generator) if temperature > 0 else None
+    positions, codes = with_heads(x, codebook, channel)
+    shape = positions_shape(x, channel)
+    batch = codebook.dim() - 2
+    first = first_sample() * math.prod(shape[batch + 1 :]) if channel != batch else 0
+    if mask is not None:
+        mask = mask.reshape(positions.shape[0], positions.shape[1], positions.shape[3])
+    arguments = (positions, codes, mask, seed, first, logits, float(temperature))
+    found = sample_code_reference(*arguments) if chosen == "reference" else torch.ops.genperf.sample_code(*arguments)
+    return found.reshape(shape)
+
+
+def sample_code_reference(
+    x: Tensor,  # [heads, outer, D, inner]
+    codebook: Tensor,  # [heads, K, D]
+    mask: Tensor | None,  # [heads, outer, inner]
+    seed: Tensor | None,
+    first: int,
+    logits: str,
+    temperature: float,
+) -> Tensor:
+    """The op in plain PyTorch."""
+    heads, outer, _, inner = x.shape
+    perturbed = logits_reference(x, codebook, None, logits)  # [heads, N, K]
+    if seed is not None:
+        dtype = accumulator_dtype(x.dtype)
+        noise = [gumbel_noise(seed + head, outer * inner, codebook.shape[1], dtype, first) for head in range(heads)]
+        perturbed = perturbed + temperature * torch.stack(noise)
+    indices = perturbed.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argmax(-1).reshape(heads, outer, inner)
+    return indices if mask is None else indices.masked_fill(~mask, -1)
