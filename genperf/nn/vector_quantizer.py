@@ -19,8 +19,10 @@ from ..ops._common import (
     positions_shape,
     refuse_forward_mode,
 )
+from ..ops.code_entropy import code_entropy
 from ..ops.nearest_code import refusals as search_refusals
 from ..ops.nearest_code import search
+from ..ops.sample_code import sample_code
 from ..ops.vector_quantize import GRADIENTS, quantize
 from ..ops.vector_quantize import refusals as quantize_refusals
 from ._codebooks import UPDATES, Codebooks, Weights, project
@@ -335,8 +337,6 @@ class VectorQuantizer(Codebooks):
         """The codes [books, outer, inner] of the vectors."""
         vectors, books = vectors.detach(), books.detach()
         if temperature > 0:
-            from ..ops.sample_code import sample_code
-
             logits = "dot" if self.metric == "cosine" else "distance"
             return sample_code(vectors, books, temperature=temperature, logits=logits, channel_dim=2, mask=valid)
         impl = choose_impl("nearest_code", None, search_refusals(vectors.device, vectors.dtype))
@@ -353,8 +353,6 @@ class VectorQuantizer(Codebooks):
         """Negative entropy of the mean distribution over the codes; 0 outside training and without a weight."""
         if not (self.training and self.diversity_weight > 0):
             return books.new_zeros(())
-        from ..ops.code_entropy import code_entropy
-
         _, entropy = code_entropy(
             vectors,
             books,
