@@ -2,11 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ._code_softmax import check_arguments, code_softmax, refusals
-from ._common import check_positions, check_tensor
-from .code_statistics import check_index_range
+from .code_statistics import check_indices
 
 __all__ = ["code_cross_entropy", "refusals"]
 
@@ -47,12 +45,7 @@ def code_cross_entropy(
     """
     op = "code_cross_entropy"
     channel = check_arguments(op, x, codebook, temperature, logits, channel_dim, mask)
-    check_tensor(op, "indices", indices)
-    if indices.dtype != torch.int64:
-        raise TypeError(f"{op}: indices must be int64, got {indices.dtype}.")
-    check_positions(op, "indices", indices, x, channel)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(indices, FakeTensor):
-        check_index_range(op, indices, codebook.shape[-2])
+    check_indices(op, indices, x, channel, codebook.shape[-2])
     value, _, count = code_softmax(op, x, codebook, channel, mask, indices, logits, temperature, impl)
     loss = (value.sum((1, 2), dtype=torch.float64) / count).to(value.dtype)
     return loss if codebook.dim() == 3 else loss.squeeze(0)
