@@ -172,10 +172,13 @@ def logits_reference(x: Tensor, codebook: Tensor, valid: Tensor | None, logits: 
 
 
 class _Chunks:
-    """The logits of one head's positions, chunk by chunk, in a buffer that is used again."""
+    """The logits of one head's positions, chunk by chunk, in a buffer that is used again.
 
-    def __init__(self, x: Tensor, codebook: Tensor, valid: Tensor | None, logits: str):  # [outer, D, inner], [K, D], [N]
-        self.x, self.valid, self.logits, self.dtype = x, valid, logits, accumulator_dtype(x.dtype)
+    x is [outer, D, inner]; valid, where it is not None, is [outer * inner]. Both may be replaced by another head's.
+    """
+
+    def __init__(self, x: Tensor, codebook: Tensor, logits: str):  # [outer, D, inner], [K, D]
+        self.x, self.valid, self.logits, self.dtype = x, None, logits, accumulator_dtype(x.dtype)
         codes = codebook.to(self.dtype)
         self.centre = None if logits == "dot" else codes.mean(0)
         self.codes = codes if self.centre is None else codes - self.centre
@@ -221,6 +224,16 @@ class _Chunks:
                 yield positions, place, rows, torch.mm(left, self.operand.T, out=self.buffer[: len(rows)])
 
 
+def _heads(x: Tensor, codebook: Tensor, valid: Tensor | None, logits: str) -> Iterator[tuple[int, _Chunks]]:
+    """Each head with its chunks; heads of one codebook that was expanded share what is made of it."""
+    chunks = None
+    for head in range(len(x)):
+        if chunks is None or codebook.stride(0) != 0:
+            chunks = _Chunks(x[head], codebook[head], logits)
+        chunks.x, chunks.valid = x[head], _rows_of(valid, head)
+        yield head, chunks
+
+
 @contextmanager
 def _full_float32() -> Iterator[None]:
     """Products of float32 tensors in float32, whatever the caller allows for its own."""
@@ -263,10 +276,9 @@ def _softmax(x, codebook, mask, indices, logits, temperature):
     statistics = x.new_empty((3, heads, outer, inner), dtype=dtype)
     value = x.new_empty((heads, outer, inner), dtype=dtype)
     usage = x.new_zeros((heads, codebook.shape[1]) if indices is None else 0, dtype=torch.float64)
-    for head in range(heads):
-        valid, chosen = _rows_of(mask, head), _rows_of(indices, head)
+    for head, chunks in _heads(x, codebook, mask if indices is None else indices >= 0, logits):
+        valid, chosen = chunks.valid, _rows_of(indices, head)
         kept = [_rows_of(t, head) for t in statistics]
-        chunks = _Chunks(x[head], codebook[head], chosen >= 0 if valid is None and chosen is not None else valid, logits)
         for at, _, _, products in chunks:
             arguments = (products, chunks.root, temperature, _at(valid, at), _at(chosen, at), *(t[at] for t in kept))
             forward = torch.ops.genperf.code_softmax_rows if _has_kernel(products) else _forward_rows
@@ -283,10 +295,9 @@ def _softmax_backward(grad_value, grad_usage, x, codebook, mask, indices, statis
     # Without what they have in common, which does not reach the logits, and less is rounded.
     used = grad_usage is not None and indices is None
     grad_usage = (grad_usage - grad_usage.mean(1, keepdim=True)).to(dtype) if used else None
-    for head in range(len(x)):
-        valid, chosen, pulls = (_rows_of(t, head) for t in (mask, indices, grad_value))
+    for head, chunks in _heads(x, codebook, mask if indices is None else indices >= 0, logits):
+        valid, chosen, pulls = chunks.valid, _rows_of(indices, head), _rows_of(grad_value, head)
         kept = [_rows_of(t, head) for t in statistics]
-        chunks = _Chunks(x[head], codebook[head], chosen >= 0 if valid is None and chosen is not None else valid, logits)
         codes = chunks.codes
         # Where there is a distance, a column of ones sums the gradients beside the products with them: what is summed is then
         # gradient * (x - code), of which little is lost where x is near the code that has all the weight.
@@ -318,10 +329,9 @@ def _softmax_backward(grad_value, grad_usage, x, codebook, mask, indices, statis
 def _sample(x, codebook, mask, seed, first, logits, temperature):
     heads, outer, _, inner = x.shape
     indices = x.new_empty((heads, outer, inner), dtype=torch.int64)
-    for head in range(heads):
+    for head, chunks in _heads(x, codebook, None, logits):
         key = None if seed is None else seed + head
         found = _rows_of(indices, head)
-        chunks = _Chunks(x[head], codebook[head], None, logits)
         for at, _, _, products in chunks:
             draw = torch.ops.genperf.sample_code_rows if _has_kernel(products) else _sample_rows
             draw(products, chunks.root, temperature, key, first + at.start, found[at])
@@ -350,7 +360,6 @@ def _forward_rows(products, root, temperature, valid, indices, largest, log_sum,
     exps = relative.exp()
     total = exps.sum(1)
     torch.log(total, out=log_sum)
-    valid = indices >= 0 if valid is None and indices is not None else valid
     if indices is None:
         share = total.reciprocal() if valid is None else torch.where(valid, total.reciprocal(), 0)
         usage += exps.T @ share
@@ -367,7 +376,6 @@ def _backward_rows(products, root, temperature, valid, indices, largest, log_sum
     logit = _logits_in_place(products, root)
     relative = (logit - largest.unsqueeze(1)).mul_(1 / temperature).clamp_(min=-1000)
     p = (relative - log_sum.unsqueeze(1)).exp_()
-    valid = indices >= 0 if valid is None and indices is not None else valid
     if indices is not None:
         p.scatter_add_(1, indices.clamp(min=0).unsqueeze(1), p.new_full((1, 1), -1).expand(len(p), 1))
         gradient = p.mul_(grad_value.unsqueeze(1))
