@@ -328,7 +328,7 @@ def test_usage_of_the_moving_averages():
     frequency = torch.tensor([2.0, 1.0, 1.0, 0.05]).double() / 4.05
     torch.testing.assert_close(perplexity, (-(frequency * frequency.log()).sum()).exp(), rtol=1e-6, atol=0)
     assert (used, dead) == (3, 0.25)
-    with pytest.raises(ValueError, match="^VectorQuantizer: usage .* needs a decay or revive_below, got None"):
+    with pytest.raises(ValueError, match=r"^VectorQuantizer: usage .* needs a decay or revive_below, got None"):
         VectorQuantizer(4, 2).usage()
 
 
