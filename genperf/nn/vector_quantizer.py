@@ -82,6 +82,7 @@ class VectorQuantizer(Codebooks):
         init: "uniform" draws codes from (-1/K, 1/K), made unit vectors for "cosine". The others also do so, and replace
             the codes from the first training batch (`init_codes`), unless codes were loaded before: then no code starts
             out of reach. "data" takes random vectors of it, "kmeans" the centres that `genperf.kmeans` finds in it.
+            That step waits for the device; under torch.compile(fullgraph=True) call `init_codes` before it.
         init_iterations: of k-means.
         revive_below: a code whose moving count falls below it is replaced by a vector of the batch; 0 for never. The
             vectors stand evenly spaced in the (joined) batch, from another start in every step; where there are fewer
@@ -89,12 +90,13 @@ class VectorQuantizer(Codebooks):
         sample_temperature: in training, draw the codes from softmax(-distance / temperature) in place of the nearest
             (`genperf.sample_code`); 0 for the nearest.
         update: "step": training steps update the codebook. "accumulate": `update_codebooks` does, once for many
-            micro-batches and with one collective for all layers. "none": the codebook stays as it is.
+            micro-batches and with one collective for all layers. "none": the averages and the codes they move stay.
 
     Attributes:
         codebook: [K, D], or with separate codebooks [heads, K, D]; a parameter, or with a decay a buffer.
         counts, sums: [K] and [K, D], or with heads, buffers that exist with a decay or revival; they start as ones and as
             the codebook.
+        num_updates: int64, a buffer that exists with revival, which draws by it.
         project_in, project_out: the linear layers, or None.
 
     Raises:
@@ -191,10 +193,11 @@ class VectorQuantizer(Codebooks):
         """Quantise x.
 
         Args:
-            x: [..., D, ...], of the codebook's dtype, or half precision with a float32 codebook.
+            x: [..., D, ...], of the codebook's dtype, or half precision with a float32 codebook; the linear layers then
+                compute in x's dtype.
             mask: bool, x's shape without channel_dim; where False a vector is left out: quantized 0, index -1, no part
                 in loss, gradients and moving averages.
-            lengths: int64, [B], in place of a mask: of row i of x [B, T, D] (or [B, D, T]) the first lengths[i] vectors count.
+            lengths: int64 or int32, [B], in place of a mask: of row i of x [B, T, D] (or [B, D, T]) the first lengths[i] vectors count.
             update: in place of the attribute `update`.
             code_weights: as in `update_codebooks`.
             return_terms: also return the terms of the loss.
@@ -203,6 +206,9 @@ class VectorQuantizer(Codebooks):
             quantized, of x's shape and dtype; indices, int64, x's shape without channel_dim, with a last dimension of heads
             where there are several; loss, a scalar (see `genperf.vector_quantize`, plus the weighted diversity and
             orthogonal terms); with return_terms, `LossTerms`.
+
+        Raises:
+            ValueError, TypeError: arguments that do not fit; the codebook has not changed then.
         """
         mask = self._checked_mask(x, mask, lengths)
         update = self.update if update is None else update
@@ -273,7 +279,10 @@ class VectorQuantizer(Codebooks):
         self._init_from(*self._split(x, self._checked_mask(x, mask, None)))
 
     def usage(self) -> "CodeUsage":
-        """How the moving averages of the training steps use the codebook; of all books together where there are several."""
+        """How the moving averages of the training steps use the codebook; of all books together where there are several.
+
+        A code is in use where its averaged count reaches revive_below, or without revival is not 0.
+        """
         self.check("usage is of the moving averages: it needs a decay or revive_below", self.decay, self.follows)
         return _usage_of(self.counts.double().flatten(), max(self.revive_below, torch.finfo(torch.float32).tiny))
 
