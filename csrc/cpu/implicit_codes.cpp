@@ -4,7 +4,7 @@
 // and so as many vectors as there are channels. Where positions lie back to back, channels
 // innermost, a tile is read as it lies, and every vector has the constants of its own mixture of
 // channels; else lanes are positions.
-#include "implicit_codes.h"
+#include "implicit_levels.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
