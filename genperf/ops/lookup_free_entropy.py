@@ -91,6 +91,7 @@ def lookup_free_entropy(
         x = scale * F.normalize(x, dim=channel)
     sharpness = 4 * inv_temperature * code_size(scale, spherical, bits)
     entropy, mass, count = code_mass(op, x, channel, mask, sharpness, group, impl)
+    count = count.clamp(min=1)
     return entropy / count, entropy_of(mass / count).sum()
 
 
@@ -107,15 +108,15 @@ def check_group(op: str, group_size: int | None, bits: int) -> int:
 def code_mass(
     op: str, x: Tensor, channel: int, mask: Tensor | None, sharpness: float, group: int, impl: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over vectors: entropies [], probabilities of each group's codes [groups, 2^group]; the number of vectors, at least 1."""
+    """Sums over vectors: entropies [], probabilities of each group's codes [groups, 2^group]; the number of vectors."""
     reasons = refusals(x.device, x.dtype)
     refuse_forward_mode(reasons, x)
     positions = as_positions(x, channel)
     if mask is not None:
         mask = mask.reshape(positions.shape[0], positions.shape[2])
-        count = mask.sum(dtype=accumulator_dtype(x.dtype)).clamp(min=1)
+        count = mask.sum(dtype=accumulator_dtype(x.dtype))
     else:
-        count = positions.new_full((), max(1, positions.shape[0] * positions.shape[2]), dtype=accumulator_dtype(x.dtype))
+        count = positions.new_full((), positions.shape[0] * positions.shape[2], dtype=accumulator_dtype(x.dtype))
     if choose_impl(op, impl, reasons) == "reference":
         entropy, mass = code_mass_reference(positions, mask, sharpness, group)
     elif torch.is_grad_enabled() and x.requires_grad:
