@@ -240,7 +240,7 @@ def test_large_codebooks_of_lfq(device):
     assert indices.max() > 2**38
     assert loss == 0
     assert torch.equal(layer.indices_to_codes(indices), quantized)
-    with pytest.raises(NotImplementedError, match="LFQ: entropy_loss_weight over more than 2.24 codes"):
+    with pytest.raises(NotImplementedError, match="LFQ: entropy_loss_weight over more than"):
         LFQ(codebook_size=2**40)(torch.randn(1, 2, 40))
 
 

@@ -199,18 +199,20 @@ def _bits(width: int, like: Tensor) -> Tensor:
     return (torch.arange(2**width, device=like.device).unsqueeze(1) >> places & 1).to(like.dtype)
 
 
-def _halves(logits: Tensor, valid: Tensor | None, group: int) -> list[Tensor]:
-    """The probabilities [groups, n, 2^b] of all values of the first half of each group's bits, and of the second."""
-    by_group = logits.unflatten(1, (-1, group)).transpose(0, 1)
+def _halves(p: Tensor, q: Tensor, valid: Tensor | None, group: int) -> list[Tensor]:
+    """The probabilities [groups, n, 2^b] of all values of the first half of each group's bits, and of the second.
+
+    p and q [n, D] are those of the bits being set and not.
+    """
     products = []
-    for half in by_group.split([group // 2, group - group // 2], -1):
-        p, q = half.sigmoid().unsqueeze(-2), (-half).sigmoid().unsqueeze(-2)
-        product = by_group.new_ones(*by_group.shape[:2], 1)
-        for bit in range(half.shape[-1]):
-            product = torch.stack((product * q[..., bit], product * p[..., bit]), -1).flatten(-2)
+    for bits in (range(group // 2), range(group // 2, group)):
+        product = p.new_empty(p.shape[1] // group, p.shape[0], 2 ** len(bits))
+        product[..., 0] = 1 if valid is None else valid.squeeze(1)
+        for width, bit in enumerate(reversed(bits)):
+            known, set_too = product[..., : 2**width], product[..., 2**width : 2 ** (width + 1)]
+            torch.mul(known, p[:, bit::group].T.unsqueeze(-1), out=set_too)
+            known.mul_(q[:, bit::group].T.unsqueeze(-1))
         products.append(product)
-    if valid is not None:
-        products[0] = products[0] * valid
     return products
 
 
@@ -220,10 +222,11 @@ def _code_mass(x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> 
     entropy = x.new_zeros((), dtype=torch.float64)
     with torch.autocast(x.device.type, enabled=False):
         for logits, valid, _ in _chunks(x, mask, sharpness, group):
-            size = logits.abs()
-            entropies = size * (-size).sigmoid() - F.logsigmoid(size)
+            p, q = logits.sigmoid(), (-logits).sigmoid()
+            less = torch.minimum(p, q)
+            entropies = logits.abs() * less - (-less).log1p()
             entropy += (entropies if valid is None else entropies * valid).sum(dtype=torch.float64)
-            first, second = _halves(logits, valid, group)
+            first, second = _halves(p, q, valid, group)
             mass.baddbmm_(first.transpose(1, 2), second)
     return entropy.to(dtype), mass.flatten(1)
 
@@ -237,7 +240,7 @@ def _code_mass_backward(
             p, q = logits.sigmoid(), (-logits).sigmoid()
             slope = torch.zeros_like(logits) if grad_entropy is None else -grad_entropy * logits * p * q
             if grad_mass is not None:
-                first, second = _halves(logits, valid, group)
+                first, second = _halves(p, q, valid, group)
                 upstream = grad_mass.reshape(-1, first.shape[-1], second.shape[-1])
                 shares = (torch.bmm(second, upstream.mT).mul_(first), torch.bmm(first, upstream).mul_(second))
                 # In the share of the codes that have a bit its probability is a factor p, of slope p q; in that of the
