@@ -162,9 +162,7 @@ def joint_entropies(
     `floor` is the least value that the logarithm in the codebook entropy sees.
     """
     entropy, mass, count = code_mass("lookup_free_entropy", bits, channel, mask, sharpness, group)
-    joined = joint_sum(torch.cat([mass.flatten(), count.reshape(1)]))
-    mean = (joined[:-1] / joined[-1].clamp(min=1)).view_as(mass)
-    return entropy / (count.clamp(min=1) * codebooks), entropy_of(mean, floor).sum() / codebooks
+    return entropy / (count.clamp(min=1) * codebooks), entropy_of(joint_sum(mass), floor).sum() / codebooks
 
 
 def commitment(bits: Tensor, codes: Tensor, channel: int, mask: Tensor | None) -> Tensor:

@@ -91,8 +91,7 @@ def lookup_free_entropy(
         x = scale * F.normalize(x, dim=channel)
     sharpness = 4 * inv_temperature * code_size(scale, spherical, bits)
     entropy, mass, count = code_mass(op, x, channel, mask, sharpness, group, impl)
-    count = count.clamp(min=1)
-    return entropy / count, entropy_of(mass / count).sum()
+    return entropy / count.clamp(min=1), entropy_of(mass).sum()
 
 
 def check_group(op: str, group_size: int | None, bits: int) -> int:
@@ -126,8 +125,10 @@ def code_mass(
     return entropy, mass, count
 
 
-def entropy_of(p: Tensor, floor: float | None = None) -> Tensor:  # [..., K]
-    """-sum p log p over the last dimension, with a finite derivative where p is 0; the logarithm is that of p or the floor."""
+def entropy_of(mass: Tensor, floor: float | None = None) -> Tensor:  # [groups, K] -> [groups]
+    """The entropies of the frequencies of codes, with a finite derivative where one is 0; their logarithms are at least that of `floor`."""
+    # By its own sum, not the number of vectors: the roundings of the bits' probabilities are common to all codes.
+    p = mass / mass.sum(-1, keepdim=True).clamp(min=0.5)
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny if floor is None else floor).log()).sum(-1)
 
 
@@ -144,22 +145,18 @@ class _CodeMass(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         x, mask, ctx.sharpness, ctx.group = inputs
-        ctx.save_for_backward(x, mask, outputs[1])
+        ctx.save_for_backward(x, mask)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_entropy, grad_mass):
-        x, mask, mass = ctx.saved_tensors
+        x, mask = ctx.saved_tensors
         if grad_entropy is None and grad_mass is None:
             grad_x = None
         elif torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
             outputs = code_mass_reference(x, mask, ctx.sharpness, ctx.group)
             (grad_x,) = differentiate(outputs, (grad_entropy, grad_mass), (x,), (True,))
         else:
-            if grad_mass is not None:
-                # The probabilities of a vector sum to 1, so a constant has no effect but in the roundings of what cancels.
-                mean = (grad_mass * mass).sum(-1, keepdim=True) / mass.sum(-1, keepdim=True)
-                grad_mass = grad_mass - torch.where(mean.isfinite(), mean, 0)
             grad_x = torch.ops.genperf.lookup_free_mass_backward(grad_entropy, grad_mass, x, mask, ctx.sharpness, ctx.group)
         return grad_x, None, None, None
 
