@@ -56,6 +56,18 @@ STABLE_TORCH_LIBRARY(genperf, m) {
   m.def(
       "sample_code_rows(Tensor logits, bool root, float temperature, Tensor? seed, int first, "
       "Tensor(a!) indices) -> ()");
+  // Codes without a codebook, on x [outer, D, inner] with any strides; indices are [outer, inner],
+  // or empty where they are not asked for. The second backward is that of the spherical form.
+  m.def(
+      "finite_scalar_quantize(Tensor x, int[] levels, bool symmetric, bool hard, bool indexed) -> "
+      "(Tensor quantized, Tensor indices)");
+  m.def(
+      "finite_scalar_quantize_backward(Tensor grad_quantized, Tensor x, int[] levels, bool "
+      "symmetric, bool hard) -> Tensor");
+  m.def(
+      "lookup_free_quantize(Tensor x, float scale, bool spherical) -> (Tensor quantized, Tensor "
+      "indices)");
+  m.def("lookup_free_quantize_backward(Tensor grad_quantized, Tensor x, float scale) -> Tensor");
 
   // Sampling. Noise is either given or a function of `seed`, an int64 of one element on the op's
   // device; noise.h says how. An output that is not asked for has no elements.

@@ -193,6 +193,9 @@ def test_cuda_sampling_and_penalties_trace_on_fake_tensors(dtype):
             check_like(sample, x.to(memory_format=layout))
             check_like(indices, torch.empty(2, 5, 7, dtype=torch.int64))
             check_like(kl, torch.empty(2, 5, 7))
+        for codes, indices in (genperf.finite_scalar_quantize(x, [5] * 8, channel_dim=1), genperf.lookup_free_quantize(x, channel_dim=1)):
+            check_like(codes, x)
+            check_like(indices, torch.empty(2, 5, 7, dtype=torch.int64))
         check_like(genperf.interpolate(x, x), x)
         check_like(genperf.gradient_norm_penalty(x), torch.empty(()))
         features = x.flatten(2)
@@ -208,6 +211,8 @@ def test_cuda_sampling_and_penalties_trace_on_fake_tensors(dtype):
             check_like(result, expected)
         penalty, norms = torch.empty((), device="cuda"), torch.empty(2, device="cuda")
         check_like(ops.gradient_norm_penalty_backward(penalty, features, norms, 1.0, False), features)
+        check_like(ops.finite_scalar_quantize_backward(features, features, [5] * 8, False, False), features)
+        check_like(ops.lookup_free_quantize_backward(features, features, 1.0), features)
         check_like(ops.minibatch_similarity_backward(torch.empty(2, 8, device="cuda", dtype=dtype), features), features)
 
 
@@ -216,6 +221,10 @@ CUDA_OPS = [
     "vector_quantize",
     "vector_quantize_backward",
     "code_statistics",
+    "finite_scalar_quantize",
+    "finite_scalar_quantize_backward",
+    "lookup_free_quantize",
+    "lookup_free_quantize_backward",
     "gaussian_sample",
     "gaussian_sample_backward",
     "gumbel_sample",

@@ -28,8 +28,15 @@ CASES = [
     "compiled",
     "learned_under_data_parallel",
     "codes_loaded_by_the_first_process",
+    "lookup_free_under_data_parallel",
+    "entropy_without_vectors_of_the_first_process",
 ]
-TO_ROUNDING = ("cosine", "learned_under_data_parallel")
+TO_ROUNDING = (
+    "cosine",
+    "learned_under_data_parallel",
+    "lookup_free_under_data_parallel",
+    "entropy_without_vectors_of_the_first_process",
+)
 # Seconds for all processes together; a collective that others do not join ends its process after 40.
 TIMEOUT = 180
 

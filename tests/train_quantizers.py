@@ -17,7 +17,8 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from genperf.nn import VectorQuantizer, _codebooks, update_codebooks
+from genperf.nn import LookupFreeQuantizer, VectorQuantizer, _codebooks, update_codebooks
+from genperf.nn.lookup_free_quantizer import joint_entropies
 
 WORLD, RANK = 1, 0
 DECAY = 0.75  # sums of multiples of 1/4 stay exact for a few steps
@@ -254,6 +255,31 @@ def codes_loaded_by_the_first_process():
     return state(model)
 
 
+def lookup_free_under_data_parallel():
+    """To rounding. The codebook entropy is that of all processes' codes, and so is its gradient."""
+    torch.manual_seed(1)
+    model = LookupFreeQuantizer(4, 3, num_codebooks=2, inv_temperature=0.5, entropy_weight=1.0)
+    trained = parallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(4):
+        x = batch(step, 12, 3).unflatten(0, (WORLD, -1))[RANK]  # equal shares
+        quantized, _, loss = trained(x)
+        (loss + quantized.square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return state(model)
+
+
+def entropy_without_vectors_of_the_first_process():
+    """To rounding."""
+    x = share(batch(0, 10, 4), first=0).requires_grad_()
+    mask = torch.ones(len(x), dtype=torch.bool)
+    _, codebook = joint_entropies(x, 1, 1, 2.0, 4, None)
+    _, masked = joint_entropies(x, 1, 1, 2.0, 4, mask)
+    torch.autograd.grad(codebook + masked, x)
+    return {"codebook": codebook.detach(), "masked": masked.detach()}
+
+
 CASES = [
     moving_averages,
     heads_and_mask,
@@ -272,6 +298,8 @@ CASES = [
     compiled,
     learned_under_data_parallel,
     codes_loaded_by_the_first_process,
+    lookup_free_under_data_parallel,
+    entropy_without_vectors_of_the_first_process,
 ]
 
 

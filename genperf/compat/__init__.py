@@ -5,9 +5,9 @@ None of these libraries is needed, but for torchmetrics, whose class `compat.tor
 
 import importlib
 
-from . import diffusers, pytorch_fid, taming
+from . import diffusers, pytorch_fid, taming, vector_quantize_pytorch
 
-__all__ = ["diffusers", "pytorch_fid", "taming"]
+__all__ = ["diffusers", "pytorch_fid", "taming", "vector_quantize_pytorch"]
 
 
 def __getattr__(name: str) -> object:

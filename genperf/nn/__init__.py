@@ -4,9 +4,11 @@ from ._codebooks import update_codebooks
 from .batch_norm import BatchNorm
 from .conditioning_augmentation import ConditioningAugmentation
 from .diagonal_gaussian import DiagonalGaussian
+from .finite_scalar_quantizer import FiniteScalarQuantizer
 from .gumbel_quantizer import GumbelQuantizer
 from .joint import joint_mean
 from .laplacian_pyramid import LaplacianPyramid
+from .lookup_free_quantizer import LookupFreeQuantizer
 from .minibatch_discrimination import MinibatchDiscrimination
 from .vector_quantizer import CodeUsage, LossTerms, VectorQuantizer, code_usage
 from .virtual_batch_norm import ReferenceBatchNorm, VirtualBatchNorm, reference_pass, set_reference_batch
@@ -16,8 +18,10 @@ __all__ = [
     "CodeUsage",
     "ConditioningAugmentation",
     "DiagonalGaussian",
+    "FiniteScalarQuantizer",
     "GumbelQuantizer",
     "LaplacianPyramid",
+    "LookupFreeQuantizer",
     "LossTerms",
     "MinibatchDiscrimination",
     "ReferenceBatchNorm",

@@ -32,6 +32,11 @@ def joint_mean(x: Tensor, dim: int | tuple[int, ...] = 0) -> Tensor:
     return (_SumOverProcesses.apply(mean) / processes).to(x.dtype)
 
 
+def joint_sum(x: Tensor) -> Tensor:
+    """The sum of all processes' x, of one shape, with the gradient of `joint_mean`; x itself in one process."""
+    return x if world_size() == 1 else _SumOverProcesses.apply(x)
+
+
 class _SumOverProcesses(torch.autograd.Function):
     """The sum is its own backward: what every process's result asks for counts for every process's input."""
 

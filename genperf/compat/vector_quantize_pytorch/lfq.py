@@ -1,0 +1,269 @@
+"""vector-quantize-pytorch's LFQ over genperf.lookup_free_quantize; vector-quantize-pytorch itself is not needed.
+
+What is the same: constructor and forward arguments, returned values, names in the state dict, methods, and values up to
+rounding; with `frac_per_sample_entropy` the same vectors are drawn where there is no mask.
+
+What differs, since there it is a fault or a cost:
+  - Nothing of size vectors x codes is built (theirs: 28 bytes for each pair). `codebook` is computed when it is read.
+  - The per-sample entropy is exact. Theirs takes the logarithm of no less than 1e-5, so that codes of a smaller probability
+    count too little: it is smaller by up to 3.7e-6 nats a code, which is nothing at the default inv_temperature, and much
+    where the distribution is spread over more than 1e5 codes. The codebook entropy is theirs, with the 1e-5.
+  - With a mask the codebook entropy is that of the vectors that are left, as without. Theirs is then the per-sample
+    entropy once more, since it takes each vector for a codebook.
+  - With several processes the codebook entropy is that of the mean over all. Theirs drops the result of its all_reduce and
+    divides its own by the number of processes.
+  - Indices are exact to 2^63 codes (theirs to 2^31); an entropy loss needs at most 2^24, else it raises
+    NotImplementedError.
+  - A NaN stays NaN in evaluation mode too, and a mask that is False everywhere gives losses of 0, not NaN.
+  - Half precision is computed in float32 without a copy, whatever `force_quantization_f32` says.
+  - Images are not permuted, and nothing waits for the device. Inputs of two dimensions are taken too.
+  - Errors are ValueErrors with a sentence, not AssertionErrors.
+
+For new code: `genperf.nn.LookupFreeQuantizer`, with entropies over groups of bits for codebooks of any size.
+"""
+
+from collections import namedtuple
+from math import ceil, log2
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...nn._channels import codebooks_last, linear, project
+from ...nn.lookup_free_quantizer import commitment, joint_entropies
+from ...ops._common import ValueOf
+from ...ops.lookup_free_entropy import MAX_GROUP
+from ...ops.lookup_free_quantize import check_bits, code_size, lookup_free_decode, lookup_free_quantize
+
+Return = namedtuple("Return", ["quantized", "indices", "entropy_aux_loss"])
+LossBreakdown = namedtuple("LossBreakdown", ["per_sample_entropy", "batch_entropy", "commitment"])
+
+LEAST_LOGARITHM = 1e-5
+
+
+class CosineSimLinear(nn.Module):
+    """Cosines between vectors and the columns of a weight [dim_in, dim_out], times a scale."""
+
+    def __init__(self, dim_in: int, dim_out: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.weight = nn.Parameter(torch.randn(dim_in, dim_out))
+
+    def forward(self, x: Tensor, channel: int = -1) -> Tensor:
+        return project(F.normalize(x, dim=channel), channel, F.normalize(self.weight, dim=0).T) * self.scale
+
+
+class LFQ(nn.Module):
+    """Lookup-free quantisation; Yu et al. (arXiv 2310.05737), with spherical=True Zhao et al. (arXiv 2406.07548).
+
+    Args:
+        dim: channels of x; None for as many as are quantised, log2(codebook_size) * num_codebooks.
+        codebook_size: a power of 2; None for 2 ** dim.
+        entropy_loss_weight: of the per-sample entropy less diversity_gamma times the codebook entropy.
+        commitment_loss_weight: of the squared distance between vectors and codes.
+        straight_through_activation: applied to what carries the gradient.
+        num_codebooks, keep_num_codebooks_dim: as in `FSQ`.
+        codebook_scale: of the codes.
+        frac_per_sample_entropy: the share of vectors, drawn anew in each step, that enters the entropies.
+        has_projections, projection_has_bias: of the linear layers; by default there are some where dim differs.
+        soft_clamp_input_value: bounds the quantised channels by a tanh of this height, at least codebook_scale.
+        cosine_sim_project_in, cosine_sim_project_in_scale: project in by cosines.
+        channel_first: x is [B, dim, ...]; None for: if it has four or more dimensions.
+        experimental_softplus_entropy_loss, entropy_loss_offset: the entropy loss goes through a shifted softplus.
+        spherical: vectors and codes are normalised.
+        force_quantization_f32: kept as an attribute; the quantisation is in float32 or better in any case.
+        orthogonal_rotation: quantises in randomly rotated axes, a buffer.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    mask: Tensor
+    zero: Tensor
+    orthogonal_rot: Tensor
+
+    def __init__(
+        self,
+        *,
+        dim: int | None = None,
+        codebook_size: int | None = None,
+        entropy_loss_weight: float = 0.1,
+        commitment_loss_weight: float = 0.0,
+        diversity_gamma: float = 1.0,
+        straight_through_activation: nn.Module = nn.Identity(),  # noqa: B008 (without parameters)
+        num_codebooks: int = 1,
+        keep_num_codebooks_dim: bool | None = None,
+        codebook_scale: float = 1.0,
+        frac_per_sample_entropy: float = 1.0,
+        has_projections: bool | None = None,
+        projection_has_bias: bool = True,
+        soft_clamp_input_value: float | None = None,
+        cosine_sim_project_in: bool = False,
+        cosine_sim_project_in_scale: float | None = None,
+        channel_first: bool | None = None,
+        experimental_softplus_entropy_loss: bool = False,
+        entropy_loss_offset: float = 5.0,
+        spherical: bool = False,
+        force_quantization_f32: bool = True,
+        orthogonal_rotation: bool = False,
+    ) -> None:
+        super().__init__()
+        _check("dim or codebook_size must be given", None, dim is not None or codebook_size is not None)
+        codebook_size = 2**dim if codebook_size is None else codebook_size
+        suggested = 2 ** ceil(log2(max(2, codebook_size)))
+        _check(f"codebook_size must be a power of 2, such as {suggested}", codebook_size, suggested == codebook_size)
+        bits = codebook_size.bit_length() - 1
+        check_bits("LFQ", bits)
+        _check("num_codebooks must be at least 1", num_codebooks, num_codebooks >= 1)
+        keep = num_codebooks > 1 if keep_num_codebooks_dim is None else keep_num_codebooks_dim
+        _check("several codebooks need keep_num_codebooks_dim", keep, keep or num_codebooks == 1)
+        _check("frac_per_sample_entropy must lie in (0, 1]", frac_per_sample_entropy, 0 < frac_per_sample_entropy <= 1)
+        _check(
+            "soft_clamp_input_value must be at least codebook_scale",
+            soft_clamp_input_value,
+            soft_clamp_input_value is None or soft_clamp_input_value >= codebook_scale,
+        )
+        self.codebook_size = codebook_size
+        self.codebook_dim = bits
+        self.num_codebooks = num_codebooks
+        self.keep_num_codebooks_dim = keep
+        channels = bits * num_codebooks
+        self.dim = channels if dim is None else dim
+        self.has_projections = self.dim != channels if has_projections is None else has_projections
+        self.project_in = self.project_out = nn.Identity()
+        if self.has_projections:
+            if cosine_sim_project_in:
+                scale = codebook_scale if cosine_sim_project_in_scale is None else cosine_sim_project_in_scale
+                self.project_in = CosineSimLinear(self.dim, channels, scale=scale)
+            else:
+                self.project_in = nn.Linear(self.dim, channels, bias=projection_has_bias)
+            self.project_out = nn.Linear(channels, self.dim, bias=projection_has_bias)
+        self.channel_first = channel_first
+        self.activation = straight_through_activation
+        self.spherical = spherical
+        self.orthogonal_rotation = orthogonal_rotation
+        if orthogonal_rotation:
+            self.register_buffer("orthogonal_rot", nn.init.orthogonal_(torch.empty(bits, bits)))
+        self.frac_per_sample_entropy = frac_per_sample_entropy
+        self.diversity_gamma = diversity_gamma
+        self.entropy_loss_weight = entropy_loss_weight
+        self.codebook_scale = codebook_scale
+        self.commitment_loss_weight = commitment_loss_weight
+        self.soft_clamp_input_value = soft_clamp_input_value
+        self.entropy_loss_offset = entropy_loss_offset
+        self.experimental_softplus_entropy_loss = experimental_softplus_entropy_loss
+        self.register_buffer("mask", 2 ** torch.arange(bits - 1, -1, -1))
+        self.register_buffer("zero", torch.tensor(0.0), persistent=False)
+        self.force_quantization_f32 = force_quantization_f32
+
+    @property
+    def codebook(self) -> Tensor:
+        """All codes [codebook_size, log2(codebook_size)], not normalised."""
+        return self._codes(torch.arange(self.codebook_size, device=self.zero.device), False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.zero.dtype
+
+    def bits_to_codes(self, bits: Tensor) -> Tensor:
+        return bits * self.codebook_scale * 2 - self.codebook_scale
+
+    def maybe_l2norm(self, t: Tensor, dim: int = -1) -> Tensor:
+        return F.normalize(t, dim=dim) * self.codebook_scale if self.spherical else t
+
+    def _codes(self, indices: Tensor, spherical: bool) -> Tensor:
+        return lookup_free_decode(indices, self.codebook_dim, scale=self.codebook_scale, spherical=spherical, dtype=self.dtype)
+
+    def indices_to_codes(self, indices: Tensor, project_out: bool = True) -> Tensor:
+        """What `forward` returned as `quantized` for these indices, laid out alike; project_out=False gives the codes themselves."""
+        channel_first = indices.ndim >= 3 + self.keep_num_codebooks_dim if self.channel_first is None else self.channel_first
+        codes = self._codes(indices, self.spherical)
+        if self.orthogonal_rotation:
+            codes = codes @ self.orthogonal_rot.T.to(codes.dtype)
+        if self.keep_num_codebooks_dim:
+            codes = codes.flatten(-2)
+        if project_out:
+            codes = self.project_out(codes)
+        return codes.movedim(-1, 1) if channel_first else codes
+
+    def forward(
+        self, x: Tensor, inv_temperature: float = 100.0, return_loss_breakdown: bool = False, mask: Tensor | None = None
+    ) -> Return | tuple[Return, LossBreakdown]:
+        """Quantise x.
+
+        Args:
+            x: [B, ..., dim], or [B, dim, ...] with channel_first and for four or more dimensions.
+            inv_temperature: of the soft codes that the entropies are of.
+            return_loss_breakdown: return the terms of the loss too.
+            mask: bool, x's shape without its channels, or [B, positions]; the losses leave out what is False.
+
+        Returns:
+            (quantized, indices, entropy_aux_loss): of x's shape and dtype; int64, x's shape without its channels (with a last
+            dimension for the codebooks if keep_num_codebooks_dim); the weighted sum of the losses, 0 in evaluation mode.
+            With return_loss_breakdown also (per_sample_entropy, batch_entropy, commitment).
+        """
+        channel_first = x.ndim >= 4 if self.channel_first is None else self.channel_first
+        channel = 1 if channel_first else x.ndim - 1
+        _check(f"the channels of x must be {self.dim}", list(x.shape), x.shape[channel] == self.dim)
+        if mask is not None:
+            mask = mask.reshape([*x.shape[:channel], *x.shape[channel + 1 :]])
+        x = self.project_in(x, channel) if isinstance(self.project_in, CosineSimLinear) else linear(self.project_in, x, channel)
+        if self.soft_clamp_input_value is not None:
+            x = (x / self.soft_clamp_input_value).tanh() * self.soft_clamp_input_value
+        x = x.unflatten(channel, (self.num_codebooks, self.codebook_dim))
+        if self.orthogonal_rotation:
+            x = project(x, channel + 1, self.orthogonal_rot.T.to(x.dtype))
+        x = self.maybe_l2norm(x, channel + 1)
+
+        size = code_size(self.codebook_scale, self.spherical, self.codebook_dim)
+        straight = self.training and isinstance(self.activation, nn.Identity)
+        codes, indices = lookup_free_quantize(x if straight else x.detach(), scale=size, channel_dim=channel + 1)
+        quantized = codes if straight or not self.training else ValueOf.apply(codes, self.activation(x))
+        bits = x.flatten(channel, channel + 1)
+        entropies, entropy_loss = self._entropies(bits, size, channel, mask, inv_temperature, return_loss_breakdown)
+        commit_loss = self.zero
+        if self.training and self.commitment_loss_weight > 0:
+            commit_loss = commitment(bits, codes.flatten(channel, channel + 1), channel, mask)
+        aux_loss = entropy_loss * self.entropy_loss_weight + commit_loss * self.commitment_loss_weight
+
+        if self.orthogonal_rotation:
+            quantized = project(quantized, channel + 1, self.orthogonal_rot.to(quantized.dtype))
+        quantized = linear(self.project_out, quantized.flatten(channel, channel + 1), channel)
+        indices = indices.movedim(channel, -1) if self.keep_num_codebooks_dim else codebooks_last(indices, channel)
+        result = Return(quantized, indices, aux_loss)
+        return (result, LossBreakdown(*entropies, commit_loss)) if return_loss_breakdown else result
+
+    def _entropies(
+        self, bits: Tensor, size: float, channel: int, mask: Tensor | None, inv_temperature: float, wanted: bool
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The per-sample and the codebook entropy, and the loss on them."""
+        if not self.training or (self.entropy_loss_weight == 0 and not wanted):
+            return (self.zero, self.zero), self.zero
+        if self.codebook_dim > MAX_GROUP:
+            raise NotImplementedError(
+                f"LFQ: entropy_loss_weight over more than 2^{MAX_GROUP} codes is not supported, got 2^{self.codebook_dim}; set it to 0, "
+                "or take genperf.nn.LookupFreeQuantizer with a group_size."
+            )
+        if self.frac_per_sample_entropy < 1:
+            mask = self._some(bits, channel, mask)
+        sharpness = 4 * inv_temperature * size
+        entropies = joint_entropies(bits, channel, self.num_codebooks, sharpness, self.codebook_dim, mask, LEAST_LOGARITHM)
+        loss = entropies[0] - self.diversity_gamma * entropies[1]
+        if self.experimental_softplus_entropy_loss:
+            loss = F.softplus(loss + self.entropy_loss_offset)
+        return entropies, loss
+
+    def _some(self, bits: Tensor, channel: int, mask: Tensor | None) -> Tensor:
+        """True for a random share of the vectors, or of those where the mask is True."""
+        shape = [*bits.shape[:channel], *bits.shape[channel + 1 :]]
+        vectors = bits.numel() // bits.shape[channel]
+        keys = torch.randn(vectors, device=bits.device)
+        if mask is None:
+            return (keys.argsort() < int(vectors * self.frac_per_sample_entropy)).reshape(shape)
+        rank = keys.masked_fill(~mask.flatten(), torch.inf).argsort().argsort()
+        return (rank < (mask.sum() * self.frac_per_sample_entropy).floor()).reshape(shape)
+
+
+def _check(rule: str, value: object, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"LFQ: {rule}, got {value!r}.")

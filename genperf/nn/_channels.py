@@ -1,0 +1,48 @@
+"""What layers over a channel dimension in any place share: nothing is moved to the end and back."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops._common import as_positions, from_positions
+
+
+def project(
+    x: Tensor,  # [..., I, ...]
+    channel: int,
+    weight: Tensor,  # [O, I]
+    bias: Tensor | None = None,  # [O]
+) -> Tensor:
+    """torch.nn.functional.linear over the dimension `channel` of x, laid out like x."""
+    if channel % x.dim() == x.dim() - 1:
+        return F.linear(x, weight, bias)
+    positions = as_positions(x, channel % x.dim())
+    if positions.stride(1) == 1 or positions.shape[2] == 1:
+        projected = F.linear(positions.transpose(1, 2), weight, bias).transpose(1, 2)
+    else:
+        weights = weight.expand(positions.shape[0], -1, -1)
+        projected = torch.bmm(weights, positions) if bias is None else torch.baddbmm(bias.unsqueeze(1), weights, positions)
+    return from_positions(projected, x, channel % x.dim())
+
+
+def linear(layer: nn.Module, x: Tensor, channel: int) -> Tensor:
+    """A Linear layer over the dimension `channel` of x; Identity and whatever else as it is."""
+    return project(x, channel, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(x)
+
+
+def codebooks_last(indices: Tensor, channel: int) -> Tensor:
+    """Indices [..., codebooks, ...], the codebooks where the channels were, as [..., codebooks], or without them if there is one."""
+    return indices.movedim(channel, -1) if indices.shape[channel] > 1 else indices.squeeze(channel)
+
+
+def decode_codebooks(
+    indices: Tensor, num_codebooks: int, channel_dim: int, decode: Callable[[Tensor], Tensor], project_out: nn.Module
+) -> Tensor:
+    """Indices as `codebooks_last` leaves them to vectors, zero where an index is negative: `decode` puts codes in a new last dimension."""
+    codes = decode(indices)
+    if num_codebooks > 1:
+        codes, indices = codes.flatten(-2), indices[..., 0]
+    vectors = torch.where(indices.unsqueeze(-1) >= 0, project_out(codes), 0)
+    return vectors.movedim(-1, channel_dim).contiguous()

@@ -1,0 +1,179 @@
+"""Lookup-free quantisation layer: codes are signs, and a loss on entropies makes vectors decide and use all codes."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops._common import accumulator_dtype
+from ..ops.lookup_free_entropy import check_group, code_mass, entropy_of
+from ..ops.lookup_free_quantize import check_bits, check_scale, code_size, lookup_free_decode, lookup_free_quantize
+from ._channels import codebooks_last, decode_codebooks, linear
+from .joint import joint_sum
+
+
+class LookupFreeQuantizer(nn.Module):
+    """Quantises every channel by its sign: LFQ, Yu et al. (arXiv 2310.05737); BSQ, Zhao et al. (arXiv 2406.07548).
+
+    Equivalent to (dim=None, one codebook, training):
+        x = scale * F.normalize(x, dim=channel_dim)                         # spherical only
+        quantized, indices = genperf.lookup_free_quantize(x, scale=size)    # size: scale, or scale / num_bits**0.5
+        sample_entropy, codebook_entropy = genperf.lookup_free_entropy(x, scale=size, ...)
+        loss = entropy_weight * (sample_entropy - diversity * codebook_entropy)
+        loss = loss + commitment_weight * F.mse_loss(x, quantized.detach())
+
+    No table of codes exists, and nothing of size positions x codes. In training mode, under torch.distributed, the codebook
+    entropy is that of the codes of all processes together, so every process must take part in every step, a masked or
+    empty batch included; averaged gradients (DistributedDataParallel) are those of one process on the joined batch where
+    processes hold equally many vectors.
+
+    Args:
+        num_bits: D, 1 to 63: the codebook has 2^D codes.
+        dim: the channels of x; None for num_bits * num_codebooks. Where it differs, linear layers lead there and back.
+        num_codebooks: how many groups of D channels are quantised, each with an index of its own; losses are means over them.
+        scale: of the codes, as in `genperf.lookup_free_quantize`.
+        spherical: vectors and codes are of length `scale`, as in BSQ.
+        entropy_weight: of sample_entropy - diversity * codebook_entropy.
+        diversity: weight of the codebook entropy in that.
+        commitment_weight: of the squared distance between vectors and codes.
+        inv_temperature, group_size: as in `genperf.lookup_free_entropy`; over 24 bits need a group_size, or no entropy loss.
+        channel_dim: the dimension of x that holds a vector; 1 for images [B, D, H, W], which are not permuted.
+        bias: of the linear layers.
+
+    Attributes:
+        project_in, project_out: Linear layers, or Identity.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        num_bits: int,
+        dim: int | None = None,
+        *,
+        num_codebooks: int = 1,
+        scale: float = 1.0,
+        spherical: bool = False,
+        entropy_weight: float = 0.1,
+        diversity: float = 1.0,
+        commitment_weight: float = 0.25,
+        inv_temperature: float = 100.0,
+        group_size: int | None = None,
+        channel_dim: int = -1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        check_bits("LookupFreeQuantizer", num_bits)
+        check_scale("LookupFreeQuantizer", scale)
+        quantized = num_bits * num_codebooks
+        self.dim = quantized if dim is None else dim
+        _check("num_codebooks must be at least 1", num_codebooks, num_codebooks >= 1)
+        _check("dim must be at least 1", dim, self.dim >= 1)
+        _check("entropy_weight must not be negative", entropy_weight, entropy_weight >= 0)
+        _check("diversity must not be negative", diversity, diversity >= 0)
+        _check("commitment_weight must not be negative", commitment_weight, commitment_weight >= 0)
+        _check("inv_temperature must be positive", inv_temperature, inv_temperature > 0)
+        self.group_size = check_group("LookupFreeQuantizer", group_size, num_bits) if entropy_weight > 0 else group_size
+        self.num_bits = num_bits
+        self.num_codebooks = num_codebooks
+        self.scale = scale
+        self.spherical = spherical
+        self.entropy_weight = entropy_weight
+        self.diversity = diversity
+        self.commitment_weight = commitment_weight
+        self.inv_temperature = inv_temperature
+        self.channel_dim = channel_dim
+        projects = self.dim != quantized
+        self.project_in = nn.Linear(self.dim, quantized, bias=bias) if projects else nn.Identity()
+        self.project_out = nn.Linear(quantized, self.dim, bias=bias) if projects else nn.Identity()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantise x.
+
+        Args:
+            x: [..., dim, ...], float32, bfloat16, float16 or float64.
+            mask: bool, x's shape without channel_dim; where False a vector is left out: quantized 0, index -1, no part in
+                loss and gradients.
+
+        Returns:
+            quantized, of x's shape; indices, int64, x's shape without channel_dim, and with several codebooks one for each in
+            a last dimension; loss, a float32 scalar (float64 for float64), 0 in evaluation mode.
+        """
+        channel = self.channel_dim % x.dim()
+        if mask is not None:
+            x = torch.where(mask.unsqueeze(channel), x, 0)
+        bits = linear(self.project_in, x, channel).unflatten(channel, (self.num_codebooks, -1))
+        if self.spherical:
+            bits = self.scale * F.normalize(bits, dim=channel + 1)
+        size = code_size(self.scale, self.spherical, self.num_bits)
+        codes, indices = lookup_free_quantize(bits, scale=size, channel_dim=channel + 1)
+        bits, codes = bits.flatten(channel, channel + 1), codes.flatten(channel, channel + 1)
+        loss = self._loss(bits, codes, size, channel, mask) if self.training else None
+        quantized = linear(self.project_out, codes, channel)
+        indices = codebooks_last(indices, channel)
+        if mask is not None:
+            quantized = torch.where(mask.unsqueeze(channel), quantized, 0)
+            indices = torch.where(mask.unsqueeze(-1) if self.num_codebooks > 1 else mask, indices, -1)
+        return quantized, indices, x.new_zeros((), dtype=accumulator_dtype(x.dtype)) if loss is None else loss
+
+    def _loss(self, bits: Tensor, codes: Tensor, size: float, channel: int, mask: Tensor | None) -> Tensor:
+        loss = bits.new_zeros((), dtype=accumulator_dtype(bits.dtype))
+        if self.entropy_weight > 0:
+            sharpness = 4 * self.inv_temperature * size
+            sample, codebook = joint_entropies(bits, channel, self.num_codebooks, sharpness, self.group_size, mask)
+            loss = loss + self.entropy_weight * (sample - self.diversity * codebook)
+        if self.commitment_weight > 0:
+            loss = loss + self.commitment_weight * commitment(bits, codes, channel, mask)
+        return loss
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Indices of the codes of x, without loss and gradients."""
+        channel = self.channel_dim % x.dim()
+        with torch.no_grad():
+            bits = linear(self.project_in, x, channel).unflatten(channel, (self.num_codebooks, -1))
+            return codebooks_last(lookup_free_quantize(bits, channel_dim=channel + 1)[1], channel)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """What `forward` returns as `quantized` for these indices (in the parameters' dtype); zeros where an index is -1.
+
+        Raises:
+            TypeError: indices that are not integers.
+        """
+        dtype = self.project_out.weight.dtype if isinstance(self.project_out, nn.Linear) else None
+        return decode_codebooks(
+            indices,
+            self.num_codebooks,
+            self.channel_dim,
+            lambda i: lookup_free_decode(i, self.num_bits, scale=self.scale, spherical=self.spherical, dtype=dtype),
+            self.project_out,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_bits}, {self.dim}, num_codebooks={self.num_codebooks}, spherical={self.spherical}, channel_dim={self.channel_dim}"
+        )
+
+
+def joint_entropies(
+    bits: Tensor, channel: int, codebooks: int, sharpness: float, group: int, mask: Tensor | None, floor: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The entropies of `genperf.lookup_free_entropy`, means over codebooks; that of the codebook over the batch of all processes.
+
+    `floor` is the least value that the logarithm in the codebook entropy sees.
+    """
+    entropy, mass, count = code_mass("lookup_free_entropy", bits, channel, mask, sharpness, group)
+    return entropy / (count.clamp(min=1) * codebooks), entropy_of(joint_sum(mass), floor).sum() / codebooks
+
+
+def commitment(bits: Tensor, codes: Tensor, channel: int, mask: Tensor | None) -> Tensor:
+    """The mean squared distance of bits from their codes, over the vectors where the mask is True."""
+    dtype = accumulator_dtype(bits.dtype)
+    distance = (bits.to(dtype) - codes.detach().to(dtype)).square()
+    if mask is None:
+        return distance.sum() / max(1, bits.numel())
+    return torch.where(mask.unsqueeze(channel), distance, 0).sum() / (mask.sum() * bits.shape[channel]).clamp(min=1)
+
+
+def _check(rule: str, value: object, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"LookupFreeQuantizer: {rule}, got {value!r}.")

@@ -1,0 +1,247 @@
+"""Finite scalar quantisation: every channel is rounded to a grid of its own, and the codebook is the product of the grids."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._common import (
+    ValueOf,
+    accumulator_dtype,
+    apply,
+    as_positions,
+    check_channel_dim,
+    check_float,
+    check_tensor,
+    choose_impl,
+    differentiate,
+    from_positions,
+    positions_shape,
+    refuse_forward_mode,
+    register_fake,
+    streaming_refusals,
+)
+
+MAX_CHANNELS = 64
+MAX_LEVELS = 2**20
+MAX_CODES = 2**63 - 1
+
+
+def finite_scalar_quantize(
+    x: Tensor,  # [..., D, ...]
+    levels: Sequence[int],  # D
+    *,
+    symmetric: bool = False,
+    hard_clamp: bool = False,
+    channel_dim: int = -1,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Bound every channel and round it to one of its levels; Mentzer et al., "Finite Scalar Quantization" (FSQ, 2023).
+
+    Equivalent to (channel_dim=-1; L the tensor of levels):
+        half, offset = (L - 1) * 1.001 / 2, torch.where(L % 2 == 0, 0.5, 0.0)
+        bounded = torch.tanh(x + torch.atanh(offset / half)) * half - offset
+        rounded = bounded + (bounded.round() - bounded).detach()
+        quantized = rounded / (L // 2)
+        indices = ((rounded + L // 2) * basis).sum(-1).long()              # basis: 1, L[0], L[0] * L[1], ...
+    and with symmetric=True, the form of Parker et al. (arXiv 2411.19842), whose levels lie evenly in [-1, 1]:
+        place = (L - 1) * (torch.tanh(x) + 1) / 2 + 0.5
+        digits = place + (place.floor() - place).detach()
+        quantized = 2 / (L - 1) * digits - 1
+        indices = (digits * basis).sum(-1).long()
+
+    One kernel forward and one backward, both layouts read and written where they lie, no table of codes. Half-precision
+    inputs are computed in float32 without a copy. Indices are summed in int64, exact for every codebook, and the code is
+    the same on every device. The gradient passes the rounding unchanged, and the tanh (or clamp) as it is.
+
+    Args:
+        x: float32, bfloat16, float16 or float64; any strides.
+        levels: for each of 1 to 64 channels 2 to 2^20 levels; their product, the number of codes, is at most 2^63 - 1.
+        symmetric: the second form, without the shift of even levels.
+        hard_clamp: bound by a clamp to [-1, 1] in place of the tanh, for inputs that are bounded before.
+        channel_dim: the dimension of x that holds the D channels.
+        impl: None picks; "native" and "reference" insist.
+
+    Returns:
+        quantized, of x's shape and dtype, in [-1, 1]; indices, int64, x's shape without channel_dim.
+        Half-way values round to the even level, with `symmetric` upwards. Infinity takes the outermost level. NaN is NaN
+        in its channel, counts as level 0 in the index, and has the gradient NaN (0 with hard_clamp). Levels past the last,
+        which the 1.001 reaches in channels of over 1000, become the last.
+        Differentiable in x; the second derivative (create_graph=True) runs in plain PyTorch.
+
+    Raises:
+        ValueError, TypeError: a bad argument, as a sentence.
+        NotImplementedError: an `impl` that cannot run here.
+    """
+    op = "finite_scalar_quantize"
+    check_tensor(op, "x", x)
+    check_float(op, "x", x)
+    levels = check_levels(op, levels)
+    if math.prod(levels) > MAX_CODES:
+        raise ValueError(f"{op}: the product of levels, the number of codes, must be at most 2^63 - 1, got {math.prod(levels)}.")
+    return quantize_levels(op, x, levels, symmetric, hard_clamp, channel_dim, impl)
+
+
+def finite_scalar_decode(
+    indices: Tensor,  # [...]
+    levels: Sequence[int],  # D
+    *,
+    symmetric: bool = False,
+    channel_dim: int = -1,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The codes of indices of `finite_scalar_quantize`, bit for bit what it returned as `quantized` in this dtype.
+
+    Equivalent to (channel_dim=-1):
+        digits = indices.unsqueeze(-1) // basis % L                         # basis: 1, L[0], L[0] * L[1], ...
+        codes = (digits - L // 2) / (L // 2)                                # symmetric: 2 / (L - 1) * digits - 1
+
+    Args:
+        indices: an integer dtype; a negative index, of a masked position, gives zeros.
+        levels, symmetric: as there.
+        channel_dim: where the channels go in the result.
+        dtype: of the codes; None for torch's default.
+
+    Returns:
+        [..., D, ...].
+
+    Raises:
+        ValueError, TypeError: a bad argument, as a sentence.
+    """
+    op = "finite_scalar_decode"
+    check_tensor(op, "indices", indices)
+    check_indices(op, indices)
+    levels = check_levels(op, levels)
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    channels = []
+    for count, basis in zip(levels, basis_of(levels), strict=True):  # by numbers, which need no copy to the device
+        digits = (indices // basis % count).to(accumulator_dtype(dtype))
+        middle = _middle(count, symmetric)
+        channels.append(torch.where(indices >= 0, (digits - middle) / middle, 0).to(dtype))
+    return torch.stack(channels, channel_dim)
+
+
+def check_indices(op: str, indices: Tensor) -> None:
+    if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
+        raise TypeError(f"{op}: indices must be integers, got {indices.dtype}.")
+
+
+def check_levels(op: str, levels: Sequence[int]) -> list[int]:
+    levels = list(levels)
+    if not 1 <= len(levels) <= MAX_CHANNELS or not all(isinstance(count, int) and 2 <= count <= MAX_LEVELS for count in levels):
+        raise ValueError(f"{op}: levels must be 1 to {MAX_CHANNELS} integers of 2 to 2^20, got {levels}.")
+    return levels
+
+
+def basis_of(levels: Sequence[int]) -> list[int]:
+    """What one level of each channel counts in the index."""
+    return [math.prod(levels[:d]) for d in range(len(levels))]
+
+
+def quantize_levels(
+    op: str, x: Tensor, levels: list[int], symmetric: bool, hard: bool, channel_dim: int, impl: str | None, indexed: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """`finite_scalar_quantize` of checked levels; the indices are None where they are not wanted, for any number of codes."""
+    channel = check_channel_dim(op, x, channel_dim)
+    if x.shape[channel] != len(levels):
+        raise ValueError(
+            f"{op}: the channel dimension of x must have one channel for each of the {len(levels)} levels, got {x.shape[channel]} "
+            f"(x {list(x.shape)}, channel_dim={channel_dim})."
+        )
+    reasons = refusals(x.device, x.dtype)
+    refuse_forward_mode(reasons, x)
+    positions = as_positions(x, channel)
+    if choose_impl(op, impl, reasons) == "reference":
+        quantized, indices = finite_scalar_quantize_reference(positions, levels, symmetric, hard, indexed)
+    elif torch.is_grad_enabled() and x.requires_grad:
+        quantized, indices = apply(_FiniteScalarQuantize, positions, levels, symmetric, hard, indexed)
+    else:
+        quantized, indices = torch.ops.genperf.finite_scalar_quantize(positions, levels, symmetric, hard, indexed)
+    return from_positions(quantized, x, channel), indices.reshape(positions_shape(x, channel)) if indexed else None
+
+
+def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Which implementations cannot run, and why; best first."""
+    return streaming_refusals("finite_scalar_quantize", device, dtype)
+
+
+class _FiniteScalarQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(x, levels, symmetric, hard, indexed):
+        return torch.ops.genperf.finite_scalar_quantize(x, levels, symmetric, hard, indexed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        x, *ctx.options = inputs
+        ctx.save_for_backward(x)
+        ctx.mark_non_differentiable(outputs[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_quantized, _indices):
+        (x,) = ctx.saved_tensors
+        levels, symmetric, hard, _ = ctx.options
+        if grad_quantized is None:
+            grad_x = None
+        elif torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+            quantized, _ = finite_scalar_quantize_reference(x, levels, symmetric, hard, False)
+            (grad_x,) = differentiate((quantized,), (grad_quantized,), (x,), (True,))
+        else:
+            grad_x = torch.ops.genperf.finite_scalar_quantize_backward(grad_quantized, x, levels, symmetric, hard)
+        return grad_x, None, None, None, None
+
+
+def finite_scalar_quantize_reference(
+    x: Tensor,  # [outer, D, inner]
+    levels: list[int],
+    symmetric: bool,
+    hard: bool,
+    indexed: bool,
+) -> tuple[Tensor, Tensor]:
+    """The quantizer in plain PyTorch, differentiated by autograd; results laid out as the compiled op does."""
+    wide = x.to(accumulator_dtype(x.dtype))
+    bound = _clamp if hard else torch.tanh
+    if symmetric:
+        top = _column([count - 1 for count in levels], wide)
+        carried = bound(wide)
+        digits = (top * (carried + 1) / 2 + 0.5).floor()
+    else:
+        half = [(count - 1) * 1.001 / 2 for count in levels]
+        offset = [0.0 if count % 2 else 0.5 for count in levels]
+        shift = [o / h if hard else math.atanh(o / h) for o, h in zip(offset, half, strict=True)]
+        width = _column([count // 2 for count in levels], wide)
+        bounded = bound(wide + _column(shift, wide)) * _column(half, wide) - _column(offset, wide)
+        carried = bounded / width
+        digits = bounded.round() + width
+    digits = digits.detach().clamp(min=0).minimum(_column([count - 1 for count in levels], wide))
+    middle = _column([_middle(count, symmetric) for count in levels], wide)
+    quantized = ValueOf.apply((digits - middle) / middle, carried).to(x.dtype)
+    if not indexed:
+        return quantized, x.new_empty(0, dtype=torch.int64)
+    whole = digits.nan_to_num(0).long()
+    return quantized, (whole * _column(basis_of(levels), whole)).sum(1)
+
+
+def _clamp(x: Tensor) -> Tensor:
+    return x.clamp(-1, 1)
+
+
+def _middle(count: int, symmetric: bool) -> float:
+    """A digit has the value (digit - middle) / middle."""
+    return (count - 1) / 2 if symmetric else count // 2
+
+
+def _column(numbers: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(numbers, dtype=like.dtype, device=like.device).unsqueeze(1)
+
+
+@register_fake("finite_scalar_quantize")
+def _(x: Tensor, levels: list[int], symmetric: bool, hard: bool, indexed: bool) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], x.shape[2]) if indexed else (0,)
+    return torch.empty_like(x), x.new_empty(shape, dtype=torch.int64)
+
+
+@register_fake("finite_scalar_quantize_backward")
+def _(grad_quantized: Tensor, x: Tensor, levels: list[int], symmetric: bool, hard: bool) -> Tensor:
+    return torch.empty_like(x)

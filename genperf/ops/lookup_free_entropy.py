@@ -1,0 +1,265 @@
+"""Entropies of soft lookup-free codes, from the bits: nothing of size positions x codes is ever built."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._common import (
+    accumulator_dtype,
+    apply,
+    as_positions,
+    check_channel_dim,
+    check_float,
+    check_positions,
+    check_tensor,
+    choose_impl,
+    differentiate,
+    refuse_forward_mode,
+)
+from .lookup_free_quantize import check_bits, check_scale, code_size
+
+MAX_GROUP = 24
+# Elements of the factors of a chunk of tokens. On a GPU a chunk must be worth some twenty launches.
+CHUNK = {"cpu": 2**20, "cuda": 2**22}
+# Past this many nats a bit is certain; keeps infinity from becoming NaN.
+CERTAIN = 1e4
+
+
+def lookup_free_entropy(
+    x: Tensor,  # [..., D, ...]
+    *,
+    scale: float = 1.0,
+    spherical: bool = False,
+    inv_temperature: float = 100.0,
+    group_size: int | None = None,
+    channel_dim: int = -1,
+    mask: Tensor | None = None,  # [...]
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """How sure vectors are of their code, and how evenly codes are used, both in nats, for codes of `lookup_free_quantize`.
+
+    Equivalent to (channel_dim=-1, not spherical, no mask, no groups; C [2^D, D] all codes of components +-scale):
+        p = (2 * inv_temperature * x.reshape(-1, D) @ C.T).softmax(-1)      # [N, 2^D]
+        mean = p.mean(0)
+        sample_entropy = torch.special.entr(p).sum(-1).mean()
+        codebook_entropy = torch.special.entr(mean).sum()
+    LFQ (Yu et al., arXiv 2310.05737) trains with the loss sample_entropy - codebook_entropy.
+
+    The bits of a soft code are independent: the first entropy is a sum over bits, and the probabilities of all codes are
+    the outer product of those of two halves of the bits, so their mean over the vectors is a matrix product
+    [2^(D/2), N] x [N, 2^(D/2)], taken in chunks of N; backward is two more. Memory beyond the result of 2^D numbers does
+    not grow with N.
+
+    Args:
+        x: float32, bfloat16, float16 or float64, 1 to 63 channels; any strides. Computed in float32 or better.
+        scale, spherical: as in `lookup_free_quantize`; with `spherical` x is normalised first.
+        inv_temperature: positive; the larger, the harder the codes.
+        group_size: a divisor of D, at most 24; None for D. The codebook entropy is then the sum of those of the groups of
+            this many neighbouring bits, which is an upper bound and costs 2^group_size in place of 2^D (Zhao et al.,
+            arXiv 2406.07548); 1 takes the bits one by one.
+        channel_dim: the dimension of x that holds the D channels.
+        mask: bool, x's shape without channel_dim; where False a vector is left out.
+        impl: None picks; "native" and "reference" insist.
+
+    Returns:
+        sample_entropy and codebook_entropy, float32 scalars (float64 for a float64 x); 0 where there is no vector.
+        NaN makes both NaN; infinity is a certain bit. Differentiable in x; the second derivative (create_graph=True) runs
+        in plain PyTorch and does hold N x 2^group_size elements. The result is the same in every run on a device.
+
+    Raises:
+        ValueError, TypeError: a bad argument, as a sentence.
+        NotImplementedError: an `impl` that cannot run here.
+    """
+    op = "lookup_free_entropy"
+    check_tensor(op, "x", x)
+    check_float(op, "x", x)
+    channel = check_channel_dim(op, x, channel_dim)
+    bits = x.shape[channel]
+    check_bits(op, bits)
+    check_scale(op, scale)
+    group = check_group(op, group_size, bits)
+    if not inv_temperature > 0:
+        raise ValueError(f"{op}: inv_temperature must be positive, got {inv_temperature!r}.")
+    if mask is not None:
+        check_tensor(op, "mask", mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{op}: mask must be bool, got {mask.dtype}.")
+        check_positions(op, "mask", mask, x, channel)
+    if spherical:
+        x = scale * F.normalize(x, dim=channel)
+    sharpness = 4 * inv_temperature * code_size(scale, spherical, bits)
+    entropy, mass, count = code_mass(op, x, channel, mask, sharpness, group, impl)
+    return entropy / count.clamp(min=1), entropy_of(mass).sum()
+
+
+def check_group(op: str, group_size: int | None, bits: int) -> int:
+    """How many bits are taken together."""
+    group = bits if group_size is None else group_size
+    if not 1 <= group <= MAX_GROUP or bits % group:
+        raise ValueError(
+            f"{op}: group_size, by default the number of bits, must divide the {bits} bits and be at most {MAX_GROUP}, got {group}."
+        )
+    return group
+
+
+def code_mass(
+    op: str, x: Tensor, channel: int, mask: Tensor | None, sharpness: float, group: int, impl: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over vectors: entropies [], probabilities of each group's codes [groups, 2^group]; the number of vectors."""
+    reasons = refusals(x.device, x.dtype)
+    refuse_forward_mode(reasons, x)
+    positions = as_positions(x, channel)
+    if mask is not None:
+        mask = mask.reshape(positions.shape[0], positions.shape[2])
+        count = mask.sum(dtype=accumulator_dtype(x.dtype))
+    else:
+        count = positions.new_full((), positions.shape[0] * positions.shape[2], dtype=accumulator_dtype(x.dtype))
+    if choose_impl(op, impl, reasons) == "reference":
+        entropy, mass = code_mass_reference(positions, mask, sharpness, group)
+    elif torch.is_grad_enabled() and x.requires_grad:
+        entropy, mass = apply(_CodeMass, positions, mask, sharpness, group)
+    else:
+        entropy, mass = torch.ops.genperf.lookup_free_mass(positions, mask, sharpness, group)
+    return entropy, mass, count
+
+
+def entropy_of(mass: Tensor, floor: float | None = None) -> Tensor:  # [groups, K] -> [groups]
+    """The entropies of the frequencies of codes, with a finite derivative where one is 0; their logarithms are at least that of `floor`."""
+    # By its own sum, not the number of vectors: the roundings of the bits' probabilities are common to all codes.
+    p = mass / mass.sum(-1, keepdim=True).clamp(min=0.5)
+    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny if floor is None else floor).log()).sum(-1)
+
+
+def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Which implementations cannot run, and why; best first."""
+    return {"native": None, "reference": None}
+
+
+class _CodeMass(torch.autograd.Function):
+    @staticmethod
+    def forward(x, mask, sharpness, group):
+        return torch.ops.genperf.lookup_free_mass(x, mask, sharpness, group)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        x, mask, ctx.sharpness, ctx.group = inputs
+        ctx.save_for_backward(x, mask)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_entropy, grad_mass):
+        x, mask = ctx.saved_tensors
+        if grad_entropy is None and grad_mass is None:
+            grad_x = None
+        elif torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+            outputs = code_mass_reference(x, mask, ctx.sharpness, ctx.group)
+            (grad_x,) = differentiate(outputs, (grad_entropy, grad_mass), (x,), (True,))
+        else:
+            grad_x = torch.ops.genperf.lookup_free_mass_backward(grad_entropy, grad_mass, x, mask, ctx.sharpness, ctx.group)
+        return grad_x, None, None, None
+
+
+def code_mass_reference(x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> tuple[Tensor, Tensor]:
+    """The sums in plain PyTorch, over all codes, differentiated by autograd: x [outer, D, inner], mask [outer, inner]."""
+    logits = x.movedim(1, -1).reshape(-1, x.shape[1] // group, group).to(accumulator_dtype(x.dtype))
+    logits = (logits * sharpness).clamp(-CERTAIN, CERTAIN)
+    if mask is not None:
+        logits = logits[mask.reshape(-1)]
+    log_p = (logits @ (_bits(group, logits) - 0.5).T).log_softmax(-1)
+    p = log_p.exp()
+    return -(p * log_p).sum(), p.sum(0)
+
+
+def _chunks(x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> Iterator[tuple[Tensor, Tensor | None, tuple]]:
+    """Logits of the bits [n, D], which of the vectors count [n, 1], and their place in x, for a bounded number at a time."""
+    outer, dim, inner = x.shape
+    size = max(64, CHUNK.get(x.device.type, 2**20) // (dim // group * (2 ** (group // 2) + 2 ** (group - group // 2))))
+    for start in range(0, outer * inner, size):
+        if inner == 1:
+            place = (slice(start, start + size), slice(None), 0)
+        else:
+            position = torch.arange(start, min(start + size, outer * inner), device=x.device)
+            place = (position // inner, slice(None), position % inner)
+        logits = (x[place].to(accumulator_dtype(x.dtype)) * sharpness).clamp(-CERTAIN, CERTAIN)
+        valid = None
+        if mask is not None:
+            valid = mask[place[0], place[2]].unsqueeze(1)
+            logits = torch.where(valid, logits, 0)
+        yield logits, valid, place
+
+
+def _bits(width: int, like: Tensor) -> Tensor:
+    """The bits of 0 ... 2^width - 1 [2^width, width], the first the most significant."""
+    places = torch.arange(width - 1, -1, -1, device=like.device)
+    return (torch.arange(2**width, device=like.device).unsqueeze(1) >> places & 1).to(like.dtype)
+
+
+def _halves(p: Tensor, q: Tensor, valid: Tensor | None, group: int) -> list[Tensor]:
+    """The probabilities [groups, n, 2^b] of all values of the first half of each group's bits, and of the second.
+
+    p and q [n, D] are those of the bits being set and not.
+    """
+    products = []
+    for bits in (range(group // 2), range(group // 2, group)):
+        product = p.new_empty(p.shape[1] // group, p.shape[0], 2 ** len(bits))
+        product[..., 0] = 1 if valid is None else valid.squeeze(1)
+        for width, bit in enumerate(reversed(bits)):
+            known, set_too = product[..., : 2**width], product[..., 2**width : 2 ** (width + 1)]
+            torch.mul(known, p[:, bit::group].T.unsqueeze(-1), out=set_too)
+            known.mul_(q[:, bit::group].T.unsqueeze(-1))
+        products.append(product)
+    return products
+
+
+def _code_mass(x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> tuple[Tensor, Tensor]:
+    dtype = accumulator_dtype(x.dtype)
+    mass = x.new_zeros(x.shape[1] // group, 2 ** (group // 2), 2 ** (group - group // 2), dtype=dtype)
+    entropy = x.new_zeros((), dtype=torch.float64)
+    with torch.autocast(x.device.type, enabled=False):
+        for logits, valid, _ in _chunks(x, mask, sharpness, group):
+            p, q = logits.sigmoid(), (-logits).sigmoid()
+            less = torch.minimum(p, q)
+            entropies = logits.abs() * less - (-less).log1p()
+            entropy += (entropies if valid is None else entropies * valid).sum(dtype=torch.float64)
+            first, second = _halves(p, q, valid, group)
+            mass.baddbmm_(first.transpose(1, 2), second)
+    return entropy.to(dtype), mass.flatten(1)
+
+
+def _code_mass_backward(
+    grad_entropy: Tensor | None, grad_mass: Tensor | None, x: Tensor, mask: Tensor | None, sharpness: float, group: int
+) -> Tensor:
+    grad_x = torch.empty_like(x)
+    with torch.autocast(x.device.type, enabled=False):
+        for logits, valid, place in _chunks(x, mask, sharpness, group):
+            p, q = logits.sigmoid(), (-logits).sigmoid()
+            slope = torch.zeros_like(logits) if grad_entropy is None else -grad_entropy * logits * p * q
+            if grad_mass is not None:
+                first, second = _halves(p, q, valid, group)
+                upstream = grad_mass.reshape(-1, first.shape[-1], second.shape[-1])
+                shares = (torch.bmm(second, upstream.mT).mul_(first), torch.bmm(first, upstream).mul_(second))
+                # In the share of the codes that have a bit its probability is a factor p, of slope p q; in that of the
+                # others q, of slope -p q. Summed apart, they lose nothing where a bit is nearly certain.
+                bits = [_bits(half, logits) for half in (group // 2, group - group // 2)]
+                having = torch.cat([share @ has for share, has in zip(shares, bits, strict=True)], -1)
+                lacking = torch.cat([share @ (1 - has) for share, has in zip(shares, bits, strict=True)], -1)
+                slope += having.transpose(0, 1).flatten(1) * q - lacking.transpose(0, 1).flatten(1) * p
+            grad_x[place] = (slope * sharpness).to(x.dtype)
+    return grad_x
+
+
+torch.library.custom_op("genperf::lookup_free_mass", _code_mass, mutates_args=())
+torch.library.custom_op("genperf::lookup_free_mass_backward", _code_mass_backward, mutates_args=())
+
+
+@torch.library.register_fake("genperf::lookup_free_mass")
+def _(x, mask, sharpness, group):
+    dtype = accumulator_dtype(x.dtype)
+    return x.new_empty((), dtype=dtype), x.new_empty(x.shape[1] // group, 2**group, dtype=dtype)
+
+
+@torch.library.register_fake("genperf::lookup_free_mass_backward")
+def _(grad_entropy, grad_mass, x, mask, sharpness, group):
+    return torch.empty_like(x)
