@@ -66,7 +66,7 @@ def test_equivalent_to_the_plain_lines(logits, device):
 
 
 @pytest.mark.parametrize("logits", LOGITS)
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_accuracy(dtype, logits, device):
     """In the mean square of several draws: the error of one number in plain PyTorch is 0 at times."""
     for kind in ("random", "clustered", "offset") if dtype == torch.float32 else ("random",):

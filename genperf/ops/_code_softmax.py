@@ -182,8 +182,8 @@ class _Chunks:
         codes = codebook.to(self.dtype)
         self.centre = None if logits == "dot" else codes.mean(0)
         self.codes = codes if self.centre is None else codes - self.centre
-        outer, _, inner = x.shape
-        rows = max(1, _CHUNK // len(codes), min(_ROWS, _LARGEST_CHUNK // len(codes)))
+        outer, dim, inner = x.shape
+        rows = max(1, _CHUNK // max(len(codes), dim), min(_ROWS, _LARGEST_CHUNK // max(len(codes), dim)))
         if inner >= rows:
             self.outer_step, self.inner_step = 1, -(-inner // -(-inner // rows))
         else:
