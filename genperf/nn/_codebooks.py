@@ -354,6 +354,21 @@ def _offsets(numbers: list[Tensor], joint: bool) -> list[tuple[Tensor, Tensor]]:
     return list(zip(everyone[:rank].sum(0).split(lengths), everyone.sum(0).split(lengths), strict=True))
 
 
+def copied(codebook: Tensor) -> Tensor:
+    """A copy that backward can use after an update has written the codebook in place."""
+    return _saved_copy(codebook) if torch.compiler.is_compiling() else codebook.clone()
+
+
+@torch.library.custom_op("genperf::saved_copy", mutates_args=())
+def _saved_copy(t: Tensor) -> Tensor:
+    """A clone that torch.compile saves for backward. Clones as such it takes again there, of what the codebook has become."""
+    return t.clone()
+
+
+_saved_copy.register_fake(torch.empty_like)
+_saved_copy.register_autograd(lambda ctx, grad: grad)
+
+
 def project(linear: nn.Linear, x: Tensor) -> Tensor:
     """A linear layer over the channels of x [outer, C, inner], where they lie."""
     weight, bias = linear.weight.to(x.dtype), None if linear.bias is None else linear.bias.to(x.dtype)

@@ -25,7 +25,7 @@ from ..ops.nearest_code import search
 from ..ops.sample_code import sample_code
 from ..ops.vector_quantize import GRADIENTS, quantize
 from ..ops.vector_quantize import refusals as quantize_refusals
-from ._codebooks import UPDATES, Codebooks, Weights, project
+from ._codebooks import UPDATES, Codebooks, Weights, copied, project
 
 
 class LossTerms(NamedTuple):
@@ -220,7 +220,7 @@ class VectorQuantizer(Codebooks):
             self._start_from(vectors, valid)
 
         # Backward still needs these codes after the update has written the new ones in place.
-        books = self._books_in_use(self.codebook.clone() if updates and update == "step" else self.codebook)
+        books = self._books_in_use(copied(self.codebook) if updates and update == "step" else self.codebook)
         assigned = self._assign(vectors, books, valid, self.sample_temperature if self.training else 0.0)
         folded, indices = _fold(vectors), _fold(self._numbered(assigned))
         weights = self.codebook_weight, self.commitment_weight
