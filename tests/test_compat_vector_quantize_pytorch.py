@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from genperf.compat import vector_quantize_pytorch as ours
-from genperf.nn import code_usage, update_codebooks
+from genperf.nn import _codebooks, code_usage, update_codebooks
 
 peer = pytest.importorskip("vector_quantize_pytorch")
 
@@ -110,24 +110,22 @@ def test_training_steps_are_theirs(case):
     train_together(theirs, mine, shape, lambda step: {"return_loss_breakdown": True}, lr=lr)
 
 
+LEARNED = {"learnable_codebook": True, "ema_update": False}
+FIXED = {"ema_update": False}  # With moving averages theirs differentiates these losses at the codes after the update.
+
+
 @pytest.mark.parametrize(
     ("shape", "options"),
-    [
-        ((30, DIM), {}),
-        ((5, 1, DIM), {"codebook_diversity_temperature": 10.0}),
-        ((30, DIM), {"use_cosine_sim": True, "codebook_diversity_temperature": 5.0}),
-        ((30, DIM), {"learnable_codebook": True, "ema_update": False}),
-    ],
+    [((30, DIM), FIXED), ((30, 1, DIM), LEARNED), ((30, DIM), {"use_cosine_sim": True, **FIXED}), ((30, DIM), {"freeze_codebook": True})],
 )
 def test_diversity_loss_is_theirs(shape, options):
     pytest.importorskip("genperf.ops.code_entropy")
-    layers = pair("VectorQuantize", DIM, CODES, codebook_diversity_loss_weight=0.5, **options)
+    weights = {"codebook_diversity_loss_weight": 0.5, "codebook_diversity_temperature": 10.0}
+    layers = pair("VectorQuantize", DIM, CODES, **weights, **options)
     train_together(*layers, shape, lambda step: {"return_loss_breakdown": True}, lr=0.1)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"use_cosine_sim": True}, {"learnable_codebook": True, "ema_update": False}, {"heads": 2, "codebook_dim": 4}]
-)
+@pytest.mark.parametrize("options", [FIXED, LEARNED, {"use_cosine_sim": True, **FIXED}, {"heads": 2, "codebook_dim": 4, **FIXED}])
 def test_cross_entropies_are_theirs(options):
     pytest.importorskip("genperf.ops.code_cross_entropy")
     torch.manual_seed(0)
@@ -620,3 +618,31 @@ def test_signatures_are_theirs(name, method):
     for parameter in mine:
         if parameter not in ("init_fn", "mlp_kwargs"):  # a function, and a dict that nobody may change
             assert (mine[parameter].default, mine[parameter].kind) == (theirs[parameter].default, theirs[parameter].kind), parameter
+
+
+@pytest.mark.parametrize(("sync_codebook", "joined"), [(None, True), (True, True), (False, False)])
+def test_processes_are_joined_unless_told_otherwise(sync_codebook, joined, monkeypatch):
+    sums = []
+    monkeypatch.setattr(_codebooks, "world_size", lambda: 2)
+    monkeypatch.setattr(_codebooks, "sum_over_processes", lambda value, group: sums.append(value) or 2 * value)
+    torch.manual_seed(0)
+    layer = ours.VectorQuantize(DIM, CODES, sync_codebook=sync_codebook)
+    layer(torch.randn(SEQUENCE))
+    assert len(sums) == joined
+    expected = 0.8 * CODES + 0.2 * 30 * (1 + joined)
+    assert layer._codebook.cluster_size.sum().item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, DIM), (0, 5, DIM), (0, DIM)])
+@pytest.mark.parametrize("options", [{}, {"heads": 2, "codebook_dim": 3}, {"kmeans_init": True, "threshold_ema_dead_code": 2}])
+def test_empty_batches(shape, options):
+    layer = ours.VectorQuantize(DIM, CODES, **options)
+    x = torch.zeros(shape, requires_grad=True)
+    quantized, indices, loss = layer(x)
+    (quantized.sum() + loss).backward()
+    assert quantized.shape == x.grad.shape == x.shape
+    assert indices.shape == shape[:-1] + ((2,) if "heads" in options else ())
+    assert loss == 0
+    assert layer.get_output_from_indices(indices).shape == x.shape
+    layer.update_indices(x, indices)
+    assert layer.codebook.isfinite().all()

@@ -183,8 +183,9 @@ class Codebook(VectorQuantizer):
 
     def _as_assigned(self, indices: Tensor, vectors: Tensor) -> Tensor:
         """What `_positions_of` would make `indices` of: [books, outer, inner]."""
-        by_head = indices.long().reshape(-1, vectors.shape[3], self.heads).transpose(1, 2).flatten(0, 1)
-        return self._by_book(by_head)
+        outer = vectors.shape[0] * vectors.shape[1] // self.heads
+        by_position = indices.long().reshape(outer, vectors.shape[3], self.heads)
+        return self._by_book(by_position.transpose(1, 2).flatten(0, 1))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -226,6 +227,8 @@ class VectorQuantize(nn.Module):
       - Index -1 stands for no code: zeros in get_codes_from_indices, no part in update_indices. Theirs: the last code, the first.
       - get_codes_from_indices joins the codes of heads that share a codebook; get_output_from_indices projects channels
         wherever they lie.
+      - Diversity and cross-entropy losses are differentiated at the codes that they were computed from; theirs, with moving
+        averages, at the codes after the update.
       - Weights that are a function of `ema_update_weight` see the accumulated statistics, not those of the last batch alone.
       - Where x needs no gradient, the gradient still reaches project_in.
       - `lens` counts positions for channels-first sequences too; masks work for images, volumes and single vectors.
