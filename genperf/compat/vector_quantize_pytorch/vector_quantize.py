@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from ...metrics._distributed import sum_over_processes, world_size
 from ...nn._codebooks import Weights, _offsets, _update
 from ...nn.vector_quantizer import VectorQuantizer, _fold
-from ...ops._common import accumulator_dtype
+from ...ops._common import accumulator_dtype, choose_impl, refuse_forward_mode
+from ...ops.code_cross_entropy import code_cross_entropy
 from ...ops.vector_quantize import quantize, refusals
 
 
@@ -37,6 +38,7 @@ class Codebook(VectorQuantizer):
     codebook = property(lambda self: self.embed)
     counts = property(lambda self: self.cluster_size)
     sums = property(lambda self: self.embed_avg)
+    _no_codes = property(lambda self: ~self.initted)
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class Codebook(VectorQuantizer):
         super().__init__(codebook_size, size, code_dim=codebook_dim, **smoothing, **options)
         codes = self._parameters.pop("codebook", None)
         codes = self._buffers.pop("codebook") if codes is None else codes.detach()
+        self._buffers.pop("_no_codes", None)
         self.register_buffer("initted", torch.tensor(not self._awaits_data))
         self.register_buffer("cluster_size", self._buffers.pop("counts"))
         self.register_buffer("embed_avg", self._buffers.pop("sums"))
@@ -66,6 +69,8 @@ class Codebook(VectorQuantizer):
             self.embed = nn.Parameter(codes)
         else:
             self.register_buffer("embed", codes)
+        if self.revive_below > 0:  # there is no such name in a state_dict of theirs
+            self.register_buffer("num_updates", self._buffers.pop("num_updates"), persistent=False)
         self.ema_update = ema_update
         self.manual_ema_update = manual_ema_update
         self.learnable_codebook = learnable_codebook
@@ -83,9 +88,12 @@ class Codebook(VectorQuantizer):
         shape = books or 1, self.num_codes, self.code_dim
         return torch.zeros(shape) if self.init == "kmeans" else nn.init.kaiming_uniform_(torch.empty(shape))
 
-    def set_codes(self, codes: Tensor, counts: Tensor | None = None) -> None:
-        super().set_codes(codes, counts)
+    def _has_codes(self) -> None:
+        super()._has_codes()
         self.initted.fill_(True)
+
+    def _check_dtype(self, x: Tensor) -> None:
+        pass  # the codes are converted
 
     def update_ema(self) -> None:
         """Set the codes to what the moving averages say."""
@@ -116,9 +124,10 @@ class Codebook(VectorQuantizer):
         ema_update: bool,
     ) -> tuple[Tensor, Tensor, Tensor, LossBreakdown]:
         """Quantized, of x's shape and dtype; indices; the loss, that of `indices` where they are given; its terms."""
+        self.check_code_weights(code_weights)
         vectors, valid = self._split(x, mask)
         if self._awaits_data:
-            self._init_from(vectors, valid)
+            self._start_from(vectors, valid)
         updates = self.training and not frozen and (ema_update or self.revive_below > 0)
         # Backward still needs these codes after the update has written the new ones in place.
         books = self._books_in_use(self.embed.to(accumulator_dtype(x.dtype), copy=updates))
@@ -158,7 +167,9 @@ class Codebook(VectorQuantizer):
         codes = books.flatten(0, 1)
         routed = self.training and self.route_gradients and x.requires_grad
         x = x if self.training else x.detach()
-        impl = "reference" if refusals(x.device, x.dtype)["native"] else "native"
+        reasons = refusals(x.device, x.dtype)
+        refuse_forward_mode(reasons, x, codes)
+        impl = choose_impl("vector_quantize", None, reasons)
         quantized, error = quantize(x, codes if moves else codes.detach(), indices, float(moves), 1.0, self.gradient, impl)
         error = error - error.detach() / 2 if moves else error
         if routed and self.directional_variance is not None:
@@ -174,8 +185,6 @@ class Codebook(VectorQuantizer):
 
     def _cross_entropy(self, vectors: Tensor, books: Tensor, assigned: Tensor) -> Tensor:
         """Of the codes given to the vectors, the logits being minus their distances, or their cosines."""
-        from ...ops.code_cross_entropy import code_cross_entropy
-
         logits = "dot" if self.metric == "cosine" else "distance"
         losses = code_cross_entropy(vectors, books, assigned, logits=logits, channel_dim=2)
         counted = (assigned >= 0).flatten(1).sum(1)
@@ -189,8 +198,9 @@ class Codebook(VectorQuantizer):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "initted" in state_dict:
-            self._awaits_data = not state_dict[prefix + "initted"]
+        if prefix + "embed" in state_dict:
+            self._awaits_data = self.init == "kmeans" and not self.initted
+            self._pending = self._vectors = None
 
 
 def _looked_up(codes: Tensor, indices: Tensor) -> Tensor:
@@ -441,8 +451,12 @@ class VectorQuantize(nn.Module):
         refuse("VectorQuantize", topk=(topk, None), codebook_transform_fn=(codebook_transform_fn, None))
         codebook = self._codebook
         x = self._channels_last(x)
-        vectors = self.project_in(x)
-        mask = codebook._checked_mask(vectors, mask, lens)
+        if lens is not None:
+            codebook.check("only one of mask and lens can be given", "both", mask is None)
+            mask = torch.arange(x.shape[1], device=x.device) < lens.unsqueeze(1)
+        # Padding may hold anything: it must not make gradients of the projection NaN.
+        vectors = self.project_in(torch.where(mask.unsqueeze(-1), x, 0) if mask is not None and self.has_projections else x)
+        codebook._checked_mask(vectors, mask, None)
         temperature = codebook.sample_temperature
         if sample_codebook_temp is not None and self.stochastic_sample_codes:
             temperature = sample_codebook_temp
