@@ -239,6 +239,8 @@ class VectorQuantize(nn.Module):
         wherever they lie.
       - Diversity and cross-entropy losses are differentiated at the codes that they were computed from; theirs, with moving
         averages, at the codes after the update.
+      - A step without a valid vector leaves codes and averages as they are, and a code that k-means gives no vector stays
+        where it is; theirs decays the averages, and moves the code to the origin.
       - Weights that are a function of `ema_update_weight` see the accumulated statistics, not those of the last batch alone.
       - Where x needs no gradient, the gradient still reaches project_in.
       - `lens` counts positions for channels-first sequences too; masks work for images, volumes and single vectors.
