@@ -21,6 +21,7 @@ class ResidualVQ(nn.Module):
         residual.
       - freeze_codebook=True in the constructor counts; theirs is overridden by forward's default. A frozen shared codebook is
         not updated at the end either.
+      - diveq adds noise in training alone; theirs in evaluation too.
       - Indices of fewer levels can be decoded whether or not there is a quantize_dropout.
       - The level at which quantize_dropout stops is drawn on the host, so that nothing waits for the device.
 
