@@ -290,7 +290,6 @@ class Codebooks(nn.Module):
             raise ValueError(f"{type(self).__name__}: {rule}, got {value!r}.")
 
 
-@torch.no_grad()
 def update_codebooks(module: nn.Module, *, code_weights: Weights | None = None) -> None:
     """Update all codebooks in a module from the statistics that their training steps gathered with update="accumulate".
 
@@ -313,6 +312,7 @@ def update_codebooks(module: nn.Module, *, code_weights: Weights | None = None) 
         _update([layer for layer in layers if layer.synchronized == synchronized], code_weights)
 
 
+@torch.no_grad()
 def _update(layers: list[Codebooks], code_weights: Weights | None, *, write: bool | None = None) -> None:
     """Update layers that are all `synchronized`, or none is; `write` the averages to the codes, or where there is a decay."""
     joint = world_size() > 1 and bool(layers) and layers[0].synchronized

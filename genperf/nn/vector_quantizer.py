@@ -293,11 +293,7 @@ class VectorQuantizer(Codebooks):
         channel = check_channel_dim(name, x, self.channel_dim)
         check_float(name, "x", x)
         self.check(f"x must have {self.dim} channels in dimension {self.channel_dim}", list(x.shape), x.shape[channel] == self.dim)
-        dtype = self.codebook.dtype
-        if x.dtype != dtype and not (dtype == torch.float32 and x.dtype in HALF_DTYPES):
-            raise TypeError(
-                f"{name}: x must have the dtype of the codebook, or half precision with a float32 codebook, got {x.dtype} and {dtype}."
-            )
+        self._check_dtype(x)
         if lengths is not None:
             check_tensor(name, "lengths", lengths)
             self.check("only one of mask and lengths can be given", "both", mask is None)
@@ -312,6 +308,12 @@ class VectorQuantizer(Codebooks):
                 raise TypeError(f"{name}: mask must be bool, got {mask.dtype}.")
             check_positions(name, "mask", mask, x, channel)
         return mask
+
+    def _check_dtype(self, x: Tensor) -> None:
+        dtype = self.codebook.dtype
+        if x.dtype != dtype and not (dtype == torch.float32 and x.dtype in HALF_DTYPES):
+            rule = "x must have the dtype of the codebook, or half precision with a float32 codebook"
+            raise TypeError(f"{type(self).__name__}: {rule}, got {x.dtype} and {dtype}.")
 
     def _split(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The vectors that are searched, [books, outer, D, inner], and which of them are valid, [books, outer, inner]."""

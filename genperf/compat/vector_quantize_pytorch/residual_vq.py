@@ -1,0 +1,267 @@
+"""vector-quantize-pytorch's ResidualVQ and GroupedResidualVQ over its VectorQuantize here."""
+
+import random
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...metrics._distributed import sum_over_processes, world_size
+from .vector_quantize import VectorQuantize, refuse
+
+
+class ResidualVQ(nn.Module):
+    """Quantises a vector, then what is left of it, level by level; Zeghidour et al., "SoundStream" (2021).
+
+    The same as in vector-quantize-pytorch 1.32: arguments, returned values, state_dict, first codes of a seed, and, level by
+    level, what `VectorQuantize` does.
+
+    What differs, since there it is a fault:
+      - accept_image_fmap and `indices` work: theirs stops with an error. The cross-entropies are those of each level's
+        residual.
+      - freeze_codebook=True in the constructor counts; theirs is overridden by forward's default. A frozen shared codebook is
+        not updated at the end either.
+      - diveq adds noise in training alone; theirs in evaluation too.
+      - Indices of fewer levels can be decoded whether or not there is a quantize_dropout.
+      - The level at which quantize_dropout stops is drawn on the host, so that nothing waits for the device.
+
+    Not supported (NotImplementedError): implicit_neural_codebook, mlp_kwargs, beam_size, eval_beam_size,
+    beam_score_quantizer_weights, channel_last=False and accept_3d_fmap, which fail there too, and what `VectorQuantize`
+    does not support.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_quantizers: int | None = None,
+        codebook_size: int | tuple[int, ...],
+        codebook_dim: int | None = None,
+        shared_codebook: bool = False,
+        diveq: bool = False,
+        heads: int = 1,
+        quantize_dropout: bool = False,
+        quantize_dropout_cutoff_index: int = 0,
+        quantize_dropout_multiple_of: int = 1,
+        accept_image_fmap: bool = False,
+        implicit_neural_codebook: bool = False,
+        mlp_kwargs: dict | None = None,
+        beam_size: int | None = None,
+        eval_beam_size: int | None = None,
+        beam_score_quantizer_weights: list[float] | None = None,
+        quant_grad_frac: float = 0.0,
+        return_zeros_for_masked_padding: bool = True,
+        **vq_kwargs,
+    ) -> None:
+        super().__init__()
+        refuse(
+            "ResidualVQ",
+            implicit_neural_codebook=(implicit_neural_codebook, False),
+            mlp_kwargs=(mlp_kwargs or None, None),
+            beam_size=(beam_size, None),
+            eval_beam_size=(eval_beam_size, None),
+            beam_score_quantizer_weights=(beam_score_quantizer_weights, None),
+            channel_last=(vq_kwargs.get("channel_last", True), True),
+            accept_3d_fmap=(vq_kwargs.get("accept_3d_fmap", False), False),
+        )
+        sizes = codebook_size if isinstance(codebook_size, tuple) else (codebook_size,) * (num_quantizers or 0)
+        num_quantizers = len(sizes) if num_quantizers is None else num_quantizers
+        for rule, holds in (
+            ("heads must be 1", heads == 1),
+            ("there must be num_quantizers, or a tuple of as many codebook sizes", 0 < num_quantizers == len(sizes)),
+            ("a shared codebook needs one codebook size", not shared_codebook or len(set(sizes)) == 1),
+            ("quantize_dropout_cutoff_index must not be negative", quantize_dropout_cutoff_index >= 0),
+        ):
+            if not holds:
+                raise ValueError(f"ResidualVQ: {rule}.")
+        codebook_dim = dim if codebook_dim is None else codebook_dim
+        self.codebook_dim = codebook_dim
+        self.has_projections = codebook_dim != dim
+        self.project_in = nn.Linear(dim, codebook_dim) if self.has_projections else nn.Identity()
+        self.project_out = nn.Linear(codebook_dim, dim) if self.has_projections else nn.Identity()
+        self.accept_image_fmap = accept_image_fmap
+        self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
+        self.num_quantizers = num_quantizers
+        self.codebook_sizes = sizes
+        self.uniform_codebook_size = len(set(sizes)) == 1
+        self.quantize_dropout = quantize_dropout and num_quantizers > 1
+        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
+        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
+        self.shared_codebook = shared_codebook
+        self.diveq = diveq
+        self.quant_grad_frac = 1.0 if diveq else quant_grad_frac
+        if shared_codebook:
+            vq_kwargs |= {"manual_ema_update": True}
+        if diveq:
+            vq_kwargs |= {"ema_update": False, "learnable_codebook": True, "route_gradients_to_input": False, "commitment_weight": 0.0}
+        self.layers = nn.ModuleList(VectorQuantize(codebook_dim, size, **vq_kwargs) for size in sizes)
+        if shared_codebook:
+            for layer in self.layers[1:]:
+                layer._codebook = self.layers[0]._codebook
+
+    @property
+    def codebook_size(self) -> int:
+        return self.layers[0].codebook_size
+
+    @property
+    def codebooks(self) -> Tensor | tuple[Tensor, ...]:
+        """[levels, K, d], or for unequal codebook sizes a tuple of [K, d]."""
+        codebooks = tuple(layer.codebook for layer in self.layers)
+        return torch.stack(codebooks) if self.uniform_codebook_size else codebooks
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """The codes [levels, ..., d] of indices [..., q] of the first q levels; zeros for -1 and for the other levels."""
+        indices = F.pad(indices, (0, self.num_quantizers - indices.shape[-1]), value=-1)
+        return torch.stack([layer.get_codes_from_indices(i) for layer, i in zip(self.layers, indices.unbind(-1), strict=True)])
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """What forward returns as quantized for the indices [..., q] of the first q levels, with channels last."""
+        codes = (layer.get_codes_from_indices(i) for layer, i in zip(self.layers, indices.unbind(-1), strict=False))
+        return self.project_out(sum(codes))
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        indices: Tensor | list[Tensor] | None = None,
+        return_all_codes: bool = False,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool = False,
+        beam_size: int | None = None,
+        rand_quantize_dropout_fixed_seed: int | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Quantise x [..., dim], with accept_image_fmap [B, dim, H, W].
+
+        Returns:
+            quantized, of x's shape; indices [..., levels], -1 at levels that were dropped and at padding; losses [levels]; with
+            return_all_codes also the codes [levels, ..., d]. With `indices` [..., levels]: quantized and the sum of the levels'
+            cross-entropies.
+        """
+        refuse("ResidualVQ", beam_size=(beam_size, None))
+        x = x.movedim(1, -1) if self.accept_image_fmap else x
+        first, frozen = self.layers[0]._codebook, freeze_codebook or self.layers[0].freeze_codebook
+        targets = (None,) * self.num_quantizers
+        if indices is not None:
+            targets = (torch.stack(indices) if isinstance(indices, list) else indices).unbind(-1)
+        levels = self.num_quantizers
+        if self.training and self.quantize_dropout and indices is None:
+            levels = self._kept_levels(rand_quantize_dropout_fixed_seed)
+        shares = self.training and self.shared_codebook and not frozen
+
+        residual = projected = self.project_in(x)
+        quantized_out = torch.zeros_like(residual)
+        residuals, found, losses = [], [], []
+        for layer, target in zip(self.layers[:levels], targets, strict=False):
+            if shares and first.revive_below > 0:
+                residuals.append(residual.detach())
+            options = {"mask": mask, "sample_codebook_temp": sample_codebook_temp, "freeze_codebook": frozen}
+            quantized, *level, loss = layer(residual, indices=target, **options)
+            passed = quantized if self.quant_grad_frac == 1 else quantized.detach()
+            if 0 < self.quant_grad_frac < 1:
+                passed = torch.lerp(passed, quantized, self.quant_grad_frac)
+            residual = residual - passed
+            quantized_out = quantized_out + quantized
+            found += level
+            losses.append(loss)
+        if shares and first.ema_update:
+            first.update_ema()
+        if residuals:
+            samples = torch.stack(residuals, -2).flatten(0, -2).unsqueeze(0)
+            valid = None if mask is None else mask.unsqueeze(-1).expand(*mask.shape, levels).reshape(1, -1)
+            first.expire_codes_(first._normalized(samples), valid)
+
+        if self.diveq and self.training:
+            offset = quantized_out - projected
+            direction = F.normalize(offset + 5e-3**0.5 * torch.randn_like(offset), dim=-1, eps=1e-6).detach()
+            quantized_out = projected + direction * offset.norm(dim=-1, keepdim=True)
+        quantized_out = self.project_out(quantized_out)
+        if mask is not None:
+            padding = 0 if self.return_zeros_for_masked_padding else x
+            quantized_out = torch.where(mask.unsqueeze(-1), quantized_out, padding)
+        quantized_out = quantized_out.movedim(-1, 1) if self.accept_image_fmap else quantized_out
+        if indices is not None:
+            return quantized_out, sum(losses)
+
+        dropped = self.num_quantizers - levels
+        all_indices = F.pad(torch.stack(found, -1), (0, dropped), value=-1)
+        all_losses = F.pad(torch.stack(losses), (0, dropped))
+        if not return_all_codes:
+            return quantized_out, all_indices, all_losses
+        return quantized_out, all_indices, all_losses, self.get_codes_from_indices(all_indices)
+
+    def _kept_levels(self, seed: int | None) -> int:
+        """How many levels a training step quantises with; the same on all processes."""
+        seed = common_seed() if seed is None else seed
+        last = random.Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
+        multiple = self.quantize_dropout_multiple_of
+        return min(-(-(last + 1) // multiple) * multiple, self.num_quantizers)
+
+
+class GroupedResidualVQ(nn.Module):
+    """A `ResidualVQ` for each of the groups that the channels are cut into; Yang et al., "HiFi-Codec" (2023).
+
+    Takes `dim`, `groups` and the arguments of `ResidualVQ`, and returns what it does: indices [groups, ..., levels], losses
+    [groups, levels], codes as a tuple over the groups. `indices` of forward are a list or tensor over the groups.
+    """
+
+    def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs) -> None:
+        super().__init__()
+        if dim % groups:
+            raise ValueError(f"GroupedResidualVQ: dim must be divisible by groups, got {dim} and {groups}.")
+        self.dim = dim
+        self.groups = groups
+        self.accept_image_fmap = accept_image_fmap
+        self.rvqs = nn.ModuleList(ResidualVQ(dim=dim // groups, accept_image_fmap=accept_image_fmap, **kwargs) for _ in range(groups))
+
+    @property
+    def split_dim(self) -> int:
+        return 1 if self.accept_image_fmap else -1
+
+    @property
+    def codebooks(self) -> Tensor:
+        """[groups, levels, K, d]"""
+        return torch.stack([rvq.codebooks for rvq in self.rvqs])
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        return torch.stack([rvq.get_codes_from_indices(i) for rvq, i in zip(self.rvqs, indices, strict=True)])
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """With channels last."""
+        return torch.cat([rvq.get_output_from_indices(i) for rvq, i in zip(self.rvqs, indices, strict=True)], -1)
+
+    def forward(
+        self,
+        x: Tensor,
+        indices: Tensor | list[Tensor] | None = None,
+        return_all_codes: bool = False,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool = False,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        if x.shape[self.split_dim] != self.dim:
+            raise ValueError(f"GroupedResidualVQ: x must have {self.dim} channels in dimension {self.split_dim}, got {list(x.shape)}.")
+        options = {
+            "mask": mask,
+            "return_all_codes": return_all_codes,
+            "sample_codebook_temp": sample_codebook_temp,
+            "freeze_codebook": freeze_codebook,
+            "rand_quantize_dropout_fixed_seed": common_seed() if self.training and self.rvqs[0].quantize_dropout else None,
+        }
+        targets = (None,) * self.groups if indices is None or len(indices) == 0 else indices
+        chunks = x.chunk(self.groups, self.split_dim)
+        parts = [rvq(chunk, indices=i, **options) for rvq, chunk, i in zip(self.rvqs, chunks, targets, strict=True)]
+        quantized, *others = zip(*parts, strict=True)
+        quantized = torch.cat(quantized, self.split_dim)
+        if targets[0] is not None:
+            return quantized, sum(others[0])
+        indices, losses, *codes = others
+        return quantized, torch.stack(indices), torch.stack(losses), *codes
+
+
+def common_seed() -> int:
+    """A seed from torch's default generator, the same on all processes."""
+    seed = torch.randint(0, 10_000, ())
+    return int(sum_over_processes(seed, None) if world_size() > 1 else seed)
