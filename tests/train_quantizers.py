@@ -191,7 +191,7 @@ def first_process_takes_no_step():
             x = share(batch(step, 8, 3), first=0).to(layer.codebook.dtype)
             if len(x):
                 layer(x)
-        update_codebooks(layers)
+            update_codebooks(layer)  # by itself: each dtype has to be the same everywhere
     return state(*layers)
 
 
