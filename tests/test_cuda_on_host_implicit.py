@@ -18,10 +18,10 @@ SHAPES = [
     (1, [5], 300),
     (3, [8, 5, 5, 5], 40),
     (2, [8, 6, 5], 129),
-    (5, [4] * 31, 8),
-    (1, [3, 2000, 7], 260),
+    (3, [4] * 31, 8),
+    (1, [3, 2000, 7], 132),
     (300, [7, 5, 5, 5, 5], 1),
-    (2, [2] * 63, 16),
+    (1, [2] * 63, 10),
     (0, [8, 5], 4),
 ]
 LAYOUTS = ("channels_first", "channels_last", "permuted", "sliced")
@@ -59,7 +59,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 
 def cases():
     for number, (dtype, layout, (outer, levels, inner)) in enumerate(itertools.product(DTYPES, LAYOUTS, SHAPES)):
-        if dtype != torch.float32 and number % 2:
+        if dtype != torch.float32 and (number + number // len(SHAPES)) % 2:
             continue
         generator = torch.Generator().manual_seed(number)
         x, grad = torch.randn(2, outer, len(levels), inner, generator=generator)

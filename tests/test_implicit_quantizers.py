@@ -92,9 +92,9 @@ def test_half_precision_under_autocast(make, device):
     assert (plain[1] == indices).float().mean() > 0.8
 
 
-@layers
-def test_compiles_as_one_graph(make, device):
-    layer = make(dim=6, channel_dim=1).to(device)
+@pytest.mark.parametrize("name", ["FSQ", "BSQ"])
+def test_compiles_as_one_graph(name, device):
+    layer = LAYERS[name](dim=6, channel_dim=1).to(device)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x, mask = torch.randn(2, 6, 4, 5, device=device), torch.rand(2, 4, 5, device=device) > 0.3
     torch.testing.assert_close(gradients(compiled, x, mask), gradients(layer, x, mask))
