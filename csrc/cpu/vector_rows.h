@@ -32,6 +32,14 @@ struct Pack<float> {
   static V get(const E* p, int count) {
     return read(p, 1, count);
   }
+#if defined(__AVX512F__)
+  static V get(const float* p, int count) {
+    return V(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p));
+  }
+  static void set(float* p, int count, V v) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), __m512(v));
+  }
+#endif
   template <class E>
   static void set(E* p, Whole, V v) {
     store(p, v);
@@ -195,15 +203,15 @@ Carry<W> rotation(const W* x, const C* code, const W* gradient, int64_t dim) {
     ge = P::multiply_add(g, b, ge);
   });
   const double x_norm = std::sqrt(P::total(xx)), code_norm = std::sqrt(P::total(ee));
-  const double half_square =
-      2 + 2 * P::total(xe) / (x_norm * code_norm);  // |x/|x| + code/|code||^2
+  const double per_x = 1 / x_norm, per_code = 1 / code_norm;
+  const double half_square = 2 + 2 * P::total(xe) * per_x * per_code;  // |x/|x| + code/|code||^2
   if (!(x_norm > 0 && code_norm > 0 && half_square > 1e-6))
     return {};
-  const double along_x = P::total(gx), along_code = P::total(ge);
-  const double along_half = 2 * (along_x / x_norm + along_code / code_norm) / half_square;
-  const double ratio = code_norm / x_norm;
-  return {W(ratio), W(ratio * (2 * along_code / code_norm - along_half) / x_norm),
-          W(-ratio * along_half / code_norm)};
+  const double along_code = P::total(ge) * per_code;
+  const double along_half = 2 * (P::total(gx) * per_x + along_code) / half_square;
+  const double ratio = code_norm * per_x;
+  return {W(ratio), W(ratio * (2 * along_code - along_half) * per_x),
+          W(-ratio * along_half * per_code)};
 }
 
 // A gradient that a backward op was given; it has x's shape and dtype.
