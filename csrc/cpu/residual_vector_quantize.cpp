@@ -124,7 +124,7 @@ class Forward {
   void run() {
     const bool halved = searched_with_amx(x_.dim);
     const int64_t codes = (levels_.level_stride ? used_ : 1) * levels_.first.count;
-    if (getenv("BY_LEVEL"))
+    if (codes * packed_code_bytes(x_.dim, halved) > kPanelBytes)
       return by_level();
     std::vector<std::shared_ptr<const CodePanel>> panels;
     for (int64_t level = 0; level < used_; ++level)
