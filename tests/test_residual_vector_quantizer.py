@@ -258,7 +258,7 @@ def test_half_precision_vectors(dtype, code_dim):
 @pytest.mark.parametrize("decay", [None, DECAY])
 def test_empty_batch_and_state(decay):
     layer = ResidualVectorQuantizer(3, 6, 4, decay=decay, revive_below=0.1, init="data")
-    quantized, indices, losses = layer(torch.randn(0, 4))
+    _, indices, losses = layer(torch.randn(0, 4))
     assert indices.shape == (0, 3)
     assert (losses == 0).all()
     layer(torch.randn(20, 4))
@@ -320,7 +320,7 @@ def test_bad_input():
     layer = ResidualVectorQuantizer(2, 4, 4, groups=2)
     with pytest.raises(ValueError, match="x must have 4 channels"):
         layer(torch.zeros(3, 5))
-    with pytest.raises(ValueError, match="levels must lie in 1 ... 2"):
+    with pytest.raises(ValueError, match=r"levels must lie in 1 \.\.\. 2"):
         layer(torch.zeros(3, 4), levels=3)
     with pytest.raises(ValueError, match=r"indices must have shape \[..., 2, q\] with 1 <= q <= 2"):
         layer.decode(torch.zeros(3, 2, 3, dtype=torch.int64))

@@ -155,7 +155,7 @@ class ResidualVectorQuantizer(Codebooks):
             self.num_steps += 1
         parts, valid = self._split(x, mask)
         if self.training and self._awaits_data:
-            self._start_from(torch.stack(parts), None if valid is None else valid.expand(self.groups, *valid.shape))
+            self._start_from(_stacked(parts), None if valid is None else valid.expand(self.groups, *valid.shape))
 
         # Backward still needs these codes after the update has written the new ones in place.
         books = self._levels_of(self.codebook.clone() if updates and update == "step" else self.codebook)
@@ -200,7 +200,7 @@ class ResidualVectorQuantizer(Codebooks):
     def init_codes(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Set the codes from the vectors of x, as `VectorQuantizer.init_codes`: every level's from its residuals."""
         parts, valid = self._split(x, self._checked_mask(x, mask, None))
-        self._init_from(torch.stack(parts), None if valid is None else valid.expand(self.groups, *valid.shape))
+        self._init_from(_stacked(parts), None if valid is None else valid.expand(self.groups, *valid.shape))
 
     usage = VectorQuantizer.usage
     _checked_mask = VectorQuantizer._checked_mask
@@ -253,13 +253,13 @@ class ResidualVectorQuantizer(Codebooks):
     ) -> None:
         """Take the residuals of a training step into account; `observe` for levels."""
         found = [residual_code_statistics(*group, channel_dim=1) for group in zip(parts, books, indices, strict=True)]
-        counts, sums = (torch.stack(each) for each in zip(*found, strict=True))  # [groups, Q, K], [groups, Q, K, D]
-        assigned = torch.stack(indices).movedim(-1, 1)  # [groups, Q, outer, inner]
+        counts, sums = (_stacked(each) for each in zip(*found, strict=True))  # [groups, Q, K], [groups, Q, K, D]
+        assigned = _stacked(indices).movedim(-1, 1)  # [groups, Q, outer, inner]
         if self.shared_codebook:
             counts, sums = counts.sum(1), sums.sum(1)
         else:
             counts, sums = counts.flatten(0, 1), sums.flatten(0, 1)
-        self.gather_statistics(counts, sums, torch.stack(parts) if self.revive_below > 0 else parts[0], assigned)
+        self.gather_statistics(counts, sums, _stacked(parts), assigned)
         if update == "step":
             _update([self], weights)
 
@@ -316,6 +316,11 @@ class ResidualVectorQuantizer(Codebooks):
 
     def extra_repr(self) -> str:
         return f"{self.num_levels}, {self.num_codes}, {self.dim}, groups={self.groups}, decay={self.decay}, channel_dim={self.channel_dim}"
+
+
+def _stacked(groups: tuple[Tensor, ...]) -> Tensor:
+    """torch.stack, without a copy of the only one."""
+    return groups[0].unsqueeze(0) if len(groups) == 1 else torch.stack(groups)
 
 
 def _sum_of_codes(books: Tensor, indices: Tensor) -> Tensor:
