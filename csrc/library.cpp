@@ -69,6 +69,22 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "indices)");
   m.def("lookup_free_quantize_backward(Tensor grad_quantized, Tensor x, float scale) -> Tensor");
 
+  // Residual quantisation: level i quantises what the levels before it leave. codebooks are [Q, K,
+  // D] of the arithmetic's dtype: float64 for a float64 x, else float32. indices are [outer, inner,
+  // Q], -1 where the mask is False and in the levels from number `levels` on, an int64 of one
+  // element, 1 ... Q. mse is [Q]. The gradient of `quantized` passes once, or with per_level once
+  // through every level. Statistics are of the residuals that the levels see, or that they leave.
+  m.def(
+      "residual_vector_quantize(Tensor x, Tensor codebooks, Tensor? mask, Tensor? levels, bool "
+      "cosine) -> (Tensor quantized, Tensor indices, Tensor mse, Tensor valid)");
+  m.def(
+      "residual_vector_quantize_backward(Tensor? grad_quantized, Tensor? grad_mse, Tensor x, "
+      "Tensor codebooks, Tensor indices, Tensor valid, float commitment_weight, bool rotation, "
+      "bool per_level) -> Tensor");
+  m.def(
+      "residual_code_statistics(Tensor x, Tensor codebooks, Tensor indices, bool left) -> (Tensor "
+      "counts, Tensor sums)");
+
   // Sampling. Noise is either given or a function of `seed`, an int64 of one element on the op's
   // device; noise.h says how. An output that is not asked for has no elements.
   //

@@ -14,19 +14,17 @@
 // Regimes. AMX takes 16 to 32 scores a cycle up to D = 32 whatever D is, float32 multiply-adds 32 /
 // (D
 // + 1); below D = 5 they win, and that is exact enough to need no splitting.
+#include "nearest_code.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <optional>
 
-#include "codebook_cache.h"
-#include "query_tile.h"
-
 namespace genperf {
 namespace {
 
-constexpr int64_t kMaxQueries = 512;       // positions that a thread keeps packed
 constexpr int64_t kQueryBytes = 1 << 20;   // ... in at most this much
 constexpr int64_t kCodeBytes = 192 << 10;  // codes that are passed over while they stay in L2
 constexpr int64_t kMinAmxDim = 5;
@@ -106,7 +104,7 @@ class Search {
       : x_(x), codebook_(codebook), mask_(mask), indices_(indices), cosine_(cosine) {}
 
   void run() {
-    const bool halved = amx_allowed() && x_.dim >= kMinAmxDim;
+    const bool halved = searched_with_amx(x_.dim);
     const int64_t most =
         std::max<int64_t>(kPanelBytes / packed_code_bytes(x_.dim, halved), 2 * kGroup);
     if (codebook_.count <= most) {
@@ -124,43 +122,26 @@ class Search {
     }
   }
 
+  // All positions, a chunk at most, on the calling thread.
+  void run(const CodePanel& panel, SearchScratch& scratch) {
+    panel_ = &panel;
+    search_chunk(0, x_.count(), scratch);
+  }
+
  private:
-  struct Scratch {
-    Scratch(const CodePanel& panel, int64_t chunk)
-        : z(chunk * panel.dim),
-          halves(panel.halved ? chunk * panel.depth * kDepth : 0),
-          maxima(chunk * panel.blocks()),
-          scores(panel.groups * kGroup),
-          survivors(kTile * panel.blocks()) {}
-
-    int64_t positions[kMaxQueries], offsets[kMaxQueries];
-    Buffer<float> z;            // [tiles, D, kTile]
-    Buffer<uint16_t> halves;    // [tiles, 2, depth, 16, 32]
-    Buffer<float> maxima;       // [tiles, blocks, kTile]
-    Buffer<float> scores;       // of the surviving blocks of one query
-    Buffer<int32_t> survivors;  // [kTile, blocks]
-  };
-
   void search_panel(const CodePanel& panel, int64_t first) {
     panel_ = &panel;
     first_ = first;
-    const int64_t chunk = queries_per_chunk();
+    const int64_t chunk = queries_per_chunk(panel, x_.count());
     const int64_t chunks = (x_.count() + chunk - 1) / chunk;
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-      Scratch scratch(panel, chunk);
+      SearchScratch scratch(panel, chunk);
       for (int64_t c = begin; c < end; ++c)
         search_chunk(c * chunk, std::min(x_.count(), (c + 1) * chunk), scratch);
     });
   }
 
-  // Enough chunks to keep the threads evenly busy, each small enough to stay in cache.
-  int64_t queries_per_chunk() const {
-    const int64_t fit = kQueryBytes / (x_.dim * 4 + panel_->blocks() * 4);
-    const int64_t share = x_.count() / (4 * torch::stable::get_num_threads());
-    return std::clamp<int64_t>(std::min(fit, share) / kTile * kTile, kTile, kMaxQueries);
-  }
-
-  void search_chunk(int64_t begin, int64_t end, Scratch& s) {
+  void search_chunk(int64_t begin, int64_t end, SearchScratch& s) {
     int count = 0;
     int64_t outer = begin / x_.inner, inner = begin % x_.inner;
     for (int64_t position = begin; position < end; ++position) {
@@ -205,13 +186,13 @@ class Search {
       finish_tile(t, std::min(kTile, count - t * kTile), s);
   }
 
-  float* tile_values(Scratch& s, int t) const { return s.z.get() + t * kTile * panel_->dim; }
+  float* tile_values(SearchScratch& s, int t) const { return s.z.get() + t * kTile * panel_->dim; }
 
-  uint16_t* tile_halves(Scratch& s, int t) const {
+  uint16_t* tile_halves(SearchScratch& s, int t) const {
     return s.halves.get() + t * kTile * panel_->depth * kDepth;
   }
 
-  void finish_tile(int tile, int count, Scratch& s) {
+  void finish_tile(int tile, int count, SearchScratch& s) {
     const int64_t blocks = panel_->blocks();
     const float* z = tile_values(s, tile);
     const float* maxima = s.maxima.get() + tile * blocks * kTile;
@@ -236,7 +217,7 @@ class Search {
   }
 
   // Passes 2 and 3 for one query.
-  void decide(Scratch& s,
+  void decide(SearchScratch& s,
               int query,
               const float* z,
               float bound,
@@ -346,6 +327,46 @@ Tensor nearest_code(const Tensor& x,
 }
 
 }  // namespace
+
+bool searched_with_amx(int64_t dim) {
+  return amx_allowed() && dim >= kMinAmxDim;
+}
+
+// Enough chunks to keep the threads evenly busy, each small enough to stay in cache.
+int64_t queries_per_chunk(const CodePanel& panel, int64_t count) {
+  const int64_t fit = kQueryBytes / (panel.dim * 4 + panel.blocks() * 4);
+  const int64_t share = count / (4 * torch::stable::get_num_threads());
+  return std::clamp<int64_t>(std::min(fit, share) / kTile * kTile, kTile, kMaxQueries);
+}
+
+template <class T>
+void search_chunk(const Positions<T>& x,
+                  const Codes<T>& codebook,
+                  const CodePanel& panel,
+                  const bool* mask,
+                  bool cosine,
+                  SearchScratch& scratch,
+                  int64_t* indices) {
+  Search<T, T>(x, codebook, mask, cosine, indices).run(panel, scratch);
+}
+
+template <class T>
+void search(const Positions<T>& x,
+            const Codes<T>& codebook,
+            const bool* mask,
+            bool cosine,
+            int64_t* indices) {
+  Search<T, T>(x, codebook, mask, cosine, indices).run();
+}
+
+#define INSTANTIATE(T)                                                                            \
+  template void search_chunk(const Positions<T>&, const Codes<T>&, const CodePanel&, const bool*, \
+                             bool, SearchScratch&, int64_t*);                                     \
+  template void search(const Positions<T>&, const Codes<T>&, const bool*, bool, int64_t*);
+INSTANTIATE(float)
+INSTANTIATE(double)
+#undef INSTANTIATE
+
 }  // namespace genperf
 
 STABLE_TORCH_LIBRARY_IMPL(genperf, CPU, m) {

@@ -36,6 +36,16 @@ struct Positions {
         stride(x.stride(1)),
         inner_stride(x.stride(2)) {}
 
+  // Contiguous rows [count, dim].
+  Positions(T* rows, int64_t count, int64_t dim)
+      : data(rows),
+        outer(count),
+        dim(dim),
+        inner(1),
+        outer_stride(dim),
+        stride(1),
+        inner_stride(1) {}
+
   int64_t count() const { return outer * inner; }
 
   int64_t offset(int64_t position) const {

@@ -13,27 +13,12 @@
 #include <vector>
 
 #include "positions.h"
+#include "vector_rows.h"
 
 namespace genperf {
 namespace {
 
-constexpr int kTile = 16;
 constexpr int64_t kChunk = 1024;  // positions to a partial sum
-
-// Calls f(lane, d) for every lane < count and every component, along the contiguous dimension
-// first.
-template <class F>
-void for_each_component(bool channels_last, int count, int64_t dim, const F& f) {
-  if (channels_last) {
-    for (int lane = 0; lane < count; ++lane)
-      for (int64_t d = 0; d < dim; ++d)
-        f(lane, d);
-  } else {
-    for (int64_t d = 0; d < dim; ++d)
-      for (int lane = 0; lane < count; ++lane)
-        f(lane, d);
-  }
-}
 
 // Copies a code over a vector's place and returns their squared distance; everything contiguous.
 template <class T, class C>
@@ -94,11 +79,11 @@ void quantize(const Positions<T>& x,
       const int64_t last = std::min(x.count(), (chunk + 1) * kChunk);
       double error = 0;
       int64_t found = 0;
-      for (int64_t first = chunk * kChunk; first < last; first += kTile) {
-        const int count = int(std::min<int64_t>(kTile, last - first));
-        const T* in[kTile];
-        T* to[kTile];
-        const C* code[kTile];
+      for (int64_t first = chunk * kChunk; first < last; first += kRows) {
+        const int count = int(std::min<int64_t>(kRows, last - first));
+        const T* in[kRows];
+        T* to[kRows];
+        const C* code[kRows];
         for (int lane = 0; lane < count; ++lane) {
           const int64_t k = indices[first + lane];
           in[lane] = x.data + x.offset(first + lane);
@@ -122,40 +107,6 @@ void quantize(const Positions<T>& x,
   });
 }
 
-// What the gradient of one quantized vector becomes on its way to x; the rotation trick needs five
-// inner products.
-struct Carry {
-  double gradient = 1, x = 0, code = 0;
-};
-
-template <class T, class C>
-Carry rotation(const T* x,
-               int64_t x_stride,
-               const C* code,
-               int64_t code_stride,
-               const T* gradient,
-               int64_t gradient_stride,
-               int64_t dim) {
-  double xx = 0, ee = 0, xe = 0, gx = 0, ge = 0;
-  for (int64_t d = 0; d < dim; ++d) {
-    const double a = double(x[d * x_stride]), b = double(code[d * code_stride]),
-                 g = double(gradient[d * gradient_stride]);
-    xx += a * a;
-    ee += b * b;
-    xe += a * b;
-    gx += g * a;
-    ge += g * b;
-  }
-  const double x_norm = std::sqrt(xx), code_norm = std::sqrt(ee);
-  const double half_square = 2 + 2 * xe / (x_norm * code_norm);  // |x/|x| + code/|code||^2
-  if (!(x_norm > 0 && code_norm > 0 && half_square > 1e-6))
-    return {};
-  const double along_half = 2 * (gx / x_norm + ge / code_norm) / half_square;
-  const double ratio = code_norm / x_norm;
-  return {ratio, ratio * (2 * ge / code_norm - along_half) / x_norm,
-          -ratio * along_half / code_norm};
-}
-
 template <class T, class C>
 void quantize_backward(const Positions<T>* gradient,
                        const Positions<T>& x,
@@ -164,43 +115,45 @@ void quantize_backward(const Positions<T>* gradient,
                        Wide<T> pull,
                        bool rotate,
                        const Positions<T>& out) {
+  using W = Wide<T>;
+  using P = Pack<W>;
+  const int64_t dim = x.dim;
   torch::stable::parallel_for(
-      0, (x.count() + kTile - 1) / kTile, 32, [&](int64_t begin, int64_t end) {
-        for (int64_t first = begin * kTile; first < std::min(x.count(), end * kTile);
-             first += kTile) {
-          const int count = int(std::min<int64_t>(kTile, x.count() - first));
-          const T* in[kTile];
-          const T* from[kTile];
-          T* to[kTile];
-          const C* code[kTile];
-          Wide<T> carried[kTile], along_x[kTile], along_code[kTile];
+      0, (x.count() + kRows - 1) / kRows, 32, [&](int64_t begin, int64_t end) {
+        Buffer<W> buffer(3 * kRows * dim);
+        W* const to = buffer.get() + 2 * kRows * dim;
+        for (int64_t tile = begin; tile < end; ++tile) {
+          const int64_t first = tile * kRows;
+          const int count = int(std::min<int64_t>(kRows, x.count() - first));
+          const W *in[kRows], *from[kRows];
+          W* rows[kRows];
+          Tile(x, first, count).read(buffer.get(), in);
+          if (gradient)
+            Tile(*gradient, first, count).read(buffer.get() + kRows * dim, from);
+          const Tile target(out, first, count);
+          target.place(to, rows);
           for (int lane = 0; lane < count; ++lane) {
             const int64_t k = indices[first + lane];
-            in[lane] = x.data + x.offset(first + lane);
-            to[lane] = out.data + out.offset(first + lane);
-            from[lane] = gradient ? gradient->data + gradient->offset(first + lane) : nullptr;
-            code[lane] = k < 0 ? nullptr : codebook.data + k * codebook.code_stride;
-            Carry carry;
-            if (rotate && gradient && code[lane])
-              carry = rotation(in[lane], x.stride, code[lane], codebook.stride, from[lane],
-                               gradient->stride, x.dim);
-            carried[lane] = Wide<T>(carry.gradient);
-            along_x[lane] = Wide<T>(carry.x);
-            along_code[lane] = Wide<T>(carry.code);
-          }
-          for_each_component(x.channels_last(), count, x.dim, [&](int lane, int64_t d) {
-            Wide<T> value = 0;
-            if (code[lane]) {
-              const Wide<T> a = Wide<T>(in[lane][d * x.stride]),
-                            b = Wide<T>(code[lane][d * codebook.stride]);
-              value = pull * (a - b);
-              if (gradient)
-                value += carried[lane] * Wide<T>(from[lane][d * gradient->stride]);
-              if (rotate && gradient)
-                value += along_x[lane] * a + along_code[lane] * b;
+            if (k < 0) {
+              std::fill_n(rows[lane], dim, W(0));
+              continue;
             }
-            to[lane][d * out.stride] = T(value);
-          });
+            const C* const code = codebook.data + k * codebook.code_stride;
+            const bool rotated = gradient && rotate;
+            const Carry<W> carry = rotated ? rotation(in[lane], code, from[lane], dim) : Carry<W>();
+            const auto pulled = P::constant(pull), carried = P::constant(carry.gradient),
+                       along_x = P::constant(carry.x), along_code = P::constant(carry.code);
+            for_each_pack<W>(dim, [&](int64_t d, auto n) {
+              const auto a = P::get(in[lane] + d, n), b = P::get(code + d, n);
+              auto value = pulled * (a - b);
+              if (gradient)
+                value += carried * P::get(from[lane] + d, n);
+              if (rotated)
+                value += along_x * a + along_code * b;
+              P::set(rows[lane] + d, n, value);
+            });
+          }
+          target.write(to);
         }
       });
 }
@@ -266,18 +219,15 @@ Tensor vector_quantize_backward(std::optional<Tensor> grad_quantized,
   const double pull = grad_mse.has_value() ? 2 * commitment_weight * get_scalar(*grad_mse) /
                                                  (double(count) * double(x.size(1)))
                                            : 0.0;
+  const Tensor rows = codebook.stride(1) == 1 ? codebook : torch::stable::contiguous(codebook);
   Tensor grad_x = torch::stable::empty_like(x);
   with_types(x, codebook, [&]<class T, class C>(T*, C*) {
     std::optional<Positions<T>> gradient;
     if (grad_quantized.has_value()) {
-      STD_TORCH_CHECK(grad_quantized->scalar_type() == x.scalar_type() &&
-                          grad_quantized->dim() == 3 && grad_quantized->size(0) == x.size(0) &&
-                          grad_quantized->size(1) == x.size(1) &&
-                          grad_quantized->size(2) == x.size(2),
-                      "grad_quantized must have the shape and dtype of x");
+      check_gradient(*grad_quantized, x);
       gradient.emplace(*grad_quantized);
     }
-    quantize_backward(gradient ? &*gradient : nullptr, Positions<T>(x), Codes<C>(codebook), index,
+    quantize_backward(gradient ? &*gradient : nullptr, Positions<T>(x), Codes<C>(rows), index,
                       Wide<T>(pull), rotation, Positions<T>(grad_x));
   });
   return grad_x;

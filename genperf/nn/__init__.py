@@ -10,6 +10,7 @@ from .joint import joint_mean
 from .laplacian_pyramid import LaplacianPyramid
 from .lookup_free_quantizer import LookupFreeQuantizer
 from .minibatch_discrimination import MinibatchDiscrimination
+from .residual_vector_quantizer import ResidualVectorQuantizer
 from .vector_quantizer import CodeUsage, LossTerms, VectorQuantizer, code_usage
 from .virtual_batch_norm import ReferenceBatchNorm, VirtualBatchNorm, reference_pass, set_reference_batch
 
@@ -25,6 +26,7 @@ __all__ = [
     "LossTerms",
     "MinibatchDiscrimination",
     "ReferenceBatchNorm",
+    "ResidualVectorQuantizer",
     "VectorQuantizer",
     "VirtualBatchNorm",
     "code_usage",

@@ -150,13 +150,19 @@ class Codebooks(nn.Module):
         """Set the codebooks from vectors [books, outer, D, inner], of which `valid` [books, outer, inner] are meant, alike in
         every book, as `init` says; without any vector they stay.
         """
+        found = self._codes_from(vectors, valid)
+        if found is not None:
+            self.set_codes(*found)
+
+    def _codes_from(self, vectors: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """The codes [books, K, D] that `_init_from` sets, and how many vectors each has; None without any vector."""
         rows = vectors.detach().movedim(2, -1).flatten(1, 2)
         rows = rows if valid is None else rows[:, valid[0].flatten()]
         limit = self.num_codes * _KMEANS_VECTORS
         joint = self.synchronized and world_size() > 1
         rows, seed = _joined(rows, limit if self.init == "kmeans" else None, joint)
         if rows.shape[1] == 0:
-            return
+            return None
         generator = torch.Generator(rows.device).manual_seed(seed)
         if self.init == "kmeans":
             found = kmeans(
@@ -176,7 +182,7 @@ class Codebooks(nn.Module):
         if joint:  # machines may round differently
             codes = sum_over_processes(codes if dist.get_rank() == 0 else torch.zeros_like(codes), None)
             counts = counts if counts is None else sum_over_processes(counts if dist.get_rank() == 0 else torch.zeros_like(counts), None)
-        self.set_codes(codes, counts)
+        return codes, counts
 
     @torch.no_grad()
     def observe(self, x: Tensor, indices: Tensor, vectors: Tensor, assigned: Tensor, update: str, weights: Weights | None = None) -> None:
@@ -229,7 +235,11 @@ class Codebooks(nn.Module):
         """[books], int64: the vectors of the last training step that codes may be revived from."""
         if self._vectors is None:
             return torch.zeros(len(self.books), dtype=torch.int64, device=self.sums.device)
-        return (self._vectors[1] >= 0).flatten(1).sum(1)
+        return self._valid_of(self._vectors[1]).flatten(1).sum(1)
+
+    def _valid_of(self, assigned: Tensor) -> Tensor:
+        """Which positions each book may revive its codes from, [books, outer, inner]."""
+        return assigned >= 0
 
     def _candidates(self, before: Tensor, total: Tensor) -> Tensor:
         """For every code one of the vectors that all processes have, zeros where another process has it: [books, K, 1 + D].
@@ -243,7 +253,7 @@ class Codebooks(nn.Module):
         if self._vectors is None or self._vectors[1].numel() == 0:
             return self.sums.new_zeros(*self.books.shape[:2], 1 + self.code_dim)
         vectors, assigned = self._vectors
-        valid = (assigned >= 0).flatten(1)  # [books, N]
+        valid = self._valid_of(assigned).flatten(1)  # [books, N]
         k = torch.arange(self.num_codes, device=vectors.device)
         step = self.num_updates.double()
         start, shift = (step * _GOLDEN) % 1, ((step * _SQRT2) % 1 * self.num_codes).long()
@@ -252,11 +262,15 @@ class Codebooks(nn.Module):
         position = ((stratum + start) * (total.unsqueeze(1) / strata.clamp(min=1).double())).long() - before.unsqueeze(1)
         mine = (stratum < strata) & (position >= 0) & (position < valid.sum(1, keepdim=True))
         row = torch.searchsorted(valid.cumsum(1), position.clamp(min=0) + 1).clamp(max=valid.shape[1] - 1)
-        book = torch.arange(vectors.shape[0], device=vectors.device).unsqueeze(1)
-        inner = vectors.shape[3]
-        drawn = vectors.movedim(2, -1)[book, row // inner, row % inner].to(self.sums.dtype)
+        drawn = self._vectors_at(row, vectors, assigned).to(self.sums.dtype)
         mine = mine & drawn.isfinite().all(-1)
         return torch.cat([mine.unsqueeze(-1).to(drawn), torch.where(mine.unsqueeze(-1), drawn, 0)], -1)
+
+    def _vectors_at(self, row: Tensor, vectors: Tensor, assigned: Tensor) -> Tensor:
+        """The vectors [books, K, D] at the positions `row` [books, K] of what `gather_statistics` was given."""
+        book = torch.arange(vectors.shape[0], device=vectors.device).unsqueeze(1)
+        inner = vectors.shape[3]
+        return vectors.movedim(2, -1)[book, row // inner, row % inner]
 
     def _revive(self, candidates: Tensor) -> None:
         """Put candidates [books, K, 1 + D] in the place of codes with few vectors."""

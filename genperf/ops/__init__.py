@@ -16,6 +16,7 @@ from .lookup_free_quantize import lookup_free_decode, lookup_free_quantize
 from .matrix_sqrt import matrix_sqrt
 from .minibatch_similarity import minibatch_similarity
 from .nearest_code import nearest_code
+from .residual_vector_quantize import residual_code_statistics, residual_vector_quantize
 from .sample_code import sample_code
 from .trace_sqrt_product import trace_sqrt_product
 from .vector_quantize import vector_quantize
@@ -42,6 +43,8 @@ __all__ = [
     "nearest_code",
     "perturb",
     "reference_ops",
+    "residual_code_statistics",
+    "residual_vector_quantize",
     "sample_code",
     "sample_offset",
     "trace_sqrt_product",

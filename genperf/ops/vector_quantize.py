@@ -202,12 +202,12 @@ def _quantize_reference(
     wide, wide_code = x.to(dtype), code.to(dtype)
     loss = codebook_weight * mean_square(wide.detach() - wide_code) + commitment_weight * mean_square(wide - wide_code.detach())
     value = code.detach().to(x.dtype)
-    carried = _rotate(wide, wide_code.detach()).to(x.dtype) if gradient == "rotation" else x
+    carried = rotate(wide, wide_code.detach()).to(x.dtype) if gradient == "rotation" else x
     quantized = ValueOf.apply(value, carried)
     return torch.where(valid, quantized, 0), loss
 
 
-def _rotate(x: Tensor, code: Tensor) -> Tensor:
+def rotate(x: Tensor, code: Tensor) -> Tensor:
     """x under the constant rotation and scaling that carry it to its code (dim 1), or x where there is none."""
     with torch.no_grad():
         x_norm, code_norm = x.norm(dim=1, keepdim=True), code.norm(dim=1, keepdim=True)
