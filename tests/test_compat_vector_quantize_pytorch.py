@@ -1,8 +1,11 @@
 """genperf.compat.vector_quantize_pytorch against the classes of vector-quantize-pytorch, on the same inputs and weights."""
 
 import copy
+import importlib
 import inspect
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -646,3 +649,15 @@ def test_empty_batches(shape, options):
     assert layer.get_output_from_indices(indices).shape == x.shape
     layer.update_indices(x, indices)
     assert layer.codebook.isfinite().all()
+
+
+def test_one_training_with_either_package(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.setattr(sys, "argv", ["swap_quantizer.py", "--steps", "10", "--batch-size", "4", "--codes", "16"])
+    importlib.import_module("swap_quantizer").main()
+    lines = capsys.readouterr().out.splitlines()
+    curves = [[float(number) for number in line.split()[1:]] for line in lines[1:11]]
+    assert curves[-1][0] < curves[0][0]
+    for theirs, mine in curves:
+        assert mine == pytest.approx(theirs, rel=0.02)
+    assert lines[-1].split()[0] == "seconds"
