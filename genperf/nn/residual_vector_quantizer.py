@@ -9,7 +9,7 @@ from ..ops.nearest_code import refusals as search_refusals
 from ..ops.nearest_code import search
 from ..ops.residual_vector_quantize import quantize_residual, residual_code_statistics
 from ..ops.vector_quantize import GRADIENTS
-from ._codebooks import UPDATES, Codebooks, Weights, _update, project
+from ._codebooks import UPDATES, Codebooks, Weights, _update, copied, project
 from .vector_quantizer import VectorQuantizer
 
 
@@ -158,7 +158,7 @@ class ResidualVectorQuantizer(Codebooks):
             self._start_from(_stacked(parts), None if valid is None else valid.expand(self.groups, *valid.shape))
 
         # Backward still needs these codes after the update has written the new ones in place.
-        books = self._levels_of(self.codebook.clone() if updates and update == "step" else self.codebook)
+        books = self._levels_of(copied(self.codebook) if updates and update == "step" else self.codebook)
         quantized, indices, losses = zip(*(self._quantize(*pair, valid, levels) for pair in zip(parts, books, strict=True)), strict=True)
         if updates:
             self._observe_levels(parts, books.detach(), indices, update, code_weights)
