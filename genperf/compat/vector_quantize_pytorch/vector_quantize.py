@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...metrics._distributed import sum_over_processes, world_size
-from ...nn._codebooks import Weights, _offsets, _update
+from ...nn._codebooks import Weights, _offsets, _update, copied
 from ...nn.vector_quantizer import VectorQuantizer, _fold
 from ...ops._common import accumulator_dtype, choose_impl, refuse_forward_mode
 from ...ops.code_cross_entropy import code_cross_entropy
@@ -130,7 +130,7 @@ class Codebook(VectorQuantizer):
             self._start_from(vectors, valid)
         updates = self.training and not frozen and (ema_update or self.revive_below > 0)
         # Backward still needs these codes after the update has written the new ones in place.
-        books = self._books_in_use(self.embed.to(accumulator_dtype(x.dtype), copy=updates))
+        books = self._books_in_use(copied(self.embed) if updates else self.embed).to(accumulator_dtype(x.dtype))
         assigned = self._assign(vectors, books, valid, temperature if self.training else 0.0)
         folded, numbered = _fold(vectors), _fold(self._numbered(assigned))
         quantized, error = self._quantize(folded, books, numbered, self.learnable_codebook and not frozen)
@@ -144,7 +144,7 @@ class Codebook(VectorQuantizer):
             self.observe(folded, numbered, vectors, assigned, "accumulate")
             if not accumulate:
                 _update([self], code_weights, write=ema_update and not self.manual_ema_update)
-        orthogonal = self._orthogonality(self._books_in_use(self.embed.clone()), assigned) if self.orthogonal_weight > 0 else zero
+        orthogonal = self._orthogonality(self._books_in_use(copied(self.embed)), assigned) if self.orthogonal_weight > 0 else zero
         if indices is None:
             loss = self.commitment_weight * commitment if commits else zero
             loss = loss + self.diversity_weight * diversity + self.orthogonal_weight * orthogonal
