@@ -16,6 +16,7 @@ HELP = "show versions, hardware, and which implementation of each op runs here"
 OPS = (
     "nearest_code",
     "vector_quantize",
+    "residual_vector_quantize",
     "code_statistics",
     "code_entropy",
     "code_cross_entropy",
