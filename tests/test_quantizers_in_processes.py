@@ -30,12 +30,14 @@ CASES = [
     "codes_loaded_by_the_first_process",
     "lookup_free_under_data_parallel",
     "entropy_without_vectors_of_the_first_process",
+    "residual_levels",
 ]
 TO_ROUNDING = (
     "cosine",
     "learned_under_data_parallel",
     "lookup_free_under_data_parallel",
     "entropy_without_vectors_of_the_first_process",
+    "residual_levels",
 )
 # Seconds for all processes together; a collective that others do not join ends its process after 40.
 TIMEOUT = 180

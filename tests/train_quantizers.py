@@ -17,7 +17,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from genperf.nn import LookupFreeQuantizer, VectorQuantizer, _codebooks, update_codebooks
+from genperf.nn import LookupFreeQuantizer, ResidualVectorQuantizer, VectorQuantizer, _codebooks, update_codebooks
 from genperf.nn.lookup_free_quantizer import joint_entropies
 
 WORLD, RANK = 1, 0
@@ -280,6 +280,20 @@ def entropy_without_vectors_of_the_first_process():
     return {"codebook": codebook.detach(), "masked": masked.detach()}
 
 
+def residual_levels():
+    torch.manual_seed(1)
+    options = {"level_dropout": True, "init": "kmeans", "init_iterations": 3, "revive_below": 0.9, "decay": DECAY}
+    separate = ResidualVectorQuantizer(3, 7, 4, groups=2, **options)
+    shared = ResidualVectorQuantizer(3, 7, 4, shared_codebook=True, **options)
+    torch.manual_seed(0)
+    for step in range(4):
+        with Collectives() as collectives:
+            for layer in (separate, shared):
+                layer(share(batch(step, 40, 4), first=0.0 if step == 2 else 0.3))
+        assert WORLD == 1 or step == 0 or collectives.calls == 4, "the vectors' number and the statistics, of each layer"
+    return state(separate, shared)
+
+
 CASES = [
     moving_averages,
     heads_and_mask,
@@ -300,6 +314,7 @@ CASES = [
     codes_loaded_by_the_first_process,
     lookup_free_under_data_parallel,
     entropy_without_vectors_of_the_first_process,
+    residual_levels,
 ]
 
 
