@@ -10,7 +10,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from ..metrics._distributed import gather_numbers, gather_rows, sum_over_processes, world_size
-from ..ops._common import accumulator_dtype, choose_impl
+from ..ops._common import HALF_DTYPES, accumulator_dtype, choose_impl
 from ..ops.code_statistics import refusals as statistics_refusals
 from ..ops.code_statistics import statistics
 from ..ops.kmeans import kmeans
@@ -298,6 +298,12 @@ class Codebooks(nn.Module):
             each = list(self.codebook.shape[:-1])
             rule = f"code_weights must have shape {each}" + (f" or {each[1:]}" if len(each) > 1 else "")
             self.check(rule, list(weights.shape), list(weights.shape) in (each, each[-1:]))
+
+    def _check_dtype(self, x: Tensor) -> None:
+        dtype = self.codebook.dtype
+        if x.dtype != dtype and not (dtype == torch.float32 and x.dtype in HALF_DTYPES):
+            rule = "x must have the dtype of the codebook, or half precision with a float32 codebook"
+            raise TypeError(f"{type(self).__name__}: {rule}, got {x.dtype} and {dtype}.")
 
     def check(self, rule: str, value: object, holds: bool) -> None:
         if not holds:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops._common import (
-    HALF_DTYPES,
     accumulator_dtype,
     as_positions,
     check_channel_dim,
@@ -308,12 +307,6 @@ class VectorQuantizer(Codebooks):
                 raise TypeError(f"{name}: mask must be bool, got {mask.dtype}.")
             check_positions(name, "mask", mask, x, channel)
         return mask
-
-    def _check_dtype(self, x: Tensor) -> None:
-        dtype = self.codebook.dtype
-        if x.dtype != dtype and not (dtype == torch.float32 and x.dtype in HALF_DTYPES):
-            rule = "x must have the dtype of the codebook, or half precision with a float32 codebook"
-            raise TypeError(f"{type(self).__name__}: {rule}, got {x.dtype} and {dtype}.")
 
     def _split(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The vectors that are searched, [books, outer, D, inner], and which of them are valid, [books, outer, inner]."""
