@@ -401,6 +401,9 @@ def test_a_loss_that_nothing_learns_from_can_be_differentiated():
 
 RESIDUAL = {
     "residual": {},
+    "straight-through": {"rotation_trick": False, "commitment_weight": 0.3},
+    "frozen": {"ema_update": False},
+    "averages alone": {"manual_ema_update": True},
     "cosine": {"use_cosine_sim": True},
     "projection": {"codebook_dim": 4},
     "shared": {"shared_codebook": True},
@@ -534,6 +537,7 @@ def test_sim_vq_under_autocast():
 
 COMPILED = {
     "image": ("eager", "VectorQuantize", {"heads": 2, "codebook_dim": 3, "accept_image_fmap": True, "use_cosine_sim": True}),
+    "residual": ("aot_eager", "ResidualVQ", {"num_quantizers": 2, "threshold_ema_dead_code": 0}),
     "shared": ("aot_eager", "ResidualVQ", {"num_quantizers": 2, "shared_codebook": True}),
 }
 
@@ -541,9 +545,8 @@ COMPILED = {
 @pytest.mark.parametrize("case", COMPILED)
 def test_compiles_without_a_break(case):
     backend, name, options = COMPILED[case]
-    options = {"dim": DIM, "codebook_size": CODES, **options}
     torch.manual_seed(0)
-    eager = getattr(ours, name)(**options, threshold_ema_dead_code=0.5)
+    eager = getattr(ours, name)(**{"dim": DIM, "codebook_size": CODES, "threshold_ema_dead_code": 0.5, **options})
     other = copy.deepcopy(eager)
     x = torch.randn(IMAGE if "accept_image_fmap" in options else SEQUENCE)
     torch._dynamo.reset()
@@ -660,6 +663,11 @@ def test_empty_batches(shape, options):
     assert layer.get_output_from_indices(indices).shape == x.shape
     layer.update_indices(x, indices)
     assert layer.codebook.isfinite().all()
+    if not options:
+        residual = ours.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=2)
+        quantized, indices, losses = residual(x)
+        (quantized.sum() + losses.sum()).backward()
+        assert (quantized.shape, indices.shape, losses.tolist()) == (x.shape, (*shape[:-1], 2), [0, 0])
 
 
 def test_one_training_with_either_package(monkeypatch, capsys):
@@ -672,3 +680,25 @@ def test_one_training_with_either_package(monkeypatch, capsys):
     for theirs, mine in curves:
         assert mine == pytest.approx(theirs, rel=0.02)
     assert lines[-1].split()[0] == "seconds"
+
+
+def test_all_levels_in_one_op_are_the_levels_one_by_one(monkeypatch):
+    torch.manual_seed(0)
+    fused = ours.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=3, quantize_dropout=True)
+    single = copy.deepcopy(fused)
+    monkeypatch.setattr(single, "_fits_one_op", lambda: False)
+    monkeypatch.setattr(fused, "_level_by_level", None)
+    for dtype in (torch.float32, torch.float64):
+        for seed in range(3):
+            results = []
+            for layer in (fused, single):
+                x = torch.randn(SEQUENCE, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+                quantized, indices, losses = layer(x, mask=MASK, rand_quantize_dropout_fixed_seed=seed)
+                (quantized.square().sum() + losses.sum()).backward()
+                results.append((quantized, indices, losses, x.grad))
+            torch.testing.assert_close(*results)
+            assert_equal_states(single, fused)
+    x = torch.randn(SEQUENCE, requires_grad=True)
+    torch.testing.assert_close(fused.eval()(x), single.eval()(x))
+    assert not fused(x)[0].requires_grad
+    fused.train()(x.detach())[2].sum().backward()  # nothing learns from it

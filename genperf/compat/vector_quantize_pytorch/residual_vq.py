@@ -1,13 +1,17 @@
 """vector-quantize-pytorch's ResidualVQ and GroupedResidualVQ over its VectorQuantize here."""
 
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...metrics._distributed import sum_over_processes, world_size
-from .vector_quantize import VectorQuantize, refuse
+from ...nn._codebooks import _update, copied
+from ...ops._common import accumulator_dtype
+from ...ops.residual_vector_quantize import quantize_residual, residual_code_statistics
+from .vector_quantize import VectorQuantize, loss_to_differentiate, refuse
 
 
 class ResidualVQ(nn.Module):
@@ -21,6 +25,8 @@ class ResidualVQ(nn.Module):
         residual.
       - freeze_codebook=True in the constructor counts; theirs is overridden by forward's default. A frozen shared codebook is
         not updated at the end either.
+      - Half precision: the residual is float32 from level to level where all levels run in one op, which they do unless an
+        option needs them one by one.
       - diveq adds noise in training alone; theirs in evaluation too.
       - Indices of fewer levels can be decoded whether or not there is a quantize_dropout.
       - The level at which quantize_dropout stops is drawn on the host, so that nothing waits for the device.
@@ -142,36 +148,19 @@ class ResidualVQ(nn.Module):
         """
         refuse("ResidualVQ", beam_size=(beam_size, None))
         x = x.movedim(1, -1) if self.accept_image_fmap else x
-        first, frozen = self.layers[0]._codebook, freeze_codebook or self.layers[0].freeze_codebook
+        frozen = freeze_codebook or self.layers[0].freeze_codebook
         targets = (None,) * self.num_quantizers
         if indices is not None:
             targets = (torch.stack(indices) if isinstance(indices, list) else indices).unbind(-1)
         levels = self.num_quantizers
         if self.training and self.quantize_dropout and indices is None:
             levels = self._kept_levels(rand_quantize_dropout_fixed_seed)
-        shares = self.training and self.shared_codebook and not frozen
-
-        residual = projected = self.project_in(x)
-        quantized_out = torch.zeros_like(residual)
-        residuals, found, losses = [], [], []
-        for layer, target in zip(self.layers[:levels], targets, strict=False):
-            if shares and first.revive_below > 0:
-                residuals.append(residual.detach())
+        projected = self.project_in(x)
+        if indices is None and self._fits_one_op():
+            quantized_out, found, losses = self._all_levels(projected, mask, levels, frozen)
+        else:
             options = {"mask": mask, "sample_codebook_temp": sample_codebook_temp, "freeze_codebook": frozen}
-            quantized, *level, loss = layer(residual, indices=target, **options)
-            passed = quantized if self.quant_grad_frac == 1 else quantized.detach()
-            if 0 < self.quant_grad_frac < 1:
-                passed = torch.lerp(passed, quantized, self.quant_grad_frac)
-            residual = residual - passed
-            quantized_out = quantized_out + quantized
-            found += level
-            losses.append(loss)
-        if shares and first.ema_update:
-            first.update_ema()
-        if residuals:
-            samples = torch.stack(residuals, -2).flatten(0, -2).unsqueeze(0)
-            valid = None if mask is None else mask.unsqueeze(-1).expand(*mask.shape, levels).reshape(1, -1)
-            first.expire_codes_(first._normalized(samples), valid)
+            quantized_out, found, losses = self._level_by_level(projected, targets[:levels], options)
 
         if self.diveq and self.training:
             offset = quantized_out - projected
@@ -183,14 +172,75 @@ class ResidualVQ(nn.Module):
             quantized_out = torch.where(mask.unsqueeze(-1), quantized_out, padding)
         quantized_out = quantized_out.movedim(-1, 1) if self.accept_image_fmap else quantized_out
         if indices is not None:
-            return quantized_out, sum(losses)
+            return quantized_out, losses.sum()
 
         dropped = self.num_quantizers - levels
-        all_indices = F.pad(torch.stack(found, -1), (0, dropped), value=-1)
-        all_losses = F.pad(torch.stack(losses), (0, dropped))
+        all_indices, all_losses = F.pad(found, (0, dropped), value=-1), F.pad(losses, (0, dropped))
         if not return_all_codes:
             return quantized_out, all_indices, all_losses
         return quantized_out, all_indices, all_losses, self.get_codes_from_indices(all_indices)
+
+    def _level_by_level(self, x: Tensor, targets: Sequence[Tensor | None], options: dict) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The sum of the codes of as many levels as there are targets; their indices, None where targets are given; losses."""
+        first = self.layers[0]._codebook
+        shares = self.training and self.shared_codebook and not options["freeze_codebook"]
+        residual, quantized_out = x, torch.zeros_like(x)
+        residuals, found, losses = [], [], []
+        for layer, target in zip(self.layers, targets, strict=False):
+            if shares and first.revive_below > 0:
+                residuals.append(residual.detach())
+            quantized, *level, loss = layer(residual, indices=target, **options)
+            passed = quantized if self.quant_grad_frac == 1 else quantized.detach()
+            if 0 < self.quant_grad_frac < 1:
+                passed = torch.lerp(passed, quantized, self.quant_grad_frac)
+            residual = residual - passed
+            quantized_out = quantized_out + quantized
+            found += level
+            losses.append(loss)
+        if shares and first.ema_update:
+            first.update_ema()
+        if residuals:
+            mask = options["mask"]
+            samples = torch.stack(residuals, -2).flatten(0, -2).unsqueeze(0)
+            valid = None if mask is None else mask.unsqueeze(-1).expand(*mask.shape, len(residuals)).reshape(1, -1)
+            first.expire_codes_(first._normalized(samples), valid)
+        return quantized_out, torch.stack(found, -1) if found else None, torch.stack(losses)
+
+    def _fits_one_op(self) -> bool:
+        """Whether the levels do nothing but take the nearest code, with moving averages and a commitment loss."""
+        layer, codebook = self.layers[0], self.layers[0]._codebook
+        others = (
+            self.shared_codebook or self.quant_grad_frac > 0 or not self.uniform_codebook_size,
+            codebook.metric != "euclidean" or codebook.revive_below > 0 or layer.stochastic_sample_codes,
+            codebook.learnable_codebook or codebook.diversity_weight > 0 or codebook.orthogonal_weight > 0,
+            not codebook.route_gradients or codebook.directional_variance is not None or codebook.commits_by_cross_entropy,
+            any(layer._codebook._awaits_data for layer in self.layers),
+        )
+        return not any(others)
+
+    def _all_levels(self, x: Tensor, mask: Tensor | None, levels: int, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """`_level_by_level` in one op, and one update of all codebooks."""
+        codebooks = [layer._codebook for layer in self.layers[:levels]]
+        first = codebooks[0]
+        # Backward still needs these codes after the update has written the new ones in place.
+        codes = copied(torch.cat([codebook.embed for codebook in codebooks])).to(accumulator_dtype(x.dtype))
+        quantized, found, losses = quantize_residual(
+            x if self.training else x.detach(),
+            codes,
+            codebook_weight=0.0,
+            commitment_weight=first.commitment_weight,
+            gradient=first.gradient,
+            mask=mask,
+            per_level=True,
+        )
+        if not self.training:
+            return quantized, found, torch.zeros_like(losses)
+        if first.ema_update and not frozen:
+            statistics = residual_code_statistics(x.detach(), codes, found)
+            for codebook, counts, sums in zip(codebooks, *statistics, strict=True):
+                codebook.gather_statistics(counts.unsqueeze(0), sums.unsqueeze(0), x, found)
+            _update(codebooks, None, write=not first.manual_ema_update)
+        return quantized, found, loss_to_differentiate(losses)
 
     def _kept_levels(self, seed: int | None) -> int:
         """How many levels a training step quantises with; the same on all processes."""

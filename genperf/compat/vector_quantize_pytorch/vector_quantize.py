@@ -216,6 +216,13 @@ def refuse(name: str, **options: tuple[object, object]) -> None:
             raise NotImplementedError(f"{name}: {option} is not supported, got {option}={value!r}.")
 
 
+def loss_to_differentiate(loss: Tensor) -> Tensor:
+    """The loss of a training step; as there, backward is no error where nothing learns from it."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not loss.requires_grad:
+        loss.requires_grad_()
+    return loss
+
+
 def _held_by_codebook(name: str) -> property:
     return property(lambda self: getattr(self._codebook, name), lambda self, value: setattr(self._codebook, name, value))
 
@@ -480,8 +487,7 @@ class VectorQuantize(nn.Module):
         quantized = self._restored(quantized)
         if indices is not None:
             return quantized, loss
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not loss.requires_grad:
-            loss.requires_grad_()  # as there: backward of a loss that nothing learns from is no error
+        loss = loss_to_differentiate(loss) if self.training else loss
         return (quantized, found, loss, terms) if return_loss_breakdown else (quantized, found, loss)
 
     def _channels_last(self, x: Tensor) -> Tensor:
