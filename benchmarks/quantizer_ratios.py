@@ -77,7 +77,7 @@ def compared(case: Case) -> dict[str, str]:
     torch.manual_seed(0)
     layers = [make(package, case) for package in (ours, theirs)]
     layers[0].load_state_dict(layers[1].state_dict())
-    x, gradient = torch.randn(1, n, d), torch.randn(1, n, d)
+    x, gradient = torch.randn(2, 16, n // 16, d)
     mine, its = (training_step(layer, x, gradient) for layer in layers)
     fits = BYTES_PER_PAIR[case.layer] * n * k < MAXIMUM_BYTES
     row = {

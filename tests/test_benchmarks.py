@@ -83,6 +83,19 @@ def test_ratios_are_of_alternating_turns(monkeypatch):
     assert "".join(calls) == "ab" + "aab" * turns.ROUNDS_OF_SLOW
 
 
+@pytest.mark.parametrize("layer", ["VectorQuantize", "ResidualVQ", "SimVQ", "FSQ", "LFQ"])
+def test_ratios_of_layers(layer):
+    pytest.importorskip("vector_quantize_pytorch")
+    import quantizer_ratios
+
+    options = {"ResidualVQ": {"num_quantizers": 2}, "FSQ": {"levels": [4, 4]}}.get(layer, {})
+    dim = {"FSQ": 2, "LFQ": 4}.get(layer, 5)
+    row = quantizer_ratios.compared(quantizer_ratios.Case(layer, (64, 16, dim), options, step=1e9))
+    assert row["reached"] == "no"
+    ours, theirs = (float(ms) for ms in row["step, ms"].split(" / "))
+    assert float(row["step, ratio"].removesuffix("x")) == pytest.approx(theirs / ours, rel=0.05, abs=0.1)
+
+
 def parse(*options):
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
