@@ -702,3 +702,61 @@ def test_all_levels_in_one_op_are_the_levels_one_by_one(monkeypatch):
     torch.testing.assert_close(fused.eval()(x), single.eval()(x))
     assert not fused(x)[0].requires_grad
     fused.train()(x.detach())[2].sum().backward()  # nothing learns from it
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: ours.ResidualVQ(dim=4, codebook_dim=2, codebook_size=8, num_quantizers=3),
+        lambda: ours.ResidualVQ(dim=4, codebook_size=8, num_quantizers=3, diveq=True),
+        lambda: ours.VectorQuantize(4, 8, directional_reparam=True, threshold_ema_dead_code=1),
+    ],
+)
+def test_padding_of_nan_reaches_no_gradient(layer):
+    layer, x = layer(), torch.randn(2, 5, 4)
+    mask = torch.arange(5).expand(2, 5) < torch.tensor([[3], [5]])
+    x[~mask] = float("nan")
+    x.requires_grad_()
+    quantized, _, loss = layer(x, mask=mask)
+    (quantized.sum() + loss.sum()).backward()
+    assert all(t.grad is None or t.grad.isfinite().all() for t in (x, *layer.parameters()))
+
+
+def test_attributes_that_are_set_count():
+    torch.manual_seed(0)
+    a, b = ours.VectorQuantize(4, 8), peer.VectorQuantize(4, 8)
+    a.load_state_dict(b.state_dict())
+    x, weight = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    gradients = []
+    for layer in (a, b):
+        layer._codebook.decay = 0.0
+        layer.rotation_trick = False
+        leaf = x.clone().requires_grad_()
+        (layer(leaf)[0] * weight).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(a.codebook, b.codebook)
+    assert torch.equal(gradients[0], weight)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_layer_in_evaluation_mode_is_not_run_with_the_others():
+    torch.manual_seed(0)
+    a, b = (package.ResidualVQ(dim=4, codebook_size=8, num_quantizers=3) for package in (ours, peer))
+    a.load_state_dict(b.state_dict())
+    x = torch.randn(2, 5, 4)
+    for residual in (a, b):
+        residual.layers[1].eval()
+    torch.testing.assert_close(a(x), b(x))
+    torch.testing.assert_close(a.codebooks, b.codebooks)
+    with pytest.raises(ValueError, match="there are 3 levels, got indices of 4"):
+        a.get_output_from_indices(torch.zeros(2, 5, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("options", [{"threshold_ema_dead_code": 2}, {"learnable_codebook": True, "ema_update": False}])
+def test_update_indices_outside_training_and_without_averages(options):
+    a, b = (package.VectorQuantize(4, 8, **options).eval() for package in (ours, peer))
+    a.load_state_dict(b.state_dict())
+    x, indices = torch.randn(2, 5, 4), torch.randint(8, (2, 5))
+    for layer in (a, b):
+        layer.update_indices(x, indices)
+    torch.testing.assert_close(a.state_dict(), b.state_dict())

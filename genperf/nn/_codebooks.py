@@ -77,7 +77,7 @@ class Codebooks(nn.Module):
         self.num_codes = num_codes
         self.code_dim = code_dim
         self.decay = decay
-        self.usage_decay = usage_decay if decay is None else decay
+        self._usage_decay = usage_decay
         self.eps = eps
         self.metric = metric
         self.init = init
@@ -107,6 +107,16 @@ class Codebooks(nn.Module):
     def follows(self) -> bool:
         """Whether training steps gather statistics."""
         return self.decay is not None or self.revive_below > 0
+
+    @property
+    def revives(self) -> bool:
+        """Whether an update replaces dead codes."""
+        return self.revive_below > 0
+
+    @property
+    def usage_decay(self) -> float:
+        """Of the moving averages, whether or not the codes follow them."""
+        return self._usage_decay if self.decay is None else self.decay
 
     @property
     def books(self) -> Tensor:
@@ -291,7 +301,7 @@ class Codebooks(nn.Module):
             self._pending = self._vectors = None
             if self.follows and prefix + "sums" not in state_dict:  # averages of other codes
                 self.counts.fill_(1)
-                self.sums.copy_(self.codebook)
+                self.sums.copy_(self.codebook.detach())
 
     def check_code_weights(self, weights: Weights | None) -> None:
         if isinstance(weights, Tensor):
@@ -315,8 +325,8 @@ def update_codebooks(module: nn.Module, *, code_weights: Weights | None = None) 
 
     Under torch.distributed every process must call it on the same module: the statistics of all layers are summed over the
     processes in one all_reduce, whether or not a process has seen a vector. Layers that revive codes also gather the number
-    of each process's vectors first, so that all draw the same. A layer of which no process has seen a vector keeps its
-    codes, and so does one with update="none".
+    of each process's vectors first, so that all draw the same. The averages of a layer of which no process has seen a
+    vector stay as they are, and so does a layer with update="none".
 
     Call it after backward, which needs the codes that the step was quantised with.
 
@@ -344,18 +354,18 @@ def _update(layers: list[Codebooks], code_weights: Weights | None, *, write: boo
         layer._follow(parts.pop(0), parts.pop(0), code_weights)
         if write or (write is None and layer.decay is not None):
             layer._take_averages()
-        if layer.revive_below > 0:
+        if layer.revives:
             layer._revive(parts.pop(0))
 
 
 def _gathered(layers: list[Codebooks], joint: bool) -> list[Tensor]:
     """Counts, sums, and candidates for revival of this process, layer by layer."""
-    offsets = _offsets([layer.number_of_vectors() for layer in layers if layer.revive_below > 0], joint)
+    offsets = _offsets([layer.number_of_vectors() for layer in layers if layer.revives], joint)
     parts = []
     for layer in layers:
         books = layer.books
         batch = layer._pending or (layer.counts.new_zeros(books.shape[:2]), layer.sums.new_zeros(books.shape))
-        batch = [*batch, layer._candidates(*offsets.pop(0))] if layer.revive_below > 0 else batch
+        batch = [*batch, layer._candidates(*offsets.pop(0))] if layer.revives else batch
         # Of one dtype on every process, whether it has seen a vector or not.
         parts += [part.to(accumulator_dtype(layer.sums.dtype)) for part in batch]
         layer._pending = layer._vectors = None

@@ -72,7 +72,8 @@ class VectorQuantizer(Codebooks):
             (`genperf.code_entropy`, no matrix of vectors by codes).
         diversity_temperature: see there; an inverse temperature, positive.
         orthogonal_weight: weight of the mean squared cosine between codes (Shin et al., "Translation-equivariant Image
-            Quantizer", 2021), from the D x D Gram matrix. The codebook is then a parameter even with a decay.
+            Quantizer", 2021), from the D x D Gram matrix. The codebook is then a parameter even with a decay, though
+            averages soon take back what the optimizer did to it: the term is meant for codes that learn by gradient.
         orthogonal_used_only: count only the codes that the batch uses.
         orthogonal_max_codes: count at most this many codes, drawn at random in every step; None for all.
         gradient: "straight_through" or "rotation", as in `genperf.vector_quantize`.

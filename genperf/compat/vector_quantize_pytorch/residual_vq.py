@@ -29,7 +29,8 @@ class ResidualVQ(nn.Module):
         option needs them one by one.
       - diveq adds noise in training alone; theirs in evaluation too.
       - Indices of fewer levels can be decoded whether or not there is a quantize_dropout.
-      - The level at which quantize_dropout stops is drawn on the host, so that nothing waits for the device.
+      - The level at which quantize_dropout stops is drawn on the host; only several processes, which join it, wait for it.
+        A step with it does not compile with fullgraph=True (`nn.ResidualVectorQuantizer` with level_dropout does).
 
     Not supported (NotImplementedError): implicit_neural_codebook, mlp_kwargs, beam_size, eval_beam_size,
     beam_score_quantizer_weights, channel_last=False and accept_3d_fmap, which fail there too, and what `VectorQuantize`
@@ -120,13 +121,18 @@ class ResidualVQ(nn.Module):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes [levels, ..., d] of indices [..., q] of the first q levels; zeros for -1 and for the other levels."""
-        indices = F.pad(indices, (0, self.num_quantizers - indices.shape[-1]), value=-1)
+        indices = F.pad(self._checked(indices), (0, self.num_quantizers - indices.shape[-1]), value=-1)
         return torch.stack([layer.get_codes_from_indices(i) for layer, i in zip(self.layers, indices.unbind(-1), strict=True)])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What forward returns as quantized for the indices [..., q] of the first q levels, with channels last."""
-        codes = (layer.get_codes_from_indices(i) for layer, i in zip(self.layers, indices.unbind(-1), strict=False))
+        codes = (layer.get_codes_from_indices(i) for layer, i in zip(self.layers, self._checked(indices).unbind(-1), strict=False))
         return self.project_out(sum(codes))
+
+    def _checked(self, indices: Tensor) -> Tensor:
+        if indices.shape[-1] > self.num_quantizers:
+            raise ValueError(f"ResidualVQ: there are {self.num_quantizers} levels, got indices of {indices.shape[-1]}.")
+        return indices
 
     def forward(
         self,
@@ -155,7 +161,9 @@ class ResidualVQ(nn.Module):
         levels = self.num_quantizers
         if self.training and self.quantize_dropout and indices is None:
             levels = self._kept_levels(rand_quantize_dropout_fixed_seed)
-        projected = self.project_in(x)
+        # Padding may hold anything: it must not make gradients NaN.
+        valid = mask is not None and (self.has_projections or self.diveq)
+        projected = self.project_in(torch.where(mask.unsqueeze(-1), x, 0) if valid else x)
         if indices is None and self._fits_one_op():
             quantized_out, found, losses = self._all_levels(projected, mask, levels, frozen)
         else:
@@ -210,6 +218,7 @@ class ResidualVQ(nn.Module):
         """Whether the levels do nothing but take the nearest code, with moving averages and a commitment loss."""
         layer, codebook = self.layers[0], self.layers[0]._codebook
         others = (
+            any(not self._like_first(other) for other in self.layers),
             self.shared_codebook or self.quant_grad_frac > 0 or not self.uniform_codebook_size,
             codebook.metric != "euclidean" or codebook.revive_below > 0 or layer.stochastic_sample_codes,
             codebook.learnable_codebook or codebook.diversity_weight > 0 or codebook.orthogonal_weight > 0,
@@ -217,6 +226,14 @@ class ResidualVQ(nn.Module):
             any(layer._codebook._awaits_data for layer in self.layers),
         )
         return not any(others)
+
+    def _like_first(self, layer: VectorQuantize) -> bool:
+        """Whether a layer is as the first one and as this module, and nothing waits for its calls."""
+        codebook, first = layer._codebook, self.layers[0]._codebook
+        same = ("commitment_weight", "gradient", "ema_update", "manual_ema_update", "route_gradients", "decay", "eps")
+        modes = layer.training == codebook.training == self.training
+        hooks = layer._forward_hooks or layer._forward_pre_hooks
+        return modes and not hooks and all(getattr(codebook, name) == getattr(first, name) for name in same)
 
     def _all_levels(self, x: Tensor, mask: Tensor | None, levels: int, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
         """`_level_by_level` in one op, and one update of all codebooks."""

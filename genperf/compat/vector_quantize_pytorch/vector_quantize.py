@@ -84,6 +84,14 @@ class Codebook(VectorQuantizer):
     def codebook_size(self) -> int:
         return self.num_codes
 
+    @property
+    def threshold_ema_dead_code(self) -> float:
+        return self.revive_below
+
+    @property
+    def revives(self) -> bool:
+        return self.training and self.revive_below > 0
+
     def _first_codes(self, books: int | None) -> Tensor:
         shape = books or 1, self.num_codes, self.code_dim
         return torch.zeros(shape) if self.init == "kmeans" else nn.init.kaiming_uniform_(torch.empty(shape))
@@ -156,6 +164,8 @@ class Codebook(VectorQuantizer):
     @torch.no_grad()
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None) -> None:
         """Update the moving averages and codes as a training step does that gives x [..., heads * d] these indices."""
+        if not self.ema_update and self.revive_below == 0:
+            return
         vectors, valid = self._split(x, mask)
         assigned = self._as_assigned(indices, vectors)
         assigned = assigned if valid is None else torch.where(valid, assigned, -1)
@@ -173,10 +183,12 @@ class Codebook(VectorQuantizer):
         quantized, error = quantize(x, codes if moves else codes.detach(), indices, float(moves), 1.0, self.gradient, impl)
         error = error - error.detach() / 2 if moves else error
         if routed and self.directional_variance is not None:
+            valid = (indices >= 0).unsqueeze(1)
+            x = torch.where(valid, x, 0)  # of padding, which may hold anything, no gradient may come
             offset = _looked_up(codes, indices) - x
             direction = offset + self.directional_variance**0.5 * torch.randn_like(offset)
             quantized = x + F.normalize(direction, dim=1, eps=1e-6).detach() * offset.norm(dim=1, keepdim=True)
-            quantized = torch.where((indices >= 0).unsqueeze(1), quantized, 0)
+            quantized = torch.where(valid, quantized, 0)
         elif not routed:
             quantized = _looked_up(codes, indices).to(x.dtype) if codes.requires_grad else quantized.detach()
         if self.training and self.sync_update_v > 0:
@@ -246,12 +258,14 @@ class VectorQuantize(nn.Module):
         wherever they lie.
       - Diversity and cross-entropy losses are differentiated at the codes that they were computed from; theirs, with moving
         averages, at the codes after the update.
-      - A step without a valid vector leaves codes and averages as they are, and a code that k-means gives no vector stays
+      - A step without a valid vector leaves the averages as they are, and a code that k-means gives no vector stays
         where it is; theirs decays the averages, and moves the code to the origin.
       - Weights that are a function of `ema_update_weight` see the accumulated statistics, not those of the last batch alone.
       - Where x needs no gradient, the gradient still reaches project_in.
       - `lens` counts positions for channels-first sequences too; masks work for images, volumes and single vectors.
       - Setting `codebook` works for a learnable one.
+      - use_cosine_sim with an orthogonal loss: the codes, which the optimizer then moves, are normalised before they are
+        searched and returned; theirs are not.
       - float64 is not cut to float32. Nearest is meant exactly, and quantized equals the code bit for bit.
       - With `indices`, quantized is projected and laid out as without.
 
@@ -259,6 +273,8 @@ class VectorQuantize(nn.Module):
     the constructor or not (sync_codebook=None is True), and k-means joins them whenever the codebook does (sync_kmeans=False
     leaves processes with different codes). The vectors that replace dead codes, those that k-means starts from, and the
     noise of sample_codebook_temp are other random ones.
+
+    torch.compile(fullgraph=True) needs codes: with kmeans_init take the first step without it.
 
     Not supported (NotImplementedError): straight_through, vq_bridge, in_place_codebook_optimizer,
     manual_in_place_optimizer_update, affine_param and sync_affine_param; in forward, topk and codebook_transform_fn.
@@ -275,6 +291,15 @@ class VectorQuantize(nn.Module):
     learnable_codebook = _held_by_codebook("learnable_codebook")
     ema_update = _held_by_codebook("ema_update")
     eps = _held_by_codebook("eps")
+    commitment_use_cross_entropy_loss = _held_by_codebook("commits_by_cross_entropy")
+    orthogonal_reg_active_codes_only = _held_by_codebook("orthogonal_used_only")
+    orthogonal_reg_max_codes = _held_by_codebook("orthogonal_max_codes")
+    route_gradients_to_input = _held_by_codebook("route_gradients")
+    has_commitment_loss = property(lambda self: self.commitment_weight > 0 and not self.directional_reparam)
+    has_codebook_orthogonal_loss = property(lambda self: self.orthogonal_reg_weight > 0)
+    has_codebook_diversity_loss = property(lambda self: self.codebook_diversity_loss_weight > 0)
+    directional_reparam = property(lambda self: self._codebook.directional_variance is not None)
+    use_cosine_sim = property(lambda self: self._codebook.metric == "cosine")
 
     def __init__(
         self,
@@ -384,15 +409,20 @@ class VectorQuantize(nn.Module):
             directional_variance=directional_reparam_variance if directional_reparam else None,
             sync_update_v=sync_update_v,
         )
-        self.use_cosine_sim = use_cosine_sim
-        self.rotation_trick = rotation_trick
-        self.directional_reparam = directional_reparam
         self.stochastic_sample_codes = stochastic_sample_codes
         self.accept_image_fmap = accept_image_fmap
         self.accept_3d_fmap = accept_3d_fmap
         self.channel_last = channel_last
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.freeze_codebook = freeze_codebook
+
+    @property
+    def rotation_trick(self) -> bool:
+        return self._codebook.gradient == "rotation"
+
+    @rotation_trick.setter
+    def rotation_trick(self, value: bool) -> None:
+        self._codebook.gradient = "rotation" if value else "straight_through"
 
     @property
     def codebook(self) -> Tensor:
