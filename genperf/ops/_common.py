@@ -258,6 +258,26 @@ class ValueOf(torch.autograd.Function):
     def backward(ctx, grad):
         return None, grad
 
+    @staticmethod
+    def jvp(ctx, value_tangent, carrier_tangent):
+        return carrier_tangent
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products of float32 tensors in float32, whatever the caller allows for its own."""
+    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    reduced = [(place, place.fp32_precision) for place in places if place.fp32_precision not in ("ieee", "none")]
+    try:
+        for place, _ in reduced:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, precision in reduced:
+            place.fp32_precision = "none"
+            if place.fp32_precision != precision:  # else it is inherited, and stays so
+                place.fp32_precision = precision
+
 
 def register_fake(op: str) -> Callable[[Callable], Callable]:
     """Decorator: shapes, dtypes and strides of the compiled `op` without its data, for torch.compile and FakeTensors."""
