@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..ops._common import accumulator_dtype
+from ..ops._common import accumulator_dtype, normalized
 from ..ops.lookup_free_entropy import check_group, code_mass, entropy_of
 from ..ops.lookup_free_quantize import check_bits, check_scale, code_size, lookup_free_decode, lookup_free_quantize
 from ._channels import check_input, codebooks_last, decode_codebooks, linear
@@ -105,7 +104,7 @@ class LookupFreeQuantizer(nn.Module):
         bits = linear(self.project_in, x, channel).unflatten(channel, (self.num_codebooks, -1))
         dtype = bits.dtype
         if self.spherical:
-            bits = self.scale * F.normalize(bits.to(accumulator_dtype(dtype)), dim=channel + 1)
+            bits = self.scale * normalized(bits, channel + 1)
         size = code_size(self.scale, self.spherical, self.num_bits)
         codes, indices = lookup_free_quantize(bits, scale=size, channel_dim=channel + 1)
         bits, codes = bits.flatten(channel, channel + 1), codes.flatten(channel, channel + 1)

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 log = logging.getLogger("genperf")
 
@@ -145,6 +146,14 @@ def check_noise(op: str, noise: Tensor, name: str, x: Tensor, shape: Sequence[in
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of losses and sums over tensors of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def normalized(x: Tensor, dim: int) -> Tensor:
+    """Unit vectors in the direction of x's, in the dtype of sums over x.
+
+    A norm that x's dtype cannot hold as a normal number counts as the least that it can: gradients by a zero vector fit in it.
+    """
+    return F.normalize(x.to(accumulator_dtype(x.dtype)), dim=dim, eps=max(1e-12, torch.finfo(x.dtype).tiny))
 
 
 def positions_shape(x: Tensor, channel: int) -> list[int]:

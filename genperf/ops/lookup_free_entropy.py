@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ._common import (
     accumulator_dtype,
@@ -17,6 +16,7 @@ from ._common import (
     choose_impl,
     differentiate,
     full_float32,
+    normalized,
     refuse_forward_mode,
 )
 from .lookup_free_quantize import check_bits, check_scale, code_size
@@ -89,7 +89,7 @@ def lookup_free_entropy(
             raise TypeError(f"{op}: mask must be bool, got {mask.dtype}.")
         check_positions(op, "mask", mask, x, channel)
     if spherical:
-        x = scale * F.normalize(x.to(accumulator_dtype(x.dtype)), dim=channel)
+        x = scale * normalized(x, channel)
     sharpness = 4 * inv_temperature * code_size(scale, spherical, bits)
     entropy, mass, count = code_mass(op, x, channel, mask, sharpness, group, impl)
     return entropy / count.clamp(min=1), entropy_of(mass).sum()

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from ...nn._channels import codebooks_last, linear, project
 from ...nn.lookup_free_quantizer import commitment, joint_entropies
-from ...ops._common import ValueOf, accumulator_dtype
+from ...ops._common import ValueOf, normalized
 from ...ops.lookup_free_entropy import MAX_GROUP
 from ...ops.lookup_free_quantize import check_bits, code_size, lookup_free_decode, lookup_free_quantize
 
@@ -50,7 +50,7 @@ class CosineSimLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(dim_in, dim_out))
 
     def forward(self, x: Tensor, channel: int = -1) -> Tensor:
-        directions = F.normalize(x.to(accumulator_dtype(x.dtype)), dim=channel).to(x.dtype)
+        directions = normalized(x, channel).to(x.dtype)
         return project(directions, channel, F.normalize(self.weight, dim=0).T) * self.scale
 
 
@@ -170,7 +170,7 @@ class LFQ(nn.Module):
         return bits * self.codebook_scale * 2 - self.codebook_scale
 
     def maybe_l2norm(self, t: Tensor, dim: int = -1) -> Tensor:
-        return F.normalize(t.to(accumulator_dtype(t.dtype)), dim=dim) * self.codebook_scale if self.spherical else t
+        return normalized(t, dim) * self.codebook_scale if self.spherical else t
 
     def _codes(self, indices: Tensor, spherical: bool) -> Tensor:
         return lookup_free_decode(indices, self.codebook_dim, scale=self.codebook_scale, spherical=spherical, dtype=self.dtype)
