@@ -458,3 +458,20 @@ def test_bad_input_of_one_op():
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize("first", ["tf32", "ieee", "none"])
+def test_inherited_precision_stays_inherited(first):
+    backends, matmul = torch.backends, torch.backends.cuda.matmul
+    before, matmul_before = backends.fp32_precision, matmul.fp32_precision
+    try:
+        backends.fp32_precision, matmul.fp32_precision = first, "none"
+        genperf.code_entropy(torch.randn(4, 3), torch.randn(5, 3))
+        genperf.lookup_free_entropy(torch.randn(4, 3))
+        backends.fp32_precision = "tf32" if first == "ieee" else "ieee"
+        assert matmul.fp32_precision == backends.fp32_precision
+        matmul.fp32_precision = first
+        genperf.code_entropy(torch.randn(4, 3), torch.randn(5, 3))
+        assert matmul.fp32_precision == (first if first != "none" else backends.fp32_precision)
+    finally:
+        backends.fp32_precision, matmul.fp32_precision = before, matmul_before

@@ -111,6 +111,20 @@ def test_fsq_of_more_codes_than_theirs_can_count(device):
     assert FSQ([4] * 40, return_indices=False)(torch.randn(1, 2, 40))[1] is None
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_fsq_methods_without_indices(symmetric):
+    options = {"levels": [8, 5, 5], "return_indices": False, "preserve_symmetry": symmetric}
+    layer, other = FSQ(**options), FSQ(**{**options, "return_indices": True})
+    z = torch.randn(30, 3)
+    codes, indices = other(z.unsqueeze(0))
+    assert torch.equal(layer.codes_to_indices(codes), indices)
+    assert torch.equal(layer.indices_to_level_indices(indices), other.indices_to_level_indices(indices))
+    reference = peer.FSQ(**options)
+    for name in ("bound", "symmetry_preserving_bound"):
+        for hard in (False, True):
+            torch.testing.assert_close(getattr(layer, name)(z, hard_clamp=hard), getattr(reference, name)(z, hard_clamp=hard))
+
+
 def test_fsq_half_precision(device):
     layer = FSQ([8, 5, 5, 5], dim=6).to(device)
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
@@ -157,6 +171,27 @@ def test_lfq(case, training, device):
     codes = layer.indices_to_codes(indices, project_out=False)
     torch.testing.assert_close(codes, other.indices_to_codes(indices, project_out=False), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(layer.codebook, other.codebook)
+
+
+def test_lfq_breakdown_alone_joins_no_processes(monkeypatch):
+    """One process may ask for it and another not: none may wait."""
+    joined = []
+    monkeypatch.setattr("genperf.nn.lookup_free_quantizer.joint_sum", lambda mass: joined.append(mass) or mass)
+    x = torch.randn(2, 30, 4)
+    _, expected = LFQ(codebook_size=16)(x, return_loss_breakdown=True)
+    assert len(joined) == 1
+    _, breakdown = LFQ(codebook_size=16, entropy_loss_weight=0.0)(x, return_loss_breakdown=True)
+    assert len(joined) == 1
+    torch.testing.assert_close(breakdown, expected)
+
+
+def test_lfq_spherical_float16():
+    layer = LFQ(dim=6, codebook_size=16, spherical=True, projection_has_bias=False)
+    with torch.autocast("cpu", dtype=torch.float16):
+        quantized, _, loss = layer(torch.cat([torch.randn(1, 30, 6), torch.zeros(1, 2, 6)], 1))
+        (quantized.float().square().mean() + loss).backward()
+    assert quantized.dtype == torch.float16
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
 def test_lfq_mask(device):

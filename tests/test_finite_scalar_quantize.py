@@ -1,5 +1,6 @@
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -192,3 +193,22 @@ def test_bad_input(message, error, arguments, options):
 def test_bad_indices():
     with pytest.raises(TypeError, match=r"finite_scalar_decode: indices must be integers, got torch.float32"):
         genperf.finite_scalar_decode(torch.zeros(3), [8, 5])
+
+
+def test_decodes_narrow_integers(device):
+    codes = genperf.finite_scalar_decode(torch.arange(100, device=device), [7, 5, 5])
+    for dtype in (torch.int8, torch.uint8, torch.int16):
+        narrow = torch.arange(100, dtype=dtype, device=device)
+        assert torch.equal(genperf.finite_scalar_decode(narrow, numpy.array([7, 5, 5])), codes)
+
+
+@pytest.mark.parametrize("hard_clamp", [False, True])
+def test_forward_mode(hard_clamp, device):
+    x = torch.randn(20, 3, device=device, requires_grad=True)
+
+    def quantized(x):
+        return genperf.finite_scalar_quantize(x, [8, 5, 5], hard_clamp=hard_clamp)[0]
+
+    _, tangent = torch.func.jvp(quantized, (x.detach(),), (torch.ones_like(x),))
+    (gradient,) = torch.autograd.grad(quantized(x).sum(), x)  # each channel's depends on it alone
+    torch.testing.assert_close(tangent, gradient)

@@ -92,6 +92,36 @@ def test_half_precision_under_autocast(make, device):
     assert (plain[1] == indices).float().mean() > 0.8
 
 
+def test_float16_vectors_of_any_length(device):
+    """A norm of zero, or one past the largest float16, which also a masked vector has under autocast."""
+    layer = LookupFreeQuantizer(16, spherical=True).to(device)
+    x = torch.tensor([0.0, 2e4], device=device).half().unsqueeze(1).expand(2, 16)
+    quantized, indices, loss = layer(x)
+    assert quantized.dtype == torch.float16
+    assert (quantized.abs() == 0.25).all()
+    assert indices.tolist() == [0, 2**16 - 1]
+    assert loss.isfinite()
+    assert all(value.isfinite() for value in genperf.lookup_free_entropy(x, spherical=True))
+    layer = LookupFreeQuantizer(4, 6, spherical=True, bias=False).to(device)
+    x, mask = torch.randn(50, 6, device=device), torch.arange(50, device=device) > 3
+    x[-3:] = 0
+    with torch.autocast(torch.device(device).type, dtype=torch.float16):
+        quantized, _, loss = layer(x, mask)
+        (quantized.float().square().mean() + loss).backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@layers
+def test_bad_inputs(make):
+    x = torch.randn(2, 15)
+    with pytest.raises(ValueError, match="Quantizer: channel_dim must be a dimension of x, got channel_dim=2"):
+        make(dim=15, channel_dim=2)(x)
+    with pytest.raises(TypeError, match=r"Quantizer: mask must be bool, got torch.float32"):
+        make(dim=15)(x, torch.ones(2))
+    with pytest.raises(ValueError, match=r"Quantizer: mask must have the shape of x without its channel dimension, \[2\], got \[1\]"):
+        make(dim=15)(x, torch.ones(1, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("name", ["FSQ", "BSQ"])
 def test_compiles_as_one_graph(name, device):
     layer = LAYERS[name](dim=6, channel_dim=1).to(device)

@@ -162,6 +162,23 @@ def test_entropy_under_autocast(device):
             torch.testing.assert_close(value, expected)
 
 
+def test_entropy_with_reduced_precision_of_the_caller(device):
+    x = torch.randn(500, 12, device=device)
+
+    def results():
+        leaf = x.clone().requires_grad_()
+        entropies = genperf.lookup_free_entropy(leaf, inv_temperature=0.5)
+        return *entropies, *torch.autograd.grad(sum(entropies), leaf)
+
+    expected, before = results(), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found = results()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def test_entropy_memory_does_not_grow_with_positions_times_codes(device):
     if device != "cpu":
         pytest.skip("the profiler's allocation events are read on the CPU")

@@ -58,6 +58,25 @@ def test_shares_draw_the_noise_of_the_whole(draw, impl, dtype, device):
         torch.testing.assert_close(torch.cat(parts), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"heads": 2}, {"heads": 2, "separate_codebooks": True}, {"heads": 2, "channel_dim": 1}, {"code_dim": 4, "metric": "cosine"}],
+    ids=str,
+)
+def test_shares_draw_the_codes_of_the_whole(options, device):
+    layer = genperf.nn.VectorQuantizer(16, 8, sample_temperature=2.0, **options).to(device)
+    x = torch.randn(BATCH, *((8, 5) if "channel_dim" in options else (5, 8)), device=device)
+
+    def drawn(part, first):
+        torch.manual_seed(1)
+        with genperf.sample_offset(first):
+            return layer(part)[1]
+
+    shares = [drawn(x[i : i + SHARE], i) for i in range(0, BATCH, SHARE)]
+    assert torch.equal(torch.cat(shares), drawn(x, 0))
+    assert not torch.equal(drawn(x, 1), drawn(x, 0))
+
+
 def test_given_noise_and_the_draws_after_stay_as_they_are(device):
     x, noise = torch.randn(2, 3, 4, device=device)
     torch.manual_seed(0)

@@ -6,7 +6,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._common import as_positions, from_positions
+from ..ops._common import as_positions, check_channel_dim, check_positions, check_tensor, from_positions
+
+
+def check_input(name: str, x: Tensor, channel_dim: int, mask: Tensor | None) -> int:
+    """Check the input of a layer and its mask; the channel dimension as a non-negative number."""
+    check_tensor(name, "x", x)
+    channel = check_channel_dim(name, x, channel_dim)
+    if mask is not None:
+        check_tensor(name, "mask", mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{name}: mask must be bool, got {mask.dtype}.")
+        check_positions(name, "mask", mask, x, channel)
+    return channel
 
 
 def project(

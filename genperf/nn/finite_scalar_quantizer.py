@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.finite_scalar_quantize import check_levels, finite_scalar_decode, finite_scalar_quantize
-from ._channels import codebooks_last, decode_codebooks, linear
+from ._channels import check_input, codebooks_last, decode_codebooks, linear
 
 
 class FiniteScalarQuantizer(nn.Module):
@@ -75,7 +75,7 @@ class FiniteScalarQuantizer(nn.Module):
             quantized, of x's shape; indices, int64, x's shape without channel_dim, and with several codebooks one for each in
             a last dimension.
         """
-        channel = self.channel_dim % x.dim()
+        channel = check_input(type(self).__name__, x, self.channel_dim, mask)
         if mask is not None:
             x = torch.where(mask.unsqueeze(channel), x, 0)
         codes = linear(self.project_in, x, channel).unflatten(channel, (self.num_codebooks, -1))

@@ -2,12 +2,11 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..ops._common import accumulator_dtype
+from ..ops._common import accumulator_dtype, normalized
 from ..ops.lookup_free_entropy import check_group, code_mass, entropy_of
 from ..ops.lookup_free_quantize import check_bits, check_scale, code_size, lookup_free_decode, lookup_free_quantize
-from ._channels import codebooks_last, decode_codebooks, linear
+from ._channels import check_input, codebooks_last, decode_codebooks, linear
 from .joint import joint_sum
 
 
@@ -99,17 +98,18 @@ class LookupFreeQuantizer(nn.Module):
             quantized, of x's shape; indices, int64, x's shape without channel_dim, and with several codebooks one for each in
             a last dimension; loss, a float32 scalar (float64 for float64), 0 in evaluation mode.
         """
-        channel = self.channel_dim % x.dim()
+        channel = check_input(type(self).__name__, x, self.channel_dim, mask)
         if mask is not None:
             x = torch.where(mask.unsqueeze(channel), x, 0)
         bits = linear(self.project_in, x, channel).unflatten(channel, (self.num_codebooks, -1))
+        dtype = bits.dtype
         if self.spherical:
-            bits = self.scale * F.normalize(bits, dim=channel + 1)
+            bits = self.scale * normalized(bits, channel + 1)
         size = code_size(self.scale, self.spherical, self.num_bits)
         codes, indices = lookup_free_quantize(bits, scale=size, channel_dim=channel + 1)
         bits, codes = bits.flatten(channel, channel + 1), codes.flatten(channel, channel + 1)
         loss = self._loss(bits, codes, size, channel, mask) if self.training else None
-        quantized = linear(self.project_out, codes, channel)
+        quantized = linear(self.project_out, codes.to(dtype), channel)
         indices = codebooks_last(indices, channel)
         if mask is not None:
             quantized = torch.where(mask.unsqueeze(channel), quantized, 0)
@@ -128,7 +128,7 @@ class LookupFreeQuantizer(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Indices of the codes of x, without loss and gradients."""
-        channel = self.channel_dim % x.dim()
+        channel = check_input(type(self).__name__, x, self.channel_dim, None)
         with torch.no_grad():
             bits = linear(self.project_in, x, channel).unflatten(channel, (self.num_codebooks, -1))
             return codebooks_last(lookup_free_quantize(bits, channel_dim=channel + 1)[1], channel)
@@ -155,14 +155,21 @@ class LookupFreeQuantizer(nn.Module):
 
 
 def joint_entropies(
-    bits: Tensor, channel: int, codebooks: int, sharpness: float, group: int, mask: Tensor | None, floor: float | None = None
+    bits: Tensor,
+    channel: int,
+    codebooks: int,
+    sharpness: float,
+    group: int,
+    mask: Tensor | None,
+    floor: float | None = None,
+    joint: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The entropies of `genperf.lookup_free_entropy`, means over codebooks; that of the codebook over the batch of all processes.
 
-    `floor` is the least value that the logarithm in the codebook entropy sees.
+    `floor` is the least value that the logarithm in the codebook entropy sees. Where not `joint`, the batch is this process's alone.
     """
     entropy, mass, count = code_mass("lookup_free_entropy", bits, channel, mask, sharpness, group)
-    return entropy / (count.clamp(min=1) * codebooks), entropy_of(joint_sum(mass), floor).sum() / codebooks
+    return entropy / (count.clamp(min=1) * codebooks), entropy_of(joint_sum(mass) if joint else mass, floor).sum() / codebooks
 
 
 def commitment(bits: Tensor, codes: Tensor, channel: int, mask: Tensor | None) -> Tensor:

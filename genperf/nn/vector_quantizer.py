@@ -18,10 +18,11 @@ from ..ops._common import (
     positions_shape,
     refuse_forward_mode,
 )
+from ..ops._noise import first_sample
 from ..ops.code_entropy import code_entropy
 from ..ops.nearest_code import refusals as search_refusals
 from ..ops.nearest_code import search
-from ..ops.sample_code import sample_code
+from ..ops.sample_code import draw_codes
 from ..ops.vector_quantize import GRADIENTS, quantize
 from ..ops.vector_quantize import refusals as quantize_refusals
 from ._codebooks import UPDATES, Codebooks, Weights, copied, project
@@ -221,7 +222,7 @@ class VectorQuantizer(Codebooks):
 
         # Backward still needs these codes after the update has written the new ones in place.
         books = self._books_in_use(copied(self.codebook) if updates and update == "step" else self.codebook)
-        assigned = self._assign(vectors, books, valid, self.sample_temperature if self.training else 0.0)
+        assigned = self._assign(vectors, books, valid, self.sample_temperature if self.training else 0.0, self._first_vector(vectors, x))
         folded, indices = _fold(vectors), _fold(self._numbered(assigned))
         weights = self.codebook_weight, self.commitment_weight
         codes = (books if self.codebook_weight > 0 else books.detach()).flatten(0, 1)
@@ -242,7 +243,7 @@ class VectorQuantizer(Codebooks):
         with torch.no_grad():
             mask = self._checked_mask(x, mask, None)
             vectors, valid = self._split(x, mask)
-            return self._positions_of(self._assign(vectors, self._books_in_use(self.codebook), valid, 0.0), x)
+            return self._positions_of(self._assign(vectors, self._books_in_use(self.codebook), valid), x)
 
     def decode(self, indices: Tensor) -> Tensor:
         """What `forward` returns as `quantized` for these indices, of the codebook's dtype; zeros where an index is -1.
@@ -338,14 +339,19 @@ class VectorQuantizer(Codebooks):
         codebook = codebook if codebook.dim() == 3 else codebook.unsqueeze(0)
         return self._normalized(codebook) if isinstance(self.codebook, nn.Parameter) else codebook
 
-    def _assign(self, vectors: Tensor, books: Tensor, valid: Tensor | None, temperature: float) -> Tensor:
-        """The codes [books, outer, inner] of the vectors."""
+    def _assign(self, vectors: Tensor, books: Tensor, valid: Tensor | None, temperature: float = 0.0, first: int = 0) -> Tensor:
+        """The codes [books, outer, inner] of the vectors, drawn with the noise of the vectors first, first + 1, ... of a larger batch."""
         vectors, books = vectors.detach(), books.detach()
         if temperature > 0:
             logits = "dot" if self.metric == "cosine" else "distance"
-            return sample_code(vectors, books, temperature=temperature, logits=logits, channel_dim=2, mask=valid)
+            return draw_codes(vectors, books, temperature, logits, 2, valid, first=first)
         impl = choose_impl("nearest_code", None, search_refusals(vectors.device, vectors.dtype))
         return search(vectors, books, valid, self.metric, impl)
+
+    def _first_vector(self, vectors: Tensor, x: Tensor) -> int:
+        """The number, in each book, of the first vector of the sample that `genperf.sample_offset` names."""
+        batch = 0 if self.channel_dim % x.dim() == 0 else x.shape[0]
+        return first_sample() * (vectors.shape[1] * vectors.shape[3] // batch) if batch > 0 else 0
 
     def _numbered(self, assigned: Tensor) -> Tensor:
         """The codes [books, outer, inner], numbered over all books."""

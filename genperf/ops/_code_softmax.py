@@ -6,7 +6,6 @@ a squared distance are further columns of its operands. What follows it is one p
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from ._common import (
     check_tensor,
     choose_impl,
     differentiate,
+    full_float32,
     refuse_forward_mode,
     register_fake,
 )
@@ -234,20 +234,6 @@ def _heads(x: Tensor, codebook: Tensor, valid: Tensor | None, logits: str) -> It
         yield head, chunks
 
 
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Products of float32 tensors in float32, whatever the caller allows for its own."""
-    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    allowed = [place.fp32_precision for place in places]
-    try:
-        for place in places:
-            place.fp32_precision = "ieee"
-        yield
-    finally:
-        for place, precision in zip(places, allowed, strict=True):
-            place.fp32_precision = precision
-
-
 def _implement(op: str) -> Callable[[Callable], Callable]:
     """Decorator: the implementation of `op` on every device."""
     from genperf import _library
@@ -255,7 +241,7 @@ def _implement(op: str) -> Callable[[Callable], Callable]:
     def decorate(function: Callable) -> Callable:
         def run(*arguments):
             device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-            with torch.no_grad(), torch.autocast(device.type, enabled=False), _full_float32():
+            with torch.no_grad(), torch.autocast(device.type, enabled=False), full_float32():
                 return function(*arguments)
 
         if _library.cpu_failure is None:

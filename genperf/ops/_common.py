@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 log = logging.getLogger("genperf")
 
@@ -147,6 +148,14 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def normalized(x: Tensor, dim: int) -> Tensor:
+    """Unit vectors in the direction of x's, in the dtype of sums over x.
+
+    A norm that x's dtype cannot hold as a normal number counts as the least that it can: gradients by a zero vector fit in it.
+    """
+    return F.normalize(x.to(accumulator_dtype(x.dtype)), dim=dim, eps=max(1e-12, torch.finfo(x.dtype).tiny))
+
+
 def positions_shape(x: Tensor, channel: int) -> list[int]:
     """Shape of x without its channel dimension."""
     return [*x.shape[:channel], *x.shape[channel + 1 :]]
@@ -257,6 +266,26 @@ class ValueOf(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return None, grad
+
+    @staticmethod
+    def jvp(ctx, value_tangent, carrier_tangent):
+        return carrier_tangent
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products of float32 tensors in float32, whatever the caller allows for its own."""
+    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    reduced = [(place, place.fp32_precision) for place in places if place.fp32_precision not in ("ieee", "none")]
+    try:
+        for place, _ in reduced:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, precision in reduced:
+            place.fp32_precision = "none"
+            if place.fp32_precision != precision:  # else it is inherited, and stays so
+                place.fp32_precision = precision
 
 
 def register_fake(op: str) -> Callable[[Callable], Callable]:

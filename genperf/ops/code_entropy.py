@@ -40,6 +40,7 @@ def code_entropy(
     codebook_diversity_temperature (1 / 100), epsilon=1e-5, and logits="dot" of unit vectors where it has use_cosine_sim. It averages
     p over the batch alone, for each place of a sequence, and then the loss over the places: for x [B, T, D] it is
         -code_entropy(x.movedim(1, 0), codebook.expand(T, -1, -1), temperature=1 / 100, epsilon=1e-5)[1].mean()
+    which holds [T, K] sums in float64 and, where the codebook learns, its gradient [T, K, D].
 
     Args:
         x: float32, bfloat16, float16 or float64; any strides.

@@ -1,6 +1,7 @@
 """Finite scalar quantisation: every channel is rounded to a grid of its own, and the codebook is the product of the grids."""
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -112,6 +113,7 @@ def finite_scalar_decode(
     op = "finite_scalar_decode"
     check_tensor(op, "indices", indices)
     check_indices(op, indices)
+    indices = indices.long()  # a narrow one may not hold the numbers below
     levels = check_levels(op, levels)
     dtype = torch.get_default_dtype() if dtype is None else dtype
     channels = []
@@ -128,7 +130,7 @@ def check_indices(op: str, indices: Tensor) -> None:
 
 
 def check_levels(op: str, levels: Sequence[int]) -> list[int]:
-    levels = list(levels)
+    levels = [operator.index(count) if hasattr(count, "__index__") else count for count in levels]
     if not 1 <= len(levels) <= MAX_CHANNELS or not all(isinstance(count, int) and 2 <= count <= MAX_LEVELS for count in levels):
         raise ValueError(f"{op}: levels must be 1 to {MAX_CHANNELS} integers of 2 to 2^20, got {levels}.")
     return levels

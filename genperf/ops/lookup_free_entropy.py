@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ._common import (
     accumulator_dtype,
@@ -16,6 +15,8 @@ from ._common import (
     check_tensor,
     choose_impl,
     differentiate,
+    full_float32,
+    normalized,
     refuse_forward_mode,
 )
 from .lookup_free_quantize import check_bits, check_scale, code_size
@@ -88,7 +89,7 @@ def lookup_free_entropy(
             raise TypeError(f"{op}: mask must be bool, got {mask.dtype}.")
         check_positions(op, "mask", mask, x, channel)
     if spherical:
-        x = scale * F.normalize(x, dim=channel)
+        x = scale * normalized(x, channel)
     sharpness = 4 * inv_temperature * code_size(scale, spherical, bits)
     entropy, mass, count = code_mass(op, x, channel, mask, sharpness, group, impl)
     return entropy / count.clamp(min=1), entropy_of(mass).sum()
@@ -217,7 +218,7 @@ def _code_mass(x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> 
     dtype = accumulator_dtype(x.dtype)
     mass = x.new_zeros(x.shape[1] // group, 2 ** (group // 2), 2 ** (group - group // 2), dtype=dtype)
     entropy = x.new_zeros((), dtype=torch.float64)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), full_float32():
         for logits, valid, _ in _chunks(x, mask, sharpness, group):
             p, q = logits.sigmoid(), (-logits).sigmoid()
             less = torch.minimum(p, q)
@@ -232,7 +233,7 @@ def _code_mass_backward(
     grad_entropy: Tensor | None, grad_mass: Tensor | None, x: Tensor, mask: Tensor | None, sharpness: float, group: int
 ) -> Tensor:
     grad_x = torch.empty_like(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), full_float32():
         for logits, valid, place in _chunks(x, mask, sharpness, group):
             p, q = logits.sigmoid(), (-logits).sigmoid()
             slope = torch.zeros_like(logits) if grad_entropy is None else -grad_entropy * logits * p * q

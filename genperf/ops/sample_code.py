@@ -46,6 +46,21 @@ def sample_code(
     Raises:
         ValueError, TypeError, NotImplementedError: as `code_entropy`, and for a generator that is none.
     """
+    return draw_codes(x, codebook, temperature, logits, channel_dim, mask, generator, impl)
+
+
+def draw_codes(
+    x: Tensor,
+    codebook: Tensor,
+    temperature: float,
+    logits: str,
+    channel_dim: int,
+    mask: Tensor | None,
+    generator: torch.Generator | None = None,
+    impl: str | None = None,
+    first: int | None = None,
+) -> Tensor:
+    """`sample_code`, where `first` is given with the noise of the vectors first, first + 1, ... of a larger batch, in each head."""
     op = "sample_code"
     channel = check_arguments(op, x, codebook, temperature, logits, channel_dim, mask)
     chosen = choose_impl(op, impl, refusals(x.device, x.dtype))
@@ -53,16 +68,16 @@ def sample_code(
     if temperature == 0 and logits != "dot":
         indices = nearest_code(x, codebook, channel_dim=channel, impl="reference" if chosen == "reference" else None)
         return indices if mask is None else indices.masked_fill(~mask, -1)
+    if first is None:
+        batch = codebook.dim() - 2
+        first = first_sample() * math.prod(positions_shape(x, channel)[batch + 1 :]) if channel != batch else 0
     seed = draw_seed(op, x.device, generator) if temperature > 0 else None
     positions, codes = with_heads(x, codebook, channel)
-    shape = positions_shape(x, channel)
-    batch = codebook.dim() - 2
-    first = first_sample() * math.prod(shape[batch + 1 :]) if channel != batch else 0
     if mask is not None:
         mask = mask.reshape(positions.shape[0], positions.shape[1], positions.shape[3])
     arguments = (positions, codes, mask, seed, first, logits, float(temperature))
     found = sample_code_reference(*arguments) if chosen == "reference" else torch.ops.genperf.sample_code(*arguments)
-    return found.reshape(shape)
+    return found.reshape(positions_shape(x, channel))
 
 
 def sample_code_reference(

@@ -98,6 +98,7 @@ class FSQ(nn.Module):
         self.return_indices = return_indices
         if return_indices:
             self.codebook_size = codes
+        if codes < 2**63:
             self.register_buffer("_basis", torch.tensor(basis_of(levels)), persistent=False)
         self.register_buffer("_levels", torch.tensor(levels, dtype=torch.int32), persistent=False)
         self.allowed_dtypes = allowed_dtypes
@@ -141,6 +142,16 @@ class FSQ(nn.Module):
         """The codes of vectors [..., len(levels)], without projection and rotation."""
         return self._quantize(z, z.ndim - 1, False)[0]
 
+    def bound(self, z: Tensor, eps: float = 1e-3, hard_clamp: bool = False) -> Tensor:
+        """`quantize` without preserve_symmetry. Another `eps` raises NotImplementedError."""
+        if eps != 1e-3:
+            raise NotImplementedError(f"FSQ: eps is not supported, got eps={eps!r}.")
+        return quantize_levels("FSQ", z, self._counts, False, hard_clamp, z.ndim - 1, None, False)[0]
+
+    def symmetry_preserving_bound(self, z: Tensor, hard_clamp: bool = False) -> Tensor:
+        """`quantize` with preserve_symmetry."""
+        return quantize_levels("FSQ", z, self._counts, True, hard_clamp, z.ndim - 1, None, False)[0]
+
     def _quantize(self, z: Tensor, channel: int, indexed: bool) -> tuple[Tensor, Tensor | None]:
         return quantize_levels("FSQ", z, self._counts, self.preserve_symmetry, self.bound_hard_clamp, channel, None, indexed)
 
@@ -179,7 +190,7 @@ class FSQ(nn.Module):
         return self._narrow((digits * self._basis).sum(-1))
 
     def _narrow(self, indices: Tensor) -> Tensor:
-        return indices.to(torch.int32) if self.codebook_size < 2**31 else indices
+        return indices.to(torch.int32) if math.prod(self._counts) < 2**31 else indices
 
 
 def _check(rule: str, value: object, holds: bool) -> None:

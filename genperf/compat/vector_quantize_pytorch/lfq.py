@@ -11,7 +11,7 @@ What differs, since there it is a fault or a cost:
   - With a mask the codebook entropy is that of the vectors that are left, as without. Theirs is then the per-sample
     entropy once more, since it takes each vector for a codebook.
   - With several processes the codebook entropy is that of the mean over all. Theirs drops the result of its all_reduce and
-    divides its own by the number of processes.
+    divides its own by the number of processes. With entropy_loss_weight=0 the breakdown is that of each process alone.
   - Indices are exact to 2^63 codes (theirs to 2^31); an entropy loss needs at most 2^24, else it raises
     NotImplementedError.
   - A NaN stays NaN in evaluation mode too, and a mask that is False everywhere gives losses of 0, not NaN.
@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from ...nn._channels import codebooks_last, linear, project
 from ...nn.lookup_free_quantizer import commitment, joint_entropies
-from ...ops._common import ValueOf
+from ...ops._common import ValueOf, normalized
 from ...ops.lookup_free_entropy import MAX_GROUP
 from ...ops.lookup_free_quantize import check_bits, code_size, lookup_free_decode, lookup_free_quantize
 
@@ -50,7 +50,8 @@ class CosineSimLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(dim_in, dim_out))
 
     def forward(self, x: Tensor, channel: int = -1) -> Tensor:
-        return project(F.normalize(x, dim=channel), channel, F.normalize(self.weight, dim=0).T) * self.scale
+        directions = normalized(x, channel).to(x.dtype)
+        return project(directions, channel, F.normalize(self.weight, dim=0).T) * self.scale
 
 
 class LFQ(nn.Module):
@@ -169,7 +170,7 @@ class LFQ(nn.Module):
         return bits * self.codebook_scale * 2 - self.codebook_scale
 
     def maybe_l2norm(self, t: Tensor, dim: int = -1) -> Tensor:
-        return F.normalize(t, dim=dim) * self.codebook_scale if self.spherical else t
+        return normalized(t, dim) * self.codebook_scale if self.spherical else t
 
     def _codes(self, indices: Tensor, spherical: bool) -> Tensor:
         return lookup_free_decode(indices, self.codebook_dim, scale=self.codebook_scale, spherical=spherical, dtype=self.dtype)
@@ -213,12 +214,14 @@ class LFQ(nn.Module):
         x = x.unflatten(channel, (self.num_codebooks, self.codebook_dim))
         if self.orthogonal_rotation:
             x = project(x, channel + 1, self.orthogonal_rot.T.to(x.dtype))
+        dtype = x.dtype
         x = self.maybe_l2norm(x, channel + 1)
 
         size = code_size(self.codebook_scale, self.spherical, self.codebook_dim)
         straight = self.training and isinstance(self.activation, nn.Identity)
         codes, indices = lookup_free_quantize(x if straight else x.detach(), scale=size, channel_dim=channel + 1)
         quantized = codes if straight or not self.training else ValueOf.apply(codes, self.activation(x))
+        quantized = quantized.to(dtype)
         bits = x.flatten(channel, channel + 1)
         entropies, entropy_loss = self._entropies(bits, size, channel, mask, inv_temperature, return_loss_breakdown)
         commit_loss = self.zero
@@ -247,7 +250,9 @@ class LFQ(nn.Module):
         if self.frac_per_sample_entropy < 1:
             mask = self._some(bits, channel, mask)
         sharpness = 4 * inv_temperature * size
-        entropies = joint_entropies(bits, channel, self.num_codebooks, sharpness, self.codebook_dim, mask, LEAST_LOGARITHM)
+        # Without a weight a call decides whether they are wanted, and processes could disagree about joining.
+        joint = self.entropy_loss_weight != 0
+        entropies = joint_entropies(bits, channel, self.num_codebooks, sharpness, self.codebook_dim, mask, LEAST_LOGARITHM, joint)
         loss = entropies[0] - self.diversity_gamma * entropies[1]
         if self.experimental_softplus_entropy_loss:
             loss = F.softplus(loss + self.entropy_loss_offset)

@@ -139,7 +139,7 @@ class Codebook(VectorQuantizer):
         updates = self.training and not frozen and (ema_update or self.revive_below > 0)
         # Backward still needs these codes after the update has written the new ones in place.
         books = self._books_in_use(copied(self.embed) if updates else self.embed).to(accumulator_dtype(x.dtype))
-        assigned = self._assign(vectors, books, valid, temperature if self.training else 0.0)
+        assigned = self._assign(vectors, books, valid, temperature if self.training else 0.0, self._first_vector(vectors, x))
         folded, numbered = _fold(vectors), _fold(self._numbered(assigned))
         quantized, error = self._quantize(folded, books, numbered, self.learnable_codebook and not frozen)
 
