@@ -68,7 +68,7 @@ def main() -> None:
     facts = {"device": device_name("cpu"), "threads": arguments.threads, "torch": torch.__version__, "genperf": _library.isa}
     print(f"{machine([facts])}; load {os.getloadavg()[0]:.2f}\n", flush=True)
     rows = [compared(case) for case in CASES if arguments.only in (None, case.layer)]
-    print(markdown(rows))
+    print("\n" + markdown(rows))
     raise SystemExit(any(row["reached"] == "no" for row in rows))
 
 
@@ -85,6 +85,7 @@ def compared(case: Case) -> dict[str, str]:
         "N, K, D": f"{n}, {k}, {d}",
         "options": ", ".join(f"{name}={value}" for name, value in case.arguments.items()),
     }
+    row |= dict.fromkeys(("eval, ms", "eval, ratio", "step, ms", "step, ratio"), "")
     if fits:
         # The first step of both starts from the same codes and takes the same ones.
         found = [layer(x)[:2] for layer in (layer.eval() for layer in layers)]
