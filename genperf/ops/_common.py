@@ -267,10 +267,6 @@ class ValueOf(torch.autograd.Function):
     def backward(ctx, grad):
         return None, grad
 
-    @staticmethod
-    def jvp(ctx, value_tangent, carrier_tangent):
-        return carrier_tangent
-
 
 @contextmanager
 def full_float32() -> Iterator[None]:
