@@ -77,137 +77,102 @@ struct alignas(64) TileConfig {
 #define GENPERF_AMX __attribute__((target("amx-tile,amx-bf16")))
 
 constexpr int64_t kTileSize = kGroup * kDepth;
+constexpr int kScores = kAmxTile * kGroup;
 
-// The kernels below have codes on the rows and queries on the columns, so that a vector of the
-// product holds 16 queries, and take groups two by two. How they use the eight tiles follows from
-// the depth: where the queries fit, they stay in tiles, for loads are what the matrix unit waits
-// for when the core is shared.
-class Maxima {
- public:
-  Maxima(const CodePanel& panel, int64_t begin, int64_t end, float* maxima)
-      : codes(panel.halves.get()),
-        first(begin * panel.block_groups),
-        last(end * panel.block_groups),
-        bias_(panel.bias.get()),
-        maxima_(maxima + begin * kAmxTile),
-        block_groups_(panel.block_groups),
-        left_(panel.block_groups) {}
+// Queries are on the rows and codes on the columns of a product, as either lies in memory.
 
-  // The scores [2, 16, 16] of a group against the two sub-tiles of queries.
-  void take(int64_t group, const float* scores) {
-    const float* bias = bias_ + group * kGroup;
-    const Vec lowest = broadcast(-INFINITY);
-    Vec best[2][2] = {{lowest, lowest}, {lowest, lowest}};
-    for (int code = 0; code < kGroup; ++code) {
-      const Vec b = broadcast(bias[code]);
-      for (int v = 0; v < 2; ++v)
-        best[v][code % 2] = max(best[v][code % 2], load(scores + v * 256 + code * 16) + b);
-    }
-    for (int v = 0; v < 2; ++v)
-      best_[v] = max(best_[v], max(best[v][0], best[v][1]));
-    if (--left_ > 0)
-      return;
-    for (int v = 0; v < 2; ++v) {
-      store(maxima_ + v * 16, best_[v]);
-      best_[v] = lowest;
-    }
-    maxima_ += kAmxTile;
-    left_ = block_groups_;
+// Scores of a group for 16 queries in tiles 6 and 7.
+#define GENPERF_SCORE(product, codes)      \
+  _tile_zero(product);                     \
+  _tile_loadd(4, codes, 64);               \
+  _tile_dpbf16ps(product, 6, 4);           \
+  if constexpr (kTiles == 2) {             \
+    _tile_loadd(5, codes + kTileSize, 64); \
+    _tile_dpbf16ps(product, 7, 5);         \
   }
 
-  const uint16_t* const codes;
-  const int64_t first, last;  // groups
+// The queries stay in tiles and their maxima in vectors. Two products take turns: while the matrix
+// unit fills one, the maxima of the other are taken.
+template <int kTiles>
+GENPERF_AMX void maxima_of_depth(const CodePanel& panel,
+                                 int64_t begin,
+                                 int64_t end,
+                                 const uint16_t* halves,
+                                 float* maxima) {
+  alignas(64) float scores[2][kGroup * kGroup];
+  const uint16_t* codes = panel.halves.get() + begin * panel.block_groups * kTiles * kTileSize;
+  const float* bias = panel.bias.get() + begin * panel.block_groups * kGroup;
+  _tile_loadd(6, halves, kTiles * 64);
+  if constexpr (kTiles == 2)
+    _tile_loadd(7, halves + kDepth, kTiles * 64);
+  GENPERF_SCORE(0, codes);
+  for (int64_t block = begin; block < end; ++block) {
+    Vec best[kGroup];
+    const auto take = [&](const float* scores, Vec b) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kGroup; ++i)
+        best[i] = max(best[i], load(scores + i * kGroup) + b);
+    };
+    for (int i = 0; i < kGroup; ++i)
+      best[i] = broadcast(-INFINITY);
+    for (int64_t group = 0; group < panel.block_groups; group += 2) {
+      GENPERF_SCORE(1, codes + kTiles * kTileSize);
+      _tile_stored(0, scores[0], 64);
+      take(scores[0], load(bias));
+      codes += 2 * kTiles * kTileSize;
+      if (group + 2 < panel.block_groups || block + 1 < end) {
+        GENPERF_SCORE(0, codes);
+      }
+      _tile_stored(1, scores[1], 64);
+      take(scores[1], load(bias + kGroup));
+      bias += 2 * kGroup;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kGroup; ++i)
+      store(maxima + (block * kAmxTile + i) * kGroup, best[i]);
+  }
+}
 
- private:
-  const float* bias_;
-  float* maxima_;
-  const int64_t block_groups_;
-  int64_t left_;  // groups until the block is complete
-  Vec best_[2] = {broadcast(-INFINITY), broadcast(-INFINITY)};
-};
-
-// Queries in tiles 6 and 7. Two pairs of accumulators take turns: while the matrix unit fills one,
-// the other's maxima are taken.
-GENPERF_AMX void maxima_of_depth_1(Maxima maxima, const uint16_t* halves) {
-  alignas(64) float scores[512];
-  _tile_loadd(6, halves, 64);
-  _tile_loadd(7, halves + kTileSize, 64);
-  const uint16_t* codes = maxima.codes + maxima.first * kTileSize;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_loadd(4, codes, 64);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(1, 4, 7);
-  for (int64_t group = maxima.first; group < maxima.last; group += 2, codes += 2 * kTileSize) {
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_loadd(5, codes + kTileSize, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-    _tile_stored(0, scores, 64);
-    _tile_stored(1, scores + 256, 64);
-    maxima.take(group, scores);
-    if (group + 2 < maxima.last) {
+// Queries in tiles 4 and 5, two groups of codes in 6 and 7, loaded anew for each step in depth.
+GENPERF_AMX void maxima_of_any_depth(const CodePanel& panel,
+                                     int64_t begin,
+                                     int64_t end,
+                                     const uint16_t* halves,
+                                     float* maxima) {
+  alignas(64) float scores[2][kScores];
+  const int64_t depth = panel.depth, row_bytes = depth * kDepth * sizeof(uint16_t);
+  const uint16_t* codes = panel.halves.get() + begin * panel.block_groups * depth * kTileSize;
+  const float* bias = panel.bias.get() + begin * panel.block_groups * kGroup;
+  for (int64_t block = begin; block < end; ++block) {
+    float* const out = maxima + block * kScores;
+    for (int64_t group = 0; group < panel.block_groups; group += 2) {
       _tile_zero(0);
       _tile_zero(1);
-      _tile_loadd(4, codes + 2 * kTileSize, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t t = 0; t < depth; ++t) {
+        _tile_loadd(4, halves + t * kDepth, row_bytes);
+        _tile_loadd(6, codes + t * kTileSize, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, halves + depth * kTileSize + t * kDepth, row_bytes);
+        _tile_dpbf16ps(1, 5, 6);
+        _tile_loadd(7, codes + (depth + t) * kTileSize, 64);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, scores[0], 64);
+      _tile_stored(1, scores[0] + kScores / 2, 64);
+      _tile_stored(2, scores[1], 64);
+      _tile_stored(3, scores[1] + kScores / 2, 64);
+      const Vec low = load(bias), high = load(bias + kGroup), lowest = broadcast(-INFINITY);
+#pragma GCC unroll 4
+      for (int i = 0; i < kScores; i += kGroup) {
+        const Vec found = max(load(scores[0] + i) + low, load(scores[1] + i) + high);
+        store(out + i, max(group == 0 ? lowest : load(out + i), found));
+      }
+      codes += 2 * depth * kTileSize;
+      bias += 2 * kGroup;
     }
-    _tile_stored(2, scores, 64);
-    _tile_stored(3, scores + 256, 64);
-    maxima.take(group + 1, scores);
-  }
-}
-
-// Queries in tiles 4 to 7.
-GENPERF_AMX void maxima_of_depth_2(Maxima maxima, const uint16_t* halves) {
-  alignas(64) float scores[512];
-  _tile_loadd(4, halves, 64);
-  _tile_loadd(5, halves + kTileSize, 64);
-  _tile_loadd(6, halves + 2 * kTileSize, 64);
-  _tile_loadd(7, halves + 3 * kTileSize, 64);
-  for (int64_t group = maxima.first; group < maxima.last; ++group) {
-    const uint16_t* codes = maxima.codes + group * 2 * kTileSize;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_loadd(2, codes, 64);
-    _tile_dpbf16ps(0, 2, 4);
-    _tile_dpbf16ps(1, 2, 6);
-    _tile_loadd(3, codes + kTileSize, 64);
-    _tile_dpbf16ps(0, 3, 5);
-    _tile_dpbf16ps(1, 3, 7);
-    _tile_stored(0, scores, 64);
-    _tile_stored(1, scores + 256, 64);
-    maxima.take(group, scores);
-  }
-}
-
-// Two groups of codes in tiles 4 and 5, queries in 6 and 7, loaded anew for each step in depth.
-GENPERF_AMX void maxima_of_any_depth(Maxima maxima, const uint16_t* halves, int64_t depth) {
-  alignas(64) float scores[2][512];
-  for (int64_t group = maxima.first; group < maxima.last; group += 2) {
-    const uint16_t* codes = maxima.codes + group * depth * kTileSize;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t t = 0; t < depth; ++t) {
-      _tile_loadd(4, codes + t * kTileSize, 64);
-      _tile_loadd(6, halves + t * kTileSize, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, halves + (depth + t) * kTileSize, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, codes + (depth + t) * kTileSize, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, scores[0], 64);
-    _tile_stored(1, scores[0] + 256, 64);
-    _tile_stored(2, scores[1], 64);
-    _tile_stored(3, scores[1] + 256, 64);
-    maxima.take(group, scores[0]);
-    maxima.take(group + 1, scores[1]);
   }
 }
 
@@ -218,16 +183,15 @@ GENPERF_AMX void block_maxima_amx(const CodePanel& panel,
                                   int64_t end,
                                   const uint16_t* halves,
                                   float* maxima) {
-  static_assert(kTile == kAmxTile);
   const TileConfig config;
   _tile_loadconfig(&config);
-  const Maxima range(panel, begin, end, maxima);
-  if (panel.depth == 1)
-    maxima_of_depth_1(range, halves);
-  else if (panel.depth == 2)
-    maxima_of_depth_2(range, halves);
-  else
-    maxima_of_any_depth(range, halves, panel.depth);
+  if (panel.depth > 2) {
+    maxima_of_any_depth(panel, begin, end, halves, maxima);
+  } else {
+    const auto kernel = panel.depth == 1 ? maxima_of_depth<1> : maxima_of_depth<2>;
+    for (int first = 0; first < kAmxTile; first += kGroup)
+      kernel(panel, begin, end, halves + first * panel.depth * kDepth, maxima + first * kGroup);
+  }
   _tile_release();
 }
 

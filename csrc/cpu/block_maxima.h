@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The low-precision pass of the search: the largest score of each block of codes, for a tile of
+// The low-precision pass of the search: the largest scores of each block of codes, for a tile of
 // queries. No index is tracked, so the epilogue is one addition and one maximum per 16 scores.
 #pragma once
 
@@ -19,10 +19,9 @@ void block_maxima_fma(const CodePanel& panel,
                       const float* z,
                       float* maxima);
 
-#if defined(__AVX512F__)
-#define GENPERF_HAS_AMX 1
-// halves [2, depth, 16, 16, 2] bfloat16: two sub-tiles of 16 queries, components in pairs. With
-// single-group blocks, begin and end are even.
+#if defined(GENPERF_HAS_AMX)
+// halves [32, depth, 32], a query to a row -> maxima [blocks, 32, 16]: number i of the 16 is the
+// maximum over the codes i of the block's groups, an even number.
 void block_maxima_amx(const CodePanel& panel,
                       int64_t begin,
                       int64_t end,

@@ -7,13 +7,15 @@
 
 #include "doubles.h"
 #include "elements.h"
+#include "vector_rows.h"
 
 namespace genperf {
 namespace {
 
 constexpr int64_t kCentreSample = 256;
 constexpr int64_t kMaxBlocks = 1024;
-constexpr int64_t kFineDim = 48;  // from here on a block is one group: scoring it again is dear
+constexpr int64_t kFineDim = 48;    // from here on a block is one group: scoring it again is dear
+constexpr int64_t kMaxGroups = 64;  // ... to a block, for AMX
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -21,6 +23,20 @@ int64_t round_up(int64_t value, int64_t multiple) {
 
 int64_t tile_depth(int64_t dim) {
   return (dim <= kMaxSplitDim ? 3 * dim + kDepth - 1 : dim + kDepth - 1) / kDepth;
+}
+
+// For float32, every block is scored again as a whole. For AMX, a query reads codes / groups maxima
+// and scores as many codes again as a block has groups.
+int64_t groups_to_a_block(int64_t codes, int64_t dim, bool halved) {
+  if (!halved) {
+    const int64_t pairs = (codes + 2 * kGroup - 1) / (2 * kGroup);
+    const int64_t groups = 2 * ((pairs + kMaxBlocks - 1) / kMaxBlocks);
+    return groups == 2 && dim >= kFineDim ? 1 : groups;
+  }
+  int64_t groups = 4;
+  while (groups < kMaxGroups && groups * groups * (dim + 128) < codes)
+    groups *= 2;
+  return groups;
 }
 
 // Any centre gives a right answer; the mean of a sample of the codes gives a fast one.
@@ -107,47 +123,54 @@ Narrow upper_halves(Vec v) {
   return __builtin_convertvector(UVec(v) >> 16, Narrow);
 }
 
-// One code for AMX from `row`, which is padded with zeros to whole vectors.
-void pack_half_row(const float* row, int64_t dim, int64_t depth, uint16_t* halves) {
-  for (int64_t d = 0; d < depth * kDepth; d += kLanes) {
-    const Narrow bits = upper_halves(round_to_bfloat16(d < dim ? load(row + d) : Vec{}));
-    std::memcpy(halves + d / kDepth * kGroup * kDepth + d % kDepth, &bits, sizeof(bits));
+// Squares of one code or, of some codes, the largest: of what its halves hold of it beside fh, and
+// of what they leave out.
+struct Halving {
+  double low = 0, left = 0;
+};
+
+// One code from `row`, which is padded with zeros to whole vectors.
+void halve(const float* row, int64_t dim, uint16_t* halves, Halving& most) {
+  Vec squares{};
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const Vec value = load(row + d), high = round_to_bfloat16(value), left = value - high;
+    const Narrow bits = upper_halves(high);
+    std::memcpy(halves + d, &bits, sizeof(bits));
+    squares = fma(left, left, squares);
   }
+  most.left = std::max(most.left, Pack<float>::total(squares));
 }
 
 // The same in two parts, columns [fh, fl, fh].
-void pack_split_row(const float* row, int64_t dim, uint16_t* halves) {
-  uint16_t columns[2 * kMaxSplitDim + 16] = {};
+void halve_split(const float* row, int64_t dim, uint16_t* halves, Halving& most) {
+  const Vec value = load(row), high = round_to_bfloat16(value),
+            low = round_to_bfloat16(value - high);
+  const Vec left = value - high - low;
+  const Narrow first = upper_halves(high), second = upper_halves(low);
   // Each part is followed by the zeros that pad the row, over which the next one is written.
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    const Vec value = load(row + d), high = round_to_bfloat16(value);
-    const Narrow first = upper_halves(high);
-    const Narrow second = upper_halves(round_to_bfloat16(value - high));
-    std::memcpy(columns + d, &first, sizeof(first));
-    std::memcpy(columns + dim + d, &second, sizeof(second));
-    std::memcpy(columns + 2 * dim + d, &first, sizeof(first));
-  }
+  uint16_t columns[kDepth + kLanes] = {};
+  std::memcpy(columns, &first, sizeof(first));
+  std::memcpy(columns + dim, &second, sizeof(second));
+  std::memcpy(columns + 2 * dim, &first, sizeof(first));
   std::memcpy(halves, columns, kDepth * sizeof(uint16_t));
+  most.low = std::max(most.low, Pack<float>::total(low * low));
+  most.left = std::max(most.left, Pack<float>::total(left * left));
 }
 
-// Squared lengths of what the halves of a group hold of its codes beside fh, and of what they leave
-// out; the largest of each lane.
-void measure_halves(const float* values, int64_t dim, bool split, Vec& low, Vec& residual) {
-  for (int lane = 0; lane < kGroup; lane += kLanes) {
-    Vec low_squares{}, squares{};
-    for (int64_t d = 0; d < dim; ++d) {
-      const Vec value = load(values + d * kGroup + lane);
-      Vec left = value - round_to_bfloat16(value);
-      if (split) {
-        const Vec second = round_to_bfloat16(left);
-        low_squares += second * second;
-        left -= second;
+// [16, depth * 32] -> [depth, 16 pairs, 16, 2]
+void interleave_pairs(const uint16_t* rows, int64_t depth, uint16_t* halves) {
+  for (int64_t t = 0; t < depth; ++t)
+    for (int first = 0; first < kGroup; first += kLanes)
+      for (int pair = 0; pair < kGroup; pair += kLanes) {
+        Vec block[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+          std::memcpy(&block[i], rows + (first + i) * depth * kDepth + t * kDepth + 2 * pair,
+                      sizeof(Vec));
+        transpose(block);
+        for (int i = 0; i < kLanes; ++i)
+          std::memcpy(halves + ((t * kGroup + pair + i) * kGroup + first) * 2, &block[i],
+                      sizeof(Vec));
       }
-      squares += left * left;
-    }
-    low = max(low_squares, low);
-    residual = max(squares, residual);
-  }
 }
 
 // [16, row_length] -> [D, 16]
@@ -167,7 +190,8 @@ void interleave(const float* rows, int64_t row_length, int64_t dim, float* value
 }  // namespace
 
 int64_t packed_code_bytes(int64_t dim, bool halved) {
-  return (dim + 1) * sizeof(float) + (halved ? tile_depth(dim) * kDepth * sizeof(uint16_t) : 0);
+  return sizeof(float) +
+         (halved ? tile_depth(dim) * kDepth * sizeof(uint16_t) : dim * sizeof(float));
 }
 
 int64_t CodePanel::bytes() const {
@@ -186,17 +210,15 @@ CodePanel prepare_panel(const Codes<C>& codebook,
   panel.halved = halved;
   panel.split = halved && codebook.dim <= kMaxSplitDim;
   panel.depth = tile_depth(codebook.dim);
-  const int64_t pairs = (capacity + 2 * kGroup - 1) / (2 * kGroup);
-  panel.block_groups = 2 * ((pairs + kMaxBlocks - 1) / kMaxBlocks);
-  if (panel.block_groups == 2 && codebook.dim >= kFineDim)
-    panel.block_groups = 1;
+  panel.block_groups = groups_to_a_block(capacity, codebook.dim, halved);
   panel.capacity = round_up(capacity, std::max<int64_t>(panel.block_groups, 2) * kGroup);
-  panel.centre = Buffer<float>(panel.dim);
-  panel.values = Buffer<float>(panel.capacity * panel.dim);
+  panel.centre = Buffer<float>(round_up(panel.dim, kLanes));
   panel.bias = Buffer<float>(panel.capacity);
   if (halved)
     panel.halves = Buffer<uint16_t>(panel.capacity * panel.depth * kDepth);
-  std::fill_n(panel.centre.get(), panel.dim, 0.0f);
+  else
+    panel.values = Buffer<float>(panel.capacity * panel.dim);
+  std::fill_n(panel.centre.get(), round_up(panel.dim, kLanes), 0.0f);
   if (cosine)
     return panel;
   find_centre(codebook, panel.centre.get());
@@ -216,8 +238,12 @@ void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first) {
   const auto pack_groups = [&](int64_t begin, int64_t end) {
     Buffer<float> rows(kGroup * row_length);
     std::fill_n(rows.get(), kGroup * row_length, 0.0f);
+    const int64_t half_length = panel.depth * kDepth;
+    Buffer<uint16_t> halves(panel.halved ? kGroup * half_length : 0);
+    if (panel.halved)
+      std::fill_n(halves.get(), kGroup * half_length, 0);
     double longest = 0, largest_bias = 0;
-    Vec low{}, left_out{};
+    Halving most;
     for (int64_t group = begin; group < end; ++group) {
       for (int lane = 0; lane < kGroup; ++lane) {
         const int64_t k = group * kGroup + lane;
@@ -250,21 +276,19 @@ void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first) {
           longest = std::max(longest, length);
           largest_bias = std::max(largest_bias, length * length / 2);
         }
-        if (panel.split)
-          pack_split_row(row, dim, panel.halves.get() + k * kDepth);
-        else if (panel.halved)
-          pack_half_row(row, dim, panel.depth,
-                        panel.halves.get() + (group * panel.depth * kGroup + lane) * kDepth);
+        if (panel.halved)
+          (panel.split ? halve_split : halve)(row, dim, halves.get() + lane * half_length, most);
       }
-      float* values = panel.values.get() + group * dim * kGroup;
-      interleave(rows.get(), row_length, dim, values);
       if (panel.halved)
-        measure_halves(values, dim, panel.split, low, left_out);
+        interleave_pairs(halves.get(), panel.depth,
+                         panel.halves.get() + group * kGroup * half_length);
+      else
+        interleave(rows.get(), row_length, dim, panel.values.get() + group * dim * kGroup);
     }
     raise_to(norm, longest);
     raise_to(max_bias, largest_bias);
-    raise_to(low_norm, std::sqrt(double(largest(low))));
-    raise_to(residual, std::sqrt(double(largest(left_out))));
+    raise_to(low_norm, std::sqrt(most.low));
+    raise_to(residual, std::sqrt(most.left));
   };
   torch::stable::parallel_for(0, panel.groups, 16, pack_groups);
   panel.norm = norm;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A run of codes, packed for the search: centred, scaled, in groups of 16 with the codes along the
-// lanes.
+// lanes; in float32, or for the matrix unit in bfloat16.
 //
 // The search maximises s = z.f + b over the codes, with z = (x - c) * scale, f = (code - c) * scale
 // and b = -|f|^2 / 2, which orders the codes as their distance to x does. The centre c makes data
@@ -11,9 +11,14 @@
 
 #include <cstdint>
 
+#include "elements.h"
 #include "positions.h"
 
 namespace genperf {
+
+#if defined(__AVX512F__)
+#define GENPERF_HAS_AMX 1
+#endif
 
 constexpr int kGroup = 16;  // codes to a group
 constexpr int kDepth = 32;  // bfloat16 components to a row of an AMX tile
@@ -28,14 +33,14 @@ struct CodePanel {
   int64_t depth = 0;         // rows of kDepth components that hold D, or 3 D if split
   int64_t capacity = 0;      // codes that the buffers hold
   int64_t groups = 0;        // groups in use, an even number and a multiple of block_groups
-  int64_t block_groups = 2;  // groups to a block, of which only the largest score is kept
+  int64_t block_groups = 2;  // groups to a block, of which only the largest scores are kept
   bool cosine = false;
-  bool halved = false;  // packed for AMX as well
+  bool halved = false;  // packed for AMX
   bool split = false;
   float scale = 1;
-  Buffer<float> centre;     // [D]
-  Buffer<float> values;     // [groups, D, 16]
-  Buffer<uint16_t> halves;  // [groups, depth, 16, 32] bfloat16, if halved
+  Buffer<float> centre;     // [D], padded with zeros to whole vectors
+  Buffer<float> values;     // [groups, D, 16], unless halved
+  Buffer<uint16_t> halves;  // [groups, depth, 16 pairs of components, 16, 2] bfloat16, if halved
   Buffer<float> bias;       // [groups, 16]
   double norm = 0;          // longest f
   double low_norm = 0;      // longest fl, if split
@@ -45,6 +50,19 @@ struct CodePanel {
   int64_t blocks() const { return groups / block_groups; }
   int64_t bytes() const;
 };
+
+// A vector of (x - centre) * scale, rounded once.
+template <class T>
+inline Vec centred(const T* x, Vec centre, float scale) {
+  if constexpr (std::is_same_v<T, double>) {
+    Vec z;
+    for (int i = 0; i < kLanes; ++i)
+      z[i] = float((x[i] - double(centre[i])) * double(scale));
+    return z;
+  } else {
+    return (load(x) - centre) * broadcast(scale);
+  }
+}
 
 // What holds a code in a panel takes this much.
 int64_t packed_code_bytes(int64_t dim, bool halved);

@@ -2,18 +2,18 @@
 //
 // Exact nearest-code search in three passes, each certain to keep the answer.
 //
-// 1. Scores s = z.f + b (code_panel.h) in bfloat16 on AMX, or in float32; only the maximum of each
-//    block of codes is kept. Every score is off by at most a bound that is computed per query
-//    (query_tile.cpp), so a block whose maximum lies more than twice the bound below the query's
-//    maximum cannot hold the answer.
-// 2. The blocks that are left, one or two of hundreds, are scored again in float32, under that
-//    pass's own bound.
+// 1. Scores s = z.f + b (code_panel.h) in bfloat16 on AMX, or in float32; only the maxima of each
+//    block of codes are kept: one, or on AMX one for each of its 16 columns. Every score is off by
+//    at most a bound that is computed per query (error_bounds.cpp), so a maximum that lies more
+//    than twice the bound below the query's largest one cannot be the answer's.
+// 2. The codes behind the maxima that are left, one or two of hundreds, are scored again in
+//    float32, under that pass's own bound: from the packed codes, or after AMX from the original
+//    inputs, row by row, which are then all that is read of most of them.
 // 3. If more than one code is left, float64 on the original inputs decides, components in ascending
 //    order, lowest index first: the arithmetic of the reference.
 //
-// Regimes. AMX takes 16 to 32 scores a cycle up to D = 32 whatever D is, float32 multiply-adds 32 /
-// (D
-// + 1); below D = 5 they win, and that is exact enough to need no splitting.
+// Regimes. AMX takes 16 to 32 scores a cycle up to D = 32 whatever D is, float32 multiply-adds
+// 32 / (D + 1); below D = 5 they win, and that is exact enough to need no splitting.
 #include "nearest_code.h"
 
 #include <torch/csrc/stable/library.h>
@@ -22,10 +22,14 @@
 #include <cmath>
 #include <optional>
 
+#include "nearness.h"
+#include "query_rows.h"
+#include "query_tile.h"
+
 namespace genperf {
 namespace {
 
-constexpr int64_t kQueryBytes = 1 << 20;   // ... in at most this much
+constexpr int64_t kQueryBytes = 4 << 20;   // queries to a chunk, with their maxima
 constexpr int64_t kCodeBytes = 192 << 10;  // codes that are passed over while they stay in L2
 constexpr int64_t kMinAmxDim = 5;
 
@@ -129,6 +133,8 @@ class Search {
   }
 
  private:
+  using W = Wide<T>;
+
   void search_panel(const CodePanel& panel, int64_t first) {
     panel_ = &panel;
     first_ = first;
@@ -156,79 +162,67 @@ class Search {
         ++outer;
       }
     }
+#if defined(GENPERF_HAS_AMX)
+    if (panel_->halved)
+      return search_rows(count, s);
+#endif
+    search_lanes(count, s);
+  }
+
+  // Calls f(first block, last block) for runs of blocks that stay in L2 while all tiles pass.
+  template <class F>
+  void for_each_run(int64_t code_bytes, const F& f) const {
+    const int64_t block_bytes = panel_->block_groups * kGroup * code_bytes;
+    const int64_t step = std::max<int64_t>(1, kCodeBytes / block_bytes);
+    for (int64_t block = 0; block < panel_->blocks(); block += step)
+      f(block, std::min(block + step, panel_->blocks()));
+  }
+
+  // Float32 in both passes; the queries along the lanes, a maximum for each query and block.
+  void search_lanes(int count, SearchScratch& s) {
     const int tiles = (count + kTile - 1) / kTile;
     const CodePanel& panel = *panel_;
-    for (int t = 0; t < tiles; ++t) {
-      pack_queries(x_, s.offsets + t * kTile, std::min(kTile, count - t * kTile), panel,
-                   tile_values(s, t));
-#if defined(GENPERF_HAS_AMX)
-      if (panel.halved)
-        pack_query_halves(tile_values(s, t), panel, tile_halves(s, t));
-#endif
-    }
-    const int64_t block_bytes =
-        panel.block_groups * kGroup * (panel.halved ? panel.depth * kDepth * 2 : panel.dim * 4);
-    const int64_t step = std::max<int64_t>(2, kCodeBytes / block_bytes / 2 * 2);
-    for (int64_t block = 0; block < panel.blocks(); block += step) {
-      const int64_t last = std::min(block + step, panel.blocks());
-      for (int t = 0; t < tiles; ++t) {
-        float* maxima = s.maxima.get() + t * panel.blocks() * kTile;
-#if defined(GENPERF_HAS_AMX)
-        if (panel.halved) {
-          block_maxima_amx(panel, block, last, tile_halves(s, t), maxima);
-          continue;
-        }
-#endif
-        block_maxima_fma(panel, block, last, tile_values(s, t), maxima);
-      }
-    }
+    const auto tile_values = [&](int t) { return s.z.get() + t * kTile * panel.dim; };
+    const auto tile_maxima = [&](int t) { return s.maxima.get() + t * panel.blocks() * kTile; };
     for (int t = 0; t < tiles; ++t)
-      finish_tile(t, std::min(kTile, count - t * kTile), s);
-  }
-
-  float* tile_values(SearchScratch& s, int t) const { return s.z.get() + t * kTile * panel_->dim; }
-
-  uint16_t* tile_halves(SearchScratch& s, int t) const {
-    return s.halves.get() + t * kTile * panel_->depth * kDepth;
-  }
-
-  void finish_tile(int tile, int count, SearchScratch& s) {
-    const int64_t blocks = panel_->blocks();
-    const float* z = tile_values(s, tile);
-    const float* maxima = s.maxima.get() + tile * blocks * kTile;
-    const Bounds bounds = error_bounds(z, *panel_);
-    int64_t survivors[kTile] = {};
-    for (int v = 0; v < 2; ++v) {
-      Vec best = broadcast(-INFINITY);
-      for (int64_t block = 0; block < blocks; ++block)
-        best = max(best, load(maxima + block * kTile + v * kLanes));
-      const Vec threshold = best - load(bounds.coarse + v * kLanes);
-      for (int64_t block = 0; block < blocks; ++block) {
-        uint32_t left = not_below(load(maxima + block * kTile + v * kLanes), threshold);
-        for (; left; left &= left - 1) {
-          const int lane = v * kLanes + __builtin_ctz(left);
-          s.survivors[lane * blocks + survivors[lane]++] = int32_t(block);
-        }
+      pack_queries(x_, s.offsets + t * kTile, std::min(kTile, count - t * kTile), panel,
+                   tile_values(t));
+    for_each_run(panel.dim * sizeof(float), [&](int64_t block, int64_t last) {
+      for (int t = 0; t < tiles; ++t)
+        block_maxima_fma(panel, block, last, tile_values(t), tile_maxima(t));
+    });
+    for (int t = 0; t < tiles; ++t) {
+      const float* z = tile_values(t);
+      const ErrorBounds bounds = error_bounds(z, panel);
+      int64_t survivors[kTile] = {};
+      for (int first = 0; first < kTile; first += kLanes) {
+        const float* maxima = tile_maxima(t) + first;
+        Vec best = broadcast(-INFINITY);
+        for (int64_t block = 0; block < panel.blocks(); ++block)
+          best = max(best, load(maxima + block * kTile));
+        const Vec threshold = best - load(bounds.coarse + first);
+        for (int64_t block = 0; block < panel.blocks(); ++block)
+          for (uint32_t left = not_below(load(maxima + block * kTile), threshold); left;
+               left &= left - 1) {
+            const int lane = first + __builtin_ctz(left);
+            s.survivors[lane * panel.blocks() + survivors[lane]++] = int32_t(block);
+          }
       }
+      for (int lane = 0; lane < std::min(kTile, count - t * kTile); ++lane)
+        if (bounds.has_nan[lane])
+          choose_first(s, t * kTile + lane);
+        else
+          score_blocks(s, t * kTile + lane, z + lane, bounds.fine[lane],
+                       s.survivors.get() + lane * panel.blocks(), survivors[lane]);
     }
-    for (int lane = 0; lane < count; ++lane)
-      decide(s, tile * kTile + lane, z + lane, bounds.fine[lane], bounds.has_nan[lane],
-             s.survivors.get() + lane * blocks, survivors[lane]);
   }
 
-  // Passes 2 and 3 for one query.
-  void decide(SearchScratch& s,
-              int query,
-              const float* z,
-              float bound,
-              bool has_nan,
-              const int32_t* blocks,
-              int64_t count) {
-    const int64_t position = s.positions[query];
-    if (has_nan) {  // every distance is NaN
-      indices_[position] = 0;
-      return;
-    }
+  void score_blocks(SearchScratch& s,
+                    int query,
+                    const float* z,
+                    float bound,
+                    const int32_t* blocks,
+                    int64_t count) {
     const int64_t block_codes = panel_->block_groups * kGroup;
     Vec best = broadcast(-INFINITY);
     for (int64_t i = 0; i < count; ++i)
@@ -236,45 +230,169 @@ class Search {
         best = max(best, score_group(*panel_, blocks[i] * panel_->block_groups + g, z,
                                      s.scores.get() + i * block_codes + g * kGroup));
     const Vec threshold = broadcast(largest(best) - bound);
-    int64_t candidates = 0, nearest = 0;
-    double distance = INFINITY;
-    bool known = false;
-    const auto consider = [&](int64_t k) {
-      if (k >= panel_->codes)
-        return;
-      if (++candidates == 1) {  // most often it stays alone, and its distance is of no interest
-        nearest = k;
-        return;
-      }
-      if (!known)
-        distance = exact(s.offsets[query], nearest);
-      known = true;
-      const double other = exact(s.offsets[query], k);
-      if (other < distance) {
-        distance = other;
-        nearest = k;
-      }
-    };
+    Choice choice(*this, s.offsets[query]);
     const float* scores = s.scores.get();
     for (int64_t i = 0; i < count; ++i)
       for (int64_t k = blocks[i] * block_codes; k < (blocks[i] + 1) * block_codes;
            k += kLanes, scores += kLanes)
         for (uint32_t left = not_below(load(scores), threshold); left; left &= left - 1)
-          consider(k + __builtin_ctz(left));
-    if (distances_.get()) {
-      if (!known)
-        distance = exact(s.offsets[query], nearest);
-      if (first_ > 0 && !(distance < distances_[position]))
-        return;
-      distances_[position] = distance;
-    }
-    indices_[position] = first_ + nearest;
+          if (k + __builtin_ctz(left) < panel_->codes)
+            choice.consider(k + __builtin_ctz(left));
+    accept(s.positions[query], choice);
   }
 
+#if defined(GENPERF_HAS_AMX)
+  // Bfloat16 on the matrix unit, the queries on its rows, then float32 on the original inputs (T =
+  // double: float64); sixteen maxima for each query and block.
+  void search_rows(int count, SearchScratch& s) {
+    constexpr int kScores = kRows * kGroup;
+    const CodePanel& panel = *panel_;
+    const int tiles = (count + kRows - 1) / kRows;
+    const int64_t half_length = panel.depth * kDepth;
+    const auto tile_halves = [&](int t) { return s.halves.get() + t * kRows * half_length; };
+    const auto tile_maxima = [&](int t) { return s.maxima.get() + t * panel.blocks() * kScores; };
+    const W* rows[kMaxQueries];
+    ErrorBounds bounds[kMaxQueries / kRows];
+    W* const copies = static_cast<W*>(s.copies(count * x_.dim * sizeof(W)));
+    for (int t = 0; t < tiles; ++t) {
+      const int first = t * kRows, size = std::min(kRows, count - first);
+      Tile<T>(x_, s.offsets + first, size).read(copies + first * x_.dim, rows + first);
+      bounds[t] = pack_rows(rows + first, size, panel, tile_halves(t));
+    }
+    for_each_run(half_length * sizeof(uint16_t), [&](int64_t block, int64_t last) {
+      for (int t = 0; t < tiles; ++t)
+        block_maxima_amx(panel, block, last, tile_halves(t), tile_maxima(t));
+    });
+    const int64_t words = s.words(panel);
+    for (int t = 0; t < tiles; ++t) {
+      for (int first = 0; first < kRows; first += kGroup) {
+        const float* maxima = tile_maxima(t) + first * kGroup;
+        Vec best[kGroup];
+        std::fill_n(best, kGroup, broadcast(-INFINITY));
+        for (int64_t block = 0; block < panel.blocks(); ++block)
+#pragma GCC unroll 16
+          for (int i = 0; i < kGroup; ++i)
+            best[i] = max(best[i], load(maxima + block * kScores + i * kGroup));
+        transpose(best);
+#pragma GCC unroll 16
+        for (int i = 1; i < kGroup; ++i)
+          best[0] = max(best[0], best[i]);
+        const Vec threshold = best[0] - load(bounds[t].coarse + first);
+#pragma GCC unroll 16
+        for (int i = 0; i < kGroup; ++i)
+          best[i] = broadcast(threshold[i]);
+        uint16_t* const left = reinterpret_cast<uint16_t*>(s.left.get() + first * words);
+        for (int64_t block = 0; block < panel.blocks(); ++block)
+#pragma GCC unroll 16
+          for (int i = 0; i < kGroup; ++i)
+            left[i * words * 4 + block] =
+                uint16_t(not_below(load(maxima + block * kScores + i * kGroup), best[i]));
+      }
+      for (int i = 0; i < std::min(kRows, count - t * kRows); ++i)
+        if (bounds[t].has_nan[i])
+          choose_first(s, t * kRows + i);
+        else
+          score_codes(s, t * kRows + i, rows[t * kRows + i], bounds[t].fine[i],
+                      s.left.get() + i * words, words);
+    }
+  }
+
+  void score_codes(SearchScratch& s,
+                   int query,
+                   const W* row,
+                   float bound,
+                   const uint64_t* entries,
+                   int64_t words) {
+    const int64_t last = panel_->codes - 1;
+    int64_t scored = 0;
+    float* const scores = s.scores.get();
+    Quad best = Quad{} - INFINITY;
+    for (int64_t word = 0; word < words; ++word)
+      for (uint64_t left = entries[word]; left; left &= left - 1) {
+        const int64_t block = word * 4 + __builtin_ctzll(left) / kGroup;
+        int64_t k = block * panel_->block_groups * kGroup + __builtin_ctzll(left) % kGroup;
+        for (int64_t g = 0; g < panel_->block_groups; g += 4, scored += 4) {
+          const C* codes[4];
+          for (int c = 0; c < 4; ++c, k += kGroup) {
+            s.codes[scored + c] = int32_t(k);
+            codes[c] = code(std::min(k, last));
+          }
+          const Quad found = near(row, codes, x_.dim, cosine_);
+          std::memcpy(scores + scored, &found, sizeof(found));
+          best = found > best ? found : best;
+        }
+      }
+    const float top = std::max(std::max(best[0], best[1]), std::max(best[2], best[3]));
+    const float threshold = cosine_ ? top - bound : top * reach_ - lost_;
+    Choice choice(*this, s.offsets[query]);
+    for (int64_t i = 0; i < scored; i += 4) {
+      Quad found;
+      std::memcpy(&found, scores + i, sizeof(found));
+      for (uint32_t left = kept(found, threshold); left; left &= left - 1)
+        if (const int64_t k = s.codes[i + __builtin_ctz(left)]; k <= last)
+          choice.consider(k);
+    }
+    accept(s.positions[query], choice);
+  }
+#endif
+
+  // The nearest of the codes that it is shown, by float64, which is not needed while there is one.
+  class Choice {
+   public:
+    Choice(const Search& search, int64_t offset) : search_(search), offset_(offset) {}
+
+    void consider(int64_t k) {
+      if (nearest_ < 0) {
+        nearest_ = k;
+        return;
+      }
+      const double nearest = distance(), other = search_.exact(offset_, k);
+      if (other < nearest || (other == nearest && k < nearest_)) {
+        nearest_ = k;
+        distance_ = other;
+      }
+    }
+
+    int64_t nearest() const { return std::max<int64_t>(nearest_, 0); }
+
+    double distance() {
+      if (!known_)
+        distance_ = search_.exact(offset_, nearest());
+      known_ = true;
+      return distance_;
+    }
+
+   private:
+    const Search& search_;
+    const int64_t offset_;
+    int64_t nearest_ = -1;
+    double distance_ = INFINITY;
+    bool known_ = false;
+  };
+
+  void accept(int64_t position, Choice& choice) {
+    if (distances_.get()) {
+      if (first_ > 0 && !(choice.distance() < distances_[position]))
+        return;
+      distances_[position] = choice.distance();
+    }
+    indices_[position] = first_ + choice.nearest();
+  }
+
+  // For a query with a NaN, every distance is NaN.
+  void choose_first(const SearchScratch& s, int query) { indices_[s.positions[query]] = 0; }
+
+  const C* code(int64_t k) const { return codebook_.data + (first_ + k) * codebook_.code_stride; }
+
   double exact(int64_t offset, int64_t k) const {
-    return exact_distance(x_.data + offset, x_.stride,
-                          codebook_.data + (first_ + k) * codebook_.code_stride, codebook_.stride,
-                          x_.dim, cosine_);
+    return exact_distance(x_.data + offset, x_.stride, code(k), codebook_.stride, x_.dim, cosine_);
+  }
+
+  // A squared distance in float32 is off by (D + 4) roundings of itself, and by what underflows;
+  // what is farther than this times the least one, and the rest, is not the nearest.
+  static float reach_of(int64_t dim) {
+    const float relative = 2.5f * float(dim + 6) * 0x1p-24f;
+    return relative < 0.2f ? 1 + relative : INFINITY;
   }
 
   const Positions<T> x_;
@@ -282,6 +400,7 @@ class Search {
   const bool* mask_;  // [outer, inner]
   int64_t* indices_;  // [outer, inner]
   const bool cosine_;
+  const float reach_ = reach_of(x_.dim), lost_ = float(x_.dim) * 0x1p-120f;
   const CodePanel* panel_ = nullptr;
   int64_t first_ = 0;         // index of the panel's first code
   Buffer<double> distances_;  // to the nearest code so far, if there are several panels
@@ -334,9 +453,9 @@ bool searched_with_amx(int64_t dim) {
 
 // Enough chunks to keep the threads evenly busy, each small enough to stay in cache.
 int64_t queries_per_chunk(const CodePanel& panel, int64_t count) {
-  const int64_t fit = kQueryBytes / (panel.dim * 4 + panel.blocks() * 4);
+  const int64_t fit = kQueryBytes / SearchScratch::query_bytes(panel);
   const int64_t share = count / (4 * torch::stable::get_num_threads());
-  return std::clamp<int64_t>(std::min(fit, share) / kTile * kTile, kTile, kMaxQueries);
+  return std::clamp<int64_t>(std::min(fit, share) / kRows * kRows, kRows, kMaxQueries);
 }
 
 template <class T>

@@ -1,27 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Queries as the search reads them: z = (x - c) * scale with the queries along the lanes, its
-// bfloat16 form for AMX, and how far the scores of a panel can be off for each of them.
+// Queries as the search in float32 reads them: z = (x - c) * scale with the queries along the
+// lanes.
 #pragma once
 
 #include "block_maxima.h"
 #include "code_panel.h"
 #include "elements.h"
+#include "error_bounds.h"
 #include "positions.h"
 
 namespace genperf {
-
-template <class T>
-inline Vec centred(const T* x, Vec centre, float scale) {
-  if constexpr (std::is_same_v<T, double>) {
-    Vec z;
-    for (int i = 0; i < kLanes; ++i)
-      z[i] = float((x[i] - double(centre[i])) * double(scale));
-    return z;
-  } else {
-    return (load(x) - centre) * broadcast(scale);
-  }
-}
 
 // z [D, kTile] of the `count` vectors at `offsets`, and zeros beside them.
 template <class T>
@@ -67,19 +56,17 @@ void pack_queries(const Positions<T>& x,
   }
 }
 
-#if defined(GENPERF_HAS_AMX)
-// Components 2r and 2r + 1 of 16 queries lie side by side, as the tile product wants its second
-// operand; columns [zh, zh, zl] if the panel is split.
-void pack_query_halves(const float* z, const CodePanel& panel, uint16_t* halves);
-#endif
-
-// Twice the error bound of each pass.
-struct Bounds {
-  float coarse[kTile];
-  float fine[kTile];
-  bool has_nan[kTile];
-};
-
-Bounds error_bounds(const float* z, const CodePanel& panel);
+inline ErrorBounds error_bounds(const float* z, const CodePanel& panel) {
+  ErrorBounds bounds;
+  for (int first = 0; first < kTile; first += kLanes) {
+    QuerySquares squares;
+    for (int64_t d = 0; d < panel.dim; ++d) {
+      const Vec value = load(z + d * kTile + first);
+      squares.whole = fma(value, value, squares.whole);
+    }
+    bounds.set(first, squares, panel);
+  }
+  return bounds;
+}
 
 }  // namespace genperf

@@ -87,7 +87,7 @@ inline void for_each_pack(int64_t dim, const F& f) {
     f(d, int(dim - d));
 }
 
-// A tile of at most kRows vectors of a tensor, at positions that follow one another.
+// A tile of at most kRows vectors of a tensor, at positions that follow one another, or anywhere.
 template <class T>
 class Tile {
  public:
@@ -96,6 +96,11 @@ class Tile {
   Tile(const Positions<T>& x, int64_t first, int count) : x_(x), count_(count) {
     for (int lane = 0; lane < count; ++lane)
       at_[lane] = x.data + x.offset(first + lane);
+  }
+
+  Tile(const Positions<T>& x, const int64_t* offsets, int count) : x_(x), count_(count) {
+    for (int lane = 0; lane < count; ++lane)
+      at_[lane] = x.data + offsets[lane];
   }
 
   // The vectors as rows: where they lie if they are such rows, else copied to `buffer` [kRows, D].
