@@ -16,7 +16,7 @@ constexpr float kTiny = 0x1p-100f;   // covers underflow
 // largest |b|, u = 2^-24.
 //
 // Packing. z and f are off by u of their lengths at most, b by u B and what |f|^2 / 2 is off
-// itself: in all 2 u |z| F + 2 u B, and adding b rounds once more, u (|z| F + B).
+// itself, 2 u B: in all 2 u |z| F + 3 u B, and adding b rounds once more, u (|z| F + B).
 //
 // Products in float32, in any order: n terms are off by n u |z| F; where the sum starts at b, every
 // addition rounds at that magnitude, D u B more.

@@ -29,7 +29,7 @@
 namespace genperf {
 namespace {
 
-constexpr int64_t kQueryBytes = 4 << 20;   // queries to a chunk, with their maxima
+constexpr int64_t kQueryBytes = 1 << 20;   // queries to a chunk, with their maxima
 constexpr int64_t kCodeBytes = 192 << 10;  // codes that are passed over while they stay in L2
 constexpr int64_t kMinAmxDim = 5;
 
@@ -451,9 +451,11 @@ bool searched_with_amx(int64_t dim) {
   return amx_allowed() && dim >= kMinAmxDim;
 }
 
-// Enough chunks to keep the threads evenly busy, each small enough to stay in cache.
+// Enough chunks to keep the threads evenly busy, each small enough to stay in cache; but codes that
+// do not stay there themselves are read from memory for each.
 int64_t queries_per_chunk(const CodePanel& panel, int64_t count) {
-  const int64_t fit = kQueryBytes / SearchScratch::query_bytes(panel);
+  const int64_t bytes = std::clamp(panel.bytes() / 2, kQueryBytes, 4 * kQueryBytes);
+  const int64_t fit = bytes / SearchScratch::query_bytes(panel);
   const int64_t share = count / (4 * torch::stable::get_num_threads());
   return std::clamp<int64_t>(std::min(fit, share) / kRows * kRows, kRows, kMaxQueries);
 }
