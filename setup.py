@@ -65,7 +65,7 @@ def libraries() -> list[Extension]:
         sources = [str(path.relative_to(ROOT)) for pattern in patterns for path in sorted(ROOT.glob(pattern))]
         return Extension(f"genperf._{name}", sources)
 
-    cpu = [library(f"cpu_{isa.replace('-', '_')}", "csrc/library.cpp", "csrc/cpu/*.cpp") for isa in ISAS]
+    cpu = [library(f"cpu_{isa.replace('-', '_')}", "csrc/library.cpp", "csrc/cpu/**/*.cpp") for isa in ISAS]
     cuda = [library("cuda", "csrc/cuda/*.cpp", "csrc/cuda/*.cu")] if wants_cuda() else []
     return [library("probe", "csrc/probe.cpp"), *cpu, *cuda]
 

@@ -11,9 +11,9 @@ import time
 
 import torch
 
-from genperf.cli.data import load_images, split_held_out
 from genperf.models import VQVAE, VQVAEConfig
 from genperf.models.vqvae import quantized_losses
+from genperf.training.data import load_images, split_held_out
 
 PACKAGES = ("vector_quantize_pytorch", "genperf.compat.vector_quantize_pytorch")
 POINTS = 10

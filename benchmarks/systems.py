@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from genperf.cli.classifier import Classifier, train_classifier
-from genperf.cli.data import load_images, split_held_out
-from genperf.cli.evaluation import anchors, evaluate
 from genperf.cli.main import main as genperf
-from genperf.cli.runs import Run, load_run
+from genperf.training.classifier import Classifier, train_classifier
+from genperf.training.data import load_images, split_held_out
+from genperf.training.evaluation import anchors, evaluate
+from genperf.training.runs import Run, load_run
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 0

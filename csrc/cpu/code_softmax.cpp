@@ -12,9 +12,9 @@
 #include <cmath>
 #include <limits>
 
-#include "draw.h"
-#include "elements.h"
-#include "positions.h"
+#include "cpu/common/draw.h"
+#include "cpu/common/elements.h"
+#include "cpu/common/positions.h"
 
 namespace genperf {
 namespace {

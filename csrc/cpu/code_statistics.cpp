@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "positions.h"
+#include "cpu/common/positions.h"
 
 namespace genperf {
 namespace {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Finite scalar quantisation: channels bounded and rounded to grids, and the gradient of the bound.
-#include "implicit_codes.h"
+#include "cpu/common/implicit_codes.h"
 
 #include <torch/csrc/stable/library.h>
 

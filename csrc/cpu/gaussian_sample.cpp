@@ -10,8 +10,8 @@
 #include <tuple>
 #include <vector>
 
-#include "draw.h"
-#include "elements.h"
+#include "cpu/common/draw.h"
+#include "cpu/common/elements.h"
 
 namespace genperf {
 namespace {

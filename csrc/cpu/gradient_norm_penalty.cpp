@@ -10,8 +10,8 @@
 #include <tuple>
 #include <vector>
 
-#include "elements.h"
-#include "flat_rows.h"
+#include "cpu/common/elements.h"
+#include "cpu/common/flat_rows.h"
 
 namespace genperf {
 namespace {

@@ -13,9 +13,9 @@
 #include <limits>
 #include <tuple>
 
-#include "draw.h"
-#include "elements.h"
-#include "positions.h"
+#include "cpu/common/draw.h"
+#include "cpu/common/elements.h"
+#include "cpu/common/positions.h"
 
 namespace genperf {
 namespace {

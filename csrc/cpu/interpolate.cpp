@@ -8,9 +8,9 @@
 #include <tuple>
 #include <vector>
 
-#include "draw.h"
-#include "elements.h"
-#include "flat_rows.h"
+#include "cpu/common/draw.h"
+#include "cpu/common/elements.h"
+#include "cpu/common/flat_rows.h"
 
 namespace genperf {
 namespace {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Lookup-free quantisation: the signs of channels, and the gradient through a normalisation.
-#include "implicit_codes.h"
+#include "cpu/common/implicit_codes.h"
 
 #include <torch/csrc/stable/library.h>
 

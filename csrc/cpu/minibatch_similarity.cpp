@@ -9,9 +9,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/common/elements.h"
+#include "cpu/common/positions.h"
 #include "elementary.h"
-#include "elements.h"
-#include "positions.h"
 
 namespace genperf {
 namespace {

@@ -14,7 +14,7 @@
 //
 // Regimes. AMX takes 16 to 32 scores a cycle up to D = 32 whatever D is, float32 multiply-adds
 // 32 / (D + 1); below D = 5 they win, and that is exact enough to need no splitting.
-#include "nearest_code.h"
+#include "cpu/search/search.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -22,9 +22,9 @@
 #include <cmath>
 #include <optional>
 
-#include "nearness.h"
-#include "query_rows.h"
-#include "query_tile.h"
+#include "cpu/search/amx_queries.h"
+#include "cpu/search/fp32_queries.h"
+#include "cpu/search/rescore.h"
 
 namespace genperf {
 namespace {

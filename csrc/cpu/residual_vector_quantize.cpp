@@ -22,8 +22,8 @@
 #include <tuple>
 #include <vector>
 
-#include "nearest_code.h"
-#include "vector_rows.h"
+#include "cpu/common/vector_rows.h"
+#include "cpu/search/search.h"
 
 namespace genperf {
 namespace {

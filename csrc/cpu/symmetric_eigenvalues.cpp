@@ -11,9 +11,9 @@
 #include <limits>
 #include <vector>
 
-#include "band_reduction.h"
-#include "bulge_chase.h"
-#include "sturm.h"
+#include "cpu/eigen/band_reduction.h"
+#include "cpu/eigen/bulge_chase.h"
+#include "cpu/eigen/sturm.h"
 
 namespace genperf {
 namespace {

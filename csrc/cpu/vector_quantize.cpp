@@ -12,8 +12,8 @@
 #include <tuple>
 #include <vector>
 
-#include "positions.h"
-#include "vector_rows.h"
+#include "cpu/common/positions.h"
+#include "cpu/common/vector_rows.h"
 
 namespace genperf {
 namespace {

@@ -8,8 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .._errors import UserError, import_extra
 from . import options
-from .errors import UserError, import_extra
 
 HELP = "measure every op beside plain PyTorch and its rivals, and write one report"
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from .._errors import UserError, import_extra
+from ..fid.extractors import PIXELS, Extractor, load_extractor
 from ..metrics.statistics_files import write_atomically
 from . import options
-from .errors import UserError, import_extra
-from .extractors import PIXELS, Extractor, load_extractor
 
 HELP = "score a trained system on held-out images"
 
@@ -69,10 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     for module, package in (("numpy", "numpy"), ("PIL", "pillow")):
         import_extra(module, package, "train")
-    from . import classifier as classifiers
-    from . import sampling
-    from .evaluation import anchors, evaluate
-    from .runs import load_run
+    from ..training import classifier as classifiers
+    from ..training import sampling
+    from ..training.evaluation import anchors, evaluate
+    from ..training.runs import load_run
 
     if arguments.extractor is None and (arguments.pixels is not None or arguments.weights is not None):
         raise UserError(f"--{'pixels' if arguments.pixels is not None else 'weights'} is for an --extractor, got none.")

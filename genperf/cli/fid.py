@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from .. import metrics
+from .._errors import UserError, import_extra
+from ..fid.extractors import PIXELS, Extractor, load_extractor
+from ..fid.sources import Features, Images, Source, Statistics, open_source
 from ..ops.frechet_distance import frechet_distance
 from . import options
-from .errors import UserError, import_extra
-from .extractors import PIXELS, Extractor, load_extractor
-from .sources import Features, Images, Source, Statistics, open_source
 
 HELP = "Frechet distance (FID) between images, features or statistics"
 
@@ -235,7 +235,7 @@ def _batches(source: Features | Images, extractor: Extractor | None, arguments: 
         return
     from tqdm import tqdm
 
-    from .images import read_batches
+    from ..fid.images import read_batches
 
     options = {name: getattr(arguments, name) for name in ("batch_size", "channels", "size", "workers")}
     bar = tqdm(total=len(source.images), unit="image", desc=source.path, mininterval=0.1 if sys.stderr.isatty() else 10)

@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .._errors import UserError
 from .._version import __version__
 from . import bench, evaluate, fid, info, sample, systems, train
-from .errors import UserError
 
 # Each has a HELP line, add_arguments(parser) and run(arguments) -> exit code.
 SUBCOMMANDS = {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .errors import UserError
+from .._errors import UserError
 
 
 def number(kind: type, low: float, *, exclusive: bool = False) -> Callable[[str], int | float]:

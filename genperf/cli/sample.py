@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._errors import UserError, import_extra
 from ..metrics.statistics_files import write_atomically
 from . import options
-from .errors import UserError, import_extra
 
 HELP = "draw samples from a trained system"
 
@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     for module, package in (("numpy", "numpy"), ("PIL", "pillow")):
         import_extra(module, package, "train")
-    from .runs import load_run
-    from .sampling import draw, num_conditions, refusal
-    from .seeding import seeded
+    from ..training.runs import load_run
+    from ..training.sampling import draw, num_conditions, refusal
+    from ..training.seeding import seeded
 
     _check_out(arguments.out)
     device = options.device(arguments.device)
@@ -82,7 +82,7 @@ def _check_out(path: Path) -> None:
 def _write(path: Path, images: Tensor, labels: Tensor | None, columns: int) -> None:
     import numpy as np
 
-    from .pictures import write_image, write_images
+    from ..training.pictures import write_image, write_images
 
     if path.suffix == ".png":
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .._errors import UserError, import_extra, sentences
 from ..models import SYSTEMS
 from . import options
-from .errors import UserError, import_extra, sentences
 from .systems import summary
 
 if TYPE_CHECKING:
-    from .data import LabelledImages
-    from .runs import Settings
-    from .timing import StepTimes
-    from .training import Training
+    from ..training.data import LabelledImages
+    from ..training.runs import Settings
+    from ..training.timing import StepTimes
+    from ..training.trainer import Training
 
 HELP = "train a system on images"
 
@@ -61,12 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
         ("lightning_fabric", "lightning-fabric"),
     ):
         import_extra(module, package, "train")
-    from .checkpoint import save_checkpoint
-    from .data import load_images, split_held_out
-    from .evaluation import usual
-    from .runs import CHECKPOINT, FORMAT, build_system, check_fingerprint, data_fingerprint, load_state
-    from .timing import time_steps
-    from .training import Training, make_fabric
+    from ..training.checkpoint import save_checkpoint
+    from ..training.data import load_images, split_held_out
+    from ..training.evaluation import usual
+    from ..training.runs import CHECKPOINT, FORMAT, build_system, check_fingerprint, data_fingerprint, load_state
+    from ..training.timing import time_steps
+    from ..training.trainer import Training, make_fabric
 
     name, out = arguments.system, Path(arguments.out)
     state = load_state(out, "--resume") if arguments.resume else None
@@ -123,8 +123,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _report(training: "Training", times: "StepTimes", settings: "Settings", held_out: "LabelledImages", out: Path) -> None:
     """Judge the system on the held-out images; print and write what comes of it."""
-    from .evaluation import evaluate
-    from .pictures import write_pictures
+    from ..training.evaluation import evaluate
+    from ..training.pictures import write_pictures
 
     system = training.system
     scores = evaluate(system, training.images, held_out, samples=0)
@@ -161,7 +161,7 @@ def _write_history(path: Path, history: list[dict[str, float]]) -> None:
 
 def _choices(arguments: argparse.Namespace, state: dict[str, Any] | None) -> tuple["Settings", dict[str, Any]]:
     """Settings and configuration from the command line; a resumed run keeps its own, all but the epochs and where its data lie."""
-    from .runs import Settings
+    from ..training.runs import Settings
 
     given = vars(arguments)
     settings = {name: given[name] for name, *_ in SETTINGS if name in given}

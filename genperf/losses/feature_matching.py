@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..nn.joint import joint_mean
+from .._distributed import joint_mean
 
 
 def feature_matching(real_features: Tensor, fake_features: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from ..metrics._distributed import world_size
+from .._distributed import world_size
 from ..metrics._features import as_rows, whole_number
 from ..metrics._sample_moments import Moments, population_moments, sample_moments
 from ..metrics.frechet_reference import FrechetReference

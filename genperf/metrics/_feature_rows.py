@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._distributed import gather_numbers, gather_rows, world_size
+from .._distributed import gather_numbers, gather_rows, world_size
 from ._features import FeatureStore
 
 

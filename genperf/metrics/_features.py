@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._distributed import gather_numbers
 from ..ops._common import check_float, check_tensor
 from ..ops.covariance_factor import working_dtype
-from ._distributed import gather_numbers
 
 
 def as_rows(owner: str, x: Tensor, dim: int | None, dtype: torch.dtype | None = None) -> Tensor:

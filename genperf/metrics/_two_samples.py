@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._distributed import gather_numbers, world_size
+from .._distributed import gather_numbers, world_size
 from ._features import FeatureStore, only_output
 
 

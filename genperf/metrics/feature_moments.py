@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._distributed import gather_numbers, gather_rows, sum_over_processes, world_size
+from .._distributed import gather_numbers, gather_rows, sum_over_processes, world_size
 from ._features import FeatureStore
 
 # Rows of one matrix product; fewer would read and write the [d, d] sums more often than the product needs.

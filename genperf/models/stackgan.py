@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._distributed import gather_rows, world_size
 from ..losses.adversarial import discriminator_loss, generator_loss
 from ..losses.feature_matching import feature_matching
 from ..losses.gradient_penalty import gradient_penalty
-from ..metrics._distributed import gather_rows, world_size
 from ..nn.batch_norm import BatchNorm
 from ..nn.conditioning_augmentation import ConditioningAugmentation
 from ._adversarial_networks import ConvDiscriminator, dcgan_init

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from ..metrics._distributed import world_size
+from .._distributed import world_size
 from ..ops.gaussian_sample import gaussian_sample
 
 

@@ -1,12 +1,12 @@
 """Layers over the ops of genperf."""
 
+from .._distributed import joint_mean
 from ._codebooks import update_codebooks
 from .batch_norm import BatchNorm
 from .conditioning_augmentation import ConditioningAugmentation
 from .diagonal_gaussian import DiagonalGaussian
 from .finite_scalar_quantizer import FiniteScalarQuantizer
 from .gumbel_quantizer import GumbelQuantizer
-from .joint import joint_mean
 from .laplacian_pyramid import LaplacianPyramid
 from .lookup_free_quantizer import LookupFreeQuantizer
 from .minibatch_discrimination import MinibatchDiscrimination

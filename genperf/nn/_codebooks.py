@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from ..metrics._distributed import gather_numbers, gather_rows, sum_over_processes, world_size
+from .._distributed import gather_numbers, gather_rows, sum_over_processes, world_size
 from ..ops._common import HALF_DTYPES, accumulator_dtype, choose_impl
 from ..ops.code_statistics import refusals as statistics_refusals
 from ..ops.code_statistics import statistics

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..metrics._distributed import world_size
-from .joint import joint_mean
+from .._distributed import joint_mean, world_size
 
 
 class BatchNorm(_BatchNorm):

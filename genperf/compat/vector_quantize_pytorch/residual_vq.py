@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...metrics._distributed import sum_over_processes, world_size
+from ..._distributed import sum_over_processes, world_size
 from ...nn._codebooks import _update, copied
 from ...ops._common import accumulator_dtype
 from ...ops.residual_vector_quantize import quantize_residual, residual_code_statistics

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...metrics._distributed import sum_over_processes, world_size
+from ..._distributed import sum_over_processes, world_size
 from ...nn._codebooks import Weights, _offsets, _update, copied
 from ...nn.vector_quantizer import VectorQuantizer, _fold
 from ...ops._common import accumulator_dtype, choose_impl, refuse_forward_mode

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the kernels of codes without a codebook share. A tile is as many positions as a vector has
+// lanes, and so as many vectors as there are channels. Where positions lie back to back, channels
+// innermost, a tile is read as it lies, and every vector has the constants of its own mixture of
+// channels; else lanes are positions.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "cpu/common/elements.h"
+#include "cpu/common/positions.h"
+#include "implicit_levels.h"
+
+namespace genperf {
+
+constexpr int64_t kGrain = 16384;  // elements to a task
+
+// Positions in rows of one distance; a tile never spans two rows.
+template <class T>
+struct Lines {
+  T* data;
+  int64_t rows, columns, dim;
+  int64_t row_stride, column_stride, stride;
+
+  explicit Lines(const Tensor& t) {
+    const Positions<T> x(t);
+    const bool one_row = x.count() == 0 || x.inner == 1 || x.outer == 1 ||
+                         x.outer_stride == x.inner * x.inner_stride;
+    data = x.data;
+    dim = x.dim;
+    stride = x.stride;
+    rows = one_row ? 1 : x.outer;
+    columns = one_row ? x.count() : x.inner;
+    row_stride = x.outer_stride;
+    column_stride = x.inner == 1 ? x.outer_stride : x.inner_stride;
+  }
+
+  bool back_to_back() const {
+    return rows == 1 && (dim == 1 || stride == 1) && (columns == 1 || column_stride == dim);
+  }
+
+  // The same positions in at least as many rows.
+  Lines split(int64_t into) const {
+    Lines lines = *this;
+    if (rows != into) {
+      lines.rows = into;
+      lines.columns = columns / into;
+      lines.row_stride = lines.columns * column_stride;
+    }
+    return lines;
+  }
+};
+
+// One vector of a tile, read from and written to each of its tensors.
+struct Place {
+  bool flat;
+  int64_t row, column;
+  int vector, count;
+
+  template <class T>
+  T* at(const Lines<T>& x) const {
+    return flat ? x.data + column * x.dim + vector * kLanes
+                : x.data + row * x.row_stride + column * x.column_stride + vector * x.stride;
+  }
+
+  template <class T>
+  Vec get(const Lines<T>& x) const {
+    const int64_t step = flat ? 1 : x.column_stride;
+    return count == kLanes && step == 1 ? load(at(x)) : read(at(x), step, count);
+  }
+
+  template <class T>
+  void set(const Lines<T>& x, Vec v) const {
+    const int64_t step = flat ? 1 : x.column_stride;
+    if (count == kLanes && step == 1)
+      store(at(x), v);
+    else
+      write(at(x), step, count, v);
+  }
+};
+
+// Calls vector(Place) for every vector of a tile, and tile(first position, count) after each.
+template <class F, class G>
+void for_each_tile(bool flat,
+                   int64_t rows,
+                   int64_t columns,
+                   int64_t dim,
+                   const F& vector,
+                   const G& tile) {
+  if (rows * columns == 0)
+    return;
+  const int64_t tiles = (columns + kLanes - 1) / kLanes;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (dim * kLanes));
+  torch::stable::parallel_for(0, rows * tiles, grain, [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> digits(dim * kLanes);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t row = t / tiles, column = t % tiles * kLanes;
+      const int count = int(std::min<int64_t>(kLanes, columns - column));
+      for (int j = 0; j < int(dim); ++j) {
+        const int64_t elements = flat ? count * dim - j * kLanes : count;
+        if (elements > 0)
+          vector(Place{flat, row, column, j, int(std::min<int64_t>(elements, kLanes))},
+                 digits.data() + j * kLanes);
+      }
+      tile(row * columns + column, count, digits.data());
+    }
+  });
+}
+
+// A constant of each channel, as the vectors of a tile need it.
+class Table {
+ public:
+  template <class F>
+  Table(bool flat, int64_t dim, const F& constant) : values_(dim * kLanes) {
+    for (int64_t i = 0; i < dim * kLanes; ++i)
+      values_[i] = constant(flat ? i % dim : i / kLanes);
+  }
+  Vec operator[](int vector) const { return load(values_.get() + vector * kLanes); }
+
+ private:
+  Buffer<float> values_;
+};
+
+// Runs code(vector, x), which gives a Coded, over all elements.
+template <class T, class F>
+void quantize(const Lines<T>& x,
+              const Lines<T>& out,
+              bool flat,
+              const std::vector<int64_t>& basis,
+              int64_t* indices,
+              const F& code) {
+  const int64_t dim = x.dim;
+  for_each_tile(
+      flat, x.rows, x.columns, dim,
+      [&](const Place& place, int32_t* digits) {
+        const Coded<Simd> coded = code(place.vector, place.get(x));
+        place.set(out, coded.value);
+        const IVec whole = __builtin_convertvector(coded.digit, IVec);
+        std::memcpy(digits, &whole, sizeof(whole));
+      },
+      [&](int64_t first, int count, const int32_t* digits) {
+        if (!indices)
+          return;
+        int64_t sums[kLanes] = {};
+        for (int64_t d = 0; d < dim; ++d) {
+          const int64_t step = basis[d];
+          if (flat)
+            for (int lane = 0; lane < kLanes; ++lane)
+              sums[lane] += digits[lane * dim + d] * step;
+          else
+            for (int lane = 0; lane < kLanes; ++lane)
+              sums[lane] += digits[d * kLanes + lane] * step;
+        }
+        std::copy_n(sums, count, indices + first);
+      });
+}
+
+inline void check_channels(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) >= 1 && x.size(1) <= kMaxChannels,
+                  "x must be [outer, D, inner] with 1 to 64 channels");
+}
+
+// Both with as many rows as the one that needs more.
+template <class T>
+std::pair<Lines<T>, Lines<T>> lines_of(const Tensor& a, const Tensor& b) {
+  const Lines<T> x(a), y(b);
+  const int64_t rows = std::max(x.rows, y.rows);
+  return {x.split(rows), y.split(rows)};
+}
+
+inline void check_gradient(const Tensor& gradient, const Tensor& x) {
+  STD_TORCH_CHECK(gradient.scalar_type() == x.scalar_type() && gradient.dim() == 3 &&
+                      gradient.size(0) == x.size(0) && gradient.size(1) == x.size(1) &&
+                      gradient.size(2) == x.size(2),
+                  "grad_quantized must have the shape and dtype of x");
+}
+
+}  // namespace genperf

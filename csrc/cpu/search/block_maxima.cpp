@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/search/block_maxima.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace genperf {
+namespace {
+
+// Codes scored at a time: with two vectors of queries, 16 accumulators of AVX-512's 32 registers, 8
+// of the 16 elsewhere.
+constexpr int kCodes = kLanes == 16 ? 8 : 4;
+
+bool amx = false;
+
+// With D known to the compiler, short loops over it are unrolled and the queries stay in registers.
+template <int kKnownDim>
+void maxima_fma(const CodePanel& panel, int64_t begin, int64_t end, const float* z, float* maxima) {
+  const int64_t dim = kKnownDim ? kKnownDim : panel.dim;
+  for (int64_t block = begin; block < end; ++block) {
+    Vec best[2] = {broadcast(-INFINITY), broadcast(-INFINITY)};
+    const int64_t first = block * panel.block_groups;
+    for (int64_t group = first; group < first + panel.block_groups; ++group) {
+      for (int start = 0; start < kGroup; start += kCodes) {
+        const float* values = panel.values.get() + group * dim * kGroup + start;
+        const float* bias = panel.bias.get() + group * kGroup + start;
+        Vec score[kCodes][2];
+        for (int c = 0; c < kCodes; ++c)
+          score[c][0] = score[c][1] = broadcast(bias[c]);
+        for (int64_t d = 0; d < dim; ++d) {
+          const Vec z0 = load(z + d * kTile), z1 = load(z + d * kTile + kLanes);
+          for (int c = 0; c < kCodes; ++c) {
+            const Vec value = broadcast(values[d * kGroup + c]);
+            score[c][0] = fma(value, z0, score[c][0]);
+            score[c][1] = fma(value, z1, score[c][1]);
+          }
+        }
+        for (int width = kCodes / 2; width > 0; width /= 2)
+          for (int c = 0; c < width; ++c)
+            for (int v = 0; v < 2; ++v)
+              score[c][v] = max(score[c][v], score[c + width][v]);
+        best[0] = max(best[0], score[0][0]);
+        best[1] = max(best[1], score[0][1]);
+      }
+    }
+    store(maxima + block * kTile, best[0]);
+    store(maxima + block * kTile + kLanes, best[1]);
+  }
+}
+
+}  // namespace
+
+void block_maxima_fma(const CodePanel& panel,
+                      int64_t begin,
+                      int64_t end,
+                      const float* z,
+                      float* maxima) {
+  using Kernel = void (*)(const CodePanel&, int64_t, int64_t, const float*, float*);
+  static constexpr Kernel kernels[] = {maxima_fma<0>, maxima_fma<1>, maxima_fma<2>,
+                                       maxima_fma<3>, maxima_fma<4>, maxima_fma<5>,
+                                       maxima_fma<6>, maxima_fma<7>, maxima_fma<8>};
+  kernels[panel.dim <= 8 ? panel.dim : 0](panel, begin, end, z, maxima);
+}
+
+#if defined(GENPERF_HAS_AMX)
+
+namespace {
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+#define GENPERF_AMX __attribute__((target("amx-tile,amx-bf16")))
+
+constexpr int64_t kTileSize = kGroup * kDepth;
+constexpr int kScores = kAmxTile * kGroup;
+
+// Queries are on the rows and codes on the columns of a product, as either lies in memory.
+
+// Scores of a group for 16 queries in tiles 6 and 7.
+#define GENPERF_SCORE(product, codes)      \
+  _tile_zero(product);                     \
+  _tile_loadd(4, codes, 64);               \
+  _tile_dpbf16ps(product, 6, 4);           \
+  if constexpr (kTiles == 2) {             \
+    _tile_loadd(5, codes + kTileSize, 64); \
+    _tile_dpbf16ps(product, 7, 5);         \
+  }
+
+// The queries stay in tiles and their maxima in vectors. Two products take turns: while the matrix
+// unit fills one, the maxima of the other are taken.
+template <int kTiles>
+GENPERF_AMX void maxima_of_depth(const CodePanel& panel,
+                                 int64_t begin,
+                                 int64_t end,
+                                 const uint16_t* halves,
+                                 float* maxima) {
+  alignas(64) float scores[2][kGroup * kGroup];
+  const uint16_t* codes = panel.halves.get() + begin * panel.block_groups * kTiles * kTileSize;
+  const float* bias = panel.bias.get() + begin * panel.block_groups * kGroup;
+  _tile_loadd(6, halves, kTiles * 64);
+  if constexpr (kTiles == 2)
+    _tile_loadd(7, halves + kDepth, kTiles * 64);
+  GENPERF_SCORE(0, codes);
+  for (int64_t block = begin; block < end; ++block) {
+    Vec best[kGroup];
+    const auto take = [&](const float* scores, Vec b) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kGroup; ++i)
+        best[i] = max(best[i], load(scores + i * kGroup) + b);
+    };
+    for (int i = 0; i < kGroup; ++i)
+      best[i] = broadcast(-INFINITY);
+    for (int64_t group = 0; group < panel.block_groups; group += 2) {
+      GENPERF_SCORE(1, codes + kTiles * kTileSize);
+      _tile_stored(0, scores[0], 64);
+      take(scores[0], load(bias));
+      codes += 2 * kTiles * kTileSize;
+      if (group + 2 < panel.block_groups || block + 1 < end) {
+        GENPERF_SCORE(0, codes);
+      }
+      _tile_stored(1, scores[1], 64);
+      take(scores[1], load(bias + kGroup));
+      bias += 2 * kGroup;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kGroup; ++i)
+      store(maxima + (block * kAmxTile + i) * kGroup, best[i]);
+  }
+}
+
+// Queries in tiles 4 and 5, two groups of codes in 6 and 7, loaded anew for each step in depth, all
+// before the products: where another process shares the core, that is worth 8 %.
+GENPERF_AMX void maxima_of_any_depth(const CodePanel& panel,
+                                     int64_t begin,
+                                     int64_t end,
+                                     const uint16_t* halves,
+                                     float* maxima) {
+  alignas(64) float scores[2][kScores];
+  const int64_t depth = panel.depth, row_bytes = depth * kDepth * sizeof(uint16_t);
+  const uint16_t* codes = panel.halves.get() + begin * panel.block_groups * depth * kTileSize;
+  const float* bias = panel.bias.get() + begin * panel.block_groups * kGroup;
+  for (int64_t block = begin; block < end; ++block) {
+    float* const out = maxima + block * kScores;
+    for (int64_t group = 0; group < panel.block_groups; group += 2) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t t = 0; t < depth; ++t) {
+        _tile_loadd(4, halves + t * kDepth, row_bytes);
+        _tile_loadd(6, codes + t * kTileSize, 64);
+        _tile_loadd(5, halves + depth * kTileSize + t * kDepth, row_bytes);
+        _tile_loadd(7, codes + (depth + t) * kTileSize, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        _tile_dpbf16ps(1, 5, 6);
+        _tile_dpbf16ps(2, 4, 7);
+      }
+      _tile_stored(0, scores[0], 64);
+      _tile_stored(1, scores[0] + kScores / 2, 64);
+      _tile_stored(2, scores[1], 64);
+      _tile_stored(3, scores[1] + kScores / 2, 64);
+      const Vec low = load(bias), high = load(bias + kGroup), lowest = broadcast(-INFINITY);
+#pragma GCC unroll 4
+      for (int i = 0; i < kScores; i += kGroup) {
+        const Vec found = max(load(scores[0] + i) + low, load(scores[1] + i) + high);
+        store(out + i, max(group == 0 ? lowest : load(out + i), found));
+      }
+      codes += 2 * depth * kTileSize;
+      bias += 2 * kGroup;
+    }
+  }
+}
+
+}  // namespace
+
+GENPERF_AMX void block_maxima_amx(const CodePanel& panel,
+                                  int64_t begin,
+                                  int64_t end,
+                                  const uint16_t* halves,
+                                  float* maxima) {
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  if (panel.depth > 2) {
+    maxima_of_any_depth(panel, begin, end, halves, maxima);
+  } else {
+    const auto kernel = panel.depth == 1 ? maxima_of_depth<1> : maxima_of_depth<2>;
+    for (int first = 0; first < kAmxTile; first += kGroup)
+      kernel(panel, begin, end, halves + first * panel.depth * kDepth, maxima + first * kGroup);
+  }
+  _tile_release();
+}
+
+bool amx_allowed() {
+  return amx;
+}
+
+#else
+
+bool amx_allowed() {
+  return false;
+}
+
+#endif
+
+}  // namespace genperf
+
+// Called by the loader once the operating system has granted the tile state.
+extern "C" __attribute__((visibility("default"))) void genperf_allow_amx() {
+  genperf::amx = true;
+}

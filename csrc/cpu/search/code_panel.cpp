@@ -1,0 +1,333 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/search/code_panel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "cpu/common/doubles.h"
+#include "cpu/common/elements.h"
+#include "cpu/common/vector_rows.h"
+
+namespace genperf {
+namespace {
+
+constexpr int64_t kCentreSample = 256;
+constexpr int64_t kMaxBlocks = 1024;
+constexpr int64_t kFineDim = 48;    // from here on a block is one group: scoring it again is dear
+constexpr int64_t kMaxGroups = 64;  // ... to a block, for AMX
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+int64_t tile_depth(int64_t dim) {
+  return (dim <= kMaxSplitDim ? 3 * dim + kDepth - 1 : dim + kDepth - 1) / kDepth;
+}
+
+// For float32, every block is scored again as a whole. For AMX, a query reads codes / groups maxima
+// and scores as many codes again as a block has groups.
+int64_t groups_to_a_block(int64_t codes, int64_t dim, bool halved) {
+  if (!halved) {
+    const int64_t pairs = (codes + 2 * kGroup - 1) / (2 * kGroup);
+    const int64_t groups = 2 * ((pairs + kMaxBlocks - 1) / kMaxBlocks);
+    return groups == 2 && dim >= kFineDim ? 1 : groups;
+  }
+  int64_t groups = 4;
+  while (groups < kMaxGroups && groups * groups * (dim + 128) < codes)
+    groups *= 2;
+  return groups;
+}
+
+// Any centre gives a right answer; the mean of a sample of the codes gives a fast one.
+template <class C>
+void find_centre(const Codes<C>& codebook, float* centre) {
+  const int64_t step = (codebook.count + kCentreSample - 1) / kCentreSample;
+  Buffer<double> sums(codebook.dim);
+  std::fill_n(sums.get(), codebook.dim, 0.0);
+  for (int64_t k = 0; k < codebook.count; k += step) {
+    const C* code = codebook.data + k * codebook.code_stride;
+    for (int64_t d = 0; d < codebook.dim; ++d) {
+      const double value = double(code[d]);
+      sums[d] += std::abs(value) < 1e30 ? value : 0.0;
+    }
+  }
+  const double count = double((codebook.count + step - 1) / step);
+  for (int64_t d = 0; d < codebook.dim; ++d)
+    centre[d] = float(sums[d] / count);
+}
+
+void widen(Vec v, DVec& low, DVec& high) {
+  using Half = float __attribute__((vector_size(kDoubles * sizeof(float))));
+  Half halves[2];
+  std::memcpy(halves, &v, sizeof(v));
+  low = __builtin_convertvector(halves[0], DVec);
+  high = __builtin_convertvector(halves[1], DVec);
+}
+
+template <class C>
+void load_pair(const C* p, DVec& low, DVec& high) {
+  if constexpr (std::is_same_v<C, double>) {
+    low = load_doubles(p);
+    high = load_doubles(p + kDoubles);
+  } else {
+    widen(load(p), low, high);
+  }
+}
+
+void store_pair(float* p, DVec low, DVec high) {
+  using Half = float __attribute__((vector_size(kDoubles * sizeof(float))));
+  const Half halves[2] = {__builtin_convertvector(low, Half), __builtin_convertvector(high, Half)};
+  std::memcpy(p, halves, sizeof(halves));
+}
+
+// row = (code - centre) * factor, each rounded once; the squared length of code - centre.
+template <class C>
+double pack_code(const C* code, const float* centre, double factor, int64_t dim, float* row) {
+  DVec squares[2] = {};
+  const DVec factors = broadcast(factor);
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) {
+    DVec low, high, centre_low, centre_high;
+    load_pair(code + d, low, high);
+    load_pair(centre + d, centre_low, centre_high);
+    low -= centre_low;
+    high -= centre_high;
+    squares[0] += low * low;
+    squares[1] += high * high;
+    store_pair(row + d, low * factors, high * factors);
+  }
+  double square = sum(squares[0] + squares[1]);
+  for (; d < dim; ++d) {
+    const double t = double(code[d]) - double(centre[d]);
+    square += t * t;
+    row[d] = float(t * factor);
+  }
+  return square;
+}
+
+// The same for a factor that is a power of two and codes of less than float64, at half the cost;
+// the squared length is that of the rounded difference.
+template <class C>
+double pack_code(const C* code, const float* centre, float scale, int64_t dim, float* row) {
+  DVec squares[2] = {};
+  for_each_pack<float>(dim, [&](int64_t d, auto n) {
+    const Vec left = Pack<float>::get(code + d, n) - load(centre + d);
+    DVec low, high;
+    widen(left, low, high);
+    squares[0] += low * low;
+    squares[1] += high * high;
+    Pack<float>::set(row + d, n, left * broadcast(scale));
+  });
+  return sum(squares[0] + squares[1]);
+}
+
+template <class C, class F>
+bool every(const C* code, int64_t dim, const F& holds) {
+  for (int64_t d = 0; d < dim; ++d)
+    if (!holds(double(code[d])))
+      return false;
+  return true;
+}
+
+void raise_to(std::atomic<double>& maximum, double value) {
+  double seen = maximum.load();
+  while (value > seen && !maximum.compare_exchange_weak(seen, value)) {
+  }
+}
+
+using Narrow = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+Narrow upper_halves(Vec v) {
+  return __builtin_convertvector(UVec(v) >> 16, Narrow);
+}
+
+// Squares of one code or, of some codes, the largest: of what its halves hold of it beside fh, and
+// of what they leave out.
+struct Halving {
+  double low = 0, left = 0;
+};
+
+// One code from `row`, which is padded with zeros to whole vectors.
+void halve(const float* row, int64_t dim, uint16_t* halves, Halving& most) {
+  Vec squares{};
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const Vec value = load(row + d), high = round_to_bfloat16(value), left = value - high;
+    const Narrow bits = upper_halves(high);
+    std::memcpy(halves + d, &bits, sizeof(bits));
+    squares = fma(left, left, squares);
+  }
+  most.left = std::max(most.left, Pack<float>::total(squares));
+}
+
+// The same in two parts, columns [fh, fl, fh].
+void halve_split(const float* row, int64_t dim, uint16_t* halves, Halving& most) {
+  const Vec value = load(row), high = round_to_bfloat16(value),
+            low = round_to_bfloat16(value - high);
+  const Vec left = value - high - low;
+  const Narrow first = upper_halves(high), second = upper_halves(low);
+  // Each part is followed by the zeros that pad the row, over which the next one is written.
+  uint16_t columns[kDepth + kLanes] = {};
+  std::memcpy(columns, &first, sizeof(first));
+  std::memcpy(columns + dim, &second, sizeof(second));
+  std::memcpy(columns + 2 * dim, &first, sizeof(first));
+  std::memcpy(halves, columns, kDepth * sizeof(uint16_t));
+  most.low = std::max(most.low, Pack<float>::total(low * low));
+  most.left = std::max(most.left, Pack<float>::total(left * left));
+}
+
+// [16, depth * 32] -> [depth, 16 pairs, 16, 2]
+void interleave_pairs(const uint16_t* rows, int64_t depth, uint16_t* halves) {
+  for (int64_t t = 0; t < depth; ++t)
+    for (int first = 0; first < kGroup; first += kLanes)
+      for (int pair = 0; pair < kGroup; pair += kLanes) {
+        Vec block[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+          std::memcpy(&block[i], rows + (first + i) * depth * kDepth + t * kDepth + 2 * pair,
+                      sizeof(Vec));
+        transpose(block);
+        for (int i = 0; i < kLanes; ++i)
+          std::memcpy(halves + ((t * kGroup + pair + i) * kGroup + first) * 2, &block[i],
+                      sizeof(Vec));
+      }
+}
+
+// [16, row_length] -> [D, 16]
+void interleave(const float* rows, int64_t row_length, int64_t dim, float* values) {
+  for (int lane = 0; lane < kGroup; lane += kLanes)
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      Vec block[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        block[i] = load(rows + (lane + i) * row_length + d);
+      transpose(block);
+      const int count = int(std::min<int64_t>(kLanes, dim - d));
+      for (int i = 0; i < count; ++i)
+        store(values + (d + i) * kGroup + lane, block[i]);
+    }
+}
+
+}  // namespace
+
+int64_t packed_code_bytes(int64_t dim, bool halved) {
+  return sizeof(float) +
+         (halved ? tile_depth(dim) * kDepth * sizeof(uint16_t) : dim * sizeof(float));
+}
+
+int64_t CodePanel::bytes() const {
+  return capacity * packed_code_bytes(dim, halved);
+}
+
+template <class C>
+CodePanel prepare_panel(const Codes<C>& codebook,
+                        double largest,
+                        int64_t capacity,
+                        bool cosine,
+                        bool halved) {
+  CodePanel panel;
+  panel.dim = codebook.dim;
+  panel.cosine = cosine;
+  panel.halved = halved;
+  panel.split = halved && codebook.dim <= kMaxSplitDim;
+  panel.depth = tile_depth(codebook.dim);
+  panel.block_groups = groups_to_a_block(capacity, codebook.dim, halved);
+  panel.capacity = round_up(capacity, std::max<int64_t>(panel.block_groups, 2) * kGroup);
+  panel.centre = Buffer<float>(round_up(panel.dim, kLanes));
+  panel.bias = Buffer<float>(panel.capacity);
+  if (halved)
+    panel.halves = Buffer<uint16_t>(panel.capacity * panel.depth * kDepth);
+  else
+    panel.values = Buffer<float>(panel.capacity * panel.dim);
+  std::fill_n(panel.centre.get(), round_up(panel.dim, kLanes), 0.0f);
+  if (cosine)
+    return panel;
+  find_centre(codebook, panel.centre.get());
+  for (int64_t d = 0; d < panel.dim; ++d)
+    largest = std::max(largest, double(std::abs(panel.centre[d])));
+  if (largest > 0)
+    panel.scale = float(std::exp2(-std::clamp(std::ilogb(largest) + 1, -100, 100)));
+  return panel;
+}
+
+template <class C>
+void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first) {
+  const int64_t dim = panel.dim, row_length = round_up(dim, kLanes);
+  panel.codes = std::min(codebook.count - first, panel.capacity);
+  panel.groups = round_up(panel.codes, std::max<int64_t>(panel.block_groups, 2) * kGroup) / kGroup;
+  std::atomic<double> norm = 0, low_norm = 0, residual = 0, max_bias = 0;
+  const auto pack_groups = [&](int64_t begin, int64_t end) {
+    Buffer<float> rows(kGroup * row_length);
+    std::fill_n(rows.get(), kGroup * row_length, 0.0f);
+    const int64_t half_length = panel.depth * kDepth;
+    Buffer<uint16_t> halves(panel.halved ? kGroup * half_length : 0);
+    if (panel.halved)
+      std::fill_n(halves.get(), kGroup * half_length, 0);
+    double longest = 0, largest_bias = 0;
+    Halving most;
+    for (int64_t group = begin; group < end; ++group) {
+      for (int lane = 0; lane < kGroup; ++lane) {
+        const int64_t k = group * kGroup + lane;
+        const C* code = codebook.data + (first + k) * codebook.code_stride;
+        float* row = rows.get() + lane * row_length;
+        double factor = panel.scale;
+        double square = INFINITY;
+        if (k < panel.codes) {
+          if constexpr (std::is_same_v<C, double>)
+            square = pack_code(code, panel.centre.get(), factor, dim, row);
+          else
+            square = pack_code(code, panel.centre.get(), panel.scale, dim, row);
+        }
+        if (!std::isfinite(square)) {
+          // Padding, or a code with NaN or infinity, which only a query that is not finite either
+          // can choose: such queries are searched in float64. A finite code too long for float64
+          // makes every query so.
+          panel.bias[k] = -INFINITY;
+          std::fill_n(row, dim, 0.0f);
+          const auto finite = [](double value) { return std::isfinite(value); };
+          if (k < panel.codes && every(code, dim, finite))
+            longest = INFINITY;
+        } else if (panel.cosine) {
+          // A code whose square is below float64's normal range has no usable direction: the same.
+          const auto zero = [](double value) { return value == 0; };
+          if (square < 1e-290 && !every(code, dim, zero))
+            longest = INFINITY;
+          factor = square > 0 ? 1 / std::sqrt(square) : 0.0;
+          pack_code(code, panel.centre.get(), factor, dim, row);
+          panel.bias[k] = 0;
+          longest = std::max(longest, std::sqrt(square) * factor);
+        } else {
+          const double length = std::sqrt(square) * factor;
+          panel.bias[k] = float(-length * length / 2);
+          longest = std::max(longest, length);
+          largest_bias = std::max(largest_bias, length * length / 2);
+        }
+        if (panel.halved)
+          (panel.split ? halve_split : halve)(row, dim, halves.get() + lane * half_length, most);
+      }
+      if (panel.halved)
+        interleave_pairs(halves.get(), panel.depth,
+                         panel.halves.get() + group * kGroup * half_length);
+      else
+        interleave(rows.get(), row_length, dim, panel.values.get() + group * dim * kGroup);
+    }
+    raise_to(norm, longest);
+    raise_to(max_bias, largest_bias);
+    raise_to(low_norm, std::sqrt(most.low));
+    raise_to(residual, std::sqrt(most.left));
+  };
+  torch::stable::parallel_for(0, panel.groups, 16, pack_groups);
+  panel.norm = norm;
+  panel.low_norm = low_norm;
+  panel.residual = residual;
+  panel.max_bias = max_bias;
+}
+
+#define INSTANTIATE(C)                                                               \
+  template CodePanel prepare_panel<C>(const Codes<C>&, double, int64_t, bool, bool); \
+  template void pack_panel<C>(CodePanel&, const Codes<C>&, int64_t);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(torch::headeronly::BFloat16)
+INSTANTIATE(torch::headeronly::Half)
+#undef INSTANTIATE
+
+}  // namespace genperf

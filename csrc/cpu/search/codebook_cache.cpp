@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/search/codebook_cache.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <list>
+#include <mutex>
+#include <vector>
+
+#include "cpu/common/doubles.h"
+#include "cpu/common/elements.h"
+
+namespace genperf {
+namespace {
+
+constexpr int64_t kRun = 64 << 10;  // bytes that are hashed at a time
+
+struct Hash {
+  uint64_t low = 0, high = 0;
+  bool operator==(const Hash&) const = default;
+};
+
+struct Content {
+  Hash hash;
+  double largest = 0;
+};
+
+uint64_t mixed(uint64_t h) {
+  h = (h ^ h >> 32) * 0xd6e8feb86659fd93u;
+  h = (h ^ h >> 32) * 0xd6e8feb86659fd93u;
+  return h ^ h >> 32;
+}
+
+// Two independent sums of products of the words with keys that change with every word, which any
+// change but one in 2^128 moves.
+class Hasher {
+ public:
+  explicit Hasher(uint64_t seed) {
+    uint64_t keys[2][kWords];
+    for (int i = 0; i < kWords; ++i) {
+      keys[0][i] = mixed(seed * 2 * kWords + i + 1);
+      keys[1][i] = mixed(~(seed * 2 * kWords + kWords + i));
+    }
+    std::memcpy(key_, keys, sizeof(keys));
+  }
+
+  void add(const void* data, int64_t bytes) {
+    const char* p = static_cast<const char*>(data);
+    for (; bytes >= int64_t(sizeof(Words)); bytes -= sizeof(Words), p += sizeof(Words)) {
+      Words words;
+      std::memcpy(&words, p, sizeof(words));
+      add(words);
+    }
+    if (bytes > 0) {
+      Words words{};
+      std::memcpy(&words, p, bytes);
+      add(words);
+    }
+  }
+
+  Hash hash() const {
+    Hash result;
+    for (int i = 0; i < kWords; ++i) {
+      result.low = mixed(result.low ^ sum_[0][i]);
+      result.high = mixed(result.high ^ sum_[1][i]);
+    }
+    return result;
+  }
+
+ private:
+  static constexpr int kWords = kLanes / 2;
+  using Words = SimdPairs::U;
+
+  void add(Words words) {
+    for (int i = 0; i < 2; ++i) {
+      const Words t = words ^ key_[i];
+      sum_[i] += words + (t & 0xffffffffu) * (t >> 32);
+      key_[i] += 0x9e3779b97f4a7c15u;
+    }
+  }
+
+  Words key_[2], sum_[2] = {};
+};
+
+// Largest absolute value of the finite ones among them.
+template <class C>
+double largest_of(const C* p, int64_t count) {
+  if constexpr (std::is_same_v<C, double>) {
+    double largest = 0;
+    for (int64_t i = 0; i < count; ++i)
+      largest = std::isfinite(p[i]) ? std::max(largest, std::abs(p[i])) : largest;
+    return largest;
+  } else {
+    UVec most{};  // magnitudes of floats are ordered as their bits are
+    const auto take = [&](Vec v) {
+      const UVec magnitude = UVec(v) & 0x7fffffffu;
+      const UVec finite = magnitude < 0x7f800000u ? magnitude : UVec{};
+      most = finite > most ? finite : most;
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+      take(load(p + i));
+    if (i < count)
+      take(read(p + i, 1, int(count - i)));
+    float largest = 0;
+    for (int lane = 0; lane < kLanes; ++lane)
+      largest = std::max(largest, Vec(most)[lane]);
+    return largest;
+  }
+}
+
+template <class C>
+Content content_of(const Codes<C>& codebook) {
+  const int64_t row_bytes = codebook.dim * sizeof(C);
+  const int64_t codes_per_run = std::max<int64_t>(1, kRun / row_bytes);
+  const int64_t runs = (codebook.count + codes_per_run - 1) / codes_per_run;
+  std::vector<Content> found(runs);
+  const bool gapless = codebook.code_stride == codebook.dim;
+  torch::stable::parallel_for(0, runs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t run = begin; run < end; ++run) {
+      const int64_t first = run * codes_per_run;
+      const int64_t last = std::min(first + codes_per_run, codebook.count);
+      Hasher hasher(run);
+      Content& content = found[run];
+      const int64_t step = gapless ? last - first : 1;
+      for (int64_t k = first; k < last; k += step) {
+        const C* codes = codebook.data + k * codebook.code_stride;
+        hasher.add(codes, step * row_bytes);
+        content.largest = std::max(content.largest, largest_of(codes, step * codebook.dim));
+      }
+      content.hash = hasher.hash();
+    }
+  });
+  Content whole;
+  Hasher hasher(~uint64_t{0});
+  for (const Content& content : found) {
+    hasher.add(&content.hash, sizeof(Hash));
+    whole.largest = std::max(whole.largest, content.largest);
+  }
+  whole.hash = hasher.hash();
+  return whole;
+}
+
+// Where a codebook lies and how it is read; what is packed depends on this and on the content.
+struct Place {
+  const void* data;
+  int64_t count, dim, code_stride;
+  size_t element;
+  const void* type;  // tells bfloat16 from float16
+  bool cosine, halved;
+  bool operator==(const Place&) const = default;
+};
+
+struct Entry {
+  Place place;
+  Hash hash;
+  std::shared_ptr<CodePanel> panel;
+};
+
+std::mutex mutex;
+std::list<Entry> entries;  // the last used first
+
+template <class C>
+constexpr char kType = 0;
+
+}  // namespace
+
+template <class C>
+double largest_component(const Codes<C>& codebook) {
+  return content_of(codebook).largest;
+}
+
+template <class C>
+std::shared_ptr<const CodePanel> packed_codebook(const Codes<C>& codebook,
+                                                 bool cosine,
+                                                 bool halved) {
+  const Place place{codebook.data, codebook.count, codebook.dim, codebook.code_stride,
+                    sizeof(C),     &kType<C>,      cosine,       halved};
+  const Content content = content_of(codebook);
+  std::shared_ptr<CodePanel> panel;
+  {
+    const std::lock_guard lock(mutex);
+    const auto entry = std::find_if(entries.begin(), entries.end(),
+                                    [&](const Entry& e) { return e.place == place; });
+    if (entry != entries.end()) {
+      if (entry->hash == content.hash) {
+        entries.splice(entries.begin(), entries, entry);
+        return entry->panel;
+      }
+      entries.erase(entry);
+    }
+  }
+  panel = std::make_shared<CodePanel>(
+      prepare_panel(codebook, content.largest, codebook.count, cosine, halved));
+  pack_panel(*panel, codebook, 0);
+  const std::lock_guard lock(mutex);
+  entries.push_front({place, content.hash, panel});
+  int64_t bytes = 0;
+  for (auto entry = entries.begin(); entry != entries.end();) {
+    bytes += entry->panel->bytes();
+    entry = bytes > kCacheBytes ? entries.erase(entry) : std::next(entry);
+  }
+  return panel;
+}
+
+void forget_codebooks() {
+  const std::lock_guard lock(mutex);
+  entries.clear();
+}
+
+#define INSTANTIATE(C)                                   \
+  template double largest_component<C>(const Codes<C>&); \
+  template std::shared_ptr<const CodePanel> packed_codebook<C>(const Codes<C>&, bool, bool);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(torch::headeronly::BFloat16)
+INSTANTIATE(torch::headeronly::Half)
+#undef INSTANTIATE
+
+}  // namespace genperf
+
+STABLE_TORCH_LIBRARY_IMPL(genperf, CompositeExplicitAutograd, m) {
+  m.impl("forget_codebooks", TORCH_BOX(&genperf::forget_codebooks));
+}

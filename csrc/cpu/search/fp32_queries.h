@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Queries as the matrix unit reads them: rows of z = (x - c) * scale in bfloat16.
+#pragma once
+
+#include "cpu/common/vector_rows.h"
+#include "cpu/search/block_maxima.h"
+#include "cpu/search/code_panel.h"
+#include "cpu/search/error_bounds.h"
+
+namespace genperf {
+
+static_assert(kRows == kAmxTile);
+
+template <class W>
+Vec centred(const W* x, Vec centre, float scale, int count) {
+  alignas(64) W padded[kLanes] = {};
+  std::copy_n(x, count, padded);
+  return centred(padded, centre, scale);
+}
+
+// halves [32, depth, 32] of `count` rows, and zeros below them; columns [zh, zh, zl] if the panel
+// is split.
+template <class W>
+ErrorBounds pack_rows(const W* const* rows, int count, const CodePanel& panel, uint16_t* halves) {
+  using Narrow = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+  const int64_t length = panel.depth * kDepth;
+  const auto put = [](uint16_t* to, Vec v) {
+    const Narrow bits = __builtin_convertvector(UVec(v) >> 16, Narrow);
+    std::memcpy(to, &bits, sizeof(bits));
+  };
+  alignas(64) float whole[kRows] = {}, low[kRows] = {}, left[kRows] = {};
+  for (int i = 0; i < count; ++i) {
+    uint16_t* const half = halves + i * length;
+    uint16_t columns[kDepth + kLanes] = {};
+    Vec squares{}, low_squares{}, left_squares{};
+    const auto take = [&](int64_t d, Vec z) {
+      const Vec high = round_to_bfloat16(z);
+      Vec rest = z - high;
+      squares = fma(z, z, squares);
+      if (panel.split) {
+        const Vec second = round_to_bfloat16(rest);
+        // Each part is followed by zeros, over which the next one is written.
+        put(columns, high);
+        put(columns + panel.dim, high);
+        put(columns + 2 * panel.dim, second);
+        low_squares = fma(second, second, low_squares);
+        rest -= second;
+      } else {
+        put(half + d, high);
+      }
+      left_squares = fma(rest, rest, left_squares);
+    };
+    const float* const centre = panel.centre.get();
+    int64_t d = 0;
+    for (; d + kLanes <= panel.dim; d += kLanes)
+      take(d, centred(rows[i] + d, load(centre + d), panel.scale));
+    if (d < panel.dim) {
+      take(d, centred(rows[i] + d, load(centre + d), panel.scale, int(panel.dim - d)));
+      d += kLanes;
+    }
+    if (panel.split)
+      std::memcpy(half, columns, kDepth * sizeof(uint16_t));
+    else
+      std::fill(half + d, half + length, 0);
+    whole[i] = float(Pack<float>::total(squares));
+    low[i] = float(Pack<float>::total(low_squares));
+    left[i] = float(Pack<float>::total(left_squares));
+  }
+  std::fill(halves + count * length, halves + kRows * length, 0);
+  ErrorBounds bounds;
+  for (int first = 0; first < kRows; first += kLanes)
+    bounds.set(first, {load(whole + first), load(low + first), load(left + first)}, panel);
+  return bounds;
+}
+
+}  // namespace genperf

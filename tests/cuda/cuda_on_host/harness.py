@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds kernels for the CPU and runs checks of them under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+The sanitizers must be in the process before Python is, so checks run in a child: a test file runs itself as a program.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[2] / "csrc"
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def compile_on_host(sources: list[Path], output: Path, *flags: str) -> Path:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("the emulation needs g++, which is not on PATH.")
+    if not all(os.path.isabs(path) for path in preloads()):
+        pytest.skip("g++ has no shared libasan and libubsan.")
+    language = "-std=c++20 -O1 -g1 -Wall -Wextra -Werror -Wno-unknown-pragmas -DGENPERF_CUDA_ON_HOST"
+    sanitizers = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+    options = [*language.split(), *sanitizers.split(), f"-I{HERE.parent}", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", *flags]
+    subprocess.run([compiler, *options, "-x", "c++", *sources, "-o", output], check=True)
+    return output
+
+
+def compile_kernels(ops: tuple[str, ...], launchers: str, folder: Path) -> Path:
+    sources = [*(CSRC / "cuda" / f"{op}.cu" for op in ops), HERE / launchers]
+    return compile_on_host(sources, folder / "kernels.so", "-fPIC", "-shared")
+
+
+def preloads() -> list[str]:
+    # libstdc++ as well: the sanitizer looks for the function that throws when it starts.
+    names = ("libasan.so", "libubsan.so", "libstdc++.so")
+    return [subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in names]
+
+
+def run_in_child(test_file: str, library: Path, checks: list[str]) -> str:
+    """What the child printed: a line for each check that passed, else its traceback or the sanitizer's report."""
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(preloads()),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, test_file, str(library), *checks]
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
+
+def run_checks(checks: dict[str, Callable]) -> None:
+    """The child's part: its arguments are the library and the names of the checks."""
+    torch.set_num_threads(1)
+    library = ctypes.CDLL(sys.argv[1])
+    for check in sys.argv[2:]:
+        torch.manual_seed(0)
+        try:
+            checks[check](library)
+            print(check, "passed", flush=True)
+        except Exception:
+            traceback.print_exc()
+
+
+class Strides(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("outer", "channel", "inner")]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Strides":
+        return cls(*tensor.stride())
+
+
+class SampleTensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((f"{name}_stride", ctypes.c_int64) for name in ("batch", "row", "column")),
+        ("float32", ctypes.c_bool),
+        ("together", ctypes.c_bool),
+    ]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "SampleTensor":
+        return cls(tensor.data_ptr() if tensor.numel() else None, *tensor.stride(), tensor.dtype == torch.float32, False)
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "rows", "columns")]
+
+
+def structure(*fields: tuple[str, type]) -> type[ctypes.Structure]:
+    """A struct of C++, from the names of its members in order and their types."""
+
+    class Params(ctypes.Structure):
+        _fields_ = [(name, kind) for names, kind in fields for name in names.split()]
+
+    return Params
+
+
+def fill(params: type[ctypes.Structure], **fields: object) -> ctypes.Structure:
+    """The struct with tensors as pointers, with their strides where it has them, or as SampleTensors; None stays null."""
+    filled, kinds = params(), dict(params._fields_)
+    for name, value in fields.items():
+        if isinstance(value, Tensor):
+            filled._tensors = (*getattr(filled, "_tensors", ()), value)  # they live as long as the struct
+            if f"{name}_strides" in kinds:
+                setattr(filled, f"{name}_strides", Strides.of(value))
+            value = SampleTensor.of(value) if kinds[name] is SampleTensor else value.data_ptr() if value.numel() else None
+        if value is not None:
+            setattr(filled, name, value)
+    return filled
+
+
+def nan_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.full_like(x, float("nan"), dtype=dtype)
+
+
+def nans(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def assert_close(name: str, actual: Tensor, exact: Tensor, scale: Tensor, tolerance: float = 2e-6) -> None:
+    """One rounding to the result's dtype, plus `tolerance` times the magnitude of what was added up."""
+    assert actual.shape == exact.shape, name
+    assert not actual.isnan().any(), f"{name}: unwritten elements"
+    error = torch.where(actual == exact.to(actual.dtype), 0, (actual.double() - exact).abs())  # 0 too where both overflow
+    bound = torch.finfo(actual.dtype).eps * exact.abs() + torch.finfo(actual.dtype).tiny + tolerance * scale
+    assert (error <= bound).all(), f"{name}: error {(error - bound).max()} above the bound"
+
+
+def philox(words: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """Philox 4x32-10 of counters [..., 4], uint64 that hold 32 bits."""
+    low = np.uint64(0xFFFFFFFF)
+    c0, c1, c2, c3 = (words[..., i].astype(np.uint64) for i in range(4))
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        high0, high1 = p0 >> np.uint64(32), p1 >> np.uint64(32)
+        c0, c1, c2, c3 = high1 ^ c1 ^ np.uint64(k0), p1 & low, high0 ^ c3 ^ np.uint64(k1), p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3], -1)
+
+
+def words_of(seed: int, rows: int, count: int, first_quad: int = 0) -> np.ndarray:
+    """The first `count` random words of each row, from quad `first_quad` on."""
+    quads = -(-count // 4)
+    counter = np.zeros((rows, quads, 4), dtype=np.uint64)
+    counter[..., 0] = np.arange(quads) + (first_quad & 0xFFFFFFFF)
+    counter[..., 1] = first_quad >> 32
+    counter[..., 2] = np.arange(rows)[:, None]
+    words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+    return words.reshape(rows, 4 * quads)
+
+
+def exponentials(words: np.ndarray) -> np.ndarray:
+    return -np.log((words + 0.5) * 2.0**-32)
+
+
+def normal_noise(seed: int, rows: int, count: int) -> Tensor:
+    words = words_of(seed, rows, count)
+    radius = np.sqrt(2 * exponentials(words[:, 0::2]))
+    angle = 2 * np.pi * words[:, 1::2] * 2.0**-32
+    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)
+    return torch.from_numpy(pairs.reshape(words.shape)[:, :count].copy())
+
+
+def gumbel_noise(seed: int, rows: int, count: int) -> Tensor:
+    return torch.from_numpy(-np.log(exponentials(words_of(seed, rows, count)))[:, :count].copy())
+
+
+def uniform_noise(seed: int, rows: int, count: int, first_quad: int = 0) -> Tensor:
+    words = words_of(seed, rows, count, first_quad)[:, :count]
+    return torch.from_numpy((words >> np.uint64(8)) * 2.0**-24)

@@ -1,0 +1,245 @@
+"""The GPU side without a GPU: kernels compile for each architecture within its limits, and CUDA ops trace on fake tensors."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import genperf
+from genperf import _library
+
+triton = pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+ARCHS = (80, 90, 100)
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+MAX_REGISTERS = 128  # of 65536, so that a multiprocessor holds 512 threads
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+def compile_triton(kernel, types, arguments, arch):
+    """Compile a Triton kernel for an architecture as a launch would: pointers to whole vectors, components side by side."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    options = {name: value for name, value in arguments.items() if name not in kernel.arg_names}
+    constants = {name: value for name, value in arguments.items() if name in kernel.arg_names}
+    constants |= {name: 1 for name in ("stride_d", "stride_code_d") if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name == "depth"]
+    return compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}),
+        target=GPUTarget("cuda", arch, 32),
+        options=options,
+    )
+
+
+def resources(cubin: bytes, path: Path) -> dict[str, int]:
+    """What the assembler reports: registers of a thread, bytes of its stack and of local memory."""
+    path.write_bytes(cubin)
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    report = subprocess.run([cuobjdump, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    return {name: max(map(int, re.findall(rf"{name}:(\d+)", report))) for name in ("REG", "STACK", "LOCAL")}
+
+
+def types(dtype):
+    """Types of the arguments of the search's kernels."""
+    pointers = {
+        **dict.fromkeys(("x", "codebook"), dtype),
+        **dict.fromkeys(("operand", "tail", "queries"), "bf16"),
+        **dict.fromkeys(("centre", "maxima", "best", "bound"), "fp32"),
+    } | {"mask": "i1", "indices": "i64", "limits": "i32"}
+    small = (
+        "count", "rows", "inner", "first_inner", "num_codes", "padded", "tiles", "blocks", "splits", "dim", "depth",
+        "stride_d", "stride_inner", "stride_k", "stride_code_d",
+    )  # fmt: skip
+    large = ("first", "first_outer", "positions", "stride_head", "stride_outer", "stride_codebook")
+    return {
+        **{name: f"*{kind}" for name, kind in pointers.items()},
+        **dict.fromkeys(small, "i32"),
+        **dict.fromkeys(large, "i64"),
+    }
+
+
+# D and K of every regime: split operands in a depth of 16 and of 32, the bias among the columns and apart, streamed queries;
+# blocks of 8, 32 and 128 codes.
+SHAPES = ((4, 8192), (8, 262144), (18, 262144), (32, 8192), (64, 512), (128, 262144), (256, 16384), (200, 262144))
+
+
+def kernels():
+    """Name, kernel, D, K, dtype, architectures, and the launch arguments that a Shape gives."""
+    from genperf.kernels import nearest_code as module
+
+    search = {"COSINE": False, "PLANAR": False}
+
+    def kernel(name, dim, codes, dtype="fp32", archs=ARCHS):
+        arguments = {
+            "centre": lambda _: {"COSINE": False, **module.CENTRE_OPTIONS},
+            "prepare": lambda shape: {"COSINE": False, **shape.prepare_options()},
+            "coarse": lambda shape: {**search, **shape.coarse_options()},
+            "round": lambda _: {**search, **module.ROUND_OPTIONS},
+            "stream": lambda shape: shape.coarse_options(),
+            "exact": lambda shape: {**search, "HAS_MASK": True, **shape.exact_options()},
+            "settle": lambda shape: {"COSINE": False, **shape.settle_options()},
+        }
+        function = getattr(module, f"nearest_code_{name}_kernel")
+        return pytest.param(function, dim, codes, dtype, archs, arguments[name], id=f"{name}-{dim}-{codes}-{dtype}")
+
+    for dim, codes in SHAPES:
+        yield kernel("coarse" if dim <= 128 else "stream", dim, codes)
+    for dim, codes in ((4, 8192), (18, 262144), (256, 16384)):
+        yield kernel("exact", dim, codes)
+    for name in ("centre", "prepare", "round", "settle"):
+        yield kernel(name, 64, 512)
+    # Another dtype changes the loads alone.
+    for name in ("prepare", "coarse", "round", "exact"):
+        yield kernel(name, 16, 1024, "bf16", (90,))
+    yield kernel("coarse", 16, 1024, "fp16", (90,))
+
+
+@pytest.mark.parametrize(("kernel", "dim", "codes", "dtype", "archs", "arguments"), list(kernels()))
+def test_triton_kernels_compile(kernel, dim, codes, dtype, archs, arguments, tmp_path):
+    from genperf.kernels.nearest_code import Shape
+
+    for arch in archs:
+        launch = arguments(Shape(dim, codes, arch // 10))
+        compiled = compile_triton(kernel, types(dtype), launch, arch)
+        used = resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
+        assert compiled.metadata.shared <= SHARED_MEMORY[arch]
+        assert used["STACK"] == used["LOCAL"] == 0
+        warps = launch["num_warps"] * min(65536 // (used["REG"] * 32 * launch["num_warps"]), 32)
+        if compiled.metadata.shared:
+            warps = min(warps, launch["num_warps"] * (SHARED_MEMORY[arch] // compiled.metadata.shared))
+        print(f"sm_{arch}: {used['REG']} registers, {compiled.metadata.shared} bytes of shared memory, {warps} warps at a time")
+        # Where the epilogue is the limit, one program is to multiply while another takes maxima.
+        assert warps >= (16 if arch == 90 and dim <= 32 and "coarse" in kernel.__name__ else 8)
+        ptx = compiled.asm["ptx"]
+        if "coarse" in kernel.__name__ or "stream" in kernel.__name__:
+            assert {80: "bf16.bf16.f32", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch] in ptx
+            if arch == 90:
+                epilogue = ptx.partition("max.f32")[2].partition("bra")[0]
+                assert epilogue.count("max.f32") > 50
+                assert "shfl" not in epilogue, "the maxima leave their threads"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda path: path.stem)
+def test_cuda_kernels_compile_without_spills(source, tmp_path):
+    targets = [flag for arch in ARCHS for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
+    command = ["nvcc", "-std=c++20", "-O3", *targets, "-Xptxas", "-v", "-I", ROOT / "csrc", "-c", source, "-o", tmp_path / "kernel.o"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
+    assert len(frames) >= len(ARCHS), run.stderr
+    assert all(frame == ("0", "0", "0") for frame in frames), run.stderr
+    kernels = re.findall(r"entry function '(\w+)' for '(sm_\d+)'.*?Used (\d+) registers", run.stderr, re.DOTALL)
+    for name, arch, registers in sorted(kernels, key=lambda kernel: (kernel[1], -int(kernel[2]))):
+        # A multiprocessor has 65,536 registers, given to warps in pieces of 256, and room for 64 warps.
+        warps = min(64, 65536 // (-(-int(registers) * 32 // 256) * 256))
+        print(f"{arch} {registers:>3} registers, {warps / 64:.0%} of the warps: {name}")
+    assert max(int(registers) for *_, registers in kernels) <= MAX_REGISTERS, run.stderr
+
+
+def test_cuda_ops_trace_on_fake_tensors():
+    """Shapes, dtypes and strides of the CUDA path on a machine that has no GPU.
+
+    Without one autograd refuses or aborts on fake CUDA tensors, so the backward op is called by itself too.
+    """
+    if _library.cuda_failure is not None:
+        pytest.skip(f"no CUDA library: {_library.cuda_failure}")
+    autograd = torch.cuda.is_available()
+    with FakeTensorMode():
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.empty(2, 8, 5, 7, device="cuda", dtype=dtype, requires_grad=autograd)
+            codebook = torch.empty(30, 8, device="cuda", requires_grad=autograd)
+            quantized, indices, loss = genperf.vector_quantize(x, codebook, channel_dim=1)
+            assert (quantized.shape, quantized.dtype, quantized.device.type) == (x.shape, dtype, "cuda")
+            assert quantized.stride() == x.stride()
+            assert (indices.shape, indices.dtype) == ((2, 5, 7), torch.int64)
+            assert (loss.shape, loss.dtype) == ((), torch.float32)
+            counts, sums = genperf.code_statistics(x, indices, 30, channel_dim=1)
+            assert (counts.shape, sums.shape) == ((30,), (30, 8))
+            assert genperf.nearest_code(x, codebook, channel_dim=1, impl="triton").device.type == "cuda"
+            if autograd:
+                grads = torch.autograd.grad(quantized.float().sum() + loss, (x, codebook))
+                assert [g.shape for g in grads] == [x.shape, codebook.shape]
+            flat, valid = x.detach().flatten(2), torch.empty((), dtype=torch.int64, device="cuda")
+            grad = torch.ops.genperf.vector_quantize_backward(flat, loss, flat, codebook, indices.flatten(1), valid, 0.25, True)
+            assert (grad.shape, grad.dtype, grad.stride()) == (flat.shape, dtype, flat.stride())
+
+
+def check_like(tensor, x, dtype=None):
+    assert (tensor.shape, tensor.dtype, tensor.stride()) == (x.shape, dtype or x.dtype, x.stride())
+    assert tensor.device.type == "cuda"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cuda_sampling_and_penalties_trace_on_fake_tensors(dtype):
+    if _library.cuda_failure is not None:
+        pytest.skip(f"no CUDA library: {_library.cuda_failure}")
+    ops = torch.ops.genperf
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 5, 7, device="cuda", dtype=dtype)
+        seed = torch.empty((), device="cuda", dtype=torch.int64)
+        sample, kl = genperf.gaussian_sample(x, torch.empty_like(x), dtype=torch.float32)
+        check_like(sample, x, torch.float32)
+        check_like(kl, torch.empty(2))
+        for layout in (torch.contiguous_format, torch.channels_last):
+            sample, indices, kl = genperf.gumbel_sample(x.to(memory_format=layout), dim=1)
+            check_like(sample, x.to(memory_format=layout))
+            check_like(indices, torch.empty(2, 5, 7, dtype=torch.int64))
+            check_like(kl, torch.empty(2, 5, 7))
+        for codes, indices in (genperf.finite_scalar_quantize(x, [5] * 8, channel_dim=1), genperf.lookup_free_quantize(x, channel_dim=1)):
+            check_like(codes, x)
+            check_like(indices, torch.empty(2, 5, 7, dtype=torch.int64))
+        check_like(genperf.interpolate(x, x), x)
+        check_like(genperf.gradient_norm_penalty(x), torch.empty(()))
+        features = x.flatten(2)
+        check_like(genperf.minibatch_similarity(features), torch.empty(2, 8, dtype=dtype))
+
+        grads = [torch.empty_like(features) for _ in range(2)]
+        given = (None, None, features, None, features, features)
+        assert ops.gaussian_sample_backward(*grads, *given, None, None, None, seed, 0.0) is None
+        kl, statistics = torch.empty(2, 35, device="cuda"), torch.empty(4, 2, 35, device="cuda")
+        assert ops.gumbel_sample_backward(grads[0], features, kl, features, statistics, None, 1.0, None, seed) is None
+        grads = ops.interpolate_backward(features, features, features, None, seed)
+        for result, expected in zip(grads, (features, features, torch.empty(2)), strict=True):
+            check_like(result, expected)
+        penalty, norms = torch.empty((), device="cuda"), torch.empty(2, device="cuda")
+        check_like(ops.gradient_norm_penalty_backward(penalty, features, norms, 1.0, False), features)
+        check_like(ops.finite_scalar_quantize_backward(features, features, [5] * 8, False, False), features)
+        check_like(ops.lookup_free_quantize_backward(features, features, 1.0), features)
+        check_like(ops.minibatch_similarity_backward(torch.empty(2, 8, device="cuda", dtype=dtype), features), features)
+
+
+CUDA_OPS = [
+    "nearest_code",
+    "vector_quantize",
+    "vector_quantize_backward",
+    "code_statistics",
+    "finite_scalar_quantize",
+    "finite_scalar_quantize_backward",
+    "lookup_free_quantize",
+    "lookup_free_quantize_backward",
+    "gaussian_sample",
+    "gaussian_sample_backward",
+    "gumbel_sample",
+    "gumbel_sample_backward",
+    "interpolate",
+    "interpolate_backward",
+    "gradient_norm_penalty",
+    "gradient_norm_penalty_backward",
+    "minibatch_similarity",
+    "minibatch_similarity_backward",
+]
+
+
+def test_cuda_kernels_are_registered():
+    if _library.cuda_failure is not None:
+        pytest.skip(f"no CUDA library: {_library.cuda_failure}")
+    for op in CUDA_OPS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"genperf::{op}", "CUDA"), op

@@ -1,0 +1,111 @@
+"""README.md and docs/: examples run, links lead to files, and every public name is on some page."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import genperf
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
+
+# A fenced block, with what follows its three backquotes.
+BLOCK = re.compile(r"^```(?P<kind>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def python_blocks(page, kind):
+    """Code objects of the page's blocks of a kind; an error in one names the line of the page."""
+    text = page.read_text()
+    for match in BLOCK.finditer(text):
+        if match["kind"] == kind:
+            lines_above = text[: match.start("code")].count("\n")
+            yield compile("\n" * lines_above + match["code"], str(page), "exec")
+
+
+def shell_commands(page):
+    for match in BLOCK.finditer(page.read_text()):
+        if match["kind"] == "sh":
+            for line in match["code"].replace("\\\n", " ").splitlines():
+                yield from line.split("&&")
+
+
+def readme_setup():
+    """What the short examples of README.md take for granted: tensors, networks and a statistics file."""
+    extractor = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 16))
+    features = torch.randn(100, 16)
+    mean, cov = features.mean(0), features.T.cov()
+    genperf.metrics.save_statistics("imagenet-256.npz", mean, cov)
+    return {
+        "x": torch.randn(2, 64, 8, 8),
+        "codebook": torch.randn(32, 64),
+        "moments": torch.randn(2, 8, 4, 4),
+        "logits": torch.randn(2, 32, 8, 8),
+        "tau": 0.5,
+        "critic": nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 1)),
+        "real": torch.rand(4, 3, 8, 8),
+        "fake": torch.rand(4, 3, 8, 8),
+        "features": torch.randn(6, 4, 3),
+        "extractor": extractor,
+        "mean1": mean,
+        "cov1": cov,
+        "mean2": mean,
+        "cov2": cov,
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    if page == README:
+        namespace |= readme_setup()
+    for block in python_blocks(page, "python"):
+        exec(block, namespace)
+    assert all(python_blocks(page, "python no-run"))  # they compile
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_example_runs(example, tmp_path):
+    result = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_have_these_options(page):
+    from genperf.cli.main import _parser
+
+    for command in shell_commands(page):
+        words = shlex.split(command, comments=True)
+        if "genperf" in words and words[0] in ("genperf", "torchrun", "python"):
+            _parser().parse_args(words[words.index("genperf") + 1 :])
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    text = re.sub(r"`[^`\n]*`", "", BLOCK.sub("", page.read_text()))
+    links = [link.split("#")[0] for link in LINK.findall(text) if "://" not in link]
+    missing = [link for link in links if link and not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_every_public_name_is_on_a_page():
+    code = []
+    for page in PAGES:
+        text = page.read_text()
+        code += [match["code"] for match in BLOCK.finditer(text)]
+        code += re.findall(r"`([^`\n]+)`", BLOCK.sub("", text))
+    mentioned = set(re.findall(r"\w+", "\n".join(code)))
+    modules = (genperf, genperf.nn, genperf.losses, genperf.metrics, genperf.models)
+    names = [(module.__name__, name) for module in modules for name in module.__all__ if not name.startswith("__")]
+    # systems.md says once that XConfig is the configuration of X.
+    missing = [f"{module}.{name}" for module, name in names if name.removesuffix("Config") not in mentioned]
+    assert not missing

@@ -1,0 +1,67 @@
+"""Trains every system on a few random images in float64, in one process or under torchrun; saves losses and states.
+
+python train_small_systems.py FILE
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+
+from genperf.models import SYSTEMS
+from genperf.training import trainer as training
+from genperf.training.data import LabelledImages
+from genperf.training.runs import Settings, build_system
+
+SMALL = {
+    "width": 8,
+    "hidden": 8,
+    "dim": 4,
+    "latent_dim": 4,
+    "num_codes": 5,
+    "prior_width": 8,
+    "normal_class": 1,
+    "labels_per_class": 2,
+    "critic_steps": 2,
+    "instance_noise": 0.1,
+    "feature_matching": 0.1,
+}
+EPOCHS = 2
+BATCH = 8
+
+
+def images() -> LabelledImages:
+    generator = torch.Generator().manual_seed(0)
+    return LabelledImages(torch.rand(24, 1, 16, 16, generator=generator), torch.arange(24) % 3)
+
+
+def train(name: str, fabric: Fabric) -> dict:
+    data = images()
+    config = {field.name: SMALL[field.name] for field in dataclasses.fields(SYSTEMS[name].Config) if field.name in SMALL}
+    settings = Settings(epochs=EPOCHS, batch_size=BATCH, seed=3)
+    system = build_system(name, settings, config, data).double()
+    data = LabelledImages(*system.prepare(*data))
+    run = training.Training(fabric, system, data, settings)
+    with fabric.strategy.precision.forward_context():
+        system.initialize(data.images[run.batches()[0]].double())
+    run.run(EPOCHS, lambda: None)
+    return {"history": run.history, "model": system.state_dict()}
+
+
+def main() -> None:
+    world = int(training.os.environ.get("WORLD_SIZE", 1))
+    strategy = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if world > 1 else "auto"
+    # In float64 rounding stays far below what Adam, which divides by the gradient's size, would make of it.
+    fabric = Fabric(accelerator="cpu", devices=world, strategy=strategy, precision="64-true")
+    fabric.launch()
+    torch.set_num_threads(1)
+    results = {name: train(name, fabric) for name in SYSTEMS}
+    if fabric.is_global_zero:
+        torch.save(results, Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
