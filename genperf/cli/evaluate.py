@@ -83,11 +83,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     extractor = classifier = None
     notes = []
-    reason = sampling.refusal(system)
+    reason = sampling.cannot_sample(system)
     if reason is None:
         if arguments.extractor is not None:
             extractor = _in_colour(load_extractor(arguments.extractor, pixels=arguments.pixels, weights=arguments.weights, device=device))
-        without = classifiers.refusal(training)
+        without = classifiers.unsuitable(training)
         if without is None:
             with _writing(folder):
                 classifier = classifiers.trained_classifier(training, held_out, folder=folder, device=device)

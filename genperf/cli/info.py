@@ -65,9 +65,9 @@ def info_lines() -> list[str]:
 
 def _implementation(op: str, device: torch.device) -> list[str]:
     # importlib, because `genperf.ops.<op>` names the function.
-    refusals = importlib.import_module(f"genperf.ops.{op}").refusals(device, torch.float32)
-    chosen = next(name for name, refusal in refusals.items() if refusal is None)
-    passed_over = [f"{'':29}not {name}: {refusal}" for name, refusal in refusals.items() if refusal is not None]
+    unavailable = importlib.import_module(f"genperf.ops.{op}").unavailable(device, torch.float32)
+    chosen = next(name for name, reason in unavailable.items() if reason is None)
+    passed_over = [f"{'':29}not {name}: {reason}" for name, reason in unavailable.items() if reason is not None]
     return [f"  {op:<21} {device.type:<4} {chosen}", *passed_over]
 
 

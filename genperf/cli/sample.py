@@ -35,13 +35,13 @@ def run(arguments: argparse.Namespace) -> int:
     for module, package in (("numpy", "numpy"), ("PIL", "pillow")):
         import_extra(module, package, "train")
     from ..training.runs import load_run
-    from ..training.sampling import draw, num_conditions, refusal
+    from ..training.sampling import cannot_sample, draw, num_conditions
     from ..training.seeding import seeded
 
     _check_out(arguments.out)
     device = options.device(arguments.device)
     found = load_run(arguments.folder, device, data=arguments.data)
-    reason = refusal(found.system)
+    reason = cannot_sample(found.system)
     if reason is not None:
         raise UserError(f"{found.name} cannot be sampled from: {reason}.")
     labels = _chosen_labels(arguments, found.name, num_conditions(found.system))

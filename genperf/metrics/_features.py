@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._distributed import gather_numbers
-from ..ops._common import check_float, check_tensor
+from ..ops._validate import check_float, check_tensor
 from ..ops.covariance_factor import working_dtype
 
 
@@ -106,7 +106,7 @@ class FeatureStore(nn.Module):
     def _take_rows(self, features: Tensor, dim: int | None) -> Tensor:
         """Features as rows on the store's device."""
         rows = feature_rows(type(self).__name__, features, dim)
-        self.refuse_if_synced()
+        self.check_not_synced()
         if not self._is_placed and not self.count:
             self._move(rows.device)
         return rows.to(self._device)
@@ -124,7 +124,7 @@ class FeatureStore(nn.Module):
             self._move(device)
         return self
 
-    def refuse_if_synced(self) -> None:
+    def check_not_synced(self) -> None:
         """Samples that came after a sync would be in one process alone."""
         if self._synced:
             raise RuntimeError(f"{type(self).__name__}: it holds the samples of all processes; reset() before it takes in others.")

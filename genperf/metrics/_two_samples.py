@@ -72,7 +72,7 @@ class TwoSampleMetric(nn.Module):
                     raise ValueError(f"{type(self).__name__}: merged features must have one dimension, got {mine.dim} and {theirs.dim}.")
         for mine, theirs in ((self.real, other.real), (self.fake, other.fake)):
             if theirs.count:
-                mine.refuse_if_synced()
+                mine.check_not_synced()
         self.real.merge(other.real)
         self.fake.merge(other.fake)
 

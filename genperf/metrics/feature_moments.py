@@ -128,7 +128,7 @@ class FeatureMoments(FeatureStore):
             raise ValueError(f"FeatureMoments: merged moments must have one dimension, got {self.dim} and {other.dim}.")
         if not other.count:
             return self
-        self.refuse_if_synced()
+        self.check_not_synced()
         with torch.inference_mode(False), torch.no_grad():
             self._flush()
             other._flush()

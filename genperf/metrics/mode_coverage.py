@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._common import check_tensor
+from ..ops._validate import check_tensor
 from ..ops.covariance_factor import working_dtype
 from ._features import whole_number
 

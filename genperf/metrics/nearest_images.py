@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._common import HALF_DTYPES, check_float, check_tensor
+from ..ops._precision import HALF_DTYPES
+from ..ops._validate import check_float, check_tensor
 from ..ops.nearest_code import nearest_code
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..ops._common import check_float, check_tensor
+from ..ops._validate import check_float, check_tensor
 
 
 def lerp(

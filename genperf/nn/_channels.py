@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._common import as_positions, check_channel_dim, check_positions, check_tensor, from_positions
+from ..ops._layout import as_positions, from_positions
+from ..ops._validate import check_channel_dim, check_positions, check_tensor
 
 
 def check_input(name: str, x: Tensor, channel_dim: int, mask: Tensor | None) -> int:

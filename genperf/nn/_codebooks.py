@@ -10,9 +10,10 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from .._distributed import gather_numbers, gather_rows, sum_over_processes, world_size
-from ..ops._common import HALF_DTYPES, accumulator_dtype, choose_impl
-from ..ops.code_statistics import refusals as statistics_refusals
+from ..ops._dispatch import choose_impl
+from ..ops._precision import HALF_DTYPES, accumulator_dtype
 from ..ops.code_statistics import statistics
+from ..ops.code_statistics import unavailable as statistics_unavailable
 from ..ops.kmeans import kmeans
 from ..ops.nearest_code import METRICS
 
@@ -207,7 +208,7 @@ class Codebooks(nn.Module):
         if not self.follows or update == "none":
             return
         books = self.books
-        impl = choose_impl("code_statistics", None, statistics_refusals(x.device, x.dtype))
+        impl = choose_impl("code_statistics", None, statistics_unavailable(x.device, x.dtype))
         counts, sums = statistics(x.detach(), indices, books.shape[0] * self.num_codes, None, None, impl)
         batch = counts.view(books.shape[:2]), sums.view(books.shape)
         self.gather_statistics(*batch, vectors, assigned)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .._distributed import joint_sum
-from ..ops._common import accumulator_dtype, normalized
+from ..ops._precision import accumulator_dtype, normalized
 from ..ops.lookup_free_entropy import check_group, code_mass, entropy_of
 from ..ops.lookup_free_quantize import check_bits, check_scale, code_size, lookup_free_decode, lookup_free_quantize
 from ._channels import check_input, codebooks_last, decode_codebooks, linear

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._common import accumulator_dtype, as_positions, choose_impl, from_positions, positions_shape
-from ..ops.nearest_code import refusals as search_refusals
+from ..ops._dispatch import choose_impl
+from ..ops._layout import as_positions, from_positions, positions_shape
+from ..ops._precision import accumulator_dtype
 from ..ops.nearest_code import search
+from ..ops.nearest_code import unavailable as search_unavailable
 from ..ops.residual_vector_quantize import quantize_residual, residual_code_statistics
 from ..ops.vector_quantize import GRADIENTS
 from ._codebooks import UPDATES, Codebooks, Weights, _update, copied, project
@@ -292,7 +294,7 @@ class ResidualVectorQuantizer(Codebooks):
                 return
             codes, counts = self._normalized(found[0].to(residual)), found[1]
             levels.append((codes, codes.new_ones(codes.shape[:2]) if counts is None else counts))
-            impl = choose_impl("nearest_code", None, search_refusals(residual.device, residual.dtype))
+            impl = choose_impl("nearest_code", None, search_unavailable(residual.device, residual.dtype))
             index = search(residual, codes, None, self.metric, impl)
             group = torch.arange(self.groups, device=index.device).view(-1, 1, 1)
             residual = residual - codes[group, index].transpose(2, 3)

@@ -6,25 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._common import (
-    accumulator_dtype,
-    as_positions,
-    check_channel_dim,
-    check_float,
-    check_positions,
-    check_tensor,
-    choose_impl,
-    from_positions,
-    positions_shape,
-    refuse_forward_mode,
-)
+from ..ops._dispatch import choose_impl
+from ..ops._layout import as_positions, from_positions, positions_shape
 from ..ops._noise import first_sample
+from ..ops._precision import accumulator_dtype
+from ..ops._validate import check_channel_dim, check_float, check_positions, check_tensor
 from ..ops.code_entropy import code_entropy
-from ..ops.nearest_code import refusals as search_refusals
 from ..ops.nearest_code import search
+from ..ops.nearest_code import unavailable as search_unavailable
 from ..ops.sample_code import draw_codes
 from ..ops.vector_quantize import GRADIENTS, quantize
-from ..ops.vector_quantize import refusals as quantize_refusals
+from ..ops.vector_quantize import unavailable as quantize_unavailable
 from ._codebooks import UPDATES, Codebooks, Weights, copied, project
 
 
@@ -226,9 +218,7 @@ class VectorQuantizer(Codebooks):
         folded, indices = _fold(vectors), _fold(self._numbered(assigned))
         weights = self.codebook_weight, self.commitment_weight
         codes = (books if self.codebook_weight > 0 else books.detach()).flatten(0, 1)
-        refusals = quantize_refusals(x.device, folded.dtype)
-        refuse_forward_mode(refusals, folded, codes)
-        impl = choose_impl("vector_quantize", None, refusals)
+        impl = choose_impl("vector_quantize", None, quantize_unavailable(x.device, folded.dtype), folded, codes)
         quantized, loss = quantize(folded, codes, indices, *weights, self.gradient, impl)
         diversity, orthogonal = self._diversity(vectors, books, valid), self._orthogonality(books, assigned)
         terms = LossTerms(loss / (sum(weights) or 1.0), diversity, orthogonal)
@@ -345,7 +335,7 @@ class VectorQuantizer(Codebooks):
         if temperature > 0:
             logits = "dot" if self.metric == "cosine" else "distance"
             return draw_codes(vectors, books, temperature, logits, 2, valid, first=first)
-        impl = choose_impl("nearest_code", None, search_refusals(vectors.device, vectors.dtype))
+        impl = choose_impl("nearest_code", None, search_unavailable(vectors.device, vectors.dtype))
         return search(vectors, books, valid, self.metric, impl)
 
     def _first_vector(self, vectors: Tensor, x: Tensor) -> int:

@@ -1,4 +1,4 @@
-from ._common import reference_ops
+from ._dispatch import reference_ops
 from ._noise import sample_offset
 from .code_cross_entropy import code_cross_entropy
 from .code_entropy import code_entropy

@@ -10,19 +10,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ._common import (
-    accumulator_dtype,
-    apply,
-    as_positions,
-    check_positions,
-    check_tensor,
-    choose_impl,
-    differentiate,
-    full_float32,
-    refuse_forward_mode,
-    register_fake,
-)
+from ._autograd import apply, differentiate
+from ._dispatch import choose_impl, register_fake
+from ._layout import as_positions
 from ._noise import gumbel_noise
+from ._precision import accumulator_dtype, full_float32
+from ._validate import check_positions, check_tensor
 from .nearest_code import _as_head_positions, _check_search
 
 LOGITS = ("distance", "squared_distance", "dot")
@@ -52,7 +45,7 @@ def check_arguments(op: str, x: Tensor, codebook: Tensor, temperature: float, lo
     return channel
 
 
-def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Which implementations cannot run, and why; best first."""
     from genperf import _library
 
@@ -82,9 +75,7 @@ def code_softmax(
     """
     if temperature == 0:
         raise ValueError(f"{op}: temperature must be positive, got {temperature!r}.")
-    reasons = refusals(x.device, x.dtype)
-    refuse_forward_mode(reasons, x, codebook)
-    chosen = choose_impl(op, impl, reasons)
+    chosen = choose_impl(op, impl, unavailable(x.device, x.dtype), x, codebook)
     positions, codes = with_heads(x, codebook, channel)
     shape = (positions.shape[0], positions.shape[1], positions.shape[3])
     mask = None if mask is None else mask.reshape(shape)

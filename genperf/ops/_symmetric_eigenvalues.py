@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._common import register_fake
+from ._dispatch import register_fake
 
 # The sizes from which the compiled kernel was measured to be quicker than LAPACK, which reduces a small matrix in cache. Without
 # fused multiply-add it never is.

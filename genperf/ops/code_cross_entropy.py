@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ._code_softmax import check_arguments, code_softmax, refusals
+from ._code_softmax import check_arguments, code_softmax, unavailable
 from .code_statistics import check_indices
 
-__all__ = ["code_cross_entropy", "refusals"]
+__all__ = ["code_cross_entropy", "unavailable"]
 
 
 def code_cross_entropy(

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ._code_softmax import check_arguments, code_softmax, refusals
+from ._code_softmax import check_arguments, code_softmax, unavailable
 
-__all__ = ["code_entropy", "refusals"]
+__all__ = ["code_entropy", "unavailable"]
 
 
 def code_entropy(

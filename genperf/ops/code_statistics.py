@@ -4,17 +4,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ._common import (
-    accumulator_dtype,
-    as_positions,
-    check_channel_dim,
-    check_float,
-    check_positions,
-    check_tensor,
-    choose_impl,
-    native_refusal,
-    register_fake,
-)
+from ._dispatch import choose_impl, native_unavailable, register_fake
+from ._layout import as_positions
+from ._precision import accumulator_dtype
+from ._validate import check_channel_dim, check_float, check_positions, check_tensor
 
 
 def code_statistics(
@@ -63,7 +56,7 @@ def code_statistics(
         check_tensor(op, "weights", weights)
         check_float(op, "weights", weights)
         check_positions(op, "weights", weights, x, channel)
-    chosen = choose_impl(op, impl, refusals(x.device, x.dtype))
+    chosen = choose_impl(op, impl, unavailable(x.device, x.dtype))
     positions = as_positions(x.detach(), channel)
     shape = (positions.shape[0], positions.shape[2])
     indices = indices.reshape(shape).contiguous()
@@ -99,9 +92,9 @@ def check_indices(op: str, indices: Tensor, x: Tensor, channel: int, num_codes: 
         raise IndexError(f"{op}: indices must lie between -1 and {num_codes - 1}, got {low} ... {high}.")
 
 
-def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Implementations of the statistics, best first, and why each cannot run on this device and dtype."""
-    return {"native": native_refusal("code_statistics", device, dtype), "reference": None}
+    return {"native": native_unavailable("code_statistics", device, dtype), "reference": None}
 
 
 def code_statistics_reference(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import BLOCK
-from ._common import check_float, check_tensor
+from ._validate import check_float, check_tensor
 
 # What is left of a covariance may be this large, in units of its variances, before it is refused: rounding of float32 is below it.
 INDEFINITE = 1e-2

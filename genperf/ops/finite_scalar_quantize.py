@@ -7,22 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._common import (
-    ValueOf,
-    accumulator_dtype,
-    apply,
-    as_positions,
-    check_channel_dim,
-    check_float,
-    check_tensor,
-    choose_impl,
-    differentiate,
-    from_positions,
-    positions_shape,
-    refuse_forward_mode,
-    register_fake,
-    streaming_refusals,
-)
+from ._autograd import ValueOf, apply, differentiate
+from ._dispatch import choose_impl, register_fake, streaming_unavailable
+from ._layout import as_positions, from_positions, positions_shape
+from ._precision import accumulator_dtype
+from ._validate import check_channel_dim, check_float, check_tensor
 
 MAX_CHANNELS = 64
 MAX_LEVELS = 2**20
@@ -151,10 +140,8 @@ def quantize_levels(
             f"{op}: the channel dimension of x must have one channel for each of the {len(levels)} levels, got {x.shape[channel]} "
             f"(x {list(x.shape)}, channel_dim={channel_dim})."
         )
-    reasons = refusals(x.device, x.dtype)
-    refuse_forward_mode(reasons, x)
     positions = as_positions(x, channel)
-    if choose_impl(op, impl, reasons) == "reference":
+    if choose_impl(op, impl, unavailable(x.device, x.dtype), x) == "reference":
         quantized, indices = finite_scalar_quantize_reference(positions, levels, symmetric, hard, indexed)
     elif torch.is_grad_enabled() and x.requires_grad:
         quantized, indices = apply(_FiniteScalarQuantize, positions, levels, symmetric, hard, indexed)
@@ -163,9 +150,9 @@ def quantize_levels(
     return from_positions(quantized, x, channel), indices.reshape(positions_shape(x, channel)) if indexed else None
 
 
-def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Which implementations cannot run, and why; best first."""
-    return streaming_refusals("finite_scalar_quantize", device, dtype)
+    return streaming_unavailable("finite_scalar_quantize", device, dtype)
 
 
 class _FiniteScalarQuantize(torch.autograd.Function):

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from ._common import check_float, check_tensor, choose_impl, refuse_forward_mode
+from ._dispatch import choose_impl
+from ._validate import check_float, check_tensor
 from .covariance_factor import working_dtype
-from .trace_sqrt_product import Side, check_precision, check_side, check_together, refusals, result_dtype, trace_of_sides
+from .trace_sqrt_product import Side, check_precision, check_side, check_together, result_dtype, trace_of_sides, unavailable
 
 
 def frechet_distance(
@@ -48,9 +49,7 @@ def frechet_distance(
     _check_mean(op, 1, mean1, sides[0])
     _check_mean(op, 2, mean2, sides[1])
     check_precision(op, precision)
-    reasons = refusals(mean1.device)
-    refuse_forward_mode(reasons, mean1, mean2, cov1, cov2, factor1, factor2)
-    chosen = choose_impl(op, impl, reasons)
+    chosen = choose_impl(op, impl, unavailable(mean1.device), mean1, mean2, cov1, cov2, factor1, factor2)
     dtype = result_dtype(mean1, mean2, *(side.tensor for side in sides))
     working = working_dtype(mean1.device)
     # In the working dtype from here on, so that what the terms have in common cancels before it is rounded.

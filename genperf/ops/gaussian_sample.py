@@ -6,22 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._common import (
-    HALF_DTYPES,
-    accumulator_dtype,
-    apply,
-    as_rows,
-    check_float,
-    check_noise,
-    check_tensor,
-    choose_impl,
-    differentiate,
-    refuse_forward_mode,
-    register_fake,
-    rows_fit,
-    streaming_refusals,
-)
+from ._autograd import apply, differentiate
+from ._dispatch import choose_impl, register_fake, streaming_unavailable
+from ._layout import as_rows, rows_fit
 from ._noise import draw_seed, first_sample, normal_noise
+from ._precision import HALF_DTYPES, accumulator_dtype
+from ._validate import check_float, check_noise, check_tensor
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -88,11 +78,10 @@ def gaussian_sample(
         raise ValueError(f"{op}: free_bits must not be negative, got {free_bits!r}.")
     if dtype not in (None, mean.dtype) and not (dtype == torch.float32 and mean.dtype in HALF_DTYPES):
         raise TypeError(f"{op}: dtype must be None, mean's, or float32 with half-precision moments, got {dtype} for {mean.dtype}.")
-    reasons = refusals(mean.device, mean.dtype)
+    reasons = unavailable(mean.device, mean.dtype)
     if noise is not None and noise.requires_grad and torch.is_grad_enabled():
         reasons["native"] = reasons["native"] or "noise requires a gradient, which the kernels do not compute."
-    refuse_forward_mode(reasons, mean, logvar, prior_mean, prior_logvar, noise)
-    chosen = choose_impl(op, impl, reasons)
+    chosen = choose_impl(op, impl, reasons, mean, logvar, prior_mean, prior_logvar, noise)
 
     seed = draw_seed(op, mean.device, generator) if noise is None else None
     if seed is not None and first_sample():
@@ -106,9 +95,9 @@ def gaussian_sample(
     return _forward(*inputs, noise, seed, dim, free_bits, wide)
 
 
-def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Which implementations cannot run, and why; best first."""
-    return streaming_refusals("gaussian_sample", device, dtype)
+    return streaming_unavailable("gaussian_sample", device, dtype)
 
 
 def _check_moments(op: str, name: str, mean: Tensor, logvar_name: str, logvar: Tensor | None, dim: int) -> torch.Size:

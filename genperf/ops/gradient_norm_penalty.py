@@ -5,18 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from ._common import (
-    accumulator_dtype,
-    apply,
-    as_rows,
-    check_float,
-    check_tensor,
-    choose_impl,
-    differentiate,
-    refuse_forward_mode,
-    register_fake,
-    streaming_refusals,
-)
+from ._autograd import apply, differentiate
+from ._dispatch import choose_impl, register_fake, streaming_unavailable
+from ._layout import as_rows
+from ._precision import accumulator_dtype
+from ._validate import check_float, check_tensor
 
 
 def gradient_norm_penalty(
@@ -58,9 +51,7 @@ def gradient_norm_penalty(
         raise ValueError(f"{op}: gradients must have a batch dimension, got a scalar.")
     if not 0 <= center < math.inf:
         raise ValueError(f"{op}: center must be a norm, at least 0 and finite, got {center!r}.")
-    reasons = refusals(gradients.device, gradients.dtype)
-    refuse_forward_mode(reasons, gradients)
-    chosen = choose_impl(op, impl, reasons)
+    chosen = choose_impl(op, impl, unavailable(gradients.device, gradients.dtype), gradients)
     if chosen == "reference":
         return gradient_norm_penalty_reference(gradients, center, one_sided)
     (rows,) = as_rows([gradients])
@@ -69,9 +60,9 @@ def gradient_norm_penalty(
     return torch.ops.genperf.gradient_norm_penalty(rows, center, one_sided)[0]
 
 
-def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Which implementations cannot run, and why; best first."""
-    return streaming_refusals("gradient_norm_penalty", device, dtype)
+    return streaming_unavailable("gradient_norm_penalty", device, dtype)
 
 
 class _GradientNormPenalty(torch.autograd.Function):

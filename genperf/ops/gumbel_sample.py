@@ -6,25 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import (
-    HALF_DTYPES,
-    ValueOf,
-    accumulator_dtype,
-    apply,
-    as_positions,
-    check_float,
-    check_noise,
-    check_tensor,
-    choose_impl,
-    differentiate,
-    from_positions,
-    like_positions,
-    positions_shape,
-    refuse_forward_mode,
-    register_fake,
-    streaming_refusals,
-)
+from ._autograd import ValueOf, apply, differentiate
+from ._dispatch import choose_impl, register_fake, streaming_unavailable
+from ._layout import as_positions, from_positions, like_positions, positions_shape
 from ._noise import draw_seed, first_sample, gumbel_noise
+from ._precision import HALF_DTYPES, accumulator_dtype
+from ._validate import check_float, check_noise, check_tensor
 
 
 def gumbel_sample(
@@ -94,12 +81,11 @@ def gumbel_sample(
             raise ValueError(f"{op}: tau must be a number or a tensor of one element, got shape {list(tau.shape)}.")
     elif not 0 <= tau < math.inf:
         raise ValueError(f"{op}: tau must not be negative, got {tau!r}.")
-    reasons = refusals(logits.device, logits.dtype)
+    reasons = unavailable(logits.device, logits.dtype)
     for name, value in (("tau", tau), ("noise", noise)):
         if torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
             reasons["native"] = reasons["native"] or f"{name} requires a gradient, which the kernels do not compute."
-    refuse_forward_mode(reasons, logits, codebook, tau, noise)
-    chosen = choose_impl(op, impl, reasons)
+    chosen = choose_impl(op, impl, reasons, logits, codebook, tau, noise)
 
     temperature, tau = (tau.to(logits.device, torch.float32), 0.0) if isinstance(tau, Tensor) else (None, float(tau))
     seed = draw_seed(op, logits.device, generator) if noise is None else None
@@ -122,9 +108,9 @@ def gumbel_sample(
     return from_positions(sample, logits, dim), indices.reshape(shape), kl.reshape(shape)
 
 
-def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Which implementations cannot run, and why; best first."""
-    return streaming_refusals("gumbel_sample", device, dtype)
+    return streaming_unavailable("gumbel_sample", device, dtype)
 
 
 def _check_codebook(op: str, codebook: Tensor, logits: Tensor, dim: int) -> None:

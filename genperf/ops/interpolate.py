@@ -5,19 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from ._common import (
-    ValueOf,
-    accumulator_dtype,
-    apply,
-    as_rows,
-    check_float,
-    check_tensor,
-    choose_impl,
-    refuse_forward_mode,
-    register_fake,
-    streaming_refusals,
-)
+from ._autograd import ValueOf, apply
+from ._dispatch import choose_impl, register_fake, streaming_unavailable
+from ._layout import as_rows
 from ._noise import draw_seed, first_sample, uniform_noise, uniform_weights
+from ._precision import accumulator_dtype
+from ._validate import check_float, check_tensor
 
 
 def interpolate(
@@ -103,9 +96,9 @@ def perturb(
     return _mix(op, real, None, spread, weight, generator, impl)
 
 
-def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Which implementations cannot run, and why; best first."""
-    return streaming_refusals("interpolate", device, dtype)
+    return streaming_unavailable("interpolate", device, dtype)
 
 
 def _check_samples(op: str, real: Tensor) -> None:
@@ -132,11 +125,10 @@ def _mix(
             raise TypeError(
                 f"{op}: weight must be float32 or have real's dtype {real.dtype}, on {real.device}, got {weight.dtype} on {weight.device}."
             )
-    reasons = refusals(real.device, real.dtype)
+    reasons = unavailable(real.device, real.dtype)
     if fake is None and weight is not None and weight.requires_grad and torch.is_grad_enabled():
         reasons["native"] = reasons["native"] or "weight requires a gradient, which the kernel does not compute for noise."
-    refuse_forward_mode(reasons, real, fake, weight)
-    chosen = choose_impl(op, impl, reasons)
+    chosen = choose_impl(op, impl, reasons, real, fake, weight)
     # Perturbation draws its noise in any case.
     seed = draw_seed(op, real.device, generator) if weight is None or fake is None else None
     if seed is not None and first_sample():

@@ -5,19 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import (
-    accumulator_dtype,
-    as_positions,
-    check_channel_dim,
-    check_float,
-    check_tensor,
-    choose_impl,
-    native_refusal,
-    positions_shape,
-)
+from ._dispatch import choose_impl, native_unavailable
+from ._layout import as_positions, positions_shape
+from ._precision import accumulator_dtype
+from ._validate import check_channel_dim, check_float, check_tensor
 from .code_statistics import statistics
 from .nearest_code import check_metric, search
-from .nearest_code import refusals as search_refusals
+from .nearest_code import unavailable as search_unavailable
 
 INITS = ("k-means++", "random")
 
@@ -122,7 +116,7 @@ def kmeans(
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"{op}: generator must be a torch.Generator or None, got {type(generator).__name__}.")
     _check_init(op, init, [x.shape[0]] * heads + [num_codes, x.shape[channel]], x.device)
-    chosen = choose_impl(op, impl, refusals(x.device, x.dtype))
+    chosen = choose_impl(op, impl, unavailable(x.device, x.dtype))
 
     x = x.detach()
     with torch.no_grad():
@@ -148,11 +142,11 @@ def _check_init(op: str, init: str | Tensor, shape: list[int], device: torch.dev
         raise ValueError(f"{op}: x and init must be on one device, got {device} and {init.device}.")
 
 
-def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Implementations of k-means, best first, and why each cannot run on this device and dtype."""
-    native = native_refusal("kmeans", device, dtype)
+    native = native_unavailable("kmeans", device, dtype)
     if native is None and device.type == "cuda":
-        native = search_refusals(device, dtype)["triton"]
+        native = search_unavailable(device, dtype)["triton"]
     return {"native": native, "reference": None}
 
 

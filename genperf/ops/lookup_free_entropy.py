@@ -5,20 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._common import (
-    accumulator_dtype,
-    apply,
-    as_positions,
-    check_channel_dim,
-    check_float,
-    check_positions,
-    check_tensor,
-    choose_impl,
-    differentiate,
-    full_float32,
-    normalized,
-    refuse_forward_mode,
-)
+from ._autograd import apply, differentiate
+from ._dispatch import choose_impl
+from ._layout import as_positions
+from ._precision import accumulator_dtype, full_float32, normalized
+from ._validate import check_channel_dim, check_float, check_positions, check_tensor
 from .lookup_free_quantize import check_bits, check_scale, code_size
 
 MAX_GROUP = 24
@@ -109,15 +100,13 @@ def code_mass(
     op: str, x: Tensor, channel: int, mask: Tensor | None, sharpness: float, group: int, impl: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over vectors: entropies [], probabilities of each group's codes [groups, 2^group]; the number of vectors."""
-    reasons = refusals(x.device, x.dtype)
-    refuse_forward_mode(reasons, x)
     positions = as_positions(x, channel)
     if mask is not None:
         mask = mask.reshape(positions.shape[0], positions.shape[2])
         count = mask.sum(dtype=accumulator_dtype(x.dtype))
     else:
         count = positions.new_full((), positions.shape[0] * positions.shape[2], dtype=accumulator_dtype(x.dtype))
-    if choose_impl(op, impl, reasons) == "reference":
+    if choose_impl(op, impl, unavailable(x.device, x.dtype), x) == "reference":
         entropy, mass = code_mass_reference(positions, mask, sharpness, group)
     elif torch.is_grad_enabled() and x.requires_grad:
         entropy, mass = apply(_CodeMass, positions, mask, sharpness, group)
@@ -133,7 +122,7 @@ def entropy_of(mass: Tensor, floor: float | None = None) -> Tensor:  # [groups, 
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny if floor is None else floor).log()).sum(-1)
 
 
-def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Which implementations cannot run, and why; best first."""
     return {"native": None, "reference": None}
 

@@ -4,21 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._common import (
-    ValueOf,
-    apply,
-    as_positions,
-    check_channel_dim,
-    check_float,
-    check_tensor,
-    choose_impl,
-    differentiate,
-    from_positions,
-    positions_shape,
-    refuse_forward_mode,
-    register_fake,
-    streaming_refusals,
-)
+from ._autograd import ValueOf, apply, differentiate
+from ._dispatch import choose_impl, register_fake, streaming_unavailable
+from ._layout import as_positions, from_positions, positions_shape
+from ._validate import check_channel_dim, check_float, check_tensor
 from .finite_scalar_quantize import check_indices
 
 MAX_BITS = 63
@@ -67,10 +56,8 @@ def lookup_free_quantize(
     channel = check_channel_dim(op, x, channel_dim)
     check_bits(op, x.shape[channel])
     check_scale(op, scale)
-    reasons = refusals(x.device, x.dtype)
-    refuse_forward_mode(reasons, x)
     positions = as_positions(x, channel)
-    if choose_impl(op, impl, reasons) == "reference":
+    if choose_impl(op, impl, unavailable(x.device, x.dtype), x) == "reference":
         quantized, indices = lookup_free_quantize_reference(positions, scale, spherical)
     elif torch.is_grad_enabled() and x.requires_grad:
         quantized, indices = apply(_LookupFreeQuantize, positions, scale, spherical)
@@ -132,9 +119,9 @@ def code_size(scale: float, spherical: bool, bits: int) -> float:
     return scale / bits**0.5 if spherical else scale
 
 
-def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Which implementations cannot run, and why; best first."""
-    return streaming_refusals("lookup_free_quantize", device, dtype)
+    return streaming_unavailable("lookup_free_quantize", device, dtype)
 
 
 class _LookupFreeQuantize(torch.autograd.Function):

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from . import _polar
-from ._common import ValueOf, apply, choose_impl, differentiate, refuse_forward_mode
+from ._autograd import ValueOf, apply, differentiate
+from ._dispatch import choose_impl
 from .covariance_factor import check_covariance, factor_without_sync, working_dtype
-from .trace_sqrt_product import refusals, result_dtype
+from .trace_sqrt_product import result_dtype, unavailable
 
 
 def matrix_sqrt(a: Tensor, *, impl: str | None = None) -> Tensor:
@@ -38,9 +39,7 @@ def matrix_sqrt(a: Tensor, *, impl: str | None = None) -> Tensor:
     """
     op = "matrix_sqrt"
     check_covariance(op, "a", a, batched=True)
-    reasons = refusals(a.device)
-    refuse_forward_mode(reasons, a)
-    chosen = choose_impl(op, impl, reasons)
+    chosen = choose_impl(op, impl, unavailable(a.device), a)
     with torch.autocast(a.device.type, enabled=False):
         working = a.to(working_dtype(a.device))
         root = matrix_sqrt_reference(working) if chosen == "reference" else apply(_MatrixSqrt, working, chosen)[0]

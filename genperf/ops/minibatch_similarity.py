@@ -5,17 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from ._common import (
-    accumulator_dtype,
-    apply,
-    check_float,
-    check_tensor,
-    choose_impl,
-    differentiate,
-    refuse_forward_mode,
-    register_fake,
-    streaming_refusals,
-)
+from ._autograd import apply, differentiate
+from ._dispatch import choose_impl, register_fake, streaming_unavailable
+from ._precision import accumulator_dtype
+from ._validate import check_float, check_tensor
 
 
 def minibatch_similarity(
@@ -49,9 +42,7 @@ def minibatch_similarity(
     check_float(op, "features", features)
     if features.dim() != 3:
         raise ValueError(f"{op}: features must be [N, B, C], got shape {list(features.shape)}.")
-    reasons = refusals(features.device, features.dtype)
-    refuse_forward_mode(reasons, features)
-    chosen = choose_impl(op, impl, reasons)
+    chosen = choose_impl(op, impl, unavailable(features.device, features.dtype), features)
     if chosen == "reference":
         return minibatch_similarity_reference(features)
     features = features.contiguous()
@@ -60,9 +51,9 @@ def minibatch_similarity(
     return torch.ops.genperf.minibatch_similarity(features)
 
 
-def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Which implementations cannot run, and why; best first."""
-    return streaming_refusals("minibatch_similarity", device, dtype)
+    return streaming_unavailable("minibatch_similarity", device, dtype)
 
 
 class _MinibatchSimilarity(torch.autograd.Function):

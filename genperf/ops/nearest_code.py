@@ -3,18 +3,9 @@
 import torch
 from torch import Tensor
 
-from ._common import (
-    as_positions,
-    check_channel_dim,
-    check_tensor,
-    check_vectors,
-    choose_impl,
-    implement_on_cuda,
-    native_refusal,
-    position_split,
-    positions_shape,
-    register_fake,
-)
+from ._dispatch import choose_impl, implement_on_cuda, native_unavailable, register_fake
+from ._layout import as_positions, position_split, positions_shape
+from ._validate import check_channel_dim, check_tensor, check_vectors
 
 METRICS = ("euclidean", "cosine")
 
@@ -69,7 +60,7 @@ def nearest_code(
     """
     channel = _check_search("nearest_code", x, codebook, channel_dim)
     check_metric("nearest_code", metric)
-    chosen = choose_impl("nearest_code", impl, refusals(x.device, x.dtype))
+    chosen = choose_impl("nearest_code", impl, unavailable(x.device, x.dtype))
     x, codebook = x.detach(), codebook.detach()
     positions = as_positions(x, channel) if codebook.dim() == 2 else _as_head_positions(x, channel)
     return search(positions, codebook, None, metric, chosen).reshape(positions_shape(x, channel))
@@ -121,13 +112,13 @@ def check_metric(op: str, metric: str) -> None:
         raise ValueError(f"{op}: metric must be one of {', '.join(METRICS)}, got {metric!r}.")
 
 
-def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Implementations of the search, best first, and why each cannot run on this device and dtype."""
-    native = native_refusal("nearest_code", device, dtype) if device.type != "cuda" else "on CUDA the search is a Triton kernel."
-    return {"native": native, "triton": _triton_refusal(device, dtype), "reference": None}
+    native = native_unavailable("nearest_code", device, dtype) if device.type != "cuda" else "on CUDA the search is a Triton kernel."
+    return {"native": native, "triton": _triton_unavailable(device, dtype), "reference": None}
 
 
-def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+def _triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     from genperf import _library
 
     if device.type != "cuda":

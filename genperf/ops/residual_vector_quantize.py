@@ -4,26 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import (
-    ValueOf,
-    accumulator_dtype,
-    apply,
-    as_positions,
-    check_positions,
-    check_tensor,
-    check_vectors,
-    choose_impl,
-    differentiate,
-    from_positions,
-    implement_on_cuda,
-    native_refusal,
-    positions_shape,
-    refuse_forward_mode,
-    register_fake,
-)
+from ._autograd import ValueOf, apply, differentiate
+from ._dispatch import choose_impl, implement_on_cuda, native_unavailable, register_fake
+from ._layout import as_positions, from_positions, positions_shape
+from ._precision import accumulator_dtype
+from ._validate import check_positions, check_tensor, check_vectors
 from .code_statistics import code_statistics_reference
 from .nearest_code import check_metric, search
-from .nearest_code import refusals as search_refusals
+from .nearest_code import unavailable as search_unavailable
 from .vector_quantize import GRADIENTS, rotate
 
 
@@ -132,9 +120,7 @@ def quantize_residual(
         check_positions(op, "mask", mask, x, channel)
     number = codebooks.shape[0]
     used = _check_levels(op, levels, number, x)
-    reasons = refusals(x.device, x.dtype)
-    refuse_forward_mode(reasons, x, codebooks)
-    chosen = choose_impl(op, impl, reasons)
+    chosen = choose_impl(op, impl, unavailable(x.device, x.dtype), x, codebooks)
 
     positions = as_positions(x, channel)
     if mask is not None:
@@ -190,7 +176,7 @@ def residual_code_statistics(
         raise ValueError(f"{op}: indices must have shape {expected}, got {list(indices.shape)}.")
     if indices.dtype != torch.int64:
         raise TypeError(f"{op}: indices must be int64, got {indices.dtype}.")
-    chosen = choose_impl(op, impl, refusals(x.device, x.dtype))
+    chosen = choose_impl(op, impl, unavailable(x.device, x.dtype))
     positions = as_positions(x.detach(), channel)
     indices = indices.reshape(positions.shape[0], positions.shape[2], codebooks.shape[0]).contiguous()
     codes = codebooks.detach().to(accumulator_dtype(x.dtype))
@@ -199,11 +185,11 @@ def residual_code_statistics(
     return torch.ops.genperf.residual_code_statistics(positions, codes, indices, False)
 
 
-def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Implementations of the quantizer, best first, and why each cannot run on this device and dtype."""
-    native = native_refusal("residual_vector_quantize", device, dtype)
+    native = native_unavailable("residual_vector_quantize", device, dtype)
     if native is None and device.type == "cuda":
-        native = search_refusals(device, dtype)["triton"]
+        native = search_unavailable(device, dtype)["triton"]
     return {"native": native, "reference": None}
 
 

@@ -5,12 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-from ._code_softmax import check_arguments, logits_reference, refusals, with_heads
-from ._common import accumulator_dtype, choose_impl, positions_shape
+from ._code_softmax import check_arguments, logits_reference, unavailable, with_heads
+from ._dispatch import choose_impl
+from ._layout import positions_shape
 from ._noise import draw_seed, first_sample, gumbel_noise
+from ._precision import accumulator_dtype
 from .nearest_code import nearest_code
 
-__all__ = ["refusals", "sample_code"]
+__all__ = ["sample_code", "unavailable"]
 
 
 def sample_code(
@@ -63,7 +65,7 @@ def draw_codes(
     """`sample_code`, where `first` is given with the noise of the vectors first, first + 1, ... of a larger batch, in each head."""
     op = "sample_code"
     channel = check_arguments(op, x, codebook, temperature, logits, channel_dim, mask)
-    chosen = choose_impl(op, impl, refusals(x.device, x.dtype))
+    chosen = choose_impl(op, impl, unavailable(x.device, x.dtype))
     x, codebook = x.detach(), codebook.detach()
     if temperature == 0 and logits != "dot":
         indices = nearest_code(x, codebook, channel_dim=channel, impl="reference" if chosen == "reference" else None)

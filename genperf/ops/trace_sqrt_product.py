@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-from ._common import ValueOf, apply, check_float, check_tensor, choose_impl, differentiate, refuse_forward_mode
+from ._autograd import ValueOf, apply, differentiate
+from ._dispatch import choose_impl
 from ._nuclear import Side, eigen_route, polar_route
+from ._validate import check_float, check_tensor
 from .covariance_factor import check_covariance, working_dtype
 
 PRECISIONS = ("float64", "mixed")
@@ -59,9 +61,7 @@ def trace_sqrt_product(
     sides = (check_side(op, 1, cov1, factor1), check_side(op, 2, cov2, factor2))
     check_together(op, sides)
     check_precision(op, precision)
-    reasons = refusals(sides[0].tensor.device)
-    refuse_forward_mode(reasons, cov1, cov2, factor1, factor2)
-    chosen = choose_impl(op, impl, reasons)
+    chosen = choose_impl(op, impl, unavailable(sides[0].tensor.device), cov1, cov2, factor1, factor2)
     trace, error = trace_of_sides(sides, precision, return_error, chosen)
     return (trace, error) if return_error else trace
 
@@ -93,7 +93,7 @@ def check_precision(op: str, precision: str) -> None:
         raise ValueError(f"{op}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
 
 
-def refusals(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:
+def unavailable(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:
     """Which implementations cannot run, and why; best first. None of them depends on the dtype."""
     names = ("polar", "eigen") if device.type == "cuda" else ("eigen", "polar")
     return dict.fromkeys((*names, "reference"))

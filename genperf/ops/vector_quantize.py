@@ -3,25 +3,14 @@
 import torch
 from torch import Tensor
 
-from ._common import (
-    ValueOf,
-    accumulator_dtype,
-    apply,
-    as_positions,
-    check_positions,
-    check_tensor,
-    check_vectors,
-    choose_impl,
-    differentiate,
-    from_positions,
-    native_refusal,
-    positions_shape,
-    refuse_forward_mode,
-    register_fake,
-)
+from ._autograd import ValueOf, apply, differentiate
+from ._dispatch import choose_impl, native_unavailable, register_fake
+from ._layout import as_positions, from_positions, positions_shape
+from ._precision import accumulator_dtype
+from ._validate import check_positions, check_tensor, check_vectors
 from .code_statistics import check_indices
 from .nearest_code import check_metric, search
-from .nearest_code import refusals as search_refusals
+from .nearest_code import unavailable as search_unavailable
 
 GRADIENTS = ("straight_through", "rotation")
 
@@ -90,9 +79,7 @@ def vector_quantize(
         check_positions(op, "mask", mask, x, channel)
     if indices is not None:
         check_indices(op, indices, x, channel, codebook.shape[0])
-    reasons = refusals(x.device, x.dtype)
-    refuse_forward_mode(reasons, x, codebook)
-    chosen = choose_impl(op, impl, reasons)
+    chosen = choose_impl(op, impl, unavailable(x.device, x.dtype), x, codebook)
 
     positions = as_positions(x, channel)
     shape = (positions.shape[0], positions.shape[2])
@@ -126,11 +113,11 @@ def quantize(
     return quantized, error * (codebook_weight + commitment_weight)
 
 
-def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Implementations of the quantizer, best first, and why each cannot run on this device and dtype."""
-    native = native_refusal("vector_quantize", device, dtype)
+    native = native_unavailable("vector_quantize", device, dtype)
     if native is None and device.type == "cuda":
-        native = search_refusals(device, dtype)["triton"]
+        native = search_unavailable(device, dtype)["triton"]
     return {"native": native, "reference": None}
 
 

@@ -57,7 +57,7 @@ class Classifier(nn.Module):
         return self.output(self.hidden(images))
 
 
-def refusal(data: LabelledImages) -> str | None:
+def unsuitable(data: LabelledImages) -> str | None:
     """Why no classifier can be trained on the data, or None."""
     if data.labels is None:
         return "the data have no labels"
@@ -72,8 +72,8 @@ def train_classifier(training: LabelledImages, held_out: LabelledImages, device:
     Raises:
         ValueError: no labels, or fewer than two classes.
     """
-    if refusal(training) is not None:
-        raise ValueError(f"train_classifier: images of at least two classes are needed, but {refusal(training)}.")
+    if unsuitable(training) is not None:
+        raise ValueError(f"train_classifier: images of at least two classes are needed, but {unsuitable(training)}.")
     classes = max(training.num_classes, held_out.num_classes)
     with seeded(0, device):
         classifier = Classifier(tuple(training.images.shape[1:]), classes).to(device)

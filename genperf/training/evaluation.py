@@ -13,7 +13,7 @@ from ..models.system import System, evaluating
 from ..nn.vector_quantizer import code_usage
 from .classifier import Classifier, predict
 from .data import LabelledImages
-from .sampling import num_conditions, refusal, sample_batches
+from .sampling import cannot_sample, num_conditions, sample_batches
 from .seeding import seeded
 
 _COVERED = 0.2
@@ -66,7 +66,7 @@ def evaluate(
             if hasattr(system, "negative_elbo"):
                 scores["negative_elbo"] = _mean(system.negative_elbo(batch.to(device)) for batch in batches)
         scores |= _codes(system, held_out, batch_size) | _anomalies(system, held_out, batch_size) | _classes(system, held_out, batch_size)
-        if samples and refusal(system) is None:
+        if samples and cannot_sample(system) is None:
             scores |= _samples(system, training, held_out, samples, extractor, classifier, batch_size)
     return scores
 

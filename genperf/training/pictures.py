@@ -11,7 +11,7 @@ from .._errors import import_extra
 from ..models.latent import interpolations
 from ..models.system import System, evaluating, standard_normal
 from .data import LabelledImages
-from .sampling import draw, num_conditions, refusal
+from .sampling import cannot_sample, draw, num_conditions
 from .seeding import seeded
 
 _COLUMNS = 12
@@ -49,7 +49,7 @@ def write_pictures(
         return written[-1]
 
     with seeded(seed, device), evaluating(system):
-        if refusal(system) is None:
+        if cannot_sample(system) is None:
             _write_samples(path("samples.png"), system)
         if hasattr(system, "reconstruct"):
             write_comparison(path("reconstructions.png"), shown, system.reconstruct(shown))

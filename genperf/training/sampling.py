@@ -10,7 +10,7 @@ from .._errors import UserError
 from ..models.system import System
 
 
-def refusal(system: System) -> str | None:
+def cannot_sample(system: System) -> str | None:
     """Why the system draws no samples, or None."""
     if not hasattr(system, "sample"):
         return "it generates nothing"

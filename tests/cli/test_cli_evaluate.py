@@ -331,7 +331,7 @@ def test_classifier_is_kept_for_its_data(data, tmp_path, monkeypatch):
 )
 def test_classifier_needs_two_classes(labels, reason):
     images = LabelledImages(torch.rand(6, 1, 4, 4), labels)
-    assert classifiers.refusal(images) == reason
+    assert classifiers.unsuitable(images) == reason
     with pytest.raises(ValueError, match=f"images of at least two classes are needed, but {reason}"):
         train_classifier(images, images, CPU)
 

@@ -31,7 +31,8 @@ from torch.nn import functional as F
 
 from ...nn._channels import codebooks_last, linear, project
 from ...nn.lookup_free_quantizer import commitment, joint_entropies
-from ...ops._common import ValueOf, normalized
+from ...ops._autograd import ValueOf
+from ...ops._precision import normalized
 from ...ops.lookup_free_entropy import MAX_GROUP
 from ...ops.lookup_free_quantize import check_bits, code_size, lookup_free_decode, lookup_free_quantize
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..._distributed import sum_over_processes, world_size
 from ...nn._codebooks import _update, copied
-from ...ops._common import accumulator_dtype
+from ...ops._precision import accumulator_dtype
 from ...ops.residual_vector_quantize import quantize_residual, residual_code_statistics
 from .vector_quantize import VectorQuantize, loss_to_differentiate, refuse
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...ops._common import accumulator_dtype
+from ...ops._precision import accumulator_dtype
 from ...ops.vector_quantize import vector_quantize
 
 

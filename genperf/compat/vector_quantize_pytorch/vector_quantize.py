@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from ..._distributed import sum_over_processes, world_size
 from ...nn._codebooks import Weights, _offsets, _update, copied
 from ...nn.vector_quantizer import VectorQuantizer, _fold
-from ...ops._common import accumulator_dtype, choose_impl, refuse_forward_mode
+from ...ops._dispatch import choose_impl
+from ...ops._precision import accumulator_dtype
 from ...ops.code_cross_entropy import code_cross_entropy
-from ...ops.vector_quantize import quantize, refusals
+from ...ops.vector_quantize import quantize, unavailable
 
 
 class LossBreakdown(NamedTuple):
@@ -177,9 +178,7 @@ class Codebook(VectorQuantizer):
         codes = books.flatten(0, 1)
         routed = self.training and self.route_gradients and x.requires_grad
         x = x if self.training else x.detach()
-        reasons = refusals(x.device, x.dtype)
-        refuse_forward_mode(reasons, x, codes)
-        impl = choose_impl("vector_quantize", None, reasons)
+        impl = choose_impl("vector_quantize", None, unavailable(x.device, x.dtype), x, codes)
         quantized, error = quantize(x, codes if moves else codes.detach(), indices, float(moves), 1.0, self.gradient, impl)
         error = error - error.detach() / 2 if moves else error
         if routed and self.directional_variance is not None:

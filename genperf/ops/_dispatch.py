@@ -1,0 +1,100 @@
+"""Choice of an implementation: which ones an op has, why one cannot run here, and which one is used."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+log = logging.getLogger("genperf")
+IMPLEMENTATIONS = ("reference", "native", "triton", "eigen", "polar")
+_only_reference = False
+
+
+@contextmanager
+def reference_ops() -> Iterator[None]:
+    """Within this context every op without an `impl` of its own runs its reference, in plain PyTorch, in layers and losses too.
+
+    For comparisons, and to find out whether a kernel is to blame. It holds for the whole process, all threads.
+    """
+    global _only_reference
+    before, _only_reference = _only_reference, True
+    try:
+        yield
+    finally:
+        _only_reference = before
+
+
+def choose_impl(op: str, impl: str | None, unavailable: dict[str, str | None], *inputs: object) -> str:
+    """The name of the implementation to run.
+
+    Args:
+        unavailable: each implementation, best first, with None where it can run and otherwise a sentence that says why not.
+        inputs: arguments that may carry a forward-mode tangent, which the reference alone propagates.
+
+    Raises:
+        ValueError: an unknown `impl`.
+        NotImplementedError: a named `impl` that cannot run; it never falls back.
+    """
+    if _has_tangent(inputs):
+        reference_only = "forward-mode gradients are computed by the reference only."
+        unavailable = {name: reason if name == "reference" else reason or reference_only for name, reason in unavailable.items()}
+    if impl is None:
+        chosen = "reference" if _only_reference else next(name for name, reason in unavailable.items() if reason is None)
+        if not torch.compiler.is_compiling() and log.isEnabledFor(logging.DEBUG):
+            passed_over = "".join(f"; not {name}: {reason}" for name, reason in unavailable.items() if reason is not None)
+            log.debug("%s runs %s%s", op, chosen, passed_over)
+        return chosen
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{op}: impl must be None or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}.")
+    if unavailable.get(impl, "") is not None:
+        reason = unavailable.get(impl) or "this op has no such implementation."
+        raise NotImplementedError(f"{op}: impl={impl!r} cannot run here: {reason}")
+    return impl
+
+
+def _has_tangent(inputs: tuple[object, ...]) -> bool:
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in inputs)
+
+
+def native_unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the compiled kernel of `op` cannot run on this device and dtype, or None."""
+    from genperf import _library
+
+    if device.type == "cpu":
+        return _library.cpu_failure
+    if device.type == "cuda":
+        if dtype == torch.float64:
+            return "the CUDA kernels take float32, bfloat16 and float16."
+        return _library.cuda_failure
+    return f"no compiled kernel for device {device.type!r}."
+
+
+def streaming_unavailable(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Implementations of an op whose kernels, on every device, take float32, bfloat16 and float16 only."""
+    native = native_unavailable(op, device, dtype)
+    if native is None and dtype == torch.float64:
+        native = "the kernels take float32, bfloat16 and float16."
+    return {"native": native, "reference": None}
+
+
+def register_fake(op: str) -> Callable[[Callable], Callable]:
+    """Decorator: shapes, dtypes and strides of the compiled `op` without its data, for torch.compile and FakeTensors."""
+    from genperf import _library
+
+    if _library.cpu_failure is not None:
+        return lambda function: function
+    return torch.library.register_fake(f"genperf::{op}")
+
+
+def implement_on_cuda(op: str) -> Callable[[Callable], Callable]:
+    """Decorator: a Python launcher as the CUDA implementation of `op`, for ops whose kernel is Triton."""
+    from genperf import _library
+
+    if _library.cpu_failure is not None:
+        return lambda function: function
+    return torch.library.impl(f"genperf::{op}", "CUDA")

@@ -1,0 +1,68 @@
+"""Checks of arguments, each of which raises a sentence that names the op, the rule and what it got."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._layout import positions_shape
+from ._precision import HALF_DTYPES
+
+
+def check_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}.")
+
+
+def check_channel_dim(op: str, x: Tensor, channel_dim: int) -> int:
+    """The channel dimension as a non-negative number."""
+    if x.dim() == 0 or not -x.dim() <= channel_dim < x.dim():
+        raise ValueError(f"{op}: channel_dim must be a dimension of x, got channel_dim={channel_dim} for x of shape {list(x.shape)}.")
+    return channel_dim % x.dim()
+
+
+def check_positions(op: str, name: str, value: Tensor, x: Tensor, channel: int) -> None:
+    """`value` must hold one entry for each position of x."""
+    expected = positions_shape(x, channel)
+    if list(value.shape) != expected:
+        raise ValueError(f"{op}: {name} must have the shape of x without its channel dimension, {expected}, got {list(value.shape)}.")
+    if value.device != x.device:
+        raise ValueError(f"{op}: {name} and x must be on one device, got {value.device} and {x.device}.")
+
+
+def check_vectors(op: str, x: Tensor, codebook: Tensor, channel_dim: int) -> int:
+    """Check x against the codebook; the channel dimension as a non-negative number."""
+    check_tensor(op, "x", x)
+    check_tensor(op, "codebook", codebook)
+    channel = check_channel_dim(op, x, channel_dim)
+    if codebook.dim() != 2:
+        raise ValueError(f"{op}: codebook must have shape [K, D], got {list(codebook.shape)}.")
+    if codebook.shape[0] == 0 or codebook.shape[1] == 0:
+        raise ValueError(f"{op}: codebook must hold at least one code of at least one dimension, got shape {list(codebook.shape)}.")
+    if x.shape[channel] != codebook.shape[1]:
+        raise ValueError(
+            f"{op}: the channel dimension of x must be as long as a code, got {x.shape[channel]} channels "
+            f"(x {list(x.shape)}, channel_dim={channel_dim}) and codes of {codebook.shape[1]}."
+        )
+    check_float(op, "x", x)
+    if codebook.dtype != x.dtype and not (codebook.dtype == torch.float32 and x.dtype in HALF_DTYPES):
+        raise TypeError(f"{op}: codebook must have the dtype of x, or float32 with a half-precision x, got {codebook.dtype} and {x.dtype}.")
+    if codebook.device != x.device:
+        raise ValueError(f"{op}: x and codebook must be on one device, got {x.device} and {codebook.device}.")
+    return channel
+
+
+def check_float(op: str, name: str, value: Tensor) -> None:
+    if value.dtype not in (torch.float32, torch.float64, *HALF_DTYPES):
+        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}.")
+
+
+def check_noise(op: str, noise: Tensor, name: str, x: Tensor, shape: Sequence[int]) -> None:
+    """`noise` must have `shape`, be on x's device, and be float32 or of x's dtype."""
+    check_tensor(op, "noise", noise)
+    if noise.shape != shape:
+        raise ValueError(f"{op}: noise must have shape {list(shape)}, got {list(noise.shape)}.")
+    if noise.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"{op}: noise must be float32 or have the dtype of {name}, {x.dtype}, got {noise.dtype}.")
+    if noise.device != x.device:
+        raise ValueError(f"{op}: noise and {name} must be on one device, got {noise.device} and {x.device}.")
