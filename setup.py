@@ -81,8 +81,8 @@ class NinjaBuild(build_ext):
             sys.exit(f"genperf: no C++ compiler: {cxx!r} is not on PATH; install one or name it in CXX.")
         build = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()  # pip's folder is new each time
         build.mkdir(parents=True, exist_ok=True)
-        optimise = "-O3 -DNDEBUG" if os.environ.get("DEBUG", "0") in ("", "0") else "-O0 -g"
-        common = f"-std=c++20 {optimise} -fPIC -I{shlex.quote(str(ROOT / 'csrc'))} -DTORCH_TARGET_VERSION=0x020b000000000000"
+        optimize = "-O3 -DNDEBUG" if os.environ.get("DEBUG", "0") in ("", "0") else "-O0 -g"
+        common = f"-std=c++20 {optimize} -fPIC -I{shlex.quote(str(ROOT / 'csrc'))} -DTORCH_TARGET_VERSION=0x020b000000000000"
         torch_headers = " ".join(f"-isystem {shlex.quote(path)}" for path in include_paths())
         warnings = f"-Wall -Wextra -fvisibility=hidden -ffp-contract=off {os.environ.get('CXXFLAGS', '')}"
         # libtorch leads to torch's CUDA library where there is one, though nothing in it is named at link time.

@@ -16,7 +16,7 @@ SHAPE = (64, 3, 32, 32)
 
 
 def dcgan_critic():
-    """Radford et al. (2016), for images of 32 x 32 and without normalisation, as WGAN-GP needs it."""
+    """Radford et al. (2016), for images of 32 x 32 and without normalization, as WGAN-GP needs it."""
     layers = []
     for width_in, width in ((3, 64), (64, 128), (128, 256)):
         layers += [nn.Conv2d(width_in, width, 4, 2, 1), nn.LeakyReLU(0.2)]

@@ -49,7 +49,7 @@ class Case(NamedTuple):
         return 2 * (self.factor1 - self.factor2 @ vt[:rank].T @ u[:, :rank].T)
 
 
-def centred_factor(features: Tensor) -> tuple[Tensor, Tensor]:
+def centered_factor(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and factor [d, min(n, d)] of the unbiased covariance of features [n, d]."""
     mean = features.mean(0)
     factor = (features - mean).T / math.sqrt(len(features) - 1)
@@ -66,7 +66,7 @@ def make_cases(d: int, seed: int = 0) -> dict[str, Case]:
     mix = randn(d, d) / math.sqrt(d)
 
     def gaussian(n: int, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-        return centred_factor(factor * torch.relu(randn(n, d) @ mix + 0.1))
+        return centered_factor(factor * torch.relu(randn(n, d) @ mix + 0.1))
 
     def graded() -> Tensor:
         return torch.linalg.qr(randn(d, d)).Q * torch.logspace(0, -6, d, dtype=torch.float64)

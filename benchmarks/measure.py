@@ -34,7 +34,7 @@ def measure(
     """Time `function` and record what it did: the fewest bytes it must move, `facts` (op, workload and contender among them), peak memory.
 
     CPU: wall clock, at least `least_rounds` rounds (a third of them of calls over a second) and 0.3 s, to be judged by the minimum. CUDA:
-    quantiles of device time with a cold L2 cache, and the wall clock of synchronised calls. What takes a quarter of a minute is called
+    quantiles of device time with a cold L2 cache, and the wall clock of synchronized calls. What takes a quarter of a minute is called
     `once`: without a warm-up, and its memory is not counted.
     """
     benchmark.group = " ".join([f"{facts['op']} {facts['workload']}", *(f"{name}={facts[name]}" for name in "NKD" if name in facts)])
@@ -47,7 +47,7 @@ def measure(
         benchmark(function)
         return
     if once:
-        benchmark.pedantic(_synchronised(function, device), rounds=1, warmup_rounds=0)
+        benchmark.pedantic(_synchronized(function, device), rounds=1, warmup_rounds=0)
         return
     benchmark.extra_info["extra_bytes"] = peak_extra_bytes(function, device)
     if device == "cuda":
@@ -55,10 +55,10 @@ def measure(
 
         benchmark.extra_info["device_ms"] = do_bench(function, quantiles=[0.2, 0.5, 0.8])
     start = time.perf_counter()
-    _synchronised(function, device)()
+    _synchronized(function, device)()
     once = time.perf_counter() - start
     rounds = int(min(max(least_rounds if once < 1 else max(2, least_rounds // 3), MINIMUM_SECONDS / once), MAXIMUM_ROUNDS))
-    benchmark.pedantic(_synchronised(function, device), rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(_synchronized(function, device), rounds=rounds, warmup_rounds=1)
 
 
 def skip_too_large(contender: str, size: float) -> None:
@@ -113,7 +113,7 @@ def _status(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-def _synchronised(function: Callable[[], object], device: str) -> Callable[[], None]:
+def _synchronized(function: Callable[[], object], device: str) -> Callable[[], None]:
     def call() -> None:
         function()
         if device == "cuda":

@@ -161,7 +161,7 @@ def agrees(result: dict) -> bool:
 def markdown(results: dict) -> str:
     scores = {name: row["scores"] for name, row in results["rows"].items()} | {"anchors": results["anchors"]}
     lines = [
-        f"{results['machine']}. 4,500 digits for training, 500 held out; {results['classifier_accuracy']:.1%} of these are recognised by "
+        f"{results['machine']}. 4,500 digits for training, 500 held out; {results['classifier_accuracy']:.1%} of these are recognized by "
         "the classifier whose 64 features the FID is taken of, between 2,500 samples and the digits held out.",
         "",
         "| FID of | |",

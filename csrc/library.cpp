@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(genperf, m) {
-  // Vector quantisation. x is [outer, D, inner] with any strides (inner is 1 for channels-last
+  // Vector quantization. x is [outer, D, inner] with any strides (inner is 1 for channels-last
   // data), indices are [outer, inner], and an index of -1 marks a position that is masked out.
   //
   // nearest_code also takes heads: x [heads, outer, D, inner], codebook [heads, K, D]. On the CPU
@@ -69,7 +69,7 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "indices)");
   m.def("lookup_free_quantize_backward(Tensor grad_quantized, Tensor x, float scale) -> Tensor");
 
-  // Residual quantisation: level i quantises what the levels before it leave. codebooks are [Q, K,
+  // Residual quantization: level i quantizes what the levels before it leave. codebooks are [Q, K,
   // D] of the arithmetic's dtype: float64 for a float64 x, else float32. indices are [outer, inner,
   // Q], -1 where the mask is False and in the levels from number `levels` on, an int64 of one
   // element, 1 ... Q. mse is [Q]. The gradient of `quantized` passes once, or with per_level once

@@ -8,7 +8,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Sizes that divide no block, and their neighbours.
+# Sizes that divide no block, and their neighbors.
 ODD_SIZES = (1, 7, 31, 33, 1000)
 
 
@@ -18,7 +18,7 @@ def vectors(
     """x [count, dim] and codebook [codes, dim] of a kind of data.
 
     "random": standard normal. "clustered": x around the codes. "offset": mean / std = 1000. "tied": small integers, many
-    codes alike and many distances equal. "near_ties": every code has a neighbour one rounding step away.
+    codes alike and many distances equal. "near_ties": every code has a neighbor one rounding step away.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, dim, generator=generator)

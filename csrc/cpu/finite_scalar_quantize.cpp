@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Finite scalar quantisation: channels bounded and rounded to grids, and the gradient of the bound.
+// Finite scalar quantization: channels bounded and rounded to grids, and the gradient of the bound.
 #include "cpu/common/implicit_codes.h"
 
 #include <torch/csrc/stable/library.h>

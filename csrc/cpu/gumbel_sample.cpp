@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Gumbel-softmax over logits [outer, K, inner]. Where the classes of a position lie together, lanes
-// are classes, and a position's perturbed logits stay in a buffer. Else lanes are neighbouring
+// are classes, and a position's perturbed logits stay in a buffer. Else lanes are neighboring
 // positions: a quad of a position's noise falls into one lane of four vectors, and a tile of
 // positions is carried through the classes, so that memory is read in runs.
 #include <torch/csrc/stable/library.h>

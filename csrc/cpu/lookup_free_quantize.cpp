@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Lookup-free quantisation: the signs of channels, and the gradient through a normalisation.
+// Lookup-free quantization: the signs of channels, and the gradient through a normalization.
 #include "cpu/common/implicit_codes.h"
 
 #include <torch/csrc/stable/library.h>

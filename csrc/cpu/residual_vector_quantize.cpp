@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Residual quantisation: every level searches what the levels before it leave of a vector.
+// Residual quantization: every level searches what the levels before it leave of a vector.
 //
 // A block of positions goes through all levels on one thread while its residual, in float32
 // whatever the dtype and layout of x, stays in L2: a megabyte of it, so that the codes of a level,

@@ -182,7 +182,7 @@ void launch_code_statistics(const CodeStatisticsParams& params,
 
   const int64_t positions = params.outer * params.inner;
   if (positions > 0) {
-    // Where channels do not lie together, few of them at a time: neighbouring positions share cache
+    // Where channels do not lie together, few of them at a time: neighboring positions share cache
     // lines, and those last in L2 while all blocks read the same channels.
     const bool channels_last = params.inner == 1 || params.x_strides.channel == 1;
     const int64_t warps = (params.channels + kWarpSize - 1) / kWarpSize;

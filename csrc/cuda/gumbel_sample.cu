@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Samples of categorical distributions by Gumbel noise, their KL divergence, and the gradients.
 //
-// A team of threads works on a position: neighbouring threads where classes lie together in memory,
-// else one of each warp while lanes are neighbouring positions. Forward is one pass with running
+// A team of threads works on a position: neighboring threads where classes lie together in memory,
+// else one of each warp while lanes are neighboring positions. Forward is one pass with running
 // maxima and sums, of the logits and of the perturbed logits at once; the noise is drawn again
 // where a pass over the soft sample follows and in the backward pass, never stored.
 #include "gumbel_sample.h"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Finite scalar and lookup-free quantisation.
+// Finite scalar and lookup-free quantization.
 //
 // A block takes a tile of positions with all their channels. Its threads go through the elements in
 // the order of memory, 16 bytes at a time where the layout allows, so that warps touch whole lines

@@ -51,7 +51,7 @@ struct SamplePlan {
   uint32_t parts;       // of a sample
   uint32_t per_thread;  // units
   int team;             // threads to a part, a power of two
-  bool rows_fast;       // neighbouring threads work on neighbouring rows
+  bool rows_fast;       // neighboring threads work on neighboring rows
   unsigned blocks;
 };
 

@@ -4,7 +4,7 @@
 // A position is worked on by a team of 1 to 32 threads, each taking 16 bytes of x at a time. One
 // kernel serves both layouts, because only the arrangement of teams differs: where channels lie
 // together a team is a run of lanes in one warp; where positions do, the lanes of a warp are 32
-// neighbouring positions and a team is spread over the warps. Either way a warp touches whole lines
+// neighboring positions and a team is spread over the warps. Either way a warp touches whole lines
 // of x, and codes are read as vectors from a codebook that L2 holds. Blocks cover the same
 // positions whatever the device and add up in double, so the loss is the same in every run.
 #include "vector_quantize.h"

@@ -22,7 +22,7 @@ Score the system of a run, by all that it can do, on the images that were held o
 
 Generated images are compared with held-out ones by the Frechet distance of their features (FID). The features are those of a
 small classifier that is trained on the labelled training images (within half a minute for the digits) and kept in the folder
-as classifier.pt; or those of --extractor, as `genperf fid` computes them, greyscale images repeated to three channels.
+as classifier.pt; or those of --extractor, as `genperf fid` computes them, grayscale images repeated to three channels.
 Distances of different extractors or classifiers cannot be compared. The scores go to evaluation.json in the folder.
 """
 
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     reason = sampling.cannot_sample(system)
     if reason is None:
         if arguments.extractor is not None:
-            extractor = _in_colour(load_extractor(arguments.extractor, pixels=arguments.pixels, weights=arguments.weights, device=device))
+            extractor = _in_color(load_extractor(arguments.extractor, pixels=arguments.pixels, weights=arguments.weights, device=device))
         without = classifiers.unsuitable(training)
         if without is None:
             with _writing(folder):
@@ -129,7 +129,7 @@ def _writing(folder: Path) -> Iterator[None]:
         raise UserError(f"the folder of the run must be one that can be written to, got {str(folder)!r}: {error}.") from error
 
 
-def _in_colour(extractor: Extractor) -> Callable[[Tensor], Tensor]:
+def _in_color(extractor: Extractor) -> Callable[[Tensor], Tensor]:
     def features(images: Tensor) -> Tensor:
         return extractor(images.expand(-1, 3, -1, -1))
 

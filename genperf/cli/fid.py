@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pixels", choices=PIXELS, help="what an extractor gets: float32 in [0, 1] (unit, the default), in [-1, 1], or uint8"
     )
-    channels = "3: RGB, greyscale images repeated (the default); 1: greyscale; transparency is dropped"
+    channels = "3: RGB, grayscale images repeated (the default); 1: grayscale; transparency is dropped"
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help=channels)
     size = "resize all images to this, by Pillow's bicubic filter with antialiasing; without it each side's images must have one size"
     parser.add_argument("--size", type=_size, metavar="N|WxH", help=size)
@@ -111,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     precision_recall = "also precision, recall, density and coverage, A being real; needs features or images on both sides"
     parser.add_argument("--precision-recall", action="store_true", help=precision_recall)
     parser.add_argument(
-        "--neighbours", type=options.number(int, 1), default=3, metavar="K", help="of its k-nearest-neighbour radii (%(default)s)"
+        "--neighbors", type=options.number(int, 1), default=3, metavar="K", help="of its k-nearest-neighbor radii (%(default)s)"
     )
     parser.add_argument("--save-stats", type=Path, metavar="PATH", help="write mu and sigma of A to this new .npz file, and no distance")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -178,8 +178,8 @@ def _check_sources(sources: list[Source], arguments: argparse.Namespace) -> _Dim
     option = "--save-stats" if arguments.save_stats is not None else _features_only(arguments)
     known = None
     least, purpose = 2, "a covariance"
-    if arguments.precision_recall and arguments.neighbours > 1:
-        least, purpose = arguments.neighbours + 1, f"--neighbours {arguments.neighbours}"
+    if arguments.precision_recall and arguments.neighbors > 1:
+        least, purpose = arguments.neighbors + 1, f"--neighbors {arguments.neighbors}"
     for source in sources:
         if not isinstance(source, Statistics):
             count = len(source.images) if isinstance(source, Images) else len(source.rows)
@@ -252,7 +252,7 @@ def _compare(a: _Side, b: _Side, arguments: argparse.Namespace) -> dict[str, obj
     if arguments.kid:
         results["kid"] = _kid(a.features, b.features, arguments)
     if arguments.precision_recall:
-        scores = metrics.precision_recall(a.features, b.features, k=arguments.neighbours)
+        scores = metrics.precision_recall(a.features, b.features, k=arguments.neighbors)
         results |= {name: score.item() for name, score in scores._asdict().items()}
     return results
 

@@ -9,7 +9,7 @@ from ._used_codes import UsedCodes
 
 
 class ImageQuantizer(UsedCodes):
-    """Quantises z [B, D, H, W] with the codes of an embedding, which learn from the loss."""
+    """Quantizes z [B, D, H, W] with the codes of an embedding, which learn from the loss."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class ImageQuantizer(UsedCodes):
         return z_q, loss, indices
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
-        """Quantise z [B, D, H, W].
+        """Quantize z [B, D, H, W].
 
         Returns:
             z_q, of z's shape; the loss, a scalar; (None, None, indices), int64 [B * H * W], with remap [B * H * W, 1], with

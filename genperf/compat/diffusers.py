@@ -44,7 +44,7 @@ from ._image_quantizer import ImageQuantizer
 
 
 class VectorQuantizer(ImageQuantizer):
-    """Quantises images with a codebook learned by gradient (van den Oord et al., 2017; Esser et al., 2021).
+    """Quantizes images with a codebook learned by gradient (van den Oord et al., 2017; Esser et al., 2021).
 
     Equivalent to (no remap):
         z_q, indices, loss = genperf.vector_quantize(

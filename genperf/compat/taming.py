@@ -14,7 +14,7 @@ attribute to assign, the noise in evaluation mode, the returned values and the l
 
 What differs, since there it is a fault or a cost:
   - tau = 0 gives hard codes; theirs gives NaN.
-  - bfloat16 and float16 logits are perturbed, normalised and summed in float32; the loss is float32.
+  - bfloat16 and float16 logits are perturbed, normalized and summed in float32; the loss is float32.
   - The hard sample is the code itself; theirs multiplies all codes by 1 - y + y, which rounds, and zeros.
   - `temperature` is held in a tensor, so that annealing does not compile again; reading it gives that tensor. It is
     no part of the state_dict, as there.
@@ -38,7 +38,7 @@ from ._used_codes import UsedCodes
 
 
 class VectorQuantizer2(ImageQuantizer):
-    """Quantises images with a codebook learned by gradient (van den Oord et al., 2017; Esser et al., 2021).
+    """Quantizes images with a codebook learned by gradient (van den Oord et al., 2017; Esser et al., 2021).
 
     Equivalent to (no remap):
         z_q, indices, loss = genperf.vector_quantize(
@@ -98,7 +98,7 @@ class VectorQuantizer(ImageQuantizer):
         self.e_dim = e_dim
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
-        """Quantise z [B, e_dim, H, W].
+        """Quantize z [B, e_dim, H, W].
 
         Returns:
             z_q, of z's shape; the loss, a scalar; (perplexity, None, indices), a float32 scalar and int64 [B * H * W, 1].

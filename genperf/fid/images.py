@@ -58,7 +58,7 @@ def read_batches(
 
     Args:
         source: where the images come from, for messages.
-        channels: 3 makes RGB of every image, 1 greyscale; an alpha channel is dropped.
+        channels: 3 makes RGB of every image, 1 grayscale; an alpha channel is dropped.
         size: width and height to resize to, by Pillow's bicubic filter; None leaves images alone, which must then have one size.
         workers: threads; Pillow decodes and resizes outside of the interpreter lock.
     """

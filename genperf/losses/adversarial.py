@@ -9,7 +9,7 @@ SMOOTHED = ("non-saturating", "saturating", "least-squares")
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "non-saturating", *, label_smoothing: float = 0.0) -> Tensor:
-    """What the discriminator (or critic) minimises.
+    """What the discriminator (or critic) minimizes.
 
     Equivalent to (kind="non-saturating"):
         loss = F.binary_cross_entropy_with_logits(real_logits, torch.full_like(real_logits, 1 - label_smoothing))
@@ -58,7 +58,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "no
 
 
 def generator_loss(fake_logits: Tensor, kind: str = "non-saturating") -> Tensor:
-    """What the generator minimises.
+    """What the generator minimizes.
 
     Equivalent to (kind="non-saturating"):
         loss = F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))

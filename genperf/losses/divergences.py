@@ -18,7 +18,7 @@ def kl_divergence(p: Tensor, q: Tensor, *, dim: int = -1, normalize: bool = Fals
         p, q: non-negative, of shapes that broadcast; half precision is computed in float32. Values are taken as they
             are: neither their sign nor their sum is checked, which would wait for the device.
         dim: the dimension that holds a vector.
-        normalize: divide p and q by their sums first, for counts and unnormalised densities.
+        normalize: divide p and q by their sums first, for counts and unnormalized densities.
 
     Returns:
         The broadcast shape without `dim`, float32 (float64 for float64). Differentiable; elements with p = 0 have no

@@ -16,7 +16,7 @@ from ..ops.frechet_distance import frechet_distance
 
 Extractor = Callable[[Tensor], Tensor]
 
-# Keeps a normalised distance near 0 from a steep gradient.
+# Keeps a normalized distance near 0 from a steep gradient.
 NORMALIZE_EPS = 0.01
 
 
@@ -52,7 +52,7 @@ class FrechetLoss(nn.Module):
     sum of the distances times `weights`. `normalize=True` divides each distance by its own value + 0.01, without a
     gradient through the divisor, so that features of different scale pull alike; the loss is then near the sum of the weights.
 
-    **Several processes.** With torch.distributed initialised, features are gathered and every rank returns the same loss, that of the
+    **Several processes.** With torch.distributed initialized, features are gathered and every rank returns the same loss, that of the
     joined batch; each gets the gradient of its own samples, without further communication. The sum of the ranks' gradients is
     that of one process on the joined batch. DistributedDataParallel takes their mean: multiply the loss by the number of ranks
     there. All ranks must have batches of one size, which is not checked: with others torch.distributed fails, or waits for ever. Take
@@ -73,7 +73,7 @@ class FrechetLoss(nn.Module):
 
     Attributes:
         names: of the distances; "0", "1", ... in sequences.
-        distances: name -> distance at the last forward pass, a detached scalar on the device; neither weighted nor normalised.
+        distances: name -> distance at the last forward pass, a detached scalar on the device; neither weighted nor normalized.
 
     Raises:
         ValueError, TypeError: arguments that do not fit.
@@ -238,7 +238,7 @@ class _Queue(_Statistics):
         self.unbiased = unbiased
         self.register_buffer("features", mean.new_zeros(size, mean.shape[0], dtype=torch.float32))
         self.register_buffer("cursor", torch.zeros(2, dtype=torch.int64, device=mean.device))
-        # The same two numbers on the host, so that asking costs no synchronisation.
+        # The same two numbers on the host, so that asking costs no synchronization.
         self._position, self._filled = 0, 0
         self.has_sums = size >= mean.shape[0]
         if self.has_sums:
@@ -256,8 +256,8 @@ class _Queue(_Statistics):
             return _moments(torch.cat([self.features[: self._filled].to(x.dtype), x]), self.unbiased)
         if self._filled == 0:
             return _moments(x, self.unbiased)
-        centre = self.total / self._filled
-        held = self.shift + centre, self.outer / self._filled - torch.outer(centre, centre)
+        center = self.total / self._filled
+        held = self.shift + center, self.outer / self._filled - torch.outer(center, center)
         count = self._filled + n
         mean, cov = _mixture(*held, *population_moments(x), n / count)
         return Moments(mean, cov * (count / (count - 1)) if self.unbiased else cov)

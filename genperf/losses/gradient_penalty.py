@@ -39,7 +39,7 @@ def gradient_penalty(
     scaler: "torch.amp.GradScaler | None" = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Penalise how far the norms of a critic's gradients lie from `center`; a loss to add to the critic's.
+    """Penalize how far the norms of a critic's gradients lie from `center`; a loss to add to the critic's.
 
     Equivalent to (kind="wgan-gp"):
         points = genperf.interpolate(real.detach(), fake.detach()).requires_grad_()
@@ -65,8 +65,8 @@ def gradient_penalty(
     is one term of the one that the training step calls backward on. Only the critic's parameters get a gradient; real
     and fake are taken as they are.
 
-    A critic whose samples depend on each other (batch normalisation, minibatch discrimination) has no gradient of one
-    sample; what is penalised then is the gradient of the sum over the batch.
+    A critic whose samples depend on each other (batch normalization, minibatch discrimination) has no gradient of one
+    sample; what is penalized then is the gradient of the sum over the batch.
 
     **Without double backward.** All kinds but one differentiate a gradient, which torch.compile, fused attention and
     some checkpointing cannot. "finite-difference" compares two forward passes,
@@ -111,7 +111,7 @@ def gradient_penalty(
     Raises:
         ValueError, TypeError: arguments that do not fit, or a critic whose output does not depend on its input, as a
             sentence.
-        RuntimeError: called under torch.no_grad, where there is no gradient to penalise ("finite-difference" can be).
+        RuntimeError: called under torch.no_grad, where there is no gradient to penalize ("finite-difference" can be).
     """
     op = "gradient_penalty"
     _check_arguments(op, real, fake, kind, weight, center, step)

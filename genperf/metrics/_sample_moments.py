@@ -18,7 +18,7 @@ def sample_moments(name: str, rows: Tensor, unbiased: bool) -> Moments:
     """Of rows [N, d], in the form that makes less work."""
     count, d = rows.shape
     if count <= 0.9 * d:  # nearer to d, products with the factor cost more than the smaller decomposition saves
-        mean, factor = centred_factor(name, rows, unbiased)
+        mean, factor = centered_factor(name, rows, unbiased)
         return Moments(mean, factor=factor)
     mean, cov = population_moments(rows)
     return Moments(mean, cov * (count / (count - 1)) if unbiased else cov)
@@ -30,7 +30,7 @@ def population_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _PopulationMoments(torch.autograd.Function):
-    """One product in forward, of which half is computed, and one in backward, where autograd takes two; centred rows are not kept."""
+    """One product in forward, of which half is computed, and one in backward, where autograd takes two; centered rows are not kept."""
 
     @staticmethod
     def forward(rows):
@@ -48,17 +48,17 @@ class _PopulationMoments(torch.autograd.Function):
         return torch.addmm(grad_mean / len(rows) - mean @ slope, rows, slope)
 
 
-def centred_factor(name: str, rows: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
+def centered_factor(name: str, rows: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
     """Mean [d] of rows [N, d] and a factor [d, N - 1] of their covariance, differentiable."""
     count = len(rows)
     needed = 2 if unbiased else 1
     if count < needed:
         raise ValueError(f"{name}: a{'n unbiased' * unbiased} covariance needs at least {needed} samples, got {count}.")
     mean = rows.mean(0)
-    centred = rows - mean
+    centered = rows - mean
     if count == 1:
-        return mean, centred.T
-    # Centred rows sum to zero. A reflection that takes the vector of ones to the first row makes that row zero, and leaves it out:
+        return mean, centered.T
+    # Centered rows sum to zero. A reflection that takes the vector of ones to the first row makes that row zero, and leaves it out:
     # else every distance would hold the square root of an eigenvalue that is zero but for rounding.
-    independent = centred[1:] + centred[0] / (count**0.5 - 1)
+    independent = centered[1:] + centered[0] / (count**0.5 - 1)
     return mean, independent.T / (count - unbiased) ** 0.5

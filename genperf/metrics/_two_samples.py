@@ -82,7 +82,7 @@ class TwoSampleMetric(nn.Module):
         Real samples that stay through `reset` are exchanged once. Without torch.distributed nothing happens.
 
         Raises:
-            RuntimeError: a process synchronised before and did not reset, which would count its samples twice; on every process.
+            RuntimeError: a process synchronized before and did not reset, which would count its samples twice; on every process.
             ValueError: features of different dimensions, on every process.
         """
         if world_size(group) == 1:

@@ -147,7 +147,7 @@ class FeatureMoments(FeatureStore):
         Counts may differ, and some may be 0. Without torch.distributed nothing happens.
 
         Raises:
-            RuntimeError: a process synchronised before and did not reset, which would count its samples once more; on every process.
+            RuntimeError: a process synchronized before and did not reset, which would count its samples once more; on every process.
             ValueError: features of different dimensions, on every process.
         """
         if world_size(group) == 1:

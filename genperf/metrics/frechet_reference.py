@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..ops.covariance_factor import working_dtype
 from ._features import as_rows, feature_rows
-from ._sample_moments import centred_factor, sample_moments
+from ._sample_moments import centered_factor, sample_moments
 from .feature_moments import FeatureMoments
 from .statistics_files import ArrayFile, check_statistics, read_statistics, write_atomically
 
@@ -71,7 +71,7 @@ class FrechetReference:
     def from_features(cls, features: Tensor, *, unbiased: bool = True) -> "FrechetReference":
         """Prepare features [N, d], or [B, d, H, W], which are averaged over positions.
 
-        With N <= d the factor is made of the centred features, [d, N - 1], and nothing of size d x d is computed.
+        With N <= d the factor is made of the centered features, [d, N - 1], and nothing of size d x d is computed.
 
         Raises:
             ValueError: as `FeatureMoments` does, or too few samples.
@@ -79,7 +79,7 @@ class FrechetReference:
         """
         rows = feature_rows("FrechetReference.from_features", features, None)
         if len(rows) <= rows.shape[1]:
-            mean, factor = centred_factor("FrechetReference.from_features", rows.to(working_dtype(rows.device)), unbiased)
+            mean, factor = centered_factor("FrechetReference.from_features", rows.to(working_dtype(rows.device)), unbiased)
             return cls(mean, None, factor)
         moments = FeatureMoments(unbiased=unbiased).update(rows)
         return cls.from_moments(moments.mean, moments.cov)
@@ -164,7 +164,7 @@ class FrechetReference:
             x = features.double()                                                    # [N, d]
             genperf.frechet_distance(reference.mean, reference.cov, x.mean(0), torch.cov(x.T, correction=1 if unbiased else 0))
 
-        With N below about d the centred features take the place of a factor, and no d x d matrix is built for them.
+        With N below about d the centered features take the place of a factor, and no d x d matrix is built for them.
 
         Args:
             features: [N, d], or [B, d, H, W], which are averaged over positions; any floating dtype. Computed in the

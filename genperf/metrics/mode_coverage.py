@@ -38,7 +38,7 @@ def mode_coverage(
 
     A generator that has collapsed reaches few classes and is far from the expected shares: the scores of stacked MNIST in
     Srivastava et al., "VEEGAN" (2017), and Lin et al., "PacGAN" (2018). A classifier of the real data tells the classes; with
-    as many classes as there are mixture components or nearest centres, so can anything else.
+    as many classes as there are mixture components or nearest centers, so can anything else.
 
     Args:
         predictions: classes, int64, -1 ... K - 1, where -1 (a sample of no class) is left out; or scores of each class,

@@ -30,7 +30,7 @@ def nearest_images(
     Equivalent to:
         distances, indices = torch.cdist(samples.flatten(1).double(), training_images.flatten(1).double()).min(1)
 
-    without the [N, M] distances: the search is `genperf.nearest_code`. Shown side by side with their neighbours, samples
+    without the [N, M] distances: the search is `genperf.nearest_code`. Shown side by side with their neighbors, samples
     tell whether they are copies; `duplicate_rate` counts those. Compare with the distances of held-out images.
 
     Args:
@@ -54,7 +54,7 @@ def duplicate_rate(
     training_images: Tensor,  # [M, ...]
     threshold: float,
 ) -> Tensor:
-    """Share of the samples that lie within a distance of a training image: memorised ones.
+    """Share of the samples that lie within a distance of a training image: memorized ones.
 
     Equivalent to:
         (nearest_images(samples, training_images).distances <= threshold).double().mean()

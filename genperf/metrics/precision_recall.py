@@ -31,7 +31,7 @@ def precision_recall(
     *,
     k: int = 3,
 ) -> PrecisionRecallScores:
-    """Precision, recall, density and coverage from balls that reach from each sample to its k-th nearest neighbour.
+    """Precision, recall, density and coverage from balls that reach from each sample to its k-th nearest neighbor.
 
     Equivalent to:
         def radius(x): return torch.cdist(x, x).fill_diagonal_(inf).kthvalue(k).values
@@ -51,7 +51,7 @@ def precision_recall(
 
     Args:
         real, fake: float32, bfloat16, float16 or float64; M and N may differ.
-        k: which neighbour, a sample not being its own; 3 in the paper of precision and recall, 5 in that of density and coverage.
+        k: which neighbor, a sample not being its own; 3 in the paper of precision and recall, 5 in that of density and coverage.
 
     Raises:
         ValueError: not more than k samples on a side, dimensions that differ, or NaN or infinity.
@@ -73,7 +73,7 @@ class PrecisionRecall(TwoSampleMetric):
 
     Args:
         extractor: see `FrechetDistance`.
-        k: which neighbour a ball reaches to.
+        k: which neighbor a ball reaches to.
         reset_real: whether `reset` forgets the real samples too.
         device: to keep the features on; None for that of the first features.
 
@@ -102,20 +102,20 @@ class PrecisionRecall(TwoSampleMetric):
         Raises:
             ValueError: not more than k samples on a side.
         """
-        self._require(self.k + 1, f"the neighbour k={self.k}")
+        self._require(self.k + 1, f"the neighbor k={self.k}")
         return _scores(self.real.features, self.fake.features.to(self.real.device), self.k)
 
 
 @torch.no_grad()
 def _scores(real: Tensor, fake: Tensor, k: int) -> PrecisionRecallScores:
     dtype = working_dtype(real.device)
-    centre = (real.mean(0, dtype=dtype) * len(real) + fake.mean(0, dtype=dtype) * len(fake)) / (len(real) + len(fake))
-    real, fake = _Points(real, centre), _Points(fake, centre)
+    center = (real.mean(0, dtype=dtype) * len(real) + fake.mean(0, dtype=dtype) * len(fake)) / (len(real) + len(fake))
+    real, fake = _Points(real, center), _Points(fake, center)
     real_reach, fake_reach = real.reach(k), fake.reach(k)
 
-    precise = torch.zeros(len(fake), dtype=torch.bool, device=centre.device)
-    recalled, covered = (torch.zeros(len(real), dtype=torch.bool, device=centre.device) for _ in range(2))
-    pairs = torch.zeros((), dtype=torch.int64, device=centre.device)
+    precise = torch.zeros(len(fake), dtype=torch.bool, device=center.device)
+    recalled, covered = (torch.zeros(len(real), dtype=torch.bool, device=center.device) for _ in range(2))
+    pairs = torch.zeros((), dtype=torch.int64, device=center.device)
     for i, j, square, slack in real.distances(fake):
         square -= slack
         in_real = square <= real_reach[i][:, None]
@@ -128,25 +128,25 @@ def _scores(real: Tensor, fake: Tensor, k: int) -> PrecisionRecallScores:
 
 
 class _Points:
-    """Samples as differences from a centre, which are computed block by block."""
+    """Samples as differences from a center, which are computed block by block."""
 
-    def __init__(self, features: Tensor, centre: Tensor) -> None:
-        self.features, self.centre = features, centre
+    def __init__(self, features: Tensor, center: Tensor) -> None:
+        self.features, self.center = features, center
         self.norms = torch.cat([self[i].square().sum(1) for i in self.blocks(_BLOCK_COLUMNS)])
 
     def __len__(self) -> int:
         return len(self.features)
 
     def __getitem__(self, rows: slice) -> Tensor:
-        return self.features[rows].to(self.centre.dtype) - self.centre
+        return self.features[rows].to(self.center.dtype) - self.center
 
     def blocks(self, size: int) -> list[slice]:
         return [slice(start, min(start + size, len(self))) for start in range(0, len(self), size)]
 
     def distances(self, other: "_Points") -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """Squared distances block by block: rows, columns, [rows, columns] and a bound on their rounding error."""
-        # Each of d products and sums rounds by half an epsilon, and so does each difference from the centre.
-        unit = (len(self.centre) + 8) * torch.finfo(self.centre.dtype).eps
+        # Each of d products and sums rounds by half an epsilon, and so does each difference from the center.
+        unit = (len(self.center) + 8) * torch.finfo(self.center.dtype).eps
         for i in self.blocks(_BLOCK_ROWS):
             rows = self[i]
             for j in other.blocks(_BLOCK_COLUMNS):
@@ -154,10 +154,10 @@ class _Points:
                 yield i, j, torch.addmm(norms, rows, other[j].T, alpha=-2), unit * norms
 
     def reach(self, k: int) -> Tensor:
-        """Squared distance of each sample to its k-th nearest neighbour, with a bound on its rounding error added."""
+        """Squared distance of each sample to its k-th nearest neighbor, with a bound on its rounding error added."""
         nearest, slack = [], []
         for i, j, square, bound in self.distances(self):
-            if i.start < j.stop and j.start < i.stop:  # the diagonal passes through: no sample is its own neighbour
+            if i.start < j.stop and j.start < i.stop:  # the diagonal passes through: no sample is its own neighbor
                 rows, columns = (torch.arange(part.start, part.stop, device=square.device) for part in (i, j))
                 square.masked_fill_(rows[:, None] == columns, torch.inf)
             if j.start == 0:

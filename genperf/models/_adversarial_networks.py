@@ -15,7 +15,7 @@ from ..nn.virtual_batch_norm import VirtualBatchNorm, reference_pass
 
 NORMS = {"batch": BatchNorm, "virtual": VirtualBatchNorm, "none": nn.Identity}
 
-# Samples of the batch that virtual batch normalisation refers to.
+# Samples of the batch that virtual batch normalization refers to.
 REFERENCE_BATCH = 64
 
 # Dimensions that each kernel of minibatch discrimination compares.
@@ -23,7 +23,7 @@ KERNEL_DIM = 5
 
 
 class DenseGenerator(nn.Module):
-    """Two hidden layers, with batch normalisation."""
+    """Two hidden layers, with batch normalization."""
 
     def __init__(self, image_shape: tuple[int, int, int], latent_dim: int, width: int) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ class DCGANConfig(GANConfig):
     """What a `DCGAN` is built from."""
 
     width: int = option(32, "channels of the largest feature maps")
-    norm: str = option("batch", "normalisation: virtual is of the generator alone", choices=tuple(NORMS))
+    norm: str = option("batch", "normalization: virtual is of the generator alone", choices=tuple(NORMS))
 
 
 class DCGAN(GAN):
@@ -22,9 +22,9 @@ class DCGAN(GAN):
     Adversarial Networks" (2016).
 
     Strided and transposed convolutions between the image and an image of a quarter of its height and width, batch
-    normalisation everywhere but at the generator's output and the discriminator's input, ReLU in the generator, leaky
-    ReLU in the discriminator, weights from N(0, 0.02^2). norm="virtual" gives the generator virtual batch normalisation
-    (Salimans et al. 2016). Under a gradient penalty the discriminator has no normalisation: the penalty is on the gradient
+    normalization everywhere but at the generator's output and the discriminator's input, ReLU in the generator, leaky
+    ReLU in the discriminator, weights from N(0, 0.02^2). norm="virtual" gives the generator virtual batch normalization
+    (Salimans et al. 2016). Under a gradient penalty the discriminator has no normalization: the penalty is on the gradient
     of each image, which batch statistics mix (Gulrajani et al. 2017, section 4).
 
     Adam as published but for its rate, 1e-3 in place of 2e-4: samples come from averaged weights, and a thousand steps on

@@ -44,12 +44,12 @@ class DiscreteVAE(CodeAutoencoder):
 
     Equivalent to:
         tau = tau_start * (tau_end / tau_start) ** progress
-        logits = normalisation(encoder(images))                             # each code over batch and positions
+        logits = normalization(encoder(images))                             # each code over batch and positions
         sample, indices, kl = genperf.gumbel_sample(logits, codebook, tau=tau, hard=hard, dim=1)
         reconstruction = F.mse_loss(decoder(sample), images)
         loss = reconstruction + kl_weight * kl.mean()                       # mean over pixels; mean over positions, nats
 
-    Batch normalisation of the logits keeps many codes in use, as it does before a vector quantizer: Lancucki et al., "Robust
+    Batch normalization of the logits keeps many codes in use, as it does before a vector quantizer: Lancucki et al., "Robust
     Training of Vector Quantized Bottleneck Models" (2020). Without it a few codes win everywhere.
 
     Soft mixtures approach single codes, which evaluation uses, as the temperature falls. Images [B, C, H, W] become indices
@@ -76,8 +76,8 @@ class DiscreteVAE(CodeAutoencoder):
         self.check_prior_every()
         channels = config.image_shape[0]
         self.encoder = image_encoder(channels, config.hidden, config.num_codes)
-        self.normalisation = BatchNorm(config.num_codes)
-        nn.init.constant_(self.normalisation.weight, LOGIT_SCALE)
+        self.normalization = BatchNorm(config.num_codes)
+        nn.init.constant_(self.normalization.weight, LOGIT_SCALE)
         self.quantizer = GumbelQuantizer(config.num_codes, config.dim, tau=config.tau_start, hard=config.hard, channel_dim=1)
         self.decoder = image_decoder(config.dim, config.hidden, channels)
         self.prior = IndexPrior(config.num_codes, width=config.prior_width, layers=config.prior_layers) if config.prior_width else None
@@ -128,4 +128,4 @@ class DiscreteVAE(CodeAutoencoder):
 
     def _logits(self, images: Tensor) -> Tensor:
         self.check_images(images)
-        return self.normalisation(self.encoder(images))
+        return self.normalization(self.encoder(images))

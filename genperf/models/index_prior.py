@@ -16,9 +16,9 @@ class IndexPrior(nn.Module):
     Equivalent to:
         log p(i | c) = sum_t log softmax(logits_t(i_0 ... i_(t - 1), c))[i_t]
 
-    The logits come from a small transformer: Vaswani et al., "Attention Is All You Need" (2017), normalised before each layer. The
+    The logits come from a small transformer: Vaswani et al., "Attention Is All You Need" (2017), normalized before each layer. The
     input of a position is its place, the index before it, that above it and, where there is a condition, what that says of its
-    5x5 neighbourhood. So a position sees all that come before it, at any size of image, and drawing it costs no more than one
+    5x5 neighborhood. So a position sees all that come before it, at any size of image, and drawing it costs no more than one
     step: keys and values of the earlier ones are kept.
 
     Args:

@@ -49,8 +49,8 @@ class SemiSupervisedGAN(GAN):
         discriminator:  F.cross_entropy(l(a), y) + mean softplus(-d(x)) + mean softplus(d(g(z)))
         generator:      feature_matching(f(x), f(g(z)))                     # f: the discriminator's last hidden layer
 
-    Both networks are fully connected, as published for digits: the discriminator with weight normalisation (Salimans &
-    Kingma 2016) and Gaussian noise on its input and hidden layers in training, the generator with batch normalisation. What
+    Both networks are fully connected, as published for digits: the discriminator with weight normalization (Salimans &
+    Kingma 2016) and Gaussian noise on its input and hidden layers in training, the generator with batch normalization. What
     `GAN` offers beside is there as well, but for minibatch discrimination and the penalty
     "finite-difference", which compares two passes of a discriminator that is to be without noise of its own.
 
@@ -190,7 +190,7 @@ class ClassifyingDiscriminator(nn.Module):
 
 
 class NormalizedGenerator(nn.Module):
-    """Noise [B, latent_dim] and a condition that is None to images in [-1, 1], through two hidden layers with batch normalisation."""
+    """Noise [B, latent_dim] and a condition that is None to images in [-1, 1], through two hidden layers with batch normalization."""
 
     def __init__(self, image_shape: tuple[int, int, int], latent_dim: int, width: int) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class GaussianNoise(nn.Module):
 
 
 def _normalized(inputs: int, outputs: int) -> nn.Module:
-    """A linear layer with weight normalisation that keeps the scale of what ReLU leaves, so that the noise does not drown it."""
+    """A linear layer with weight normalization that keeps the scale of what ReLU leaves, so that the noise does not drown it."""
     layer = nn.Linear(inputs, outputs)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     return weight_norm(layer)

@@ -44,7 +44,7 @@ class VAE(System):
     negative evidence lower bound.
 
     likelihood      reconstruction, summed over the pixels x; m is the decoder's output, for bernoulli its sigmoid
-    "bernoulli"     -x log m - (1 - x) log(1 - m); a grey pixel is the mean of binary ones
+    "bernoulli"     -x log m - (1 - x) log(1 - m); a gray pixel is the mean of binary ones
     "gaussian"      ((x - m) / sigma)^2 / 2 + log sigma + log(2 pi) / 2; a density, so the loss may be negative. A learned sigma
                     is one number for all pixels: Rybkin et al., "Simple and Effective VAE Training with Calibrated Decoders" (2021)
 

@@ -47,8 +47,8 @@ class VQVAE2(CodeAutoencoder):
         loss = mse(decoder(cat([upsample(top), bottom])), images) + top_loss + bottom_loss  # player "model"
         loss = -log p(top_indices), loss = -log p(bottom_indices | top)                     # players "top_prior", "bottom_prior"
 
-    The levels are those for small images, factors 4 and 2 where the paper has 8 and 4. Encodings of the top level are normalised
-    over the batch before they are quantised (Lancucki et al., "Robust Training of Vector Quantized Bottleneck Models", 2020):
+    The levels are those for small images, factors 4 and 2 where the paper has 8 and 4. Encodings of the top level are normalized
+    over the batch before they are quantized (Lancucki et al., "Robust Training of Vector Quantized Bottleneck Models", 2020):
     without that the top falls back to a few codes, since the bottom can do without it.
 
     Images [B, C, H, W], H and W divisible by 4, become `HierarchicalCodes` and back. The priors are `IndexPrior`s that learn

@@ -25,7 +25,7 @@ class WGANGP(DCGAN):
         critic:     mean d(g(z)) - mean d(x) + penalty_weight * mean (|grad d(mixed)| - 1)^2
         generator:  -mean d(g(z))
 
-    mixed = genperf.interpolate(x, g(z)). The critic has no batch normalisation. As published are critic_steps=5 and,
+    mixed = genperf.interpolate(x, g(z)). The critic has no batch normalization. As published are critic_steps=5 and,
     for a hundred thousand steps, lr=1e-4 and beta1=0.0; the defaults suit a thousand or two on small images.
     """
 

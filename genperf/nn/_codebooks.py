@@ -1,4 +1,4 @@
-"""Codebooks that follow their vectors: moving averages, initialisation from data, revival of dead codes, on all processes alike."""
+"""Codebooks that follow their vectors: moving averages, initialization from data, revival of dead codes, on all processes alike."""
 
 import itertools
 import math
@@ -85,7 +85,7 @@ class Codebooks(nn.Module):
         self.init_iterations = init_iterations
         self.revive_below = revive_below
         self.update = update
-        # On the host, so that asking costs no synchronisation; and as a buffer, which DistributedDataParallel copies to all
+        # On the host, so that asking costs no synchronization; and as a buffer, which DistributedDataParallel copies to all
         # processes with the codes that only one of them may have loaded.
         self._awaits_data = init != "uniform"
         if self._awaits_data:
@@ -329,7 +329,7 @@ def update_codebooks(module: nn.Module, *, code_weights: Weights | None = None) 
     of each process's vectors first, so that all draw the same. The averages of a layer of which no process has seen a
     vector stay as they are, and so does a layer with update="none".
 
-    Call it after backward, which needs the codes that the step was quantised with.
+    Call it after backward, which needs the codes that the step was quantized with.
 
     Args:
         module: with VectorQuantizer or ResidualVectorQuantizer in it, or one of them.

@@ -1,4 +1,4 @@
-"""Batch normalisation by the statistics of the batch that all processes hold together."""
+"""Batch normalization by the statistics of the batch that all processes hold together."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from .._distributed import joint_mean, world_size
 
 
 class BatchNorm(_BatchNorm):
-    """Normalises every channel over the batch; Ioffe and Szegedy, "Batch Normalization" (2015).
+    """Normalizes every channel over the batch; Ioffe and Szegedy, "Batch Normalization" (2015).
 
     Equivalent to (training):
         var, mean = torch.var_mean(x, (0, 2, ...), correction=0)
@@ -24,7 +24,7 @@ class BatchNorm(_BatchNorm):
     call the layer, with an equal share. Evaluation mode needs no other process.
 
     The gradient of a sample's output passes through the other samples. A gradient penalty on a network with this layer
-    penalises the batch, not the sample alone; see `VirtualBatchNorm` for a layer without that.
+    penalizes the batch, not the sample alone; see `VirtualBatchNorm` for a layer without that.
 
     Args:
         num_features: C, the size of dimension 1.
@@ -47,10 +47,10 @@ class BatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise.
+        """Normalize.
 
         Args:
-            x: [B, C, ...], of the dtype of the parameters, or half precision (normalised in float32).
+            x: [B, C, ...], of the dtype of the parameters, or half precision (normalized in float32).
 
         Returns:
             Of x's shape and dtype.

@@ -1,4 +1,4 @@
-"""Gaussian bottleneck layer: the reparameterised sample of an encoder's moments and its KL divergence."""
+"""Gaussian bottleneck layer: the reparameterized sample of an encoder's moments and its KL divergence."""
 
 import torch
 from torch import Tensor, nn

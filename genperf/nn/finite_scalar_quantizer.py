@@ -1,4 +1,4 @@
-"""Finite scalar quantisation layer: a product of small grids in place of a learned codebook."""
+"""Finite scalar quantization layer: a product of small grids in place of a learned codebook."""
 
 import math
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ class FiniteScalarQuantizer(nn.Module):
 
     Args:
         levels: of each channel, as in `genperf.finite_scalar_quantize`; the channels are len(levels) * num_codebooks.
-        dim: the channels of x; None for as many as are quantised. Where it differs, linear layers lead there and back.
-        num_codebooks: how many groups of channels are quantised, each with an index of its own.
+        dim: the channels of x; None for as many as are quantized. Where it differs, linear layers lead there and back.
+        num_codebooks: how many groups of channels are quantized, each with an index of its own.
         symmetric, hard_clamp: as in `genperf.finite_scalar_quantize`.
         channel_dim: the dimension of x that holds a vector; 1 for images [B, D, H, W], which are not permuted.
         bias: of the linear layers.
@@ -65,7 +65,7 @@ class FiniteScalarQuantizer(nn.Module):
         self.project_out = nn.Linear(quantized, self.dim, bias=bias) if projects else nn.Identity()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Quantise x.
+        """Quantize x.
 
         Args:
             x: [..., dim, ...], float32, bfloat16, float16 or float64.

@@ -1,4 +1,4 @@
-"""Gumbel-softmax quantisation layer: logits choose codes of a learned codebook."""
+"""Gumbel-softmax quantization layer: logits choose codes of a learned codebook."""
 
 import math
 

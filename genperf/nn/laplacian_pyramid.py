@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Taps and the position of their centre.
+# Taps and the position of their center.
 KERNELS = {"binomial": ((1, 4, 6, 4, 1), 2), "box": ((1, 1), 0)}
 
 
@@ -46,7 +46,7 @@ class LaplacianPyramid(nn.Module):
             raise ValueError(f"LaplacianPyramid: kernel must be one of {', '.join(KERNELS)}, got {kernel!r}.")
         self.levels = levels
         self.kernel = kernel
-        taps, self._centre = KERNELS[kernel]
+        taps, self._center = KERNELS[kernel]
         taps = torch.tensor(taps, dtype=torch.float32)
         self.register_buffer("filter", torch.outer(taps, taps)[None, None] / taps.sum() ** 2, persistent=False)
 
@@ -80,7 +80,7 @@ class LaplacianPyramid(nn.Module):
     def down(self, x: Tensor) -> Tensor:
         """Images [..., H, W] of half the size, [..., ceil(H / 2), ceil(W / 2)]."""
         _check("down", x)
-        before, after = self._centre, self.filter.shape[-1] - 1 - self._centre
+        before, after = self._center, self.filter.shape[-1] - 1 - self._center
         with torch.autocast(x.device.type, enabled=False):
             padded = F.pad(x.flatten(0, -3).unsqueeze(1), (before, after, before, after), mode="replicate")
             y = F.conv2d(padded, self.filter.to(x.dtype), stride=2)
@@ -101,7 +101,7 @@ class LaplacianPyramid(nn.Module):
             padded = F.pad(x.flatten(0, -3).unsqueeze(1), (1, 1, 1, 1), mode="replicate")
             # Every second pixel is empty, hence the 4. The padding's own pixels come first.
             y = F.conv_transpose2d(padded, 4 * self.filter.to(x.dtype), stride=2)
-        first = 2 + self._centre
+        first = 2 + self._center
         return y[..., first : first + height, first : first + width].reshape(*x.shape[:-2], height, width)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Lookup-free quantisation layer: codes are signs, and a loss on entropies makes vectors decide and use all codes."""
+"""Lookup-free quantization layer: codes are signs, and a loss on entropies makes vectors decide and use all codes."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from ._channels import check_input, codebooks_last, decode_codebooks, linear
 
 
 class LookupFreeQuantizer(nn.Module):
-    """Quantises every channel by its sign: LFQ, Yu et al. (arXiv 2310.05737); BSQ, Zhao et al. (arXiv 2406.07548).
+    """Quantizes every channel by its sign: LFQ, Yu et al. (arXiv 2310.05737); BSQ, Zhao et al. (arXiv 2406.07548).
 
     Equivalent to (dim=None, one codebook, training):
         x = scale * F.normalize(x, dim=channel_dim)                         # spherical only
@@ -28,7 +28,7 @@ class LookupFreeQuantizer(nn.Module):
     Args:
         num_bits: D, 1 to 63: the codebook has 2^D codes.
         dim: the channels of x; None for num_bits * num_codebooks. Where it differs, linear layers lead there and back.
-        num_codebooks: how many groups of D channels are quantised, each with an index of its own; losses are means over them.
+        num_codebooks: how many groups of D channels are quantized, each with an index of its own; losses are means over them.
         scale: of the codes, as in `genperf.lookup_free_quantize`.
         spherical: vectors and codes are of length `scale`, as in BSQ.
         entropy_weight: of sample_entropy - diversity * codebook_entropy.
@@ -87,7 +87,7 @@ class LookupFreeQuantizer(nn.Module):
         self.project_out = nn.Linear(quantized, self.dim, bias=bias) if projects else nn.Identity()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantise x.
+        """Quantize x.
 
         Args:
             x: [..., dim, ...], float32, bfloat16, float16 or float64.

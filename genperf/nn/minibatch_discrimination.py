@@ -17,7 +17,7 @@ class MinibatchDiscrimination(nn.Module):
 
     without a tensor of N x N. Real and generated samples go through in batches of their own, as in the paper, and a batch
     is that of this process. Since a sample's output depends on its whole batch, so does its gradient: a gradient penalty
-    on a critic with this layer penalises the batch, not the sample alone.
+    on a critic with this layer penalizes the batch, not the sample alone.
 
     Args:
         in_features: A, the length of a feature vector.

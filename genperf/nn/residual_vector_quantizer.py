@@ -1,4 +1,4 @@
-"""Residual vector quantisation layer: several levels of codebooks, each for what the levels before it leave."""
+"""Residual vector quantization layer: several levels of codebooks, each for what the levels before it leave."""
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from .vector_quantizer import VectorQuantizer
 class ResidualVectorQuantizer(Codebooks):
     """Writes every vector as a sum of codes, one of each level; Zeghidour et al., "SoundStream" (2021).
 
-    Level i quantises the residual of level i - 1 (`genperf.residual_vector_quantize`: all levels in one op). The codebooks
+    Level i quantizes the residual of level i - 1 (`genperf.residual_vector_quantize`: all levels in one op). The codebooks
     learn as those of `VectorQuantizer` do, by the gradient of the losses or, with a `decay`, by moving averages of the
-    residuals that each code was given; the step is quantised with the codes from before its update, nothing waits for the
+    residuals that each code was given; the step is quantized with the codes from before its update, nothing waits for the
     device, and under torch.distributed the codebooks of all levels are summed in one all_reduce.
 
     Args:
@@ -135,7 +135,7 @@ class ResidualVectorQuantizer(Codebooks):
         update: str | None = None,
         code_weights: Weights | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantise x.
+        """Quantize x.
 
         Args:
             x, mask, lengths, update, code_weights: as `VectorQuantizer.forward`.

@@ -1,4 +1,4 @@
-"""Vector quantisation layer: a codebook learned by gradient or by exponential moving averages."""
+"""Vector quantization layer: a codebook learned by gradient or by exponential moving averages."""
 
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ class VectorQuantizer(Codebooks):
         smoothed = (counts + eps) / (counts.sum() + K * eps) * counts.sum()
         codebook = sums / smoothed[:, None]
 
-    The output of a step is quantised with the codebook from before its update, and nothing waits for the device.
+    The output of a step is quantized with the codebook from before its update, and nothing waits for the device.
 
     Under torch.distributed n and s are summed over all processes, so that their codebooks stay equal and are those of one
     process on the joined batch: in training mode every process must take part in every step, if only with an empty batch.
@@ -53,7 +53,7 @@ class VectorQuantizer(Codebooks):
         dim: length of the channel dimension of x.
         code_dim: D, the length of a code; None for dim / heads. Where heads * D is not dim, a linear layer before the
             search and one after it change the dimension.
-        heads: parts that a vector is cut into, each quantised on its own.
+        heads: parts that a vector is cut into, each quantized on its own.
         separate_codebooks: each head has a codebook of its own; otherwise all share one.
         decay: of the moving averages, 0 <= decay < 1; None for a codebook that learns by gradient.
         usage_decay: of the counts that `revive_below` looks at, where decay is None.
@@ -74,7 +74,7 @@ class VectorQuantizer(Codebooks):
         channel_dim: the dimension of x that holds a vector; 1 for images [B, D, H, W].
         init: "uniform" draws codes from (-1/K, 1/K), made unit vectors for "cosine". The others also do so, and replace
             the codes from the first training batch (`init_codes`), unless codes were loaded before: then no code starts
-            out of reach. "data" takes random vectors of it, "kmeans" the centres that `genperf.kmeans` finds in it.
+            out of reach. "data" takes random vectors of it, "kmeans" the centers that `genperf.kmeans` finds in it.
             That step waits for the device; under torch.compile(fullgraph=True) call `init_codes` before it.
         init_iterations: of k-means.
         revive_below: a code whose moving count falls below it is replaced by a vector of the batch; 0 for never. The
@@ -183,7 +183,7 @@ class VectorQuantizer(Codebooks):
         code_weights: Weights | None = None,
         return_terms: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, LossTerms]:
-        """Quantise x.
+        """Quantize x.
 
         Args:
             x: [..., D, ...], of the codebook's dtype, or half precision with a float32 codebook; the linear layers then

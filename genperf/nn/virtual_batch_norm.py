@@ -1,4 +1,4 @@
-"""Normalisation by a reference batch: batch normalisation without dependence between the samples of a batch."""
+"""Normalization by a reference batch: batch normalization without dependence between the samples of a batch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ class _Statistics(NamedTuple):
 
 
 class ReferenceBatchNorm(nn.Module):
-    """Normalises every channel by the statistics of a reference batch; Salimans et al. (2016), section 3.4.
+    """Normalizes every channel by the statistics of a reference batch; Salimans et al. (2016), section 3.4.
 
     Equivalent to:
         y = (x - reference_mean) / torch.sqrt(reference_var + eps) * weight + bias
@@ -61,17 +61,17 @@ class ReferenceBatchNorm(nn.Module):
         self.register_buffer("reference_mean", torch.zeros(num_features))
         self.register_buffer("reference_var", torch.ones(num_features))
         self.register_buffer("reference_count", torch.zeros(()))
-        # On the host, so that asking costs no synchronisation.
+        # On the host, so that asking costs no synchronization.
         self._has_reference = False
         self._recording = False
         # Of the running `reference_pass`, with their gradient.
         self._statistics: _Statistics | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise.
+        """Normalize.
 
         Args:
-            x: [B, C, ...], float32 or float64, or half precision (normalised in float32).
+            x: [B, C, ...], float32 or float64, or half precision (normalized in float32).
 
         Returns:
             Of x's shape and dtype.
@@ -105,7 +105,7 @@ class ReferenceBatchNorm(nn.Module):
         return f"{self.num_features}, eps={self.eps}, affine={self.weight is not None}"
 
     def _combined(self, x: Tensor, reference: _Statistics) -> tuple[Tensor, Tensor]:
-        """Mean and variance, [C] or [B, C], that samples x are normalised by."""
+        """Mean and variance, [C] or [B, C], that samples x are normalized by."""
         return reference.mean, reference.var
 
     def _record(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,7 @@ class ReferenceBatchNorm(nn.Module):
 
 
 class VirtualBatchNorm(ReferenceBatchNorm):
-    """Normalises every sample by a reference batch and the sample itself; Salimans et al. (2016), section 3.4.
+    """Normalizes every sample by a reference batch and the sample itself; Salimans et al. (2016), section 3.4.
 
     Equivalent to (a reference batch of n samples):
         var, mean = torch.var_mean(x, (2, ...), correction=0, keepdim=True)             # of each sample; the value itself for [B, C]
@@ -142,7 +142,7 @@ class VirtualBatchNorm(ReferenceBatchNorm):
         square_both = (n * (reference_var + reference_mean**2) + var + mean**2) / (n + 1)
         y = (x - mean_both) / torch.sqrt(square_both - mean_both**2 + eps) * weight + bias
 
-    with a variance that does not cancel. The reference batch itself is normalised by its own statistics alone. All else
+    with a variance that does not cancel. The reference batch itself is normalized by its own statistics alone. All else
     is as in `ReferenceBatchNorm`: set the reference with `set_reference_batch` or `reference_pass`.
     """
 
@@ -162,7 +162,7 @@ def set_reference_batch(network: nn.Module, *inputs: Any, **options: Any) -> Non
 
     Equivalent to:
         with torch.no_grad():
-            network(*inputs, **options)                                     # each layer normalises by this batch
+            network(*inputs, **options)                                     # each layer normalizes by this batch
 
     The statistics are buffers that are saved with the network; they have no gradient and stay as they are while weights
     change, until the next call. The network's mode is left alone.
@@ -178,7 +178,7 @@ def set_reference_batch(network: nn.Module, *inputs: Any, **options: Any) -> Non
 
 @contextmanager
 def reference_pass(network: nn.Module, *inputs: Any, **options: Any) -> Iterator[None]:
-    """Within this context the network normalises by a reference batch as the present weights see it, with gradients.
+    """Within this context the network normalizes by a reference batch as the present weights see it, with gradients.
 
     As published, the reference batch goes through the network at every step:
         with reference_pass(discriminator, reference):

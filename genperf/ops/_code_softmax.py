@@ -150,8 +150,8 @@ def logits_reference(x: Tensor, codebook: Tensor, valid: Tensor | None, logits: 
     dtype = accumulator_dtype(x.dtype)
     rows, codes = x.transpose(2, 3).flatten(1, 2).to(dtype), codebook.to(dtype)
     if logits != "dot":
-        centre = codes.detach().mean(1, keepdim=True)
-        rows, codes = rows - centre, codes - centre
+        center = codes.detach().mean(1, keepdim=True)
+        rows, codes = rows - center, codes - center
     if valid is not None:
         rows = torch.where(valid.reshape(len(rows), -1, 1), rows, 0)
     with torch.autocast(x.device.type, enabled=False):
@@ -171,8 +171,8 @@ class _Chunks:
     def __init__(self, x: Tensor, codebook: Tensor, logits: str):  # [outer, D, inner], [K, D]
         self.x, self.valid, self.logits, self.dtype = x, None, logits, accumulator_dtype(x.dtype)
         codes = codebook.to(self.dtype)
-        self.centre = None if logits == "dot" else codes.mean(0)
-        self.codes = codes if self.centre is None else codes - self.centre
+        self.center = None if logits == "dot" else codes.mean(0)
+        self.codes = codes if self.center is None else codes - self.center
         outer, dim, inner = x.shape
         rows = max(1, _CHUNK // max(len(codes), dim), min(_ROWS, _LARGEST_CHUNK // max(len(codes), dim)))
         if inner >= rows:
@@ -194,7 +194,7 @@ class _Chunks:
         return self.logits == "distance"
 
     def __iter__(self) -> Iterator[tuple[slice, tuple, Tensor, Tensor]]:
-        """Positions of a chunk, its place in x, its vectors in float and without the centre, and their products with the operand."""
+        """Positions of a chunk, its place in x, its vectors in float and without the center, and their products with the operand."""
         outer, dim, inner = self.x.shape
         if inner == 0:
             return
@@ -205,7 +205,7 @@ class _Chunks:
                 rows = part.transpose(1, 2).reshape(-1, dim).to(self.dtype)
                 first = o * inner + i
                 positions = slice(first, first + len(rows))
-                rows = rows if self.centre is None else rows - self.centre
+                rows = rows if self.center is None else rows - self.center
                 if self.valid is not None:
                     rows = torch.where(self.valid[positions].unsqueeze(1), rows, 0)
                 left = rows

@@ -41,7 +41,7 @@ def code_cross_entropy(
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `code_entropy`, and for indices that do not fit.
-        IndexError: an index outside -1 ... K - 1 (on CUDA the error is that of a gather out of bounds: looking would synchronise).
+        IndexError: an index outside -1 ... K - 1 (on CUDA the error is that of a gather out of bounds: looking would synchronize).
     """
     op = "code_cross_entropy"
     channel = check_arguments(op, x, codebook, temperature, logits, channel_dim, mask)

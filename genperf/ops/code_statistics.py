@@ -43,7 +43,7 @@ def code_statistics(
     Raises:
         ValueError: shapes that do not fit, tensors on two devices, num_codes < 1.
         TypeError: an unsupported dtype.
-        IndexError: an index outside -1 ... num_codes - 1 (on CUDA such a vector is left out: looking would synchronise).
+        IndexError: an index outside -1 ... num_codes - 1 (on CUDA such a vector is left out: looking would synchronize).
     """
     op = "code_statistics"
     check_tensor(op, "x", x)

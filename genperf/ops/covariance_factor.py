@@ -20,7 +20,7 @@ def covariance_factor(cov: Tensor) -> Tensor:
     Equivalent to, where cov is well conditioned:
         factor = torch.linalg.cholesky(cov.double())
 
-    Otherwise by a Cholesky factorisation with pivots, which stops at rounding (Higham, "Analysis of the Cholesky decomposition of a
+    Otherwise by a Cholesky factorization with pivots, which stops at rounding (Higham, "Analysis of the Cholesky decomposition of a
     semi-definite matrix", 1990). Either is taken of the correlation matrix in effect, so that features of different scales do
     not hide one another. A factor is what `trace_sqrt_product` and `frechet_distance` need of a covariance: prepare it once
     for one that is used often.

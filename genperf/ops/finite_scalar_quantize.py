@@ -1,4 +1,4 @@
-"""Finite scalar quantisation: every channel is rounded to a grid of its own, and the codebook is the product of the grids."""
+"""Finite scalar quantization: every channel is rounded to a grid of its own, and the codebook is the product of the grids."""
 
 import math
 import operator

@@ -28,7 +28,7 @@ def frechet_distance(
 
     Dowson and Landau, "The Frechet distance between multivariate normal distributions" (1982); Heusel et al., "GANs Trained by a
     Two Time-Scale Update Rule Converge to a Local Nash Equilibrium" (2017). The square root is never built: see
-    `trace_sqrt_product`, also for covariances given by factors, such as a few centred features.
+    `trace_sqrt_product`, also for covariances given by factors, such as a few centered features.
 
     Args:
         mean1, mean2: float32, float64, bfloat16 or float16. Leading dimensions are a batch.

@@ -1,4 +1,4 @@
-"""Reparameterised samples of diagonal Gaussians with their KL divergence."""
+"""Reparameterized samples of diagonal Gaussians with their KL divergence."""
 
 import math
 from collections.abc import Sequence

@@ -288,23 +288,23 @@ def _draw(weights: Tensor, quantiles: Tensor) -> Tensor:
     return drawn.clamp(max=shares.shape[0] - 1)
 
 
-def _merge(data: _Data, centres: Tensor, counts: Tensor, num_codes: int, generator: torch.Generator | None) -> Tensor:
-    """Centres of K clusters, merged from more [C, D] with these counts [C] so that the inertia grows little.
+def _merge(data: _Data, centers: Tensor, counts: Tensor, num_codes: int, generator: torch.Generator | None) -> Tensor:
+    """Centers of K clusters, merged from more [C, D] with these counts [C] so that the inertia grows little.
 
     Merging two clusters adds n m / (n + m) |a - b|^2 to the inertia. In each round a random half of the clusters is
     searched for in the other half, each cluster remembers the best partner that it has met, and the cheapest pairs merge.
     """
-    own = torch.arange(len(centres), device=centres.device)
+    own = torch.arange(len(centers), device=centers.device)
 
     def added(one: Tensor, other: Tensor) -> Tensor:
-        price = (centres[one] - centres[other]).square().sum(1) / (1 / counts[one] + 1 / counts[other])
+        price = (centers[one] - centers[other]).square().sum(1) / (1 / counts[one] + 1 / counts[other])
         return torch.where((one != other) & (counts[one] > 0) & (counts[other] > 0), price, torch.inf)
 
     partner = own
     for turn in range(_MERGE_ROUNDS):
-        left, right = data.uniform(len(centres), generator).argsort().tensor_split(2)
-        codes = torch.where(counts[right].unsqueeze(1) > 0, centres[right], torch.nan)  # which is never nearest
-        met = right[search(centres[left].unsqueeze(2), codes, None, "euclidean", data.impl).squeeze(1)]
+        left, right = data.uniform(len(centers), generator).argsort().tensor_split(2)
+        codes = torch.where(counts[right].unsqueeze(1) > 0, centers[right], torch.nan)  # which is never nearest
+        met = right[search(centers[left].unsqueeze(2), codes, None, "euclidean", data.impl).squeeze(1)]
         known = partner[left]
         partner = partner.scatter(0, left, torch.where(added(left, met) < added(left, known), met, known))
 
@@ -317,12 +317,12 @@ def _merge(data: _Data, centres: Tensor, counts: Tensor, num_codes: int, generat
         goes &= ~goes[partner]  # nor to one that goes itself
         target = torch.where(goes, partner, own)
         alive = torch.where(counts > 0, target, -1)
-        counts, sums = statistics(centres.unsqueeze(2), alive.unsqueeze(1), len(own), counts.unsqueeze(1), None, data.impl)
-        centres = torch.where(counts.unsqueeze(1) > 0, sums / counts.unsqueeze(1), 0)
+        counts, sums = statistics(centers.unsqueeze(2), alive.unsqueeze(1), len(own), counts.unsqueeze(1), None, data.impl)
+        centers = torch.where(counts.unsqueeze(1) > 0, sums / counts.unsqueeze(1), 0)
         partner = target[partner]
     # Of what is still too many the largest stay; too few are filled up with copies.
     kept = counts.argsort(descending=True, stable=True)
-    return centres[kept[torch.arange(num_codes, device=kept.device) % (counts > 0).sum()]]
+    return centers[kept[torch.arange(num_codes, device=kept.device) % (counts > 0).sum()]]
 
 
 def _reseed(data: _Data, updated: Tensor, codebook: Tensor, indices: Tensor, empty: Tensor) -> Tensor:

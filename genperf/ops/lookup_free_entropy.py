@@ -46,10 +46,10 @@ def lookup_free_entropy(
 
     Args:
         x: float32, bfloat16, float16 or float64, 1 to 63 channels; any strides. Computed in float32 or better.
-        scale, spherical: as in `lookup_free_quantize`; with `spherical` x is normalised first.
+        scale, spherical: as in `lookup_free_quantize`; with `spherical` x is normalized first.
         inv_temperature: positive; the larger, the harder the codes.
         group_size: a divisor of D, at most 24; None for D. The codebook entropy is then the sum of those of the groups of
-            this many neighbouring bits, which is an upper bound and costs 2^group_size in place of 2^D (Zhao et al.,
+            this many neighboring bits, which is an upper bound and costs 2^group_size in place of 2^D (Zhao et al.,
             arXiv 2406.07548); 1 takes the bits one by one.
         channel_dim: the dimension of x that holds the D channels.
         mask: bool, x's shape without channel_dim; where False a vector is left out.

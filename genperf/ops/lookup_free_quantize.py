@@ -1,4 +1,4 @@
-"""Lookup-free quantisation: every channel is one bit of the code, its sign."""
+"""Lookup-free quantization: every channel is one bit of the code, its sign."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def lookup_free_quantize(
     channel_dim: int = -1,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Quantise every channel by its sign: LFQ, Yu et al. (arXiv 2310.05737); BSQ, Zhao et al. (arXiv 2406.07548).
+    """Quantize every channel by its sign: LFQ, Yu et al. (arXiv 2310.05737); BSQ, Zhao et al. (arXiv 2406.07548).
 
     Equivalent to (channel_dim=-1):
         sign = torch.where(x > 0, scale, -scale)
@@ -43,7 +43,7 @@ def lookup_free_quantize(
     Returns:
         quantized, of x's shape and dtype; indices, int64, x's shape without channel_dim, the first channel the most
         significant bit. Zero counts as negative; NaN is NaN in its channel and a bit of 0.
-        Differentiable in x: the gradient passes the sign unchanged, and the normalisation as it is (an x shorter than
+        Differentiable in x: the gradient passes the sign unchanged, and the normalization as it is (an x shorter than
         1e-12 counts as that long). The second derivative (create_graph=True) runs in plain PyTorch.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Nearest-neighbour search in a codebook, exact in float64."""
+"""Nearest-neighbor search in a codebook, exact in float64."""
 
 import torch
 from torch import Tensor

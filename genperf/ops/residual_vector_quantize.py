@@ -1,4 +1,4 @@
-"""Residual vector quantisation: every level quantises what the levels before it leave."""
+"""Residual vector quantization: every level quantizes what the levels before it leave."""
 
 import torch
 import torch.nn.functional as F

@@ -32,8 +32,8 @@ def trace_sqrt_product(
     With cov1 = F1 F1' and cov2 = F2 F2' the trace is the nuclear norm of F1' F2, whose gradient is its polar factor: no
     square root, no inverse, and nothing infinite where a covariance is singular (Bhatia, Jain and Lim, "On the
     Bures-Wasserstein distance between positive definite matrices", 2019). Each side is given as a covariance or, with None
-    in its place, as a factor: a root from `covariance_factor`, or n centred features, (x - x.mean(0)).T / (n - 1) ** 0.5.
-    A factor saves the factorisation, and with n < d nothing of size d x d is decomposed.
+    in its place, as a factor: a root from `covariance_factor`, or n centered features, (x - x.mean(0)).T / (n - 1) ** 0.5.
+    A factor saves the factorization, and with n < d nothing of size d x d is decomposed.
 
     Args:
         cov1, cov2: symmetric positive semi-definite, float32, float64, bfloat16 or float16, of any scale. Leading

@@ -1,4 +1,4 @@
-"""Vector quantisation: nearest code, straight-through or rotated gradient, and the loss that trains both sides."""
+"""Vector quantization: nearest code, straight-through or rotated gradient, and the loss that trains both sides."""
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def vector_quantize(
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `nearest_code`, and for a mask or indices that do not fit.
-        IndexError: an index outside -1 ... K - 1 (on CUDA such an index is not looked for: looking would synchronise).
+        IndexError: an index outside -1 ... K - 1 (on CUDA such an index is not looked for: looking would synchronize).
     """
     op = "vector_quantize"
     channel = check_vectors(op, x, codebook, channel_dim)

@@ -82,16 +82,16 @@ def _read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
     paths = image_paths(folder)
     pixels = []
-    grey = True
+    gray = True
     for path in paths:
         with open_image(path) as image:
-            grey &= image.mode in ("1", "L", "LA")
-            pixels.append(np.asarray(image.convert("L" if grey else "RGB")))
+            gray &= image.mode in ("1", "L", "LA")
+            pixels.append(np.asarray(image.convert("L" if gray else "RGB")))
         height, width = pixels[0].shape[:2]
         if pixels[-1].shape[:2] != (height, width):
             got = f"{pixels[-1].shape[1]}x{pixels[-1].shape[0]} in {str(path)!r}"
             raise UserError(f"all images must have one size, got {width}x{height} in {str(paths[0])!r} and {got}.")
-    if not grey:  # the greyscale images from before the first colour one
+    if not gray:  # the grayscale images from before the first color one
         pixels = [np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image for image in pixels]
     return np.stack(pixels), _classes(folder, paths)
 

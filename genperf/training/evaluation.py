@@ -126,7 +126,7 @@ def class_labels(n: int, labels: Tensor) -> Tensor:
 
 
 def usual(system: System, held_out: LabelledImages) -> Tensor:
-    """The held-out images of the kind that the system learnt from."""
+    """The held-out images of the kind that the system learned from."""
     normal = getattr(system.config, "normal_class", None)
     return held_out.images if normal is None or held_out.labels is None else held_out.images[held_out.labels == normal]
 

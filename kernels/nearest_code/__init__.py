@@ -1,6 +1,6 @@
 """Exact nearest-code search on CUDA: bfloat16 scores under a certified bound, then float32 and float64 on what is left.
 
-The nearest code has the largest score s = z.f - |f|^2 / 2, with z = x - c, f = code - c and a centre c: the mean of some
+The nearest code has the largest score s = z.f - |f|^2 / 2, with z = x - c, f = code - c and a center c: the mean of some
 codes, or zero where that mean is small beside their spread, so that bfloat16 inputs stay exact.
 
 1. `nearest_code_prepare_kernel` rounds the codes to bfloat16, with -|f|^2 / 2 in three bfloat16 columns of their own.
@@ -41,7 +41,7 @@ MAX_MAXIMA = 1 << 23  # block maxima held at a time: 32 MB, which stays in the L
 PROGRAMS = 264  # of a coarse pass at least: two for each multiprocessor of an H200
 TAIL = 16  # columns of the bias where it does not fit among the others
 BLOCK_D = 64  # columns at a time where queries stream
-CENTRE_OPTIONS = {"SAMPLE": 64, "BLOCK_D": 64, "num_warps": 8, "enable_fp_fusion": True}
+CENTER_OPTIONS = {"SAMPLE": 64, "BLOCK_D": 64, "num_warps": 8, "enable_fp_fusion": True}
 ROUND_OPTIONS = {"BLOCK_N": 32, "BLOCK_D": BLOCK_D, "num_warps": 4, "enable_fp_fusion": True}
 MANY_BLOCKS = tl.constexpr(64)  # a row with more is searched wholly
 NONE = tl.constexpr(0x7FFFFFFF)  # no block
@@ -78,16 +78,16 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
     shape = Shape(dim, num_codes, device)
     # The interpreter, the only one to run on the CPU, multiplies bfloat16 wrongly; float32 holds the rounded values.
     operand = {"dtype": torch.bfloat16 if x.is_cuda else torch.float32, "device": device}
-    centre = torch.empty(heads, dim, **float32)
+    center = torch.empty(heads, dim, **float32)
     codes = torch.empty(heads, shape.padded, shape.depth, **operand)
     tail = torch.empty(heads, shape.padded if shape.tail else 0, TAIL, **operand)
     limits = torch.empty(heads, 4, dtype=torch.int32, device=device)
-    nearest_code_centre_kernel[(heads,)](
-        codebook, centre, limits, num_codes, dim, *codebook.stride(),
-        COSINE=cosine, **CENTRE_OPTIONS,
+    nearest_code_center_kernel[(heads,)](
+        codebook, center, limits, num_codes, dim, *codebook.stride(),
+        COSINE=cosine, **CENTER_OPTIONS,
     )  # fmt: skip
     nearest_code_prepare_kernel[(triton.cdiv(shape.padded, 32), heads)](
-        codebook, centre, codes, tail, limits, num_codes, shape.padded, dim, shape.depth, *codebook.stride(),
+        codebook, center, codes, tail, limits, num_codes, shape.padded, dim, shape.depth, *codebook.stride(),
         COSINE=cosine, **shape.prepare_options(),
     )  # fmt: skip
 
@@ -105,7 +105,7 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
         grid = (triton.cdiv(count, shape.block_n), splits, heads)
         if shape.streams:
             nearest_code_round_kernel[(triton.cdiv(count, 32), heads)](
-                x, centre, limits, queries, bound, *start, count, rows, inner, dim, shape.depth, *x.stride(),
+                x, center, limits, queries, bound, *start, count, rows, inner, dim, shape.depth, *x.stride(),
                 COSINE=cosine, PLANAR=planar, **ROUND_OPTIONS,
             )  # fmt: skip
             nearest_code_stream_kernel[grid](
@@ -114,7 +114,7 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
             )  # fmt: skip
         else:
             nearest_code_coarse_kernel[grid](
-                x, centre, codes, tail, limits, maxima, best, bound, *start, count, rows, inner, shape.padded, tiles, shape.blocks,
+                x, center, codes, tail, limits, maxima, best, bound, *start, count, rows, inner, shape.padded, tiles, shape.blocks,
                 dim, *x.stride(), COSINE=cosine, PLANAR=planar, **shape.coarse_options(),
             )  # fmt: skip
         sizes = (first, *start, count, rows, positions, inner, num_codes, shape.blocks, splits, dim, *x.stride(), *codebook.stride())
@@ -218,9 +218,9 @@ def _round_to_bfloat16(value):
 
 
 @triton.jit(do_not_specialize=["num_codes", "stride_head"])
-def nearest_code_centre_kernel(
+def nearest_code_center_kernel(
     codebook,  # [heads, K, D]
-    centre,  # [heads, D]
+    center,  # [heads, D]
     limits,  # [heads, 4] set to zero
     num_codes,
     dim,
@@ -231,9 +231,9 @@ def nearest_code_centre_kernel(
     SAMPLE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The mean of some codes, spread over the codebook; any centre gives a right answer, this one a fast one."""
+    """The mean of some codes, spread over the codebook; any center gives a right answer, this one a fast one."""
     head = tl.program_id(0).to(tl.int64)
-    centre += head * dim
+    center += head * dim
     tl.store(limits + head * 4 + tl.arange(0, 4), tl.zeros([4], tl.int32))
     codes = codebook + head * stride_head + tl.arange(0, SAMPLE).to(tl.int64) * num_codes // SAMPLE * stride_k
     square_of_mean = 0.0
@@ -249,13 +249,13 @@ def nearest_code_centre_kernel(
             mean = tl.sum(value, axis=0) / count
             square_of_mean += tl.sum(mean * mean)
             mean_of_square += tl.sum(tl.sum(value * value, axis=0) / count)
-        tl.store(centre + d, mean, mask=d < dim)
+        tl.store(center + d, mean, mask=d < dim)
     if square_of_mean * 16 <= mean_of_square:
         # Other threads may have written what this one replaces.
         tl.debug_barrier()
         for start in range(0, dim, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
-            tl.store(centre + d, tl.zeros([BLOCK_D], tl.float32), mask=d < dim)
+            tl.store(center + d, tl.zeros([BLOCK_D], tl.float32), mask=d < dim)
 
 
 @triton.jit
@@ -270,7 +270,7 @@ def _raise_limit(limit, value):
 @triton.jit(do_not_specialize=["num_codes", "padded", "stride_head"])
 def nearest_code_prepare_kernel(
     codebook,  # [heads, K, D]
-    centre,  # [heads, D]
+    center,  # [heads, D]
     operand,  # [heads, padded, depth] rounded columns, codes in the order of the accumulators
     tail,  # [heads, padded, TAIL] bias columns
     limits,  # [heads, 4] largest |f|, |f - f~|, |l(f)| and bias, as bits
@@ -290,7 +290,7 @@ def nearest_code_prepare_kernel(
 ):
     head = tl.program_id(1).to(tl.int64)
     codebook += head * stride_head
-    centre += head * dim
+    center += head * dim
     operand += head * padded * depth
     tail += head * padded * TAIL
     limits += head * 4
@@ -302,7 +302,7 @@ def nearest_code_prepare_kernel(
         d = start + tl.arange(0, BLOCK_D)
         keep = inside[:, None] & (d < dim)[None, :]
         offset = tl.load(codebook + codes[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d, mask=keep, other=0).to(tl.float64)
-        offset = tl.where(keep, offset - tl.load(centre + d, mask=d < dim, other=0)[None, :], 0.0)
+        offset = tl.where(keep, offset - tl.load(center + d, mask=d < dim, other=0)[None, :], 0.0)
         square += tl.sum(offset * offset, axis=1)
     finite = inside & (square < float("inf"))
     factor = tl.full([BLOCK_K], 1.0, tl.float64)
@@ -337,7 +337,7 @@ def nearest_code_prepare_kernel(
         d = column % dim
         keep = finite[:, None] & valid[None, :]
         code = tl.load(codebook + codes[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d, mask=keep, other=0).to(tl.float64)
-        code -= tl.load(centre + d, mask=valid, other=0)[None, :]
+        code -= tl.load(center + d, mask=valid, other=0)[None, :]
         offset = tl.where(keep, code * factor[:, None], 0.0)
         value = offset.to(tl.float32)
         high = _round_to_bfloat16(value)
@@ -443,7 +443,7 @@ def _store_maxima(maxima, tile, group, row, inside, rows, TILES: tl.constexpr):
 )
 def nearest_code_coarse_kernel(
     x,  # [heads, outer, D, inner]
-    centre,  # [heads, D]
+    center,  # [heads, D]
     operand,  # [heads, padded, DEPTH]
     tail,  # [heads, padded, TAIL]
     limits,  # [heads, 4]
@@ -487,7 +487,7 @@ def nearest_code_coarse_kernel(
     column = tl.arange(0, DEPTH)
     valid = column < width
     d = column % dim
-    z = _load_rows(x, base, inside, d, valid, stride_d, PLANAR) - tl.load(centre + head * dim + d, mask=valid, other=0)[None, :]
+    z = _load_rows(x, base, inside, d, valid, stride_d, PLANAR) - tl.load(center + head * dim + d, mask=valid, other=0)[None, :]
     z = tl.where(valid[None, :] & inside[:, None], z, 0.0)
     high = _round_to_bfloat16(z)
     once = (column < dim)[None, :]
@@ -532,7 +532,7 @@ def nearest_code_coarse_kernel(
 @triton.jit(do_not_specialize=["first_outer", "first_inner", "count", "rows", "inner", "dim", "stride_head", "stride_outer"])
 def nearest_code_round_kernel(
     x,  # [heads, outer, D, inner]
-    centre,  # [heads, D]
+    center,  # [heads, D]
     limits,  # [heads, 4]
     queries,  # [heads, rows, depth]
     bound,  # [heads, rows]
@@ -562,7 +562,7 @@ def nearest_code_round_kernel(
     for start in range(0, depth, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         valid = d < dim
-        z = _load_rows(x, base, inside, d, valid, stride_d, PLANAR) - tl.load(centre + head * dim + d, mask=valid, other=0)[None, :]
+        z = _load_rows(x, base, inside, d, valid, stride_d, PLANAR) - tl.load(center + head * dim + d, mask=valid, other=0)[None, :]
         z = tl.where(valid[None, :] & inside[:, None], z, 0.0)
         high = _round_to_bfloat16(z)
         square += tl.sum(z * z, axis=1)

@@ -181,9 +181,9 @@ def write_images(folder, modes, size=(12, 8)):
 
 
 def test_folder_of_images(tmp_path):
-    grey = data.load_images(str(write_images(tmp_path / "grey", ["L", "L"]))).images
-    assert grey.shape == (2, 1, 8, 12)
-    torch.testing.assert_close(grey[:, 0, 0, 0], torch.tensor([0, 20 / 255]))
+    gray = data.load_images(str(write_images(tmp_path / "gray", ["L", "L"]))).images
+    assert gray.shape == (2, 1, 8, 12)
+    torch.testing.assert_close(gray[:, 0, 0, 0], torch.tensor([0, 20 / 255]))
     folder = write_images(tmp_path / "mixed", ["L", "L", "RGB"])
     (folder / "notes.txt").write_text("not an image")
     (folder / "more").mkdir()

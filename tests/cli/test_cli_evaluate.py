@@ -432,7 +432,7 @@ def test_evaluate_with_an_extractor(run, data, tmp_path, capsys, monkeypatch):
     assert results["features"] == "stand_in_extractors:corner"
     assert results["scores"]["fid"] >= 0
     assert "coverage" not in results["scores"]
-    # Greyscale images have three equal channels.
+    # Grayscale images have three equal channels.
     assert run(evaluate_command, Generating(), data, "--samples", "50", *extractor) == 0
     both = json.loads((tmp_path / "evaluation.json").read_text())
     assert both["scores"]["fid"] == results["scores"]["fid"]

@@ -382,11 +382,11 @@ def test_precision_and_recall(world, extractors, capsys, k):
     low, high = (features_of(extractors, world / side) for side in ("low", "high"))
 
     def covered(points, support):
-        """How much of `points` lies within the k-th neighbour's distance of some point of the support."""
+        """How much of `points` lies within the k-th neighbor's distance of some point of the support."""
         radii = np.sort(np.linalg.norm(support[:, None] - support[None], axis=-1), axis=1)[:, k]
         return (np.linalg.norm(points[:, None] - support[None], axis=-1) <= radii).any(1).mean()
 
-    result = fid_json(capsys, world / "low", world / "high", *DIGITS, "--precision-recall", "--neighbours", k)
+    result = fid_json(capsys, world / "low", world / "high", *DIGITS, "--precision-recall", "--neighbors", k)
     assert result["precision"] == pytest.approx(covered(high, low), abs=1.01 / (5 * PER_CLASS))
     assert result["recall"] == pytest.approx(covered(low, high), abs=1.01 / (5 * PER_CLASS))
     assert 0 < result["precision"] < 1
@@ -699,7 +699,7 @@ def test_options_that_do_not_fit(world, extractors, tmp_path, capsys):
     fails("features or images are needed for --save-stats, got the statistics file", statistics, "--save-stats", tmp_path / "b.npz")
     fails("features or images are needed for --kid, got the statistics file '.*a.npz'", low, statistics, "--kid")
     fails("features or images are needed for --precision-recall, got", statistics, low, "--precision-recall")
-    fails("--neighbours 3 needs at least 4 samples, got 3 in '.*three.npy'", tmp_path / "three.npy", low, "--precision-recall")
+    fails("--neighbors 3 needs at least 4 samples, got 3 in '.*three.npy'", tmp_path / "three.npy", low, "--precision-recall")
     for path in (statistics, tmp_path / "b.npy", tmp_path / "b", tmp_path / "none" / "b.npz"):
         fails("must name a new .npz file in a folder that can be written to, got '.*'", low, "--save-stats", path)
     fails("--device must be cpu, cuda or cuda:N, .* got 'tpu'", low, low, "--device", "tpu")
@@ -723,7 +723,7 @@ def test_missing_package(world, extractors, monkeypatch, capsys, module):
         (["--channels", "2"], "--channels: invalid choice"),
         (["--pixels", "float"], "--pixels: invalid choice"),
         (["--kid-subset-size", "1"], "--kid-subset-size: must be a whole number of at least 2"),
-        (["--neighbours", "0"], "--neighbours: must be"),
+        (["--neighbors", "0"], "--neighbors: must be"),
     ],
 )
 def test_options_name_their_rule(options, sentence, capsys):

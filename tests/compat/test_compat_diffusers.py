@@ -103,7 +103,7 @@ def test_deterministic(later, device):
 
 
 def test_rewritten_attributes_are_what_counts(device):
-    """As a video pipeline does: normalise the latents, then rewrite all four attributes."""
+    """As a video pipeline does: normalize the latents, then rewrite all four attributes."""
     parameters, noise = moments(2, 6, 3, 4, 5, device=device), torch.randn(2, 3, 3, 4, 5, device=device)
     shift, scale = torch.randn(2, 3, 1, 1, 1, device=device).exp()
     posterior = DiagonalGaussianDistribution(parameters)

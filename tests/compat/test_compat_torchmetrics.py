@@ -22,7 +22,7 @@ STATES = [f"{side}_features_{state}" for side in ("real", "fake") for state in (
 
 
 class Features(nn.Module):
-    """The mean colours of image patches behind a fixed mixing matrix and a ReLU, plus an offset."""
+    """The mean colors of image patches behind a fixed mixing matrix and a ReLU, plus an offset."""
 
     def __init__(self, num_features=12, offset=0.0):
         super().__init__()
@@ -53,7 +53,7 @@ def metric(kind=Ours, **arguments):
 
 
 def exact(feature, real, fake):
-    """From the features themselves in float64: the trace is the nuclear norm of the product of the centred features."""
+    """From the features themselves in float64: the trace is the nuclear norm of the product of the centered features."""
     with torch.no_grad():
         a, b = (feature(x).double() for x in (real, fake))
     f, g = ((x - x.mean(0)).T / (len(x) - 1) ** 0.5 for x in (a, b))

@@ -184,7 +184,7 @@ def test_update_can_be_asked_for():
 
 @pytest.mark.parametrize("zeros", [True, False])
 def test_padding_has_no_part(zeros):
-    """Projected, by head and normalised, where theirs fails; the reference is the layer on the valid vectors alone."""
+    """Projected, by head and normalized, where theirs fails; the reference is the layer on the valid vectors alone."""
     torch.manual_seed(0)
     options = {"heads": 2, "codebook_dim": 3, "use_cosine_sim": True, "return_zeros_for_masked_padding": zeros}
     masked = ours.VectorQuantize(DIM, CODES, **options)
@@ -265,7 +265,7 @@ def test_checkpoints_load_both_ways(case):
         assert_equal_states(saved, loaded)
 
 
-def test_an_uninitialised_checkpoint_awaits_data():
+def test_an_uninitialized_checkpoint_awaits_data():
     new = ours.VectorQuantize(DIM, CODES, kmeans_init=True)
     other = ours.VectorQuantize(DIM, CODES, kmeans_init=True)
     trained(other, 50, DIM)
@@ -279,8 +279,8 @@ def test_an_uninitialised_checkpoint_awaits_data():
 
 def test_kmeans_starts_as_well_as_theirs():
     torch.manual_seed(0)
-    centres = 10 * torch.randn(CODES, DIM)
-    x = centres[torch.randint(CODES, (2000,))] + torch.randn(2000, DIM)
+    centers = 10 * torch.randn(CODES, DIM)
+    x = centers[torch.randint(CODES, (2000,))] + torch.randn(2000, DIM)
     errors = []
     for layer in pair("VectorQuantize", DIM, CODES, kmeans_init=True, kmeans_iters=20):
         layer(x)

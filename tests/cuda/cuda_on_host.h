@@ -6,7 +6,7 @@
 // The threads of a block are fibers, resumed in turn until all wait at the same barrier; blocks run
 // one after another. Shared memory holds 0xff bytes (NaN) when a block starts, and what lies past
 // the size given to launch() may not be touched. A barrier or shuffle that only some threads reach
-// ends the process with a message. Not modelled: races between blocks or between barriers, memory
+// ends the process with a message. Not modeled: races between blocks or between barriers, memory
 // order, timing, shuffles among part of a warp.
 #pragma once
 

@@ -51,7 +51,7 @@ def types(dtype):
     pointers = {
         **dict.fromkeys(("x", "codebook"), dtype),
         **dict.fromkeys(("operand", "tail", "queries"), "bf16"),
-        **dict.fromkeys(("centre", "maxima", "best", "bound"), "fp32"),
+        **dict.fromkeys(("center", "maxima", "best", "bound"), "fp32"),
     } | {"mask": "i1", "indices": "i64", "limits": "i32"}
     small = (
         "count", "rows", "inner", "first_inner", "num_codes", "padded", "tiles", "blocks", "splits", "dim", "depth",
@@ -78,7 +78,7 @@ def kernels():
 
     def kernel(name, dim, codes, dtype="fp32", archs=ARCHS):
         arguments = {
-            "centre": lambda _: {"COSINE": False, **module.CENTRE_OPTIONS},
+            "center": lambda _: {"COSINE": False, **module.CENTER_OPTIONS},
             "prepare": lambda shape: {"COSINE": False, **shape.prepare_options()},
             "coarse": lambda shape: {**search, **shape.coarse_options()},
             "round": lambda _: {**search, **module.ROUND_OPTIONS},
@@ -93,7 +93,7 @@ def kernels():
         yield kernel("coarse" if dim <= 128 else "stream", dim, codes)
     for dim, codes in ((4, 8192), (18, 262144), (256, 16384)):
         yield kernel("exact", dim, codes)
-    for name in ("centre", "prepare", "round", "settle"):
+    for name in ("center", "prepare", "round", "settle"):
         yield kernel(name, 64, 512)
     # Another dtype changes the loads alone.
     for name in ("prepare", "coarse", "round", "exact"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of vector quantisation, run on the CPU by cuda_on_host.h, and what that reports."""
+"""The kernels of vector quantization, run on the CPU by cuda_on_host.h, and what that reports."""
 
 import ctypes
 import importlib

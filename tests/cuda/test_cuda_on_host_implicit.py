@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of finite scalar and lookup-free quantisation, run on the CPU by cuda_on_host.h."""
+"""The kernels of finite scalar and lookup-free quantization, run on the CPU by cuda_on_host.h."""
 
 import ctypes
 import itertools

@@ -247,7 +247,7 @@ def check_gaussian_nan(library: ctypes.CDLL) -> None:
 
 
 def check_gaussian_small_kl(library: ctypes.CDLL) -> None:
-    """A KL so small that it is what remains of cancelling terms."""
+    """A KL so small that it is what remains of canceling terms."""
     mean, logvar = torch.zeros(2, 1, 4001), torch.full((2, 1, 4001), 0.01)
     sample, kl = run_gaussian(library, mean, logvar, None, torch.zeros_like(mean), 0.0, False)
     assert (sample == 0).all()

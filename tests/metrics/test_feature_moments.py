@@ -16,8 +16,8 @@ def two_pass(features, unbiased=True):
     """Mean and covariance in extended precision."""
     x = features.cpu().double().numpy().astype(np.longdouble)
     mean = x.mean(0)
-    centred = x - mean
-    return mean, centred.T @ centred / (len(x) - unbiased)
+    centered = x - mean
+    return mean, centered.T @ centered / (len(x) - unbiased)
 
 
 def assert_moments(moments, features, unbiased=True, tolerance=1e-12):
@@ -238,7 +238,7 @@ def refusal(call):
         return str(error)
 
 
-def _synchronise(rank, path, results):
+def _synchronize(rank, path, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     features = 1e6 + torch.randn(90, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -293,7 +293,7 @@ def _synchronise(rank, path, results):
 def test_sync_counts_uneven_processes_alike_on_each(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    processes = [context.Process(target=_synchronise, args=(rank, tmp_path / "store", results)) for rank in range(2)]
+    processes = [context.Process(target=_synchronize, args=(rank, tmp_path / "store", results)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -110,7 +110,7 @@ def test_bad_input():
     metric = PrecisionRecall()
     metric.update(torch.zeros(9, 2), real=True)
     metric.update(torch.zeros(3, 2), real=False)
-    with pytest.raises(ValueError, match="the neighbour k=3 needs at least 4 generated samples, got 3"):
+    with pytest.raises(ValueError, match="the neighbor k=3 needs at least 4 generated samples, got 3"):
         metric.compute()
     with pytest.raises(ValueError, match="more than k=3 samples on each side, got 3 and 9"):
         precision_recall(torch.zeros(3, 2), torch.zeros(9, 2))

@@ -157,7 +157,7 @@ def test_the_generator_rests_while_the_critic_learns():
 
 
 @pytest.mark.parametrize(("norm", "penalty"), [("batch", None), ("batch", "r1"), ("virtual", None), ("none", None)])
-def test_normalisation(norm, penalty):
+def test_normalization(norm, penalty):
     system = small(DCGAN, norm=norm, penalty=penalty)
     found = {player: {type(module) for module in getattr(system, player).modules()} for player in system.players}
     assert (BatchNorm in found["generator"]) == (norm == "batch")
@@ -166,7 +166,7 @@ def test_normalisation(norm, penalty):
     assert VirtualBatchNorm not in found["discriminator"]
 
 
-def test_virtual_normalisation_makes_samples_independent():
+def test_virtual_normalization_makes_samples_independent():
     system = small(DCGAN, norm="virtual").train()
     (z,) = noise(4, (6, 5))
     torch.testing.assert_close(system.generator(z)[:2], system.generator(z[:2]))

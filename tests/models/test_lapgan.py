@@ -55,7 +55,7 @@ def test_samples_are_the_bands_of_the_games_put_together():
 def test_losses_are_the_plain_formula():
     system = small(ema=0.0)
     images = torch.rand(4, 1, 8, 8)
-    system.eval()  # the generators' batch normalisation by running statistics
+    system.eval()  # the generators' batch normalization by running statistics
     band_game, coarse_game = system.games
     coarse = system.pyramid.down(images)
     low = system.pyramid.up(coarse)

@@ -103,7 +103,7 @@ def test_shapes(shape):
 
 
 def test_losses_are_the_plain_formula():
-    system = prepared(labelled_batch=6).eval()  # no noise on layers, batch normalisation by running statistics
+    system = prepared(labelled_batch=6).eval()  # no noise on layers, batch normalization by running statistics
     images, _ = data()
     real = images[:5] * 2 - 1
 

@@ -46,7 +46,7 @@ def test_gradients_reach_the_players_own_parameters(player, changes):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_losses_are_the_plain_formula(number):
-    system = small(kl_weight=0.5).eval()  # batch normalisation by running statistics
+    system = small(kl_weight=0.5).eval()  # batch normalization by running statistics
     images = torch.rand(4, 1, 8, 8)
     stage = system.stages[number - 1]
     real = (F.avg_pool2d(images, 2) if number == 1 else images) * 2 - 1

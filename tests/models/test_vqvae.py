@@ -22,7 +22,7 @@ def levels(codes):
 
 
 def blocks(n, side=8):
-    """Images of four evenly coloured quarters."""
+    """Images of four evenly colored quarters."""
     return torch.rand(n, 1, 2, 2).repeat_interleave(side, 2).repeat_interleave(side, 3)
 
 

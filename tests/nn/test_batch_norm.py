@@ -60,7 +60,7 @@ class Critic(nn.Module):
             p.data.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
 
     def forward(self, x, real):
-        """A loss with all that crosses processes: normalised features, their matching, and a penalty's double backward."""
+        """A loss with all that crosses processes: normalized features, their matching, and a penalty's double backward."""
         features = self.inner(x)
         logits = self.outer(features)
         penalty = gradient_penalty(lambda points: self.outer(self.inner(points)), x, kind="r1", weight=1.0)

@@ -83,7 +83,7 @@ def test_learned_codebooks_take_the_gradient_step_of_plain_pytorch():
         torch.testing.assert_close(found, plain)
 
 
-def test_step_is_quantised_with_the_codes_from_before_its_update():
+def test_step_is_quantized_with_the_codes_from_before_its_update():
     layer = spread(ResidualVectorQuantizer(2, 5, 3, decay=DECAY))
     before = layer.codebook.clone()
     x = torch.randn(20, 3, requires_grad=True)

@@ -51,7 +51,7 @@ def test_masked_vectors_do_not_move_codes():
     torch.testing.assert_close(loss, short_loss)
 
 
-def test_step_is_quantised_with_the_codes_from_before_its_update():
+def test_step_is_quantized_with_the_codes_from_before_its_update():
     torch.manual_seed(0)
     quantizer = VectorQuantizer(5, 3, decay=DECAY, commitment_weight=0.5)
     before = quantizer.codebook.clone()
@@ -160,7 +160,7 @@ def test_same_seed_same_codes():
 
 
 @pytest.mark.parametrize("decay", [None, DECAY])
-def test_data_initialises_the_codes_once(decay):
+def test_data_initializes_the_codes_once(decay):
     torch.manual_seed(0)
     quantizer = VectorQuantizer(8, 2, decay=decay, init="data", channel_dim=1)
     x = torch.arange(60.0).reshape(2, 15, 2).movedim(-1, 1)
@@ -175,7 +175,7 @@ def test_data_initialises_the_codes_once(decay):
     assert moved.count_nonzero() == 0 if decay is None else moved.abs().max() < 1000
 
 
-def test_data_initialisation_of_few_or_no_vectors():
+def test_data_initialization_of_few_or_no_vectors():
     quantizer = VectorQuantizer(5, 2)
     before = quantizer.codebook.detach().clone()
     quantizer.init_codes(torch.zeros(0, 2))

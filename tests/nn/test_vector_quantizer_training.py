@@ -1,4 +1,4 @@
-"""How the codebook of nn.VectorQuantizer trains: first codes, revival, regularisers, accumulation, compilation."""
+"""How the codebook of nn.VectorQuantizer trains: first codes, revival, regularizers, accumulation, compilation."""
 
 import copy
 import io
@@ -34,15 +34,15 @@ def rows_in(codes, x):
 
 
 def clusters(number, dim=4, each=30):
-    centres = 10 * torch.randn(number, dim)
-    return (centres + 0.1 * torch.randn(each, number, dim)).flatten(0, 1)
+    centers = 10 * torch.randn(number, dim)
+    return (centers + 0.1 * torch.randn(each, number, dim)).flatten(0, 1)
 
 
 def distortion(layer, x):
     return torch.cdist(x, layer.codebook.detach()).min(1).values.square().sum()
 
 
-def test_kmeans_starts_from_centres():
+def test_kmeans_starts_from_centers():
     x = clusters(12)
     layers = {init: VectorQuantizer(12, 4, decay=0.9, init=init) for init in ("kmeans", "data")}
     for layer in layers.values():

@@ -11,7 +11,7 @@ LAYERS = (ReferenceBatchNorm, VirtualBatchNorm)
 
 
 def plain(layer, x, reference):
-    """The formulas of the paper: moments of the reference, for virtual batch normalisation together with each sample's."""
+    """The formulas of the paper: moments of the reference, for virtual batch normalization together with each sample's."""
     dims = (0, *range(2, x.dim()))
     shape = (-1, x.shape[1], *[1] * (x.dim() - 2))
     mean, square = reference.mean(dims).view(shape), reference.square().mean(dims).view(shape)
@@ -53,7 +53,7 @@ def test_outputs_and_gradients_are_those_of_the_formulas(layer, affine, shape, d
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_the_reference_batch_is_normalised_by_itself(layer, device):
+def test_the_reference_batch_is_normalized_by_itself(layer, device):
     layer = layer(3).to(device)
     seen = []
     handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))

@@ -91,7 +91,7 @@ def test_special_values(impl, form, device):
 
 
 def test_every_code_once(device):
-    """Decoding all indices and quantising the codes gives the indices back, in a bounded form whose codes are fixed points."""
+    """Decoding all indices and quantizing the codes gives the indices back, in a bounded form whose codes are fixed points."""
     levels = [4, 3, 5]
     indices = torch.arange(60, device=device)
     codes = genperf.finite_scalar_decode(indices, levels, symmetric=True)

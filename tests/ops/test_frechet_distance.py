@@ -154,7 +154,7 @@ def test_derivatives(form, impl, device):
 @pytest.mark.parametrize("impl", ROUTES)
 @pytest.mark.parametrize("n", [4, 7, 20])
 def test_derivatives_in_features(n, impl, device):
-    """What training needs: through the mean and through centred features, or through their covariance."""
+    """What training needs: through the mean and through centered features, or through their covariance."""
     mean2, cov2 = randn(7).to(device), (lambda f: f @ f.T)(randn(7, 9)).to(device)
     features = randn(n, 7).to(device).requires_grad_()
 
@@ -190,7 +190,7 @@ def test_collapsed_features_are_pulled_apart(impl, device):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_dtypes(dtype, form, impl, device):
-    """Returned as float32; rounded once, after the terms have cancelled in float64."""
+    """Returned as float32; rounded once, after the terms have canceled in float64."""
     mean, factor = randn(24) * 30, randn(24, 60)
     near = factor * (1 + 1e-2 * randn(24, 1))
     inputs = [t.to(dtype).to(device) for t in given(form, mean, factor, mean, near)]

@@ -18,7 +18,7 @@ def penalty(gradients, impl=None, **options):
 
 
 def gradients_of(shape, dtype, device):
-    """Norms from about 0.2 to 5, so that either side of the centres is met."""
+    """Norms from about 0.2 to 5, so that either side of the centers is met."""
     norms = torch.linspace(0.2, 5, shape[0], device=device).reshape(-1, *[1] * (len(shape) - 1))
     return (norms * torch.randn(shape, device=device) / math.sqrt(math.prod(shape[1:]))).to(dtype)
 

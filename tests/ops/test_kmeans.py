@@ -19,10 +19,10 @@ def seeded(seed=0):
 
 
 def clusters(count, codes, dim, spread, seed=0):
-    """Vectors around random centres; spread is the distance of the centres in units of a cluster's width."""
+    """Vectors around random centers; spread is the distance of the centers in units of a cluster's width."""
     generator = seeded(seed)
-    centres = spread * torch.randn(codes, dim, generator=generator)
-    return centres[torch.randint(codes, (count,), generator=generator)] + torch.randn(count, dim, generator=generator)
+    centers = spread * torch.randn(codes, dim, generator=generator)
+    return centers[torch.randint(codes, (count,), generator=generator)] + torch.randn(count, dim, generator=generator)
 
 
 def lloyd(x, codebook, iterations, cosine=False):
@@ -69,7 +69,7 @@ def test_equals_plain_lloyd(metric, dtype, device):
 
 
 def test_far_from_the_origin(device):
-    """Offset data cluster as centred data do."""
+    """Offset data cluster as centered data do."""
     x = clusters(500, 10, 4, 20).mul(8).round().to(device)  # exact in float32 with the offset
     found = genperf.kmeans(x, 10, generator=seeded())
     moved = genperf.kmeans(x + 4096, 10, generator=seeded())

@@ -60,11 +60,11 @@ GAPS = (0.0, 0.001, 0.01, 0.1, 0.3, 0.5, 0.9, 0.99, 1.0, 1.01, 1.5, 3.0)
 
 
 def aligned_roundings(form, dim, codes, places, metric, generator):
-    """Two codes +-f whose exact scores differ by `gap` bounds while every rounding, of x and of f, favours the wrong one.
+    """Two codes +-f whose exact scores differ by `gap` bounds while every rounding, of x and of f, favors the wrong one.
 
     x.f is a sum of pairs p p' - q q' with p, p' just below and q, q' just above a midpoint: in the format, it is too
     small by the whole of |x - x~||f| + |x~||f - f~|. The last component of x sets the gap. For cosine, a component that
-    x has not makes |f| a power of two, so that normalising keeps the midpoints. The other codes lie farther away, in
+    x has not makes |f| a power of two, so that normalizing keeps the midpoints. The other codes lie farther away, in
     pairs +-u, so that the mean of the codebook is zero.
     """
     x_values, f_values, unit = MIDWAY[form]
@@ -439,7 +439,7 @@ def swap(a, i, j):
     a[[i, j]] = a[[j, i]]
 
 
-def step_of_optimiser(codebook):
+def step_of_optimizer(codebook):
     parameter = torch.nn.Parameter(codebook)
     with torch.no_grad():
         parameter[17] -= 5
@@ -468,7 +468,7 @@ CHANGES = {
     "flat view": lambda c: c.view(-1)[7 * c.shape[1]].add_(3),
     "detached": lambda c: c.detach()[11].mul_(-2),
     "numpy": through_numpy,
-    "optimiser": step_of_optimiser,
+    "optimizer": step_of_optimizer,
     "rows swapped": lambda c: swap(c, 3, 19),
     "first and last row swapped": lambda c: swap(c, 0, len(c) - 1),
     "columns swapped": lambda c: swap(c[:20].t(), 0, c.shape[1] - 1),

@@ -34,7 +34,7 @@ def test_every_head_has_its_own_codebook(kind, dtype, device):
 
 
 def test_heads_of_different_scale(device):
-    """A bound or a centre shared by the heads would be wrong for one of them."""
+    """A bound or a center shared by the heads would be wrong for one of them."""
     x, codebook = heads_of("random", 4, 200, 300, 16, torch.float32, device)
     for head, (scale, offset) in enumerate([(1e-3, 0), (1, 500), (1e4, 0), (1, -1e5)]):
         x[head], codebook[head] = x[head] * scale + offset, codebook[head] * scale + offset

@@ -159,7 +159,7 @@ def test_weights_are_uniform_and_distinct(device):
     assert_distribution(weights, lambda x: x)
     for lag in range(1, 9):
         assert_uncorrelated(weights[lag:], weights[:-lag], f"rows {lag} apart")
-    assert_uncorrelated(weights, native_weights(SEED + 1, MILLION, device), "neighbouring seeds")
+    assert_uncorrelated(weights, native_weights(SEED + 1, MILLION, device), "neighboring seeds")
     # 1000 draws of 2^24 values: 0.03 pairs are expected to be equal.
     assert len(weights[:1000].unique()) >= 999
     # The weights are apart from the noise of the same rows and seed.
@@ -168,7 +168,7 @@ def test_weights_are_uniform_and_distinct(device):
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_no_correlation(name, device):
-    """Between neighbours in a row, in a column, and under seeds that differ in one bit of either half."""
+    """Between neighbors in a row, in a column, and under seeds that differ in one bit of either half."""
     native = DRAWS[name][0]
     count = 8 if name == "gumbel" else 32
     x = native(SEED, MILLION // 32, count, device)
@@ -206,7 +206,7 @@ def test_tails_of_the_gumbel(device):
     assert -3.2 < x.min() < -2.3
 
 
-def test_angles_of_neighbouring_normals_are_uniform(device):
+def test_angles_of_neighboring_normals_are_uniform(device):
     """The two numbers of a pair, and two numbers of different pairs, point into every direction alike."""
     x = native_normal(SEED, MILLION // 4, 4, device).double()
     for i, j in ((0, 1), (2, 3), (1, 2), (0, 3)):
@@ -291,7 +291,7 @@ int main() {
       std::printf("%u %a %a %a %a\n", words.word[i], uniform<Scalar>(words.word[i]), exponential<Scalar>(words.word[i]),
                   gumbel<Scalar>(words.word[i]), normal[i]);
   }
-  // The ends of the range and the neighbourhood of 1/2, where exponential changes its branch.
+  // The ends of the range and the neighborhood of 1/2, where exponential changes its branch.
   const unsigned ends[] = {0u, 1u, 2u, 0x7fffffffu, 0x80000000u, 0x80000001u, 0xfffffffeu, 0xffffffffu, 0xb504f333u, 0x5a827999u};
   for (unsigned word : ends)
     std::printf("%u %a %a %a 0\n", word, uniform<Scalar>(word), exponential<Scalar>(word), gumbel<Scalar>(word));

@@ -422,7 +422,7 @@ def test_bad_input(message, error, sides, options):
 
 
 def test_polar_never_waits_for_the_device():
-    """Fake tensors have no data: what asks for a value, as a host synchronisation does, raises on them."""
+    """Fake tensors have no data: what asks for a value, as a host synchronization does, raises on them."""
     with FakeTensorMode():
         cov, factor = torch.empty(8, 8, dtype=torch.float64), torch.empty(8, 5, dtype=torch.float64)
         cov.requires_grad_()

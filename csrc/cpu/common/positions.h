@@ -52,7 +52,7 @@ struct Positions {
     return position / inner * outer_stride + position % inner * inner_stride;
   }
 
-  // Whether the components of one vector lie closer together than neighbouring vectors.
+  // Whether the components of one vector lie closer together than neighboring vectors.
   bool channels_last() const { return stride == 1; }
 };
 
@@ -101,7 +101,7 @@ inline ScalarType accumulator_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Uninitialised memory on a cache-line boundary.
+// Uninitialized memory on a cache-line boundary.
 template <class T>
 class Buffer {
  public:

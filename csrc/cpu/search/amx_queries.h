@@ -19,11 +19,11 @@ void pack_queries(const Positions<T>& x,
                   int count,
                   const CodePanel& panel,
                   float* z) {
-  const float* centre = panel.centre.get();
+  const float* center = panel.center.get();
   const int64_t whole = x.dim / kLanes * kLanes;
   const auto pack = [&](int64_t d, int lane) {
     const Wide<T> value = Wide<T>(x.data[offsets[lane] + d * x.stride]);
-    z[d * kTile + lane] = float((value - Wide<T>(centre[d])) * Wide<T>(panel.scale));
+    z[d * kTile + lane] = float((value - Wide<T>(center[d])) * Wide<T>(panel.scale));
   };
   if (count < kTile)
     for (int64_t d = 0; d < x.dim; ++d)
@@ -31,11 +31,11 @@ void pack_queries(const Positions<T>& x,
   if (x.channels_last()) {
     for (int first = 0; first < count; first += kLanes)
       for (int64_t d = 0; d < whole; d += kLanes) {
-        const Vec c = load(centre + d);
+        const Vec c = load(center + d);
         Vec block[kLanes];
         for (int i = 0; i < kLanes; ++i)
           block[i] =
-              first + i < count ? centred(x.data + offsets[first + i] + d, c, panel.scale) : Vec{};
+              first + i < count ? centered(x.data + offsets[first + i] + d, c, panel.scale) : Vec{};
         transpose(block);
         for (int i = 0; i < kLanes; ++i)
           store(z + (d + i) * kTile + first, block[i]);
@@ -47,8 +47,8 @@ void pack_queries(const Positions<T>& x,
              offsets[kTile - 1] - offsets[0] == kTile - 1) {
     for (int64_t d = 0; d < x.dim; ++d)
       for (int lane = 0; lane < kTile; lane += kLanes)
-        store(z + d * kTile + lane, centred(x.data + offsets[0] + lane + d * x.stride,
-                                            broadcast(centre[d]), panel.scale));
+        store(z + d * kTile + lane, centered(x.data + offsets[0] + lane + d * x.stride,
+                                            broadcast(center[d]), panel.scale));
   } else {
     for (int64_t d = 0; d < x.dim; ++d)
       for (int lane = 0; lane < count; ++lane)

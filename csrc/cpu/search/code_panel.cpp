@@ -12,7 +12,7 @@
 namespace genperf {
 namespace {
 
-constexpr int64_t kCentreSample = 256;
+constexpr int64_t kCentersample = 256;
 constexpr int64_t kMaxBlocks = 1024;
 constexpr int64_t kFineDim = 48;    // from here on a block is one group: scoring it again is dear
 constexpr int64_t kMaxGroups = 64;  // ... to a block, for AMX
@@ -39,10 +39,10 @@ int64_t groups_to_a_block(int64_t codes, int64_t dim, bool halved) {
   return groups;
 }
 
-// Any centre gives a right answer; the mean of a sample of the codes gives a fast one.
+// Any center gives a right answer; the mean of a sample of the codes gives a fast one.
 template <class C>
-void find_centre(const Codes<C>& codebook, float* centre) {
-  const int64_t step = (codebook.count + kCentreSample - 1) / kCentreSample;
+void find_center(const Codes<C>& codebook, float* center) {
+  const int64_t step = (codebook.count + kCentersample - 1) / kCentersample;
   Buffer<double> sums(codebook.dim);
   std::fill_n(sums.get(), codebook.dim, 0.0);
   for (int64_t k = 0; k < codebook.count; k += step) {
@@ -54,7 +54,7 @@ void find_centre(const Codes<C>& codebook, float* centre) {
   }
   const double count = double((codebook.count + step - 1) / step);
   for (int64_t d = 0; d < codebook.dim; ++d)
-    centre[d] = float(sums[d] / count);
+    center[d] = float(sums[d] / count);
 }
 
 void widen(Vec v, DVec& low, DVec& high) {
@@ -81,25 +81,25 @@ void store_pair(float* p, DVec low, DVec high) {
   std::memcpy(p, halves, sizeof(halves));
 }
 
-// row = (code - centre) * factor, each rounded once; the squared length of code - centre.
+// row = (code - center) * factor, each rounded once; the squared length of code - center.
 template <class C>
-double pack_code(const C* code, const float* centre, double factor, int64_t dim, float* row) {
+double pack_code(const C* code, const float* center, double factor, int64_t dim, float* row) {
   DVec squares[2] = {};
   const DVec factors = broadcast(factor);
   int64_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) {
-    DVec low, high, centre_low, centre_high;
+    DVec low, high, center_low, center_high;
     load_pair(code + d, low, high);
-    load_pair(centre + d, centre_low, centre_high);
-    low -= centre_low;
-    high -= centre_high;
+    load_pair(center + d, center_low, center_high);
+    low -= center_low;
+    high -= center_high;
     squares[0] += low * low;
     squares[1] += high * high;
     store_pair(row + d, low * factors, high * factors);
   }
   double square = sum(squares[0] + squares[1]);
   for (; d < dim; ++d) {
-    const double t = double(code[d]) - double(centre[d]);
+    const double t = double(code[d]) - double(center[d]);
     square += t * t;
     row[d] = float(t * factor);
   }
@@ -109,10 +109,10 @@ double pack_code(const C* code, const float* centre, double factor, int64_t dim,
 // The same for a factor that is a power of two and codes of less than float64, at half the cost;
 // the squared length is that of the rounded difference.
 template <class C>
-double pack_code(const C* code, const float* centre, float scale, int64_t dim, float* row) {
+double pack_code(const C* code, const float* center, float scale, int64_t dim, float* row) {
   DVec squares[2] = {};
   for_each_pack<float>(dim, [&](int64_t d, auto n) {
-    const Vec left = Pack<float>::get(code + d, n) - load(centre + d);
+    const Vec left = Pack<float>::get(code + d, n) - load(center + d);
     DVec low, high;
     widen(left, low, high);
     squares[0] += low * low;
@@ -231,18 +231,18 @@ CodePanel prepare_panel(const Codes<C>& codebook,
   panel.depth = tile_depth(codebook.dim);
   panel.block_groups = groups_to_a_block(capacity, codebook.dim, halved);
   panel.capacity = round_up(capacity, std::max<int64_t>(panel.block_groups, 2) * kGroup);
-  panel.centre = Buffer<float>(round_up(panel.dim, kLanes));
+  panel.center = Buffer<float>(round_up(panel.dim, kLanes));
   panel.bias = Buffer<float>(panel.capacity);
   if (halved)
     panel.halves = Buffer<uint16_t>(panel.capacity * panel.depth * kDepth);
   else
     panel.values = Buffer<float>(panel.capacity * panel.dim);
-  std::fill_n(panel.centre.get(), round_up(panel.dim, kLanes), 0.0f);
+  std::fill_n(panel.center.get(), round_up(panel.dim, kLanes), 0.0f);
   if (cosine)
     return panel;
-  find_centre(codebook, panel.centre.get());
+  find_center(codebook, panel.center.get());
   for (int64_t d = 0; d < panel.dim; ++d)
-    largest = std::max(largest, double(std::abs(panel.centre[d])));
+    largest = std::max(largest, double(std::abs(panel.center[d])));
   if (largest > 0)
     panel.scale = float(std::exp2(-std::clamp(std::ilogb(largest) + 1, -100, 100)));
   return panel;
@@ -272,9 +272,9 @@ void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first) {
         double square = INFINITY;
         if (k < panel.codes) {
           if constexpr (std::is_same_v<C, double>)
-            square = pack_code(code, panel.centre.get(), factor, dim, row);
+            square = pack_code(code, panel.center.get(), factor, dim, row);
           else
-            square = pack_code(code, panel.centre.get(), panel.scale, dim, row);
+            square = pack_code(code, panel.center.get(), panel.scale, dim, row);
         }
         if (!std::isfinite(square)) {
           // Padding, or a code with NaN or infinity, which only a query that is not finite either
@@ -291,7 +291,7 @@ void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first) {
           if (square < 1e-290 && !every(code, dim, zero))
             longest = INFINITY;
           factor = square > 0 ? 1 / std::sqrt(square) : 0.0;
-          pack_code(code, panel.centre.get(), factor, dim, row);
+          pack_code(code, panel.center.get(), factor, dim, row);
           panel.bias[k] = 0;
           longest = std::max(longest, std::sqrt(square) * factor);
         } else {

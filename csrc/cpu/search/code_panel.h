@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A run of codes, packed for the search: centred, scaled, in groups of 16 with the codes along the
+// A run of codes, packed for the search: centered, scaled, in groups of 16 with the codes along the
 // lanes; in float32, or for the matrix unit in bfloat16.
 //
-// The search maximises s = z.f + b over the codes, with z = (x - c) * scale, f = (code - c) * scale
-// and b = -|f|^2 / 2, which orders the codes as their distance to x does. The centre c makes data
+// The search maximizes s = z.f + b over the codes, with z = (x - c) * scale, f = (code - c) * scale
+// and b = -|f|^2 / 2, which orders the codes as their distance to x does. The center c makes data
 // far from the origin harmless; the power of two `scale` brings the largest component of f near 1,
 // out of reach of overflow and underflow. For cosine similarity c = 0, f = code / |code| and b = 0.
 #pragma once
@@ -38,7 +38,7 @@ struct CodePanel {
   bool halved = false;  // packed for AMX
   bool split = false;
   float scale = 1;
-  Buffer<float> centre;     // [D], padded with zeros to whole vectors
+  Buffer<float> center;     // [D], padded with zeros to whole vectors
   Buffer<float> values;     // [groups, D, 16], unless halved
   Buffer<uint16_t> halves;  // [groups, depth, 16 pairs of components, 16, 2] bfloat16, if halved
   Buffer<float> bias;       // [groups, 16]
@@ -51,16 +51,16 @@ struct CodePanel {
   int64_t bytes() const;
 };
 
-// A vector of (x - centre) * scale, rounded once.
+// A vector of (x - center) * scale, rounded once.
 template <class T>
-inline Vec centred(const T* x, Vec centre, float scale) {
+inline Vec centered(const T* x, Vec center, float scale) {
   if constexpr (std::is_same_v<T, double>) {
     Vec z;
     for (int i = 0; i < kLanes; ++i)
-      z[i] = float((x[i] - double(centre[i])) * double(scale));
+      z[i] = float((x[i] - double(center[i])) * double(scale));
     return z;
   } else {
-    return (load(x) - centre) * broadcast(scale);
+    return (load(x) - center) * broadcast(scale);
   }
 }
 
@@ -68,7 +68,7 @@ inline Vec centred(const T* x, Vec centre, float scale) {
 int64_t packed_code_bytes(int64_t dim, bool halved);
 
 // Allocates a panel for `capacity` codes of the codebook, whose components are contiguous and of
-// absolute value at most `largest`, those that are finite: centre and scale depend on the whole
+// absolute value at most `largest`, those that are finite: center and scale depend on the whole
 // codebook.
 template <class C>
 CodePanel prepare_panel(const Codes<C>& codebook,

@@ -13,10 +13,10 @@ namespace genperf {
 static_assert(kRows == kAmxTile);
 
 template <class W>
-Vec centred(const W* x, Vec centre, float scale, int count) {
+Vec centered(const W* x, Vec center, float scale, int count) {
   alignas(64) W padded[kLanes] = {};
   std::copy_n(x, count, padded);
-  return centred(padded, centre, scale);
+  return centered(padded, center, scale);
 }
 
 // halves [32, depth, 32] of `count` rows, and zeros below them; columns [zh, zh, zl] if the panel
@@ -51,12 +51,12 @@ ErrorBounds pack_rows(const W* const* rows, int count, const CodePanel& panel, u
       }
       left_squares = fma(rest, rest, left_squares);
     };
-    const float* const centre = panel.centre.get();
+    const float* const center = panel.center.get();
     int64_t d = 0;
     for (; d + kLanes <= panel.dim; d += kLanes)
-      take(d, centred(rows[i] + d, load(centre + d), panel.scale));
+      take(d, centered(rows[i] + d, load(center + d), panel.scale));
     if (d < panel.dim) {
-      take(d, centred(rows[i] + d, load(centre + d), panel.scale, int(panel.dim - d)));
+      take(d, centered(rows[i] + d, load(center + d), panel.scale, int(panel.dim - d)));
       d += kLanes;
     }
     if (panel.split)

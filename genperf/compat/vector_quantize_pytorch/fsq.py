@@ -27,7 +27,7 @@ from ...ops.finite_scalar_quantize import basis_of, check_levels, finite_scalar_
 
 
 class FSQ(nn.Module):
-    """Finite scalar quantisation; Mentzer et al. (arXiv 2309.15505).
+    """Finite scalar quantization; Mentzer et al. (arXiv 2309.15505).
 
     Equivalent to (no projection, channels last):
         codes, indices = genperf.finite_scalar_quantize(z, levels, symmetric=preserve_symmetry, hard_clamp=bound_hard_clamp)
@@ -35,17 +35,17 @@ class FSQ(nn.Module):
     Args:
         levels: of each channel, at least 2; exactly 2 only with preserve_symmetry.
         dim: channels of z; None for len(levels) * num_codebooks. Where it differs, linear layers lead there and back.
-        num_codebooks: groups of channels that are quantised each by itself.
+        num_codebooks: groups of channels that are quantized each by itself.
         keep_num_codebooks_dim: whether indices have a last dimension for the codebooks; None for: if there are several.
         scale: kept as an attribute, as there; it has no effect.
-        allowed_dtypes, force_quantization_f32: kept as attributes; the quantisation is in float32 or better in any case.
+        allowed_dtypes, force_quantization_f32: kept as attributes; the quantization is in float32 or better in any case.
         channel_first: z is [B, dim, ...]; inputs of four or more dimensions always are.
         projection_has_bias: of the linear layers.
         return_indices: False returns None for the indices, and allows more than 2^63 - 1 codes.
         preserve_symmetry: the form of Parker et al. (arXiv 2411.19842).
         noise_dropout: the share of codes that in training mode are moved by uniform noise in +-0.5; with preserve_symmetry.
         bound_hard_clamp: a clamp in place of the tanh.
-        orthogonal_rotation: quantises in randomly rotated axes, a buffer.
+        orthogonal_rotation: quantizes in randomly rotated axes, a buffer.
 
     Raises:
         ValueError: an argument outside its range.
@@ -115,7 +115,7 @@ class FSQ(nn.Module):
         return self._indices_to_codes(torch.arange(self.codebook_size, device=self._levels.device))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Quantise z.
+        """Quantize z.
 
         Args:
             z: [B, ..., dim], or [B, dim, ...] with channel_first and for four or more dimensions.

@@ -56,10 +56,10 @@ class CosineSimLinear(nn.Module):
 
 
 class LFQ(nn.Module):
-    """Lookup-free quantisation; Yu et al. (arXiv 2310.05737), with spherical=True Zhao et al. (arXiv 2406.07548).
+    """Lookup-free quantization; Yu et al. (arXiv 2310.05737), with spherical=True Zhao et al. (arXiv 2406.07548).
 
     Args:
-        dim: channels of x; None for as many as are quantised, log2(codebook_size) * num_codebooks.
+        dim: channels of x; None for as many as are quantized, log2(codebook_size) * num_codebooks.
         codebook_size: a power of 2; None for 2 ** dim.
         entropy_loss_weight: of the per-sample entropy less diversity_gamma times the codebook entropy.
         commitment_loss_weight: of the squared distance between vectors and codes.
@@ -68,13 +68,13 @@ class LFQ(nn.Module):
         codebook_scale: of the codes.
         frac_per_sample_entropy: the share of vectors, drawn anew in each step, that enters the entropies.
         has_projections, projection_has_bias: of the linear layers; by default there are some where dim differs.
-        soft_clamp_input_value: bounds the quantised channels by a tanh of this height, at least codebook_scale.
+        soft_clamp_input_value: bounds the quantized channels by a tanh of this height, at least codebook_scale.
         cosine_sim_project_in, cosine_sim_project_in_scale: project in by cosines.
         channel_first: x is [B, dim, ...]; None for: if it has four or more dimensions.
         experimental_softplus_entropy_loss, entropy_loss_offset: the entropy loss goes through a shifted softplus.
-        spherical: vectors and codes are normalised.
-        force_quantization_f32: kept as an attribute; the quantisation is in float32 or better in any case.
-        orthogonal_rotation: quantises in randomly rotated axes, a buffer.
+        spherical: vectors and codes are normalized.
+        force_quantization_f32: kept as an attribute; the quantization is in float32 or better in any case.
+        orthogonal_rotation: quantizes in randomly rotated axes, a buffer.
 
     Raises:
         ValueError: an argument outside its range.
@@ -160,7 +160,7 @@ class LFQ(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """All codes [codebook_size, log2(codebook_size)], not normalised."""
+        """All codes [codebook_size, log2(codebook_size)], not normalized."""
         return self._codes(torch.arange(self.codebook_size, device=self.zero.device), False)
 
     @property
@@ -191,7 +191,7 @@ class LFQ(nn.Module):
     def forward(
         self, x: Tensor, inv_temperature: float = 100.0, return_loss_breakdown: bool = False, mask: Tensor | None = None
     ) -> Return | tuple[Return, LossBreakdown]:
-        """Quantise x.
+        """Quantize x.
 
         Args:
             x: [B, ..., dim], or [B, dim, ...] with channel_first and for four or more dimensions.

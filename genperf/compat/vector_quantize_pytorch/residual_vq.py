@@ -15,7 +15,7 @@ from .vector_quantize import VectorQuantize, loss_to_differentiate, refuse
 
 
 class ResidualVQ(nn.Module):
-    """Quantises a vector, then what is left of it, level by level; Zeghidour et al., "SoundStream" (2021).
+    """Quantizes a vector, then what is left of it, level by level; Zeghidour et al., "SoundStream" (2021).
 
     The same as in vector-quantize-pytorch 1.32: arguments, returned values, state_dict, first codes of a seed, and, level by
     level, what `VectorQuantize` does.
@@ -145,7 +145,7 @@ class ResidualVQ(nn.Module):
         beam_size: int | None = None,
         rand_quantize_dropout_fixed_seed: int | None = None,
     ) -> tuple[Tensor, ...]:
-        """Quantise x [..., dim], with accept_image_fmap [B, dim, H, W].
+        """Quantize x [..., dim], with accept_image_fmap [B, dim, H, W].
 
         Returns:
             quantized, of x's shape; indices [..., levels], -1 at levels that were dropped and at padding; losses [levels]; with
@@ -260,7 +260,7 @@ class ResidualVQ(nn.Module):
         return quantized, found, loss_to_differentiate(losses)
 
     def _kept_levels(self, seed: int | None) -> int:
-        """How many levels a training step quantises with; the same on all processes."""
+        """How many levels a training step quantizes with; the same on all processes."""
         seed = common_seed() if seed is None else seed
         last = random.Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
         multiple = self.quantize_dropout_multiple_of

@@ -11,7 +11,7 @@ from ...ops.vector_quantize import vector_quantize
 
 
 class SimVQ(nn.Module):
-    """Quantisation with a codebook that is a learned transform of frozen codes; Zhu et al., "Addressing Representation Collapse in
+    """Quantization with a codebook that is a learned transform of frozen codes; Zhu et al., "Addressing Representation Collapse in
     Vector Quantized Models with One Linear Layer" (2024).
 
     Equivalent to:

@@ -246,7 +246,7 @@ class VectorQuantize(nn.Module):
     gradient, codes and averages. `genperf.nn.VectorQuantizer` describes how.
 
     What differs, since there it is a fault:
-      - The commitment loss with a mask is taken between code and what was quantised: projected, normalised, by head. Theirs
+      - The commitment loss with a mask is taken between code and what was quantized: projected, normalized, by head. Theirs
         compares with the input as it came, which fails where a projection or heads change its shape. It is 0, not NaN, where
         nothing is valid.
       - The diversity loss takes the mean distribution over all valid vectors of a codebook. Theirs takes one mean over the
@@ -263,7 +263,7 @@ class VectorQuantize(nn.Module):
       - Where x needs no gradient, the gradient still reaches project_in.
       - `lens` counts positions for channels-first sequences too; masks work for images, volumes and single vectors.
       - Setting `codebook` works for a learnable one.
-      - use_cosine_sim with an orthogonal loss: the codes, which the optimizer then moves, are normalised before they are
+      - use_cosine_sim with an orthogonal loss: the codes, which the optimizer then moves, are normalized before they are
         searched and returned; theirs are not.
       - float64 is not cut to float32. Nearest is meant exactly, and quantized equals the code bit for bit.
       - With `indices`, quantized is projected and laid out as without.
@@ -472,7 +472,7 @@ class VectorQuantize(nn.Module):
         accum_ema_update: bool = False,
         ema_update: bool | None = None,
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, LossBreakdown]:
-        """Quantise x.
+        """Quantize x.
 
         Args:
             x: [..., dim], or [B, dim, ...] with accept_image_fmap, accept_3d_fmap or channel_last=False.
