@@ -12,7 +12,7 @@
 namespace genperf {
 namespace {
 
-constexpr int64_t kCentersample = 256;
+constexpr int64_t kCenterSample = 256;
 constexpr int64_t kMaxBlocks = 1024;
 constexpr int64_t kFineDim = 48;    // from here on a block is one group: scoring it again is dear
 constexpr int64_t kMaxGroups = 64;  // ... to a block, for AMX
@@ -42,7 +42,7 @@ int64_t groups_to_a_block(int64_t codes, int64_t dim, bool halved) {
 // Any center gives a right answer; the mean of a sample of the codes gives a fast one.
 template <class C>
 void find_center(const Codes<C>& codebook, float* center) {
-  const int64_t step = (codebook.count + kCentersample - 1) / kCentersample;
+  const int64_t step = (codebook.count + kCenterSample - 1) / kCenterSample;
   Buffer<double> sums(codebook.dim);
   std::fill_n(sums.get(), codebook.dim, 0.0);
   for (int64_t k = 0; k < codebook.count; k += step) {
