@@ -5,69 +5,8 @@ from ._version import __version__
 
 _library.load()
 
-from . import compat, losses, metrics, models, nn  # noqa: E402
-from .ops import (  # noqa: E402
-    KMeansResult,
-    code_cross_entropy,
-    code_entropy,
-    code_statistics,
-    covariance_factor,
-    finite_scalar_decode,
-    finite_scalar_quantize,
-    frechet_distance,
-    gaussian_sample,
-    gradient_norm_penalty,
-    gumbel_sample,
-    interpolate,
-    kmeans,
-    lookup_free_decode,
-    lookup_free_entropy,
-    lookup_free_quantize,
-    matrix_sqrt,
-    minibatch_similarity,
-    nearest_code,
-    perturb,
-    reference_ops,
-    residual_code_statistics,
-    residual_vector_quantize,
-    sample_code,
-    sample_offset,
-    trace_sqrt_product,
-    vector_quantize,
-)
+from . import compat, losses, metrics, models, nn, ops  # noqa: E402
+from .ops import *  # noqa: E402, F403
 
-__all__ = [
-    "KMeansResult",
-    "__version__",
-    "code_cross_entropy",
-    "code_entropy",
-    "code_statistics",
-    "compat",
-    "covariance_factor",
-    "finite_scalar_decode",
-    "finite_scalar_quantize",
-    "frechet_distance",
-    "gaussian_sample",
-    "gradient_norm_penalty",
-    "gumbel_sample",
-    "interpolate",
-    "kmeans",
-    "lookup_free_decode",
-    "lookup_free_entropy",
-    "lookup_free_quantize",
-    "losses",
-    "matrix_sqrt",
-    "metrics",
-    "minibatch_similarity",
-    "models",
-    "nearest_code",
-    "nn",
-    "perturb",
-    "reference_ops",
-    "residual_code_statistics",
-    "residual_vector_quantize",
-    "sample_code",
-    "sample_offset",
-    "trace_sqrt_product",
-    "vector_quantize",
-]
+__all__ = ["__version__", "compat", "losses", "metrics", "models", "nn"]
+__all__ += ops.__all__

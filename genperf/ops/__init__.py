@@ -1,3 +1,5 @@
+import sys
+
 from ._dispatch import reference_ops
 from ._noise import sample_offset
 from .code_cross_entropy import code_cross_entropy
@@ -21,32 +23,36 @@ from .sample_code import sample_code
 from .trace_sqrt_product import trace_sqrt_product
 from .vector_quantize import vector_quantize
 
-__all__ = [
-    "KMeansResult",
-    "code_cross_entropy",
-    "code_entropy",
+# The only list of public ops, which `genperf` exports as well. Its order is that of `genperf info`.
+__all__ = [  # noqa: RUF022
+    "nearest_code",
+    "vector_quantize",
+    "residual_vector_quantize",
     "code_statistics",
-    "covariance_factor",
-    "finite_scalar_decode",
-    "finite_scalar_quantize",
-    "frechet_distance",
-    "gaussian_sample",
-    "gradient_norm_penalty",
-    "gumbel_sample",
-    "interpolate",
+    "residual_code_statistics",
     "kmeans",
+    "KMeansResult",
+    "code_entropy",
+    "code_cross_entropy",
+    "sample_code",
+    "finite_scalar_quantize",
+    "finite_scalar_decode",
+    "lookup_free_quantize",
     "lookup_free_decode",
     "lookup_free_entropy",
-    "lookup_free_quantize",
-    "matrix_sqrt",
-    "minibatch_similarity",
-    "nearest_code",
+    "gaussian_sample",
+    "gumbel_sample",
+    "interpolate",
     "perturb",
-    "reference_ops",
-    "residual_code_statistics",
-    "residual_vector_quantize",
-    "sample_code",
-    "sample_offset",
+    "gradient_norm_penalty",
+    "minibatch_similarity",
     "trace_sqrt_product",
-    "vector_quantize",
+    "frechet_distance",
+    "matrix_sqrt",
+    "covariance_factor",
+    "reference_ops",
+    "sample_offset",
 ]
+
+# Ops with implementations to choose from: each has a module of its name with `unavailable`. The name in this package is the function.
+OPS = tuple(name for name in __all__ if hasattr(sys.modules.get(f"{__name__}.{name}"), "unavailable"))
