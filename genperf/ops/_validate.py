@@ -66,3 +66,19 @@ def check_noise(op: str, noise: Tensor, name: str, x: Tensor, shape: Sequence[in
         raise TypeError(f"{op}: noise must be float32 or have the dtype of {name}, {x.dtype}, got {noise.dtype}.")
     if noise.device != x.device:
         raise ValueError(f"{op}: noise and {name} must be on one device, got {noise.device} and {x.device}.")
+
+
+def check_mask(op: str, mask: Tensor | None, x: Tensor, channel: int) -> None:
+    """`mask`, where there is one, must hold a bool for each position of x."""
+    if mask is None:
+        return
+    check_tensor(op, "mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{op}: mask must be bool, got {mask.dtype}.")
+    check_positions(op, "mask", mask, x, channel)
+
+
+def check(name: str, rule: str, value: object, holds: bool) -> None:
+    """Raise a ValueError with the rule and the value unless the rule holds."""
+    if not holds:
+        raise ValueError(f"{name}: {rule}, got {value!r}.")
