@@ -130,31 +130,32 @@ def test_readme_follows_the_rows(tmp_path, monkeypatch):
     searches = [row for row in rows if row["op"] == "nearest_code" and row["workload"] == "VQ-VAE"]
     rows += [{**row, "workload": "IBQ-8k", "extra_bytes": 9_000_000} for row in searches]
     path, kept = tmp_path / "README.md", tmp_path / "slow.json"
-    path.write_text(
-        "before <!-- speed: search_memory -->x<!-- /speed --> between\n<!-- speed: nearest_code -->\n\nx\n\n<!-- /speed -->\nafter\n"
-    )
+    path.write_text("before\n<!-- speed: table -->\n\nx\n\n<!-- /speed -->\nafter\n")
     kept.write_text(json.dumps(rows))
     monkeypatch.setattr(report, "README", path)
     monkeypatch.setattr(sys, "argv", ["report.py", "--readme", str(kept)])
     report.main()
     text = path.read_text()
-    assert text.startswith("before <!-- speed: search_memory -->at most 3 MB")
-    assert "<!-- /speed --> between\n<!-- speed: nearest_code -->\n\n| sizes of |" in text
-    (line,) = (line for line in text.splitlines() if line.startswith("| VQ-VAE | 16,384 | 512 | 64 |"))
-    ours, *others = line.strip("| ").split(" | ")[4:]
-    assert float(ours) > 1000, line
-    assert all(other.startswith("**") for other in others), line
-    assert text.endswith("|\n\n<!-- /speed -->\nafter\n")
+    assert text.startswith("before\n<!-- speed: table -->\n\n| op | size |")
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    assert len(lines) == 6
+    op, size, genperf, _, _, memory = lines[0]
+    assert (op, size, memory) == ("`nearest_code`", "16,384 vectors, 512 codes, D 64", "3 MB, rival 3 MB")
+    assert float(genperf.removesuffix(" ms")) > 1000
+    assert all(ratio.startswith("**0.0") for *_, ratio, _ in lines)
+    slower = len([case for case in report.cases(rows) if case.rivals])
+    assert f"A rival is faster in {slower} of [all {len(report.cases(rows))} rows](benchmarks/results/slow.md)." in text
+    assert text.endswith(".\n\n<!-- /speed -->\nafter\n")
     assert "IBQ" not in text
 
 
 @pytest.mark.parametrize(
     ("block", "dropped", "message"),
     [
-        ("nearest", None, "a block must be one of machine, .* got 'nearest'"),
-        ("nearest_code", "nearest_code", "a time of nearest_code, which the rows do not hold"),
-        ("frechet_distance", "frechet_distance", "a time of frechet_distance full rank, float64 768, which the rows do not hold"),
-        ("matrix_sqrt", "matrix_sqrt", "a time of matrix_sqrt forward, float64 1024, which the rows do not hold"),
+        ("nearest", None, "a block must be one of table, got 'nearest'"),
+        ("table", "nearest_code", "a time of nearest_code VQ-VAE, N = 16384, K = 512, D = 64, which the rows do not hold"),
+        ("table", "gumbel_sample", "a time of gumbel_sample hard, .*, which the rows do not hold"),
+        ("table", "frechet_distance", "a time of frechet_distance full rank, float64, D = 2048, which the rows do not hold"),
     ],
 )
 def test_readme_errors(block, dropped, message):
