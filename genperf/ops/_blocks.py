@@ -1,4 +1,4 @@
-"""Products of triangular and symmetric matrices by blocks: no product with known zeros, no half that mirrors another."""
+"""Blocked products of triangular and symmetric matrices, which skip zero blocks and compute one triangle of a symmetric result."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ BLOCK = 256
 
 
 def gram(w: Tensor, *, mirror: bool) -> Tensor:
-    """w w' [m, m] of w [m, n]; its upper triangle only if `mirror`, and otherwise undefined above the diagonal blocks."""
+    """w w' [m, m] of w [m, n]. Without `mirror`, the result is undefined above the diagonal blocks."""
     result = w.new_empty(len(w), len(w))
     for start, stop in _blocks(len(w)):
         torch.mm(w[start:stop], w[:stop].T, out=result[start:stop, :stop])
@@ -17,7 +17,7 @@ def gram(w: Tensor, *, mirror: bool) -> Tensor:
 
 
 def congruence(lower: Tensor, symmetric: Tensor) -> Tensor:
-    """The lower triangle of lower' symmetric lower, with the diagonal blocks: a quarter of the work of two full products."""
+    """lower' symmetric lower, up to the diagonal blocks, undefined above: a quarter of the work of two full products."""
     size = len(lower)
     right, result = torch.empty_like(lower), torch.empty_like(lower)
     for start, stop in _blocks(size):
@@ -28,7 +28,7 @@ def congruence(lower: Tensor, symmetric: Tensor) -> Tensor:
 
 
 def times_lower(left: Tensor, lower: Tensor) -> Tensor:
-    """left @ lower."""
+    """left @ lower, for a lower triangular matrix."""
     result = left.new_empty(len(left), len(lower))
     for start, stop in _blocks(len(lower)):
         torch.mm(left[:, start:], lower[start:, start:stop], out=result[:, start:stop])
@@ -36,7 +36,7 @@ def times_lower(left: Tensor, lower: Tensor) -> Tensor:
 
 
 def lower_times(lower: Tensor, right: Tensor) -> Tensor:
-    """lower @ right."""
+    """lower @ right, for a lower triangular matrix."""
     result = right.new_empty(len(lower), right.shape[1])
     for start, stop in _blocks(len(lower)):
         torch.mm(lower[start:stop, :stop], right[:stop], out=result[start:stop])
@@ -44,7 +44,7 @@ def lower_times(lower: Tensor, right: Tensor) -> Tensor:
 
 
 def is_lower(a: Tensor) -> bool:
-    """Whether a square matrix is zero above its diagonal blocks; looks at no more of a full matrix than one block."""
+    """Whether a square matrix is zero above its diagonal blocks. Stops at the first block that is not."""
     return a.shape[0] == a.shape[1] and all(not a[:start, start:stop].any() for start, stop in _blocks(len(a)))
 
 

@@ -1,8 +1,7 @@
-"""Noise as a function of a seed and a position, in plain PyTorch: what csrc/noise.h computes inside the kernels.
+"""Noise as a function of a seed and a position, in plain PyTorch. The kernels compute the same in csrc/noise.h.
 
-Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) turns a 64-bit seed, the number of a
-row and the number of a quad within it into four 32-bit words. All of it is exact integer arithmetic; log, sqrt, sin and
-cos are taken in float64.
+Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) maps a 64-bit seed, a row number and the number of a
+quad within the row to four 32-bit words. These are exact integer operations; log, sqrt, sin and cos are computed in float64.
 """
 
 import math
@@ -13,25 +12,24 @@ import torch
 from torch import Tensor
 
 WORD = 0xFFFFFFFF
-WEIGHT_QUAD = -(1 << 63)  # 2^63 as a signed number: the quad that a sample's weight comes from
-
+WEIGHT_QUAD = -(1 << 63)  # 2^63 as a signed integer: the quad reserved for the weight of a sample
 
 _first_sample = 0
 
 
 @contextmanager
 def sample_offset(first: int) -> Iterator[None]:
-    """Within this context the ops draw the noise that belongs to samples first, first + 1, ... of a larger batch.
+    """Within this context the ops draw the noise of samples first, first + 1, ... of a larger batch.
 
-    So processes that share a batch, and draw the same seeds because their generators are in the same state, together draw
-    what one process would draw for the whole batch:
+    Ranks whose generators are in the same state draw the same seeds. With this offset, each draws its share of the noise that a single
+    process would draw for the global batch:
 
-        with genperf.sample_offset(rank * len(share)):
-            loss = model(share)
+        with genperf.sample_offset(rank * len(batch)):
+            loss = model(batch)
 
-    The noise of a sample is a function of the seed and of its number. Where `first` is not 0 it is computed in plain PyTorch and
-    handed to the kernels, which costs time and memory. `perturb` takes the standard deviation of the share that it gets, and
-    noise given by the caller stays as it is.
+    Noise is a function of the seed and the sample's number. With `first` other than 0 it is computed in plain PyTorch and passed to the
+    kernels, which takes extra time and memory. The standard deviation that `perturb` uses is still that of the local batch, and noise
+    passed by the caller is used as it is.
 
     Raises:
         ValueError: first is negative.
@@ -47,12 +45,12 @@ def sample_offset(first: int) -> Iterator[None]:
 
 
 def first_sample() -> int:
-    """The number of a batch's first sample, other than 0 within `sample_offset`."""
+    """The number of the batch's first sample, set by `sample_offset`."""
     return _first_sample
 
 
 def draw_seed(op: str, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """A seed from torch's generator, int64 of one element on `device`; a generator of another device is welcome."""
+    """Draw an int64 seed from `generator`, which may be on another device, or from torch's default generator; a scalar on `device`."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"{op}: generator must be a torch.Generator or None, got {type(generator).__name__}.")
     source = device if generator is None else generator.device
@@ -61,12 +59,12 @@ def draw_seed(op: str, device: torch.device, generator: torch.Generator | None) 
 
 
 def random_words(seed: Tensor, quad: Tensor, row: Tensor) -> Tensor:
-    """Four 32-bit words, as int64 in a new last dimension, for each quad and row."""
+    """Four 32-bit words for each quad and row, as int64 in a new last dimension."""
     quad, row = torch.broadcast_tensors(quad, row)
     counter = [quad & WORD, quad >> 32 & WORD, row & WORD, row >> 32 & WORD]
     key = [seed & WORD, seed >> 32 & WORD]
     for _ in range(10):
-        # Products wrap modulo 2^64, and the masked shift reads their upper half as unsigned.
+        # Products wrap modulo 2^64; the mask after the shift makes their upper half unsigned.
         first, second = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
         counter = [
             (second >> 32 & WORD) ^ counter[1] ^ key[0],
@@ -79,11 +77,12 @@ def random_words(seed: Tensor, quad: Tensor, row: Tensor) -> Tensor:
 
 
 def exponential_variate(words: Tensor) -> Tensor:
+    """Standard exponential float64, one for each word."""
     return -torch.log((words.double() + 0.5) * 2.0**-32)
 
 
 def normal_noise(seed: Tensor, rows: int, count: int, dtype: torch.dtype, first: int = 0) -> Tensor:
-    """Standard normal [rows, count], of the rows first, first + 1, ..., by Box and Muller's method."""
+    """Standard normal [rows, count] of the rows first, first + 1, ..., by the Box-Muller transform."""
     words = _words(seed, rows, count, first)
     radius = torch.sqrt(2 * exponential_variate(words[..., 0::2]))
     angle = words[..., 1::2].double() * (2 * math.pi * 2.0**-32)
@@ -92,25 +91,26 @@ def normal_noise(seed: Tensor, rows: int, count: int, dtype: torch.dtype, first:
 
 
 def gumbel_noise(seed: Tensor, rows: int, count: int, dtype: torch.dtype, first: int = 0) -> Tensor:
-    """Standard Gumbel [rows, count]."""
+    """Standard Gumbel [rows, count] of the rows first, first + 1, ..."""
     words = _words(seed, rows, count, first)
     return -torch.log(_flat(exponential_variate(words), rows, count)).to(dtype)
 
 
 def uniform_noise(seed: Tensor, rows: int, count: int, dtype: torch.dtype, first: int = 0) -> Tensor:
-    """Uniform on [0, 1), multiples of 2^-24, [rows, count]."""
+    """Uniform multiples of 2^-24 in [0, 1), [rows, count], of the rows first, first + 1, ..."""
     return _uniform(_flat(_words(seed, rows, count, first), rows, count)).to(dtype)
 
 
 def uniform_weights(seed: Tensor, rows: int, first: int = 0) -> Tensor:
-    """One weight for each row, uniform on [0, 1), float32 [rows]."""
+    """A uniform weight in [0, 1) for each of the rows first, first + 1, ...; float32 [rows]."""
     row = torch.arange(first, first + rows, device=seed.device)
     return _uniform(random_words(seed, torch.full_like(row, WEIGHT_QUAD), row)[:, 0])
 
 
 def _words(seed: Tensor, rows: int, count: int, first: int) -> Tensor:
+    """The words [rows, quads, 4] that hold `count` numbers per row."""
     quad = torch.arange((count + 3) // 4, device=seed.device)
-    return random_words(seed, quad, torch.arange(first, first + rows, device=seed.device).unsqueeze(1))  # [rows, quads, 4]
+    return random_words(seed, quad, torch.arange(first, first + rows, device=seed.device).unsqueeze(1))
 
 
 def _flat(quads: Tensor, rows: int, count: int) -> Tensor:

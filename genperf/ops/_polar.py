@@ -1,26 +1,26 @@
-"""Matrix functions from matrix products alone: the polar factor, and the derivative of a square root.
+"""Polar factor and derivative of the matrix square root from matrix products alone.
 
-No step waits for the host, so all of it can be captured in a CUDA graph. The singular values, scaled into (0, 1], are driven to 1 by odd
-polynomials of degree five, each the best one for the interval that the steps before it leave (Amsel et al., "The Polar
-Express", 2025), and two plain Newton-Schulz steps last. Values below the interval end below 1: of a singular matrix the null
-space stays what it is.
+No step synchronizes with the host, so everything can be captured in a CUDA graph. The singular values are scaled into (0, 1] and driven to
+1 by odd polynomials of degree five, each optimal for the interval that the previous one leaves (Amsel et al., "The Polar Express", 2025),
+followed by two Newton-Schulz steps. Singular values below the first interval end below 1, and zeros stay zero.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-# Room between a polynomial's interval and what rounding makes of it: without it a step may throw a value out of the next interval.
+from ._precision import full_float32
+
+# Each polynomial is shrunk by this factor, so that rounding does not move a value out of the next interval.
 CUSHION = 1.01
 
 NEWTON_SCHULZ = (15 / 8, -10 / 8, 3 / 8)
 
 
 def _schedule(lower: float) -> tuple[tuple[float, float, float], ...]:
-    """Coefficients (a, b, c) of x -> a x + b x^3 + c x^5, one after another, that take [lower, 1] to 1."""
+    """Coefficients (a, b, c) of successive polynomials a x + b x^3 + c x^5 that map [lower, 1] to 1."""
     low, high, steps = lower, 1.0, []
     while low < 0.97:
         a, b, c, error = _best_quintic(low, high)
@@ -31,7 +31,10 @@ def _schedule(lower: float) -> tuple[tuple[float, float, float], ...]:
 
 
 def _best_quintic(low: float, high: float) -> tuple[float, float, float, float]:
-    """The odd quintic nearest to 1 on [low, high], and its largest error (Remez: the error alternates at four points)."""
+    """Coefficients of the odd quintic closest to 1 on [low, high], and its largest error.
+
+    Remez exchange: the error of the best polynomial alternates at four points.
+    """
     first, second = (3 * low + high) / 4, (low + 3 * high) / 4
     error = math.inf
     while True:
@@ -46,18 +49,21 @@ def _best_quintic(low: float, high: float) -> tuple[float, float, float, float]:
         first, second = math.sqrt(max(0.0, middle - spread)), math.sqrt(middle + spread)
 
 
-# By dtype, the steps that bring relative singular values from 1e-7 (float32: 1e-5) on to 1.
+# Per dtype, the steps that take singular values of at least 1e-7 (float32: 1e-5) of the largest to 1.
 STEPS = {torch.float64: _schedule(1e-7), torch.float32: _schedule(1e-5)}
 SIGN_LOWER = {torch.float64: 1e-10, torch.float32: 1e-5}
 SIGN_STEPS = {torch.float64: _schedule(1e-10), torch.float32: STEPS[torch.float32]}
 
 
 def polar(w: Tensor, *, precision: str, accurate: bool) -> Tensor:
-    """The polar factor of w [..., m, n]: the nearest matrix with orthonormal rows or columns, U V' of its singular vectors.
+    """The polar factor of w [..., m, n]: U V' of its singular vectors, the nearest matrix with orthonormal rows or columns.
 
-    precision: "float64"; "mixed" runs in float32 and, unless `accurate`, some steps with half-precision operands: not the
-    first six, in which rounding turns the vectors of small singular values, nor the last two, which make the factor orthogonal.
-    What is linear in the factor, such as a gradient, wants `accurate`; <U, w> errs only by the square.
+    Args:
+        precision: "float64", or "mixed": float32, and unless `accurate` some steps with half-precision operands. The first six steps are
+            not among them, since their rounding would rotate the vectors of small singular values, nor the last two, which make the factor
+            orthogonal.
+        accurate: keep every step in float32. Needed for quantities linear in the factor, such as gradients; the error of <polar(w), w> is
+            quadratic in that of the factor.
     """
     tall = w.shape[-2] > w.shape[-1]
     x = w.mT if tall else w
@@ -65,27 +71,15 @@ def polar(w: Tensor, *, precision: str, accurate: bool) -> Tensor:
     x = x.to(working)
     gram = x @ x.mT
     square = gram @ gram
-    # The Schatten 8-norm: at least the largest singular value, and near it.
+    # The Schatten 8-norm is a close upper bound of the largest singular value.
     norm = square.square().sum((-2, -1), keepdim=True).pow(1 / 8).clamp_min(torch.finfo(working).tiny)
     x = x / norm
     steps = STEPS[working]
-    with _full_float32() if working == torch.float32 else nullcontext():
+    with full_float32() if working == torch.float32 else nullcontext():
         for step, coefficients in enumerate(steps):
-            rough = precision == "mixed" and not accurate and 6 <= step < len(steps) - 2
-            x = _rough_step(x, coefficients) if rough else _step(x, coefficients)
+            half = precision == "mixed" and not accurate and 6 <= step < len(steps) - 2
+            x = _half_step(x, coefficients) if half else _step(x, coefficients)
     return x.mT if tall else x
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Products of float32 tensors in float32, whatever the caller allows for its own."""
-    matmul = torch.backends.cuda.matmul
-    allowed = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = allowed
 
 
 def _step(x: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
@@ -94,8 +88,8 @@ def _step(x: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
     return _addmm(x, _addmm(gram, gram, gram, b, c), x, a, 1)
 
 
-def _rough_step(x: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
-    """A step whose products have half-precision operands; x itself keeps its bits."""
+def _half_step(x: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
+    """A step whose products have half-precision operands; the term linear in x stays in float32."""
     a, b, c = coefficients
     half = x.half()
     gram = half @ half.mT
@@ -103,7 +97,7 @@ def _rough_step(x: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
 
 
 def _addmm(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> Tensor:
-    """beta base + alpha left @ right in one pass over the result."""
+    """beta * base + alpha * left @ right, fused."""
     if base.dim() == 2:
         return torch.addmm(base, left, right, beta=beta, alpha=alpha)
     shape = base.shape
@@ -112,15 +106,15 @@ def _addmm(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float)
 
 
 def lyapunov(root: Tensor, right: Tensor) -> Tensor:
-    """X with root X + X root = right, for symmetric positive semi-definite roots: the derivative of a square root.
+    """Solve root X + X root = right for X, with root symmetric positive semi-definite: the derivative of a matrix square root.
 
-    The sign function of [[root, right], [0, -root]] is [[I, 2 X], [0, -I]]; its blocks are iterated (Song et al., "Fast
+    The sign function of [[root, right], [0, -root]] is [[I, 2 X], [0, -I]]; the iteration works on its blocks (Song et al., "Fast
     Differentiable Matrix Square Root", 2022).
     """
     largest = root.abs().amax((-2, -1), keepdim=True)
     largest = torch.where(largest > 0, largest, 1)
     norm = largest * torch.linalg.matrix_norm(root / largest, keepdim=True).clamp_min(1)
-    # A null vector's sign must be 1 as well: else what it shares with the others would count half.
+    # The shift gives null vectors the sign 1 as well; with sign 0 the entries of X between them and other vectors would be halved.
     identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
     s, x = root / norm + SIGN_LOWER[root.dtype] * identity, right / norm
     for a, b, c in SIGN_STEPS[root.dtype]:

@@ -1,7 +1,8 @@
-"""Dtypes and precision of sums, norms and products."""
+"""Precision of sums, norms and matrix products."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,29 +12,30 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of losses and sums over tensors of `dtype`."""
+    """The dtype in which tensors of `dtype` are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def normalized(x: Tensor, dim: int) -> Tensor:
-    """Unit vectors in the direction of x's, in the dtype of sums over x.
+    """x divided by its L2 norm along `dim`, in `accumulator_dtype`.
 
-    A norm that x's dtype cannot hold as a normal number counts as the least that it can: gradients by a zero vector fit in it.
+    Norms are clamped at the smallest normal number of x's dtype, so that the gradient at a zero vector fits in that dtype.
     """
     return F.normalize(x.to(accumulator_dtype(x.dtype)), dim=dim, eps=max(1e-12, torch.finfo(x.dtype).tiny))
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Products of float32 tensors in float32, whatever the caller allows for its own."""
-    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    reduced = [(place, place.fp32_precision) for place in places if place.fp32_precision not in ("ieee", "none")]
+    """Within this context float32 matrix products run in full precision, whatever torch.backends allows (TF32, bf16)."""
+    mkldnn: Any = torch.backends.mkldnn  # replaces itself at import, unseen by type checkers
+    backends = torch.backends.cuda.matmul, mkldnn.matmul
+    reduced = [(backend, backend.fp32_precision) for backend in backends if backend.fp32_precision not in ("ieee", "none")]
     try:
-        for place, _ in reduced:
-            place.fp32_precision = "ieee"
+        for backend, _ in reduced:
+            backend.fp32_precision = "ieee"
         yield
     finally:
-        for place, precision in reduced:
-            place.fp32_precision = "none"
-            if place.fp32_precision != precision:  # else it is inherited, and stays so
-                place.fp32_precision = precision
+        for backend, precision in reduced:
+            backend.fp32_precision = "none"
+            if backend.fp32_precision != precision:  # otherwise the precision was inherited from a global setting, and is again
+                backend.fp32_precision = precision

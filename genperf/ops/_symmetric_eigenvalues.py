@@ -1,35 +1,35 @@
-"""Eigenvalues of one symmetric float64 matrix, the greater part of a Frechet distance on the CPU."""
+"""Eigenvalues of a symmetric float64 matrix, the largest part of a Frechet distance on the CPU."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from .. import _library
 from ._dispatch import register_fake
 
-# The sizes from which the compiled kernel was measured to be quicker than LAPACK, which reduces a small matrix in cache. Without
-# fused multiply-add it never is.
+# Measured sizes from which the compiled kernel is faster than LAPACK, per instruction set. Without fused multiply-add it never is.
 MIN_SIZES = {"amx": 256, "x86-64-v4": 256, "x86-64-v3": 768}
 
 
 def symmetric_eigenvalues(
     a: Tensor,  # [n, n]
 ) -> Tensor:
-    """Eigenvalues of a symmetric matrix in ascending order, without its eigenvectors.
+    """Eigenvalues of a symmetric matrix in ascending order.
 
     Equivalent to:
         torch.linalg.eigvalsh(a)
 
-    A float64 matrix on the CPU, if `min_size()` or larger, is reduced to a band by products of matrices, from the band to
-    tridiagonal in cache, and solved by bisection: the errors are those of the two orthogonal reductions, a few roundings
-    of the largest eigenvalue, whatever the spectrum. Everything else is left to torch.
+    A float64 CPU matrix of at least `min_size()` is reduced to a band by matrix products, from the band to tridiagonal form in cache, and
+    solved by bisection. The error is that of the two orthogonal reductions, a few roundings of the largest eigenvalue for any spectrum.
+    Other matrices are passed to torch.
 
     Args:
-        a: float32 or float64, any strides; only its lower triangle is read.
+        a: float32 or float64, any strides. Only its lower triangle is read.
 
     Returns:
-        [n], detached from a. All NaN where an entry that is read is not finite. The same bits for any number of threads
-        from the compiled kernel.
+        [n], detached from a; all NaN if an entry that is read is not finite. The compiled kernel gives the same bits for any number of
+        threads.
     """
     a = a.detach()
     if a.device.type == "cpu" and a.dtype == torch.float64 and a.shape[0] >= min_size():
@@ -40,12 +40,10 @@ def symmetric_eigenvalues(
 
 
 def min_size() -> float:
-    """The size from which the compiled kernel runs here."""
-    from genperf import _library
-
-    return MIN_SIZES.get(_library.isa, math.inf)
+    """The matrix size from which the compiled kernel is used on this machine."""
+    return math.inf if _library.isa is None else MIN_SIZES.get(_library.isa, math.inf)
 
 
 @register_fake("symmetric_eigenvalues")
-def _(a) -> Tensor:
+def _(a: Tensor) -> Tensor:
     return a.new_empty(a.shape[:1])
