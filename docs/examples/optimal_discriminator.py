@@ -1,8 +1,8 @@
-"""The best discriminator of two known densities on a line, and the value of the game there.
+"""The optimal discriminator between two known densities, and the value of the game.
 
-Theorem 1 of Goodfellow et al., "Generative Adversarial Nets" (2014): against a fixed generator the best discriminator is
-D*(x) = p(x) / (p(x) + q(x)), and the value of the game at it is -log 4 + 2 JSD(p, q). A small discriminator learns from
-samples of both densities alone; then it is compared with what the densities say.
+Theorem 1 of Goodfellow et al., "Generative Adversarial Nets" (2014): for a fixed generator the optimal discriminator is
+D*(x) = p(x) / (p(x) + q(x)), and the value of the game there is -log 4 + 2 JSD(p, q). A small discriminator is trained on
+samples of both densities and compared with these exact values.
 
     python docs/examples/optimal_discriminator.py
 """
@@ -32,7 +32,7 @@ def train(discriminator: nn.Module, p: Distribution, q: Distribution) -> None:
 
 
 def probabilities(density: Distribution, grid: Tensor) -> Tensor:
-    """Of the cells around the points of a grid."""
+    """The probability of the cell around each point of an evenly spaced grid."""
     return density.log_prob(grid).exp() * (grid[1] - grid[0])
 
 
@@ -48,23 +48,23 @@ def main() -> None:
     p, q = probabilities(data, grid), probabilities(generated, grid)
     with torch.no_grad():
         logits = discriminator(grid[:, None]).squeeze(1)
-    found, best = logits.sigmoid(), p / (p + q)
-    error = ((p + q) / 2 * (found - best).abs()).sum().item()
-    # The expectations of the game by numerical integration, so that no sampling error is in the value.
+    found, optimal = logits.sigmoid(), p / (p + q)
+    error = ((p + q) / 2 * (found - optimal).abs()).sum().item()
+    # Numerical integration instead of samples, so that the value has no sampling error.
     value = (p * nn.functional.logsigmoid(logits) + q * nn.functional.logsigmoid(-logits)).sum().item()
     divergence = js_divergence(p, q).item()
-    best_value = -math.log(4) + 2 * divergence
+    optimal_value = -math.log(4) + 2 * divergence
 
     print("    x     D(x)   p/(p+q)   density (p+q)/2")
     for x in range(-4, 5):
         i = int((grid - x).abs().argmin())
-        print(f"{x:5.1f}   {found[i]:6.3f}   {best[i]:7.3f}   {(p + q)[i] / 2 / (grid[1] - grid[0]):15.4f}")
+        print(f"{x:5.1f}   {found[i]:6.3f}   {optimal[i]:7.3f}   {(p + q)[i] / 2 / (grid[1] - grid[0]):15.4f}")
     print(f"mean |D - p/(p+q)| under (p + q) / 2: {error:.4f}")
     print(f"JSD(p, q) = {divergence:.4f} nats")
-    print(f"value of the game: {value:.4f}, at the best discriminator -log 4 + 2 JSD = {best_value:.4f}")
+    print(f"value of the game: {value:.4f}, for the optimal discriminator -log 4 + 2 JSD = {optimal_value:.4f}")
 
-    assert error < 0.02, "the discriminator must be near p / (p + q)"
-    assert best_value - 0.01 < value <= best_value + 1e-4, "no discriminator exceeds the value of the best, and this one is near"
+    assert error < 0.02, "the discriminator must be close to p / (p + q)"
+    assert optimal_value - 0.01 < value <= optimal_value + 1e-4, "the value must be close to the optimum and not above it"
 
 
 if __name__ == "__main__":
