@@ -1,1 +1,1 @@
-"""Triton kernels, one launch function to a module."""
+"""Triton kernels, one package per op with one launch function each."""

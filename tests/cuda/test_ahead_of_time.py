@@ -22,7 +22,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 
 def compile_triton(kernel, types, arguments, arch):
-    """Compile a Triton kernel for an architecture as a launch would: pointers to whole vectors, components side by side."""
+    """Compile a Triton kernel for an architecture as a launch would, with aligned pointers and adjacent components."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -39,7 +39,7 @@ def compile_triton(kernel, types, arguments, arch):
 
 
 def resources(cubin: bytes, path: Path) -> dict[str, int]:
-    """What the assembler reports: registers of a thread, bytes of its stack and of local memory."""
+    """Registers, and bytes of stack and of local memory, that a thread uses."""
     path.write_bytes(cubin)
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     report = subprocess.run([cuobjdump, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
@@ -47,12 +47,12 @@ def resources(cubin: bytes, path: Path) -> dict[str, int]:
 
 
 def types(dtype):
-    """Types of the arguments of the search's kernels."""
+    """Types of the arguments of the search kernels."""
     pointers = {
         **dict.fromkeys(("x", "codebook"), dtype),
-        **dict.fromkeys(("operand", "tail", "queries"), "bf16"),
-        **dict.fromkeys(("center", "maxima", "best", "bound"), "fp32"),
-    } | {"mask": "i1", "indices": "i64", "limits": "i32"}
+        **dict.fromkeys(("codes", "bias", "queries"), "bf16"),
+        **dict.fromkeys(("center", "maxima", "best", "margin"), "fp32"),
+    } | {"mask": "i1", "indices": "i64", "max_norms": "i32"}
     small = (
         "count", "rows", "inner", "first_inner", "num_codes", "padded", "tiles", "blocks", "splits", "dim", "depth",
         "stride_d", "stride_inner", "stride_k", "stride_code_d",
@@ -65,48 +65,48 @@ def types(dtype):
     }
 
 
-# D and K of every regime: split operands in a depth of 16 and of 32, the bias among the columns and apart, streamed queries;
-# blocks of 8, 32 and 128 codes.
+# D and K of every regime: split operands of depth 16 and 32, the bias among the columns and in an operand of its own, streamed
+# queries; blocks of 8, 32 and 128 codes.
 SHAPES = ((4, 8192), (8, 262144), (18, 262144), (32, 8192), (64, 512), (128, 262144), (256, 16384), (200, 262144))
 
 
 def kernels():
-    """Name, kernel, D, K, dtype, architectures, and the launch arguments that a Shape gives."""
-    from genperf.kernels import nearest_code as module
+    """Kernel, D, K, dtype, architectures, and a function from a Shape to the launch options."""
+    from genperf.kernels.nearest_code import coarse, exact, prepare, shape
 
     search = {"COSINE": False, "PLANAR": False}
+    variants = {
+        "center": (prepare.nearest_code_center_kernel, lambda _: {"COSINE": False, **shape.CENTER_OPTIONS}),
+        "prepare_codes": (prepare.nearest_code_prepare_codes_kernel, lambda s: {"COSINE": False, **s.prepare_codes_options()}),
+        "prepare_queries": (prepare.nearest_code_prepare_queries_kernel, lambda _: {**search, **shape.PREPARE_QUERIES_OPTIONS}),
+        "coarse": (coarse.nearest_code_coarse_kernel, lambda s: {**search, **s.coarse_options()}),
+        "stream": (coarse.nearest_code_stream_kernel, lambda s: s.coarse_options()),
+        "rescore": (exact.nearest_code_rescore_kernel, lambda s: {**search, "HAS_MASK": True, **s.rescore_options()}),
+        "float64": (exact.nearest_code_float64_kernel, lambda s: {"COSINE": False, **s.float64_options()}),
+    }
 
-    def kernel(name, dim, codes, dtype="fp32", archs=ARCHS):
-        arguments = {
-            "center": lambda _: {"COSINE": False, **module.CENTER_OPTIONS},
-            "prepare": lambda shape: {"COSINE": False, **shape.prepare_options()},
-            "coarse": lambda shape: {**search, **shape.coarse_options()},
-            "round": lambda _: {**search, **module.ROUND_OPTIONS},
-            "stream": lambda shape: shape.coarse_options(),
-            "exact": lambda shape: {**search, "HAS_MASK": True, **shape.exact_options()},
-            "settle": lambda shape: {"COSINE": False, **shape.settle_options()},
-        }
-        function = getattr(module, f"nearest_code_{name}_kernel")
-        return pytest.param(function, dim, codes, dtype, archs, arguments[name], id=f"{name}-{dim}-{codes}-{dtype}")
+    def variant(name, dim, codes, dtype="fp32", archs=ARCHS):
+        kernel, options = variants[name]
+        return pytest.param(kernel, dim, codes, dtype, archs, options, id=f"{name}-{dim}-{codes}-{dtype}")
 
     for dim, codes in SHAPES:
-        yield kernel("coarse" if dim <= 128 else "stream", dim, codes)
+        yield variant("coarse" if dim <= 128 else "stream", dim, codes)
     for dim, codes in ((4, 8192), (18, 262144), (256, 16384)):
-        yield kernel("exact", dim, codes)
-    for name in ("center", "prepare", "round", "settle"):
-        yield kernel(name, 64, 512)
+        yield variant("rescore", dim, codes)
+    for name in ("center", "prepare_codes", "prepare_queries", "float64"):
+        yield variant(name, 64, 512)
     # Another dtype changes the loads alone.
-    for name in ("prepare", "coarse", "round", "exact"):
-        yield kernel(name, 16, 1024, "bf16", (90,))
-    yield kernel("coarse", 16, 1024, "fp16", (90,))
+    for name in ("prepare_codes", "coarse", "prepare_queries", "rescore"):
+        yield variant(name, 16, 1024, "bf16", (90,))
+    yield variant("coarse", 16, 1024, "fp16", (90,))
 
 
-@pytest.mark.parametrize(("kernel", "dim", "codes", "dtype", "archs", "arguments"), list(kernels()))
-def test_triton_kernels_compile(kernel, dim, codes, dtype, archs, arguments, tmp_path):
-    from genperf.kernels.nearest_code import Shape
+@pytest.mark.parametrize(("kernel", "dim", "codes", "dtype", "archs", "options"), list(kernels()))
+def test_triton_kernels_compile(kernel, dim, codes, dtype, archs, options, tmp_path):
+    from genperf.kernels.nearest_code.shape import Shape
 
     for arch in archs:
-        launch = arguments(Shape(dim, codes, arch // 10))
+        launch = options(Shape(dim, codes, arch // 10))
         compiled = compile_triton(kernel, types(dtype), launch, arch)
         used = resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
         assert compiled.metadata.shared <= SHARED_MEMORY[arch]
@@ -115,7 +115,7 @@ def test_triton_kernels_compile(kernel, dim, codes, dtype, archs, arguments, tmp
         if compiled.metadata.shared:
             warps = min(warps, launch["num_warps"] * (SHARED_MEMORY[arch] // compiled.metadata.shared))
         print(f"sm_{arch}: {used['REG']} registers, {compiled.metadata.shared} bytes of shared memory, {warps} warps at a time")
-        # Where the epilogue is the limit, one program is to multiply while another takes maxima.
+        # Where the epilogue is the limit, two programs must fit: one multiplies while the other takes maxima.
         assert warps >= (16 if arch == 90 and dim <= 32 and "coarse" in kernel.__name__ else 8)
         ptx = compiled.asm["ptx"]
         if "coarse" in kernel.__name__ or "stream" in kernel.__name__:
@@ -123,7 +123,7 @@ def test_triton_kernels_compile(kernel, dim, codes, dtype, archs, arguments, tmp
             if arch == 90:
                 epilogue = ptx.partition("max.f32")[2].partition("bra")[0]
                 assert epilogue.count("max.f32") > 50
-                assert "shfl" not in epilogue, "the maxima leave their threads"
+                assert "shfl" not in epilogue, "the block maxima exchange values between threads"
 
 
 @needs_nvcc
@@ -138,16 +138,16 @@ def test_cuda_kernels_compile_without_spills(source, tmp_path):
     assert all(frame == ("0", "0", "0") for frame in frames), run.stderr
     kernels = re.findall(r"entry function '(\w+)' for '(sm_\d+)'.*?Used (\d+) registers", run.stderr, re.DOTALL)
     for name, arch, registers in sorted(kernels, key=lambda kernel: (kernel[1], -int(kernel[2]))):
-        # A multiprocessor has 65,536 registers, given to warps in pieces of 256, and room for 64 warps.
+        # A multiprocessor has 65,536 registers, allocated to warps in units of 256, and room for 64 warps.
         warps = min(64, 65536 // (-(-int(registers) * 32 // 256) * 256))
         print(f"{arch} {registers:>3} registers, {warps / 64:.0%} of the warps: {name}")
     assert max(int(registers) for *_, registers in kernels) <= MAX_REGISTERS, run.stderr
 
 
 def test_cuda_ops_trace_on_fake_tensors():
-    """Shapes, dtypes and strides of the CUDA path on a machine that has no GPU.
+    """Shapes, dtypes and strides of the CUDA path, without a GPU.
 
-    Without one autograd refuses or aborts on fake CUDA tensors, so the backward op is called by itself too.
+    Autograd then raises or aborts on fake CUDA tensors, so the backward op is called directly as well.
     """
     if _library.cuda_failure is not None:
         pytest.skip(f"no CUDA library: {_library.cuda_failure}")

@@ -1,7 +1,7 @@
-"""Triton kernels in the interpreter, which must be chosen before they are imported: hence a process of its own.
+"""Triton kernels in the interpreter, in a process of its own because the interpreter must be chosen before they are imported.
 
-The interpreter is wrong for bfloat16 and slow, so inputs are float32 and float16 and small, and the operands of the products
-are float32 that holds values rounded to bfloat16.
+The interpreter is slow and multiplies bfloat16 wrongly. So inputs are small and of float32 or float16, and the operands of
+products are float32 tensors that hold values rounded to bfloat16.
 """
 
 import os
@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 SCRIPT = """
 import torch
 from genperf import testing
-from genperf.kernels import nearest_code as module
+from genperf.kernels.nearest_code import launch, nearest_code, shape
 from genperf.ops.nearest_code import search
 
 torch.manual_seed(0)
@@ -23,26 +23,26 @@ torch.manual_seed(0)
 def check(what, x, codebook, mask=None, cosine=False):
     expected = search(x, codebook, mask, "cosine" if cosine else "euclidean", "reference")
     with testing.poisoned_memory():
-        found = module.nearest_code(x, codebook, mask, cosine)
+        found = nearest_code(x, codebook, mask, cosine)
     wrong = (found != expected).nonzero()
     assert found.shape == expected.shape and not len(wrong), (what, len(wrong), found[tuple(wrong[0])], expected[tuple(wrong[0])])
 
 def rows(*size):
     return torch.randn(*size).unsqueeze(-1)
 
-# Every regime: split operands in a depth of 16 and of 32; plain ones, the bias among them or apart; streamed ones, likewise.
+# Every regime: split operands of depth 16 and 32; plain and streamed operands, with the bias among their columns or apart.
 # Blocks of 8, 32 and 128 codes.
-codes_to_a_block = module.codes_to_a_block
+codes_per_block = shape.codes_per_block
 for d, k, block_codes in (
     (1, 150, 128), (1, 400, None), (3, 80, None), (4, 300, 32), (8, 70, None), (9, 130, 128), (10, 50, None), (16, 60, 32),
     (33, 80, 128), (64, 20, None), (128, 9, None), (129, 20, 32), (192, 9, None), (257, 5, None), (1000, 2, None),
 ):  # fmt: skip
-    module.codes_to_a_block = codes_to_a_block if block_codes is None else lambda *_: block_codes
+    shape.codes_per_block = codes_per_block if block_codes is None else lambda *_: block_codes
     x, codebook = testing.vectors("random", 5 if d < 100 else 1, k, d, (torch.float32, torch.float16)[d % 2], "cpu")
     check(("regime", d, k), x.unsqueeze(-1), codebook, None, d % 3 == 0)
-module.codes_to_a_block = codes_to_a_block
+shape.codes_per_block = codes_per_block
 
-# Data that a careless bound, or a careless tie, would get wrong.
+# Data on which a bound that is too small, or a wrong tie-break, gives a wrong index.
 for kind in ("random", "clustered", "offset", "tied", "near_ties"):
     for n, k, d in ((1, 1, 1), (5, 40, 7), (3, 30, 12)):
         for cosine in (False, True) if kind in ("random", "tied") else (False,):
@@ -51,7 +51,7 @@ for kind in ("random", "clustered", "offset", "tied", "near_ties"):
 for d in (4, 11):
     x, codebook = rows(4, d), torch.randn(25, d)
     outlier = codebook.clone()
-    outlier[20] *= 1e5  # its length makes the bound so wide that whole rows are searched
+    outlier[20] *= 1e5  # its length makes the bound so large that all codes are searched
     close = torch.cat([codebook, codebook + 1e-4 * torch.randn(25, d)])
     for cosine in (False, True):
         check(("outlier", d, cosine), x, outlier, None, cosine)
@@ -65,7 +65,7 @@ for d in (4, 11):
         codes[7, 1], codes[0, 0], codes[9, 3] = torch.nan, torch.inf, -torch.inf
         check(("not finite", d, cosine), bad, codes, None, cosine)
         check(("no finite code", d, cosine), x, torch.full_like(codebook[:3], torch.nan), None, cosine)
-    # Apart by one unit in the last place of one component: only float64 tells.
+    # Codes that differ by one unit in the last place of one component: only float64 tells them apart.
     near = codebook.clone()
     near[:, 0] = torch.nextafter(near[:, 0], torch.tensor(9.0))
     check(("last place", d), codebook[:4].unsqueeze(-1) * 1.001, torch.cat([codebook, near]))
@@ -84,16 +84,16 @@ for d, k in ((4, 40), (13, 20), (129, 3)):
     check(("heads", d), heads.contiguous(), codebooks.contiguous(), None, d == 13)
     check(("one head", d), heads[:1], codebooks[:1])
 
-# Positions in several parts, codes over several programs, neither a multiple of anything.
-module.MAX_MAXIMA = 1
+# Several chunks of positions and several programs over the codes, of sizes that divide nothing.
+launch.MAX_MAXIMA = 1
 for d, k, programs in ((3, 300, 8), (20, 140, 1), (140, 260, 99)):
-    module.PROGRAMS = programs
+    shape.MIN_PROGRAMS = programs
     mask = torch.arange(130).unsqueeze(1) % 60 == 9
-    check(("parts", d), rows(130, d), torch.randn(k, d), mask)
+    check(("chunks", d), rows(130, d), torch.randn(k, d), mask)
 x, codebook = torch.randn(2, 129, 5, 1), torch.randn(2, 140, 5)
-check("parts of heads", x, codebook, (torch.arange(129) % 32 == 0).expand(2, -1).unsqueeze(-1))
+check("chunks of heads", x, codebook, (torch.arange(129) % 32 == 0).expand(2, -1).unsqueeze(-1))
 
-assert module.nearest_code(rows(0, 5), torch.randn(7, 5), None, False).shape == (0, 1)
+assert nearest_code(rows(0, 5), torch.randn(7, 5), None, False).shape == (0, 1)
 torch.set_default_dtype(torch.float64)
 check("default dtype", rows(9, 6).float(), torch.randn(50, 6, dtype=torch.float32))
 print("interpreted")
