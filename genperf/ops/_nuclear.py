@@ -1,4 +1,4 @@
-"""tr (cov1 cov2)^(1/2), the nuclear norm of F1' F2, and its gradients: by eigenvalues, or by polar iterations."""
+"""tr (cov1 cov2)^(1/2), the nuclear norm of F1' F2, and its gradients, from eigenvalues or from polar iterations."""
 
 import math
 import warnings
@@ -16,21 +16,21 @@ Gradients = list[Tensor | None]
 
 
 class Side(NamedTuple):
-    """A covariance [d, d], or a factor [d, r] of one."""
+    """A covariance [d, d], or a factor F [d, r] of one, F F'."""
 
     tensor: Tensor
     is_factor: bool
 
 
 def eigen_route(sides: tuple[Side, Side], needed: tuple[bool, bool]) -> tuple[Tensor, Tensor, Gradients]:
-    """Trace, error (none here) and gradients, from the eigenvalues of F' cov F: F a factor of one side, cov the other side."""
-    largest = [_largest(side.tensor) for side in sides]
+    """Trace, error (0) and gradients from the eigenvalues of F' cov F, where F is a factor of one side and cov the other side."""
+    largest = [_largest_value(side.tensor) for side in sides]
     error = sides[0].tensor.new_zeros(())
     if 0 in largest or not all(map(math.isfinite, largest)):
         trace = 0.0 if all(map(math.isfinite, largest)) else math.nan
         gradients = [torch.full_like(side.tensor, trace) if need else None for side, need in zip(sides, needed, strict=True)]
         return torch.full_like(error, trace), error, gradients
-    # A product of four tiny or huge matrices must stay within range.
+    # Rescale tiny and huge matrices, so that a product of four of them neither underflows nor overflows.
     limit = torch.finfo(error.dtype).max ** 0.2
     scales = [1.0 if 1 / limit < size < limit else size for size in largest]
     scaled = [side if scale == 1 else Side(side.tensor / scale, side.is_factor) for side, scale in zip(sides, scales, strict=True)]
@@ -52,22 +52,23 @@ def eigen_route(sides: tuple[Side, Side], needed: tuple[bool, bool]) -> tuple[Te
     return trace * unit, error, gradients
 
 
-def _largest(t: Tensor) -> float:
+def _largest_value(t: Tensor) -> float:
+    """The largest absolute value, on the host; NaN if there is one."""
     if t.numel() == 0:
         return 0.0
-    low, high = (t.T if t.stride(0) == 1 else t).aminmax()  # many times slower across the rows
+    low, high = (t.T if t.stride(0) == 1 else t).aminmax()  # many times slower on a transposed matrix
     return max(-low.item(), high.item()) if not low.isnan() else math.nan
 
 
 def _narrow(side: Side, aspect: int) -> Side:
-    """The side, a factor of more than `aspect` times as many columns as rows as the covariance that it stands for."""
+    """The side; a factor with more than `aspect` times as many columns as rows is replaced by its covariance."""
     if side.is_factor and side.tensor.shape[1] > aspect * side.tensor.shape[0]:
         return Side(gram(side.tensor, mirror=True), False)
     return side
 
 
 def _choose_base(sides: list[Side], needed: tuple[bool, bool]) -> int:
-    """Which side to factor: a factor at hand, the narrower of two, or a covariance whose gradient is not wanted."""
+    """The side to use as the factor: one given as a factor, the narrower of two, or a covariance that needs no gradient."""
 
     def cost(index: int) -> tuple[bool, int]:
         return not sides[index].is_factor, sides[index].tensor.shape[1] if sides[index].is_factor else needed[index]
@@ -76,12 +77,11 @@ def _choose_base(sides: list[Side], needed: tuple[bool, bool]) -> int:
 
 
 def _nuclear_norm(factor: Tensor, other: Side, need_factor: bool, need_other: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """|| factor' other ||_*, and its gradients in the factor and in the other side."""
+    """The nuclear norm of factor' F2, where F2 is a factor of the other side, and its gradients in `factor` and in the other side."""
     triangular = is_lower(factor)
-    product = None  # what factor' is multiplied by: cov factor, or the other factor
+    cross = product = None
     if other.is_factor:
-        # [r, r2]
-        cross = times_lower(other.tensor.T, factor).T if triangular else factor.T @ other.tensor
+        cross = times_lower(other.tensor.T, factor).T if triangular else factor.T @ other.tensor  # [r1, r2]
         square = gram(cross, mirror=False)
     elif triangular and not need_factor:
         square = congruence(factor, other.tensor)
@@ -97,30 +97,32 @@ def _nuclear_norm(factor: Tensor, other: Side, need_factor: bool, need_other: bo
     kept = (roots > 0) & (values > len(values) * torch.finfo(values.dtype).eps * values.amax()) if len(values) else values > 0
     inverse = torch.where(kept, values, 1).rsqrt() * kept
     of_factor = of_other = None
-    if other.is_factor:
-        # The polar factor of cross.
-        polar = gram(vectors * inverse.sqrt(), mirror=True) @ cross
+    if cross is not None:
+        polar = gram(vectors * inverse.sqrt(), mirror=True) @ cross  # the polar factor of cross
         if need_other:
             of_other = lower_times(factor, polar) if triangular else factor @ polar
         if need_factor:
             of_factor = lower_times(other.tensor, polar.T) if is_lower(other.tensor) else other.tensor @ polar.T
     else:
         if need_other:
-            turned = vectors * (inverse / 2).sqrt()
-            of_other = gram(lower_times(factor, turned) if triangular else factor @ turned, mirror=True)
-        if need_factor:
+            scaled = vectors * (inverse / 2).sqrt()
+            of_other = gram(lower_times(factor, scaled) if triangular else factor @ scaled, mirror=True)
+        if need_factor and product is not None:
             of_factor = product @ gram(vectors * inverse.sqrt(), mirror=True)
     return roots.sum(), of_factor, of_other
 
 
 def _roots(values: Tensor, factor: Tensor, other: Side) -> Tensor:
-    """Square roots of ascending eigenvalues; those no farther above zero than rounding has put others below it count as zero."""
+    """Square roots of ascending eigenvalues.
+
+    Rounding may make eigenvalues negative; those that are no larger than twice the most negative one in size count as zero.
+    """
     if len(values) == 0:
         return values
     noise = 2 * (-values[0]).clamp(min=0)
     if not other.is_factor:
         rounding = len(factor) * torch.finfo(values.dtype).eps * factor.square().sum() * other.tensor.diagonal().abs().max()
-        if values[0] < -rounding:  # below zero in the covariance itself: what float32 has rounded, or worse
+        if values[0] < -rounding:  # the covariance itself is indefinite, from float32 rounding or worse
             noise = torch.minimum(noise, 1e-5 * values[-1].clamp(min=0))
             if values[0] < -INDEFINITE * values[-1].abs():
                 _warn_indefinite()
@@ -128,10 +130,11 @@ def _roots(values: Tensor, factor: Tensor, other: Side) -> Tensor:
 
 
 def _factor(side: Side) -> Tensor:
+    """A factor of the side, or of the positive part of a covariance that is far from positive semi-definite."""
     if side.is_factor:
         return side.tensor
-    factor, left = nearest_factor(side.tensor)
-    if left <= INDEFINITE:
+    factor, residual = nearest_factor(side.tensor)
+    if residual <= INDEFINITE:
         return factor
     _warn_indefinite()
     values, vectors = torch.linalg.eigh(side.tensor)
@@ -139,21 +142,22 @@ def _factor(side: Side) -> Tensor:
 
 
 def _warn_indefinite() -> None:
-    warnings.warn("trace_sqrt_product: a covariance is far from positive semi-definite; only its positive part counts.", stacklevel=2)
+    warnings.warn("trace_sqrt_product: a covariance is far from positive semi-definite; only its positive part is used.", stacklevel=2)
 
 
-def _largest_entry(t: Tensor) -> Tensor:
+def _scale_of(t: Tensor) -> Tensor:
+    """The largest absolute value, at least the smallest normal number, without a host sync."""
     return torch.linalg.vector_norm(t, ord=torch.inf).clamp_min(torch.finfo(t.dtype).tiny)
 
 
 def polar_route(sides: tuple[Side, Side], needed: tuple[bool, bool], precision: str, with_error: bool) -> tuple[Tensor, Tensor, Gradients]:
-    """Trace, error bound and gradients by matrix products, Cholesky and triangular solves: nothing waits for the device."""
+    """Trace, error bound and gradients from matrix products, Cholesky factorizations and triangular solves, without a host sync."""
     if any(side.tensor.numel() == 0 for side in sides):
         zero = sides[0].tensor.new_zeros(())
         return zero, zero.clone(), [torch.zeros_like(side.tensor) if need else None for side, need in zip(sides, needed, strict=True)]
-    scales = [_largest_entry(side.tensor) for side in sides]
+    scales = [_scale_of(side.tensor) for side in sides]
     scaled = [Side(side.tensor / scale, side.is_factor) for side, scale in zip(sides, scales, strict=True)]
-    narrow = [_narrow(side, 2) for side in scaled]  # below that Cholesky costs more than longer rows
+    narrow = [_narrow(side, 2) for side in scaled]  # below an aspect of 2 Cholesky costs more than it saves
     factored = [None if side.is_factor else factor_without_sync(side.tensor) for side in narrow]
     factors = [side.tensor if found is None else found[0] for side, found in zip(narrow, factored, strict=True)]
     cross = factors[0].T @ factors[1]  # [r1, r2]
@@ -161,7 +165,7 @@ def polar_route(sides: tuple[Side, Side], needed: tuple[bool, bool], precision: 
     trace = (u * cross).sum()
     error = torch.zeros_like(trace)
     if with_error:
-        # Of singular values s of cross and t <= 1 of U: sum s (1 - t) <= sum s (1 - t^2) <= r^(1/2) |cross - U U' cross|.
+        # With s the singular values of cross and t <= 1 those of U: sum s (1 - t) <= sum s (1 - t^2) <= r^(1/2) |cross - U U' cross|.
         projected = u @ (u.T @ cross) if u.shape[0] > u.shape[1] else (u @ u.T) @ cross
         error = min(u.shape) ** 0.5 * torch.linalg.matrix_norm(cross - projected)
 
@@ -170,8 +174,9 @@ def polar_route(sides: tuple[Side, Side], needed: tuple[bool, bool], precision: 
     for index in (0, 1):
         if needed[index]:
             gradient = factors[1 - index] @ (u.T if index == 0 else u)
-            if factored[index] is not None:
-                gradient = _of_covariance(gradient / 2, narrow[index].tensor, *factored[index])
+            found = factored[index]
+            if found is not None:
+                gradient = _of_covariance(gradient / 2, narrow[index].tensor, *found)
             if scaled[index].is_factor and not narrow[index].is_factor:
                 gradient = 2 * gradient @ scaled[index].tensor
             gradients[index] = gradient * (unit / scales[index])
@@ -179,9 +184,12 @@ def polar_route(sides: tuple[Side, Side], needed: tuple[bool, bool], precision: 
 
 
 def _of_covariance(of_factor: Tensor, cov: Tensor, factor: Tensor, regular: Tensor) -> Tensor:
-    """The symmetric G with G factor = of_factor; where the covariance is singular, the one that is zero between its null vectors."""
+    """The gradient in the covariance: the symmetric G with G factor = of_factor.
+
+    If the covariance is singular, the block of G on its null space is zero.
+    """
     inverse = torch.linalg.solve_triangular(factor, of_factor, upper=False, left=False)
-    # Larger shifts than the value's: null vectors leave rounding divided by them.
+    # Larger shifts than for the value, since the rounding error of null vectors is divided by the shift.
     identity = torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
     lower, size = identity, cov.diagonal().max().clamp_min(torch.finfo(cov.dtype).eps)
     for shift in (FLOAT32_SHIFT * len(cov) ** 0.5, 1e-10):

@@ -1,11 +1,11 @@
-"""The Frechet distance of two normal distributions."""
+"""The Frechet distance of two Gaussians."""
 
 from torch import Tensor
 
 from ._dispatch import choose_impl
 from ._validate import check_float, check_tensor
 from .covariance_factor import working_dtype
-from .trace_sqrt_product import Side, check_precision, check_side, check_together, result_dtype, trace_of_sides, unavailable
+from .trace_sqrt_product import Side, check_precision, check_side, check_sides, result_dtype, trace_of_sides, unavailable
 
 
 def frechet_distance(
@@ -20,43 +20,43 @@ def frechet_distance(
     return_error: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The squared Frechet (2-Wasserstein) distance of two normal distributions: FID, when they are fitted to Inception features.
+    """Squared Frechet (2-Wasserstein) distance of two Gaussians: FID, if they are fitted to Inception features.
 
     Equivalent to:
         root = scipy.linalg.sqrtm(cov1 @ cov2).real
         distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * root.trace()
 
     Dowson and Landau, "The Frechet distance between multivariate normal distributions" (1982); Heusel et al., "GANs Trained by a
-    Two Time-Scale Update Rule Converge to a Local Nash Equilibrium" (2017). The square root is never built: see
-    `trace_sqrt_product`, also for covariances given by factors, such as a few centered features.
+    Two Time-Scale Update Rule Converge to a Local Nash Equilibrium" (2017). The matrix square root is never computed: see
+    `trace_sqrt_product`, which also describes covariances given as factors, such as centered features.
 
     Args:
-        mean1, mean2: float32, float64, bfloat16 or float16. Leading dimensions are a batch.
+        mean1, mean2: float32, float64, bfloat16 or float16. Leading dimensions are batch dimensions.
         cov1, cov2, factor1, factor2, precision, return_error, impl: as in `trace_sqrt_product`.
 
     Returns:
-        distance [...], at least 0, in float64 if any input is, else float32; with return_error, (distance, error), twice
-        the error of the trace. NaN and infinity give NaN. Differentiable in whatever was given, finite at singular
-        covariances and at distance zero; second derivatives as in `trace_sqrt_product`.
+        distance [...], at least 0, float64 if any input is float64, else float32; with return_error, (distance, error), where error is
+        twice that of the trace. NaN and infinity give NaN. Differentiable in all inputs, with a finite gradient at singular covariances
+        and at distance 0; second derivatives as in `trace_sqrt_product`.
 
     Raises:
-        ValueError, TypeError: a bad argument, as a sentence.
+        ValueError, TypeError: an invalid argument.
         NotImplementedError: an `impl` that cannot run here.
     """
     op = "frechet_distance"
     sides = (check_side(op, 1, cov1, factor1), check_side(op, 2, cov2, factor2))
-    check_together(op, sides)
+    check_sides(op, sides)
     _check_mean(op, 1, mean1, sides[0])
     _check_mean(op, 2, mean2, sides[1])
     check_precision(op, precision)
     chosen = choose_impl(op, impl, unavailable(mean1.device), mean1, mean2, cov1, cov2, factor1, factor2)
     dtype = result_dtype(mean1, mean2, *(side.tensor for side in sides))
     working = working_dtype(mean1.device)
-    # In the working dtype from here on, so that what the terms have in common cancels before it is rounded.
-    sides = tuple(Side(side.tensor.to(working), side.is_factor) for side in sides)
-    trace, error = trace_of_sides(sides, precision, return_error, chosen)
-    apart = (mean1.to(working) - mean2.to(working)).square().sum(-1)
-    distance = (apart + _trace(sides[0]) + _trace(sides[1]) - 2 * trace).clamp(min=0)
+    # All terms in the working dtype: they nearly cancel if the distance is small.
+    first, second = (Side(side.tensor.to(working), side.is_factor) for side in sides)
+    trace, error = trace_of_sides((first, second), precision, return_error, chosen)
+    between_means = (mean1.to(working) - mean2.to(working)).square().sum(-1)
+    distance = (between_means + _trace(first) + _trace(second) - 2 * trace).clamp(min=0)
     return (distance.to(dtype), (2 * error).to(dtype)) if return_error else distance.to(dtype)
 
 
@@ -70,6 +70,7 @@ def _check_mean(op: str, number: int, mean: Tensor, side: Side) -> None:
 
 
 def _trace(side: Side) -> Tensor:
+    """The trace [...] of the covariance."""
     if side.is_factor:
         return side.tensor.square().sum((-2, -1))
     return side.tensor.diagonal(dim1=-2, dim2=-1).sum(-1)

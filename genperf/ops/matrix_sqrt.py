@@ -11,30 +11,29 @@ from .trace_sqrt_product import result_dtype, unavailable
 
 
 def matrix_sqrt(a: Tensor, *, impl: str | None = None) -> Tensor:
-    """The symmetric square root of symmetric positive semi-definite matrices.
+    """Square root of symmetric positive semi-definite matrices.
 
     Equivalent to:
         values, vectors = torch.linalg.eigh(a)
         root = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
 
-    The derivative X of the root in a direction G solves root X + X root = G; unlike eigh's own derivative it does not
-    divide by differences of eigenvalues, which may coincide. (Lin and Maji, "Improved Bilinear Pooling with CNNs", 2017.)
+    The derivative X of the root in a direction G solves root X + X root = G. Unlike the derivative of eigh, it does not divide by
+    differences of eigenvalues, which may coincide (Lin and Maji, "Improved Bilinear Pooling with CNNs", 2017).
 
     Args:
-        a: [..., d, d], float32, float64, bfloat16 or float16, taken as symmetric. Negative eigenvalues, which rounding
-            makes, count as zero.
-        impl: None picks. "eigen": symmetric eigenvalues, best on a CPU. "polar": matrix products only, without a wait for the
-            device, best on a GPU; roots below 1e-7 of the largest become too small, by at most their size.
-            "reference": the lines above.
+        a: [..., d, d], float32, float64, bfloat16 or float16, assumed symmetric. Negative eigenvalues, which come from rounding, count as
+            zero.
+        impl: None chooses. "eigen": symmetric eigenvalues, fastest on a CPU. "polar": matrix products only, without device
+            synchronization, fastest on a GPU; it underestimates roots below 1e-7 of the largest. "reference": the lines above.
 
     Returns:
-        root [..., d, d], in float64 if `a` is, else float32; computed in float64 (float32 on devices without it). NaN and
-        infinity give NaN in their matrix. Differentiable, finite where `a` is singular: between null vectors, where the
-        derivative is infinite, the gradient is 0 ("eigen") or large ("polar"). Second derivatives (create_graph=True) are the
-        reference's, which are not finite where eigenvalues coincide.
+        root [..., d, d], float64 if `a` is float64, else float32; computed in float64 (float32 on devices without float64). NaN and
+        infinity make their matrix NaN. Differentiable, with a finite gradient at a singular `a`: on the null space, where the derivative is
+        infinite, the gradient is 0 ("eigen") or large ("polar"). Second derivatives (create_graph=True) are those of the reference, which
+        are not finite where eigenvalues coincide.
 
     Raises:
-        ValueError, TypeError: a bad argument, as a sentence.
+        ValueError, TypeError: an invalid argument.
         NotImplementedError: an `impl` that cannot run here.
     """
     op = "matrix_sqrt"
@@ -76,7 +75,7 @@ class _MatrixSqrt(torch.autograd.Function):
 
 
 def _forward(a: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The root, and what its derivative needs: with "eigen" the eigenvalues and vectors of it."""
+    """The root, and its eigenvalues and eigenvectors, which backward needs, if impl is "eigen" (empty otherwise)."""
     if impl == "eigen":
         finite = a.isfinite().all(-1).all(-1)[..., None, None]
         values, vectors = torch.linalg.eigh(torch.where(finite, a, 0))
@@ -85,7 +84,7 @@ def _forward(a: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
         return torch.where(finite, root, torch.nan), roots, vectors.contiguous()
     if a.numel() == 0:
         return a.clone(), a.new_empty(0), a.new_empty(0)
-    # Of a = F F' and the polar decomposition F = H U, the root is H.
+    # With a = F F' and the polar decomposition F = H U, the root is H.
     largest = a.abs().amax((-2, -1), keepdim=True)
     largest = torch.where(largest == 0, 1, largest)
     factor, _ = factor_without_sync((a / largest + a.mT / largest) / 2)
@@ -94,11 +93,12 @@ def _forward(a: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward(grad: Tensor, root: Tensor, roots: Tensor, vectors: Tensor, impl: str) -> Tensor:
+    """The gradient in a."""
     grad = (grad + grad.mT) / 2
     if impl == "polar":
         return _polar.lyapunov(root, grad)
     if roots.numel():
-        # The root of a null eigenvalue's rounding is no slope to divide by.
+        # The root of an eigenvalue that is only rounding error must not be divided by.
         roots = torch.where(roots > (roots.shape[-1] * torch.finfo(roots.dtype).eps) ** 0.5 * roots[..., -1:], roots, 0)
     sums = roots.unsqueeze(-1) + roots.unsqueeze(-2)
     return vectors @ torch.where(sums > 0, (vectors.mT @ grad @ vectors) / sums, 0) @ vectors.mT

@@ -1,4 +1,4 @@
-"""The trace of the square root of a product of covariances: what the Frechet distance needs, without the root."""
+"""The trace of the square root of a product of two covariances, the cross term of the Frechet distance."""
 
 import torch
 from torch import Tensor
@@ -22,44 +22,44 @@ def trace_sqrt_product(
     return_error: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """tr (cov1 cov2)^(1/2), the fidelity of two covariances.
+    """Compute tr (cov1 cov2)^(1/2), the fidelity of two covariances.
 
     Equivalent to:
         values, vectors = torch.linalg.eigh(cov1)
         root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
         torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
 
-    With cov1 = F1 F1' and cov2 = F2 F2' the trace is the nuclear norm of F1' F2, whose gradient is its polar factor: no
-    square root, no inverse, and nothing infinite where a covariance is singular (Bhatia, Jain and Lim, "On the
-    Bures-Wasserstein distance between positive definite matrices", 2019). Each side is given as a covariance or, with None
-    in its place, as a factor: a root from `covariance_factor`, or n centered features, (x - x.mean(0)).T / (n - 1) ** 0.5.
-    A factor saves the factorization, and with n < d nothing of size d x d is decomposed.
+    With cov1 = F1 F1' and cov2 = F2 F2' the trace is the nuclear norm of F1' F2 and its gradient is the polar factor, which needs no
+    square root and no inverse and stays finite for singular covariances (Bhatia, Jain and Lim, "On the Bures-Wasserstein distance between
+    positive definite matrices", 2019). Each side is either a covariance or, with None in its place, a factor: the result of
+    `covariance_factor`, or n centered features, (x - x.mean(0)).T / (n - 1) ** 0.5. A factor saves the factorization, and with n < d no
+    d x d matrix is decomposed.
 
     Args:
-        cov1, cov2: symmetric positive semi-definite, float32, float64, bfloat16 or float16, of any scale. Leading
-            dimensions are a batch. Of a matrix that is far from semi-definite, "eigen" takes the positive part and warns;
-            "polar" cannot look and takes the diagonal.
+        cov1, cov2: symmetric positive semi-definite, float32, float64, bfloat16 or float16, of any scale. Leading dimensions are batch
+            dimensions. For a matrix that is far from positive semi-definite, "eigen" uses the positive part and warns; "polar", which
+            cannot synchronize to check, uses the diagonal.
         factor1, factor2: any number of columns.
-        precision: of the polar iterations: "float64", or "mixed", float32 for the most part: errors of about 1e-6 of the trace
-            for features of networks, 1e-4 where singular values fall off to 1e-8 of the largest.
-        return_error: also return a bound of the absolute error of iterations that have not converged, from their residual;
-            rounding is not in it, and the other implementations give 0.
-        impl: None picks. "eigen": eigenvalues of a symmetric matrix, best on a CPU; it waits for the device. "polar": matrix
-            products and triangular solves, without a wait, best on a GPU. "reference": the lines above.
+        precision: of the polar iterations: "float64", or "mixed" (mostly float32). "mixed" has a relative error of about 1e-6 for network
+            features, and 1e-4 where singular values decay to 1e-8 of the largest.
+        return_error: also return a bound of the absolute error of polar iterations that have not converged, computed from their residual.
+            It excludes rounding, and is 0 for the other implementations.
+        impl: None chooses. "eigen": symmetric eigenvalues, fastest on a CPU; synchronizes with the device. "polar": matrix products and
+            triangular solves without synchronization, fastest on a GPU. "reference": the lines above.
 
     Returns:
-        trace [...], in float64 if any input is, else float32; with return_error, (trace, error). Computed in float64
-        (float32 on devices without it). NaN and infinity give NaN. Differentiable in whatever was given; where the trace has
-        no derivative (at a singular covariance), the gradient is finite and a subgradient in the factors. Second derivatives
-        (create_graph=True) are the reference's, which are not finite there.
+        trace [...], float64 if any input is float64, else float32; with return_error, (trace, error). Computed in float64 (float32 on
+        devices without float64). NaN and infinity give NaN. Differentiable in all inputs. At a singular covariance, where the trace is not
+        differentiable, the gradient is finite, and a subgradient in the factors. Second derivatives (create_graph=True) are those of the
+        reference, which are not finite there.
 
     Raises:
-        ValueError, TypeError: a bad argument, as a sentence.
+        ValueError, TypeError: an invalid argument.
         NotImplementedError: an `impl` that cannot run here.
     """
     op = "trace_sqrt_product"
     sides = (check_side(op, 1, cov1, factor1), check_side(op, 2, cov2, factor2))
-    check_together(op, sides)
+    check_sides(op, sides)
     check_precision(op, precision)
     chosen = choose_impl(op, impl, unavailable(sides[0].tensor.device), cov1, cov2, factor1, factor2)
     trace, error = trace_of_sides(sides, precision, return_error, chosen)
@@ -67,12 +67,12 @@ def trace_sqrt_product(
 
 
 def check_side(op: str, number: int, cov: Tensor | None, factor: Tensor | None) -> Side:
-    if (cov is None) == (factor is None):
-        given = "neither" if cov is None else "both"
-        raise ValueError(f"{op}: side {number} must be given either by cov{number} or by factor{number}, got {given}.")
-    if cov is not None:
+    if cov is not None and factor is None:
         check_covariance(op, f"cov{number}", cov, batched=True)
         return Side(cov, False)
+    if cov is not None or factor is None:
+        given = "both" if factor is not None else "neither"
+        raise ValueError(f"{op}: side {number} must be given either by cov{number} or by factor{number}, got {given}.")
     check_tensor(op, f"factor{number}", factor)
     check_float(op, f"factor{number}", factor)
     if factor.dim() < 2:
@@ -80,7 +80,7 @@ def check_side(op: str, number: int, cov: Tensor | None, factor: Tensor | None) 
     return Side(factor, True)
 
 
-def check_together(op: str, sides: tuple[Side, Side]) -> None:
+def check_sides(op: str, sides: tuple[Side, Side]) -> None:
     first, second = (side.tensor for side in sides)
     if first.shape[:-2] != second.shape[:-2] or first.shape[-2] != second.shape[-2]:
         raise ValueError(f"{op}: both sides must have the same d and batch, got shapes {list(first.shape)} and {list(second.shape)}.")
@@ -94,17 +94,18 @@ def check_precision(op: str, precision: str) -> None:
 
 
 def unavailable(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:
-    """Which implementations cannot run, and why; best first. None of them depends on the dtype."""
+    """Why each implementation cannot run on this device, or None; best first. All of them support every dtype."""
     names = ("polar", "eigen") if device.type == "cuda" else ("eigen", "polar")
     return dict.fromkeys((*names, "reference"))
 
 
 def result_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is float64, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def trace_of_sides(sides: tuple[Side, Side], precision: str, with_error: bool, impl: str) -> tuple[Tensor, Tensor]:
-    """The op on checked sides: (trace, error) [...], differentiable."""
+    """The op on validated sides: (trace, error) [...], differentiable."""
     first, second = sides
     dtype = result_dtype(first.tensor, second.tensor)
     if first.tensor.dim() > 2:
@@ -113,7 +114,8 @@ def trace_of_sides(sides: tuple[Side, Side], precision: str, with_error: bool, i
         batch = first.tensor.shape[:-2]
         if not found:
             return (first.tensor.new_zeros(batch, dtype=dtype),) * 2
-        return tuple(torch.stack(values).reshape(batch) for values in zip(*found, strict=True))
+        traces, errors = zip(*found, strict=True)
+        return torch.stack(traces).reshape(batch), torch.stack(errors).reshape(batch)
     working = working_dtype(first.tensor.device)
     with torch.autocast(first.tensor.device.type, enabled=False):
         tensors = [side.tensor.to(working) for side in sides]
@@ -127,7 +129,7 @@ def trace_of_sides(sides: tuple[Side, Side], precision: str, with_error: bool, i
 
 
 def trace_sqrt_product_reference(first: Tensor, second: Tensor, first_is_factor: bool, second_is_factor: bool) -> Tensor:
-    """The op in plain PyTorch, differentiated by autograd; its derivative is infinite where a covariance is singular."""
+    """The op in plain PyTorch, differentiated by autograd. Its derivative is infinite at a singular covariance."""
     cov1, cov2 = (t @ t.mT if is_factor else t for t, is_factor in ((first, first_is_factor), (second, second_is_factor)))
     values, vectors = torch.linalg.eigh(cov1)
     root = (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT
@@ -135,7 +137,7 @@ def trace_sqrt_product_reference(first: Tensor, second: Tensor, first_is_factor:
 
 
 class _TraceSqrtProduct(torch.autograd.Function):
-    """The gradient comes with the value, of the same decomposition; backward scales it."""
+    """Forward computes the gradients as well, from the same decomposition; backward scales them."""
 
     @staticmethod
     def forward(first, second, first_is_factor, second_is_factor, need_first, need_second, precision, with_error, impl):
@@ -155,7 +157,7 @@ class _TraceSqrtProduct(torch.autograd.Function):
         needed = (ctx.need_first, ctx.need_second)
         found = [grad * g if need else None for g, need in zip((grad_first, grad_second), needed, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
-            first, second = first.view_as(first), second.view_as(second)  # apart, if they are one tensor
+            first, second = first.view_as(first), second.view_as(second)  # distinct, even if both sides are one tensor
             trace = trace_sqrt_product_reference(first, second, *ctx.are_factors)
             again = differentiate([trace], [grad], [first, second], needed)
             found = [None if g is None else ValueOf.apply(g.detach(), carrier) for g, carrier in zip(found, again, strict=True)]
@@ -173,11 +175,12 @@ def _compute(
     with_error: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Trace, error estimate, and the gradients in either side where needed (else empty)."""
+    """Trace, error bound, and the gradient in each side, empty if it is not needed."""
     sides = (Side(first, first_is_factor), Side(second, second_is_factor))
     needed = (need_first, need_second)
     trace, error, gradients = polar_route(sides, needed, precision, with_error) if impl == "polar" else eigen_route(sides, needed)
-    return trace, error, *(first.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients)
+    grad_first, grad_second = (first.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients)
+    return trace, error, grad_first, grad_second
 
 
 torch.library.custom_op("genperf::trace_sqrt_product", _compute, mutates_args=())
