@@ -1,4 +1,4 @@
-"""What the tests of every op share: inputs that find bugs, the accuracy rule, and the contract of an op as one check."""
+"""Helpers for testing ops: inputs that expose bugs, an error budget measured from plain PyTorch, and checks of the contract of an op."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,17 +8,18 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Sizes that divide no block, and their neighbors.
+# One, sizes next to a power of two, and a large size that is not a power of two.
 ODD_SIZES = (1, 7, 31, 33, 1000)
 
 
 def vectors(
     kind: str, count: int, codes: int, dim: int, dtype: torch.dtype, device: str | torch.device, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """x [count, dim] and codebook [codes, dim] of a kind of data.
+    """Return x [count, dim] and a codebook [codes, dim] of a kind of data.
 
-    "random": standard normal. "clustered": x around the codes. "offset": mean / std = 1000. "tied": small integers, many
-    codes alike and many distances equal. "near_ties": every code has a neighbor one rounding step away.
+    Args:
+        kind: "random": standard normal. "clustered": x close to the codes. "offset": mean / std = 1000. "tied": small integers,
+            with many repeated codes and many equal distances. "near_ties": every code has a neighbor one rounding step away.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, dim, generator=generator)
@@ -39,7 +40,7 @@ def vectors(
 
 
 def layouts(x: Tensor) -> dict[str, tuple[Tensor, int]]:
-    """The vectors x [N, D] as tensors of other layouts, each with its channel_dim; positions in the same order."""
+    """Return the vectors x [N, D] as tensors of several layouts, each with its channel_dim. The order of positions is the same."""
     n, d = x.shape
     half = n // 2 if n % 2 == 0 else n
     folded = x.reshape(-1, half, d) if half else x.reshape(1, n, d)
@@ -56,13 +57,13 @@ def layouts(x: Tensor) -> dict[str, tuple[Tensor, int]]:
 
 
 def strided(x: Tensor) -> dict[str, Tensor]:
-    """x [B, ...] in other memory layouts; what lies between its elements is NaN."""
+    """Return x [B, ...] in several memory layouts, with NaN in the gaps between its elements."""
     backwards = list(range(x.dim()))[::-1]
     spaced = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"))
     spaced[..., 1::2] = x
     cropped = x.new_full([size + 2 for size in x.shape], float("nan"))[tuple(slice(1, size + 1) for size in x.shape)]
     cropped.copy_(x)
-    found = {
+    tensors = {
         "contiguous": x.contiguous(),
         "backwards": x.permute(backwards).contiguous().permute(backwards),
         "batch_last": x.movedim(0, -1).contiguous().movedim(-1, 0),
@@ -71,13 +72,13 @@ def strided(x: Tensor) -> dict[str, Tensor]:
     }
     if x.dim() in (4, 5):
         channels_last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-        found["channels_last"] = x.contiguous(memory_format=channels_last)
-    return found
+        tensors["channels_last"] = x.contiguous(memory_format=channels_last)
+    return tensors
 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """New tensors start as NaN (integers as their largest value), so that what a kernel does not write shows."""
+    """Fill new tensors with NaN (integers with their largest value), so that elements which a kernel fails to write are found."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -88,12 +89,12 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def assert_accurate(name: str, actual: Tensor, exact: Tensor, plain: Tensor) -> None:
-    """`actual` errs at most twice as much as plain PyTorch in the same dtype, plus one rounding of the largest value.
+    """Assert that the error of `actual` is at most twice that of plain PyTorch, plus one rounding of the largest value.
 
     Args:
         actual: the result under test.
-        exact: float64 result on the same inputs.
-        plain: plain PyTorch's result in actual's dtype.
+        exact: the float64 result on the same inputs.
+        plain: the result of plain PyTorch in the dtype of `actual`.
     """
     assert actual.dtype == plain.dtype, f"{name}: dtype {actual.dtype}, expected {plain.dtype}"
     assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
@@ -104,13 +105,13 @@ def assert_accurate(name: str, actual: Tensor, exact: Tensor, plain: Tensor) -> 
     budget = 2 * (plain.double() - exact).abs().max() + torch.finfo(actual.dtype).eps * exact.abs().max()
     worst = int(error.argmax())
     assert error.max() <= budget, (
-        f"{name}: error {error.max():.3e} over the budget {budget:.3e}, worst at {worst}: "
-        f"{actual.flatten()[worst]:.9g}, exactly {exact.flatten()[worst]:.9g}"
+        f"{name}: error {error.max():.3e} exceeds the budget {budget:.3e}, worst at {worst}: "
+        f"got {actual.flatten()[worst]:.9g}, expected {exact.flatten()[worst]:.9g}"
     )
 
 
 def saved_bytes(function: Callable[[], object]) -> int:
-    """How many bytes of tensors autograd holds for the backward of what `function` does; shared memory counts once."""
+    """Return the bytes of tensors that autograd saves for the backward of `function`. Shared storage counts once."""
     saved = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -120,12 +121,12 @@ def saved_bytes(function: Callable[[], object]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = function()
-    del result  # held until here, so that no address is used twice
+    del result  # kept alive until here, so that no address is reused
     return sum(saved.values())
 
 
 def largest_allocation(function: Callable[[], object]) -> int:
-    """The most bytes that `function` allocates at once on the CPU."""
+    """Return the size in bytes of the largest single CPU allocation in `function`."""
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
     allocated = [event.cpu_memory_usage for event in profile.events() if event.cpu_memory_usage > 0]
@@ -134,17 +135,17 @@ def largest_allocation(function: Callable[[], object]) -> int:
 
 
 def check_op(name: str, samples: Sequence[tuple]) -> None:
-    """torch's own checks of a compiled op on sample arguments: schema, fake against real, aliasing, dynamic shapes."""
+    """Run torch.library.opcheck on sample arguments: schema, fake implementation, aliasing, dynamic shapes."""
     op = getattr(torch.ops.genperf, name).default
     for sample in samples:
         torch.library.opcheck(op, sample)
 
 
 def check_compile(function: Callable[..., Sequence[Tensor]], *inputs: Sequence[Tensor]) -> None:
-    """torch.compile(fullgraph=True) of a public function agrees with eager at every input, forward and backward.
+    """Check that torch.compile(fullgraph=True) of a public function agrees with eager, forward and backward.
 
-    Each element of `inputs` is one set of tensor arguments; a second set of other sizes exercises dynamic shapes, and
-    the first set once more must not compile again.
+    Each element of `inputs` is one set of tensor arguments. A second set of other sizes exercises dynamic shapes; a second
+    call with the first set must not recompile.
     """
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
@@ -158,14 +159,14 @@ def check_compile(function: Callable[..., Sequence[Tensor]], *inputs: Sequence[T
                 torch.autograd.grad(total, [t for t in leaves if t.requires_grad], allow_unused=True) if torch.is_tensor(total) else ()
             )
             results.append([*outputs, *(g for g in gradients if g is not None)])
-        for eager, fused in zip(*results, strict=True):
-            torch.testing.assert_close(fused, eager, equal_nan=True)
+        for expected, actual in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, equal_nan=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled(*(t.detach().clone().requires_grad_(t.is_floating_point()) for t in inputs[0]))
 
 
 def check_randomness(draw: Callable[[torch.Generator | None], Tensor], device: str) -> None:
-    """What draws noise follows torch's generators: reproducible from a seed, another noise at each call, and nothing else moved."""
+    """Check the use of generators: noise is reproducible from a seed, differs between calls, and advances only the generator in use."""
     torch.manual_seed(7)
     first, second = draw(None), draw(None)
     torch.manual_seed(7)
@@ -176,27 +177,27 @@ def check_randomness(draw: Callable[[torch.Generator | None], Tensor], device: s
         state = generator.get_state()
         torch.manual_seed(7)
         drawn, next_drawn = draw(generator), draw(generator)
-        assert torch.equal(draw(None), first), "a given generator moved the default one"
+        assert torch.equal(draw(None), first), "a call with a generator advanced the default generator"
         assert not torch.equal(drawn, next_drawn)
         generator.set_state(state)
         assert torch.equal(draw(generator), drawn)
 
 
 def check_checkpoint(function: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """Gradients of a scalar function that draws noise are the same under activation checkpointing, bit for bit."""
+    """Check that gradient checkpointing leaves the value and gradients of a scalar function that draws noise bitwise the same."""
     results = []
     for checkpointed in (False, True):
         leaves = [t.detach().requires_grad_() for t in inputs]
         torch.manual_seed(11)
         value = torch.utils.checkpoint.checkpoint(function, *leaves, use_reentrant=False) if checkpointed else function(*leaves)
-        torch.rand(3, device=value.device)  # the generator moves on between forward and backward
+        torch.rand(3, device=value.device)  # advances the generator between forward and backward
         results.append([value, *torch.autograd.grad(value, leaves)])
     for plain, recomputed in zip(*results, strict=True):
         assert torch.equal(plain, recomputed)
 
 
 def check_cuda_graph(draw: Callable[[], Tensor]) -> None:
-    """A function that draws noise can be captured in a CUDA graph, and every replay draws anew."""
+    """Check that a function that draws noise can be captured in a CUDA graph, and that every replay draws new noise."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
