@@ -1,4 +1,4 @@
-"""The GPU side without a GPU: kernels compile for each architecture within its limits, and CUDA ops trace on fake tensors."""
+"""The CUDA path without a GPU: kernels compile for each architecture within its limits, and CUDA ops trace on fake tensors."""
 
 import re
 import shutil
