@@ -1,4 +1,4 @@
-"""README.md and docs/: examples run, links lead to files, and every public name is on some page."""
+"""README.md and docs/: code blocks run, links lead to files, and every public name is on a page."""
 
 import re
 import shlex
@@ -17,13 +17,13 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 
-# A fenced block, with what follows its three backquotes.
+# A fenced block; `kind` is what follows the opening backquotes.
 BLOCK = re.compile(r"^```(?P<kind>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def python_blocks(page, kind):
-    """Code objects of the page's blocks of a kind; an error in one names the line of the page."""
+    """Code objects of the page's blocks of a kind, compiled so that a traceback names the line of the page."""
     text = page.read_text()
     for match in BLOCK.finditer(text):
         if match["kind"] == kind:
@@ -38,12 +38,10 @@ def shell_commands(page):
                 yield from line.split("&&")
 
 
-def readme_setup():
-    """What the short examples of README.md take for granted: tensors, networks and a statistics file."""
-    extractor = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 16))
+def readme_names():
+    """The tensors and networks that the examples of README.md use without defining them."""
     features = torch.randn(100, 16)
     mean, cov = features.mean(0), features.T.cov()
-    genperf.metrics.save_statistics("imagenet-256.npz", mean, cov)
     return {
         "x": torch.randn(2, 64, 8, 8),
         "codebook": torch.randn(32, 64),
@@ -53,8 +51,6 @@ def readme_setup():
         "critic": nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 1)),
         "real": torch.rand(4, 3, 8, 8),
         "fake": torch.rand(4, 3, 8, 8),
-        "features": torch.randn(6, 4, 3),
-        "extractor": extractor,
         "mean1": mean,
         "cov1": cov,
         "mean2": mean,
@@ -67,7 +63,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     if page == README:
-        namespace |= readme_setup()
+        namespace |= readme_names()
     for block in python_blocks(page, "python"):
         exec(block, namespace)
     assert all(python_blocks(page, "python no-run"))  # they compile
@@ -89,12 +85,26 @@ def test_commands_have_these_options(page):
             _parser().parse_args(words[words.index("genperf") + 1 :])
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_links_lead_to_files(page):
     text = re.sub(r"`[^`\n]*`", "", BLOCK.sub("", page.read_text()))
-    links = [link.split("#")[0] for link in LINK.findall(text) if "://" not in link]
-    missing = [link for link in links if link and not (page.parent / link).exists()]
+    links = [link.partition("#") for link in LINK.findall(text) if "://" not in link]
+    missing = [link for link, _, _ in links if link and not (page.parent / link).exists()]
     assert not missing
+    without_heading = [
+        f"{link}#{anchor}" for link, _, anchor in links if anchor and anchor not in anchors(page.parent / link if link else page)
+    ]
+    assert not without_heading
+
+
+def anchors(page):
+    """The anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 120
 
 
 def test_every_public_name_is_on_a_page():
@@ -106,6 +116,6 @@ def test_every_public_name_is_on_a_page():
     mentioned = set(re.findall(r"\w+", "\n".join(code)))
     modules = (genperf, genperf.nn, genperf.losses, genperf.metrics, genperf.models)
     names = [(module.__name__, name) for module in modules for name in module.__all__ if not name.startswith("__")]
-    # systems.md says once that XConfig is the configuration of X.
+    # systems.md explains once that XConfig is the configuration of X.
     missing = [f"{module}.{name}" for module, name in names if name.removesuffix("Config") not in mentioned]
     assert not missing
