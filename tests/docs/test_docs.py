@@ -88,12 +88,11 @@ def test_commands_have_these_options(page):
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_links_lead_to_files(page):
     text = re.sub(r"`[^`\n]*`", "", BLOCK.sub("", page.read_text()))
-    links = [link.partition("#") for link in LINK.findall(text) if "://" not in link]
-    missing = [link for link, _, _ in links if link and not (page.parent / link).exists()]
+    links = [link.split("#") for link in LINK.findall(text) if "://" not in link]
+    targets = [(page.parent / path if path else page, anchor) for path, *anchor in links]
+    missing = [path for path, _ in targets if not path.exists()]
     assert not missing
-    without_heading = [
-        f"{link}#{anchor}" for link, _, anchor in links if anchor and anchor not in anchors(page.parent / link if link else page)
-    ]
+    without_heading = [(path.name, *anchor) for path, anchor in targets if anchor and anchor[0] not in anchors(path)]
     assert not without_heading
 
 
