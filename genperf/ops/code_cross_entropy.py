@@ -1,4 +1,4 @@
-"""Cross-entropy of given codes under the softmax over the codebook."""
+"""Cross-entropy of target codes under the softmax over the codebook."""
 
 import torch
 from torch import Tensor
@@ -20,28 +20,28 @@ def code_cross_entropy(
     mask: Tensor | None = None,  # [...]
     impl: str | None = None,
 ) -> Tensor:
-    """The mean of -log p of the given codes, p being the softmax over all codes that `code_entropy` describes.
+    """Cross-entropy between the softmax over all codes, as in `code_entropy`, and target indices.
 
-    Equivalent to (channel_dim=-1, no mask; x is [N, D], and logits [N, K] those of `code_entropy`):
+    Equivalent to (channel_dim=-1, no mask; x [N, D], and the logits [N, K] of `code_entropy`):
         loss = F.cross_entropy(logits / temperature, indices, ignore_index=-1)
 
-    without the [N, K] tensors: chunks of them, of a fixed size, are computed in forward and again in backward.
+    without the [N, K] tensors: forward and backward compute them in chunks of a fixed size.
 
-    The cross-entropy losses of vector-quantize-pytorch (`indices=` in its forward, and commitment_use_cross_entropy_loss) are this
-    with temperature=1, and logits="dot" for unit vectors where it has use_cosine_sim.
+    The cross-entropy losses of vector-quantize-pytorch (`indices=` in its forward, and commitment_use_cross_entropy_loss) are this op with
+    temperature=1, with logits="dot" on unit vectors if use_cosine_sim.
 
     Args:
-        indices: int64, x's shape without channel_dim; -1 leaves a vector out.
+        indices: int64, x's shape without channel_dim; vectors with the index -1 are excluded.
         x, codebook, temperature, logits, channel_dim, mask, impl: as in `code_entropy`.
 
     Returns:
-        In nats: a scalar, or [heads]; float32, float64 for a float64 x; 0 where no vector counts. NaN in a vector that counts makes
-        it NaN. Differentiable in x and codebook; a distance below 1e-4 passes no gradient. The second derivative
-        (create_graph=True) runs in plain PyTorch, with tensors of size [N, K].
+        loss, in nats: a scalar, or [heads]; float32 (float64 for a float64 x); 0 without vectors. NaN in a vector that is not excluded
+        makes it NaN. Differentiable in x and codebook; a distance below 1e-4 has the gradient 0. Second derivatives (create_graph=True)
+        run in plain PyTorch, with [N, K] tensors.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `code_entropy`, and for indices that do not fit.
-        IndexError: an index outside -1 ... K - 1 (on CUDA the error is that of a gather out of bounds: looking would synchronize).
+        ValueError, TypeError, NotImplementedError: as `code_entropy`, or indices of the wrong shape or dtype.
+        IndexError: an index outside -1 ... K - 1. On CUDA, where checking would synchronize, gather fails with a device assertion instead.
     """
     op = "code_cross_entropy"
     channel = check_arguments(op, x, codebook, temperature, logits, channel_dim, mask)

@@ -1,4 +1,4 @@
-"""Entropies of the distribution over the codes: of each position's, and of their mean."""
+"""Entropy of the softmax over the codes, per sample and of the batch mean."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def code_entropy(
     epsilon: float = 0.0,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """How sure each vector is of its code, and how evenly all codes are used: what entropy and diversity losses are made of.
+    """Per-sample entropy of the code softmax, and entropy of its batch mean: the terms of entropy and diversity losses.
 
     Equivalent to (channel_dim=-1, no mask):
         x = x.reshape(-1, D)
@@ -32,34 +32,34 @@ def code_entropy(
         sample_entropy = -(p * p.log()).sum(-1).mean()
         batch_entropy = -(mean * mean.clamp(min=epsilon).log()).sum()
 
-    without the [N, K] tensors: chunks of them, of a fixed size, are computed in forward and again in backward. Distances are
-    computed relative to the mean of the codebook, in float32 whatever precision is allowed for products of torch's own.
+    without the [N, K] tensors: forward and backward compute them in chunks of a fixed size. Distances are computed relative to the mean
+    of the codebook, and products in full float32 precision whatever torch.backends allows.
 
-    `sample_entropy - batch_entropy` is the loss of LFQ (Yu et al., "Language Model Beats Diffusion", 2023), IBQ and
-    Open-MAGVIT2. The diversity loss of vector-quantize-pytorch is `-batch_entropy` with temperature=1 / its
-    codebook_diversity_temperature (1 / 100), epsilon=1e-5, and logits="dot" of unit vectors where it has use_cosine_sim. It averages
-    p over the batch alone, for each place of a sequence, and then the loss over the places: for x [B, T, D] it is
+    `sample_entropy - batch_entropy` is the entropy loss of LFQ (Yu et al., "Language Model Beats Diffusion", 2023), IBQ and Open-MAGVIT2.
+    The diversity loss of vector-quantize-pytorch is `-batch_entropy` with temperature = 1 / codebook_diversity_temperature (1 / 100) and
+    epsilon=1e-5, with logits="dot" on unit vectors if use_cosine_sim. It averages p over the batch for each position of a sequence and
+    the loss over the positions. For x [B, T, D] that is
         -code_entropy(x.movedim(1, 0), codebook.expand(T, -1, -1), temperature=1 / 100, epsilon=1e-5)[1].mean()
-    which holds [T, K] sums in float64 and, where the codebook learns, its gradient [T, K, D].
+    which stores [T, K] float64 sums and, if the codebook requires a gradient, that gradient as [T, K, D].
 
     Args:
         x: float32, bfloat16, float16 or float64; any strides.
-        codebook: K >= 1 codes, of x's dtype, or float32 with a half-precision x. With [heads, K, D], dimension 0 of x is the
-            heads, each with a codebook of its own, as in `nearest_code`.
+        codebook: K >= 1 codes in x's dtype, or float32 with a half-precision x. With [heads, K, D], dimension 0 of x is the heads, each
+            with its own codebook, as in `nearest_code`.
         temperature: positive.
         logits: "distance", "squared_distance" or "dot".
-        channel_dim: the dimension of x that holds a vector; heads count as a dimension of x.
-        mask: bool, x's shape without channel_dim; where False a vector is left out.
-        epsilon: smallest mean probability whose logarithm is taken; 0 is the smallest normal number.
-        impl: None picks; "native" and "reference" insist.
+        channel_dim: the dimension of x that holds the D channels; the heads count as a dimension of x.
+        mask: bool, x's shape without channel_dim; vectors where it is False are excluded.
+        epsilon: the mean probabilities are clamped to at least this before the logarithm; 0 stands for the smallest normal number.
+        impl: "native", "reference", or None to choose automatically.
 
     Returns:
-        sample_entropy and batch_entropy, in nats: scalars, or [heads]; float32, float64 for a float64 x; 0 where no vector counts.
-        NaN in a vector that counts makes both NaN. Sums are taken in a fixed order. Differentiable in x and codebook; a distance
-        below 1e-4 passes no gradient. The second derivative (create_graph=True) runs in plain PyTorch, with tensors of size [N, K].
+        sample_entropy and batch_entropy, in nats: scalars, or [heads] each; float32 (float64 for a float64 x); 0 without vectors. NaN in a
+        vector that is not masked makes both NaN. Deterministic. Differentiable in x and codebook; a distance below 1e-4 has the gradient 0.
+        Second derivatives (create_graph=True) run in plain PyTorch, with [N, K] tensors.
 
     Raises:
-        ValueError, TypeError: as `nearest_code`, and for a mask, temperature, epsilon or logits that do not fit.
+        ValueError, TypeError: as `nearest_code`, or an invalid mask, temperature, epsilon or logits.
         NotImplementedError: an `impl` that cannot run here.
     """
     op = "code_entropy"

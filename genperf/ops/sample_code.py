@@ -1,4 +1,4 @@
-"""Codes drawn from the softmax over the codebook."""
+"""Sampling codes from the softmax over the codebook."""
 
 import math
 
@@ -26,27 +26,27 @@ def sample_code(
     generator: torch.Generator | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Draw a code for every vector of x, the nearer the likelier: the stochastic counterpart of `nearest_code`.
+    """Sample a code for every vector of x from the softmax over all codes: the stochastic counterpart of `nearest_code`.
 
-    Equivalent to (channel_dim=-1, no mask; x is [N, D], and logits [N, K] those of `code_entropy`):
+    Equivalent to (channel_dim=-1, no mask; x [N, D], and the logits [N, K] of `code_entropy`):
         noise = -torch.empty_like(logits).exponential_().log()
-        indices = (logits + temperature * noise).argmax(-1)                     # of softmax(logits / temperature)
+        indices = (logits + temperature * noise).argmax(-1)                     # drawn from softmax(logits / temperature)
 
-    without the [N, K] logits and noise: chunks of a fixed size are computed and drawn, and the noise is a function of a seed
-    and a position, so that the result does not depend on the chunks or on the layout of x.
+    without the [N, K] logits and noise, which are computed in chunks of a fixed size. The noise is a function of a seed and a position, so
+    the result depends neither on the chunks nor on the layout of x.
 
     Args:
-        temperature: not negative; at 0 the result is that of `nearest_code`, or the code of the largest dot product.
-        mask: bool, x's shape without channel_dim; where False the index is -1.
-        generator: the seed of the noise is drawn from it, or from torch's default generator of x's device.
+        temperature: at least 0; with 0 the result is that of `nearest_code`, or the code with the largest dot product.
+        mask: bool, x's shape without channel_dim; where it is False the index is -1.
+        generator: the generator that the seed of the noise is drawn from; None for torch's default generator of x's device.
         x, codebook, logits, channel_dim, impl: as in `code_entropy`.
 
     Returns:
-        int64 indices of x's shape without channel_dim. The lowest index wins a tie; a NaN is never preferred, and a vector with
-        a NaN gets index 0. Not differentiable.
+        indices, int64, x's shape without channel_dim. Ties give the lowest index. Codes with a NaN logit are never chosen, and a vector
+        with a NaN gets index 0. Not differentiable.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `code_entropy`, and for a generator that is none.
+        ValueError, TypeError, NotImplementedError: as `code_entropy`, or an invalid generator.
     """
     return draw_codes(x, codebook, temperature, logits, channel_dim, mask, generator, impl)
 
@@ -62,7 +62,7 @@ def draw_codes(
     impl: str | None = None,
     first: int | None = None,
 ) -> Tensor:
-    """`sample_code`, where `first` is given with the noise of the vectors first, first + 1, ... of a larger batch, in each head."""
+    """`sample_code` with, if `first` is given, the noise of the vectors first, first + 1, ... of a larger batch in each head."""
     op = "sample_code"
     channel = check_arguments(op, x, codebook, temperature, logits, channel_dim, mask)
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype))

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import genperf
 from genperf import testing
-from genperf.ops import _code_softmax
+from genperf.ops import _code_softmax_chunks
 from genperf.ops._noise import gumbel_noise
 
 LOGITS = ("distance", "squared_distance", "dot")
@@ -148,7 +148,7 @@ def test_kernels_agree_with_plain_chunks(logits, monkeypatch, device):
     found = losses(x, codebook, indices, **options)
     torch.manual_seed(3)
     drawn = genperf.sample_code(x, codebook, **options)
-    monkeypatch.setattr(_code_softmax, "_has_kernel", lambda products: False)
+    monkeypatch.setattr(_code_softmax_chunks, "_has_kernel", lambda products: False)
     assert_close(found, losses(x, codebook, indices, **options))
     torch.manual_seed(3)
     assert torch.equal(genperf.sample_code(x, codebook, **options), drawn)
@@ -160,8 +160,8 @@ def test_chunks_change_nothing(channel_dim, monkeypatch, device):
     indices = torch.randint(70, (5, 24), device=device)
     results = []
     for rows in (120, 24, 7, 1):
-        monkeypatch.setattr(_code_softmax, "_CHUNK", rows * 70)
-        monkeypatch.setattr(_code_softmax, "_ROWS", 1)
+        monkeypatch.setattr(_code_softmax_chunks, "_CHUNK", rows * 70)
+        monkeypatch.setattr(_code_softmax_chunks, "_MIN_ROWS", 1)
         torch.manual_seed(5)
         drawn = genperf.sample_code(x, codebook, channel_dim=channel_dim)
         results.append((drawn, losses(x, codebook, indices, channel_dim=channel_dim)))
@@ -305,7 +305,7 @@ def test_runs_agree_in_every_bit(device):
 def test_memory_does_not_grow_with_the_vectors(monkeypatch, device):
     if device != "cpu":
         pytest.skip("the profiler counts the allocations of the CPU")
-    monkeypatch.setattr(_code_softmax, "_CHUNK", 1 << 14)
+    monkeypatch.setattr(_code_softmax_chunks, "_CHUNK", 1 << 14)
     x, codebook = torch.randn(1 << 11, 8, requires_grad=True), torch.randn(1 << 9, 8, requires_grad=True)
     step = lambda: genperf.code_entropy(x, codebook)  # noqa: E731
     assert testing.saved_bytes(step) < 2 * x.numel() * 4
@@ -377,7 +377,7 @@ def test_temperature_zero_takes_the_best(impl, device):
 @pytest.mark.parametrize("kernel", [True, False])
 def test_a_nan_is_never_preferred(kernel, monkeypatch, device):
     if not kernel:
-        monkeypatch.setattr(_code_softmax, "_has_kernel", lambda products: False)
+        monkeypatch.setattr(_code_softmax_chunks, "_has_kernel", lambda products: False)
     x, codebook = torch.randn(20, 4, device=device), torch.randn(50, 4, device=device)
     x[2, 1] = math.nan
     found = genperf.sample_code(x, codebook, logits="dot")
