@@ -1,4 +1,4 @@
-"""Mistakes of the user, which end a command with a sentence instead of a traceback."""
+"""Errors of the command line that are printed as one sentence instead of a traceback."""
 
 import importlib
 from collections.abc import Iterator
@@ -7,20 +7,24 @@ from types import ModuleType
 
 
 class UserError(Exception):
-    """A sentence for the user; `main` prints it and exits with code 2."""
+    """An invalid input or option. The message is a full sentence; the command line prints it and exits with code 2."""
 
 
 @contextmanager
-def sentences() -> Iterator[None]:
-    """Within this context a ValueError, with which genperf and torch refuse what was asked for, is a mistake of the user."""
+def value_error_as_user_error() -> Iterator[None]:
+    """Re-raise ValueError as UserError."""
     try:
         yield
-    except ValueError as error:  # torch's own sentences have no full stop
+    except ValueError as error:  # torch's messages do not end with a period
         raise UserError(f"{str(error).rstrip('.')}.") from error
 
 
 def import_extra(module: str, package: str, extra: str) -> ModuleType:
-    """Import a module that only the optional dependencies `extra` install."""
+    """Import `module`, which the optional dependencies `extra` install.
+
+    Raises:
+        UserError: `package` is not installed; the message says how to install it.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""`genperf info`: what is installed here, and which implementation of each op would run."""
+"""`genperf info`: versions, hardware, and the implementation that each op selects."""
 
 import argparse
 import importlib
@@ -10,29 +10,9 @@ import torch
 
 from .. import _library
 from .._version import __version__
+from ..ops import OPS
 
-HELP = "show versions, hardware, and which implementation of each op runs here"
-
-OPS = (
-    "nearest_code",
-    "vector_quantize",
-    "residual_vector_quantize",
-    "code_statistics",
-    "code_entropy",
-    "code_cross_entropy",
-    "sample_code",
-    "finite_scalar_quantize",
-    "lookup_free_quantize",
-    "lookup_free_entropy",
-    "gaussian_sample",
-    "gumbel_sample",
-    "interpolate",
-    "gradient_norm_penalty",
-    "minibatch_similarity",
-    "trace_sqrt_product",
-    "frechet_distance",
-    "matrix_sqrt",
-)
+HELP = "show versions, hardware, and the implementation that each op selects"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,18 +37,19 @@ def info_lines() -> list[str]:
     lines = [f"genperf {__version__}"]
     lines += [f"  {name:<12} {value}" for name, value in facts.items()]
     lines += ["", "implementation for float32"]
+    width = max(map(len, OPS))
     for op in OPS:
         for device in ("cpu", "cuda"):
-            lines += _implementation(op, torch.device(device))
+            lines += _implementation(op, torch.device(device), width)
     return lines
 
 
-def _implementation(op: str, device: torch.device) -> list[str]:
+def _implementation(op: str, device: torch.device, width: int) -> list[str]:
     # importlib, because `genperf.ops.<op>` names the function.
     unavailable = importlib.import_module(f"genperf.ops.{op}").unavailable(device, torch.float32)
     chosen = next(name for name, reason in unavailable.items() if reason is None)
-    passed_over = [f"{'':29}not {name}: {reason}" for name, reason in unavailable.items() if reason is not None]
-    return [f"  {op:<21} {device.type:<4} {chosen}", *passed_over]
+    skipped = [f"{'':{width + 8}}not {name}: {reason}" for name, reason in unavailable.items() if reason is not None]
+    return [f"  {op:<{width}} {device.type:<4} {chosen}", *skipped]
 
 
 def _build() -> dict[str, str]:
@@ -76,7 +57,7 @@ def _build() -> dict[str, str]:
         return {"compiled": f"no: {_library.cpu_failure}"}
     built = _library._probe.build_info()
     return {
-        "cpu kernels": f"{_library.isa} loaded, of {', '.join(_library.runnable_isas())} that run here",
+        "cpu kernels": f"{_library.isa} loaded, of {', '.join(_library.runnable_isas())} supported here",
         "cuda kernels": f"built for {built['cuda_archs']}" if built.get("cuda_archs") else "not built",
         "built with": ", ".join(f"{name} {built[name]}" for name in ("compiler", "torch") if built.get(name)),
     }
@@ -89,13 +70,13 @@ def _processor() -> str:
         models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = models[0] if models else name
     features = _library._probe.cpu_features() if _library._probe else {}
-    present = [feature for feature, has in features.items() if has]
-    return f"{name} ({', '.join(present)})" if present else name
+    supported = [feature for feature, has in features.items() if has]
+    return f"{name} ({', '.join(supported)})" if supported else name
 
 
 def _gpus() -> str:
     if not torch.cuda.is_available():
-        return "none that torch can use"
+        return "none available to torch"
     return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
 
 

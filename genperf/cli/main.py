@@ -1,4 +1,4 @@
-"""Entry point of the command line: a table of subcommands."""
+"""Entry point of the command line."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from .._errors import UserError
 from .._version import __version__
 from . import bench, evaluate, fid, info, sample, systems, train
 
-# Each has a HELP line, add_arguments(parser) and run(arguments) -> exit code.
+# Each module has HELP, add_arguments(parser) and run(arguments) -> exit code.
 SUBCOMMANDS = {
     "info": info,
     "systems": systems,
@@ -21,7 +21,7 @@ SUBCOMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 after a mistake of the user, 130 after an interrupt."""
+    """Run a command and return its exit code: 0, 2 after a UserError, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)

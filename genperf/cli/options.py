@@ -1,4 +1,4 @@
-"""Parsers of option values, each of which names its rule."""
+"""Parsers of option values, whose errors state the rule."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,7 @@ from .._errors import UserError
 
 
 def number(kind: type, low: float, *, exclusive: bool = False) -> Callable[[str], int | float]:
-    """Parser of an int or float of at least (or, if exclusive, above) `low`."""
+    """Parser of an int or float of at least `low`, or above it if exclusive."""
     rule = f"{'a whole number' if kind is int else 'a number'} {'above' if exclusive else 'of at least'} {low}"
 
     def parse(text: str) -> int | float:
@@ -28,7 +28,7 @@ def number(kind: type, low: float, *, exclusive: bool = False) -> Callable[[str]
 
 
 def fraction(text: str) -> float:
-    """A number in [0, 1]."""
+    """Parse a number in [0, 1]."""
     try:
         value = float(text)
     except ValueError:
@@ -39,6 +39,8 @@ def fraction(text: str) -> float:
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
+    """Parser of one of the given texts."""
+
     def parse(text: str) -> str:
         if text not in choices:
             raise argparse.ArgumentTypeError(f"must be {' or '.join(choices)}, got {text!r}")
@@ -48,10 +50,10 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 
 def add_field(group: argparse._ArgumentGroup, flag: str, field: dataclasses.Field) -> None:
-    """An option for a field of a system's configuration, without a default; "none" where the field may be None.
+    """Add an option for a field of a system's configuration, without a default; "none" is None if the field allows it.
 
     Raises:
-        TypeError: a field of a type that has no parser.
+        TypeError: the field's type is not supported.
     """
     types = typing.get_args(field.type) or (field.type,)
     kind = next(t for t in types if t is not type(None))
@@ -88,15 +90,19 @@ def _value(kind: type, optional: bool, choices: Sequence[object] | None) -> Call
 
 
 def device(name: str | None) -> torch.device:
-    """The named device, which must be present; None is the first GPU, or the CPU where there is none."""
+    """The device of that name, which must be available; None for the first GPU, or for the CPU if there is none.
+
+    Raises:
+        UserError: the name is invalid, or the device is not available.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.device(name)
-        if found.type not in ("cpu", "cuda"):
-            raise RuntimeError(f"{found.type} is none of them")
-        torch.empty(0, device=found)
+        selected = torch.device(name)
+        if selected.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"{selected.type} is not supported")
+        torch.empty(0, device=selected)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"--device must be cpu, cuda or cuda:N, and present here, got {name!r}: {reason}.") from error
-    return found
+        raise UserError(f"--device must be cpu, cuda or cuda:N, and available, got {name!r}: {reason}.") from error
+    return selected

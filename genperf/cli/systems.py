@@ -1,4 +1,4 @@
-"""`genperf systems`: what can be trained."""
+"""`genperf systems`: list the systems that can be trained."""
 
 import argparse
 import dataclasses
@@ -6,14 +6,14 @@ import inspect
 
 from ..models import SYSTEMS, System
 
-HELP = "list the systems that can be trained, what they can do, and their options"
+HELP = "list the systems that can be trained, with their methods and options"
 
-# In the order in which they are listed.
+# In the order of the list.
 _METHODS = ("sample", "encode", "decode", "reconstruct", "denoise", "negative_elbo", "anomaly_score", "classify")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("system", nargs="?", choices=list(SYSTEMS), metavar="SYSTEM", help="show this one with its options")
+    parser.add_argument("system", nargs="?", choices=list(SYSTEMS), metavar="SYSTEM", help="show the options of this system")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -28,14 +28,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def abilities(system: type[System]) -> str:
-    """The methods that it has beside training."""
-    found = ", ".join(method.replace("_", " ") for method in _METHODS if hasattr(system, method))
+    """The methods of a system, apart from training."""
+    methods = ", ".join(method.replace("_", " ") for method in _METHODS if hasattr(system, method))
     conditional = any(field.name == "num_classes" for field in dataclasses.fields(system.Config))
-    return found + ("; needs labels" if conditional else "")
+    return methods + ("; needs labels" if conditional else "")
 
 
 def summary(system: type[System]) -> str:
-    """The first paragraph of its documentation, in one line."""
+    """The first paragraph of a system's docstring, in one line."""
     return " ".join((inspect.getdoc(system) or "").partition("\n\n")[0].split())
 
 
@@ -50,5 +50,5 @@ def _page(name: str, system: type[System]) -> list[str]:
 
 
 def _shown(value: object) -> str:
-    """As it is given on the command line."""
+    """A value as given on the command line."""
     return "none" if value is None else str(value)

@@ -1,1 +1,1 @@
-"""Features and statistics for `genperf fid`, read from files and folders of images."""
+"""The computation of `genperf fid`: image sources, feature extractors, statistics and scores."""

@@ -1,4 +1,4 @@
-"""Feature extractors of `genperf fid`: torch-fidelity's Inception, or any callable that the user names."""
+"""Feature extractors of `genperf fid`: torch-fidelity's Inception, or a callable given by name."""
 
 import importlib
 import inspect
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._errors import UserError
 from ..metrics._features import feature_rows, only_output
 
-# From bytes to what an extractor takes.
+# Conversions from uint8 to the extractor's input.
 PIXELS = {
     "unit": lambda images: images.float() / 255,
     "signed": lambda images: images.float() / 127.5 - 1,
@@ -25,10 +25,13 @@ PIXELS = {
 class Extractor:
     """Maps images, uint8 [B, C, H, W], to features [B, d].
 
-    The callable gets the images on the device in the form that `pixels` names. It returns features [B, d], or feature
-    maps [B, d, H, W], of which the mean over all positions is taken; or a tuple or list of just one such tensor.
+    The callable gets the images on the device, converted as `pixels` says. It returns features [B, d], or feature maps [B, d, H, W],
+    which are averaged over H and W, or a tuple or list with one such tensor. It runs without gradients and without TF32, so that features
+    on a GPU match those on a CPU up to float32 rounding.
 
-    It runs without TF32, so that a GPU's features are those of a CPU up to rounding of float32.
+    Args:
+        name: for error messages.
+        pixels: a key of `PIXELS`.
     """
 
     def __init__(self, name: str, function: Callable[[Tensor], object], *, pixels: str, device: torch.device) -> None:
@@ -41,14 +44,14 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
+        owner = f"the extractor {self.name!r}"
         shape = list(images.shape)
         images = PIXELS[self.pixels](images.to(self.device))
         try:
-            with _full_float32():
+            with _without_tf32():
                 features = self._function(images)
         except Exception as error:
-            raise UserError(f"the extractor {self.name!r} failed on images {shape}: {_reason(error)}.") from error
-        owner = f"the extractor {self.name!r}"
+            raise UserError(f"{owner} failed on images {shape}: {_reason(error)}.") from error
         try:
             features = only_output(owner, features)
             rows = feature_rows(owner, features, None)
@@ -60,11 +63,11 @@ class Extractor:
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
-    """Convolutions and matrix products of float32 without TF32; afterwards as before."""
+def _without_tf32() -> Iterator[None]:
+    """Disable TF32 in convolutions and matrix products within the context."""
     try:
         before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # chosen for single operators with torch.backends' fp32_precision, which these cannot tell: the user's own choice
+    except RuntimeError:  # the user has set fp32_precision per operator, which these settings cannot express: leave it
         yield
         return
     torch.set_float32_matmul_precision("highest")
@@ -77,10 +80,14 @@ def _full_float32() -> Iterator[None]:
 
 
 def load_extractor(name: str, *, pixels: str | None, weights: Path | None, device: torch.device) -> Extractor:
-    """The extractor of --extractor: "inception", or "module.path:callable".
+    """Load the extractor "inception" or "module.path:callable".
+
+    Args:
+        pixels: a key of `PIXELS`; None for "uint8" with Inception and "unit" otherwise.
+        weights: file of Inception's weights; None for those in the cache of torch.hub, downloaded if necessary.
 
     Raises:
-        UserError: a sentence that says why there is none.
+        UserError: the extractor cannot be loaded, or an option does not apply to it.
     """
     if name == "inception":
         if pixels not in (None, "uint8"):
@@ -88,13 +95,13 @@ def load_extractor(name: str, *, pixels: str | None, weights: Path | None, devic
         return Extractor(name, _inception(weights), pixels="uint8", device=device)
     if weights is not None:
         raise UserError(f"--weights are those of --extractor inception, got --extractor {name}.")
-    return Extractor(name, _named(name), pixels=pixels or "unit", device=device)
+    return Extractor(name, _import_callable(name), pixels=pixels or "unit", device=device)
 
 
 def _inception(weights: Path | None) -> nn.Module:
     try:
         module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-    except Exception as error:  # a torchvision that does not fit raises other kinds than ImportError
+    except Exception as error:  # an incompatible torchvision raises more than ImportError
         raise UserError(
             f"--extractor inception needs the package torch-fidelity ({_reason(error)}); install it with `pip install 'genperf[fid]'`, "
             f"or name another extractor."
@@ -104,7 +111,7 @@ def _inception(weights: Path | None) -> nn.Module:
         if not cached.is_file():
             print(f"genperf: torch-fidelity downloads its Inception weights from {module.URL_INCEPTION_V3} to {cached}.", file=sys.stderr)
     elif not weights.is_file():
-        raise UserError(f"--weights must be a file, got {str(weights)!r}, which is none.")
+        raise UserError(f"--weights must be a file, got {str(weights)!r}, which is not one.")
     try:
         path = None if weights is None else str(weights)
         return module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
@@ -113,29 +120,30 @@ def _inception(weights: Path | None) -> nn.Module:
         raise UserError(f"the Inception weights from {origin} cannot be loaded: {_reason(error)}.") from error
 
 
-def _named(name: str) -> Callable[[Tensor], object]:
+def _import_callable(name: str) -> Callable[[Tensor], object]:
+    """Import "module.path:callable". A callable without required arguments is a factory and is called."""
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         raise UserError(f"--extractor must be inception or module.path:callable, got {name!r}.")
-    if os.getcwd() not in sys.path and "" not in sys.path:  # as `python -m` does, where the installed script does not
+    if os.getcwd() not in sys.path and "" not in sys.path:  # `python -m` adds it, the installed script does not
         sys.path.insert(0, os.getcwd())
     try:
-        found = importlib.import_module(module_name)
+        function = importlib.import_module(module_name)
         for part in attribute.split("."):
-            found = getattr(found, part)
+            function = getattr(function, part)
     except Exception as error:
         raise UserError(f"--extractor {name!r} cannot be imported: {_reason(error)}.") from error
-    if not isinstance(found, nn.Module) and _needs_no_argument(found):
+    if not isinstance(function, nn.Module) and _takes_no_arguments(function):
         try:
-            found = found()
+            function = function()
         except Exception as error:
             raise UserError(f"--extractor {name!r} cannot be called without arguments: {_reason(error)}.") from error
-    if not callable(found) or inspect.isclass(found):  # a class that needs arguments
-        raise UserError(f"--extractor {name!r} must lead to a callable that maps images to features, got {found!r}.")
-    return found
+    if not callable(function) or inspect.isclass(function):  # a class with required arguments
+        raise UserError(f"--extractor {name!r} must be a callable that maps images to features, got {function!r}.")
+    return function
 
 
-def _needs_no_argument(function: object) -> bool:
+def _takes_no_arguments(function: object) -> bool:
     if not callable(function):
         return False
     try:

@@ -1,4 +1,4 @@
-"""Images on their way to a feature extractor: decoded and resized in threads, batch by batch."""
+"""Reading of images for a feature extractor: decoded and resized in threads, batch by batch."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -15,17 +15,17 @@ from torch import Tensor
 from .._errors import UserError
 from .zipped_array import ZippedArray
 
-# A folder's files, or an array [N, H, W] or [N, H, W, 1 or 3] of uint8.
+# Files, or an array [N, H, W] or [N, H, W, 1 or 3], uint8.
 ImageSequence = list[Path] | np.ndarray | ZippedArray
 
 Image.init()
-# Pillow goes by content, whatever a file is called. Of what it opens, EPS starts Ghostscript, IPTC opens any format inside it, and the
-# others have no decoder but one that another package or the system adds.
+# Pillow detects the format from the content, not from the name. Excluded: EPS runs Ghostscript, IPTC opens any nested format, and the
+# others have no decoder of Pillow's own.
 FORMATS = [name for name in Image.OPEN if name not in ("EPS", "IPTC", "WMF", "EMF", "BUFR", "GRIB", "HDF5", "MPEG")]
 
 
 def image_paths(folder: Path) -> list[Path]:
-    """The images in a folder and the folders within, in the order of their names."""
+    """Images in a folder and its subfolders, sorted by path."""
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if not paths:
@@ -35,10 +35,10 @@ def image_paths(folder: Path) -> list[Path]:
 
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """An image file of 8 bits per channel.
+    """Open an image file with 8 bits per channel.
 
     Raises:
-        UserError: there is none, or decoding it within the context fails.
+        UserError: the file cannot be opened, or decoding it within the context fails.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -47,31 +47,31 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             yield image
     except UserError:
         raise
-    except Exception as error:  # of whatever kind a decoder raises on broken data
+    except Exception as error:  # decoders raise exceptions of many classes on damaged data
         raise UserError(f"the image {str(path)!r} cannot be read: {str(error).rstrip('.') or type(error).__name__}.") from error
 
 
 def read_batches(
     images: ImageSequence, source: str, *, batch_size: int, channels: int, size: tuple[int, int] | None, workers: int
 ) -> Iterator[Tensor]:
-    """uint8 [B, channels, H, W], in order, the last batch perhaps smaller.
+    """Read images in order as batches, uint8 [B, channels, H, W]; the last one may be smaller.
 
     Args:
-        source: where the images come from, for messages.
-        channels: 3 makes RGB of every image, 1 grayscale; an alpha channel is dropped.
-        size: width and height to resize to, by Pillow's bicubic filter; None leaves images alone, which must then have one size.
-        workers: threads; Pillow decodes and resizes outside of the interpreter lock.
+        source: name of the source for error messages.
+        channels: 3 converts every image to RGB, 1 to grayscale; an alpha channel is dropped.
+        size: width and height to resize to with Pillow's bicubic filter; None for no resizing, and then all images must have one size.
+        workers: number of threads; Pillow releases the GIL while it decodes and resizes.
     """
     mode = "RGB" if channels == 3 else "L"
     first: np.ndarray | None = None
     with ThreadPoolExecutor(workers) as pool:
-        # A bounded queue: submitting every image at once would hold the decoded folder in memory.
-        left = iter(images)
+        # The queue is bounded, to limit the number of decoded images in memory.
+        remaining = iter(images)
         queue: deque[Future[np.ndarray]] = deque()
         try:
             for start in range(0, len(images), batch_size):
-                wanted = 2 * batch_size + workers - len(queue)
-                queue.extend(pool.submit(_read, image, mode, size) for image in islice(left, wanted))
+                free = 2 * batch_size + workers - len(queue)
+                queue.extend(pool.submit(_read, image, mode, size) for image in islice(remaining, free))
                 batch = []
                 for index in range(start, min(start + batch_size, len(images))):
                     pixels = queue.popleft().result()

@@ -1,4 +1,4 @@
-"""What an argument of `genperf fid` may be: a file of statistics or features, or images."""
+"""Inputs of `genperf fid`: a file of statistics or features, or images."""
 
 import dataclasses
 import zipfile
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """A file with mean and covariance."""
+    """A file with a mean and a covariance."""
 
     path: str
     reference: FrechetReference
@@ -34,7 +34,7 @@ class Features:
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """A folder or an array of images, which an extractor makes features of."""
+    """A folder or an array of images, from which an extractor computes features."""
 
     path: str
     images: "ImageSequence"
@@ -44,10 +44,10 @@ Source = Statistics | Features | Images
 
 
 def open_source(path: str) -> Source:
-    """Find out by content what lies at `path`; images in a folder are listed, not read.
+    """Open the input at `path`, whose content decides its kind. Images in a folder are listed but not read.
 
     Raises:
-        UserError: a sentence that says what is wrong with it.
+        UserError: the input does not exist, or is none of the supported kinds.
     """
     if Path(path).is_dir():
         import_extra("PIL", "pillow", "fid")
@@ -56,17 +56,17 @@ def open_source(path: str) -> Source:
         return Images(path, image_paths(Path(path)))
     if not Path(path).exists():
         raise UserError(f"an input must be a file of statistics or features, or a folder of images, got {path!r}, which does not exist.")
-    # Before load_moments, which would read an array of images whole to find that it holds no features.
-    images = _image_array(path, lone=True)
+    # Before load_moments, which would read a whole array of images only to reject it.
+    images = _image_array(path, only_array=True)
     if images is None:
         try:
-            held = load_moments(path)
+            content = load_moments(path)
         except ValueError as error:
-            images = _image_array(path, lone=False)
+            images = _image_array(path, only_array=False)
             if images is None:
                 raise UserError(str(error).removeprefix("load_moments: ")) from error
         else:
-            return Features(path, held) if isinstance(held, Tensor) else Statistics(path, _reference(path, *held))
+            return Features(path, content) if isinstance(content, Tensor) else Statistics(path, _reference(path, *content))
     import_extra("PIL", "pillow", "fid")
     return Images(path, images)
 
@@ -79,11 +79,11 @@ def _reference(path: str, mean: Tensor, cov: Tensor) -> FrechetReference:
         raise UserError(f"the statistics in {path!r} cannot be used: {reason}.") from error
 
 
-def _image_array(path: str, *, lone: bool) -> np.ndarray | ZippedArray | None:
-    """The images that a .npy or .npz file holds, mapped or to be read row by row; None where it holds none.
+def _image_array(path: str, *, only_array: bool) -> np.ndarray | ZippedArray | None:
+    """Open the images in a .npy or .npz file, memory-mapped or to be read row by row; None if it has none.
 
     Args:
-        lone: whether to take them only from a file that holds no other array.
+        only_array: whether the images must be the only array in the file.
     """
     try:
         if not zipfile.is_zipfile(path):
@@ -92,8 +92,8 @@ def _image_array(path: str, *, lone: bool) -> np.ndarray | ZippedArray | None:
             with zipfile.ZipFile(path) as archive:
                 names = [name.removesuffix(".npy") for name in archive.namelist()]
             if len(names) > 1:
-                # guided-diffusion writes batches of samples as the first of unnamed arrays.
-                names = [] if lone else [name for name in ("images", "arr_0") if name in names]
+                # guided-diffusion writes batches of samples as the first unnamed array.
+                names = [] if only_array else [name for name in ("images", "arr_0") if name in names]
             if not names:
                 return None
             loaded = ZippedArray(path, names[0])

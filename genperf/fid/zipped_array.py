@@ -1,4 +1,4 @@
-"""Arrays in .npz files that are larger than memory."""
+"""Row-by-row reading of arrays in .npz files that may be larger than memory."""
 
 import math
 import zipfile
@@ -17,14 +17,14 @@ _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.form
 
 
 class ZippedArray:
-    """An array in an .npz file: its header is read at once, its rows one by one as they are iterated over.
+    """An array in an .npz file. The constructor reads its header; iteration reads it row by row.
 
     Attributes:
         shape, dtype: of the array.
-        fortran_order: whether its first index varies fastest, so that there are no rows to read.
+        fortran_order: whether the first index varies fastest; rows are then not contiguous and cannot be iterated over.
 
     Raises:
-        one of ERRORS: no such array, or one that cannot be read.
+        one of ERRORS: the array does not exist or cannot be read.
     """
 
     def __init__(self, path: str, name: str) -> None:
@@ -49,7 +49,7 @@ class ZippedArray:
 
     @contextmanager
     def _open(self) -> Iterator[IO[bytes]]:
-        """The file of the array, behind its header."""
+        """Open the array's file, positioned after the header."""
         with zipfile.ZipFile(self._path) as archive, archive.open(f"{self._name}.npy") as file:
             version = np.lib.format.read_magic(file)
             if version not in _READ_HEADER:

@@ -1,1 +1,1 @@
-"""Training of a system: the trainer, data, checkpoints and evaluation that the command line uses."""
+"""Training, evaluation and sampling of the systems in `genperf.models`, as the command line offers them."""

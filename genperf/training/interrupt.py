@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for the end of a training step."""
+"""Ctrl-C that takes effect after the current training step."""
 
 import signal
 import threading
@@ -6,9 +6,9 @@ from types import FrameType
 
 
 class DeferredInterrupt:
-    """Within this context the first SIGINT sets `requested`; a second one raises KeyboardInterrupt at once.
+    """Context manager: the first SIGINT sets `requested`, a second one raises KeyboardInterrupt immediately.
 
-    Outside the main thread, which alone may handle signals, it changes nothing.
+    It has no effect outside the main thread, as only the main thread may install signal handlers.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of results."""
+"""Pictures of a trained system's results, written as .png files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,35 +10,35 @@ from torch.nn import functional as F
 from .._errors import import_extra
 from ..models.latent import interpolations
 from ..models.system import System, evaluating, standard_normal
-from .data import LabelledImages
-from .sampling import cannot_sample, draw, num_conditions
+from .data import LabeledImages
+from .sampling import draw, num_conditions, sampling_unavailable
 from .seeding import seeded
 
 _COLUMNS = 12
 _ROWS = 12
 _PAIRS = 4
-_SIDE = 84  # pixels that an image is scaled up to, at least roughly
+_SIDE = 84  # approximate side in pixels to which small images are scaled up
 _GAP = 2
-_GRID = 12  # images along a side of the latent grid
+_GRID = 12  # images per side of the latent grid
 
 
 @torch.no_grad()
 def write_pictures(
-    folder: Path, system: System, held_out: LabelledImages, *, history: Sequence[dict[str, float]] = (), seed: int = 0
+    folder: Path, system: System, held_out: LabeledImages, *, history: Sequence[dict[str, float]] = (), seed: int = 0
 ) -> list[Path]:
-    """Draw whatever the system has to show, each as a .png in the folder; torch's random state stays as it is.
+    """Write a .png to the folder for each of the following that the system supports. Torch's random state does not change.
 
-    has                         file
-    sample                      samples.png, a row for each class where samples are conditional
+    supports                    file
+    sample                      samples.png, with a row per class for conditional systems
     reconstruct                 reconstructions.png, held-out images above their reconstructions
-    corrupt, denoise            denoised.png, rows of held-out images, with noise, and denoised
-    encode to vectors, decode   interpolations.png, rows from one held-out image to another
-    a generator from noise      interpolations.png, rows from one sample to another
+    corrupt, denoise            denoised.png, rows of held-out images, noisy images and denoised images
+    encode to vectors, decode   interpolations.png, each row from one held-out image to another
+    a generator from noise      interpolations.png, each row from one sample to another
     latent_grid                 latent_grid.png
-    a history of its training   losses.png
+    a given training history    losses.png
 
     Returns:
-        the files, in that order.
+        the paths, in this order.
     """
     device = system.device
     shown = held_out.images[: _COLUMNS * _PAIRS].to(device)
@@ -49,16 +49,16 @@ def write_pictures(
         return written[-1]
 
     with seeded(seed, device), evaluating(system):
-        if cannot_sample(system) is None:
+        if sampling_unavailable(system) is None:
             _write_samples(path("samples.png"), system)
         if hasattr(system, "reconstruct"):
             write_comparison(path("reconstructions.png"), shown, system.reconstruct(shown))
         if hasattr(system, "corrupt") and hasattr(system, "denoise"):
             noisy = system.corrupt(shown)
             write_comparison(path("denoised.png"), shown, noisy, system.denoise(noisy))
-        ways = _interpolated(system, held_out.images[: 2 * _ROWS].to(device))
-        if ways is not None:
-            write_rows(path("interpolations.png"), ways)
+        rows = _interpolations(system, held_out.images[: 2 * _ROWS].to(device))
+        if rows is not None:
+            write_rows(path("interpolations.png"), rows)
         if hasattr(system, "latent_grid") and len(held_out.images) >= 3:
             write_images(path("latent_grid.png"), system.latent_grid(_GRID, held_out.images.to(device)), _GRID)
     if history:
@@ -67,7 +67,7 @@ def write_pictures(
 
 
 def write_image(path: Path, image: Tensor) -> None:
-    """A .png of one image [C, H, W] around [0, 1], pixel by pixel."""
+    """Write one image [C, H, W], clamped to [0, 1], at its own size."""
     from PIL import Image
 
     pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().movedim(0, -1)
@@ -75,30 +75,31 @@ def write_image(path: Path, image: Tensor) -> None:
 
 
 def write_images(path: Path, images: Tensor, columns: int) -> None:
-    """A .png of the images [N, C, H, W] around [0, 1], row by row."""
+    """Write the images [N, C, H, W], clamped to [0, 1], as a grid in row-major order."""
     write_rows(path, images.split(columns))
 
 
 def write_rows(path: Path, rows: Sequence[Tensor]) -> None:
-    """A .png with a row for each element [N, C, H, W] of `rows`, images around [0, 1]; N may differ."""
+    """Write a grid with a row per element [N, C, H, W] of `rows`, clamped to [0, 1]; N may differ between rows."""
     columns = max(len(row) for row in rows)
     write_image(path, torch.cat([_row(row, columns) for row in rows], dim=1))
 
 
 def write_comparison(path: Path, originals: Tensor, *others: Tensor) -> None:
-    """A .png with rows of originals, each above rows of what became of them; all [N, C, H, W] around [0, 1]."""
+    """Write rows of originals, each above the rows of `others` that correspond to it; all [N, C, H, W], clamped to [0, 1]."""
     shown = min(len(originals), _COLUMNS * _PAIRS)
     columns = min(shown, _COLUMNS)
     rows = []
     for start in range(0, shown, columns):
         rows += [_row(images[start : min(start + columns, shown)], columns) for images in (originals, *others)]
-        rows.append(rows[-1].new_ones(rows[-1].shape[0], 3 * _GAP, rows[-1].shape[2]))  # wider apart than those that belong together
+        rows.append(rows[-1].new_ones(rows[-1].shape[0], 3 * _GAP, rows[-1].shape[2]))  # a wider gap between groups of rows
     write_image(path, torch.cat(rows[:-1], dim=1))
 
 
 def write_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
-    """A .png with each loss over the epochs, in a panel of its own; an epoch may lack some of them."""
-    Figure = import_extra("matplotlib.figure", "matplotlib", "train").Figure  # without pyplot, which keeps figures and looks for a display
+    """Plot each loss over the epochs in its own panel; not every epoch has every loss."""
+    # Not pyplot, which keeps figures alive and looks for a display.
+    Figure = import_extra("matplotlib.figure", "matplotlib", "train").Figure
     from matplotlib.ticker import MaxNLocator
 
     names = list(dict.fromkeys(name for losses in history for name in losses))
@@ -128,26 +129,26 @@ def _write_samples(path: Path, system: System) -> None:
     write_images(path, draw(system, rows * _COLUMNS, torch.arange(rows).repeat_interleave(_COLUMNS)), _COLUMNS)
 
 
-def _interpolated(system: System, images: Tensor) -> Tensor | None:
-    """Rows of images [rows, columns, C, H, W] on ways through the latent space, or None where it has no vectors."""
+def _interpolations(system: System, images: Tensor) -> Tensor | None:
+    """Images [rows, columns, C, H, W] interpolated in the latent space, or None if the latents are not vectors."""
     if hasattr(system, "encode") and hasattr(system, "decode"):
         codes = system.encode(images)
         if len(images) < 2 or not isinstance(codes, Tensor) or not codes.is_floating_point():
             return None
         half = len(codes) // 2
-        ways = interpolations(codes[:half], codes[half : 2 * half], _COLUMNS, "lerp")
-        return system.decode(ways.flatten(0, 1)).unflatten(0, (-1, _COLUMNS))
+        latents = interpolations(codes[:half], codes[half : 2 * half], _COLUMNS, "lerp")
+        return system.decode(latents.flatten(0, 1)).unflatten(0, (-1, _COLUMNS))
     if not hasattr(system, "sampler") or not hasattr(system.config, "latent_dim"):
         return None
     ends = [standard_normal(_ROWS, system.config.latent_dim, device=images.device) for _ in range(2)]
-    ways = interpolations(*ends, _COLUMNS, "slerp").flatten(0, 1)
+    latents = interpolations(*ends, _COLUMNS, "slerp").flatten(0, 1)
     classes = num_conditions(system)
     labels = torch.arange(_ROWS, device=images.device).remainder(classes).repeat_interleave(_COLUMNS) if classes else None
-    return system.sampler(ways, system.condition(labels)).add(1).div(2).unflatten(0, (-1, _COLUMNS))
+    return system.sampler(latents, system.condition(labels)).add(1).div(2).unflatten(0, (-1, _COLUMNS))
 
 
 def _row(images: Tensor, columns: int) -> Tensor:
-    """Scaled images side by side, [C, height, width], with white gaps and white places where images are missing."""
+    """Upscaled images side by side, [C, height, width], with white gaps, padded with white images to `columns`."""
     images = images.detach().float().cpu()
     images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, columns - len(images)), value=1)
     scale = max(1, round(_SIDE / max(images.shape[2:])))

@@ -1,4 +1,4 @@
-"""The folder of a run: what decides its result, its checkpoint, and the system that comes out of it."""
+"""Runs of `genperf train`: settings, checkpoint, and the trained system."""
 
 import dataclasses
 from pathlib import Path
@@ -6,18 +6,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._errors import UserError, sentences
+from .._errors import UserError, value_error_as_user_error
 from ..models import SYSTEMS, System
 from .checkpoint import load_checkpoint
-from .data import LabelledImages, fingerprint, load_images, split_held_out
+from .data import LabeledImages, fingerprint, load_images, split_held_out
 
 FORMAT = "genperf train, 1"
 CHECKPOINT = "checkpoint.pt"
+EVALUATION = "evaluation.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the result of a run beside the system's own configuration."""
+    """Settings that determine the result of a run, together with the system's configuration."""
 
     data: str | None = None
     seed: int = 0
@@ -29,15 +30,17 @@ class Settings:
 
 
 class Run(NamedTuple):
-    name: str
+    """A trained system and its data."""
+
+    name: str  # of the system, as in genperf.models.SYSTEMS
     system: System
     settings: Settings
-    training: LabelledImages
-    held_out: LabelledImages
+    training: LabeledImages
+    held_out: LabeledImages
 
 
-def build_system(name: str, settings: Settings, config: dict[str, Any], images: LabelledImages) -> System:
-    """A new system for these images, with the options `config`; its weights follow from the seed."""
+def build_system(name: str, settings: Settings, config: dict[str, Any], images: LabeledImages) -> System:
+    """Build a system for these images, with the options `config` and weights initialized from the seed."""
     system_class = SYSTEMS[name]
     fields = {field.name for field in dataclasses.fields(system_class.Config)}
     from_data = {"image_shape": tuple(images.images.shape[1:])}
@@ -45,19 +48,19 @@ def build_system(name: str, settings: Settings, config: dict[str, Any], images: 
         if images.labels is None:
             raise UserError(
                 f"{name} needs labels: a folder with one folder of images for each class, or an .npz with an array 'labels', got images "
-                "without any."
+                "without labels."
             )
         from_data["num_classes"] = images.num_classes
     for field, value in config.items():
         if field.startswith("lr") and value is not None and value <= 0:
-            raise UserError(f"--{field.replace('_', '-')} must be above 0, got {value}.")
+            raise UserError(f"{_flag(field)} must be above 0, got {value}.")
     torch.manual_seed(settings.seed)
-    with sentences():
+    with value_error_as_user_error():
         return system_class(system_class.Config(**{**from_data, **config}))
 
 
 def load_state(folder: Path, purpose: str) -> dict[str, Any]:
-    """The checkpoint of the run in the folder; `purpose` names what needs it, for messages."""
+    """Load the checkpoint of the run in the folder; error messages start with `purpose`, which needs it."""
     path = folder / CHECKPOINT
     if not path.is_file():
         raise UserError(f"{purpose} needs the checkpoint of an earlier run, got {str(path)!r}, which does not exist.")
@@ -73,13 +76,13 @@ def load_state(folder: Path, purpose: str) -> dict[str, Any]:
 
 
 def load_run(folder: Path, device: torch.device, *, data: str | None = None) -> Run:
-    """The trained system of a run, in evaluation mode on the device, with the images that it was trained on and those held out.
+    """Load the trained system of a run, in evaluation mode on the device, with its training and held-out images.
 
     Args:
-        data: where the images lie now, if not where they lay.
+        data: location of the images, if it has changed since training.
 
     Raises:
-        UserError: the folder holds no run, or the images are others.
+        UserError: the folder holds no run, or the images are not those of the run.
     """
     state = load_state(folder, str(folder))
     settings = Settings(**state["settings"])
@@ -90,15 +93,43 @@ def load_run(folder: Path, device: torch.device, *, data: str | None = None) -> 
     return Run(state["system"], system.to(device).eval(), settings, *split_held_out(images))
 
 
-def data_fingerprint(name: str, data: LabelledImages) -> dict[str, str | None]:
-    """Of all that the system learns from: the images, and their labels where it uses these."""
+def data_fingerprint(name: str, data: LabeledImages) -> dict[str, str | None]:
+    """Fingerprints of the images, and of the labels if the system uses them."""
     uses_labels = {"num_classes", "normal_class"} & {field.name for field in dataclasses.fields(SYSTEMS[name].Config)}
     labels = data.labels if uses_labels else None
     return {"images": fingerprint(data.images), "labels": None if labels is None else fingerprint(labels)}
 
 
-def check_fingerprint(data: LabelledImages, state: dict[str, Any], option: str) -> None:
+def check_fingerprint(data: LabeledImages, state: dict[str, Any], option: str) -> None:
+    """Raise UserError unless the data are those of the checkpoint; `option` names the option that gave them."""
     for what, found in data_fingerprint(state["system"], data).items():
-        kept = state["data"][what]
-        if found != kept:
-            raise UserError(f"{option} needs the {what} that the run began with, {kept}, got {found} (shape and checksum).")
+        expected = state["data"][what]
+        if found != expected:
+            raise UserError(f"{option} needs the {what} that the run began with, {expected}, got {found} (shape and checksum).")
+
+
+def merge_options(
+    name: str, settings: dict[str, Any], config: dict[str, Any], state: dict[str, Any] | None
+) -> tuple[Settings, dict[str, Any]]:
+    """Settings and configuration from the given options and the checkpoint of a resumed run, if any.
+
+    Raises:
+        UserError: an option differs from that of the run and is not one that may change, --data or --epochs.
+    """
+    if state is None:
+        return Settings(**settings), config
+    if state["system"] != name:
+        raise UserError(f"--resume needs a run of {name}, got one of {state['system']}.")
+    defaults = {field.name: field.default for field in dataclasses.fields(SYSTEMS[name].Config)}
+    current = {**defaults, **state["config"], **state["settings"]}
+    for field, value in {**settings, **config}.items():
+        if field not in ("data", "epochs") and value != current[field]:
+            raise UserError(f"{_flag(field)} must have the value that the run began with, {current[field]}, got {value}.")
+    finished = state["training"]["epoch"]
+    if settings.get("epochs", finished) < finished:
+        raise UserError(f"--epochs must not be less than the {finished} that the run has finished, got {settings['epochs']}.")
+    return Settings(**{**state["settings"], **settings}), state["config"]
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")

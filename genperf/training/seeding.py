@@ -1,4 +1,4 @@
-"""Noise from a seed, beside which nothing else changes."""
+"""Seeding without side effects."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Within this context torch's default generators start from `seed`; afterwards those of CPU and `device` are as before."""
+    """Seed torch's default generators within the context; on exit those of the CPU and of `device` are restored."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -1,4 +1,4 @@
-"""Time of a training step with genperf's ops and with their references in plain PyTorch."""
+"""Time of a training step with genperf's kernels and with the reference implementations."""
 
 import copy
 import statistics
@@ -17,7 +17,7 @@ _REPEATS = 7
 
 
 class StepTimes(NamedTuple):
-    """Medians over several training steps, each of every player once, in milliseconds."""
+    """Median times of a training step of all players, in milliseconds."""
 
     genperf_ms: float
     reference_ms: float
@@ -26,25 +26,28 @@ class StepTimes(NamedTuple):
 def time_steps(
     system: System, images: Tensor, labels: Tensor | None, *, autocast: Callable[[], AbstractContextManager] = nullcontext
 ) -> StepTimes:
-    """Time both on a batch, with copies of the system: it stays as it is, and so do torch's generators.
+    """Time a training step on one batch with both implementations.
 
-    Among several processes each must call it, with its share of the batch.
+    The steps run on copies of the system; the system itself and torch's random state do not change. Under DDP every rank must call it
+    with its rows of the global batch.
     """
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        ours, reference = (_Step(system, images, labels, autocast) for _ in range(2))
+        native, reference = (_Step(system, images, labels, autocast) for _ in range(2))
         times = []
         for repeat in range(_REPEATS + 1):
-            # In turns, so that a change in the load of the machine meets both.
-            pair = [ours.milliseconds()]
+            # Alternate, so that a change of the machine's load affects both.
+            pair = [native.milliseconds()]
             with reference_ops():
                 pair.append(reference.milliseconds())
-            if repeat:  # the first warms up
+            if repeat:  # the first is a warm-up
                 times.append(pair)
     return StepTimes(*(statistics.median(column) for column in zip(*times, strict=True)))
 
 
 class _Step:
+    """A training step of a copy of the system."""
+
     def __init__(self, system: System, images: Tensor, labels: Tensor | None, autocast: Callable[[], AbstractContextManager]) -> None:
         self.system = copy.deepcopy(system).train()
         self.optimizers = self.system.optimizers()
@@ -52,7 +55,8 @@ class _Step:
         self.autocast = autocast
 
     def milliseconds(self) -> float:
-        _wait_for(self.batch[0].device)
+        """Run the step and return its time."""
+        _synchronize(self.batch[0].device)
         start = time.perf_counter()
         for player, optimizer in self.optimizers.items():
             with self.autocast():
@@ -61,10 +65,10 @@ class _Step:
             losses["loss"].backward()
             optimizer.step()
             self.system.step_done(player)
-        _wait_for(self.batch[0].device)
+        _synchronize(self.batch[0].device)
         return (time.perf_counter() - start) * 1e3
 
 
-def _wait_for(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,7 @@
-"""The training loop: resumable at any step with the result of an uninterrupted run, in one process or many."""
+"""The training loop. A run resumed at any step equals an uninterrupted one.
+
+The trainer supports bf16 and DDP; a multi-process run matches a single-process run up to rounding.
+"""
 
 import math
 import os
@@ -20,7 +23,7 @@ from ..models import System
 from ..models.system import share
 from ..ops import reference_ops, sample_offset
 from .checkpoint import random_state, restore_random_state
-from .data import LabelledImages
+from .data import LabeledImages
 from .interrupt import DeferredInterrupt
 from .runs import Settings
 
@@ -28,10 +31,10 @@ _SECONDS_BETWEEN_CHECKPOINTS = 600
 
 
 def make_fabric(device: torch.device, precision: str) -> Fabric:
-    """One process on the device, or one of those that torchrun started, each on the GPU of its rank (or on the CPU)."""
+    """Set up a single process on the device, or under torchrun a DDP rank on the GPU of its local rank (or on the CPU)."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    # A step moves the parameters of one player. Buffers are the same everywhere, since statistics are joined.
+    # A step has gradients for the parameters of one player only. Buffers agree on all ranks, as statistics are all-reduced.
     strategy = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if world > 1 else "auto"
     devices = [device.index or 0] if world == 1 and device.type == "cuda" else local
     fabric = Fabric(
@@ -46,7 +49,7 @@ def make_fabric(device: torch.device, precision: str) -> Fabric:
 
 
 class _TrainingStep(nn.Module):
-    """A system as the engine wants it, whose precision and gradient exchange apply to `forward` alone."""
+    """Calls the training step from `forward`, where Fabric applies autocast and DDP."""
 
     def __init__(self, system: System) -> None:
         super().__init__()
@@ -57,14 +60,13 @@ class _TrainingStep(nn.Module):
 
 
 class Training:
-    """Trains a system; see `genperf.models.System` for the steps.
+    """Trains a system; `genperf.models.System` documents a training step.
 
-    The order of the images depends on seed and epoch alone, so position and state are all that a resumed run needs. Every
-    process has all images, the same random state and its share of each batch. Images that do not fill the last batch of an
-    epoch are left out of it.
+    The order of the images depends only on seed and epoch, so a run resumes from its position and state. Every rank holds all images and
+    the same random state, and takes its rows of each global batch. The last batch of an epoch is dropped if it is incomplete.
     """
 
-    def __init__(self, fabric: Fabric, system: System, images: LabelledImages, settings: Settings) -> None:
+    def __init__(self, fabric: Fabric, system: System, images: LabeledImages, settings: Settings) -> None:
         self.fabric = fabric
         self.system = system
         self.images = images
@@ -80,11 +82,11 @@ class Training:
             raise UserError(f"{type(system).__name__}: {error}.") from error
         self._module, *wrapped = fabric.setup(_TrainingStep(system), *optimizers.values())
         self.optimizers = dict(zip(optimizers, wrapped, strict=True))
-        self._rates = {name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
-        self.epoch = 0  # finished ones
-        self.step = 0  # finished ones of the current epoch
-        self.totals: dict[str, Tensor] = {}  # losses summed over the steps of the current epoch
-        self.counts: dict[str, int] = {}  # of those steps
+        self._learning_rates = {name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
+        self.epoch = 0  # number of finished epochs
+        self.step = 0  # number of finished steps in the current epoch
+        self.totals: dict[str, Tensor] = {}  # sums of losses over the steps of the current epoch
+        self.counts: dict[str, int] = {}  # number of terms of each sum
         self.history: list[dict[str, float]] = []  # mean losses of each finished epoch
         self.seconds = 0.0
 
@@ -93,10 +95,11 @@ class Training:
         return len(self.images.images) // self.batch_size
 
     def run(self, epochs: int, save: Callable[[], None]) -> None:
-        """Train until `epochs` are finished; `save` is called after each, and before KeyboardInterrupt ends the run.
+        """Train until `epochs` epochs are finished.
 
-        Ctrl-C lets the step finish first. A KeyboardInterrupt from within a step leaves the last checkpoint alone: it
-        is whole, while the system may be half updated. Among several processes, which cannot agree on a step, Ctrl-C ends at once.
+        Calls `save` after each epoch, every ten minutes, and after Ctrl-C, which raises KeyboardInterrupt once the current step has
+        finished. A KeyboardInterrupt from within a step does not save, as the system may be partially updated. Under DDP Ctrl-C ends the
+        run immediately without saving, as ranks may be at different steps.
         """
         self._module.train()
         steps = self.steps_per_epoch
@@ -108,15 +111,15 @@ class Training:
             disable=not self.fabric.is_global_zero,
         )
         reference = reference_ops() if self.settings.impl == "reference" else nullcontext()
-        alone = self.fabric.world_size == 1
-        with DeferredInterrupt() if alone else nullcontext() as interrupt, bar, reference:
+        single_process = self.fabric.world_size == 1
+        with DeferredInterrupt() if single_process else nullcontext() as interrupt, bar, reference:
             saved = time.monotonic()
             while self.epoch < epochs:
-                start, began = self.seconds, self.step
+                start_seconds, start_step = self.seconds, self.step
                 for batch in self.batches()[self.step :]:
                     self._train_on(batch, epochs)
                     bar.update()
-                    if alone and interrupt.requested:
+                    if single_process and interrupt.requested:
                         save()
                         raise KeyboardInterrupt
                     if time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
@@ -124,7 +127,8 @@ class Training:
                         saved = time.monotonic()
                 self._finish_epoch()
                 shown = ", ".join(f"{name} {value:.4f}" for name, value in self.history[-1].items() if name.endswith("loss"))
-                rate = (steps - began) * self.batch_size / max(self.seconds - start, 1e-9)  # 0 where the last run ended with the epoch
+                # 0 images, if the resumed run had finished the steps of this epoch.
+                rate = (steps - start_step) * self.batch_size / max(self.seconds - start_seconds, 1e-9)
                 bar.set_postfix_str(f"epoch {self.epoch}, {shown}, {rate:.0f} images/s")
                 save()
                 saved = time.monotonic()
@@ -134,14 +138,14 @@ class Training:
         order = np.random.default_rng([self.settings.seed, self.epoch]).permutation(len(self.images.images))
         return list(torch.from_numpy(order)[: self.steps_per_epoch * self.batch_size].split(self.batch_size))
 
-    def share(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images and labels of this process's share of the batch, on its device."""
+    def local_batch(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images and labels of this rank's rows of the global batch, on its device."""
         rows = share(batch)
         images, labels = self.images
         return images[rows].to(self.fabric.device), None if labels is None else labels[rows].to(self.fabric.device)
 
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs to continue."""
+        """State for `restore`."""
         return {
             "model": self.system.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -155,6 +159,7 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a state of an earlier run, including its random state."""
         self.system.load_state_dict(state["model"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
@@ -166,12 +171,12 @@ class Training:
 
     def _train_on(self, batch: Tensor, epochs: int) -> None:
         start = time.perf_counter()
-        images, labels = self.share(batch)
+        images, labels = self.local_batch(batch)
         step = self.epoch * self.steps_per_epoch + self.step
         self.system.progress = step / (epochs * self.steps_per_epoch)
         for player in self.system.players_at(step):
             optimizer = self.optimizers[player]
-            self._set_rates(player, optimizer)
+            self._set_learning_rates(player, optimizer)
             with sample_offset(self.fabric.global_rank * len(images)):
                 losses = self._module(images, labels, player)
                 self.system.zero_grad(set_to_none=True)
@@ -186,11 +191,11 @@ class Training:
         self.step += 1
         self.seconds += time.perf_counter() - start
 
-    def _set_rates(self, player: str, optimizer: torch.optim.Optimizer) -> None:
-        """The rates fall linearly to 0 over the last part of the training."""
+    def _set_learning_rates(self, player: str, optimizer: torch.optim.Optimizer) -> None:
+        """Decay the learning rates linearly to 0 over the last `lr_decay` of the steps."""
         decay = self.settings.lr_decay
         factor = min(1.0, (1 - self.system.progress) / decay) if decay else 1.0
-        for group, rate in zip(optimizer.param_groups, self._rates[player], strict=True):
+        for group, rate in zip(optimizer.param_groups, self._learning_rates[player], strict=True):
             group["lr"] = rate * factor
 
     def _finish_epoch(self) -> None:

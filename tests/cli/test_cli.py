@@ -22,7 +22,7 @@ STEPS_PER_EPOCH = 2
 
 @pytest.fixture
 def npz(tmp_path):
-    """12 images of 8x8 pixels, of which 11 are trained on: 2 steps per epoch, and 3 images left over."""
+    """12 images of 8x8 pixels: 11 for training, in 2 steps per epoch of 4 images, and 3 left over."""
     path = tmp_path / "images.npz"
     images = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
     np.savez(path, images=images, labels=np.arange(12))
@@ -37,7 +37,7 @@ SMALL = ("--epochs", "3", "--batch-size", "4", "--num-codes", "6", "--dim", "3",
 
 
 def interrupt_at(monkeypatch, number, interrupt):
-    """Call `interrupt` at the beginning of a training step, counted from 0."""
+    """Call `interrupt` at the start of training step `number`, counted from 0."""
     step = VQVAE.training_step
     calls = iter(range(number + 1))
 
@@ -57,21 +57,21 @@ def send_interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def assert_same(ours, theirs, path="checkpoint"):
-    """Equal bit for bit, all but the clock."""
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), path
-        for key in ours.keys() - {"seconds"}:
-            assert_same(ours[key], theirs[key], f"{path}.{key}")
-    elif isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), path
+def assert_same(a, b, path="checkpoint"):
+    """Bitwise equal, except for times."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a.keys() - {"seconds"}:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
     else:
-        assert ours == theirs, path
+        assert a == b, path
 
 
 def assert_fails(capsys, code, sentence):
-    """A command ended with code 2 and one sentence."""
-    printed = capsys.readouterr().err.strip().splitlines()[-1]  # below a progress bar, where training had begun
+    """The command has failed with code 2 and one sentence."""
+    printed = capsys.readouterr().err.strip().splitlines()[-1]  # after the progress bar, if training has started
     assert code == 2
     assert re.search(sentence, printed), printed
     assert re.fullmatch(r"genperf: .*\.", printed), printed
@@ -116,7 +116,7 @@ def test_resumed_run_equals_uninterrupted_one(npz, tmp_path, monkeypatch, capsys
         assert train(npz, tmp_path / "parts", *options) == 130
     assert f"genperf train vqvae --resume --out {tmp_path / 'parts'}" in capsys.readouterr().err
     left = load_checkpoint(tmp_path / "parts" / "checkpoint.pt")["training"]
-    # Ctrl-C lets its step finish; an exception within a step leaves the checkpoint from the start of the epoch.
+    # Ctrl-C takes effect after the step; an exception within a step leaves the checkpoint from the start of the epoch.
     finished = number + 1 if interrupt is send_interrupt else number - number % STEPS_PER_EPOCH
     assert left["epoch"] * STEPS_PER_EPOCH + left["step"] == finished
 
@@ -138,14 +138,14 @@ def test_resume_can_add_epochs(npz, tmp_path):
     assert_same(long, short)
 
 
-def test_interrupt_leaves_the_signal_as_it_was(npz, tmp_path, monkeypatch):
+def test_interrupt_restores_the_signal_handler(npz, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     interrupt_at(monkeypatch, 1, send_interrupt)
     assert train(npz, tmp_path, *SMALL) == 130
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_failed_save_leaves_the_last_checkpoint(npz, tmp_path, monkeypatch):
+def test_failed_save_keeps_the_last_checkpoint(npz, tmp_path, monkeypatch):
     assert train(npz, tmp_path, *SMALL) == 0
     before = (tmp_path / "checkpoint.pt").read_bytes()
 
@@ -158,7 +158,7 @@ def test_failed_save_leaves_the_last_checkpoint(npz, tmp_path, monkeypatch):
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-def test_seed_decides_the_run(npz, tmp_path):
+def test_seed_determines_the_run(npz, tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         assert train(npz, tmp_path / name, *SMALL, "--epochs", "1", "--seed", seed) == 0
     a, b, c = (load_checkpoint(tmp_path / name / "checkpoint.pt")["training"]["model"] for name in "abc")
@@ -208,7 +208,7 @@ def test_npz(tmp_path, shape, dtype):
     torch.testing.assert_close(images, expected)
 
 
-def test_data_that_cannot_be_used(tmp_path, capsys):
+def test_invalid_data(tmp_path, capsys):
     def fails(path, sentence):
         assert_fails(capsys, train(path, tmp_path / "out", *SMALL), sentence)
 
@@ -248,14 +248,14 @@ def test_unknown_device(npz, tmp_path, capsys, device):
     assert_fails(capsys, train(npz, tmp_path, "--device", device), f"--device must be cpu, cuda or cuda:N, .* got '{device}'")
 
 
-def test_resume_that_does_not_fit(npz, tmp_path, capsys):
+def test_invalid_resume(npz, tmp_path, capsys):
     def fails(sentence, *options):
         assert_fails(capsys, train(npz, tmp_path / "out", "--resume", *options), sentence)
 
     fails("needs the checkpoint of an earlier run, got '.*checkpoint.pt', which does not exist")
     assert train(npz, tmp_path / "out", *SMALL) == 0
     capsys.readouterr()
-    fails("--lr must stay as the run began .*, 0.002, got 0.1", "--lr", "0.1")
+    fails("--lr must have the value that the run began with, 0.002, got 0.1", "--lr", "0.1")
     fails("--epochs must not be less than the 3", "--epochs", "2")
     np.savez(tmp_path / "images.npz", np.zeros((12, 8, 8)))
     fails("needs the images that the run began with")
@@ -266,7 +266,7 @@ def test_resume_that_does_not_fit(npz, tmp_path, capsys):
         fails(r"checkpoint\.pt' cannot be read: \w+")
 
 
-def test_run_is_replaced_on_request_alone(npz, tmp_path, capsys):
+def test_run_is_replaced_only_with_overwrite(npz, tmp_path, capsys):
     short = (*SMALL, "--epochs", "1")
     assert train(npz, tmp_path / "out", *short) == 0
     before = (tmp_path / "out" / "checkpoint.pt").read_bytes()
@@ -278,7 +278,7 @@ def test_run_is_replaced_on_request_alone(npz, tmp_path, capsys):
     assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
-def test_runs_of_other_labels_systems_and_options(tmp_path, capsys):
+def test_runs_with_other_labels_systems_and_options(tmp_path, capsys):
     images = np.random.default_rng(0).random((12, 8, 8))
     path = tmp_path / "images.npz"
     np.savez(path, images=images, labels=np.arange(12) % 3)
@@ -287,7 +287,7 @@ def test_runs_of_other_labels_systems_and_options(tmp_path, capsys):
         assert main(["train", system, "--out", str(tmp_path / system), *tiny]) == 0
     np.savez(path, images=images, labels=np.arange(12) % 4)
     assert_fails(capsys, main(["evaluate", str(tmp_path / "conditional-gan")]), "--data needs the labels that the run began with")
-    assert main(["train", "gan", "--out", str(tmp_path / "gan"), "--resume"]) == 0  # has no use for labels
+    assert main(["train", "gan", "--out", str(tmp_path / "gan"), "--resume"]) == 0  # does not use labels
     checkpoint = tmp_path / "gan" / "checkpoint.pt"
     state = load_checkpoint(checkpoint)
     torch.save({**state, "system": "no-such"}, checkpoint)
@@ -297,7 +297,7 @@ def test_runs_of_other_labels_systems_and_options(tmp_path, capsys):
     assert_fails(capsys, main(["train", "lapgan", "--out", str(tmp_path / "one"), *tiny[:-1], "1"]), "more than 1 value per channel")
 
 
-def test_out_that_is_no_folder(npz, tmp_path, capsys):
+def test_out_is_a_file(npz, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert_fails(capsys, train(npz, tmp_path / "file", *SMALL), "--out must be a folder")
 
@@ -319,14 +319,14 @@ def test_missing_package(tmp_path, monkeypatch, capsys, module, package):
         (["--seed", "-1"], "--seed: must be"),
     ],
 )
-def test_options_name_their_rule(options, sentence, capsys):
+def test_option_errors_state_the_rule(options, sentence, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["train", "vqvae", *options])
     assert exit.value.code == 2
     assert sentence in capsys.readouterr().err
 
 
-def test_options_outside_their_range(npz, tmp_path, capsys):
+def test_options_out_of_range(npz, tmp_path, capsys):
     assert_fails(capsys, train(npz, tmp_path, *SMALL, "--lr", "0"), "--lr must be above 0, got 0")
     assert_fails(capsys, train(npz, tmp_path, *SMALL, "--decay", "1"), r"decay must be None or lie in \[0, 1\), got 1")
 
@@ -336,13 +336,14 @@ def test_info_names_the_implementation_of_each_op(arguments, capsys):
     assert main(arguments) == 0
     page = capsys.readouterr().out
     assert f"torch        {torch.__version__}" in page
+    assert "kmeans" in info.OPS
     for op in info.OPS:
         for device in ("cpu", "cuda"):
             assert re.search(rf"^  {op} +{device} +(native|triton|eigen|polar|reference)$", page, re.M), (op, device)
     assert "not triton: the Triton kernel runs on CUDA" in page
 
 
-def test_info_of_an_uncompiled_package(monkeypatch, capsys):
+def test_info_without_compiled_kernels(monkeypatch, capsys):
     monkeypatch.setattr("genperf._library._probe", None)
     monkeypatch.setattr("genperf._library.cpu_failure", "not compiled.")
     assert main([]) == 0

@@ -20,11 +20,12 @@ from genperf.models.system import System, SystemConfig, option, standard_normal
 from genperf.training import classifier as classifiers
 from genperf.training.checkpoint import load_checkpoint
 from genperf.training.classifier import Classifier, train_classifier, trained_classifier
-from genperf.training.data import LabelledImages, load_images, split_held_out
+from genperf.training.data import LabeledImages, load_images, split_held_out
 from genperf.training.evaluation import anchors, area_under_roc, class_labels, evaluate
+from genperf.training.runs import Run
 
 CPU = torch.device("cpu")
-CLASSES = 4  # one of them, number 2, without images
+CLASSES = 4  # class 2 has no images
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def _few_steps(monkeypatch):
 
 
 def quarters(labels):
-    """Images [N, 1, 8, 8] whose class is the quarter that is bright, with noise."""
+    """Noisy images [N, 1, 8, 8] whose class is given by the bright quarter."""
     images = 0.2 * torch.rand(len(labels), 1, 8, 8)
     for image, label in zip(images, labels.tolist(), strict=True):
         image[0, 4 * (label // 2) :, 4 * (label % 2) :][:4, :4] += 0.7
@@ -43,7 +44,7 @@ def quarters(labels):
 def make_data(count=200):
     torch.manual_seed(1)
     labels = torch.tensor([0, 0, 1, 3]).repeat(count // 4)
-    return split_held_out(LabelledImages(quarters(labels), labels))
+    return split_held_out(LabeledImages(quarters(labels), labels))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ class Anomalies(Reconstructing):
         normal_class = 1
 
     def anomaly_score(self, images):
-        return images[:, 0, 4:].mean((1, 2))  # bright below: class 3
+        return images[:, 0, 4:].mean((1, 2))  # high where the lower half is bright: class 3
 
 
 class Classifying(Base):
@@ -125,7 +126,7 @@ class Classifying(Base):
 
 
 class Generating(Base):
-    """Draws all classes as often as they come."""
+    """Samples all classes with their frequencies in the data."""
 
     def sample(self, n, labels=None):
         assert labels is None
@@ -164,7 +165,7 @@ class NoPrior(Base):
         raise RuntimeError("no prior")
 
 
-def test_scores_are_those_of_the_formulas(data):
+def test_scores_match_their_formulas(data):
     _, held_out = data
     images = held_out.images
     mse = (0.25 * images.double().square()).mean().item()
@@ -196,14 +197,14 @@ def test_anomalies(data):
     training, held_out = data
     scores = evaluate(Anomalies(), *data)
     others = held_out.labels[held_out.labels != 1]
-    # Class 3 scores above class 1; class 0 scores like it, but for noise.
+    # Class 3 scores above class 1; class 0 scores like class 1, up to noise.
     expected = ((others == 3).sum() + 0.5 * (others == 0).sum()) / len(others)
     assert scores["auroc"] == pytest.approx(expected.item(), abs=0.2)
     assert scores["auroc"] > (others == 3).double().mean()
-    usual = held_out.images[held_out.labels == 1]
-    assert scores["mse"] == pytest.approx((0.25 * usual.double().square()).mean().item())
+    normal = held_out.images[held_out.labels == 1]
+    assert scores["mse"] == pytest.approx((0.25 * normal.double().square()).mean().item())
     for labels in (None, torch.ones_like(held_out.labels), torch.zeros_like(held_out.labels)):
-        assert "auroc" not in evaluate(Anomalies(), training, LabelledImages(held_out.images, labels))
+        assert "auroc" not in evaluate(Anomalies(), training, LabeledImages(held_out.images, labels))
 
 
 def test_area_under_roc_counts_pairs():
@@ -215,7 +216,7 @@ def test_area_under_roc_counts_pairs():
     assert area_under_roc(torch.zeros(7), torch.arange(7) > 3) == 0.5
 
 
-def test_class_labels_keep_shares():
+def test_class_labels_keep_the_distribution():
     labels = torch.tensor([3, 0, 0, 1, 0, 3])
     assert class_labels(12, labels).bincount().tolist() == [6, 2, 0, 4]
     assert class_labels(3, labels).tolist() == [0, 0, 3]
@@ -225,7 +226,7 @@ def test_samples_of_the_data_score_well(data, classifier):
     training, _ = data
     good = evaluate(Generating(), *data, samples=400, classifier=classifier)
     assert list(good) == ["fid", "coverage", "class_kl", "duplicates"]
-    assert good["coverage"] == 3  # no image is of the fourth class
+    assert good["coverage"] == 3  # no image has class 2
     assert good["class_kl"] < 0.02
     conditional = evaluate(Conditional(), *data, samples=400, classifier=classifier, batch_size=64)
     assert conditional["label_accuracy"] == 1
@@ -261,7 +262,7 @@ def test_fid_of_an_extractor(data):
     assert scores["fid"] == pytest.approx(((real.mean(0) - fake).square().sum() + real.var(0).sum()).item(), rel=1e-3)
 
 
-def test_nothing_is_disturbed(data, classifier):
+def test_evaluate_has_no_side_effects(data, classifier):
     system = Generating().train()
     state = torch.get_rng_state()
     first = evaluate(system, *data, samples=20, classifier=classifier, seed=1)
@@ -289,7 +290,7 @@ def test_classifier_takes_images_of_any_size(shape):
     assert network(images).shape == (5, 3)
 
 
-def test_classifier_depends_on_the_data_alone(data):
+def test_classifier_is_deterministic(data):
     torch.manual_seed(5)
     state = torch.get_rng_state()
     with torch.no_grad():
@@ -313,11 +314,11 @@ def test_classifier_is_kept_for_its_data(data, tmp_path, monkeypatch):
     assert kept.accuracy == first.accuracy
     assert not kept.training
     torch.testing.assert_close(kept(data[1].images), first(data[1].images), rtol=0, atol=0)
-    # Not for others, be it only by a label.
+    # A single other label makes it other data.
     training, held_out = data
     others = training.labels.clone()
     others[0] = (others[0] + 1) % 2
-    trained_classifier(LabelledImages(training.images, others), held_out, folder=tmp_path, device=CPU)
+    trained_classifier(LabeledImages(training.images, others), held_out, folder=tmp_path, device=CPU)
     assert (tmp_path / "classifier.pt").read_bytes() != written
     for content in (b"broken", written[:1000]):
         (tmp_path / "classifier.pt").write_bytes(content)
@@ -330,15 +331,15 @@ def test_classifier_is_kept_for_its_data(data, tmp_path, monkeypatch):
     ("labels", "reason"), [(None, "the data have no labels"), (torch.ones(6).long(), "all images have the same label")]
 )
 def test_classifier_needs_two_classes(labels, reason):
-    images = LabelledImages(torch.rand(6, 1, 4, 4), labels)
-    assert classifiers.unsuitable(images) == reason
+    images = LabeledImages(torch.rand(6, 1, 4, 4), labels)
+    assert classifiers.classifier_unavailable(images) == reason
     with pytest.raises(ValueError, match=f"images of at least two classes are needed, but {reason}"):
         train_classifier(images, images, CPU)
 
 
 @pytest.mark.parametrize("count", [2, 3, 63, 65])
-def test_batches_go_round_the_images(count):
-    batches = classifiers._batches(count, np.random.default_rng(0))
+def test_batches_cover_all_images(count):
+    batches = classifiers._batch_indices(count, np.random.default_rng(0))
     assert len(batches) == 40
     assert {len(batch) for batch in batches} == {min(64, count)}
     assert set(torch.cat(batches).tolist()) == set(range(count))
@@ -350,28 +351,17 @@ def test_classifier_of_digits(monkeypatch):
     assert train_classifier(*split_held_out(load_images(None)), CPU).accuracy > 0.93
 
 
-class Run(NamedTuple):
-    name: str
-    system: System
-    settings: None
-    training: LabelledImages
-    held_out: LabelledImages
-
-
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Calls a command on a run that holds the given system and data."""
+    """Run a command on the given system and data instead of a trained run."""
 
     def call(command, system, data, *options):
         def load_run(folder, device, *, data=None):
             assert folder == tmp_path
-            return Run("stand-in", system, None, *given)
+            return Run("stand-in", system, None, *images)
 
-        given = data
-        runs = ModuleType("genperf.training.runs")
-        runs.load_run = load_run
-        monkeypatch.setitem(sys.modules, "genperf.training.runs", runs)
-        monkeypatch.setattr("genperf.training.runs", runs, raising=False)
+        images = data
+        monkeypatch.setattr("genperf.training.runs.load_run", load_run)
         parser = argparse.ArgumentParser()
         command.add_arguments(parser)
         return command.run(parser.parse_args([str(tmp_path), "--device", "cpu", *options]))
@@ -379,8 +369,8 @@ def run(tmp_path, monkeypatch):
     return call
 
 
-def unlabelled(data):
-    return tuple(LabelledImages(part.images, None) for part in data)
+def unlabeled(data):
+    return tuple(LabeledImages(part.images, None) for part in data)
 
 
 def test_evaluate_prints_and_writes_scores(run, data, tmp_path, capsys):
@@ -412,8 +402,8 @@ def test_evaluate_prints_and_writes_scores(run, data, tmp_path, capsys):
         (NoPrior, r"Without samples: it was trained without a prior over its codes \(prior_width is 0\)."),
     ],
 )
-def test_evaluate_says_what_it_leaves_out(run, data, tmp_path, capsys, system, note):
-    assert run(evaluate_command, system(), unlabelled(data), "--samples", "20") == 0
+def test_evaluate_notes_missing_scores(run, data, tmp_path, capsys, system, note):
+    assert run(evaluate_command, system(), unlabeled(data), "--samples", "20") == 0
     assert re.search(f"^{note}$", capsys.readouterr().out, re.M)
     results = json.loads((tmp_path / "evaluation.json").read_text())
     assert "fid" not in results["scores"]
@@ -427,12 +417,12 @@ def test_evaluate_with_an_extractor(run, data, tmp_path, capsys, monkeypatch):
     module.corner = lambda images: images[:, :, 0, 0]
     monkeypatch.setitem(sys.modules, "stand_in_extractors", module)
     extractor = ("--extractor", "stand_in_extractors:corner")
-    assert run(evaluate_command, Generating(), unlabelled(data), "--samples", "50", *extractor) == 0
+    assert run(evaluate_command, Generating(), unlabeled(data), "--samples", "50", *extractor) == 0
     results = json.loads((tmp_path / "evaluation.json").read_text())
     assert results["features"] == "stand_in_extractors:corner"
     assert results["scores"]["fid"] >= 0
     assert "coverage" not in results["scores"]
-    # Grayscale images have three equal channels.
+    # Grayscale images are repeated to three channels.
     assert run(evaluate_command, Generating(), data, "--samples", "50", *extractor) == 0
     both = json.loads((tmp_path / "evaluation.json").read_text())
     assert both["scores"]["fid"] == results["scores"]["fid"]
@@ -449,19 +439,19 @@ def test_infinite_scores_are_null(run, data, tmp_path, capsys):
 
 def test_one_held_out_image(run, data, capsys):
     training, held_out = data
-    one = LabelledImages(held_out.images[:1], held_out.labels[:1])
+    one = LabeledImages(held_out.images[:1], held_out.labels[:1])
     assert run(evaluate_command, Generating(), (training, one), "--samples", "20") == 0
     assert "Without FID: one held-out image has no covariance." in capsys.readouterr().out
 
 
-def test_evaluate_options_that_do_not_fit(run, data):
+def test_evaluate_with_invalid_options(run, data):
     with pytest.raises(UserError, match="--pixels is for an --extractor, got none"):
         run(evaluate_command, Generating(), data, "--pixels", "unit")
     with pytest.raises(UserError, match="--extractor 'no:thing' cannot be imported"):
         run(evaluate_command, Generating(), data, "--extractor", "no:thing")
 
 
-def test_evaluate_in_a_folder_that_cannot_be_written_to(run, data, tmp_path):
+def test_evaluate_in_a_read_only_folder(run, data, tmp_path):
     (tmp_path / "classifier.partial").mkdir()
     with pytest.raises(UserError, match="the folder of the run must be one that can be written to"):
         run(evaluate_command, Generating(), data)
@@ -480,7 +470,7 @@ def test_sample_writes_a_picture(run, data, tmp_path, capsys):
     assert out.read_bytes() != first
 
 
-def test_sample_writes_an_array_that_can_be_trained_on(run, data, tmp_path):
+def test_sample_writes_an_array_that_training_can_read(run, data, tmp_path):
     out = tmp_path / "samples.npz"
     assert run(sample_command, Conditional(), data, "--n", "9", "--labels", "3,1", "--out", str(out)) == 0
     with np.load(out) as arrays:
@@ -516,7 +506,7 @@ def test_sample_writes_a_folder(run, data, tmp_path):
         (Diverged, (), "samples must be finite"),
     ],
 )
-def test_samples_that_cannot_be_had(run, data, tmp_path, monkeypatch, system, options, sentence):
+def test_sample_errors(run, data, tmp_path, monkeypatch, system, options, sentence):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=sentence):
         run(sample_command, system(), data, *options)
@@ -524,7 +514,7 @@ def test_samples_that_cannot_be_had(run, data, tmp_path, monkeypatch, system, op
 
 
 @pytest.mark.parametrize("labels", ["a", "1,", "-1", "1.5"])
-def test_labels_name_their_rule(labels, capsys):
+def test_labels_error_states_the_rule(labels, capsys):
     parser = argparse.ArgumentParser()
     sample_command.add_arguments(parser)
     with pytest.raises(SystemExit):

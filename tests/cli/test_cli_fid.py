@@ -87,7 +87,7 @@ def broken_factory():
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """Matrices this small only lose by more threads, most of all on a busy machine."""
+    """Matrices this small are slower with more threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -96,13 +96,13 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Folders of handwritten digits, 0 to 4 twice and 5 to 9, and a module file with an extractor trained on other digits."""
+    """Two folders with digits 0 to 4, one with 5 to 9, and a module with an extractor trained on other images of digits."""
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     root = tmp_path_factory.mktemp("fid")
     (root / "fid_extractors.py").write_text(EXTRACTORS)
-    images = (digits.images * 15).astype(np.uint8)  # from [0, 16]
+    images = (digits.images * 15).astype(np.uint8)  # the range was [0, 16]
     labels = digits.target
-    rank = np.array([(labels[:index] == label).sum() for index, label in enumerate(labels)])  # within the class
+    rank = np.array([(labels[:index] == label).sum() for index, label in enumerate(labels)])  # index within the class
     rest = rank >= 2 * PER_CLASS
     with pytest.MonkeyPatch.context() as context:
         context.syspath_prepend(str(root))
@@ -123,7 +123,7 @@ def world(tmp_path_factory):
 
 
 def train(model, images, labels, path):
-    """Plain gradient descent until the digits are told apart."""
+    """Train with gradient descent and save the weights."""
     images, labels = torch.from_numpy(images)[:, None].float() / 255, torch.from_numpy(labels)
     for _ in range(100):
         loss = torch.nn.functional.cross_entropy(model.head(model.body(images).relu()), labels)
@@ -135,7 +135,7 @@ def train(model, images, labels, path):
 
 @pytest.fixture
 def extractors(world, monkeypatch):
-    """The module of the extractors, imported anew."""
+    """The module of the extractors, freshly imported."""
     monkeypatch.syspath_prepend(str(world))
     monkeypatch.delitem(sys.modules, "fid_extractors", raising=False)
     yield importlib.import_module("fid_extractors")
@@ -159,7 +159,7 @@ def files(folder):
 
 
 def features_of(extractors, folder):
-    """Straight from the files, in float64: [N, 16]."""
+    """Features computed directly from the files, float64 [N, 16]."""
     images = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in files(folder)])
     with torch.no_grad():
         return extractors.Digits().eval()(images[:, None].repeat(1, 3, 1, 1).float() / 255).double().numpy()
@@ -175,7 +175,7 @@ def direct_terms(mean1, cov1, mean2, cov2):
 
 
 def assert_fails(capsys, arguments, sentence, folder=None):
-    """The command ends with code 2 and one sentence below what progress it made, prints no result and writes nothing."""
+    """The command fails with code 2 and one sentence after the progress bars; it prints no result and writes no file."""
     before = folder and sorted(folder.rglob("*"))
     capsys.readouterr()
     assert fid(*arguments) == 2
@@ -294,11 +294,11 @@ def test_images_in_archives_are_read_row_by_row(tmp_path, save, order):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert number == 24
-        # Column by column there are no rows; then the whole array is in memory, once.
+        # In Fortran order rows are not contiguous, and the whole array is read into memory once.
         assert peak < images.nbytes * (0.6 if order == "C" else 1.6)
 
 
-def test_statistics_beside_images(tmp_path, capsys):
+def test_statistics_next_to_images(tmp_path, capsys):
     """As in the reference batches of guided-diffusion."""
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8), mu=np.zeros(4), sigma=np.eye(4))
     np.savez(tmp_path / "b.npz", mu=np.full(4, 2.0), sigma=np.eye(4))
@@ -307,7 +307,7 @@ def test_statistics_beside_images(tmp_path, capsys):
     assert result["distance"] == pytest.approx(16)
 
 
-def test_scores_that_are_not_finite(tmp_path, capsys):
+def test_scores_must_be_finite(tmp_path, capsys):
     features = np.random.default_rng(0).normal(size=(9, 4))
     np.save(tmp_path / "a.npy", features)
     np.save(tmp_path / "b.npy", features * 1e100)
@@ -321,7 +321,7 @@ def test_scores_that_are_not_finite(tmp_path, capsys):
     assert_fails(capsys, ["--save-stats", tmp_path / "e.npz", tmp_path / "c.npy"], "cannot be written: cov must be finite", tmp_path)
 
 
-def test_extractors_run_in_full_float32(world, extractors, tmp_path):
+def test_extractors_run_without_tf32(world, extractors, tmp_path):
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         for number, chosen in enumerate([("high", True), ("medium", True), ("highest", False)]):
@@ -365,7 +365,7 @@ def test_kernel_inception_distance(world, extractors, capsys):
     n = len(low)
     within = sum((kernel(x, x).sum() - np.trace(kernel(x, x))) / (n * (n - 1)) for x in (low, high))
     expected = within - 2 * kernel(low, high).mean()
-    # Subsets of all samples are all the same.
+    # Subsets of all samples are identical.
     kid = fid_json(capsys, world / "low", world / "high", *DIGITS, "--kid", "--kid-subsets", 2)["kid"]
     assert kid["mean"] == pytest.approx(expected, rel=1e-4)
     assert kid["std"] == pytest.approx(0, abs=1e-5 * expected)
@@ -382,7 +382,7 @@ def test_precision_and_recall(world, extractors, capsys, k):
     low, high = (features_of(extractors, world / side) for side in ("low", "high"))
 
     def covered(points, support):
-        """How much of `points` lies within the k-th neighbor's distance of some point of the support."""
+        """Share of `points` within the k-th-neighbor radius of a point of `support`."""
         radii = np.sort(np.linalg.norm(support[:, None] - support[None], axis=-1), axis=1)[:, k]
         return (np.linalg.norm(points[:, None] - support[None], axis=-1) <= radii).any(1).mean()
 
@@ -401,7 +401,7 @@ def test_precision_and_recall(world, extractors, capsys, k):
         (("--pixels", "unit", "--channels", "1"), torch.float32, 1, lambda pixels: pixels / 255),
     ],
 )
-def test_what_an_extractor_gets(extractors, tmp_path, capsys, options, dtype, channels, expected):
+def test_input_of_the_extractor(extractors, tmp_path, capsys, options, dtype, channels, expected):
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (4, 6, 5, 3), dtype=np.uint8)
     modes = ("RGB", "L", "P", "RGBA")
@@ -433,7 +433,7 @@ def test_resizing(world, extractors, tmp_path, capsys, size, wanted):
 
 
 @pytest.mark.parametrize("name", ["Digits", "module", "module.forward"])
-def test_factory_module_and_function_are_told_apart(world, extractors, capsys, name):
+def test_factories_modules_and_functions(world, extractors, capsys, name):
     expected = fid_json(capsys, world / "low", world / "high", *DIGITS)
     result = fid_json(capsys, world / "low", world / "high", "--extractor", f"fid_extractors:{name}")
     assert result["distance"] == expected["distance"]
@@ -450,7 +450,7 @@ def test_feature_maps_are_averaged(world, extractors, capsys):
     assert result["distance"] == pytest.approx(sum(direct_terms(*sides)), rel=1e-5)
 
 
-def test_few_samples_are_warned_of(tmp_path, capsys):
+def test_too_few_samples_warn(tmp_path, capsys):
     features = np.random.default_rng(0).normal(size=(9, 8))
     np.save(tmp_path / "enough.npy", features)
     np.save(tmp_path / "few.npy", features[:8])
@@ -482,8 +482,8 @@ def test_failed_write_leaves_nothing(world, extractors, tmp_path, monkeypatch, c
         ("fid_extractors:", "must be inception or module.path:callable"),
         ("no_such_module:Digits", "'no_such_module:Digits' cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
         ("fid_extractors:Letters", "cannot be imported: AttributeError: .*Letters"),
-        ("fid_extractors:not_callable", "must lead to a callable that maps images to features, got 3"),
-        ("fid_extractors:NeedsArgument", "must lead to a callable"),
+        ("fid_extractors:not_callable", "must be a callable that maps images to features, got 3"),
+        ("fid_extractors:NeedsArgument", "must be a callable"),
         ("fid_extractors:broken_factory", "cannot be called without arguments: OSError: no weights"),
         ("fid_extractors:raising", r"failed on images \[64, 3, 8, 8\]: RuntimeError: no such layer\.$"),
         ("fid_extractors:dictionary", "'fid_extractors:dictionary': features must be a tensor, got dict"),
@@ -494,7 +494,7 @@ def test_failed_write_leaves_nothing(world, extractors, tmp_path, monkeypatch, c
         ("fid_extractors:infinite", "'fid_extractors:infinite': features must be finite, got NaN or infinity in 64 of 64"),
     ],
 )
-def test_extractors_that_cannot_be_used(world, extractors, tmp_path, capsys, name, sentence):
+def test_invalid_extractors(world, extractors, tmp_path, capsys, name, sentence):
     assert_fails(capsys, ["--save-stats", tmp_path / "a.npz", world / "low", "--extractor", name], sentence, tmp_path)
 
 
@@ -510,7 +510,7 @@ def test_extractors_are_found_in_the_current_folder(world, monkeypatch, capsys):
 
 @pytest.fixture
 def torch_fidelity(monkeypatch, tmp_path):
-    """Stands in for the package, with its signature, and weights that are two numbers."""
+    """A stand-in for the package with its signature, whose weights are two numbers."""
 
     class FeatureExtractorInceptionV3(torch.nn.Module):
         def __init__(self, name, features_list, feature_extractor_weights_path=None, **kwargs):
@@ -550,7 +550,7 @@ def test_inception(world, torch_fidelity, tmp_path, capsys):
     assert "downloads" not in capsys.readouterr().err
 
 
-def test_inception_that_cannot_be_had(world, torch_fidelity, tmp_path, monkeypatch, capsys):
+def test_inception_errors(world, torch_fidelity, tmp_path, monkeypatch, capsys):
     def fails(sentence, *options):
         assert_fails(capsys, ["--save-stats", tmp_path / "a.npz", world / "low", *options], sentence, tmp_path)
 
@@ -569,7 +569,7 @@ def test_inception_that_cannot_be_had(world, torch_fidelity, tmp_path, monkeypat
     fails("--extractor inception needs the package torch-fidelity .*; install it with `pip install 'genperf\\[fid\\]'`, or name another")
 
 
-def test_images_that_cannot_be_used(world, extractors, tmp_path, capsys):
+def test_invalid_images(world, extractors, tmp_path, capsys):
     folder, out = tmp_path / "images", tmp_path / "out.npz"
 
     def fails(sentence, *options):
@@ -613,12 +613,12 @@ def test_no_image_starts_ghostscript(world, extractors, tmp_path, monkeypatch, c
         with pytest.raises(UserError, match=r"the image '.*1\.png' cannot be read: cannot identify"):
             load_images(str(folder))
     assert not calls.exists()
-    with Image.open(eps) as image, pytest.raises(OSError, match="cannot identify"):  # the empty file that the script leaves
+    with Image.open(eps) as image, pytest.raises(OSError, match="cannot identify"):  # the script leaves an empty file
         image.load()
     assert calls.exists()
 
 
-def test_files_of_other_kinds_are_left_out(world, extractors, tmp_path, capsys):
+def test_other_files_are_ignored(world, extractors, tmp_path, capsys):
     for number, path in enumerate(files(world / "low")[:3]):
         Image.open(path).save(tmp_path / f"{number}.png")
     for name in ("paper.pdf", "a.eps", "a.ps", "a.mpo", "a.h5", "a.mpg", "notes.txt"):
@@ -627,7 +627,7 @@ def test_files_of_other_kinds_are_left_out(world, extractors, tmp_path, capsys):
     assert load_images(str(tmp_path)).images.shape == (3, 1, 8, 8)
 
 
-def test_files_that_cannot_be_used(world, extractors, tmp_path, capsys):
+def test_invalid_files(world, extractors, tmp_path, capsys):
     mean, cov = np.zeros(16), np.eye(16)
 
     def fails(sentence, *options):
@@ -678,7 +678,7 @@ def test_files_that_cannot_be_used(world, extractors, tmp_path, capsys):
     fails("a.png .*cannot be read")
 
 
-def test_options_that_do_not_fit(world, extractors, tmp_path, capsys):
+def test_invalid_options(world, extractors, tmp_path, capsys):
     np.savez(tmp_path / "a.npz", mu=np.zeros(16), sigma=np.eye(16))
     np.save(tmp_path / "three.npy", np.random.default_rng(0).normal(size=(3, 16)))
     low, statistics = world / "low", tmp_path / "a.npz"
@@ -726,7 +726,7 @@ def test_missing_package(world, extractors, monkeypatch, capsys, module):
         (["--neighbors", "0"], "--neighbors: must be"),
     ],
 )
-def test_options_name_their_rule(options, sentence, capsys):
+def test_option_errors_state_the_rule(options, sentence, capsys):
     with pytest.raises(SystemExit) as exit:
         fid("A", "B", *options)
     assert exit.value.code == 2

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from genperf._errors import UserError
-from genperf.training.data import LabelledImages, fingerprint, load_images, split_held_out
+from genperf.training import data as data_module
+from genperf.training.data import LabeledImages, fingerprint, load_images, split_held_out
 
 
 def write_images(folder, count, shade=0):
@@ -21,7 +22,7 @@ def write_npz(tmp_path, **arrays):
     return str(path)
 
 
-def test_folders_are_classes_in_the_order_of_their_names(tmp_path):
+def test_subfolders_are_classes_in_sorted_order(tmp_path):
     write_images(tmp_path / "cats", 2, shade=10)
     write_images(tmp_path / "ants" / "deeper", 1, shade=0)
     write_images(tmp_path / "ants", 1, shade=5)
@@ -35,7 +36,7 @@ def test_folders_are_classes_in_the_order_of_their_names(tmp_path):
     assert found == {(0, 0), (5, 0), (20, 1), (10, 2), (11, 2)}
 
 
-def test_an_image_beside_the_folders_means_no_classes(tmp_path):
+def test_an_image_outside_the_subfolders_means_no_classes(tmp_path):
     write_images(tmp_path / "a", 1)
     write_images(tmp_path / "b", 1)
     write_images(tmp_path, 1)
@@ -72,7 +73,7 @@ def test_npz_without_labels(tmp_path):
         (np.array([None] * 3), "cannot be read as .npz"),
     ],
 )
-def test_labels_that_cannot_be_used(tmp_path, labels, sentence):
+def test_invalid_labels(tmp_path, labels, sentence):
     path = write_npz(tmp_path, labels=labels)
     with pytest.raises(UserError, match=sentence) as error:
         load_images(path)
@@ -82,14 +83,14 @@ def test_labels_that_cannot_be_used(tmp_path, labels, sentence):
 @pytest.mark.parametrize("count", [2, 25, 6000])
 def test_split_keeps_images_and_labels_together(count):
     images = torch.arange(count, dtype=torch.float32).view(count, 1, 1, 1) / count
-    data = LabelledImages(images, torch.arange(count))
+    data = LabeledImages(images, torch.arange(count))
     training, held_out = split_held_out(data)
     assert len(held_out.images) == min(500, max(1, count // 10))
     for part in (training, held_out):
         assert torch.equal(part.images.flatten(), part.labels.float() / count)
     assert torch.cat([training.labels, held_out.labels]).sort().values.tolist() == list(range(count))
-    # The same images whether there are labels or not.
-    bare, bare_held_out = split_held_out(LabelledImages(images, None))
+    # The split does not depend on labels.
+    bare, bare_held_out = split_held_out(LabeledImages(images, None))
     assert torch.equal(bare.images, training.images)
     assert torch.equal(bare_held_out.images, held_out.images)
     assert bare.labels is None
@@ -103,14 +104,21 @@ def test_digits():
     assert data.images.max() == 1
     assert data.labels.bincount().tolist() == [500] * 10
     training, held_out = split_held_out(data)
-    # A digit is nearer to its class's mean image than to others', most of the time: images and labels belong together.
+    # Images and labels correspond: most digits are nearest to the mean image of their class.
     means = torch.stack([training.images[training.labels == digit].mean(0) for digit in range(10)])
     nearest = torch.cdist(held_out.images.flatten(1), means.flatten(1)).argmin(1)
     assert (nearest == held_out.labels).double().mean() > 0.7
 
 
-def test_fingerprint_tells_data_apart():
+def test_fingerprint_identifies_data():
     images = torch.rand(3, 1, 4, 4)
     assert fingerprint(images) == fingerprint(images.clone())
     assert fingerprint(images) != fingerprint(images.flip(0))
     assert fingerprint(images) != fingerprint(images.view(3, 1, 2, 8))
+
+
+def test_deprecated_name():
+    with pytest.warns(DeprecationWarning, match="LabelledImages is renamed to LabeledImages"):
+        assert data_module.LabelledImages is LabeledImages
+    with pytest.raises(AttributeError, match="has no attribute 'missing'"):
+        _ = data_module.missing

@@ -6,15 +6,15 @@ from PIL import Image
 
 from genperf._errors import UserError
 from genperf.models.system import System, SystemConfig, standard_normal
-from genperf.training.data import LabelledImages
+from genperf.training.data import LabeledImages
 from genperf.training.pictures import write_comparison, write_curves, write_image, write_images, write_pictures, write_rows
 
 SHAPE = (1, 8, 8)
-CELL = 8 * round(84 / 8) + 2  # an image's side in a grid, with its gap
+CELL = 8 * round(84 / 8) + 2  # side of an image in a grid, including the gap
 
 
 class Vectors(System):
-    """With codes, as an autoencoder."""
+    """Encodes images to vectors, like an autoencoder."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ class NoPrior(Indices):
 
 
 def held_out(count=30, shape=SHAPE):
-    return LabelledImages(torch.rand(count, *shape), None)
+    return LabeledImages(torch.rand(count, *shape), None)
 
 
 def size(path):
@@ -102,7 +102,7 @@ def size(path):
         (Conditional, ["samples", "interpolations"]),
     ],
 )
-def test_whatever_a_system_has_is_drawn(tmp_path, system, expected):
+def test_pictures_of_each_supported_method(tmp_path, system, expected):
     system, data = system(), held_out()
     state = torch.get_rng_state()
     written = write_pictures(tmp_path, system, data, history=[{"loss": 1.0}])
@@ -115,12 +115,12 @@ def test_whatever_a_system_has_is_drawn(tmp_path, system, expected):
     assert [path.read_bytes() for path in write_pictures(tmp_path, system, data, history=[{"loss": 1.0}])] == first
 
 
-def test_seed_decides_the_samples(tmp_path):
+def test_seed_determines_the_samples(tmp_path):
     found = [write_pictures(tmp_path, Generator(), held_out(), seed=seed)[0].read_bytes() for seed in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
 
 
-def test_conditional_samples_have_a_row_for_each_class(tmp_path):
+def test_conditional_samples_have_a_row_per_class(tmp_path):
     write_pictures(tmp_path, Conditional(), held_out())
     with Image.open(tmp_path / "samples.png") as picture:
         assert picture.size == (12 * CELL, 5 * CELL)
@@ -129,7 +129,7 @@ def test_conditional_samples_have_a_row_for_each_class(tmp_path):
                 assert picture.getpixel((column * CELL + 4, row * CELL + 4)) == round(255 * row / 4)
 
 
-def test_interpolations_begin_and_end_at_held_out_images(tmp_path):
+def test_interpolations_start_and_end_at_held_out_images(tmp_path):
     data = held_out(4)
     write_pictures(tmp_path, Vectors(), data)
     brightness = (data.images.mean((1, 2, 3)) * 255).round()
@@ -155,7 +155,7 @@ def test_grids(tmp_path, channels, mode):
     with Image.open(tmp_path / "grid.png") as picture:
         assert picture.mode == mode
         assert picture.size == (3 * (12 * scale + 2), 2 * (8 * scale + 2))
-        # The pixel at row 2, column 5 of the image in row 1, column 1; then the place that has no image.
+        # The pixel at row 2, column 5 of the image in row 1, column 1; then a cell without an image.
         place = (12 * scale + 2 + 5 * scale + 1, 8 * scale + 2 + 2 * scale + 1)
         assert torch.tensor(picture.getpixel(place)).tolist() == (images[4, :, 2, 5] * 255).round().long().squeeze().tolist()
         assert set(torch.tensor(picture.getpixel((2 * (12 * scale + 2) + 9, place[1]))).flatten().tolist()) == {255}
@@ -172,7 +172,7 @@ def test_values_outside_the_range_are_clamped(tmp_path):
 
 
 @pytest.mark.parametrize("others", [1, 2])
-def test_comparisons_show_what_belongs_together(tmp_path, others):
+def test_comparisons_show_corresponding_images(tmp_path, others):
     images = torch.rand(20, *SHAPE)
     write_comparison(tmp_path / "a.png", images, *(images / (2 + index) for index in range(others)))
     with Image.open(tmp_path / "a.png") as picture:
@@ -182,7 +182,7 @@ def test_comparisons_show_what_belongs_together(tmp_path, others):
             assert shown == (images[1, 0, 0, 0] * 255 / (1 + index)).round()
 
 
-def test_curves_of_losses_that_not_every_epoch_has(tmp_path):
+def test_curves_of_losses_missing_in_some_epochs(tmp_path):
     history = [{"loss": 3.0}, {"loss": 2.0, "generator_loss": 1.0}, {"loss": float("nan")}, {"loss": 1.0}]
     write_curves(tmp_path / "one.png", history[:1])
     write_curves(tmp_path / "two.png", history)

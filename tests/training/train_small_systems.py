@@ -1,9 +1,10 @@
-"""Trains every system on a few random images in float64, in one process or under torchrun; saves losses and states.
+"""Train every system on a few random images in float64, in one process or under torchrun, and save losses and states.
 
 python train_small_systems.py FILE
 """
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 
 from genperf.models import SYSTEMS
-from genperf.training import trainer as training
-from genperf.training.data import LabelledImages
+from genperf.training.data import LabeledImages
 from genperf.training.runs import Settings, build_system
+from genperf.training.trainer import Training
 
 SMALL = {
     "width": 8,
@@ -33,9 +34,9 @@ EPOCHS = 2
 BATCH = 8
 
 
-def images() -> LabelledImages:
+def images() -> LabeledImages:
     generator = torch.Generator().manual_seed(0)
-    return LabelledImages(torch.rand(24, 1, 16, 16, generator=generator), torch.arange(24) % 3)
+    return LabeledImages(torch.rand(24, 1, 16, 16, generator=generator), torch.arange(24) % 3)
 
 
 def train(name: str, fabric: Fabric) -> dict:
@@ -43,18 +44,18 @@ def train(name: str, fabric: Fabric) -> dict:
     config = {field.name: SMALL[field.name] for field in dataclasses.fields(SYSTEMS[name].Config) if field.name in SMALL}
     settings = Settings(epochs=EPOCHS, batch_size=BATCH, seed=3)
     system = build_system(name, settings, config, data).double()
-    data = LabelledImages(*system.prepare(*data))
-    run = training.Training(fabric, system, data, settings)
+    data = LabeledImages(*system.prepare(*data))
+    training = Training(fabric, system, data, settings)
     with fabric.strategy.precision.forward_context():
-        system.initialize(data.images[run.batches()[0]].double())
-    run.run(EPOCHS, lambda: None)
-    return {"history": run.history, "model": system.state_dict()}
+        system.initialize(data.images[training.batches()[0]].double())
+    training.run(EPOCHS, lambda: None)
+    return {"history": training.history, "model": system.state_dict()}
 
 
 def main() -> None:
-    world = int(training.os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     strategy = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if world > 1 else "auto"
-    # In float64 rounding stays far below what Adam, which divides by the gradient's size, would make of it.
+    # float64, as Adam amplifies rounding errors of small gradients.
     fabric = Fabric(accelerator="cpu", devices=world, strategy=strategy, precision="64-true")
     fabric.launch()
     torch.set_num_threads(1)

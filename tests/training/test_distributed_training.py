@@ -1,4 +1,4 @@
-"""Training in several processes, and training that is killed."""
+"""Training under DDP, and training that is killed and resumed."""
 
 import json
 import os
@@ -23,7 +23,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What every system comes to in one process and in two."""
+    """Results of every system, from one process and from two."""
     folder = tmp_path_factory.mktemp("systems")
     script = str(Path(__file__).parent / "train_small_systems.py")
     runs = [
@@ -37,11 +37,11 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_two_processes_train_as_one_on_the_joined_batch(trained, system):
+def test_two_processes_match_one_on_the_global_batch(trained, system):
     one, two = (results[system] for results in trained)
     assert len(one["history"]) == 2
-    for ours, theirs in zip(one["history"], two["history"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-9)
+    for losses, expected in zip(two["history"], one["history"], strict=True):
+        assert expected == pytest.approx(losses, rel=1e-6, abs=1e-9)
     assert one["model"].keys() == two["model"].keys()
     for name, value in one["model"].items():
         torch.testing.assert_close(
@@ -66,11 +66,11 @@ def test_command_under_torchrun(tmp_path):
         command = [*launcher, "genperf", *options(tmp_path, out, "--epochs", "2")]
         run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-5000:]
-        assert run.stdout.count("written") == 1  # by the first process alone
+        assert run.stdout.count("written") == 1  # by rank 0 only
     one, two = (json.loads((tmp_path / out / "metrics.json").read_text()) for out in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
-    for ours, theirs in zip(one["history"], two["history"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3)
+    for losses, expected in zip(two["history"], one["history"], strict=True):
+        assert expected == pytest.approx(losses, rel=1e-3)
     assert two["scores"] == pytest.approx(one["scores"], rel=1e-2)
     uneven = subprocess.run(
         [*TORCHRUN, "-m", "genperf", *options(tmp_path, "three", "--batch-size", "5")], env=ENVIRONMENT, capture_output=True, text=True
@@ -78,15 +78,15 @@ def test_command_under_torchrun(tmp_path):
     assert "the batch must be divisible by the number of processes, got --batch-size 5 and 2." in uneven.stderr
 
 
-def test_killed_run_continues(tmp_path):
-    """Killed three times at any moment, a run ends as the one that nobody disturbed."""
+def test_killed_run_resumes(tmp_path):
+    """A run that is killed three times at random moments ends like an uninterrupted run."""
     write_images(tmp_path / "images.npz")
     command = [sys.executable, "-m", "genperf"]
     epochs = ("--epochs", "60")
     whole = subprocess.Popen(
         [*command, *options(tmp_path, "whole", *epochs)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    chance = random.Random(os.getpid())
+    rng = random.Random(os.getpid())
     checkpoint = tmp_path / "parts" / "checkpoint.pt"
     for attempt in range(3):
         resume = ["--resume"] if attempt else []
@@ -97,15 +97,15 @@ def test_killed_run_continues(tmp_path):
             assert run.poll() is None, run.stderr.read().decode()[-5000:]
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.5))
         run.send_signal(signal.SIGKILL)
         assert run.wait() in (-signal.SIGKILL, 0)
         load_checkpoint(checkpoint)
     done = subprocess.run([*command, *options(tmp_path, "parts", *epochs, "--resume")], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     assert whole.wait(timeout=300) == 0
-    ours, theirs = (load_checkpoint(tmp_path / out / "checkpoint.pt")["training"] for out in ("whole", "parts"))
-    assert ours["history"] == theirs["history"]
-    assert ours["model"].keys() == theirs["model"].keys()
-    for name, value in ours["model"].items():
-        assert torch.equal(value, theirs["model"][name]), name
+    expected, resumed = (load_checkpoint(tmp_path / out / "checkpoint.pt")["training"] for out in ("whole", "parts"))
+    assert resumed["history"] == expected["history"]
+    assert resumed["model"].keys() == expected["model"].keys()
+    for name, value in expected["model"].items():
+        assert torch.equal(value, resumed["model"][name]), name

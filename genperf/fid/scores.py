@@ -1,0 +1,236 @@
+"""Scores between two sets of images, features or statistics, and statistics of one."""
+
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import metrics
+from .._errors import UserError, import_extra
+from ..ops.frechet_distance import frechet_distance
+from .extractors import Extractor, load_extractor
+from .sources import Features, Images, Source, Statistics, open_source
+
+_CHUNK = 4096  # rows of a feature array per update of the moments
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreOptions:
+    """Options of `compare` and `save_statistics`."""
+
+    device: torch.device
+    extractor: str = "inception"  # or "module.path:callable"
+    weights: Path | None = None  # as in `load_extractor`, and `pixels`
+    pixels: str | None = None
+    channels: int = 3  # of the extractor's input; as in `read_batches`, and `size` and `workers`
+    size: tuple[int, int] | None = None
+    workers: int = 1
+    batch_size: int = 64  # images per call of the extractor
+    biased: bool = False  # divide covariances by N instead of N - 1
+    kid: bool = False  # also compute the kernel inception distance
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000
+    seed: int = 0  # of the subsets
+    precision_recall: bool = False  # also compute precision, recall, density and coverage
+    neighbors: int = 3  # k of their k-nearest-neighbor radii
+
+    @property
+    def needing_features(self) -> str:
+        """The given command-line options that need the features of both inputs, for error messages; empty if there are none."""
+        options = {"--kid": self.kid, "--precision-recall": self.precision_recall}
+        return " and ".join(option for option, given in options.items() if given)
+
+
+@dataclasses.dataclass
+class _Side:
+    """Moments of one input, and its features if a score needs them."""
+
+    mean: Tensor  # [d], float64
+    cov: Tensor  # [d, d], float64
+    count: int | None = None  # unknown for a statistics file
+    features: Tensor | None = None  # [N, d]
+    reference: metrics.FrechetReference | None = None  # of a statistics file
+
+
+class _Dimension(NamedTuple):
+    """Number of features, and the input that it is known from."""
+
+    size: int
+    path: str
+
+
+def compare(a: str, b: str, options: ScoreOptions) -> dict[str, Any]:
+    """Compute the Frechet distance, and the scores that `options` asks for, between the inputs at two paths.
+
+    Args:
+        a, b: real and generated images, by convention; see `open_source` for the supported inputs.
+
+    Returns:
+        files, n (samples per input, None for statistics), d (features per sample), extractor, biased, distance, mean_term, trace_term,
+        and with the options also kid, precision, recall, density, coverage.
+
+    Raises:
+        UserError: an input or option is invalid, or a score is not finite.
+    """
+    sides, extractor = _measure([a, b], options, features_needed_for=options.needing_features)
+    scores = _scores(*sides, options)
+    _check_finite(scores, a, b)
+    return _facts([a, b], sides, extractor, options) | scores
+
+
+def save_statistics(path: str, out: Path, options: ScoreOptions) -> dict[str, Any]:
+    """Write mean and covariance of the features of the input at `path` to the .npz file `out`.
+
+    Returns:
+        files, n, d, extractor and biased as in `compare`, and saved, the path that was written.
+
+    Raises:
+        UserError: the input or an option is invalid, or the file cannot be written.
+    """
+    sides, extractor = _measure([path], options, features_needed_for="--save-stats")
+    try:
+        metrics.save_statistics(out, sides[0].mean, sides[0].cov)
+    except OSError as error:
+        raise UserError(f"--save-stats {str(out)!r} cannot be written: {error}.") from error
+    except ValueError as error:
+        reason = str(error).removeprefix("save_statistics: ").rstrip(".")
+        raise UserError(f"--save-stats {str(out)!r} cannot be written: {reason}.") from error
+    return _facts([path], sides, extractor, options) | {"saved": str(out)}
+
+
+def _facts(paths: list[str], sides: list[_Side], extractor: Extractor | None, options: ScoreOptions) -> dict[str, Any]:
+    return {
+        "files": paths,
+        "n": [side.count for side in sides],
+        "d": len(sides[0].mean),
+        "extractor": extractor and extractor.name,
+        "biased": options.biased,
+    }
+
+
+def _measure(paths: list[str], options: ScoreOptions, *, features_needed_for: str) -> tuple[list[_Side], Extractor | None]:
+    """Open and check all inputs, then compute features and moments; also returns the extractor, if there are images."""
+    sources = [open_source(path) for path in paths]
+    known = _check_sources(sources, options, features_needed_for)
+    extractor = None
+    if any(isinstance(source, Images) for source in sources):
+        if options.extractor == "inception" and options.channels != 3:
+            raise UserError(f"--extractor inception takes images of 3 channels, got --channels {options.channels}.")
+        import_extra("tqdm", "tqdm", "fid")
+        extractor = load_extractor(options.extractor, pixels=options.pixels, weights=options.weights, device=options.device)
+    sides = []
+    for source in sources:
+        sides.append(_measure_source(source, known, extractor, options))
+        known = _Dimension(len(sides[-1].mean), source.path)
+    return sides, extractor
+
+
+def _check_sources(sources: list[Source], options: ScoreOptions, features_needed_for: str) -> _Dimension | None:
+    """Check everything that does not depend on computed features; returns the dimension if a file determines it."""
+    known = None
+    minimum, purpose = 2, "a covariance"
+    if options.precision_recall and options.neighbors > 1:
+        minimum, purpose = options.neighbors + 1, f"--neighbors {options.neighbors}"
+    for source in sources:
+        if not isinstance(source, Statistics):
+            count = len(source.images) if isinstance(source, Images) else len(source.rows)
+            if count < minimum:
+                raise UserError(f"{purpose} needs at least {minimum} samples, got {count} in {source.path!r}.")
+        elif features_needed_for:
+            raise UserError(f"features or images are needed for {features_needed_for}, got the statistics file {source.path!r}.")
+        if not isinstance(source, Images):
+            dimension = source.reference.dim if isinstance(source, Statistics) else source.rows.shape[1]
+            _check_dimension(known, dimension, source)
+            known = _Dimension(dimension, source.path)
+    return known
+
+
+def _check_dimension(known: _Dimension | None, dimension: int, source: Source) -> None:
+    if known is not None and dimension != known.size:
+        got = f"{known.size} in {known.path!r} and {dimension} in {source.path!r}"
+        raise UserError(f"both sides must have features of one dimension, got {got}.")
+
+
+def _measure_source(source: Source, known: _Dimension | None, extractor: Extractor | None, options: ScoreOptions) -> _Side:
+    if isinstance(source, Statistics):
+        reference = source.reference.to(options.device)
+        return _Side(reference.mean, reference.cov, reference=reference)
+    moments = metrics.FeatureMoments(unbiased=not options.biased, device=options.device)
+    kept = []
+    with contextlib.closing(_feature_batches(source, extractor, options)) as batches:
+        for batch in batches:
+            _check_dimension(known, batch.shape[1], source)
+            try:
+                moments.update(batch.to(options.device))
+            except ValueError as error:
+                reason = str(error).removeprefix("FeatureMoments: ").rstrip(".")
+                raise UserError(f"the features of {source.path!r} cannot be used: {reason}.") from error
+            if options.needing_features:
+                kept.append(batch)
+    if moments.count <= moments.mean.numel():
+        print(
+            f"genperf: {moments.count} samples of {moments.mean.numel()} features in {source.path!r} have a singular covariance; the "
+            "distance is biased upwards, and comparable only with distances of as many samples.",
+            file=sys.stderr,
+        )
+    return _Side(moments.mean, moments.cov, moments.count, torch.cat(kept).to(options.device) if kept else None)
+
+
+def _feature_batches(source: Features | Images, extractor: Extractor | None, options: ScoreOptions) -> Iterator[Tensor]:
+    """Features [B, d]."""
+    if isinstance(source, Features):
+        yield from source.rows.split(_CHUNK)
+        return
+    from tqdm import tqdm
+
+    from .images import read_batches
+
+    reading = {name: getattr(options, name) for name in ("batch_size", "channels", "size", "workers")}
+    bar = tqdm(total=len(source.images), unit="image", desc=source.path, mininterval=0.1 if sys.stderr.isatty() else 10)
+    with bar, contextlib.closing(read_batches(source.images, source.path, **reading)) as batches:
+        for batch in batches:
+            yield extractor(batch)
+            bar.update(len(batch))
+
+
+def _scores(a: _Side, b: _Side, options: ScoreOptions) -> dict[str, Any]:
+    mean_term = (a.mean - b.mean).square().sum().item()
+    trace_term = _trace_term(a, b)
+    scores = {"distance": mean_term + trace_term, "mean_term": mean_term, "trace_term": trace_term}
+    if options.kid:
+        scores["kid"] = _kid(a.features, b.features, options)
+    if options.precision_recall:
+        values = metrics.precision_recall(a.features, b.features, k=options.neighbors)
+        scores |= {name: value.item() for name, value in values._asdict().items()}
+    return scores
+
+
+def _trace_term(a: _Side, b: _Side) -> float:
+    # The distance for equal means.
+    if a.reference is not None:
+        return a.reference.distance(a.mean, b.cov).item()
+    if b.reference is not None:
+        return b.reference.distance(b.mean, a.cov).item()
+    return frechet_distance(a.mean, a.cov, a.mean, b.cov).item()
+
+
+def _kid(a: Tensor, b: Tensor, options: ScoreOptions) -> dict[str, float]:
+    subset_size = min(options.kid_subset_size, len(a), len(b))
+    distance = metrics.KernelInceptionDistance(subsets=options.kid_subsets, subset_size=subset_size)
+    distance.update(a, real=True)
+    distance.update(b, real=False)
+    mean, std = distance.compute(generator=torch.Generator().manual_seed(options.seed))
+    return {"mean": mean.item(), "std": std.item(), "subsets": options.kid_subsets, "subset_size": subset_size}
+
+
+def _check_finite(scores: dict[str, Any], a: str, b: str) -> None:
+    for name, score in scores.items():
+        for value in score.values() if isinstance(score, dict) else [score]:
+            if not math.isfinite(value):
+                raise UserError(f"the numbers in {a!r} and {b!r} must be small enough for a finite {name}, got {value}.")

@@ -1,0 +1,50 @@
+"""Files of samples: one picture, a folder of pictures, or an .npz file."""
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from .._errors import UserError
+from ..metrics.statistics_files import write_atomically
+from .pictures import write_image, write_images
+
+
+def check_output_path(path: Path) -> None:
+    """Raise UserError unless `write_samples` supports the path."""
+    if path.suffix in (".png", ".npz"):
+        if path.is_dir():
+            raise UserError(f"--out must be a file where it ends in {path.suffix}, got the folder {str(path)!r}.")
+    elif path.suffix and not path.is_dir():
+        raise UserError(f"--out must be a .png or .npz file or a folder, got {str(path)!r}.")
+    elif path.is_file() or (path.is_dir() and any(path.iterdir())):
+        # New samples could not be told apart from the images that are already there.
+        raise UserError(f"--out must be a new or empty folder, or end in .png or .npz, got {str(path)!r}.")
+
+
+def write_samples(path: Path, images: Tensor, labels: Tensor | None, columns: int) -> None:
+    """Write samples to a path that `check_output_path` has accepted.
+
+    Args:
+        path: a .png file for one picture with `columns` columns; an .npz file for arrays "images", uint8 [N, H, W, C], and "labels";
+            otherwise a folder, for a .png per sample.
+        images: [N, C, H, W] in [0, 1], on the CPU.
+
+    Raises:
+        UserError: the path cannot be written to.
+    """
+    try:
+        (path.parent if path.suffix in (".png", ".npz") else path).mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".png":
+            write_images(path, images, columns)
+        elif path.suffix == ".npz":
+            arrays = {"images": (images * 255).round().byte().movedim(1, -1).numpy()}
+            if labels is not None:
+                arrays["labels"] = labels.numpy()
+            write_atomically(path, lambda file: np.savez(file, **arrays))
+        else:
+            digits = len(str(len(images) - 1))
+            for number, image in enumerate(images):
+                write_image(path / f"{number:0{digits}}.png", image)
+    except OSError as error:
+        raise UserError(f"--out must name a place that can be written to, got {str(path)!r}: {error}.") from error

@@ -1,0 +1,144 @@
+"""A run of `genperf train`, from its options to the files in its folder."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .._errors import UserError, value_error_as_user_error
+from .checkpoint import save_checkpoint
+from .data import LabeledImages, load_images, split_held_out
+from .evaluation import evaluate, normal_images
+from .pictures import write_pictures
+from .runs import CHECKPOINT, EVALUATION, FORMAT, build_system, check_fingerprint, data_fingerprint, load_state, merge_options
+from .timing import StepTimes, time_steps
+from .trainer import Training, make_fabric
+
+
+class TrainingResults(NamedTuple):
+    """Results of a finished run."""
+
+    metrics: dict[str, Any]  # the content of metrics.json
+    written: list[Path]
+
+
+class TrainingSession:
+    """A new run, or one resumed from the checkpoint in its folder.
+
+    The constructor loads the data, builds or restores the system and writes the first checkpoint; `run` trains.
+
+    Args:
+        name: of the system, as in `genperf.models.SYSTEMS`.
+        settings, config: fields of `Settings` and of the system's configuration. The others have their defaults, or on resuming the
+            values of the run.
+        overwrite: whether to replace a run in the folder.
+
+    Raises:
+        UserError: the options, the data or the checkpoint are invalid, or the folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        settings: dict[str, Any],
+        config: dict[str, Any],
+        *,
+        device: torch.device,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.folder = folder
+        state = load_state(folder, "--resume") if resume else None
+        if state is None and (folder / CHECKPOINT).exists() and not overwrite:
+            raise UserError(
+                f"--out must be a folder without a run, got {str(folder)!r}; --resume continues that run, --overwrite replaces it."
+            )
+        self.settings, config = merge_options(name, settings, config, state)
+        self.fabric = make_fabric(device, self.settings.precision)
+        data = load_images(self.settings.data)
+        if state is not None:
+            check_fingerprint(data, state, "--resume")
+        images, self.held_out = split_held_out(data)
+
+        # cuDNN's default algorithms are not deterministic.
+        torch.backends.cudnn.deterministic = True
+        self.system = build_system(name, self.settings, config, data)
+        with value_error_as_user_error():
+            images = LabeledImages(*self.system.prepare(*images))
+        self.training = Training(self.fabric, self.system, images, self.settings)
+        if state is None:
+            self.system.initialize(images.images[self.training.batches()[0]].to(self.fabric.device))
+        else:
+            self.training.restore(state["training"])
+        self._header = {
+            "format": FORMAT,
+            "system": name,
+            "settings": dataclasses.asdict(self.settings),
+            "config": config,
+            "data": data_fingerprint(name, data),
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._save()
+            (folder / EVALUATION).unlink(missing_ok=True)  # of the replaced weights
+        except OSError as error:
+            raise UserError(f"--out must be a folder that can be written to, got {str(folder)!r}: {error}.") from error
+
+    def run(self) -> TrainingResults | None:
+        """Train, evaluate on the held-out images and write the results; None on ranks other than 0.
+
+        Raises:
+            UserError: a loss becomes NaN or infinite.
+            KeyboardInterrupt: after Ctrl-C; the run can be resumed.
+        """
+        with value_error_as_user_error():
+            self.training.run(self.settings.epochs, self._save)
+            batch = self.training.local_batch(self.training.batches()[0])
+            times = time_steps(self.system, *batch, autocast=self.fabric.autocast)
+            self.system.progress = 1.0
+            self.system.eval()
+            self.system.finish(normal_images(self.system, self.held_out).to(self.fabric.device))
+            self._save()
+            return self._write_results(times) if self.is_global_zero else None
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is rank 0, which writes files and messages."""
+        return self.fabric.is_global_zero
+
+    def _save(self) -> None:
+        if self.is_global_zero:
+            save_checkpoint(self.folder / CHECKPOINT, {**self._header, "training": self.training.state()})
+
+    def _write_results(self, times: StepTimes) -> TrainingResults:
+        training, system = self.training, self.system
+        scores = evaluate(system, training.images, self.held_out, samples=0)
+        pictures = write_pictures(self.folder, system, self.held_out, history=training.history)
+        images_seen = training.epoch * training.steps_per_epoch * training.batch_size
+        metrics = {
+            "scores": scores,
+            "held_out_images": len(self.held_out.images),
+            "training_seconds": training.seconds,
+            "images_per_second": images_seen / training.seconds,
+            "processes": self.fabric.world_size,
+            "step_ms": times._asdict(),
+            "settings": dataclasses.asdict(self.settings),
+            "config": dataclasses.asdict(system.config),
+            "history": training.history,
+        }
+        json_path, csv_path = self.folder / "metrics.json", self.folder / "metrics.csv"
+        json_path.write_text(json.dumps(metrics, indent=2) + "\n")
+        _write_history(csv_path, training.history)
+        return TrainingResults(metrics, [*pictures, json_path, csv_path, self.folder / CHECKPOINT])
+
+
+def _write_history(path: Path, history: list[dict[str, float]]) -> None:
+    names = list(dict.fromkeys(name for losses in history for name in losses))
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, ["epoch", *names])
+        table.writeheader()
+        table.writerows({"epoch": epoch, **losses} for epoch, losses in enumerate(history, start=1))
