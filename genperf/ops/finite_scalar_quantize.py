@@ -1,4 +1,4 @@
-"""Finite scalar quantization: every channel is rounded to a grid of its own, and the codebook is the product of the grids."""
+"""Finite scalar quantization: each channel is rounded to its own levels; the codebook is the product of the levels."""
 
 import math
 import operator
@@ -27,7 +27,7 @@ def finite_scalar_quantize(
     channel_dim: int = -1,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Bound every channel and round it to one of its levels; Mentzer et al., "Finite Scalar Quantization" (FSQ, 2023).
+    """Bound each channel and round it to one of its levels; Mentzer et al., "Finite Scalar Quantization" (FSQ, 2023).
 
     Equivalent to (channel_dim=-1; L the tensor of levels):
         half, offset = (L - 1) * 1.001 / 2, torch.where(L % 2 == 0, 0.5, 0.0)
@@ -35,33 +35,33 @@ def finite_scalar_quantize(
         rounded = bounded + (bounded.round() - bounded).detach()
         quantized = rounded / (L // 2)
         indices = ((rounded + L // 2) * basis).sum(-1).long()              # basis: 1, L[0], L[0] * L[1], ...
-    and with symmetric=True, the form of Parker et al. (arXiv 2411.19842), whose levels lie evenly in [-1, 1]:
+    and with symmetric=True, the variant of Parker et al. (arXiv 2411.19842), whose levels are evenly spaced in [-1, 1]:
         place = (L - 1) * (torch.tanh(x) + 1) / 2 + 0.5
         digits = place + (place.floor() - place).detach()
         quantized = 2 / (L - 1) * digits - 1
         indices = (digits * basis).sum(-1).long()
 
-    One kernel forward and one backward, both layouts read and written where they lie, no table of codes. Half-precision
-    inputs are computed in float32 without a copy. Indices are summed in int64, exact for every codebook, and the code is
-    the same on every device. The gradient passes the rounding unchanged, and the tanh (or clamp) as it is.
+    Forward and backward are one kernel each, which read and write channels-last and channels-first tensors without a copy and need no
+    table of codes. Half-precision inputs are computed in float32. Indices are summed in int64, exact for every codebook, and are the same
+    on every device. The gradient passes through the rounding unchanged (straight-through estimator).
 
     Args:
         x: float32, bfloat16, float16 or float64; any strides.
-        levels: for each of 1 to 64 channels 2 to 2^20 levels; their product, the number of codes, is at most 2^63 - 1.
-        symmetric: the second form, without the shift of even levels.
-        hard_clamp: bound by a clamp to [-1, 1] in place of the tanh, for inputs that are bounded before.
+        levels: 2 to 2^20 levels for each of 1 to 64 channels; their product, the number of codes, is at most 2^63 - 1.
+        symmetric: use the second variant, without the shift for even numbers of levels.
+        hard_clamp: bound by a clamp to [-1, 1] instead of tanh, for inputs that are already bounded.
         channel_dim: the dimension of x that holds the D channels.
-        impl: None picks; "native" and "reference" insist.
+        impl: "native", "reference", or None to choose automatically.
 
     Returns:
-        quantized, of x's shape and dtype, in [-1, 1]; indices, int64, x's shape without channel_dim.
-        Half-way values round to the even level, with `symmetric` upwards. Infinity takes the outermost level. NaN is NaN
-        in its channel, counts as level 0 in the index, and has the gradient NaN (0 with hard_clamp). Levels past the last,
-        which the 1.001 reaches in channels of over 1000, become the last.
-        Differentiable in x; the second derivative (create_graph=True) runs in plain PyTorch.
+        quantized, x's shape and dtype, in [-1, 1]; indices, int64, x's shape without channel_dim.
+        Ties round to even, with `symmetric` up. Infinity gives the outermost level. NaN stays NaN in its channel, counts as level 0 in the
+        index, and has the gradient NaN (0 with hard_clamp). The factor 1.001 can exceed the last level of channels with more than 1000
+        levels; such values get the last level.
+        Differentiable in x; second derivatives (create_graph=True) run in plain PyTorch.
 
     Raises:
-        ValueError, TypeError: a bad argument, as a sentence.
+        ValueError, TypeError: an invalid argument.
         NotImplementedError: an `impl` that cannot run here.
     """
     op = "finite_scalar_quantize"
@@ -70,7 +70,9 @@ def finite_scalar_quantize(
     levels = check_levels(op, levels)
     if math.prod(levels) > MAX_CODES:
         raise ValueError(f"{op}: the product of levels, the number of codes, must be at most 2^63 - 1, got {math.prod(levels)}.")
-    return quantize_levels(op, x, levels, symmetric, hard_clamp, channel_dim, impl)
+    quantized, indices = quantize_levels(op, x, levels, symmetric, hard_clamp, channel_dim, impl)
+    assert indices is not None
+    return quantized, indices
 
 
 def finite_scalar_decode(
@@ -81,32 +83,32 @@ def finite_scalar_decode(
     channel_dim: int = -1,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The codes of indices of `finite_scalar_quantize`, bit for bit what it returned as `quantized` in this dtype.
+    """The codes of the given indices, bitwise equal to `quantized` of `finite_scalar_quantize` in the same dtype.
 
     Equivalent to (channel_dim=-1):
         digits = indices.unsqueeze(-1) // basis % L                         # basis: 1, L[0], L[0] * L[1], ...
         codes = (digits - L // 2) / (L // 2)                                # symmetric: 2 / (L - 1) * digits - 1
 
     Args:
-        indices: an integer dtype; a negative index, of a masked position, gives zeros.
-        levels, symmetric: as there.
-        channel_dim: where the channels go in the result.
-        dtype: of the codes; None for torch's default.
+        indices: any integer dtype; negative indices, which mark masked positions, give zeros.
+        levels, symmetric: as in `finite_scalar_quantize`.
+        channel_dim: the position of the channel dimension in the result.
+        dtype: of the codes; None for torch's default dtype.
 
     Returns:
-        [..., D, ...].
+        codes [..., D, ...].
 
     Raises:
-        ValueError, TypeError: a bad argument, as a sentence.
+        ValueError, TypeError: an invalid argument.
     """
     op = "finite_scalar_decode"
     check_tensor(op, "indices", indices)
     check_indices(op, indices)
-    indices = indices.long()  # a narrow one may not hold the numbers below
+    indices = indices.long()  # narrower dtypes may not hold the basis
     levels = check_levels(op, levels)
     dtype = torch.get_default_dtype() if dtype is None else dtype
     channels = []
-    for count, basis in zip(levels, basis_of(levels), strict=True):  # by numbers, which need no copy to the device
+    for count, basis in zip(levels, basis_of(levels), strict=True):  # Python numbers, which need no copy to the device
         digits = (indices // basis % count).to(accumulator_dtype(dtype))
         middle = _middle(count, symmetric)
         channels.append(torch.where(indices >= 0, (digits - middle) / middle, 0).to(dtype))
@@ -126,14 +128,14 @@ def check_levels(op: str, levels: Sequence[int]) -> list[int]:
 
 
 def basis_of(levels: Sequence[int]) -> list[int]:
-    """What one level of each channel counts in the index."""
+    """The weight of each channel's level in the index."""
     return [math.prod(levels[:d]) for d in range(len(levels))]
 
 
 def quantize_levels(
     op: str, x: Tensor, levels: list[int], symmetric: bool, hard: bool, channel_dim: int, impl: str | None, indexed: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """`finite_scalar_quantize` of checked levels; the indices are None where they are not wanted, for any number of codes."""
+    """`finite_scalar_quantize` of validated levels. Without `indexed` the indices are None, and the number of codes is not limited."""
     channel = check_channel_dim(op, x, channel_dim)
     if x.shape[channel] != len(levels):
         raise ValueError(
@@ -151,7 +153,7 @@ def quantize_levels(
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """Which implementations cannot run, and why; best first."""
+    """Why each implementation cannot run on this device and dtype, or None; best first."""
     return streaming_unavailable("finite_scalar_quantize", device, dtype)
 
 
@@ -173,7 +175,7 @@ class _FiniteScalarQuantize(torch.autograd.Function):
         levels, symmetric, hard, _ = ctx.options
         if grad_quantized is None:
             grad_x = None
-        elif torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+        elif torch.is_grad_enabled():  # create_graph=True
             quantized, _ = finite_scalar_quantize_reference(x, levels, symmetric, hard, False)
             (grad_x,) = differentiate((quantized,), (grad_quantized,), (x,), (True,))
         else:
@@ -188,7 +190,7 @@ def finite_scalar_quantize_reference(
     hard: bool,
     indexed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The quantizer in plain PyTorch, differentiated by autograd; results laid out as the compiled op does."""
+    """The op in plain PyTorch, differentiated by autograd, with the memory layout of the compiled op."""
     wide = x.to(accumulator_dtype(x.dtype))
     bound = _clamp if hard else torch.tanh
     if symmetric:
@@ -217,7 +219,7 @@ def _clamp(x: Tensor) -> Tensor:
 
 
 def _middle(count: int, symmetric: bool) -> float:
-    """A digit has the value (digit - middle) / middle."""
+    """The digit of the value 0: a digit stands for (digit - middle) / middle."""
     return (count - 1) / 2 if symmetric else count // 2
 
 

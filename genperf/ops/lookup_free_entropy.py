@@ -1,4 +1,4 @@
-"""Entropies of soft lookup-free codes, from the bits: nothing of size positions x codes is ever built."""
+"""Entropies of soft lookup-free codes, computed from the bits without the positions x codes matrix."""
 
 from collections.abc import Iterator
 
@@ -9,14 +9,14 @@ from ._autograd import apply, differentiate
 from ._dispatch import choose_impl
 from ._layout import as_positions
 from ._precision import accumulator_dtype, full_float32, normalized
-from ._validate import check_channel_dim, check_float, check_positions, check_tensor
+from ._validate import check_channel_dim, check_float, check_mask, check_tensor
 from .lookup_free_quantize import check_bits, check_scale, code_size
 
 MAX_GROUP = 24
-# Elements of the factors of a chunk of tokens. On a GPU a chunk must be worth some twenty launches.
+# Elements of the probabilities of the two halves of the bits, per chunk. On a GPU a chunk must outweigh about twenty kernel launches.
 CHUNK = {"cpu": 2**20, "cuda": 2**22}
-# Past this many nats a bit is certain; keeps infinity from becoming NaN.
-CERTAIN = 1e4
+# Logits of bits are clamped to this, where the bit is certain, so that infinity does not give NaN.
+MAX_LOGIT = 1e4
 
 
 def lookup_free_entropy(
@@ -30,38 +30,37 @@ def lookup_free_entropy(
     mask: Tensor | None = None,  # [...]
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """How sure vectors are of their code, and how evenly codes are used, both in nats, for codes of `lookup_free_quantize`.
+    """Per-sample entropy of the soft codes of `lookup_free_quantize`, and entropy of their batch mean.
 
-    Equivalent to (channel_dim=-1, not spherical, no mask, no groups; C [2^D, D] all codes of components +-scale):
+    Equivalent to (channel_dim=-1, not spherical, no mask, no groups; C [2^D, D] all codes, with components +-scale):
         p = (2 * inv_temperature * x.reshape(-1, D) @ C.T).softmax(-1)      # [N, 2^D]
         mean = p.mean(0)
         sample_entropy = torch.special.entr(p).sum(-1).mean()
         codebook_entropy = torch.special.entr(mean).sum()
     LFQ (Yu et al., arXiv 2310.05737) trains with the loss sample_entropy - codebook_entropy.
 
-    The bits of a soft code are independent: the first entropy is a sum over bits, and the probabilities of all codes are
-    the outer product of those of two halves of the bits, so their mean over the vectors is a matrix product
-    [2^(D/2), N] x [N, 2^(D/2)], taken in chunks of N; backward is two more. Memory beyond the result of 2^D numbers does
-    not grow with N.
+    The bits of a soft code are independent. The sample entropy is therefore a sum over bits, and the probabilities of all codes are the
+    outer product of those of two halves of the bits. Their mean over the vectors is a matrix product [2^(D/2), N] x [N, 2^(D/2)], computed
+    in chunks of N; backward is two such products. Memory beyond the 2^D mean probabilities does not grow with N.
 
     Args:
         x: float32, bfloat16, float16 or float64, 1 to 63 channels; any strides. Computed in float32 or better.
         scale, spherical: as in `lookup_free_quantize`; with `spherical` x is normalized first.
-        inv_temperature: positive; the larger, the harder the codes.
-        group_size: a divisor of D, at most 24; None for D. The codebook entropy is then the sum of those of the groups of
-            this many neighboring bits, which is an upper bound and costs 2^group_size in place of 2^D (Zhao et al.,
-            arXiv 2406.07548); 1 takes the bits one by one.
+        inv_temperature: positive; larger values give harder codes.
+        group_size: a divisor of D, at most 24; None for D. The codebook entropy is the sum of the entropies of groups of this many
+            adjacent bits, an upper bound that costs 2^group_size instead of 2^D (Zhao et al., arXiv 2406.07548). 1 treats all bits as
+            independent.
         channel_dim: the dimension of x that holds the D channels.
-        mask: bool, x's shape without channel_dim; where False a vector is left out.
-        impl: None picks; "native" and "reference" insist.
+        mask: bool, x's shape without channel_dim; vectors where it is False are excluded.
+        impl: "native", "reference", or None to choose automatically.
 
     Returns:
-        sample_entropy and codebook_entropy, float32 scalars (float64 for a float64 x); 0 where there is no vector.
-        NaN makes both NaN; infinity is a certain bit. Differentiable in x; the second derivative (create_graph=True) runs
-        in plain PyTorch and does hold N x 2^group_size elements. The result is the same in every run on a device.
+        sample_entropy and codebook_entropy, in nats, float32 scalars (float64 for a float64 x); 0 without vectors. NaN makes both NaN;
+        infinity is a certain bit. Deterministic. Differentiable in x; second derivatives (create_graph=True) run in plain PyTorch with
+        N x 2^group_size elements.
 
     Raises:
-        ValueError, TypeError: a bad argument, as a sentence.
+        ValueError, TypeError: an invalid argument.
         NotImplementedError: an `impl` that cannot run here.
     """
     op = "lookup_free_entropy"
@@ -74,11 +73,7 @@ def lookup_free_entropy(
     group = check_group(op, group_size, bits)
     if not inv_temperature > 0:
         raise ValueError(f"{op}: inv_temperature must be positive, got {inv_temperature!r}.")
-    if mask is not None:
-        check_tensor(op, "mask", mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{op}: mask must be bool, got {mask.dtype}.")
-        check_positions(op, "mask", mask, x, channel)
+    check_mask(op, mask, x, channel)
     if spherical:
         x = scale * normalized(x, channel)
     sharpness = 4 * inv_temperature * code_size(scale, spherical, bits)
@@ -87,7 +82,7 @@ def lookup_free_entropy(
 
 
 def check_group(op: str, group_size: int | None, bits: int) -> int:
-    """How many bits are taken together."""
+    """The number of bits in a group."""
     group = bits if group_size is None else group_size
     if not 1 <= group <= MAX_GROUP or bits % group:
         raise ValueError(
@@ -99,7 +94,11 @@ def check_group(op: str, group_size: int | None, bits: int) -> int:
 def code_mass(
     op: str, x: Tensor, channel: int, mask: Tensor | None, sharpness: float, group: int, impl: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over vectors: entropies [], probabilities of each group's codes [groups, 2^group]; the number of vectors."""
+    """Sums over the vectors that are not masked, and their number.
+
+    Returns:
+        entropy [], the sum of the entropies; mass [groups, 2^group], the sums of the probabilities of each group's codes; count [].
+    """
     positions = as_positions(x, channel)
     if mask is not None:
         mask = mask.reshape(positions.shape[0], positions.shape[2])
@@ -116,14 +115,18 @@ def code_mass(
 
 
 def entropy_of(mass: Tensor, floor: float | None = None) -> Tensor:  # [groups, K] -> [groups]
-    """The entropies of the frequencies of codes, with a finite derivative where one is 0; their logarithms are at least that of `floor`."""
-    # By its own sum, not the number of vectors: the roundings of the bits' probabilities are common to all codes.
+    """Entropy of each group's normalized mass.
+
+    Probabilities are clamped to at least `floor` before the logarithm; by default to the smallest normal number, so that the derivative is
+    finite.
+    """
+    # Divided by its own sum, not by the number of vectors: rounding errors of the bits' probabilities are common to all codes and cancel.
     p = mass / mass.sum(-1, keepdim=True).clamp(min=0.5)
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny if floor is None else floor).log()).sum(-1)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """Which implementations cannot run, and why; best first."""
+    """Why each implementation cannot run on this device and dtype, or None; best first."""
     return {"native": None, "reference": None}
 
 
@@ -143,7 +146,7 @@ class _CodeMass(torch.autograd.Function):
         x, mask = ctx.saved_tensors
         if grad_entropy is None and grad_mass is None:
             grad_x = None
-        elif torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+        elif torch.is_grad_enabled():  # create_graph=True
             outputs = code_mass_reference(x, mask, ctx.sharpness, ctx.group)
             (grad_x,) = differentiate(outputs, (grad_entropy, grad_mass), (x,), (True,))
         else:
@@ -152,9 +155,9 @@ class _CodeMass(torch.autograd.Function):
 
 
 def code_mass_reference(x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> tuple[Tensor, Tensor]:
-    """The sums in plain PyTorch, over all codes, differentiated by autograd: x [outer, D, inner], mask [outer, inner]."""
+    """The sums in plain PyTorch, from the probabilities of all codes, differentiated by autograd."""
     logits = x.movedim(1, -1).reshape(-1, x.shape[1] // group, group).to(accumulator_dtype(x.dtype))
-    logits = (logits * sharpness).clamp(-CERTAIN, CERTAIN)
+    logits = (logits * sharpness).clamp(-MAX_LOGIT, MAX_LOGIT)
     if mask is not None:
         logits = logits[mask.reshape(-1)]
     log_p = (logits @ (_bits(group, logits) - 0.5).T).log_softmax(-1)
@@ -163,7 +166,7 @@ def code_mass_reference(x: Tensor, mask: Tensor | None, sharpness: float, group:
 
 
 def _chunks(x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> Iterator[tuple[Tensor, Tensor | None, tuple]]:
-    """Logits of the bits [n, D], which of the vectors count [n, 1], and their place in x, for a bounded number at a time."""
+    """Yields, chunk by chunk, the logits of the bits [n, D], the mask [n, 1] and the index into x."""
     outer, dim, inner = x.shape
     size = max(64, CHUNK.get(x.device.type, 2**20) // (dim // group * (2 ** (group // 2) + 2 ** (group - group // 2))))
     for start in range(0, outer * inner, size):
@@ -172,7 +175,7 @@ def _chunks(x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> Ite
         else:
             position = torch.arange(start, min(start + size, outer * inner), device=x.device)
             place = (position // inner, slice(None), position % inner)
-        logits = (x[place].to(accumulator_dtype(x.dtype)) * sharpness).clamp(-CERTAIN, CERTAIN)
+        logits = (x[place].to(accumulator_dtype(x.dtype)) * sharpness).clamp(-MAX_LOGIT, MAX_LOGIT)
         valid = None
         if mask is not None:
             valid = mask[place[0], place[2]].unsqueeze(1)
@@ -181,15 +184,15 @@ def _chunks(x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> Ite
 
 
 def _bits(width: int, like: Tensor) -> Tensor:
-    """The bits of 0 ... 2^width - 1 [2^width, width], the first the most significant."""
+    """The bits of 0 ... 2^width - 1, most significant first: [2^width, width]."""
     places = torch.arange(width - 1, -1, -1, device=like.device)
     return (torch.arange(2**width, device=like.device).unsqueeze(1) >> places & 1).to(like.dtype)
 
 
 def _halves(p: Tensor, q: Tensor, valid: Tensor | None, group: int) -> list[Tensor]:
-    """The probabilities [groups, n, 2^b] of all values of the first half of each group's bits, and of the second.
+    """The probabilities [groups, n, 2^b] of all values of the first and of the second half of each group's bits.
 
-    p and q [n, D] are those of the bits being set and not.
+    p and q [n, D] are the probabilities that a bit is 1 and that it is 0.
     """
     products = []
     for bits in (range(group // 2), range(group // 2, group)):
@@ -210,8 +213,8 @@ def _code_mass(x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> 
     with torch.autocast(x.device.type, enabled=False), full_float32():
         for logits, valid, _ in _chunks(x, mask, sharpness, group):
             p, q = logits.sigmoid(), (-logits).sigmoid()
-            less = torch.minimum(p, q)
-            entropies = logits.abs() * less - (-less).log1p()
+            smaller = torch.minimum(p, q)
+            entropies = logits.abs() * smaller - (-smaller).log1p()
             entropy += (entropies if valid is None else entropies * valid).sum(dtype=torch.float64)
             first, second = _halves(p, q, valid, group)
             mass.baddbmm_(first.transpose(1, 2), second)
@@ -230,12 +233,12 @@ def _code_mass_backward(
                 first, second = _halves(p, q, valid, group)
                 upstream = grad_mass.reshape(-1, first.shape[-1], second.shape[-1])
                 shares = (torch.bmm(second, upstream.mT).mul_(first), torch.bmm(first, upstream).mul_(second))
-                # In the share of the codes that have a bit its probability is a factor p, of slope p q; in that of the
-                # others q, of slope -p q. Summed apart, they lose nothing where a bit is nearly certain.
+                # The probability of a code has the factor p, with the derivative p q, for each bit that is 1, and q, with the derivative
+                # -p q, for each that is 0. Summed separately, the two keep their precision where a bit is nearly certain.
                 bits = [_bits(half, logits) for half in (group // 2, group - group // 2)]
-                having = torch.cat([share @ has for share, has in zip(shares, bits, strict=True)], -1)
-                lacking = torch.cat([share @ (1 - has) for share, has in zip(shares, bits, strict=True)], -1)
-                slope += having.transpose(0, 1).flatten(1) * q - lacking.transpose(0, 1).flatten(1) * p
+                ones = torch.cat([share @ bit for share, bit in zip(shares, bits, strict=True)], -1)
+                zeros = torch.cat([share @ (1 - bit) for share, bit in zip(shares, bits, strict=True)], -1)
+                slope += ones.transpose(0, 1).flatten(1) * q - zeros.transpose(0, 1).flatten(1) * p
             grad_x[place] = (slope * sharpness).to(x.dtype)
     return grad_x
 
@@ -245,11 +248,11 @@ torch.library.custom_op("genperf::lookup_free_mass_backward", _code_mass_backwar
 
 
 @torch.library.register_fake("genperf::lookup_free_mass")
-def _(x, mask, sharpness, group):
+def _(x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> tuple[Tensor, Tensor]:
     dtype = accumulator_dtype(x.dtype)
     return x.new_empty((), dtype=dtype), x.new_empty(x.shape[1] // group, 2**group, dtype=dtype)
 
 
 @torch.library.register_fake("genperf::lookup_free_mass_backward")
-def _(grad_entropy, grad_mass, x, mask, sharpness, group):
+def _(grad_entropy: Tensor | None, grad_mass: Tensor | None, x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> Tensor:
     return torch.empty_like(x)

@@ -1,4 +1,4 @@
-"""Lookup-free quantization: every channel is one bit of the code, its sign."""
+"""Lookup-free quantization: the sign of each channel is one bit of the code."""
 
 import torch
 from torch import Tensor
@@ -21,33 +21,34 @@ def lookup_free_quantize(
     channel_dim: int = -1,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Quantize every channel by its sign: LFQ, Yu et al. (arXiv 2310.05737); BSQ, Zhao et al. (arXiv 2406.07548).
+    """Quantize each channel to its sign: LFQ, Yu et al. (arXiv 2310.05737); BSQ, Zhao et al. (arXiv 2406.07548).
 
     Equivalent to (channel_dim=-1):
         sign = torch.where(x > 0, scale, -scale)
-        quantized = x + (sign - x).detach()                                 # but equal to the sign bit for bit
+        quantized = x + (sign - x).detach()                                 # bitwise equal to sign
         indices = ((x > 0) << torch.arange(D - 1, -1, -1)).sum(-1)
-    and with spherical=True, where codes and vectors are of length `scale`:
+    and with spherical=True, where codes and vectors have length `scale`:
         x = scale * F.normalize(x, dim=-1)
         sign = torch.where(x > 0, scale, -scale) / D**0.5
 
-    One kernel forward, none backward (one with `spherical`); both layouts are read and written where they lie, and there
-    is no table of codes. The losses that go with it: `lookup_free_entropy`.
+    Forward is one kernel, which reads and writes channels-last and channels-first tensors without a copy and needs no table of codes.
+    Backward is none, or one with `spherical`. `lookup_free_entropy` computes the entropy losses for these codes.
 
     Args:
         x: float32, bfloat16, float16 or float64, 1 to 63 channels; any strides.
-        scale: positive; the size of a code's components, with `spherical` the length of a code.
+        scale: positive; the absolute value of the components of a code, with `spherical` the length of a code.
+        spherical: normalize x to length `scale` first.
         channel_dim: the dimension of x that holds the D channels.
-        impl: None picks; "native" and "reference" insist.
+        impl: "native", "reference", or None to choose automatically.
 
     Returns:
-        quantized, of x's shape and dtype; indices, int64, x's shape without channel_dim, the first channel the most
-        significant bit. Zero counts as negative; NaN is NaN in its channel and a bit of 0.
-        Differentiable in x: the gradient passes the sign unchanged, and the normalization as it is (an x shorter than
-        1e-12 counts as that long). The second derivative (create_graph=True) runs in plain PyTorch.
+        quantized, x's shape and dtype; indices, int64, x's shape without channel_dim, with the first channel as the most significant bit.
+        Zero counts as negative. NaN stays NaN in its channel and has the bit 0.
+        Differentiable in x: the gradient passes through the sign unchanged (straight-through estimator); norms below 1e-12 count as 1e-12.
+        Second derivatives (create_graph=True) run in plain PyTorch.
 
     Raises:
-        ValueError, TypeError: a bad argument, as a sentence.
+        ValueError, TypeError: an invalid argument.
         NotImplementedError: an `impl` that cannot run here.
     """
     op = "lookup_free_quantize"
@@ -75,23 +76,23 @@ def lookup_free_decode(
     channel_dim: int = -1,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The codes of indices of `lookup_free_quantize`, bit for bit what it returned as `quantized` in this dtype.
+    """The codes of the given indices, bitwise equal to `quantized` of `lookup_free_quantize` in the same dtype.
 
     Equivalent to (channel_dim=-1, not spherical):
         codes = torch.where(indices.unsqueeze(-1) >> torch.arange(D - 1, -1, -1) & 1 == 1, scale, -scale)
 
     Args:
-        indices: an integer dtype; a negative index, of a masked position, gives zeros.
+        indices: any integer dtype; negative indices, which mark masked positions, give zeros.
         bits: D, 1 to 63.
-        scale, spherical: as there.
-        channel_dim: where the channels go in the result.
-        dtype: of the codes; None for torch's default.
+        scale, spherical: as in `lookup_free_quantize`.
+        channel_dim: the position of the channel dimension in the result.
+        dtype: of the codes; None for torch's default dtype.
 
     Returns:
-        [..., D, ...].
+        codes [..., D, ...].
 
     Raises:
-        ValueError, TypeError: a bad argument, as a sentence.
+        ValueError, TypeError: an invalid argument.
     """
     op = "lookup_free_decode"
     check_tensor(op, "indices", indices)
@@ -106,7 +107,7 @@ def lookup_free_decode(
 
 def check_bits(op: str, bits: int) -> None:
     if not 1 <= bits <= MAX_BITS:
-        raise ValueError(f"{op}: the number of channels, which are the bits of an index, must be 1 to {MAX_BITS}, got {bits}.")
+        raise ValueError(f"{op}: the number of channels, the bits of an index, must be 1 to {MAX_BITS}, got {bits}.")
 
 
 def check_scale(op: str, scale: float) -> None:
@@ -115,12 +116,12 @@ def check_scale(op: str, scale: float) -> None:
 
 
 def code_size(scale: float, spherical: bool, bits: int) -> float:
-    """The size of the components of a code."""
+    """The absolute value of the components of a code."""
     return scale / bits**0.5 if spherical else scale
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """Which implementations cannot run, and why; best first."""
+    """Why each implementation cannot run on this device and dtype, or None; best first."""
     return streaming_unavailable("lookup_free_quantize", device, dtype)
 
 
@@ -142,7 +143,7 @@ class _LookupFreeQuantize(torch.autograd.Function):
         if grad_quantized is None or not ctx.spherical:
             return grad_quantized, None, None
         (x,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+        if torch.is_grad_enabled():  # create_graph=True
             quantized, _ = lookup_free_quantize_reference(x, ctx.scale, True)
             (grad_x,) = differentiate((quantized,), (grad_quantized,), (x,), (True,))
         else:
@@ -150,8 +151,12 @@ class _LookupFreeQuantize(torch.autograd.Function):
         return grad_x, None, None
 
 
-def lookup_free_quantize_reference(x: Tensor, scale: float, spherical: bool) -> tuple[Tensor, Tensor]:  # x [outer, D, inner]
-    """The quantizer in plain PyTorch, differentiated by autograd; results laid out as the compiled op does."""
+def lookup_free_quantize_reference(
+    x: Tensor,  # [outer, D, inner]
+    scale: float,
+    spherical: bool,
+) -> tuple[Tensor, Tensor]:
+    """The op in plain PyTorch, differentiated by autograd, with the memory layout of the compiled op."""
     bits = x.shape[1]
     positive = x > 0
     value = (positive.to(x.dtype) * 2 - 1) * code_size(scale, spherical, bits)
