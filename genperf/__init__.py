@@ -1,9 +1,10 @@
 """Compiled kernels for VQ-VAEs, VAEs and GANs on PyTorch, each validated against plain PyTorch."""
 
-from . import _library
+from . import _library, _moved
 from ._version import __version__
 
 _library.load()
+_moved.install()
 
 from . import compat, losses, metrics, models, nn, ops  # noqa: E402
 from .ops import *  # noqa: E402, F403

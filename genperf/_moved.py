@@ -1,0 +1,47 @@
+"""Modules that have moved: importing one by its old name gives the module at its new place, and a DeprecationWarning."""
+
+import importlib
+import sys
+import warnings
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_TRAINING = ("checkpoint", "classifier", "data", "evaluation", "interrupt", "pictures", "runs", "sampling", "seeding", "timing")
+_FID = ("extractors", "images", "sources", "zipped_array")
+
+MOVED = {
+    **{f"genperf.cli.{name}": f"genperf.training.{name}" for name in _TRAINING},
+    "genperf.cli.training": "genperf.training.trainer",
+    **{f"genperf.cli.{name}": f"genperf.fid.{name}" for name in _FID},
+    "genperf.cli.errors": "genperf._errors",
+    "genperf.nn.joint": "genperf._distributed",
+}
+
+# Of functions that have another name at the new place.
+RENAMED = {"genperf.nn.joint": {"joint_mean": "global_mean", "joint_sum": "global_sum"}}
+
+
+class _MovedModules:
+    """A finder and loader for the names in MOVED; the last of sys.meta_path, so that it hides nothing."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__
+        new = MOVED[old]
+        # The frames of importlib do not count: level 2 is the line with the import.
+        warnings.warn(f"{old} is now {new}.", DeprecationWarning, stacklevel=2)
+        found = importlib.import_module(new)
+        if old not in RENAMED:
+            sys.modules[old] = found
+            return
+        for before, after in RENAMED[old].items():
+            setattr(module, before, getattr(found, after))
+
+
+def install() -> None:
+    sys.meta_path.append(_MovedModules())
