@@ -1,4 +1,6 @@
-"""Sums, means and gathers over the processes of torch.distributed."""
+"""Sums, means and gathers over the ranks of torch.distributed."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -6,20 +8,20 @@ from torch import distributed as dist
 
 
 def world_size(group: "dist.ProcessGroup | None" = None) -> int:
-    """Number of processes of the group; 1 where torch.distributed is not in use."""
+    """Number of ranks in the group; 1 without torch.distributed."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def gather_numbers(numbers: list[int], group: "dist.ProcessGroup | None") -> list[list[int]]:
-    """The numbers of every process, in the order of ranks."""
-    mine = _on_group_device(torch.tensor(numbers, dtype=torch.int64), group)
-    gathered = [torch.empty_like(mine) for _ in range(world_size(group))]
-    dist.all_gather(gathered, mine, group=group)
+def all_gather_ints(values: list[int], group: "dist.ProcessGroup | None" = None) -> list[list[int]]:
+    """The values of every rank, in the order of ranks."""
+    local = _on_group_device(torch.tensor(values, dtype=torch.int64), group)
+    gathered = [torch.empty_like(local) for _ in range(world_size(group))]
+    dist.all_gather(gathered, local, group=group)
     return [t.tolist() for t in gathered]
 
 
-def gather_rows(rows: Tensor, counts: list[int], group: "dist.ProcessGroup | None") -> Tensor:
-    """The rows [counts[rank], ...] of all processes, one below the other in the order of ranks."""
+def all_gather_rows(rows: Tensor, counts: list[int], group: "dist.ProcessGroup | None" = None) -> Tensor:
+    """Concatenate the rows [counts[rank], ...] of every rank, in the order of ranks."""
     padded = _on_group_device(rows, group).new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     gathered = [torch.empty_like(padded) for _ in counts]
@@ -27,59 +29,58 @@ def gather_rows(rows: Tensor, counts: list[int], group: "dist.ProcessGroup | Non
     return torch.cat([t[:count] for t, count in zip(gathered, counts, strict=True)]).to(rows.device)
 
 
-def sum_over_processes(value: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """The sum of every process's `value`, the same on each."""
+def all_reduce_sum(value: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
+    """The sum of `value` over the ranks, without a gradient; `value` itself is not changed."""
     total = _on_group_device(value, group).clone()
     dist.all_reduce(total, group=group)
     return total.to(value.device)
 
 
 def _on_group_device(value: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """NCCL moves only what is on a GPU."""
+    """`value` where the backend of the group can reach it: NCCL needs a GPU."""
     if value.device.type == "cpu" and dist.get_backend(group) == "nccl":
         return value.to(torch.device("cuda", torch.cuda.current_device()))
     return value.contiguous()
 
 
-def joint_mean(x: Tensor, dim: int | tuple[int, ...] = 0) -> Tensor:
-    """The mean over `dim` of the batch that all processes hold together.
+def global_mean(x: Tensor, dim: int | tuple[int, ...] = 0) -> Tensor:
+    """The mean over `dim` of the global batch, the batch over all ranks.
 
-    Equivalent to (in one process):
+    Equivalent to (on one rank):
         x.mean(dim)
 
-    With several processes every one must call it, with x of one shape, and gets the same result. Differentiable any
-    number of times. Backward adds up what the losses of all processes ask of the mean, so that where the gradients of
-    the parameters are averaged over processes, as DistributedDataParallel does, they are those of one process on the
-    joined batch: of a loss that is the mean of the processes' losses, whether these differ or are one and the same.
+    Every rank must call it, with x of the same shape, and gets the same result. Differentiable any number of times. Backward
+    all-reduces the gradient: where DistributedDataParallel averages gradients over ranks, they equal those of one process
+    on the global batch, for a loss that is the mean of the ranks' losses.
 
     Args:
-        x: a floating dtype; the mean of half precision is taken in float32.
-        dim: one or more dimensions, the batch's among them.
+        x: a floating dtype; the mean of half precision is computed in float32.
+        dim: one or more dimensions, the batch dimension among them.
 
     Returns:
-        x's shape without `dim`, of x's dtype.
+        x's shape without `dim`, in x's dtype.
     """
-    processes = world_size()
-    if processes == 1:
+    ranks = world_size()
+    if ranks == 1:
         return x.mean(dim)
     mean = x.mean(dim, dtype=torch.promote_types(x.dtype, torch.float32))
-    return (_SumOverProcesses.apply(mean) / processes).to(x.dtype)
+    return (_AllReduceSum.apply(mean) / ranks).to(x.dtype)
 
 
-def joint_sum(x: Tensor) -> Tensor:
-    """The sum of all processes' x, of one shape, with the gradient of `joint_mean`; x itself in one process."""
-    return x if world_size() == 1 else _SumOverProcesses.apply(x)
+def global_sum(x: Tensor) -> Tensor:
+    """The sum of x, of the same shape on every rank, over the ranks. Backward all-reduces the gradient; one rank returns x itself."""
+    return x if world_size() == 1 else _AllReduceSum.apply(x)
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """The sum is its own backward: what every process's result asks for counts for every process's input."""
+class _AllReduceSum(torch.autograd.Function):
+    """All-reduce in both directions: every rank's result depends on every rank's input."""
 
     @staticmethod
-    def forward(ctx, value: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor) -> Tensor:
         total = value.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return _SumOverProcesses.apply(grad)
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _AllReduceSum.apply(grad)

@@ -1,4 +1,4 @@
-"""Losses of the two players of an adversarial game, one function each for the published kinds."""
+"""Adversarial losses of discriminator and generator."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ SMOOTHED = ("non-saturating", "saturating", "least-squares")
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "non-saturating", *, label_smoothing: float = 0.0) -> Tensor:
-    """What the discriminator (or critic) minimizes.
+    """The loss of a discriminator or critic.
 
     Equivalent to (kind="non-saturating"):
         loss = F.binary_cross_entropy_with_logits(real_logits, torch.full_like(real_logits, 1 - label_smoothing))
@@ -22,21 +22,23 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "no
     "hinge"                     E max(0, 1 - real) + E max(0, 1 + fake)                 Lim and Ye 2017, Miyato et al. 2018
     "wasserstein"               E fake - E real                                         Arjovsky et al. 2017
 
-    The first is the negative of the minimax value, in nats: at the best discriminator log 4 - 2 JSD of the two
-    distributions. "wasserstein" needs a critic that is kept Lipschitz: `gradient_penalty`, or clipped weights.
+    The first is the negative minimax value, in nats: log 4 - 2 JSD of the two distributions for the optimal discriminator.
+    "wasserstein" needs a Lipschitz critic: use `gradient_penalty`, or clip its weights.
 
     Args:
-        real_logits, fake_logits: the discriminator's output before any sigmoid, of any shape and each of its own.
-        kind: of loss, from the table.
-        label_smoothing: one-sided, Salimans et al. (2016): the target of real samples is 1 less this, that of generated
-            ones stays 0. 0 <= label_smoothing < 1; only for the kinds that have targets, the first three.
+        real_logits, fake_logits: the discriminator's outputs before any sigmoid, of any shapes.
+        kind: a row of the table.
+        label_smoothing: one-sided label smoothing, Salimans et al. (2016): the target of real samples is
+            1 - label_smoothing, that of generated samples stays 0. In [0, 1), and only for the first three kinds, which
+            have targets.
 
     Returns:
-        A scalar, float32 (float64 for float64), the sum of the means over real and over generated logits; stable for
-        logits of any size.
+        A scalar, float32 (float64 for float64): the mean over real logits plus the mean over generated logits. Numerically
+        stable for logits of any size.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit, as a sentence.
+        ValueError: an unknown kind, or a label_smoothing out of range or without targets.
+        TypeError: logits that are not floating-point tensors.
     """
     op = "discriminator_loss"
     _check(op, kind, real_logits=real_logits, fake_logits=fake_logits)
@@ -44,7 +46,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "no
         raise ValueError(f"{op}: label_smoothing must lie in [0, 1), got {label_smoothing!r}.")
     if label_smoothing and kind not in SMOOTHED:
         raise ValueError(f"{op}: kind={kind!r} has no targets to smooth, got label_smoothing={label_smoothing!r}.")
-    real, fake = _wide(real_logits), _wide(fake_logits)
+    real, fake = _at_least_float32(real_logits), _at_least_float32(fake_logits)
     if kind == "least-squares":
         return (real - (1 - label_smoothing)).square().mean() / 2 + fake.square().mean() / 2
     if kind == "hinge":
@@ -58,29 +60,30 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "no
 
 
 def generator_loss(fake_logits: Tensor, kind: str = "non-saturating") -> Tensor:
-    """What the generator minimizes.
+    """The loss of a generator.
 
     Equivalent to (kind="non-saturating"):
         loss = F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
-    kind                        loss                            of the game of
+    kind                        loss                            paper
     "non-saturating"            -E log D(fake)                  Goodfellow et al. 2014, section 3
-    "saturating"                E log(1 - D(fake))              the same, the minimax game itself
+    "saturating"                E log(1 - D(fake))              Goodfellow et al. 2014, the minimax game
     "least-squares"             E (fake - 1)^2 / 2              Mao et al. 2017
     "hinge", "wasserstein"      -E fake                         Miyato et al. 2018, Arjovsky et al. 2017
 
     Args:
-        fake_logits: the discriminator's output at generated samples, before any sigmoid, of any shape.
-        kind: of loss, from the table.
+        fake_logits: the discriminator's output for generated samples, before any sigmoid, of any shape.
+        kind: a row of the table.
 
     Returns:
         A scalar, float32 (float64 for float64).
 
     Raises:
-        ValueError, TypeError: arguments that do not fit, as a sentence.
+        ValueError: an unknown kind.
+        TypeError: logits that are not a floating-point tensor.
     """
     _check("generator_loss", kind, fake_logits=fake_logits)
-    fake = _wide(fake_logits)
+    fake = _at_least_float32(fake_logits)
     if kind == "non-saturating":
         return F.softplus(-fake).mean()
     if kind == "saturating":
@@ -100,5 +103,5 @@ def _check(op: str, kind: str, **logits: Tensor) -> None:
             raise TypeError(f"{op}: {name} must be of a floating dtype, got {values.dtype}.")
 
 
-def _wide(logits: Tensor) -> Tensor:
+def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

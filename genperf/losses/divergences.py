@@ -1,4 +1,4 @@
-"""Divergences between known distributions, and between samples on a line."""
+"""Divergences between discrete distributions, and the Wasserstein distance between scalar samples."""
 
 import torch
 from torch import Tensor
@@ -12,66 +12,68 @@ def kl_divergence(p: Tensor, q: Tensor, *, dim: int = -1, normalize: bool = Fals
     Equivalent to (p, q > 0):
         kl = (p * (p / q).log()).sum(dim)
 
-    An element with p = 0 adds 0, whatever q is there; one with q = 0 and p > 0 makes the divergence infinite.
+    An element with p = 0 contributes 0 for any q; an element with q = 0 and p > 0 makes the divergence infinite.
 
     Args:
-        p, q: non-negative, of shapes that broadcast; half precision is computed in float32. Values are taken as they
-            are: neither their sign nor their sum is checked, which would wait for the device.
-        dim: the dimension that holds a vector.
-        normalize: divide p and q by their sums first, for counts and unnormalized densities.
+        p, q: non-negative, of shapes that broadcast; half precision is computed in float32. Signs and sums are not checked,
+            which would synchronize with the device.
+        dim: the dimension of the probability vectors.
+        normalize: whether to divide p and q by their sums first, for counts and unnormalized densities.
 
     Returns:
-        The broadcast shape without `dim`, float32 (float64 for float64). Differentiable; elements with p = 0 have no
-        gradient.
+        A tensor of the broadcast shape without `dim`, float32 (float64 for float64). Differentiable; the gradient is 0
+        where p = 0.
 
     Raises:
-        ValueError, TypeError: tensors that do not fit, as a sentence.
+        ValueError: shapes that do not broadcast, or a dim out of range.
+        TypeError: p or q that is not a floating-point tensor.
     """
     p, q = _probabilities("kl_divergence", p, q, dim, normalize)
     return _relative_entropy(p, q).sum(dim)
 
 
 def js_divergence(p: Tensor, q: Tensor, *, dim: int = -1, normalize: bool = False) -> Tensor:
-    """Jensen-Shannon divergence of probability vectors, in nats: 0 where they are one, log 2 where nothing is in both. Lin (1991).
+    """Jensen-Shannon divergence of probability vectors, in nats, from 0 (equal) to log 2 (disjoint supports); Lin (1991).
 
     Equivalent to:
         m = (p + q) / 2
         js = (kl_divergence(p, m) + kl_divergence(q, m)) / 2
 
-    Never below 0, so that its root, the Jensen-Shannon distance, is a number. The value of the GAN's game at the best
+    Clamped at 0, so that its square root, the Jensen-Shannon distance, is not NaN. The value of the GAN game for the optimal
     discriminator is 2 js - log 4 (Goodfellow et al. 2014, theorem 1).
 
-    Args, Returns and Raises: as `kl_divergence`. Where one of p and q is 0 and the other is not, the derivative in the
-    former is infinite; what comes back is that of the other's term alone, -1/2.
+    Args, Returns and Raises: as for `kl_divergence`. Where one of p and q is 0 and the other is positive, the derivative with
+    respect to the former is infinite; the gradient returned there is that of the other's term alone, -1/2.
     """
     p, q = _probabilities("js_divergence", p, q, dim, normalize)
     middle = (p + q) / 2
-    # Term by term at least 0, by convexity; rounding can be below.
+    # Non-negative by convexity, but for rounding.
     return ((_relative_entropy(p, middle) + _relative_entropy(q, middle)) / 2).sum(dim).clamp(min=0)
 
 
 def wasserstein_1d(x: Tensor, y: Tensor, x_weights: Tensor | None = None, y_weights: Tensor | None = None, *, p: float = 1.0) -> Tensor:
-    """Wasserstein distance of order p between samples on a line, exact for any two numbers of samples.
+    """Exact Wasserstein distance of order p between scalar samples; the numbers of samples may differ.
 
-    Equivalent to (as many x as y, no weights):
+    Equivalent to (N = M, no weights):
         distance = (x.sort().values - y.sort().values).abs().pow(p).mean(-1).pow(1 / p)
 
-    In general the p-norm of the difference of the quantile functions, over the steps of both:
+    In general the p-norm of the difference of the quantile functions:
         W_p = (integral_0^1 |F_x^-1(u) - F_y^-1(u)|^p du)^(1/p)
 
     Args:
         x: [..., N], N >= 1; half precision is computed in float32.
         y: [..., M], M >= 1, with the same leading dimensions.
         x_weights, y_weights: of x's and y's shape, non-negative with a positive sum (not checked); divided by their sum.
-            None: all alike.
+            None for uniform weights.
         p: order, >= 1 and finite.
 
     Returns:
-        [...], float32 (float64 for float64). Differentiable in samples and weights where no two steps meet; where the
-        distance is 0 its gradient is 0.
+        [...], float32 (float64 for float64). Differentiable in samples and weights, except where steps of the two
+        distribution functions coincide; the gradient of a distance of 0 is 0.
 
     Raises:
-        ValueError, TypeError: tensors that do not fit, as a sentence.
+        ValueError: shapes that do not match, no samples, or a p out of range.
+        TypeError: an argument that is not a floating-point tensor.
     """
     op = "wasserstein_1d"
     for name, samples, weights in (("x", x, x_weights), ("y", y, y_weights)):
@@ -94,11 +96,11 @@ def wasserstein_1d(x: Tensor, y: Tensor, x_weights: Tensor | None = None, y_weig
     distance = (_quantiles(x_steps, x, steps) - _quantiles(y_steps, y, steps)).abs()
     if p == 1:
         return (lengths.to(dtype) * distance).sum(-1)
-    # Powers of what is at most 1 do not overflow, and the largest keeps its digits. Where a step has no length, more may lie.
+    # Scaled to at most 1, so that powers do not overflow. Steps of length 0 may have larger distances, hence the clamp.
     scale = torch.where(lengths > 0, distance, 0).detach().amax(-1, keepdim=True)
     scale = torch.where(scale == 0, 1, scale)
     total = (lengths.to(dtype) * (distance / scale).clamp(max=1).pow(p)).sum(-1)
-    # The root's slope at 0 is infinite.
+    # The derivative of the root at 0 is infinite.
     return torch.where(total == 0, 0, torch.where(total == 0, 1, total).pow(1 / p)) * scale.squeeze(-1)
 
 
@@ -123,7 +125,7 @@ def _probabilities(op: str, p: Tensor, q: Tensor, dim: int, normalize: bool) -> 
 
 
 def _sorted_steps(samples: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The samples in order, and the probability up to and with each, in float64 where there is such."""
+    """The cumulative probability at each sorted sample, in float64 (float32 on MPS), and the sorted samples."""
     samples, order = samples.sort(-1)
     wide = working_dtype(samples.device)
     if weights is None:
@@ -135,7 +137,7 @@ def _sorted_steps(samples: Tensor, weights: Tensor | None) -> tuple[Tensor, Tens
 
 
 def _quantiles(steps: Tensor, samples: Tensor, at: Tensor) -> Tensor:
-    """The samples whose step ends at `at` or after it."""
+    """Quantiles at the probabilities `at`: for each, the first sample whose cumulative probability reaches it."""
     index = torch.searchsorted(steps.detach().contiguous(), at.detach().contiguous())
     return samples.gather(-1, index)
 

@@ -1,28 +1,29 @@
-"""Feature matching: a generator's loss that compares means of features."""
+"""Feature matching: a generator loss that compares mean features."""
 
 import torch
 from torch import Tensor
 
-from .._distributed import joint_mean
+from .._distributed import global_mean
 
 
 def feature_matching(real_features: Tensor, fake_features: Tensor) -> Tensor:
-    """Squared distance between the mean features of real and of generated samples; Salimans et al. (2016), section 3.1.
+    """Squared distance between the mean features of real and generated samples; Salimans et al. (2016), section 3.1.
 
-    Equivalent to (in one process):
+    Equivalent to (on one rank):
         loss = (real_features.detach().mean(0) - fake_features.mean(0)).square().sum()
 
-    With several processes of torch.distributed the means are those of the joined batch: the loss is the same in each.
+    Under torch.distributed the means are those of the global batch, and every rank returns the same loss.
 
     Args:
-        real_features: [B, ...], of an inner layer of the discriminator; no gradient flows into them.
-        fake_features: [B', ...], alike but for the size of the batch.
+        real_features: [B, ...], from a hidden layer of the discriminator; they are detached.
+        fake_features: [B', ...], from the same layer.
 
     Returns:
         A scalar, float32 (float64 for float64), differentiable in fake_features.
 
     Raises:
-        ValueError, TypeError: features that do not fit, as a sentence.
+        ValueError: shapes that do not match, or an empty batch.
+        TypeError: features that are not floating-point tensors.
     """
     op = "feature_matching"
     for name, features in (("real_features", real_features), ("fake_features", fake_features)):
@@ -34,7 +35,7 @@ def feature_matching(real_features: Tensor, fake_features: Tensor) -> Tensor:
             raise ValueError(f"{op}: {name} must be a batch of at least one sample, got shape {list(features.shape)}.")
     if real_features.shape[1:] != fake_features.shape[1:]:
         raise ValueError(
-            f"{op}: features must have one shape but for the batch, got {list(real_features.shape)} and {list(fake_features.shape)}."
+            f"{op}: features must have the same shape but for the batch, got {list(real_features.shape)} and {list(fake_features.shape)}."
         )
     real, fake = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in (real_features.detach(), fake_features))
-    return (joint_mean(real) - joint_mean(fake)).square().sum()
+    return (global_mean(real) - global_mean(fake)).square().sum()

@@ -1,4 +1,4 @@
-"""Gradient penalties of critics, one function for the published kinds."""
+"""Gradient penalties for critics."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -11,8 +11,8 @@ from ..ops.gaussian_sample import gaussian_sample
 from ..ops.gradient_norm_penalty import gradient_norm_penalty
 from ..ops.interpolate import interpolate, perturb
 
-# The norm that each kind pulls towards; None where there is no norm to choose.
-CENTERS = {
+# Target norm of each kind; None where the penalty has no target.
+CENTERS: dict[str, float | None] = {
     "wgan-gp": 1.0,
     "one-sided": 1.0,
     "zero-centered": 0.0,
@@ -22,8 +22,8 @@ CENTERS = {
     "r1+r2": 0.0,
     "finite-difference": None,
 }
-MIXING = ("wgan-gp", "one-sided", "zero-centered")
-NEED_FAKE = (*MIXING, "r2", "r1+r2")
+INTERPOLATING = ("wgan-gp", "one-sided", "zero-centered")
+NEED_FAKE = (*INTERPOLATING, "r2", "r1+r2")
 
 
 def gradient_penalty(
@@ -39,7 +39,7 @@ def gradient_penalty(
     scaler: "torch.amp.GradScaler | None" = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Penalize how far the norms of a critic's gradients lie from `center`; a loss to add to the critic's.
+    """Penalty on the distance of a critic's gradient norms from `center`, to be added to the critic's loss.
 
     Equivalent to (kind="wgan-gp"):
         points = genperf.interpolate(real.detach(), fake.detach()).requires_grad_()
@@ -54,64 +54,62 @@ def gradient_penalty(
     "dragan"            genperf.perturb(real)                   (|g| - 1)^2             Kodali et al. 2017
     "r1"                real                                    |g|^2                   Mescheder et al. 2018
     "r2"                fake                                    |g|^2                   Mescheder et al. 2018
-    "r1+r2"             real and, apart, fake                   |g|^2, the two added    Huang et al. (R3GAN) 2024
+    "r1+r2"             real, and separately fake               |g|^2, summed           Huang et al. (R3GAN) 2024
     "finite-difference" real                                    estimates |g|^2         Lin et al. (APT) 2025
 
-    g is the gradient of the sum of all that the critic returns. Its norm runs over all dimensions of a sample, each
-    sample has one weight for mixing, and the mean is over samples. The loss is `weight` times that mean: where a paper
-    writes gamma / 2 * E|g|^2 (R1, R2, R3GAN), pass weight=gamma / 2. Where a norm is zero its derivative is zero, not NaN.
+    g is the gradient of the sum of the critic's outputs. Norms are taken over all dimensions of a sample, each sample has
+    one interpolation weight, and the mean is over samples. The loss is `weight` times that mean: where a paper writes
+    gamma / 2 * E|g|^2 (R1, R2, R3GAN), pass weight=gamma / 2. The derivative of a zero norm is zero, not NaN.
 
-    Nothing here calls backward or touches a `.grad`, so the critic may be wrapped in DistributedDataParallel: the loss
-    is one term of the one that the training step calls backward on. Only the critic's parameters get a gradient; real
-    and fake are taken as they are.
+    The function neither calls backward nor writes a `.grad`, so the critic may be wrapped in DistributedDataParallel: add the
+    penalty to the loss of the training step. Only the critic's parameters get a gradient; real and fake are detached.
 
-    A critic whose samples depend on each other (batch normalization, minibatch discrimination) has no gradient of one
-    sample; what is penalized then is the gradient of the sum over the batch.
+    If the critic's outputs depend on other samples of the batch (batch normalization, minibatch discrimination), the
+    penalty is on the gradient of the sum over the batch, not on the gradients of single samples.
 
-    **Without double backward.** All kinds but one differentiate a gradient, which torch.compile, fused attention and
-    some checkpointing cannot. "finite-difference" compares two forward passes,
+    **Without double backward.** All other kinds differentiate a gradient, which torch.compile, fused attention and
+    some forms of gradient checkpointing do not support. "finite-difference" compares two forward passes,
 
         v = torch.randn_like(real)
         slope = (critic(real + step * v) - critic(real)).flatten(1).sum(1) / step
         loss = weight * slope.square().mean()
 
-    whose expectation over v is |g|^2 + O(step^2), that is R1's; of a linear critic it is exact. The variance of one
+    whose expectation over v is |g|^2 + O(step^2), the penalty of R1; it is exact for a linear critic. The variance of one
     draw is 2 |g|^4. It works under torch.compile(fullgraph=True), with scaled_dot_product_attention and with
-    torch.utils.checkpoint(use_reentrant=False). The critic must be deterministic: dropout differs between the two passes
-    and counts as slope. Rounding of the output adds about (eps * |output| / step)^2, so critics in half precision want a
-    larger step, near 0.1, and real in float32. The approximated R1 of the paper has no division by the step: its lambda is
-    weight / step^2. For the same at generated samples (R2) pass them as `real`.
+    torch.utils.checkpoint(use_reentrant=False). The critic must be deterministic: with dropout, the difference between the
+    two passes counts as slope. Rounding of the output adds about (eps * |output| / step)^2, so half-precision critics need a
+    larger step, about 0.1, and real in float32. The approximate R1 of the paper does not divide by the step: its lambda is
+    weight / step^2. For R2, pass generated samples as `real`.
 
-    **Mixed precision.** Call critic and penalty under autocast as the training step does. With `scaler` the critic's
-    output is scaled for the inner backward pass about as scaler.scale(output.mean()) is, and the gradients are divided
-    by that scale in float32 before their norm is taken; nothing waits for the device. Where the scale overflows half
-    precision the penalty is inf or NaN and so are the gradients of scaler.scale(loss).backward(): scaler.step skips that
-    step and scaler.update lowers the scale, as for any loss. The returned loss itself is not scaled.
+    **Mixed precision.** Call critic and penalty under autocast, as in the training step. With `scaler`, the critic's output
+    is scaled for the inner backward about as in scaler.scale(output.mean()), and the gradients are unscaled in float32
+    before the norm, without a device synchronization. If the scale overflows half precision, the penalty and the gradients of
+    scaler.scale(loss).backward() are inf or NaN: scaler.step skips the step and scaler.update lowers the scale, as
+    for any loss. The returned loss is not scaled.
 
     Args:
-        critic: called as critic(points), or with a condition. It returns a tensor of any shape, or a tuple, list or dict
-            (nested, if need be) of tensors, as multi-scale critics do; all of it is summed, so give features a critic
-            returns beside its scores no way in: `lambda x: critic(x)[0]`. For "finite-difference" the first dimension
-            of each output must be the batch.
+        critic: called as critic(points), or with a condition. It returns a tensor of any shape, or a tuple, list or dict of
+            tensors, possibly nested, as multi-scale critics do. All outputs are summed: if a critic also returns features,
+            pass `lambda x: critic(x)[0]`. For "finite-difference" the first dimension of each output must be the batch.
         real: float32, bfloat16, float16 or float64.
-        fake: needed by the kinds that name it above, ignored by the others; converted to real's dtype. For a mixing kind
-            of real's shape; "r2" and "r1+r2" take another batch size.
-        kind: of penalty, from the table.
-        weight: factor of the loss, >= 0; a tensor of one element is not checked.
-        center: the norm without a penalty, in place of the kind's own 0 or 1; not for "finite-difference".
-        condition: of a conditional critic. A tuple is passed as further positional arguments, a mapping as keyword
-            arguments, anything else as one further argument. Mixed points have the condition of both their ends.
-        step: standard deviation of the move in "finite-difference", in units of real.
-        scaler: the torch.amp.GradScaler of the training step; "finite-difference" has no use for it.
-        generator: source of all noise in place of torch's default generator.
+        fake: required by the kinds that use it in the table, ignored by the others; converted to real's dtype. Kinds that
+            interpolate need real's shape; for "r2" and "r1+r2" the batch size may differ.
+        kind: a row of the table.
+        weight: factor of the loss, >= 0; the value of a tensor is not checked.
+        center: target norm in place of the kind's 0 or 1; not for "finite-difference".
+        condition: passed to a conditional critic: a tuple as further positional arguments, a mapping as keyword arguments,
+            anything else as one further argument. A real and a fake sample that are interpolated share their condition.
+        step: standard deviation of the perturbation of "finite-difference", in units of real.
+        scaler: the torch.amp.GradScaler of the training step; "finite-difference" ignores it.
+        generator: random generator of all noise; None for torch's default generator.
 
     Returns:
-        loss, a float32 scalar (float64 for float64), differentiable in the critic's parameters. 0 for an empty batch.
+        A float32 scalar (float64 for float64), differentiable in the critic's parameters; 0 for an empty batch.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit, or a critic whose output does not depend on its input, as a
-            sentence.
-        RuntimeError: called under torch.no_grad, where there is no gradient to penalize ("finite-difference" can be).
+        ValueError: arguments out of range or of shapes that do not match, or a critic whose output does not depend on its input.
+        TypeError: samples or outputs that are not floating-point tensors.
+        RuntimeError: a call under torch.no_grad, except for "finite-difference".
     """
     op = "gradient_penalty"
     _check_arguments(op, real, fake, kind, weight, center, step)
@@ -123,17 +121,25 @@ def gradient_penalty(
         return weight * _squared_slope(op, critic, real, condition, step, generator)
     if not torch.is_grad_enabled():
         raise RuntimeError(f"{op}: kind={kind!r} differentiates the critic, got a call under torch.no_grad or inference_mode.")
-    if kind in MIXING:
-        points = [interpolate(real, fake, generator=generator)]
-    elif kind == "dragan":
-        points = [perturb(real, generator=generator)]
-    else:
-        points = {"r1": [real], "r2": [fake], "r1+r2": [real, fake]}[kind]
-    center = CENTERS[kind] if center is None else center
+    target = CENTERS[kind] if center is None else center
+    assert target is not None
     penalties = [
-        gradient_norm_penalty(_gradients(op, critic, p, condition, scaler), center=center, one_sided=kind == "one-sided") for p in points
+        gradient_norm_penalty(_gradients(op, critic, points, condition, scaler), center=target, one_sided=kind == "one-sided")
+        for points in _points(kind, real, fake, generator)
     ]
     return weight * sum(penalties[1:], penalties[0])
+
+
+def _points(kind: str, real: Tensor, fake: Tensor | None, generator: torch.Generator | None) -> list[Tensor]:
+    """The batches of points where `kind` penalizes the gradient."""
+    if kind == "r1":
+        return [real]
+    if kind == "dragan":
+        return [perturb(real, generator=generator)]
+    assert fake is not None
+    if kind in INTERPOLATING:
+        return [interpolate(real, fake, generator=generator)]
+    return [fake] if kind == "r2" else [real, fake]
 
 
 def _check_arguments(
@@ -152,9 +158,9 @@ def _check_arguments(
             raise TypeError(f"{op}: {name} must be of a floating dtype, got {samples.dtype}.")
         if samples.dim() == 0:
             raise ValueError(f"{op}: {name} must have a batch dimension, got a scalar.")
-    if kind in MIXING and fake.shape != real.shape:
+    if kind in INTERPOLATING and fake is not None and fake.shape != real.shape:
         raise ValueError(
-            f"{op}: kind={kind!r} mixes real and fake samples in pairs, so they must have one shape, "
+            f"{op}: kind={kind!r} interpolates between real and fake samples, so they must have the same shape, "
             f"got {list(real.shape)} and {list(fake.shape)}."
         )
     if not isinstance(weight, Tensor) and not 0 <= weight < math.inf:
@@ -166,13 +172,13 @@ def _check_arguments(
 
 
 def _gradients(op: str, critic: Callable[..., Any], points: Tensor, condition: Any, scaler: Any) -> Tensor:
-    """Gradients of the critic's outputs at the points, unscaled, with a graph to its parameters."""
+    """Unscaled gradients of the critic's outputs at the points, differentiable in its parameters."""
     points = points.detach().requires_grad_()
     outputs = [out for out in _tensors(op, _call(critic, points, condition)) if out.requires_grad]
     scale = torch.ones((), device=points.device)
     if scaler is not None:
-        # Divided by the batch as in the mean of an ordinary loss: the scaler's own 2^16 does not fit into float16. By a
-        # power of two, so that no half precision rounds it.
+        # Divided by the batch size as in the mean of an ordinary loss: the scaler's initial 2^16 overflows float16. By a power
+        # of two, which half precision represents exactly.
         scale = scaler.scale(scale) / (1 << max(0, points.shape[0] - 1).bit_length())
     gradients = None
     if outputs:
@@ -180,19 +186,19 @@ def _gradients(op: str, critic: Callable[..., Any], points: Tensor, condition: A
         (gradients,) = torch.autograd.grad(outputs, points, seeds, create_graph=True, allow_unused=True)
     if gradients is None:
         raise ValueError(
-            f"{op}: the critic's output must depend on its input, got an output without a path of gradients to the "
-            f"points of shape {list(points.shape)}."
+            f"{op}: the critic's output must depend on its input, got an output without a gradient to the points "
+            f"of shape {list(points.shape)}."
         )
     if scaler is None:
         return gradients
-    # In float32, since gradients without their scale may be below what half precision holds.
+    # In float32, since unscaled gradients may underflow half precision.
     return gradients.to(torch.promote_types(gradients.dtype, torch.float32)) / scale
 
 
 def _squared_slope(
     op: str, critic: Callable[..., Any], points: Tensor, condition: Any, step: float, generator: torch.Generator | None
 ) -> Tensor:
-    """Mean square of the slope of each sample's output along a random direction."""
+    """Mean over samples of the squared slope of the critic along a random direction."""
     count = points.shape[0]
     logvar = points.new_full((), 2 * math.log(step)).expand(points.shape)
     moved, _ = gaussian_sample(points, logvar, generator=generator)
@@ -204,7 +210,7 @@ def _squared_slope(
             raise ValueError(
                 f"{op}: kind='finite-difference' needs outputs whose first dimension is the batch of {count}, got shape {list(low.shape)}."
             )
-        # Subtracted before the sum, which would cancel.
+        # Subtracted before summing over outputs: a difference of two sums would cancel.
         rise = rise + (high.to(dtype) - low.to(dtype)).unsqueeze(1).flatten(1).sum(1)
     return (rise / step).square().sum() / max(1, count)
 

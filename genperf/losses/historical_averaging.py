@@ -1,4 +1,4 @@
-"""Historical averaging: keeps a player near the mean of its past."""
+"""Historical averaging: a penalty on the distance of parameters from their mean over time."""
 
 from collections.abc import Iterable
 
@@ -7,26 +7,26 @@ from torch import Tensor, nn
 
 
 class HistoricalAveraging(nn.Module):
-    """Squared distance of parameters from their mean over time; Salimans et al. (2016), section 3.3.
+    """Squared distance of parameters from their mean over past steps; Salimans et al. (2016), section 3.3.
 
     Equivalent to:
         loss = sum((p - mean).square().sum() for p, mean in zip(parameters, means))     # 0 before the first update
         for p, mean in zip(parameters, means):                                          # update, t = 1, 2, ...
             mean.lerp_(p, 1 / t)
 
-    Add the loss, weighted, to that of the player whose parameters these are, and call `update` after its step. The
-    parameters stay those of their owner: they are neither in this module's parameters() nor in its state_dict; the
-    means are buffers, mean_0, mean_1, ... in the parameters' order. The mean starts at the first update
-    and is kept in at least float32, in which half precision would soon stand still.
+    Add the loss, weighted, to the loss that trains the parameters, and call `update` after each optimizer step. The
+    parameters are neither in this module's parameters() nor in its state_dict; the means are buffers mean_0, mean_1, ... in
+    the order of the parameters. Means are at least float32: half precision would round small updates off.
 
     Args:
-        parameters: of one player, as `module.parameters()` gives them.
+        parameters: an iterable, such as `module.parameters()`.
 
     Attributes:
         updates: number of updates, a buffer.
 
     Raises:
-        ValueError, TypeError: no parameters, or anything else than tensors of a floating dtype.
+        ValueError: no parameters.
+        TypeError: parameters that are not floating-point tensors.
     """
 
     updates: Tensor
@@ -48,17 +48,17 @@ class HistoricalAveraging(nn.Module):
 
     @property
     def means(self) -> list[Tensor]:
-        """The means, in the parameters' order."""
+        """The means, in the order of the parameters."""
         return [getattr(self, f"mean_{i}") for i in range(len(self._parameters_of_player))]
 
     def forward(self) -> Tensor:
-        """The squared distance, a scalar that is differentiable in the parameters; 0 with gradient 0 before the first update."""
-        total = sum((p - mean).square().sum() for p, mean in zip(self._parameters_of_player, self.means, strict=True))
-        return total * (self.updates > 0)
+        """The squared distance, a scalar, differentiable in the parameters; 0 with gradient 0 before the first update."""
+        distances = [(p - mean).square().sum() for p, mean in zip(self._parameters_of_player, self.means, strict=True)]
+        return sum(distances[1:], distances[0]) * (self.updates > 0)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Let the parameters' present values into their means."""
+        """Update the means with the current parameters."""
         self.updates.add_(1)
         for p, mean in zip(self._parameters_of_player, self.means, strict=True):
             mean.add_((p - mean) / self.updates)

@@ -1,4 +1,4 @@
-"""Metrics of generated samples, and what they are computed from."""
+"""Metrics of generated samples, and the feature statistics that they are computed from."""
 
 from .feature_moments import FeatureMoments
 from .frechet_distance import FrechetDistance

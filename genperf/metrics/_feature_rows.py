@@ -1,23 +1,23 @@
-"""Features kept as they came, for metrics that need every one of them."""
+"""Storage of all features, for metrics that need more than moments."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._distributed import gather_numbers, gather_rows, world_size
+from .._distributed import all_gather_ints, all_gather_rows, world_size
 from ._features import FeatureStore
 
 
 class FeatureRows(FeatureStore):
-    """All features of a stream of batches, as rows [N, d] in the dtype they came in; see `FeatureMoments` for what each method does.
+    """All features of a stream of batches, in their own dtype. The methods are those of `FeatureMoments`.
 
     Args:
-        dim: d; None takes that of the first features.
-        device: to keep the features on; None for that of the first.
+        dim: d; None for that of the first features.
+        device: device of the stored features; None for that of the first features.
 
     Attributes:
-        features: [N, d]; of the widest dtype that came.
+        features: [N, d], of the widest dtype among the batches.
         count: N.
     """
 
@@ -56,16 +56,16 @@ class FeatureRows(FeatureStore):
             return self
         self._start_sync(group)
         dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-        gathered = gather_numbers([self.count, self.dim or 0, dtypes.index(self.features.dtype)], group)
+        gathered = all_gather_ints([self.count, self.dim or 0, dtypes.index(self.features.dtype)], group)
         kinds = sorted({(dim, dtype) for count, dim, dtype in gathered if count})
         if len(kinds) > 1:
             found = ", ".join(f"{dim} of {dtypes[dtype]}" for dim, dtype in kinds)
-            raise ValueError(f"FeatureRows: features of all processes must have one dimension and dtype, got {found}.")
+            raise ValueError(f"FeatureRows: features must have the same dimension and dtype on all ranks, got {found}.")
         self._synced = True
         if kinds:
             dim, dtype = kinds[0]
-            mine = self.features if self.count else torch.empty(0, dim, dtype=dtypes[dtype], device=self._device)
-            self._batches = [gather_rows(mine, [count for count, *_ in gathered], group)]
+            local = self.features if self.count else torch.empty(0, dim, dtype=dtypes[dtype], device=self._device)
+            self._batches = [all_gather_rows(local, [count for count, *_ in gathered], group)]
         return self
 
     def reset(self) -> None:

@@ -1,4 +1,4 @@
-"""Features as rows, and what keeps them: one policy for shapes, devices and dtypes."""
+"""Checks of features, and the base class of what stores them: one rule for shapes, devices and dtypes."""
 
 import operator
 from collections.abc import Callable
@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._distributed import gather_numbers
+from .._distributed import all_gather_ints
 from ..ops._validate import check_float, check_tensor
 from ..ops.covariance_factor import working_dtype
 
 
-def as_rows(owner: str, x: Tensor, dim: int | None, dtype: torch.dtype | None = None) -> Tensor:
-    """Features x as rows [N, d], differentiable: spatial ones [B, d, H, W] are averaged over positions, in `dtype` or at least float32.
+def feature_matrix(owner: str, x: Tensor, dim: int | None, dtype: torch.dtype | None = None) -> Tensor:
+    """Features x as a matrix [N, d], differentiable. [B, d, H, W] is averaged over positions, in `dtype` or at least float32.
 
     Raises:
         ValueError: another shape, or d other than `dim`.
-        TypeError: no floating-point tensor.
+        TypeError: not a floating-point tensor.
     """
     check_tensor(owner, "features", x)
     check_float(owner, "features", x)
@@ -30,7 +30,7 @@ def as_rows(owner: str, x: Tensor, dim: int | None, dtype: torch.dtype | None = 
 
 
 def only_output(owner: str, output: Any) -> Any:
-    """What an extractor returned, out of a list or tuple of one.
+    """Unpack a list or tuple of one output.
 
     Raises:
         ValueError: several outputs, or none.
@@ -42,14 +42,14 @@ def only_output(owner: str, output: Any) -> Any:
     return output[0]
 
 
-def feature_rows(owner: str, x: Tensor, dim: int | None) -> Tensor:
-    """As `as_rows`, without gradient, averaged in float64, and finite.
+def finite_features(owner: str, x: Tensor, dim: int | None) -> Tensor:
+    """`feature_matrix` without gradient, averaged in float64 (float32 on MPS).
 
     Raises:
-        ValueError: also NaN or infinity.
+        ValueError: also for NaN or infinite features.
     """
     check_tensor(owner, "features", x)
-    rows = as_rows(owner, x.detach(), dim, working_dtype(x.device))
+    rows = feature_matrix(owner, x.detach(), dim, working_dtype(x.device))
     finite = rows.isfinite().all(1)
     if not finite.all():
         raise ValueError(f"{owner}: features must be finite, got NaN or infinity in {int((~finite).sum())} of {len(rows)} samples.")
@@ -57,10 +57,10 @@ def feature_rows(owner: str, x: Tensor, dim: int | None) -> Tensor:
 
 
 def whole_number(owner: str, name: str, value: Any, least: int) -> int:
-    """An int of any kind, numpy's too.
+    """Convert an integer, such as numpy's, to int.
 
     Raises:
-        ValueError: no whole number, or less than `least`.
+        ValueError: not an integer, or less than `least`.
     """
     try:
         number = operator.index(value)
@@ -72,40 +72,62 @@ def whole_number(owner: str, name: str, value: Any, least: int) -> int:
 
 
 class FeatureStore(nn.Module):
-    """What `FeatureMoments` and `FeatureRows` share: the dimension of features, the device they are kept on, reset and merge.
+    """Base class of `FeatureMoments` and `FeatureRows`: dimension and device of the features, and the state of `sync`.
 
-    Buffers keep their dtype: `.half()` or `.to(dtype)` of a module around moves them, and no more.
+    `.half()` and `.to(dtype)` do not change the dtype of buffers.
     """
 
     def __init__(self, dim: int | None, device: torch.device | str | None) -> None:
         super().__init__()
         self._given_dim = None if dim is None else whole_number(type(self).__name__, "dim", dim, 1)
-        # Without a device the store is where its first features are.
+        # Without a device, the store moves to that of its first features.
         self._is_placed = device is not None
         self._device = self._device_for(torch.device("cpu" if device is None else device))
         self._synced = False
 
     @property
     def device(self) -> torch.device:
-        """Where features are kept."""
+        """Device of the stored features or sums."""
         return self._device
 
     @property
     def is_synced(self) -> bool:
-        """Whether the samples of all processes are in here."""
+        """Whether the store holds the samples of all ranks."""
         return self._synced
 
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        raise NotImplementedError
+
+    @property
+    def dim(self) -> int | None:
+        """Dimension of the features; None while unknown."""
+        raise NotImplementedError
+
+    def update(self, features: Tensor) -> "FeatureStore":
+        raise NotImplementedError
+
+    def merge(self, other: Any) -> "FeatureStore":
+        raise NotImplementedError
+
+    def sync(self, group: Any = None) -> "FeatureStore":
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        raise NotImplementedError
+
     def _device_for(self, device: torch.device) -> torch.device:
-        """The device to keep features on, for those that are on `device`."""
+        """The device to store features of `device` on."""
         return device
 
     def _place(self, device: torch.device) -> None:
-        """Move what is kept to `device`."""
+        """Move the stored tensors to `device`."""
         raise NotImplementedError
 
     def _take_rows(self, features: Tensor, dim: int | None) -> Tensor:
-        """Features as rows on the store's device."""
-        rows = feature_rows(type(self).__name__, features, dim)
+        """Check features, and return them as a matrix on the store's device."""
+        rows = finite_features(type(self).__name__, features, dim)
         self.check_not_synced()
         if not self._is_placed and not self.count:
             self._move(rows.device)
@@ -117,7 +139,7 @@ class FeatureStore(nn.Module):
             self._place(device)
             self._device = device
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> "FeatureStore":
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "FeatureStore":
         device = fn(torch.empty(0, device=self._device)).device
         if device != self._device:
             self._is_placed = True
@@ -125,17 +147,21 @@ class FeatureStore(nn.Module):
         return self
 
     def check_not_synced(self) -> None:
-        """Samples that came after a sync would be in one process alone."""
+        """Raise RuntimeError after `sync`: new samples would be on one rank only."""
         if self._synced:
-            raise RuntimeError(f"{type(self).__name__}: it holds the samples of all processes; reset() before it takes in others.")
+            raise RuntimeError(
+                f"{type(self).__name__}: call reset() before adding samples after sync(), which gathered those of all ranks."
+            )
 
     def _start_sync(self, group: Any) -> None:
-        # Of all processes: where one stopped alone, the others would wait for it.
-        if any(synced for (synced,) in gather_numbers([self._synced], group)):
-            raise RuntimeError(f"{type(self).__name__}: the samples of all processes are in here already; reset() before the next round.")
+        # Gathered, so that all ranks raise together: if one raised alone, the others would hang.
+        if any(synced for (synced,) in all_gather_ints([self._synced], group)):
+            raise RuntimeError(
+                f"{type(self).__name__}: call reset() before another sync(), which already gathered the samples of all ranks."
+            )
 
     def _start_load(self, state_dict: dict[str, Any], prefix: str, device: torch.device) -> None:
-        """Empty the store for a state that lies on `device`."""
+        """Empty the store before loading a state whose tensors are on `device`."""
         self.reset()
         self._synced = bool(state_dict.get(prefix + "synced", False))
         if not self._is_placed:

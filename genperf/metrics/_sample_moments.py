@@ -1,6 +1,6 @@
-"""Mean and covariance of samples, differentiable."""
+"""Differentiable mean and covariance of samples."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ from ..ops._blocks import gram
 class Moments(NamedTuple):
     mean: Tensor  # [d]
     cov: Tensor | None = None  # [d, d]
-    factor: Tensor | None = None  # [d, r], in place of the covariance
+    factor: Tensor | None = None  # [d, r], in place of cov = factor @ factor.T
 
 
 def sample_moments(name: str, rows: Tensor, unbiased: bool) -> Moments:
-    """Of rows [N, d], in the form that makes less work."""
+    """Moments of rows [N, d]: with a factor if there are few samples, else with a covariance."""
     count, d = rows.shape
-    if count <= 0.9 * d:  # nearer to d, products with the factor cost more than the smaller decomposition saves
+    if count <= 0.9 * d:  # above, products with the factor cost more than the smaller decomposition saves
         mean, factor = centered_factor(name, rows, unbiased)
         return Moments(mean, factor=factor)
     mean, cov = population_moments(rows)
@@ -30,19 +30,19 @@ def population_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _PopulationMoments(torch.autograd.Function):
-    """One product in forward, of which half is computed, and one in backward, where autograd takes two; centered rows are not kept."""
+    """Forward computes half of a symmetric product; backward needs one product, autograd's two; centered rows are not saved."""
 
     @staticmethod
-    def forward(rows):
+    def forward(rows: Tensor) -> tuple[Tensor, Tensor]:
         mean = rows.mean(0)
         return mean, gram((rows - mean).T, mirror=True).div_(len(rows))
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Tensor], outputs: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs, outputs[0])
 
     @staticmethod
-    def backward(ctx, grad_mean, grad_cov):
+    def backward(ctx: Any, grad_mean: Tensor, grad_cov: Tensor) -> Tensor:
         rows, mean = ctx.saved_tensors
         slope = (grad_cov + grad_cov.T) / len(rows)
         return torch.addmm(grad_mean / len(rows) - mean @ slope, rows, slope)
@@ -58,7 +58,7 @@ def centered_factor(name: str, rows: Tensor, unbiased: bool) -> tuple[Tensor, Te
     centered = rows - mean
     if count == 1:
         return mean, centered.T
-    # Centered rows sum to zero. A reflection that takes the vector of ones to the first row makes that row zero, and leaves it out:
-    # else every distance would hold the square root of an eigenvalue that is zero but for rounding.
+    # Centered rows sum to zero. A Householder reflection that maps the vector of ones to the first axis makes the first row zero, which
+    # is dropped: otherwise every distance would contain the square root of an eigenvalue that is zero but for rounding.
     independent = centered[1:] + centered[0] / (count**0.5 - 1)
     return mean, independent.T / (count - unbiased) ** 0.5

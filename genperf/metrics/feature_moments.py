@@ -1,14 +1,14 @@
-"""Mean and covariance of a stream of features."""
+"""Streaming mean and covariance of features."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._distributed import gather_numbers, gather_rows, sum_over_processes, world_size
+from .._distributed import all_gather_ints, all_gather_rows, all_reduce_sum, world_size
 from ._features import FeatureStore
 
-# Rows of one matrix product; fewer would read and write the [d, d] sums more often than the product needs.
+# Rows per matrix product; with fewer, reading and writing the [d, d] sums would dominate.
 _BLOCK_ROWS = 1024
 
 
@@ -20,28 +20,27 @@ class FeatureMoments(FeatureStore):
         mean = features.mean(0)
         cov = torch.cov(features.T, correction=1 if unbiased else 0)
 
-    in memory that does not grow with N. Sums are taken of differences from a shift near the mean and joined by the
-    formula of Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing sample variances", 1979), so
-    that a mean a million times the deviation costs no digit, as it does where raw second moments are summed. Features are
-    collected, as they came, until there are enough for one efficient matrix product. How a stream is cut into batches
-    changes the result by rounding only.
+    in memory independent of N. Sums are of differences from a shift near the mean, combined by the formula of Chan, Golub and
+    LeVeque ("Updating formulae and a pairwise algorithm for computing sample variances", 1979): sums of raw second moments
+    lose digits where the mean is large compared with the standard deviation. Features are buffered until there are enough for
+    an efficient matrix product. The result depends on the split into batches only up to rounding.
+
+    `state_dict` holds the sums of all features so far, and can be loaded by an instance with `dim=None`.
 
     Args:
-        dim: d; None takes that of the first features.
-        unbiased: divide by N - 1, as numpy.cov and most evaluators do; False divides by N, as StyleGAN does.
-        device: to keep the sums on; None for that of the first features. Features elsewhere are brought there. On MPS, which
-            has no float64, the sums are kept on the CPU.
+        dim: d; None for that of the first features.
+        unbiased: whether to divide by N - 1, as numpy.cov and most evaluators do; False divides by N, as StyleGAN does.
+        device: device of the sums; None for that of the first features. Features are moved there. With features on MPS, which
+            has no float64, the sums are on the CPU.
 
     Attributes:
-        count: N, a number.
+        count: N, an int.
         mean: [d], float64.
         cov: [d, d], float64, exactly symmetric.
-        dim: d, or None before it is known.
-
-    `state_dict` holds all that was counted, and may be loaded where `dim` is None too.
+        dim: d, or None while unknown.
 
     Raises:
-        ValueError: a bad argument; `mean` without samples; `cov` with fewer than two (one, where not unbiased).
+        ValueError: an argument out of range; `mean` without samples; `cov` with fewer than two samples (one if not unbiased).
     """
 
     shift: Tensor
@@ -61,8 +60,9 @@ class FeatureMoments(FeatureStore):
 
     @property
     def dim(self) -> int | None:
-        known = [self._pending[0]] if self._pending else [self.shift] if len(self.shift) else []
-        return known[0].shape[-1] if known else self._given_dim
+        if self._pending:
+            return self._pending[0].shape[1]
+        return len(self.shift) or self._given_dim
 
     @property
     def mean(self) -> Tensor:
@@ -78,18 +78,18 @@ class FeatureMoments(FeatureStore):
         return (cov + cov.T) / 2
 
     def update(self, features: Tensor) -> "FeatureMoments":
-        """Count features.
+        """Add a batch of features.
 
         Args:
-            features: [N, d], or [B, d, H, W], which are averaged over positions; float32, bfloat16, float16 or float64; N
-                may be 0. No gradient is kept.
+            features: [N, d], or [B, d, H, W], which are averaged over positions; float32, bfloat16, float16 or float64. N
+                may be 0. They are detached.
 
         Raises:
-            ValueError: another d than before, another shape, NaN or infinity; nothing of such a batch is counted.
-            TypeError: no floating-point tensor.
-            RuntimeError: after a `sync`, without a `reset` in between.
+            ValueError: another d than before, another shape, NaN or infinity. The batch is not added.
+            TypeError: not a floating-point tensor.
+            RuntimeError: after `sync`, without `reset`.
         """
-        # Sums that were made under inference_mode could not be updated outside of it.
+        # Sums created under inference_mode could not be updated outside of it.
         with torch.inference_mode(False), torch.no_grad():
             rows = self._take_rows(features, self.dim)
             if not len(rows):
@@ -115,12 +115,12 @@ class FeatureMoments(FeatureStore):
         return self
 
     def merge(self, other: "FeatureMoments") -> "FeatureMoments":
-        """Count what `other` counted, as if its features had come here; `other` stays as it is.
+        """Add the features of `other`, which is not changed.
 
         Raises:
             ValueError: features of another dimension.
-            TypeError: no FeatureMoments.
-            RuntimeError: after a `sync`, without a `reset` in between.
+            TypeError: not a FeatureMoments.
+            RuntimeError: after `sync`, without `reset`.
         """
         if not isinstance(other, FeatureMoments):
             raise TypeError(f"FeatureMoments: only FeatureMoments can be merged, got {type(other).__name__}.")
@@ -142,43 +142,43 @@ class FeatureMoments(FeatureStore):
         return self
 
     def sync(self, group: Any = None) -> "FeatureMoments":
-        """Count what all processes of torch.distributed counted, with the same result on each; every process must call it.
+        """Combine the features of all ranks, with the same result on each; every rank must call it.
 
-        Counts may differ, and some may be 0. Without torch.distributed nothing happens.
+        Counts may differ, and may be 0. Does nothing without torch.distributed.
 
         Raises:
-            RuntimeError: a process synchronized before and did not reset, which would count its samples once more; on every process.
-            ValueError: features of different dimensions, on every process.
+            RuntimeError: on every rank, if one calls `sync` twice without `reset`, which would count samples twice.
+            ValueError: on every rank, if the dimensions of features differ.
         """
         if world_size(group) == 1:
             return self
         self._start_sync(group)
         with torch.inference_mode(False), torch.no_grad():
             self._flush()
-            gathered = gather_numbers([self._count, len(self.shift)], group)
+            gathered = all_gather_ints([self._count, len(self.shift)], group)
             counts = [count for count, _ in gathered]
             dims = sorted({dim for count, dim in gathered if count})
             if len(dims) > 1:
-                raise ValueError(f"FeatureMoments: features of all processes must have one dimension, got {dims}.")
+                raise ValueError(f"FeatureMoments: features must have the same dimension on all ranks, got {dims}.")
             self._synced = True
             if not dims:
                 return self
             if not self._count:
                 self._allocate(dims[0])
-            # The shift of the first process that has one serves all; then only the small offsets and one [d, d] sum travel.
+            # All ranks adopt the shift of the first rank with samples; only offsets and one [d, d] sum are communicated.
             first = next(rank for rank, count in enumerate(counts) if count)
-            shifts, offsets = (gather_rows(t[None], [1] * len(counts), group) for t in (self.shift, self.offset))
+            shifts, offsets = (all_gather_rows(t[None], [1] * len(counts), group) for t in (self.shift, self.offset))
             offsets = offsets + (shifts - shifts[first])
             weights = torch.tensor(counts, dtype=torch.float64, device=self._device)
             offset = weights @ offsets / sum(counts)
-            mine = offsets[_rank(group)] - offset
-            scatter = self.scatter.addr(mine, mine, alpha=self._count)
-            self.scatter = sum_over_processes(scatter, group)
+            delta = offsets[torch.distributed.get_rank(group)] - offset
+            scatter = self.scatter.addr(delta, delta, alpha=self._count)
+            self.scatter = all_reduce_sum(scatter, group)
             self.shift, self.offset, self._count = shifts[first], offset, sum(counts)
         return self
 
     def reset(self) -> None:
-        """Forget all features; `dim` stays only if it was given."""
+        """Remove all features; `dim` is kept only if it was given."""
         self._synced = False
         self._pending: list[Tensor] = []
         self._pending_rows = 0
@@ -196,7 +196,7 @@ class FeatureMoments(FeatureStore):
             raise ValueError(f"FeatureMoments: {what} needs at least {samples} sample{'s' * (samples > 1)}, got {self.count}.")
 
     def _flush(self) -> None:
-        """Count what is pending."""
+        """Add the buffered features to the sums."""
         if self._pending:
             with torch.inference_mode(False), torch.no_grad():
                 self._add_block(torch.cat(self._pending))
@@ -208,14 +208,14 @@ class FeatureMoments(FeatureStore):
             if not len(self.shift):
                 self._allocate(rows.shape[1])
             self.shift = rows.mean(0)
-        # The difference of numbers near each other is exact.
+        # The difference of nearby numbers is exact.
         rows = rows - self.shift
         offset = rows.mean(0)
         rows -= offset
         self._join(len(rows), offset, rows.T @ rows)
 
     def _join(self, count: int, offset: Tensor, scatter: Tensor) -> None:
-        """Count `count` samples with mean shift + offset and sum of products of differences from that mean, `scatter`."""
+        """Add `count` samples with mean shift + offset, and `scatter`, the sum of outer products of differences from that mean."""
         total = self._count + count
         delta = offset - self.offset
         self.scatter = (self.scatter + scatter).addr_(delta, delta, alpha=self._count * count / total)
@@ -248,7 +248,7 @@ class FeatureMoments(FeatureStore):
             errors.append(f"FeatureMoments: {', '.join(names)} of the state must have shapes [], [d], [d], [d, d], got {shapes}.")
             return
         if self._given_dim not in (None, dim):
-            errors.append(f"FeatureMoments: the state must be of {self._given_dim} dimensions, got {dim}.")
+            errors.append(f"FeatureMoments: the state must have {self._given_dim} dimensions, got {dim}.")
             return
         self._start_load(state_dict, prefix, shift.device)
         self.shift, self.offset, self.scatter = (t.detach().to(self._device, torch.float64, copy=True) for t in (shift, offset, scatter))
@@ -256,7 +256,3 @@ class FeatureMoments(FeatureStore):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, count={self.count}, unbiased={self.unbiased}"
-
-
-def _rank(group: Any) -> int:
-    return torch.distributed.get_rank(group)

@@ -1,4 +1,4 @@
-"""The Frechet distance between real and generated samples."""
+"""The Frechet distance between real and generated samples, as a metric."""
 
 import os
 from collections.abc import Callable
@@ -14,36 +14,36 @@ from .frechet_reference import FrechetReference
 
 
 class FrechetDistance(TwoSampleMetric):
-    """Frechet distance between Gaussians of real and generated features.
+    """Frechet distance between Gaussians fitted to real and generated features.
 
-    With features of an Inception network it is the FID of Heusel et al., "GANs Trained by a Two Time-Scale Update Rule"
-    (2017). Moments are kept in float64, the distance is never negative, and fewer samples than dimensions do no harm.
+    With features of an Inception network this is the FID of Heusel et al., "GANs Trained by a Two Time-Scale Update Rule"
+    (2017). Moments are float64, the distance is never negative, and there may be fewer samples than dimensions.
 
         metric = FrechetDistance(extractor)
         for images in real: metric.update(images, real=True)
         for images in generated: metric.update(images, real=False)
         fid = metric.compute()
 
-    In a distributed evaluation each process updates with its own samples, then all call `sync()` once before `compute()`,
-    which itself never waits for another process.
+    Under torch.distributed each rank updates with its own samples, and all ranks call `sync()` once before `compute()`, which
+    does not communicate.
 
     Args:
-        extractor: images -> features, any callable that returns a tensor [N, d] or [B, d, H, W], or a list or tuple of just one.
-            It runs without gradients and, if it is a module, in evaluation mode, whatever mode it is in before and after.
-            It gets what `update` gets, where it lies. None: `update` takes features.
-        reference: of the real samples, a FrechetReference or the path of a statistics file; then real samples are refused, in
-            updates, merged metrics and states.
-        dim: d; None takes that of the reference or of the first features.
-        reset_real: whether `reset` forgets the real samples too.
-        unbiased: divide by N - 1 for covariances, or by N, as StyleGAN does.
-        device: to keep moments and reference on; None for that of the first features.
+        extractor: a callable, images -> features [N, d] or [B, d, H, W], possibly in a list or tuple of one. It is called
+            with the input of `update`, which is not moved, without gradients; a module is in evaluation mode during the call.
+            None: `update` takes features.
+        reference: statistics of the real samples, a FrechetReference or the path of a statistics file. With a reference, real
+            samples raise a ValueError in updates, merged metrics and states.
+        dim: d; None for that of the reference or of the first features.
+        reset_real: whether `reset` removes the real samples too.
+        unbiased: whether to divide covariances by N - 1; False divides by N, as StyleGAN does.
+        device: device of moments and reference; None for that of the first features.
 
     Attributes:
         real, fake: FeatureMoments.
         reference: the FrechetReference, or None.
 
     Raises:
-        ValueError: a dim that is not the reference's, or a file without statistics.
+        ValueError: a dim other than the reference's, or a file without statistics.
         FileNotFoundError: no such file.
     """
 
@@ -51,7 +51,7 @@ class FrechetDistance(TwoSampleMetric):
         self,
         extractor: Callable[[Any], Any] | None = None,
         *,
-        reference: FrechetReference | str | os.PathLike | None = None,
+        reference: FrechetReference | str | os.PathLike[str] | None = None,
         dim: int | None = None,
         reset_real: bool = True,
         unbiased: bool = True,
@@ -84,19 +84,19 @@ class FrechetDistance(TwoSampleMetric):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def compute(self, *, impl: str | None = None) -> Tensor:
-        """The distance between the samples so far, a float64 scalar, or one of the reference's dtype.
+        """The distance between the samples so far, a scalar of float64 or of the reference's dtype.
 
         Args:
-            impl: see `genperf.frechet_distance`.
+            impl: as in `genperf.frechet_distance`.
 
         Raises:
-            ValueError: fewer than two real or two generated samples (one, where not unbiased).
+            ValueError: fewer than two real or two generated samples (one if not unbiased).
         """
         needed = 2 if self.fake.unbiased else 1
         if self.reference is not None:
             if self.fake.count < needed:
                 raise ValueError(f"FrechetDistance: it needs at least {needed} generated samples, got {self.fake.count}.")
-            # The sums may have been moved, or have found their device, since.
+            # The moments may have moved to another device since.
             self.reference = self.reference.to(self.fake.device)
             return self.reference.distance(self.fake.mean, self.fake.cov, impl=impl)
         self._require(needed)

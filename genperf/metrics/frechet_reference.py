@@ -1,4 +1,4 @@
-"""The side of a Frechet distance that stays the same."""
+"""Precomputed reference statistics for Frechet distances."""
 
 import os
 from pathlib import Path
@@ -9,34 +9,33 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.covariance_factor import working_dtype
-from ._features import as_rows, feature_rows
+from ._features import feature_matrix, finite_features
 from ._sample_moments import centered_factor, sample_moments
 from .feature_moments import FeatureMoments
 from .statistics_files import ArrayFile, check_statistics, read_statistics, write_atomically
 
 
 class FrechetReference:
-    """Mean, covariance and a factor of the covariance of reference features, prepared once and used for many distances.
+    """Mean and covariance of reference features, with a factor of the covariance computed once for many distances.
 
-    A distance to it factors nothing of the reference anew. Instances do not change; `to` returns another. Made by
-    `from_moments`, `from_features` or `load`:
+    Instances are immutable. Create them with `from_moments`, `from_features` or `load`:
 
         reference = FrechetReference.load("imagenet-256.npz")
         distance = reference.distance_to_features(features)
 
     Args:
-        mean: [d], float64, or float32.
-        cov: [d, d] of mean's dtype; None computes it from the factor when it is asked for.
-        factor: [d, r] of mean's dtype, with cov = factor @ factor.T, as it is taken on trust.
+        mean: [d], float64 or float32.
+        cov: [d, d], of mean's dtype; None computes it from the factor when it is first read.
+        factor: [d, r], of mean's dtype, with cov = factor @ factor.T, which is not checked.
 
     Attributes:
         mean, cov, factor: the tensors.
         dim: d.
-        device, dtype: of the tensors.
+        device, dtype: device and dtype of the tensors.
 
     Raises:
-        ValueError: shapes that do not fit, or tensors on different devices.
-        TypeError: tensors of different dtypes, or of neither of the two.
+        ValueError: shapes that do not match, or tensors on different devices.
+        TypeError: tensors of different or of other dtypes.
     """
 
     def __init__(self, mean: Tensor, cov: Tensor | None, factor: Tensor) -> None:
@@ -59,25 +58,25 @@ class FrechetReference:
 
     @classmethod
     def from_moments(cls, mean: Tensor | np.ndarray, cov: Tensor | np.ndarray) -> "FrechetReference":
-        """Prepare a mean [d] and covariance [d, d], in float64; the covariance may be singular.
+        """Create a reference from mean [d] and covariance [d, d], in float64; the covariance may be singular.
 
         Raises:
-            ValueError: shapes that do not fit, NaN or infinity, a matrix that is not symmetric or has negative variances.
+            ValueError: shapes that do not match, NaN or infinity, a matrix that is not symmetric or has negative variances.
         """
         mean, cov = check_statistics("FrechetReference.from_moments", mean, cov, "mean", "cov")
         return cls(mean, cov, ops.covariance_factor(cov))
 
     @classmethod
     def from_features(cls, features: Tensor, *, unbiased: bool = True) -> "FrechetReference":
-        """Prepare features [N, d], or [B, d, H, W], which are averaged over positions.
+        """Create a reference from features [N, d], or [B, d, H, W], which are averaged over positions.
 
-        With N <= d the factor is made of the centered features, [d, N - 1], and nothing of size d x d is computed.
+        With N <= d, the factor [d, N - 1] is computed from the centered features, without a d x d matrix.
 
         Raises:
-            ValueError: as `FeatureMoments` does, or too few samples.
-            TypeError: no floating-point tensor.
+            ValueError: as `FeatureMoments`, or too few samples.
+            TypeError: not a floating-point tensor.
         """
-        rows = feature_rows("FrechetReference.from_features", features, None)
+        rows = finite_features("FrechetReference.from_features", features, None)
         if len(rows) <= rows.shape[1]:
             mean, factor = centered_factor("FrechetReference.from_features", rows.to(working_dtype(rows.device)), unbiased)
             return cls(mean, None, factor)
@@ -85,16 +84,16 @@ class FrechetReference:
         return cls.from_moments(moments.mean, moments.cov)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, *, keys: tuple[str, str] | None = None) -> "FrechetReference":
-        """Read what `save` wrote, or prepare any statistics file that `load_statistics` reads.
+    def load(cls, path: str | os.PathLike[str], *, keys: tuple[str, str] | None = None) -> "FrechetReference":
+        """Load a file written by `save`, or any statistics file that `load_statistics` reads.
 
         Args:
-            path: of the file.
-            keys: as for `load_statistics`.
+            path: path of the file.
+            keys: as in `load_statistics`.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: no statistics in it, or a factor that is not one of its covariance.
+            ValueError: a file without statistics, or with a factor that does not match its covariance.
         """
         name, path = "FrechetReference.load", Path(path)
         with ArrayFile(name, path) as arrays:
@@ -106,10 +105,8 @@ class FrechetReference:
             raise ValueError(f"{name}: {path} must hold a factor [d, r] of its sigma, got another matrix {list(factor.shape)}.")
         return cls(mean, cov, factor)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write mean, covariance and factor to an .npz as mu, sigma and factor, in float64; pytorch-fid reads it too.
-
-        The file appears whole or not at all.
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write mu, sigma and factor to an .npz file, atomically and in float64; pytorch-fid reads it too.
 
         Raises:
             ValueError: a path that does not end in .npz.
@@ -141,10 +138,10 @@ class FrechetReference:
         return self.mean.dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "FrechetReference":
-        """The reference on another device, in float64 or float32; float32 on MPS, which has no other."""
+        """The reference on another device, in float64 or float32; always float32 on MPS, which has no float64."""
         device = self.device if device is None else torch.device(device)
         dtype = torch.float32 if device.type == "mps" else dtype or self.dtype
-        # The dtype first, as a device may lack the one that is left.
+        # The dtype first, since the target device may lack the current one.
         mean, factor = (t.to(dtype).to(device) for t in (self.mean, self.factor))
         return FrechetReference(mean, None if self._cov is None else self._cov.to(dtype).to(device), factor)
 
@@ -152,7 +149,7 @@ class FrechetReference:
         """The Frechet distance to a mean [d] and covariance [d, d], differentiable in both; see `genperf.frechet_distance`.
 
         Raises:
-            ValueError, TypeError, NotImplementedError: as `genperf.frechet_distance` does.
+            ValueError, TypeError, NotImplementedError: as `genperf.frechet_distance`.
         """
         mean, cov = (t.to(self.dtype) if isinstance(t, Tensor) else t for t in (mean, cov))
         return ops.frechet_distance(self.mean, None, mean, cov, factor1=self.factor, impl=impl)
@@ -164,23 +161,23 @@ class FrechetReference:
             x = features.double()                                                    # [N, d]
             genperf.frechet_distance(reference.mean, reference.cov, x.mean(0), torch.cov(x.T, correction=1 if unbiased else 0))
 
-        With N below about d the centered features take the place of a factor, and no d x d matrix is built for them.
+        With N below about d, the centered features serve as a factor, and no d x d matrix is computed for them.
 
         Args:
             features: [N, d], or [B, d, H, W], which are averaged over positions; any floating dtype. Computed in the
                 dtype of the reference. NaN and infinity give NaN.
-            unbiased: divide by N - 1 for the covariance, or by N.
-            impl: see `genperf.frechet_distance`.
+            unbiased: whether to divide the covariance by N - 1; False divides by N.
+            impl: as in `genperf.frechet_distance`.
 
         Returns:
-            a scalar of the reference's dtype, with first-order gradients, finite also where covariances are singular.
+            A scalar of the reference's dtype, differentiable once; gradients are finite for singular covariances too.
 
         Raises:
-            ValueError: another shape or dimension, fewer than two samples (one, where not unbiased), or another device.
-            TypeError: no floating-point tensor.
+            ValueError: another shape, dimension or device, or fewer than two samples (one if not unbiased).
+            TypeError: not a floating-point tensor.
         """
         name = "FrechetReference.distance_to_features"
-        rows = as_rows(name, features, self.dim, self.dtype)
+        rows = feature_matrix(name, features, self.dim, self.dtype)
         if features.device != self.device:
             raise ValueError(f"{name}: features and reference must be on one device, got {features.device} and {self.device}.")
         mean, cov, factor = sample_moments(name, rows.to(self.dtype), unbiased)
@@ -191,7 +188,7 @@ class FrechetReference:
 
 
 def _is_factor(factor: Tensor, cov: Tensor) -> bool:
-    """Whether cov = factor factor', as far as one random vector tells."""
+    """Whether cov = factor @ factor.T, tested on one random vector."""
     probe = torch.randn(len(cov), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     difference = factor @ (factor.T @ probe) - cov @ probe
     return bool(difference.norm() <= 1e-6 * torch.linalg.matrix_norm(cov) * probe.norm())

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ..ops.covariance_factor import working_dtype
 from ._feature_rows import FeatureRows
-from ._features import feature_rows, whole_number
+from ._features import finite_features, whole_number
 from ._two_samples import TwoSampleMetric
 
-# Rows and columns of the kernel matrix that are held at a time.
+# Rows and columns per block of the kernel matrix.
 _BLOCK = 512
 
 
@@ -30,26 +30,26 @@ def polynomial_mmd(
         within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kernel(real, real), kernel(fake, fake))]
         value = sum(within) - 2 * kernel(real, fake).mean()
 
-    in float64, block by block, without a kernel matrix of M x N; the symmetric ones are computed by half. It can be negative. Not
-    differentiable.
+    in float64, block by block, without an M x N kernel matrix; of the symmetric matrices half is computed. The estimate can be
+    negative. Not differentiable.
 
     Args:
         real, fake: float32, bfloat16, float16 or float64; M and N may differ.
-        degree: a positive whole number.
+        degree: a positive integer.
         gamma: positive; None for 1 / d.
         coef: at least 0.
 
     Returns:
-        a float64 scalar (float32 on MPS).
+        A float64 scalar (float32 on MPS).
 
     Raises:
-        ValueError: fewer than two samples on a side, dimensions that differ, NaN or infinity, or a parameter out of its range.
-        TypeError: no floating-point tensor.
+        ValueError: fewer than two real or two fake samples, different dimensions, NaN or infinity, or a parameter out of range.
+        TypeError: not a floating-point tensor.
     """
     name = "polynomial_mmd"
     degree = _checked_degree(name, degree, gamma, coef)
-    real = feature_rows(name, real, None)
-    fake = feature_rows(name, fake, real.shape[1])
+    real = finite_features(name, real, None)
+    fake = finite_features(name, fake, real.shape[1])
     if min(len(real), len(fake)) < 2:
         raise ValueError(f"{name}: there must be at least two samples on each side, got {len(real)} and {len(fake)}.")
     if real.device != fake.device:
@@ -60,22 +60,22 @@ def polynomial_mmd(
 class KernelInceptionDistance(TwoSampleMetric):
     """Squared maximum mean discrepancy of features under a polynomial kernel; Binkowski et al., "Demystifying MMD GANs" (2018).
 
-    The estimate is unbiased whatever the number of samples, unlike the Frechet distance. `compute` averages over random
-    subsets, as evaluators do; the same seed draws the subsets that torchmetrics draws. `compute_full` uses every pair once.
+    Unlike the Frechet distance, the estimate is unbiased for any number of samples. `compute` averages over random subsets, as
+    evaluators do; a seed draws the same subsets as in torchmetrics. `compute_full` uses every pair of samples once.
 
     Args:
-        extractor: see `FrechetDistance`.
+        extractor: as in `FrechetDistance`.
         subsets: number of subsets.
-        subset_size: samples of a subset, on each side.
-        degree, gamma, coef: of the kernel, (gamma x.y + coef)^degree; gamma=None is 1 / d.
-        reset_real: whether `reset` forgets the real samples too.
-        device: to keep the features on; None for that of the first features.
+        subset_size: number of real and of generated samples in a subset.
+        degree, gamma, coef: parameters of the kernel (gamma x.y + coef)^degree; gamma=None for 1 / d.
+        reset_real: whether `reset` removes the real samples too.
+        device: device of the stored features; None for that of the first features.
 
     Attributes:
-        real, fake: what was taken in, each with `.features` [N, d] and `.count`.
+        real, fake: the stored features, each with `.features` [N, d] and `.count`.
 
     Raises:
-        ValueError: a parameter out of its range.
+        ValueError: a parameter out of range.
     """
 
     def __init__(
@@ -102,44 +102,44 @@ class KernelInceptionDistance(TwoSampleMetric):
         self.coef = coef
 
     def compute(self, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation over the subsets, float64 scalars (float32 on MPS); the deviation divides by the number of subsets.
+        """Mean and (biased) standard deviation over the subsets, float64 scalars (float32 on MPS).
 
-        After `sync` each process draws subsets of its own. With generators of one seed they give one value.
+        After `sync` each rank draws its own subsets; pass generators of the same seed to get the same value on all ranks.
 
         Args:
-            generator: a CPU generator for the subsets, in place of torch's default one.
+            generator: CPU generator for the subsets; None for torch's default generator.
 
         Raises:
-            ValueError: fewer samples on a side than a subset has.
+            ValueError: fewer real or generated samples than `subset_size`.
         """
         self._require(self.subset_size, f"a subset of {self.subset_size}")
         real, fake = self._features()
-        values = []
+        estimates = []
         for _ in range(self.subsets):
             subset = [x[torch.randperm(len(x), generator=generator)[: self.subset_size].to(x.device)] for x in (real, fake)]
-            values.append(_mmd(*subset, self.degree, self._gamma, self.coef))
-        values = torch.stack(values)
+            estimates.append(_mmd(subset[0], subset[1], self.degree, self._gamma, self.coef))
+        values = torch.stack(estimates)
         return values.mean(), values.std(unbiased=False)
 
     def compute_full(self) -> Tensor:
-        """The estimate from all samples, see `polynomial_mmd`; nothing is drawn, and sides may differ in size.
+        """The deterministic estimate from all samples, see `polynomial_mmd`; the numbers of samples may differ.
 
         Raises:
-            ValueError: fewer than two samples on a side.
+            ValueError: fewer than two real or two generated samples.
         """
         self._require(2)
         return _mmd(*self._features(), self.degree, self._gamma, self.coef)
 
     @property
     def _gamma(self) -> float:
-        return 1 / self.real.dim if self.gamma is None else self.gamma
+        return 1 / self.real.features.shape[1] if self.gamma is None else self.gamma
 
     def _features(self) -> tuple[Tensor, Tensor]:
         return self.real.features, self.fake.features.to(self.real.device)
 
 
 def _checked_degree(name: str, degree: int, gamma: float | None, coef: float) -> int:
-    """The degree, of a kernel that is one."""
+    """Check the parameters of the kernel, and return the degree as an int."""
     degree = whole_number(name, "degree", degree, 1)
     if gamma is not None and not gamma > 0:
         raise ValueError(f"{name}: gamma must be None or positive, got {gamma!r}.")
@@ -159,7 +159,7 @@ def _mmd(real: Tensor, fake: Tensor, degree: int, gamma: float, coef: float) -> 
 
 
 def _kernel_blocks(x: Tensor, y: Tensor, degree: int, gamma: float, coef: float) -> Iterator[tuple[int, int, Tensor]]:
-    """Blocks of the kernel matrix of x and y with their places; of a symmetric one (x is y) those on and above the diagonal."""
+    """Blocks (i, j, kernel) of the kernel matrix of x and y; if x is y, only those on and above the diagonal."""
     dtype = working_dtype(x.device)
     for i, rows in enumerate(x.split(_BLOCK)):
         rows = rows.to(dtype)

@@ -1,4 +1,4 @@
-"""How many classes generated samples reach, and how evenly."""
+"""Mode coverage: the classes of generated samples, and their distribution."""
 
 from typing import NamedTuple
 
@@ -11,14 +11,14 @@ from ._features import whole_number
 
 
 class ModeCoverage(NamedTuple):
-    """How samples are spread over K classes."""
+    """Distribution of samples over K classes."""
 
     modes: Tensor
-    """Number of classes that samples reach; scalar, int64."""
+    """Number of classes among the samples; scalar, int64."""
     kl: Tensor
-    """Divergence of the samples' classes from the expected ones, in nats; scalar, float64 (float32 on MPS)."""
+    """KL divergence from the expected distribution, in nats; scalar, float64 (float32 on MPS)."""
     shares: Tensor
-    """[K], of kl's dtype: the share of the samples in each class."""
+    """[K], of kl's dtype: the fraction of samples in each class."""
 
 
 @torch.no_grad()
@@ -29,28 +29,28 @@ def mode_coverage(
     expected: Tensor | None = None,  # [K]
     min_share: float = 0.0,
 ) -> ModeCoverage:
-    """Number of classes among samples, and the KL divergence of their classes from the expected distribution.
+    """Number of classes among samples, and the KL divergence of their distribution from the expected one.
 
     Equivalent to:
         shares = torch.bincount(predictions, minlength=K) / N
         modes = ((shares > 0) & (shares >= min_share)).sum()
         kl = (shares * (shares / expected).log()).nansum()
 
-    A generator that has collapsed reaches few classes and is far from the expected shares: the scores of stacked MNIST in
-    Srivastava et al., "VEEGAN" (2017), and Lin et al., "PacGAN" (2018). A classifier of the real data tells the classes; with
-    as many classes as there are mixture components or nearest centers, so can anything else.
+    A collapsed generator covers few classes and has a large divergence: the scores of stacked MNIST in Srivastava et al.,
+    "VEEGAN" (2017), and Lin et al., "PacGAN" (2018). The classes can come from a classifier trained on the real data, from
+    the components of a mixture, or from nearest centers.
 
     Args:
-        predictions: classes, int64, -1 ... K - 1, where -1 (a sample of no class) is left out; or scores of each class,
-            floating, of which the largest counts: probabilities or logits.
+        predictions: classes, int64, -1 ... K - 1, where -1 (no class) is ignored; or a floating-point score of each class,
+            such as probabilities or logits, of which the largest is taken.
         num_classes: K.
-        expected: how often each class occurs in the data, counts or shares; None for evenly. A class that the samples have and
-            the data have not makes the divergence infinite.
-        min_share: from which share of the samples on a class counts as reached, 0 ... 1; 0 counts every class that occurs.
+        expected: counts or fractions of the classes in the data; None for uniform. The divergence is infinite if samples have
+            a class with an expected fraction of 0.
+        min_share: smallest fraction of the samples for a class to count as covered, 0 ... 1; 0 counts every class that occurs.
 
     Raises:
-        ValueError: shapes or numbers that do not fit, a class outside of the range, NaN among the scores, or no sample of any class.
-        TypeError: predictions that are neither int64 nor floating.
+        ValueError: shapes that do not match, a class or number out of range, NaN scores, or no sample of any class.
+        TypeError: predictions that are neither int64 nor floating-point.
     """
     name = "mode_coverage"
     num_classes = whole_number(name, "num_classes", num_classes, 1)
@@ -63,14 +63,14 @@ def mode_coverage(
         raise ValueError(f"{name}: there must be at least one sample of a class, got {len(classes)} samples and none of a class.")
     shares = counts.to(dtype) / counts.sum()
     modes = ((counts > 0) & (shares >= min_share)).sum()
-    wanted = _shares(name, expected, num_classes, shares)
-    # 0 log 0 is 0, whatever the other share.
-    kl = torch.where(counts > 0, shares * (shares / wanted).log(), 0).sum().clamp(min=0)
+    expected_shares = _shares(name, expected, num_classes, shares)
+    # 0 log(0 / q) is 0 for any q.
+    kl = torch.where(counts > 0, shares * (shares / expected_shares).log(), 0).sum().clamp(min=0)
     return ModeCoverage(modes, kl, shares)
 
 
 def _classes(name: str, predictions: Tensor, num_classes: int) -> Tensor:
-    """[N], int64, -1 ... K - 1."""
+    """The checked classes [N], int64, -1 ... K - 1."""
     check_tensor(name, "predictions", predictions)
     if predictions.is_floating_point():
         if predictions.dim() != 2 or predictions.shape[1] != num_classes:
@@ -92,7 +92,7 @@ def _classes(name: str, predictions: Tensor, num_classes: int) -> Tensor:
 
 
 def _shares(name: str, expected: Tensor | None, num_classes: int, like: Tensor) -> Tensor:
-    """The expected share of each class, [K]."""
+    """The expected fraction of each class, [K]."""
     if expected is None:
         return torch.full_like(like, 1 / num_classes)
     check_tensor(name, "expected", expected)

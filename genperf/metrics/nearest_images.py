@@ -1,4 +1,4 @@
-"""The training image that each sample is nearest to: does a model generate, or remember?"""
+"""Nearest training image of each sample, to detect memorization."""
 
 import math
 from typing import NamedTuple
@@ -15,9 +15,9 @@ class NearestImages(NamedTuple):
     """The nearest training image of each of N samples."""
 
     indices: Tensor
-    """[N], int64: its number in the training set, the lowest on ties."""
+    """[N], int64: index in the training set, the lowest on ties."""
     distances: Tensor
-    """[N], float32 (float64 for float64): the Euclidean distance to it."""
+    """[N], float32 (float64 for float64): Euclidean distance."""
 
 
 @torch.no_grad()
@@ -25,24 +25,24 @@ def nearest_images(
     samples: Tensor,  # [N, ...]
     training_images: Tensor,  # [M, ...]
 ) -> NearestImages:
-    """The nearest training image of each sample, exactly, in the space of pixels or of features.
+    """The exact nearest training image of each sample, in the space of pixels or features.
 
     Equivalent to:
         distances, indices = torch.cdist(samples.flatten(1).double(), training_images.flatten(1).double()).min(1)
 
-    without the [N, M] distances: the search is `genperf.nearest_code`. Shown side by side with their neighbors, samples
-    tell whether they are copies; `duplicate_rate` counts those. Compare with the distances of held-out images.
+    without the [N, M] distance matrix: the search is `genperf.nearest_code`. Compare samples with their nearest images, and
+    the distances with those of held-out images, to detect copies; `duplicate_rate` counts them.
 
     Args:
         samples: float32, bfloat16, float16 or float64; images, or features of images [N, d].
-        training_images: of the same shape but for M >= 1, and of the same dtype, or float32 with half-precision samples.
+        training_images: M >= 1 images of the same shape and dtype, or float32 with half-precision samples.
 
     Returns:
-        indices and distances. A sample with a NaN has index 0 and a NaN for its distance; a training image with a NaN is
-        never preferred.
+        indices and distances. A sample with a NaN has index 0 and distance NaN; a training image with a NaN is never the
+        nearest if another has none.
 
     Raises:
-        ValueError: shapes that do not fit, an empty training set, or tensors on two devices.
+        ValueError: shapes that do not match, an empty training set, or tensors on different devices.
         TypeError: an unsupported dtype.
     """
     return _nearest("nearest_images", samples, training_images)
@@ -54,20 +54,20 @@ def duplicate_rate(
     training_images: Tensor,  # [M, ...]
     threshold: float,
 ) -> Tensor:
-    """Share of the samples that lie within a distance of a training image: memorized ones.
+    """Fraction of the samples within a distance of a training image.
 
     Equivalent to:
         (nearest_images(samples, training_images).distances <= threshold).double().mean()
 
     Args:
-        samples, training_images: see `nearest_images`.
-        threshold: Euclidean distance, at least 0: small against that of held-out images to the training set.
+        samples, training_images: as in `nearest_images`.
+        threshold: Euclidean distance, at least 0; choose it well below the distances of held-out images.
 
     Returns:
-        Scalar, float64; NaN without samples.
+        A float64 scalar; NaN without samples.
 
     Raises:
-        ValueError, TypeError: see `nearest_images`; also a threshold below 0.
+        ValueError, TypeError: as `nearest_images`; also a threshold below 0.
     """
     if not 0 <= threshold < math.inf:
         raise ValueError(f"duplicate_rate: threshold must be a finite number, at least 0, got {threshold!r}.")
@@ -91,7 +91,7 @@ def _nearest(name: str, samples: Tensor, training_images: Tensor) -> NearestImag
     samples, training_images = samples.flatten(1), training_images.flatten(1)
     indices = nearest_code(samples, training_images)
     working = torch.promote_types(samples.dtype, torch.float32)
-    # From differences, which keep the digits of small distances.
+    # Computed from differences, since |x|^2 - 2 x.y + |y|^2 would cancel for small distances.
     parts = [
         torch.linalg.vector_norm(s.to(working) - training_images[i].to(working), dim=1)
         for s, i in zip(samples.split(4096), indices.split(4096), strict=True)

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from ..ops.covariance_factor import working_dtype
 from ._feature_rows import FeatureRows
-from ._features import feature_rows, whole_number
+from ._features import finite_features, whole_number
 from ._two_samples import TwoSampleMetric
 
-# Rows and columns of the distance matrix that are held at a time.
+# Rows and columns per block of the distance matrix.
 _BLOCK_ROWS = 1024
 _BLOCK_COLUMNS = 4096
 
 
 class PrecisionRecallScores(NamedTuple):
-    """Scalars of float64 (float32 on MPS)."""
+    """float64 scalars (float32 on MPS)."""
 
     precision: Tensor
     recall: Tensor
@@ -31,7 +31,7 @@ def precision_recall(
     *,
     k: int = 3,
 ) -> PrecisionRecallScores:
-    """Precision, recall, density and coverage from balls that reach from each sample to its k-th nearest neighbor.
+    """Precision, recall, density and coverage from balls around the samples, with the k-th nearest neighbor on the boundary.
 
     Equivalent to:
         def radius(x): return torch.cdist(x, x).fill_diagonal_(inf).kthvalue(k).values
@@ -43,24 +43,25 @@ def precision_recall(
         coverage = in_real.any(1).double().mean()                                    # real balls with a generated sample
 
     Precision and recall: Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models" (2019). Density and
-    coverage: Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative Models" (2020). Balls are closed, so a
-    copied sample counts; the package prdc leaves out what lies exactly on a boundary.
+    coverage: Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative Models" (2020). Balls are closed, so an exact
+    copy of a sample counts; the package prdc excludes points on the boundary.
 
-    Distances are computed in float64 of features whose common mean is taken away, block by block: no M x N matrix is kept,
-    and features far from the origin lose nothing. Distances that cannot be told apart at that precision count as equal.
+    Distances are computed in float64 block by block, without an M x N matrix, from features minus their common mean, so that
+    features far from the origin lose no precision. Distances that differ by no more than rounding count as equal.
 
     Args:
         real, fake: float32, bfloat16, float16 or float64; M and N may differ.
-        k: which neighbor, a sample not being its own; 3 in the paper of precision and recall, 5 in that of density and coverage.
+        k: number of the neighbor, not counting the sample itself; 3 in the paper on precision and recall, 5 in that on
+            density and coverage.
 
     Raises:
-        ValueError: not more than k samples on a side, dimensions that differ, or NaN or infinity.
-        TypeError: no floating-point tensor.
+        ValueError: k or fewer real or fake samples, different dimensions, or NaN or infinity.
+        TypeError: not a floating-point tensor.
     """
     name = "precision_recall"
     k = whole_number(name, "k", k, 1)
-    real = feature_rows(name, real, None)
-    fake = feature_rows(name, fake, real.shape[1])
+    real = finite_features(name, real, None)
+    fake = finite_features(name, fake, real.shape[1])
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"{name}: there must be more than k={k} samples on each side, got {len(real)} and {len(fake)}.")
     if real.device != fake.device:
@@ -72,13 +73,13 @@ class PrecisionRecall(TwoSampleMetric):
     """Precision, recall, density and coverage of generated samples; see `precision_recall`.
 
     Args:
-        extractor: see `FrechetDistance`.
-        k: which neighbor a ball reaches to.
-        reset_real: whether `reset` forgets the real samples too.
-        device: to keep the features on; None for that of the first features.
+        extractor: as in `FrechetDistance`.
+        k: number of the neighbor on the boundary of a ball.
+        reset_real: whether `reset` removes the real samples too.
+        device: device of the stored features; None for that of the first features.
 
     Attributes:
-        real, fake: what was taken in, each with `.features` [N, d] and `.count`.
+        real, fake: the stored features, each with `.features` [N, d] and `.count`.
 
     Raises:
         ValueError: a k below 1.
@@ -100,7 +101,7 @@ class PrecisionRecall(TwoSampleMetric):
         """The four scores, also by name: `.precision`, `.recall`, `.density`, `.coverage`.
 
         Raises:
-            ValueError: not more than k samples on a side.
+            ValueError: k or fewer real or generated samples.
         """
         self._require(self.k + 1, f"the neighbor k={self.k}")
         return _scores(self.real.features, self.fake.features.to(self.real.device), self.k)
@@ -110,25 +111,25 @@ class PrecisionRecall(TwoSampleMetric):
 def _scores(real: Tensor, fake: Tensor, k: int) -> PrecisionRecallScores:
     dtype = working_dtype(real.device)
     center = (real.mean(0, dtype=dtype) * len(real) + fake.mean(0, dtype=dtype) * len(fake)) / (len(real) + len(fake))
-    real, fake = _Points(real, center), _Points(fake, center)
-    real_reach, fake_reach = real.reach(k), fake.reach(k)
+    real_points, fake_points = _Points(real, center), _Points(fake, center)
+    real_radii, fake_radii = real_points.squared_radii(k), fake_points.squared_radii(k)
 
     precise = torch.zeros(len(fake), dtype=torch.bool, device=center.device)
     recalled, covered = (torch.zeros(len(real), dtype=torch.bool, device=center.device) for _ in range(2))
     pairs = torch.zeros((), dtype=torch.int64, device=center.device)
-    for i, j, square, slack in real.distances(fake):
-        square -= slack
-        in_real = square <= real_reach[i][:, None]
+    for i, j, square, rounding in real_points.distances(fake_points):
+        square -= rounding
+        in_real = square <= real_radii[i][:, None]
         precise[j] |= in_real.any(0)
         covered[i] |= in_real.any(1)
         pairs += in_real.sum()
-        recalled[i] |= (square <= fake_reach[j]).any(1)
+        recalled[i] |= (square <= fake_radii[j]).any(1)
     means = [t.to(dtype).mean() for t in (precise, recalled, covered)]
     return PrecisionRecallScores(means[0], means[1], pairs.to(dtype) / (k * len(fake)), means[2])
 
 
 class _Points:
-    """Samples as differences from a center, which are computed block by block."""
+    """Features minus a center, computed block by block."""
 
     def __init__(self, features: Tensor, center: Tensor) -> None:
         self.features, self.center = features, center
@@ -144,8 +145,8 @@ class _Points:
         return [slice(start, min(start + size, len(self))) for start in range(0, len(self), size)]
 
     def distances(self, other: "_Points") -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-        """Squared distances block by block: rows, columns, [rows, columns] and a bound on their rounding error."""
-        # Each of d products and sums rounds by half an epsilon, and so does each difference from the center.
+        """Blocks (rows, columns, squared distances, bound on their rounding error)."""
+        # Each of d products and sums, and each subtraction of the center, rounds by at most eps / 2.
         unit = (len(self.center) + 8) * torch.finfo(self.center.dtype).eps
         for i in self.blocks(_BLOCK_ROWS):
             rows = self[i]
@@ -153,19 +154,18 @@ class _Points:
                 norms = self.norms[i][:, None] + other.norms[j]
                 yield i, j, torch.addmm(norms, rows, other[j].T, alpha=-2), unit * norms
 
-    def reach(self, k: int) -> Tensor:
-        """Squared distance of each sample to its k-th nearest neighbor, with a bound on its rounding error added."""
-        nearest, slack = [], []
+    def squared_radii(self, k: int) -> Tensor:
+        """Squared distance of each sample to its k-th nearest neighbor, plus a bound on the rounding error."""
+        nearest, bounds = [], []
         for i, j, square, bound in self.distances(self):
-            if i.start < j.stop and j.start < i.stop:  # the diagonal passes through: no sample is its own neighbor
+            if i.start < j.stop and j.start < i.stop:  # a block with part of the diagonal: a sample is not its own neighbor
                 rows, columns = (torch.arange(part.start, part.stop, device=square.device) for part in (i, j))
                 square.masked_fill_(rows[:, None] == columns, torch.inf)
             if j.start == 0:
                 nearest.append(square[:, :0])
-                slack.append(square[:, :0])
+                bounds.append(square[:, :0])
             found = torch.cat([nearest[-1], square], 1)
             found, places = found.topk(min(k, found.shape[1]), largest=False)
             nearest[-1] = found
-            slack[-1] = torch.cat([slack[-1], bound], 1).gather(1, places)
-        nearest, slack = torch.cat(nearest), torch.cat(slack)
-        return nearest[:, k - 1] + slack[:, k - 1]
+            bounds[-1] = torch.cat([bounds[-1], bound], 1).gather(1, places)
+        return torch.cat(nearest)[:, k - 1] + torch.cat(bounds)[:, k - 1]

@@ -1,4 +1,4 @@
-"""Files of feature statistics and of features, in the layouts that evaluators write."""
+"""Files of features and feature statistics, in the layouts of common evaluators."""
 
 import io
 import os
@@ -6,63 +6,64 @@ import pickle
 import uuid
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Names of mean and covariance, in the order in which they are looked for.
+# Names of mean and covariance, in order of precedence.
 _STATISTICS_KEYS = (("mu", "sigma"), ("fid/mu", "fid/sigma"))
 _STYLEGAN_KEYS = ("raw_mean", "raw_cov", "num_items")
 _FEATURE_KEYS = ("features", "feats", "all_features")
 
-# Second pair of mean and covariance that a layout holds.
+# Names of a layout's second pair of mean and covariance.
 _SECOND_KEYS = {"adm": ("mu_s", "sigma_s"), "fd-loss": ("avg_mu", "avg_sigma")}
 LAYOUTS = ("pytorch-fid", "edm", "adm", "fd-loss", "stylegan")
 
-# A covariance that was stored in half or single precision is symmetric and non-negative up to this much of its largest entry.
+# Tolerance for symmetry and non-negativity, relative to the largest entry: covariances may be stored in half precision.
 _ROUNDING = 1e-3
 
 
-def load_statistics(path: str | os.PathLike, *, keys: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of features from a file of any common layout.
+def load_statistics(path: str | os.PathLike[str], *, keys: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:
+    """Load mean and covariance of features from a file of a common layout.
 
     layout                     file     names
     pytorch-fid, clean-fid     .npz     mu, sigma
     EDM                        .npz     mu, sigma
     ADM (guided-diffusion)     .npz     mu, sigma; mu_s, sigma_s of spatial features
     FD-Loss                    .npz     mu, sigma; avg_mu, avg_sigma
-    StyleGAN2-ADA, StyleGAN3   .pkl     raw_mean, raw_cov, num_items: sums, of which the covariance is divided by N, not N - 1
-    EDM2                       .pkl     fid/mu, fid/sigma and the like: a dictionary of dictionaries
+    StyleGAN2-ADA, StyleGAN3   .pkl     raw_mean, raw_cov, num_items: sums; the covariance is divided by N, not N - 1
+    EDM2                       .pkl     fid/mu, fid/sigma, and others: a dictionary of dictionaries
 
-    What a file is shows in its first bytes, not in its name. Nothing in a file is executed: of pickles, which could
-    hold any program, only plain containers and numpy arrays of numbers are read.
+    The format is detected from the first bytes, not from the name. Files cannot execute code: of pickles, only plain
+    containers and numpy arrays of numbers are loaded.
 
     Args:
-        path: of the file.
-        keys: names of mean and covariance, for another pair than the first of the table; "a/b" is entry b of entry a.
+        path: path of the file.
+        keys: names of mean and covariance, for another pair than the first in the table; "a/b" is entry b of entry a.
 
     Returns:
-        mean [d] and cov [d, d], float64 tensors on the CPU; cov exactly symmetric.
+        mean [d] and cov [d, d], float64 tensors on the CPU; cov is exactly symmetric.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file, names missing, shapes that do not fit, numbers that are not finite, or a matrix that is not symmetric.
+        ValueError: another format, missing names, shapes that do not match, numbers that are not finite, or a covariance that
+            is not symmetric.
     """
     name, path = "load_statistics", Path(path)
     with ArrayFile(name, path) as arrays:
         return read_statistics(name, path, arrays, keys)
 
 
-def load_features(path: str | os.PathLike) -> Tensor:
-    """Features [N, d] from a .npy file, from an .npz file with one array or one named "features" or "feats", or StyleGAN's .pkl.
+def load_features(path: str | os.PathLike[str]) -> Tensor:
+    """Load features [N, d] from .npy, from .npz with one array or an array "features" or "feats", or from StyleGAN's .pkl.
 
     Returns:
-        a tensor on the CPU, of the dtype in the file. A .npy file is mapped, not read: its pages are loaded as they are used,
-        and writing to the tensor does not write to the file.
+        A tensor on the CPU, of the file's dtype. A .npy file is memory-mapped copy-on-write: pages are read when they are used,
+        and writing to the tensor does not change the file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -76,11 +77,11 @@ def load_features(path: str | os.PathLike) -> Tensor:
         return features
 
 
-def load_moments(path: str | os.PathLike, *, keys: Sequence[str] | None = None) -> tuple[Tensor, Tensor] | Tensor:
-    """What a file holds: (mean, cov) as from `load_statistics`, or else features [N, d] as from `load_features`.
+def load_moments(path: str | os.PathLike[str], *, keys: Sequence[str] | None = None) -> tuple[Tensor, Tensor] | Tensor:
+    """Load (mean, cov) like `load_statistics`, or from a file without statistics features [N, d] like `load_features`.
 
     Raises:
-        FileNotFoundError, ValueError: as they do.
+        FileNotFoundError, ValueError: as these functions.
     """
     name, path = "load_moments", Path(path)
     with ArrayFile(name, path) as arrays:
@@ -92,7 +93,7 @@ def load_moments(path: str | os.PathLike, *, keys: Sequence[str] | None = None) 
 
 
 def save_statistics(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     mean: Tensor | np.ndarray,  # [d]
     cov: Tensor | np.ndarray,  # [d, d]
     *,
@@ -100,20 +101,18 @@ def save_statistics(
     second: tuple[Tensor | np.ndarray, Tensor | np.ndarray] | None = None,
     count: int | None = None,
 ) -> None:
-    """Write mean and covariance in an evaluator's layout.
-
-    The file appears whole or not at all: it is written beside its place and then moved there.
+    """Write mean and covariance in an evaluator's layout, atomically: to a temporary file that is then renamed.
 
     Args:
-        path: ending in .npz, for "stylegan" in .pkl; a file that is there is replaced.
+        path: ends in .npz, for "stylegan" in .pkl; an existing file is replaced.
         mean, cov: written in float64.
         layout: "pytorch-fid" and "edm": mu, sigma. "adm" and "fd-loss": with a second pair, see `load_statistics`.
-            "stylegan": sums, with N in the place of N - 1; `cov` must have been divided by N.
-        second: mean and covariance of ADM's spatial features or FD-Loss's averaged ones; which those two layouts need.
-        count: N, which "stylegan" needs.
+            "stylegan": sums; `cov` must be divided by N, not N - 1.
+        second: mean and covariance of ADM's spatial or FD-Loss's averaged features; required by these two layouts.
+        count: N, required by "stylegan".
 
     Raises:
-        ValueError: as a sentence, before anything is written.
+        ValueError: arguments that do not match the layout, or invalid statistics; nothing is written.
         OSError: the file cannot be written.
     """
     name, path = "save_statistics", Path(path)
@@ -152,7 +151,7 @@ def save_statistics(
 
 
 def check_statistics(owner: str, mean: Any, cov: Any, mean_name: str, cov_name: str) -> tuple[Tensor, Tensor]:
-    """mean [d] and cov [d, d] in float64, cov made exactly symmetric; a sentence for what is no mean and covariance."""
+    """Convert mean [d] and cov [d, d] to float64 and make cov exactly symmetric; raise ValueError unless they are valid."""
     mean, cov = (_as_float64(owner, n, t) for n, t in ((mean_name, mean), (cov_name, cov)))
     if mean.dim() != 1 or cov.shape != (len(mean), len(mean)) or len(mean) == 0:
         raise ValueError(
@@ -171,8 +170,8 @@ def check_statistics(owner: str, mean: Any, cov: Any, mean_name: str, cov_name: 
     return mean, (cov + cov.T) / 2
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Have `write(file)` fill a file beside `path`, then move it there; what fails leaves nothing behind."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call `write(file)` on a temporary file in the folder of `path`, then rename it to `path`; errors leave no file behind."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as file:
@@ -195,6 +194,7 @@ def _as_float64(owner: str, name: str, value: Any) -> Tensor:
 
 
 def read_statistics(name: str, path: Path, arrays: "ArrayFile", keys: Sequence[str] | None) -> tuple[Tensor, Tensor]:
+    """Mean and covariance from an open file; see `load_statistics`."""
     if keys is not None:
         if isinstance(keys, str) or len(keys) != 2:
             raise ValueError(f"{name}: keys must be the two names of mean and covariance, got {keys!r}.")
@@ -213,7 +213,7 @@ def read_statistics(name: str, path: Path, arrays: "ArrayFile", keys: Sequence[s
 def _has_statistics(arrays: "ArrayFile") -> bool:
     if any(arrays.has(*pair) for pair in _STATISTICS_KEYS):
         return True
-    # StyleGAN's file of features alone has sums too, all zero.
+    # A StyleGAN file of features only has sums as well, all zero.
     return arrays.has(*_STYLEGAN_KEYS) and bool(np.all(arrays["capture_mean_cov"] if arrays.has("capture_mean_cov") else True))
 
 
@@ -221,29 +221,29 @@ def _from_sums(name: str, path: Path, raw_mean: Any, raw_cov: Any, num_items: An
     count = int(num_items)
     if count < 1:
         raise ValueError(f"{name}: {path} must hold statistics of at least one sample, got num_items={count}.")
-    # In extended precision, where there is one, for the difference of two large numbers.
+    # In extended precision where the platform has it, since the difference of two large numbers cancels.
     mean = np.asarray(raw_mean, np.longdouble) / count
     cov = np.asarray(raw_cov, np.longdouble) / count - np.multiply.outer(mean, mean)
     return check_statistics(f"{name}: {path}", mean, cov, "raw_mean", "raw_cov")
 
 
 def _features(name: str, path: Path, arrays: "ArrayFile") -> Tensor | None:
-    """The features in a file, or None where it has no array for them."""
+    """The features in a file, or None if no array can be identified as features."""
     key = next((key for key in _FEATURE_KEYS if arrays.has(key)), arrays.names[0] if len(arrays.names) == 1 else None)
     if key is None:
         return None
     array = arrays[key]
-    if isinstance(array, list):  # StyleGAN keeps batches
+    if isinstance(array, list):  # batches, in StyleGAN files
         array = np.concatenate(array) if array else np.zeros((0, 0), np.float32)
     if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] == 0:
         raise ValueError(f"{name}: {path} must hold features, floats [N, d], got {array.dtype} {list(array.shape)} as {key!r}.")
-    if array.dtype.itemsize > 8 or not array.dtype.isnative:  # which torch has not
+    if array.dtype.itemsize > 8 or not array.dtype.isnative:  # unsupported by torch
         array = array.astype(f"=f{min(8, array.dtype.itemsize)}")
     return torch.from_numpy(array)
 
 
 class ArrayFile:
-    """The named arrays of a .npz, .npy or .pkl file; an .npz is read one array at a time, as they are asked for."""
+    """The named arrays of an .npz, .npy or .pkl file; arrays of an .npz are read when they are accessed."""
 
     def __init__(self, owner: str, path: Path) -> None:
         self.owner, self.path = owner, path
@@ -261,12 +261,12 @@ class ArrayFile:
             if start.startswith(b"PK"):
                 return np.load(self.path, allow_pickle=False)
             if start == b"\x93NUMPY":
-                # Copy on write: torch warns of arrays that it must not write to.
+                # Copy-on-write, since torch warns about read-only arrays.
                 return {"array": np.load(self.path, mmap_mode="c", allow_pickle=False)}
             file.seek(0)
             content = _PlainUnpickler(file).load()
         if not isinstance(content, Mapping):
-            raise ValueError(f"it holds a {type(content).__name__} where a dictionary is wanted")
+            raise ValueError(f"it must hold a dictionary, got a {type(content).__name__}")
         return content
 
     def has(self, *keys: str) -> bool:
@@ -312,7 +312,7 @@ _FILE_ERRORS = (
 
 
 def _leaves(content: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Names of the entries of a dictionary of dictionaries."""
+    """Names of the entries in nested dictionaries."""
     if isinstance(content, np.lib.npyio.NpzFile):
         return list(content.files)
     names = []
@@ -322,17 +322,17 @@ def _leaves(content: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads containers, numbers, strings and numpy arrays of numbers; a pickle that names anything else is refused.
+    """Loads containers, numbers, strings and numpy arrays of numbers; other globals in a pickle raise UnpicklingError.
 
-    Nothing that a pickle names is called: stand-ins take its arguments. numpy's own dtypes and arrays can be restored to a state in
-    which the bytes of the file are taken for pointers to objects.
+    The globals that a pickle names are never called: functions and classes below replace them. numpy's own classes are unsafe, since
+    a pickled state can make an array interpret bytes of the file as object pointers.
     """
 
     def __init__(self, file: io.BufferedReader) -> None:
         super().__init__(file, encoding="latin1")
-        # Bound methods, as a pickle could set the defaults of a function.
-        self._stand_ins = {
-            "numpy.ndarray": None,  # named as what _reconstruct makes
+        # Bound methods, since a pickle could set the defaults of a function.
+        self._replacements: dict[str, Any] = {
+            "numpy.ndarray": None,  # only an argument of _reconstruct
             "numpy.dtype": _Dtype,
             "numpy.core.multiarray._reconstruct": self._empty,
             "numpy.core.multiarray.scalar": self._scalar,
@@ -342,12 +342,12 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         known = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
-        if known not in self._stand_ins:
-            raise pickle.UnpicklingError(f"the pickle names {module}.{name}, and only arrays in plain containers are read")
-        return self._stand_ins[known]
+        if known not in self._replacements:
+            raise pickle.UnpicklingError(f"the pickle names {module}.{name}, but only arrays in plain containers are supported")
+        return self._replacements[known]
 
     def persistent_load(self, pid: object) -> Any:
-        raise pickle.UnpicklingError("the pickle refers to objects outside of it")
+        raise pickle.UnpicklingError("the pickle refers to external objects")
 
     def _empty(self, cls: None, shape: tuple, typecode: bytes) -> np.ndarray:
         return _Array(0)
@@ -363,19 +363,19 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 class _Dtype:
-    """A numpy.dtype of numbers, of which a pickle sets the byte order and nothing else."""
+    """A numpy.dtype of numbers; a pickle can set its byte order only."""
 
     def __init__(self, name: Any, align: bool = False, copy: bool = False) -> None:
         self.dtype = np.dtype(str(name))
         if self.dtype.kind not in "biuf":
-            raise pickle.UnpicklingError(f"the pickle holds an array of {self.dtype}, and only numbers are read")
+            raise pickle.UnpicklingError(f"the pickle holds an array of {self.dtype}, but only numbers are supported")
 
     def __setstate__(self, state: tuple) -> None:
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array(np.ndarray):
-    """An array that is filled after it was made, with what has been checked."""
+    """An array whose content is set after its creation, from a checked state."""
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, is_fortran, data = state
@@ -384,6 +384,6 @@ class _Array(np.ndarray):
 
 
 def _numbers(data: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
-    """Of a copy of the data, which may belong to an array that the pickle fills anew; Python 2 wrote bytes as strings."""
+    """An array of a copy of the data, which the pickle may still change; Python 2 wrote bytes as strings."""
     data = data.encode("latin1") if isinstance(data, str) else data
     return np.frombuffer(bytearray(data), dtype.dtype).reshape(shape, order=order)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._distributed import gather_rows, world_size
+from .._distributed import all_gather_rows, world_size
 from ..losses.adversarial import discriminator_loss, generator_loss
 from ..losses.feature_matching import feature_matching
 from ..losses.gradient_penalty import gradient_penalty
@@ -158,11 +158,11 @@ class StackGAN(System):
         if labels.dtype == torch.int64:
             classes = self.config.num_classes
             return self.embed((labels + torch.randint(1, classes, ()).item()) % classes)
-        embedding, processes = self.embed(labels), world_size()
-        if len(embedding) * processes == 1:
+        embedding, ranks = self.embed(labels), world_size()
+        if len(embedding) * ranks == 1:
             raise ValueError("StackGAN: a batch with embeddings must have at least 2 images, since a wrong embedding is another's, got 1.")
-        joined = embedding if processes == 1 else gather_rows(embedding, [len(embedding)] * processes, None)
-        return share(joined.roll(-1, 0))
+        global_batch = embedding if ranks == 1 else all_gather_rows(embedding, [len(embedding)] * ranks)
+        return share(global_batch.roll(-1, 0))
 
 
 @dataclass(frozen=True)

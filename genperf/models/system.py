@@ -1,8 +1,7 @@
 """What every generative system has in common: the interface between a model and whoever trains, samples or scores it."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .._distributed import world_size
+from .._modes import evaluating as evaluating
+from .._modes import frozen as frozen
 from ..ops.gaussian_sample import gaussian_sample
 
 
@@ -124,31 +125,6 @@ def standard_normal(*shape: int, device: torch.device) -> Tensor:
     """Standard normal noise [B, ...], float32; `genperf.sample_offset` applies."""
     zeros = torch.zeros(shape, device=device)
     return gaussian_sample(zeros, zeros)[0]
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Within this context the module's parameters ask for no gradient: what passes through it is cheaper."""
-    asking = [p for p in module.parameters() if p.requires_grad]
-    for p in asking:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in asking:
-            p.requires_grad_(True)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within this context the module is in evaluation mode; after it each of its parts is in its own mode again."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def check_divisible(owner: str, image_shape: tuple[int, int, int], step: int) -> None:

@@ -1,7 +1,10 @@
 """Layers over the ops of genperf."""
 
-from .._distributed import joint_mean
-from ._codebooks import update_codebooks
+import warnings
+from typing import Any
+
+from .._distributed import global_mean
+from ._ema import update_codebooks
 from .batch_norm import BatchNorm
 from .conditioning_augmentation import ConditioningAugmentation
 from .diagonal_gaussian import DiagonalGaussian
@@ -30,8 +33,15 @@ __all__ = [
     "VectorQuantizer",
     "VirtualBatchNorm",
     "code_usage",
-    "joint_mean",
+    "global_mean",
     "reference_pass",
     "set_reference_batch",
     "update_codebooks",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "joint_mean":
+        warnings.warn("genperf.nn: joint_mean is deprecated, use global_mean.", DeprecationWarning, stacklevel=2)
+        return global_mean
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

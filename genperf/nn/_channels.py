@@ -1,4 +1,4 @@
-"""What layers over a channel dimension in any place share: nothing is moved to the end and back."""
+"""Helpers for layers whose channel dimension can be anywhere: inputs are not permuted."""
 
 from collections.abc import Callable
 
@@ -7,18 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops._layout import as_positions, from_positions
-from ..ops._validate import check_channel_dim, check_positions, check_tensor
+from ..ops._validate import check_channel_dim, check_mask, check_tensor
 
 
 def check_input(name: str, x: Tensor, channel_dim: int, mask: Tensor | None) -> int:
-    """Check the input of a layer and its mask; the channel dimension as a non-negative number."""
+    """Check the input and the mask of a layer, and return the channel dimension as a non-negative number."""
     check_tensor(name, "x", x)
     channel = check_channel_dim(name, x, channel_dim)
-    if mask is not None:
-        check_tensor(name, "mask", mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{name}: mask must be bool, got {mask.dtype}.")
-        check_positions(name, "mask", mask, x, channel)
+    check_mask(name, mask, x, channel)
     return channel
 
 
@@ -28,7 +24,7 @@ def project(
     weight: Tensor,  # [O, I]
     bias: Tensor | None = None,  # [O]
 ) -> Tensor:
-    """torch.nn.functional.linear over the dimension `channel` of x, laid out like x."""
+    """torch.nn.functional.linear over the dimension `channel` of x, without moving it to the end."""
     if channel % x.dim() == x.dim() - 1:
         return F.linear(x, weight, bias)
     positions = as_positions(x, channel % x.dim())
@@ -40,20 +36,26 @@ def project(
     return from_positions(projected, x, channel % x.dim())
 
 
+def project_vectors(layer: nn.Linear, vectors: Tensor) -> Tensor:
+    """Apply a Linear layer to vectors [outer, C, inner], in their dtype."""
+    bias = None if layer.bias is None else layer.bias.to(vectors.dtype)
+    return project(vectors, 1, layer.weight.to(vectors.dtype), bias)
+
+
 def linear(layer: nn.Module, x: Tensor, channel: int) -> Tensor:
-    """A Linear layer over the dimension `channel` of x; Identity and whatever else as it is."""
+    """Apply a Linear layer over the dimension `channel` of x, or any other layer to x as it is."""
     return project(x, channel, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(x)
 
 
 def codebooks_last(indices: Tensor, channel: int) -> Tensor:
-    """Indices [..., codebooks, ...], the codebooks where the channels were, as [..., codebooks], or without them if there is one."""
+    """Move the codebook dimension of indices, which is where the channels were, to the end; drop it if there is one codebook."""
     return indices.movedim(channel, -1) if indices.shape[channel] > 1 else indices.squeeze(channel)
 
 
 def decode_codebooks(
     indices: Tensor, num_codebooks: int, channel_dim: int, decode: Callable[[Tensor], Tensor], project_out: nn.Module
 ) -> Tensor:
-    """Indices as `codebooks_last` leaves them to vectors, zero where an index is negative: `decode` puts codes in a new last dimension."""
+    """Decode indices as returned by `codebooks_last`; negative indices give zeros. `decode` appends a dimension of channels."""
     codes = decode(indices)
     if num_codebooks > 1:
         codes, indices = codes.flatten(-2), indices[..., 0]

@@ -1,4 +1,4 @@
-"""Conditioning augmentation: a random condition from an embedding, with its KL divergence."""
+"""Conditioning augmentation: a condition sampled around an embedding, and its KL divergence."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from .diagonal_gaussian import DiagonalGaussian
 
 
 class ConditioningAugmentation(nn.Module):
-    """Draws the condition of a generator around an embedding; Zhang et al., "StackGAN" (2017), section 3.2.
+    """Samples a generator's condition around an embedding; Zhang et al., "StackGAN" (2017), section 3.2.
 
     Equivalent to:
         mean, logvar = linear(condition).chunk(2, 1)
@@ -14,14 +14,14 @@ class ConditioningAugmentation(nn.Module):
         sample = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1)       # from N(0, I), in nats
 
-    Few embeddings leave gaps between them; noise around each and the KL, added to the generator's loss as its mean over
-    the batch, make the space of conditions smooth. Where code for StackGAN averages the KL over the elements as well,
-    its weight is D times the one here.
+    Add `kl.mean()`, weighted, to the generator's loss. Together with the noise it fills the gaps between a small number
+    of embeddings. StackGAN code that averages the KL over the elements as well has a weight D times the one here.
 
     Args:
         condition_dim: E, the length of an embedding.
-        dim: D, the length of the condition drawn.
-        deterministic: False samples in evaluation mode too, as published; None takes the mean there; True always does.
+        dim: D, the length of a sampled condition.
+        deterministic: False samples in evaluation mode too, as published; None returns the mean there; True always
+            returns the mean.
 
     Raises:
         ValueError, TypeError: an argument outside its range.
@@ -38,13 +38,13 @@ class ConditioningAugmentation(nn.Module):
         self.gaussian = DiagonalGaussian(deterministic=deterministic)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw conditions.
+        """Sample conditions.
 
         Args:
             condition: embeddings [B, E].
 
         Returns:
-            sample [B, D]; kl [B], float32 (float64 for float64), in nats. `genperf.sample_offset` applies to the noise.
+            sample: [B, D]. kl: [B], in nats, float32 (float64 for float64). `genperf.sample_offset` applies to the noise.
 
         Raises:
             ValueError: embeddings of another shape.

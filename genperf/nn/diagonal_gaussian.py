@@ -1,4 +1,4 @@
-"""Gaussian bottleneck layer: the reparameterized sample of an encoder's moments and its KL divergence."""
+"""Gaussian bottleneck layer: a reparameterized sample from an encoder's moments, and its KL divergence."""
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,17 @@ class DiagonalGaussian(nn.Module):
         sample = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if training else mean
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
-    In evaluation mode the sample is the mean, so that encoding is repeatable; the KL is that of the distribution in
-    either mode. An importance-weighted or Monte Carlo bound needs samples in evaluation too: `deterministic=False`.
-    The layer has no parameters and no state.
+    In evaluation mode the sample is the mean, so encoding is deterministic; the KL is that of the distribution in both
+    modes. An importance-weighted or Monte Carlo bound needs samples in evaluation mode too: `deterministic=False`. The
+    layer has no parameters and no buffers.
 
     Args:
-        dim: the dimension of the moments that holds both halves, mean first.
-        free_bits: floor, in nats, of each element's KL, as in `genperf.gaussian_sample`.
-        dtype: of the sample; None for that of the moments. torch.float32 keeps noise that half precision would round off.
-        deterministic: None samples in training mode and takes the mean in evaluation mode; True always takes the mean;
-            False always samples.
+        dim: the dimension of the moments that holds mean and log variance, mean first.
+        free_bits: lower bound on each element's KL, in nats, as in `genperf.gaussian_sample`.
+        dtype: dtype of the sample; None for that of the moments. torch.float32 keeps noise that half precision would
+            round off.
+        deterministic: None samples in training mode and returns the mean in evaluation mode; True always returns the
+            mean; False always samples.
 
     Raises:
         ValueError: free_bits below 0.
@@ -53,17 +54,18 @@ class DiagonalGaussian(nn.Module):
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,  # [B, ..., D, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Sample, or take the mean, and measure the KL.
+        """Sample, or return the mean, and compute the KL.
 
         Args:
-            moments: mean and log variance packed along `dim`; with `logvar` the mean alone, and `logvar` of its shape.
-            prior: Gaussian that the KL is measured against in place of N(0, 1); packed like moments, or (mean, logvar).
-            generator: source of the noise in place of torch's default generator.
-            noise: used in place of drawn noise where the layer samples.
+            moments: mean and log variance, packed along `dim`; with `logvar`, the mean alone.
+            logvar: log variance of the mean's shape.
+            prior: Gaussian to compute the KL against, in place of N(0, 1); packed like moments, or (mean, logvar).
+            generator: random generator of the noise; None for torch's default generator.
+            noise: noise to use in place of drawn noise; ignored where the layer returns the mean.
 
         Returns:
-            sample, of the shape of one half; kl, float32 (float64 for float64) [B], in nats, summed over all dimensions
-            but the first: `kl.mean()` is the term of the evidence lower bound. See `genperf.gaussian_sample`.
+            sample, of the mean's shape. kl: [B], in nats, float32 (float64 for float64), summed over all dimensions but
+            the first; `kl.mean()` is the KL term of the evidence lower bound. See `genperf.gaussian_sample`.
         """
         if self.is_deterministic:
             noise = self._zeros(moments, logvar)
@@ -73,15 +75,15 @@ class DiagonalGaussian(nn.Module):
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether `forward` takes the mean now."""
+        """Whether `forward` returns the mean in the current mode."""
         return not self.training if self.deterministic is None else self.deterministic
 
     def _zeros(self, moments: Tensor, logvar: Tensor | None) -> Tensor | None:
-        """Noise of one zero seen everywhere: the mean then comes, with the KL, out of the same pass as a sample."""
+        """Zero noise, an expanded scalar: mean and KL then come from the same kernel as a sample."""
         shape = list(moments.shape)
         if logvar is None:
             if not -len(shape) <= self.dim < len(shape):
-                return None  # gaussian_sample says what is wrong
+                return None  # gaussian_sample raises the error
             shape[self.dim] //= 2
         return moments.new_zeros(()).expand(shape)
 

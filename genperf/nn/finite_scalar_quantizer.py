@@ -11,26 +11,27 @@ from ._channels import check_input, codebooks_last, decode_codebooks, linear
 
 
 class FiniteScalarQuantizer(nn.Module):
-    """Rounds every channel to a grid of its own; Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple" (2023).
+    """Rounds each channel to its own grid; Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple" (2023).
 
     Equivalent to (dim=None, one codebook):
         quantized, indices = genperf.finite_scalar_quantize(x, levels, channel_dim=channel_dim)
 
-    Nothing is learned but the projections, and there is no loss: codes that no vector takes cost nothing. The paper's
-    codebooks: [8, 6, 5] (240 codes), [8, 5, 5, 5] (1000), [7, 5, 5, 5, 5] (4375), [8, 8, 8, 6, 5] (15,360),
-    [8, 8, 8, 5, 5, 5] (64,000).
+    Only the projections are learned, and there is no loss. Level choices from the paper: [8, 6, 5] (240 codes),
+    [8, 5, 5, 5] (1000), [7, 5, 5, 5, 5] (4375), [8, 8, 8, 6, 5] (15,360), [8, 8, 8, 5, 5, 5] (64,000).
 
     Args:
-        levels: of each channel, as in `genperf.finite_scalar_quantize`; the channels are len(levels) * num_codebooks.
-        dim: the channels of x; None for as many as are quantized. Where it differs, linear layers lead there and back.
-        num_codebooks: how many groups of channels are quantized, each with an index of its own.
+        levels: number of levels of each channel, as in `genperf.finite_scalar_quantize`. len(levels) * num_codebooks
+            channels are quantized.
+        dim: number of channels of x; None for the number of quantized channels. If they differ, linear layers project x to
+            the quantized channels and back.
+        num_codebooks: number of groups of channels, each with its own index.
         symmetric, hard_clamp: as in `genperf.finite_scalar_quantize`.
-        channel_dim: the dimension of x that holds a vector; 1 for images [B, D, H, W], which are not permuted.
-        bias: of the linear layers.
+        channel_dim: the channel dimension of x; 1 for images [B, D, H, W], which are not permuted.
+        bias: whether the linear layers have a bias.
 
     Attributes:
         project_in, project_out: Linear layers, or Identity.
-        num_codes: of each codebook.
+        num_codes: number of codes in each codebook.
 
     Raises:
         ValueError: an argument outside its range.
@@ -69,11 +70,11 @@ class FiniteScalarQuantizer(nn.Module):
 
         Args:
             x: [..., dim, ...], float32, bfloat16, float16 or float64.
-            mask: bool, x's shape without channel_dim; where False, quantized and the gradient are 0 and the index is -1.
+            mask: bool, x's shape without channel_dim; where False, quantized and its gradient are 0 and the index is -1.
 
         Returns:
-            quantized, of x's shape; indices, int64, x's shape without channel_dim, and with several codebooks one for each in
-            a last dimension.
+            quantized, of x's shape; indices, int64, of x's shape without channel_dim, with a last dimension of
+            num_codebooks if there are several.
         """
         channel = check_input(type(self).__name__, x, self.channel_dim, mask)
         if mask is not None:
@@ -90,12 +91,12 @@ class FiniteScalarQuantizer(nn.Module):
         return quantized, indices
 
     def encode(self, x: Tensor) -> Tensor:
-        """Indices of the codes of x, without gradients."""
+        """Indices of the codes of x, as returned by `forward`, without gradients."""
         with torch.no_grad():
             return self(x)[1]
 
     def decode(self, indices: Tensor) -> Tensor:
-        """What `forward` returns as `quantized` for these indices (in the parameters' dtype); zeros where an index is -1.
+        """The quantized vectors of indices from `forward`, in the dtype of the parameters; zeros where an index is -1.
 
         Raises:
             TypeError: indices that are not integers.

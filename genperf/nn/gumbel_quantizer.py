@@ -1,4 +1,4 @@
-"""Gumbel-softmax quantization layer: logits choose codes of a learned codebook."""
+"""Gumbel-softmax quantization layer: samples codes of a learned codebook from logits."""
 
 import math
 
@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops._validate import check
 from ..ops.gumbel_sample import gumbel_sample
 
 
 class GumbelQuantizer(nn.Module):
-    """Draws a code for every position from its logits; Jang et al., "Categorical Reparameterization with Gumbel-Softmax" (2016).
+    """Samples a code for each position from its logits; Jang et al., "Categorical Reparameterization with Gumbel-Softmax" (2016).
 
     Equivalent to (channel_dim=-1):
         sample = F.gumbel_softmax(logits, tau, hard)                        # training
@@ -19,27 +20,26 @@ class GumbelQuantizer(nn.Module):
         q = logits.softmax(-1)
         kl = (q * (q * K).log()).sum(-1)                                    # from the uniform prior
 
-    The logits come from the layer before, of K channels. In evaluation mode a position takes the code of its largest
-    logit, without noise, so that encoding is repeatable and `decode(encode(logits))` is what `forward` returns.
+    The preceding layer computes the logits, with K channels. In evaluation mode each position takes the code of its
+    largest logit, without noise, so encoding is deterministic and `decode(encode(logits))` equals the `quantized` of `forward`.
 
-    The KL comes back for every position, in nats. `kl.mean()` is that of one position and `kl.sum() / len(kl)` that of
-    one sample; neither depends on the size of the batch. As part of an evidence lower bound take the second, against a
-    reconstruction term summed over a sample.
+    The KL is returned for each position, in nats. `kl.mean()` is the mean over positions and `kl.sum() / len(kl)` the mean
+    over samples. In an evidence lower bound use the latter, with a reconstruction term summed over each sample.
 
     Args:
         num_codes: K.
         dim: D, the length of a code.
-        tau: temperature of the start, >= 0.
-        hard: straight-through samples in training, codes as they are with the gradient of the soft mixture; False mixes
-            codes in training.
+        tau: initial temperature, >= 0.
+        hard: in training, return single codes with the gradient of the soft mixture (straight-through); False returns the
+            soft mixture.
         channel_dim: the dimension of the logits that holds the classes; 1 for images [B, K, H, W].
         deterministic: None samples in training mode and takes the largest logit in evaluation mode; True always takes
-            the largest; False always samples, codes as they are in evaluation mode.
+            the largest; False always samples, and returns single codes in evaluation mode.
 
     Attributes:
-        codebook: [K, D], a parameter; it starts as standard normal, like torch.nn.Embedding.
-        tau: the temperature, a buffer of one element that is saved with the layer. `set_tau` anneals it; a compiled
-            model is not compiled again for it, and nothing waits for the device.
+        codebook: [K, D], a parameter, initialized from the standard normal distribution like torch.nn.Embedding.
+        tau: the temperature, a persistent buffer of one element. `set_tau` changes it without a recompilation and without
+            a device synchronization.
 
     Raises:
         ValueError, TypeError: an argument outside its range.
@@ -58,9 +58,9 @@ class GumbelQuantizer(nn.Module):
         deterministic: bool | None = None,
     ) -> None:
         super().__init__()
-        _check("num_codes must be at least 1", num_codes, num_codes >= 1)
-        _check("dim must be at least 1", dim, dim >= 1)
-        _check("tau must be a finite number, at least 0", tau, 0 <= tau < math.inf)
+        check("GumbelQuantizer", "num_codes must be at least 1", num_codes, num_codes >= 1)
+        check("GumbelQuantizer", "dim must be at least 1", dim, dim >= 1)
+        check("GumbelQuantizer", "tau must be a finite number, at least 0", tau, 0 <= tau < math.inf)
         if deterministic not in (None, True, False):
             raise TypeError(f"GumbelQuantizer: deterministic must be None, True or False, got {deterministic!r}.")
         self.num_codes = num_codes
@@ -78,12 +78,12 @@ class GumbelQuantizer(nn.Module):
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,  # [..., K, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw codes, or take the likeliest.
+        """Sample codes, or take the most likely ones.
 
         Args:
             logits: of the codebook's dtype, or half precision with a float32 codebook.
-            generator: source of the noise in place of torch's default generator.
-            noise: used in place of drawn Gumbel noise where the layer samples.
+            generator: random generator of the noise; None for torch's default generator.
+            noise: Gumbel noise to use in place of drawn noise; ignored where the layer takes the largest logit.
 
         Returns:
             quantized, of logits' dtype and shape with D in place of K; indices, int64, logits' shape without channel_dim;
@@ -96,7 +96,7 @@ class GumbelQuantizer(nn.Module):
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether `forward` takes the largest logit now."""
+        """Whether `forward` takes the largest logit in the current mode."""
         return not self.training if self.deterministic is None else self.deterministic
 
     def encode(self, logits: Tensor) -> Tensor:
@@ -104,10 +104,10 @@ class GumbelQuantizer(nn.Module):
         return logits.argmax(self.channel_dim)
 
     def decode(self, indices: Tensor) -> Tensor:
-        """The codes of `indices` [...], laid out as `forward` lays out `quantized`.
+        """The codes of `indices` [...], with their channels at channel_dim.
 
         Returns:
-            [..., D, ...] of the codebook's dtype, differentiable in the codebook.
+            [..., D, ...], of the codebook's dtype, differentiable in the codebook.
 
         Raises:
             TypeError: indices that are not int64.
@@ -118,24 +118,19 @@ class GumbelQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_tau(self, tau: float | Tensor) -> None:
-        """Set the temperature, between one step's backward and the next step's forward.
+        """Set the temperature. Call it between backward and the next forward.
 
-        Annealing from 1 towards 0.5:
+        Annealing from 1 to 0.5:
             quantizer.set_tau(max(0.5, math.exp(-1e-5 * step)))
 
         Args:
-            tau: >= 0; a tensor of one element stays on its device, unchecked.
+            tau: >= 0. The value of a tensor is not checked, which would synchronize with the device.
         """
         if isinstance(tau, Tensor):
             self.tau.copy_(tau.reshape(()))
         else:
-            _check("tau must be a finite number, at least 0", tau, 0 <= tau < math.inf)
+            check("GumbelQuantizer", "tau must be a finite number, at least 0", tau, 0 <= tau < math.inf)
             self.tau.fill_(tau)
 
     def extra_repr(self) -> str:
         return f"{self.num_codes}, {self.dim}, hard={self.hard}, channel_dim={self.channel_dim}, deterministic={self.deterministic}"
-
-
-def _check(rule: str, value: object, holds: bool) -> None:
-    if not holds:
-        raise ValueError(f"GumbelQuantizer: {rule}, got {value!r}.")

@@ -1,4 +1,4 @@
-"""Laplacian pyramid: images as bands of detail over a coarse image."""
+"""Laplacian pyramid: an image as bands of detail and a coarse image."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Taps and the position of their center.
+# Taps, and the index of the center tap.
 KERNELS = {"binomial": ((1, 4, 6, 4, 1), 2), "box": ((1, 1), 0)}
 
 
 class LaplacianPyramid(nn.Module):
-    """Splits images into bands and puts them together; Burt and Adelson (1983), for GANs Denton et al. (2015).
+    """Decomposes images into bands and reconstructs them; Burt and Adelson (1983), for GANs Denton et al. (2015).
 
     Equivalent to:
         coarse = [images]                                                   # I_0 ... I_levels
@@ -23,14 +23,14 @@ class LaplacianPyramid(nn.Module):
         for band in bands[-2::-1]:
             image = band + up(image)
 
-    `reconstruct(decompose(images))` is the images up to rounding, whatever the kernel, since both go through the same
-    `up`. Sizes halve upwards, 7 to 4; at the border images go on as their last pixel, so that one of a single value has
-    bands of 0. Filters run outside autocast. The layer has no parameters and no state, and is differentiable throughout.
+    `reconstruct(decompose(images))` equals the images up to rounding for both kernels, since both methods use the same
+    `up`. Odd sizes are rounded up: 7 becomes 4. Borders are padded by replication, so a constant image has bands of 0.
+    Filters run outside autocast. The layer has no parameters and no persistent buffers, and all methods are differentiable.
 
     Args:
-        levels: K, how often images are halved; there are K + 1 bands.
-        kernel: "binomial" blurs with (1, 4, 6, 4, 1) / 16 along each axis before every second pixel is dropped, and
-            interpolates with it; "box" takes means of 2 x 2 pixels and repeats them.
+        levels: K, the number of times images are halved; there are K + 1 bands.
+        kernel: "binomial" blurs with (1, 4, 6, 4, 1) / 16 along each axis before dropping every second pixel, and
+            interpolates with the same filter; "box" averages 2 x 2 pixels, and repeats them.
 
     Raises:
         ValueError: an argument outside its range.
@@ -46,12 +46,12 @@ class LaplacianPyramid(nn.Module):
             raise ValueError(f"LaplacianPyramid: kernel must be one of {', '.join(KERNELS)}, got {kernel!r}.")
         self.levels = levels
         self.kernel = kernel
-        taps, self._center = KERNELS[kernel]
-        taps = torch.tensor(taps, dtype=torch.float32)
+        weights, self._center = KERNELS[kernel]
+        taps = torch.tensor(weights, dtype=torch.float32)
         self.register_buffer("filter", torch.outer(taps, taps)[None, None] / taps.sum() ** 2, persistent=False)
 
     def decompose(self, images: Tensor) -> list[Tensor]:
-        """The bands of images [..., H, W], K + 1 of them: the finest first, the last the coarse image itself."""
+        """The K + 1 bands of images [..., H, W], finest first; the last one is the coarse image."""
         bands = []
         for _ in range(self.levels):
             coarse = self.down(images)
@@ -60,10 +60,10 @@ class LaplacianPyramid(nn.Module):
         return [*bands, images]
 
     def reconstruct(self, bands: Sequence[Tensor]) -> Tensor:
-        """The images [..., H, W] of bands laid out as `decompose` returns them.
+        """The images [..., H, W] of bands as returned by `decompose`.
 
         Raises:
-            ValueError: another number of bands than K + 1, or bands that do not fit each other.
+            ValueError: another number of bands than K + 1, or bands whose shapes do not match.
         """
         if len(bands) != self.levels + 1:
             raise ValueError(f"LaplacianPyramid.reconstruct: there must be {self.levels + 1} bands, got {len(bands)}.")
@@ -78,7 +78,7 @@ class LaplacianPyramid(nn.Module):
         return image
 
     def down(self, x: Tensor) -> Tensor:
-        """Images [..., H, W] of half the size, [..., ceil(H / 2), ceil(W / 2)]."""
+        """Filter and halve images [..., H, W] to [..., ceil(H / 2), ceil(W / 2)]."""
         _check("down", x)
         before, after = self._center, self.filter.shape[-1] - 1 - self._center
         with torch.autocast(x.device.type, enabled=False):
@@ -87,7 +87,7 @@ class LaplacianPyramid(nn.Module):
         return y.reshape(*x.shape[:-2], *y.shape[-2:])
 
     def up(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Images [..., h, w] of twice the size, or of `size`, of which x's size is the half: 2h or 2h - 1, 2w or 2w - 1.
+        """Upsample images [..., h, w] to twice the size, or to `size`: 2h or 2h - 1 by 2w or 2w - 1.
 
         Raises:
             ValueError: another size.
@@ -99,7 +99,7 @@ class LaplacianPyramid(nn.Module):
             raise ValueError(f"LaplacianPyramid.up: size must be twice x's, or 1 less, got {height} x {width} for {h} x {w}.")
         with torch.autocast(x.device.type, enabled=False):
             padded = F.pad(x.flatten(0, -3).unsqueeze(1), (1, 1, 1, 1), mode="replicate")
-            # Every second pixel is empty, hence the 4. The padding's own pixels come first.
+            # 4, since only one pixel in four of the upsampled image is nonzero. The padding's pixels come first.
             y = F.conv_transpose2d(padded, 4 * self.filter.to(x.dtype), stride=2)
         first = 2 + self._center
         return y[..., first : first + height, first : first + width].reshape(*x.shape[:-2], height, width)

@@ -1,17 +1,18 @@
-"""Lookup-free quantization layer: codes are signs, and a loss on entropies makes vectors decide and use all codes."""
+"""Lookup-free quantization layer: codes are signs, and an entropy loss favors confident assignments and full codebook use."""
 
 import torch
 from torch import Tensor, nn
 
-from .._distributed import joint_sum
+from .._distributed import global_sum
 from ..ops._precision import accumulator_dtype, normalized
+from ..ops._validate import check
 from ..ops.lookup_free_entropy import check_group, code_mass, entropy_of
 from ..ops.lookup_free_quantize import check_bits, check_scale, code_size, lookup_free_decode, lookup_free_quantize
 from ._channels import check_input, codebooks_last, decode_codebooks, linear
 
 
 class LookupFreeQuantizer(nn.Module):
-    """Quantizes every channel by its sign: LFQ, Yu et al. (arXiv 2310.05737); BSQ, Zhao et al. (arXiv 2406.07548).
+    """Quantizes each channel to its sign: LFQ, Yu et al. (arXiv 2310.05737); BSQ, Zhao et al. (arXiv 2406.07548).
 
     Equivalent to (dim=None, one codebook, training):
         x = scale * F.normalize(x, dim=channel_dim)                         # spherical only
@@ -20,23 +21,25 @@ class LookupFreeQuantizer(nn.Module):
         loss = entropy_weight * (sample_entropy - diversity * codebook_entropy)
         loss = loss + commitment_weight * F.mse_loss(x, quantized.detach())
 
-    No table of codes exists, and nothing of size positions x codes. In training mode, under torch.distributed, the codebook
-    entropy is that of the codes of all processes together, so every process must take part in every step, a masked or
-    empty batch included; averaged gradients (DistributedDataParallel) are those of one process on the joined batch where
-    processes hold equally many vectors.
+    Neither a codebook nor a tensor of size positions x codes is allocated. In training mode under torch.distributed, the
+    codebook entropy is that of the global batch, so every rank must take part in every step, even with an empty or fully
+    masked batch. Gradients averaged by DistributedDataParallel equal those of one process on the global batch if every rank
+    has the same number of vectors.
 
     Args:
         num_bits: D, 1 to 63: the codebook has 2^D codes.
-        dim: the channels of x; None for num_bits * num_codebooks. Where it differs, linear layers lead there and back.
-        num_codebooks: how many groups of D channels are quantized, each with an index of its own; losses are means over them.
-        scale: of the codes, as in `genperf.lookup_free_quantize`.
-        spherical: vectors and codes are of length `scale`, as in BSQ.
-        entropy_weight: of sample_entropy - diversity * codebook_entropy.
-        diversity: weight of the codebook entropy in that.
-        commitment_weight: of the squared distance between vectors and codes.
-        inv_temperature, group_size: as in `genperf.lookup_free_entropy`; over 24 bits need a group_size, or no entropy loss.
-        channel_dim: the dimension of x that holds a vector; 1 for images [B, D, H, W], which are not permuted.
-        bias: of the linear layers.
+        dim: number of channels of x; None for num_bits * num_codebooks. If they differ, linear layers project x to the
+            quantized channels and back.
+        num_codebooks: number of groups of D channels, each with its own index; losses are means over them.
+        scale: magnitude of the codes, as in `genperf.lookup_free_quantize`.
+        spherical: normalize vectors and codes to length `scale`, as in BSQ.
+        entropy_weight: weight of sample_entropy - diversity * codebook_entropy.
+        diversity: weight of the codebook entropy in the entropy loss.
+        commitment_weight: weight of the squared distance between vectors and codes.
+        inv_temperature, group_size: as in `genperf.lookup_free_entropy`. More than 24 bits need a group_size, or
+            entropy_weight=0.
+        channel_dim: the channel dimension of x; 1 for images [B, D, H, W], which are not permuted.
+        bias: whether the linear layers have a bias.
 
     Attributes:
         project_in, project_out: Linear layers, or Identity.
@@ -66,12 +69,12 @@ class LookupFreeQuantizer(nn.Module):
         check_scale("LookupFreeQuantizer", scale)
         quantized = num_bits * num_codebooks
         self.dim = quantized if dim is None else dim
-        _check("num_codebooks must be at least 1", num_codebooks, num_codebooks >= 1)
-        _check("dim must be at least 1", dim, self.dim >= 1)
-        _check("entropy_weight must not be negative", entropy_weight, entropy_weight >= 0)
-        _check("diversity must not be negative", diversity, diversity >= 0)
-        _check("commitment_weight must not be negative", commitment_weight, commitment_weight >= 0)
-        _check("inv_temperature must be positive", inv_temperature, inv_temperature > 0)
+        check("LookupFreeQuantizer", "num_codebooks must be at least 1", num_codebooks, num_codebooks >= 1)
+        check("LookupFreeQuantizer", "dim must be at least 1", dim, self.dim >= 1)
+        check("LookupFreeQuantizer", "entropy_weight must not be negative", entropy_weight, entropy_weight >= 0)
+        check("LookupFreeQuantizer", "diversity must not be negative", diversity, diversity >= 0)
+        check("LookupFreeQuantizer", "commitment_weight must not be negative", commitment_weight, commitment_weight >= 0)
+        check("LookupFreeQuantizer", "inv_temperature must be positive", inv_temperature, inv_temperature > 0)
         self.group_size = check_group("LookupFreeQuantizer", group_size, num_bits) if entropy_weight > 0 else group_size
         self.num_bits = num_bits
         self.num_codebooks = num_codebooks
@@ -91,12 +94,12 @@ class LookupFreeQuantizer(nn.Module):
 
         Args:
             x: [..., dim, ...], float32, bfloat16, float16 or float64.
-            mask: bool, x's shape without channel_dim; where False a vector is left out: quantized 0, index -1, no part in
-                loss and gradients.
+            mask: bool, x's shape without channel_dim; where False, quantized is 0, the index is -1, and the vector has no
+                effect on loss and gradients.
 
         Returns:
-            quantized, of x's shape; indices, int64, x's shape without channel_dim, and with several codebooks one for each in
-            a last dimension; loss, a float32 scalar (float64 for float64), 0 in evaluation mode.
+            quantized, of x's shape; indices, int64, of x's shape without channel_dim, with a last dimension of
+            num_codebooks if there are several; loss, a float32 scalar (float64 for float64), 0 in evaluation mode.
         """
         channel = check_input(type(self).__name__, x, self.channel_dim, mask)
         if mask is not None:
@@ -120,21 +123,21 @@ class LookupFreeQuantizer(nn.Module):
         loss = bits.new_zeros((), dtype=accumulator_dtype(bits.dtype))
         if self.entropy_weight > 0:
             sharpness = 4 * self.inv_temperature * size
-            sample, codebook = joint_entropies(bits, channel, self.num_codebooks, sharpness, self.group_size, mask)
+            sample, codebook = mean_entropies(bits, channel, self.num_codebooks, sharpness, self.group_size, mask)
             loss = loss + self.entropy_weight * (sample - self.diversity * codebook)
         if self.commitment_weight > 0:
             loss = loss + self.commitment_weight * commitment(bits, codes, channel, mask)
         return loss
 
     def encode(self, x: Tensor) -> Tensor:
-        """Indices of the codes of x, without loss and gradients."""
+        """Indices of the codes of x, as returned by `forward`, without gradients."""
         channel = check_input(type(self).__name__, x, self.channel_dim, None)
         with torch.no_grad():
             bits = linear(self.project_in, x, channel).unflatten(channel, (self.num_codebooks, -1))
             return codebooks_last(lookup_free_quantize(bits, channel_dim=channel + 1)[1], channel)
 
     def decode(self, indices: Tensor) -> Tensor:
-        """What `forward` returns as `quantized` for these indices (in the parameters' dtype); zeros where an index is -1.
+        """The quantized vectors of indices from `forward`, in the dtype of the parameters; zeros where an index is -1.
 
         Raises:
             TypeError: indices that are not integers.
@@ -154,33 +157,29 @@ class LookupFreeQuantizer(nn.Module):
         )
 
 
-def joint_entropies(
+def mean_entropies(
     bits: Tensor,
     channel: int,
     codebooks: int,
     sharpness: float,
-    group: int,
+    group: int | None,
     mask: Tensor | None,
     floor: float | None = None,
-    joint: bool = True,
+    synchronized: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The entropies of `genperf.lookup_free_entropy`, means over codebooks; that of the codebook over the batch of all processes.
+    """The two entropies of `genperf.lookup_free_entropy`, each the mean over codebooks.
 
-    `floor` is the least value that the logarithm in the codebook entropy sees. Where not `joint`, the batch is this process's alone.
+    The codebook entropy is that of the global batch, or of this rank's batch if not `synchronized`. `floor` is a lower bound on
+    the argument of the logarithm in it.
     """
     entropy, mass, count = code_mass("lookup_free_entropy", bits, channel, mask, sharpness, group)
-    return entropy / (count.clamp(min=1) * codebooks), entropy_of(joint_sum(mass) if joint else mass, floor).sum() / codebooks
+    return entropy / (count.clamp(min=1) * codebooks), entropy_of(global_sum(mass) if synchronized else mass, floor).sum() / codebooks
 
 
 def commitment(bits: Tensor, codes: Tensor, channel: int, mask: Tensor | None) -> Tensor:
-    """The mean squared distance of bits from their codes, over the vectors where the mask is True."""
+    """The mean squared distance between bits and codes, over the vectors where the mask is True."""
     dtype = accumulator_dtype(bits.dtype)
     distance = (bits.to(dtype) - codes.detach().to(dtype)).square()
     if mask is None:
         return distance.sum() / max(1, bits.numel())
     return torch.where(mask.unsqueeze(channel), distance, 0).sum() / (mask.sum() * bits.shape[channel]).clamp(min=1)
-
-
-def _check(rule: str, value: object, holds: bool) -> None:
-    if not holds:
-        raise ValueError(f"LookupFreeQuantizer: {rule}, got {value!r}.")

@@ -1,4 +1,4 @@
-"""Minibatch discrimination layer: tells a critic how alike the samples of a batch are."""
+"""Minibatch discrimination layer: similarities between the samples of a batch, as features for a critic."""
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +12,22 @@ class MinibatchDiscrimination(nn.Module):
     Equivalent to:
         m = torch.einsum("na,abc->nbc", x, weight)
         distance = (m.unsqueeze(0) - m.unsqueeze(1)).abs().sum(3)           # [N, N, B]
-        similarity = torch.exp(-distance).sum(1) - 1                        # to each sample but itself
+        similarity = torch.exp(-distance).sum(1) - 1                        # without the sample itself
         y = torch.cat([x, similarity], 1)
 
-    without a tensor of N x N. Real and generated samples go through in batches of their own, as in the paper, and a batch
-    is that of this process. Since a sample's output depends on its whole batch, so does its gradient: a gradient penalty
-    on a critic with this layer penalizes the batch, not the sample alone.
+    without an N x N tensor. Pass real and generated samples in separate batches, as in the paper. Under torch.distributed the
+    batch is that of the rank. A sample's output depends on the whole batch, and so does its gradient: a gradient penalty on a
+    critic with this layer penalizes the batch, not single samples.
 
     Args:
         in_features: A, the length of a feature vector.
         num_kernels: B, the number of similarities for each sample.
-        kernel_dim: C, the dimensions that each similarity compares.
-        concatenate: False returns the similarities alone.
+        kernel_dim: C, the number of dimensions in which each similarity compares samples.
+        concatenate: whether to append the similarities to the features; False returns the similarities alone.
 
     Attributes:
-        weight: [A, B, C], the paper's T; normal with standard deviation 1 / (C * sqrt(A)), so that features of unit
-            variance start about a distance of 1 apart, where the similarity has a gradient.
+        weight: [A, B, C], the paper's T. Normal with standard deviation 1 / (C * sqrt(A)): the distance between features of
+            unit variance is then about 1, where the similarity has a useful gradient.
 
     Raises:
         ValueError: a size below 1.
@@ -49,13 +49,13 @@ class MinibatchDiscrimination(nn.Module):
         return self.num_kernels + (self.in_features if self.concatenate else 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Measure similarities.
+        """Compute similarities.
 
         Args:
             x: [N, A], of the weight's dtype.
 
         Returns:
-            [N, A + B], or [N, B] without concatenation. Differentiable twice, the second time in plain PyTorch.
+            [N, A + B], or [N, B] without concatenation. Differentiable twice; the second backward runs in plain PyTorch.
 
         Raises:
             ValueError: x of another shape.

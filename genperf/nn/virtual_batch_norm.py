@@ -1,4 +1,4 @@
-"""Normalization by a reference batch: batch normalization without dependence between the samples of a batch."""
+"""Normalization by the statistics of a reference batch, without dependence between the samples of a batch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,36 +7,38 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops._validate import check
+
 
 class _Statistics(NamedTuple):
-    """Of each channel over a batch and its positions."""
+    """Statistics of each channel over batch and positions."""
 
     mean: Tensor  # [C]
-    var: Tensor  # [C], not corrected for the degrees of freedom
-    count: Tensor  # [], samples of the batch
+    var: Tensor  # [C], biased
+    count: Tensor  # [], number of samples in the batch
 
 
 class ReferenceBatchNorm(nn.Module):
-    """Normalizes every channel by the statistics of a reference batch; Salimans et al. (2016), section 3.4.
+    """Normalizes each channel by the statistics of a reference batch; Salimans et al. (2016), section 3.4.
 
     Equivalent to:
         y = (x - reference_mean) / torch.sqrt(reference_var + eps) * weight + bias
 
-    The reference batch is chosen once and goes through the whole network, where each layer takes the statistics of what
-    reaches it. `set_reference_batch(network, images)` does that once; with `reference_pass(network, images)` the
-    statistics are those under the present weights and have a gradient. The order of other calls plays no part: outside
-    of these two nothing changes the statistics, in training mode as in evaluation mode.
+    The reference batch is chosen once and passed through the whole network, where each layer computes the statistics of
+    its input. `set_reference_batch(network, images)` does so once; `reference_pass(network, images)` uses the statistics
+    under the current weights, with their gradient. Nothing else changes the statistics, in training or evaluation mode.
 
-    The output of a sample does not depend on the others in its batch, so gradient penalties on a network with this layer
-    are those of single samples. With several processes give each the same reference batch; nothing is exchanged.
+    A sample's output does not depend on the rest of its batch, so a gradient penalty on a network with this layer
+    penalizes single samples. Under torch.distributed, pass every rank the same reference batch; the layer does not communicate.
 
     Args:
         num_features: C, the size of dimension 1.
         eps: added to the variance.
-        affine: learn weight and bias [C].
+        affine: whether to learn weight and bias [C].
 
     Attributes:
-        reference_mean, reference_var, reference_count: [C], [C] and [], float32 buffers; count 0 before the first reference.
+        reference_mean, reference_var, reference_count: [C], [C] and [], float32 buffers; the count is 0 until a reference
+            batch is set.
 
     Raises:
         ValueError: an argument outside its range.
@@ -48,12 +50,9 @@ class ReferenceBatchNorm(nn.Module):
 
     def __init__(self, num_features: int, eps: float = 1e-5, *, affine: bool = True) -> None:
         super().__init__()
-        for rule, value, holds in (
-            ("num_features must be at least 1", num_features, num_features >= 1),
-            ("eps must not be negative", eps, eps >= 0),
-        ):
-            if not holds:
-                raise ValueError(f"{type(self).__name__}: {rule}, got {value!r}.")
+        name = type(self).__name__
+        check(name, "num_features must be at least 1", num_features, num_features >= 1)
+        check(name, "eps must not be negative", eps, eps >= 0)
         self.num_features = num_features
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
@@ -61,10 +60,10 @@ class ReferenceBatchNorm(nn.Module):
         self.register_buffer("reference_mean", torch.zeros(num_features))
         self.register_buffer("reference_var", torch.ones(num_features))
         self.register_buffer("reference_count", torch.zeros(()))
-        # On the host, so that asking costs no synchronization.
+        # reference_count > 0, on the host to avoid a device synchronization.
         self._has_reference = False
         self._recording = False
-        # Of the running `reference_pass`, with their gradient.
+        # Statistics of the current `reference_pass`, with their gradient.
         self._statistics: _Statistics | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +73,7 @@ class ReferenceBatchNorm(nn.Module):
             x: [B, C, ...], float32 or float64, or half precision (normalized in float32).
 
         Returns:
-            Of x's shape and dtype.
+            A tensor of x's shape and dtype.
 
         Raises:
             ValueError: x of another shape.
@@ -92,7 +91,7 @@ class ReferenceBatchNorm(nn.Module):
         elif self._has_reference:
             mean, var = self._combined(values, _Statistics(self.reference_mean, self.reference_var, self.reference_count))
         else:
-            raise RuntimeError(f"{name}: there must be a reference batch first (set_reference_batch), got a forward pass without one.")
+            raise RuntimeError(f"{name}: a reference batch must be set before the forward pass (set_reference_batch), got none.")
         scale = torch.rsqrt(var + self.eps)
         if self.weight is not None:
             scale = scale * self.weight
@@ -105,13 +104,13 @@ class ReferenceBatchNorm(nn.Module):
         return f"{self.num_features}, eps={self.eps}, affine={self.weight is not None}"
 
     def _combined(self, x: Tensor, reference: _Statistics) -> tuple[Tensor, Tensor]:
-        """Mean and variance, [C] or [B, C], that samples x are normalized by."""
+        """Mean and variance, [C] or [B, C], to normalize the samples x by."""
         return reference.mean, reference.var
 
     def _record(self, x: Tensor) -> tuple[Tensor, Tensor]:
         name = type(self).__name__
         if self._statistics is not None:
-            raise RuntimeError(f"{name}: a layer has one set of statistics, got two calls of one layer in a reference pass.")
+            raise RuntimeError(f"{name}: a layer must be called once in a reference pass, got two calls.")
         if x.numel() == 0:
             raise ValueError(f"{name}: a reference batch must have at least one value per channel, got {list(x.shape)}.")
         var, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
@@ -119,14 +118,14 @@ class ReferenceBatchNorm(nn.Module):
         return mean, var
 
     @torch.no_grad()
-    def _keep(self) -> None:
+    def _store_statistics(self) -> None:
         if self._statistics is not None:
             self.reference_mean.copy_(self._statistics.mean)
             self.reference_var.copy_(self._statistics.var)
             self.reference_count.copy_(self._statistics.count)
             self._has_reference = True
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         count = state_dict.get(prefix + "reference_count")
         if count is not None:
@@ -134,7 +133,7 @@ class ReferenceBatchNorm(nn.Module):
 
 
 class VirtualBatchNorm(ReferenceBatchNorm):
-    """Normalizes every sample by a reference batch and the sample itself; Salimans et al. (2016), section 3.4.
+    """Normalizes each sample by a reference batch and the sample itself; Salimans et al. (2016), section 3.4.
 
     Equivalent to (a reference batch of n samples):
         var, mean = torch.var_mean(x, (2, ...), correction=0, keepdim=True)             # of each sample; the value itself for [B, C]
@@ -142,8 +141,8 @@ class VirtualBatchNorm(ReferenceBatchNorm):
         square_both = (n * (reference_var + reference_mean**2) + var + mean**2) / (n + 1)
         y = (x - mean_both) / torch.sqrt(square_both - mean_both**2 + eps) * weight + bias
 
-    with a variance that does not cancel. The reference batch itself is normalized by its own statistics alone. All else
-    is as in `ReferenceBatchNorm`: set the reference with `set_reference_batch` or `reference_pass`.
+    with the variance computed without cancellation. The reference batch is normalized by its own statistics alone. Set the
+    reference batch with `set_reference_batch` or `reference_pass`, as for `ReferenceBatchNorm`.
     """
 
     def _combined(self, x: Tensor, reference: _Statistics) -> tuple[Tensor, Tensor]:
@@ -153,24 +152,23 @@ class VirtualBatchNorm(ReferenceBatchNorm):
             var, mean = torch.zeros_like(x), x
         weight = 1 / (reference.count + 1)
         difference = mean - reference.mean
-        both = torch.lerp(reference.var.to(var.dtype), var, weight.to(var.dtype)) + weight * (1 - weight) * difference.square()
-        return reference.mean + weight * difference, both
+        combined_var = torch.lerp(reference.var.to(var.dtype), var, weight.to(var.dtype)) + weight * (1 - weight) * difference.square()
+        return reference.mean + weight * difference, combined_var
 
 
 def set_reference_batch(network: nn.Module, *inputs: Any, **options: Any) -> None:
-    """Let every `ReferenceBatchNorm` and `VirtualBatchNorm` of a network take its statistics from a batch.
+    """Set the statistics of every `ReferenceBatchNorm` and `VirtualBatchNorm` in a network from a batch.
 
     Equivalent to:
         with torch.no_grad():
             network(*inputs, **options)                                     # each layer normalizes by this batch
 
-    The statistics are buffers that are saved with the network; they have no gradient and stay as they are while weights
-    change, until the next call. The network's mode is left alone.
+    The statistics are persistent buffers without a gradient; they do not change with the weights until the next call. The
+    mode of the network does not change. If the pass fails, no statistics change.
 
     Raises:
         ValueError: a network without such a layer.
-        RuntimeError: one of the layers is called twice in the pass.
-        Where the pass fails, all statistics stay as they were.
+        RuntimeError: a layer that is called twice in the pass.
     """
     with torch.no_grad(), reference_pass(network, *inputs, **options):
         pass
@@ -178,15 +176,15 @@ def set_reference_batch(network: nn.Module, *inputs: Any, **options: Any) -> Non
 
 @contextmanager
 def reference_pass(network: nn.Module, *inputs: Any, **options: Any) -> Iterator[None]:
-    """Within this context the network normalizes by a reference batch as the present weights see it, with gradients.
+    """Context manager: normalize by the statistics of a reference batch under the current weights, with gradients.
 
     As published, the reference batch goes through the network at every step:
         with reference_pass(discriminator, reference):
             logits = discriminator(images)
         loss(logits).backward()                                             # also through the statistics
 
-    That doubles a forward pass of small batches. The statistics stay in the buffers afterwards, without their gradient.
-    Raises like `set_reference_batch`.
+    This adds a forward pass of the reference batch to each step. The buffers keep the statistics afterwards, without
+    gradient. Raises the errors of `set_reference_batch`.
     """
     layers = [module for module in network.modules() if isinstance(module, ReferenceBatchNorm)]
     if not layers:
@@ -201,7 +199,7 @@ def reference_pass(network: nn.Module, *inputs: Any, **options: Any) -> Iterator
             for layer in layers:
                 layer._recording = False
         for layer in layers:
-            layer._keep()
+            layer._store_statistics()
         yield
     finally:
         for layer, statistics in zip(layers, outer, strict=True):

@@ -176,7 +176,7 @@ def test_lfq(case, training, device):
 def test_lfq_breakdown_alone_joins_no_processes(monkeypatch):
     """One process may ask for it and another not: none may wait."""
     joined = []
-    monkeypatch.setattr("genperf.nn.lookup_free_quantizer.joint_sum", lambda mass: joined.append(mass) or mass)
+    monkeypatch.setattr("genperf.nn.lookup_free_quantizer.global_sum", lambda mass: joined.append(mass) or mass)
     x = torch.randn(2, 30, 4)
     _, expected = LFQ(codebook_size=16)(x, return_loss_breakdown=True)
     assert len(joined) == 1

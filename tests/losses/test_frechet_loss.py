@@ -357,7 +357,7 @@ def test_queue_forgets_samples_far_off(device):
 
 def test_averages_in_float32_show_no_start_value(monkeypatch):
     """As on MPS, which has no float64: 1 - momentum has 3 digits there."""
-    monkeypatch.setattr("genperf.losses.frechet_loss.working_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("genperf.losses._feature_distance.working_dtype", lambda device: torch.float32)
     loss = FrechetLoss(make_reference(), momentum=0.9999)
     first, second = (samples(12, seed=seed, dtype=torch.float32) for seed in range(2))
     for x, expected in ((first, first.mean(0)), (second, (0.9999 * first.mean(0) + second.mean(0)) / 1.9999)):

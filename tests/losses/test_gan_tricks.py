@@ -24,7 +24,12 @@ def test_feature_matching_is_the_plain_formula(device):
 @pytest.mark.parametrize(
     ("real", "fake", "error", "message"),
     [
-        (torch.zeros(2, 3), torch.zeros(2, 4), ValueError, r"features must have one shape but for the batch, got \[2, 3\] and \[2, 4\]"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2, 4),
+            ValueError,
+            r"features must have the same shape but for the batch, got \[2, 3\] and \[2, 4\]",
+        ),
         (torch.zeros(0, 3), torch.zeros(2, 3), ValueError, r"real_features must be a batch of at least one sample, got shape \[0, 3\]"),
         (torch.zeros(2, 3), torch.tensor(1.0), ValueError, r"fake_features must be a batch"),
         (torch.zeros(2, 3), [torch.zeros(2, 3)], TypeError, "fake_features must be a tensor, got list"),

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from genperf.losses import gradient_penalty
-from genperf.losses.gradient_penalty import CENTERS, MIXING, NEED_FAKE
+from genperf.losses.gradient_penalty import CENTERS, INTERPOLATING, NEED_FAKE
 
 KINDS = list(CENTERS)
 EXACT = [kind for kind in KINDS if kind != "finite-difference"]
@@ -98,7 +98,7 @@ def test_loss_does_not_grow_with_the_batch(kind, copies, device):
     torch.testing.assert_close(once, often)
 
 
-@pytest.mark.parametrize("kind", MIXING)
+@pytest.mark.parametrize("kind", INTERPOLATING)
 def test_one_uniform_weight_for_each_sample(kind, device):
     """Not one for the whole batch (torchgan), not one for each element (hwalsuklee), not a normal one (keras-io)."""
     real, fake = samples(4000, 2, 3, device=device)
@@ -509,7 +509,7 @@ REAL = torch.zeros(3, 4)
         ({"real": [REAL]}, TypeError, "real must be a tensor, got list"),
         ({"real": REAL.long()}, TypeError, "real must be of a floating dtype, got torch.int64"),
         ({"real": REAL.sum()}, ValueError, "real must have a batch dimension"),
-        ({"fake": REAL[:2]}, ValueError, r"must have one shape, got \[3, 4\] and \[2, 4\]"),
+        ({"fake": REAL[:2]}, ValueError, r"must have the same shape, got \[3, 4\] and \[2, 4\]"),
         ({"weight": -1.0}, ValueError, "weight must be a finite number, at least 0, got -1.0"),
         ({"weight": float("nan")}, ValueError, "weight must be"),
         ({"kind": "finite-difference", "center": 1.0}, ValueError, "no center, got center=1.0"),

@@ -126,7 +126,7 @@ def test_state_dict_resumes_exactly(dim, device):
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(resumed.cov, moments.cov)
     assert torch.equal(resumed.update(features[60:]).cov, moments.update(features[60:]).cov)
-    with pytest.raises(RuntimeError, match="the state must be of 5 dimensions, got 4"):
+    with pytest.raises(RuntimeError, match="the state must have 5 dimensions, got 4"):
         FeatureMoments(5).load_state_dict(moments.state_dict())
     with pytest.raises(RuntimeError, match=r"Missing key.*scatter"):
         FeatureMoments().load_state_dict({"count": torch.tensor(1)})
@@ -231,7 +231,7 @@ def test_sync_without_processes_does_nothing():
     assert_moments(moments.sync().sync(), features)
 
 
-def refusal(call):
+def error_of(call):
     try:
         call()
     except RuntimeError as error:
@@ -248,23 +248,23 @@ def _synchronize(rank, path, results):
         alone.update(features)
     alone.sync()
     nothing = FeatureMoments().sync()
-    refused = [refusal(moments.sync)]
+    errors = [error_of(moments.sync)]
     loaded = FeatureMoments()
     loaded.load_state_dict(moments.state_dict())
-    refused += [refusal(call) for call in (loaded.sync, lambda: loaded.update(features), lambda: loaded.merge(alone))]
+    errors += [error_of(call) for call in (loaded.sync, lambda: loaded.update(features), lambda: loaded.merge(alone))]
     one_of_two = copy.deepcopy(moments)
     if rank == 1:
         one_of_two.reset()
-    refused.append(refusal(one_of_two.sync))
+    errors.append(error_of(one_of_two.sync))
     kept = FrechetDistance(reset_real=False)
     kept.update(features, real=True)
     if rank == 0:
         kept.real.load_state_dict(moments.state_dict())
-    refused += [refusal(kept.sync), kept.fake.is_synced]
+    errors += [error_of(kept.sync), kept.fake.is_synced]
     rows = FeatureRows().update(features[:2]).sync()
     again = FeatureRows()
     again.load_state_dict(rows.state_dict())
-    refused += [refusal(call) for call in (again.sync, lambda: again.update(features), lambda: again.merge(rows))]
+    errors += [error_of(call) for call in (again.sync, lambda: again.update(features), lambda: again.merge(rows))]
     try:
         FeatureMoments().update(torch.zeros(2, 3 + rank)).sync()
         dims = ""
@@ -282,11 +282,11 @@ def _synchronize(rank, path, results):
         metric.sync()
         metric.reset()
         metric.update(features[50 * rank :][: 50 - 20 * rank] - 1, real=False)
-        metric.sync()  # exchanges the generated samples only
+        metric.sync()  # gathers the generated samples only
         value = metric.compute() if isinstance(metric, FrechetDistance) else metric.compute_full()
         scores.append((metric.real.count, metric.fake.count, float(value)))
     statistics = [(m.count, m.mean.tolist(), m.cov.tolist()) for m in (moments, alone)]
-    results.put((rank, statistics, nothing.count, refused, dims, again.count, scores))
+    results.put((rank, statistics, nothing.count, errors, dims, again.count, scores))
     dist.destroy_process_group()
 
 
@@ -300,20 +300,22 @@ def test_sync_counts_uneven_processes_alike_on_each(tmp_path):
         process.join()
         assert process.exitcode == 0
     first, second = sorted(results.get() for _ in processes)
-    assert first[1:] == second[1:], "bit for bit"
+    assert first[1:] == second[1:], "bitwise"
     features = 1e6 + torch.randn(90, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mean, cov = two_pass(features)
     for count, found_mean, found_cov in first[1]:
         assert count == 90
         np.testing.assert_allclose(found_mean, mean.astype(np.float64), rtol=1e-15)
         np.testing.assert_allclose(found_cov, cov.astype(np.float64), rtol=0, atol=1e-13)
-    nothing, refused, dims, again, scores = first[2:]
-    twice, more = "are in here already; reset() before the next round.", "holds the samples of all processes; reset()"
+    nothing, errors, dims, again, scores = first[2:]
+    twice, more = "call reset() before another sync()", "call reset() before adding samples after sync()"
     for found, expected in zip(
-        refused, [twice, twice, more, more, twice, "hold the real samples of all", False, twice, more, more], strict=True
+        errors,
+        [twice, twice, more, more, twice, "the real samples are synchronized on some ranks only", False, twice, more, more],
+        strict=True,
     ):
         assert found is expected or expected in found
-    assert (nothing, dims, again) == (0, "FeatureMoments: features of all processes must have one dimension, got [3, 4].", 4)
+    assert (nothing, dims, again) == (0, "FeatureMoments: features must have the same dimension on all ranks, got [3, 4].", 4)
     features -= features.round(decimals=-6)
     for metric, (real, fake, value) in zip((FrechetDistance(), KernelInceptionDistance()), scores, strict=True):
         metric.update(features, real=True)

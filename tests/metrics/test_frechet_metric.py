@@ -312,7 +312,7 @@ def test_too_few_samples_and_bad_updates():
     metric.update(torch.randn(1, 3), real=False)
     with pytest.raises(ValueError, match="needs at least 2 generated samples, got 1"):
         metric.compute()
-    with pytest.raises(ValueError, match="must have 3 dimensions as those before, got 4"):
+    with pytest.raises(ValueError, match="must have 3 dimensions like those before, got 4"):
         metric.update(torch.randn(4, 4), real=False)
     with pytest.raises(TypeError, match="real must be True or False, got 1"):
         metric.update(torch.randn(4, 3), real=1)

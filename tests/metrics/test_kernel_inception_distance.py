@@ -144,5 +144,5 @@ def test_too_few_samples():
         polynomial_mmd(*samples(30, 1))
     with pytest.raises(ValueError, match=r"must have shape \[N, 6\]"):
         polynomial_mmd(torch.zeros(3, 6), torch.zeros(3, 5))
-    with pytest.raises(ValueError, match="must have 6 dimensions as those before, got 5"):
+    with pytest.raises(ValueError, match="must have 6 dimensions like those before, got 5"):
         metric.update(torch.zeros(3, 5), real=True)

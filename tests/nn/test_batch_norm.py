@@ -5,7 +5,8 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing, nn
 
-from genperf._distributed import joint_mean
+import genperf
+from genperf._distributed import global_mean
 from genperf.losses.feature_matching import feature_matching
 from genperf.losses.gradient_penalty import gradient_penalty
 from genperf.nn.batch_norm import BatchNorm
@@ -15,21 +16,26 @@ TORCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNor
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 5), (4, 3, 2, 5), (2, 3, 2, 1, 2)])
-def test_one_process_is_torch_bit_for_bit(shape, affine, device):
-    ours = BatchNorm(3, momentum=0.3, affine=affine).to(device)
-    theirs = TORCH[len(shape)](3, momentum=0.3, affine=affine).to(device)
-    theirs.load_state_dict(ours.state_dict())
+def test_one_rank_matches_torch_bitwise(shape, affine, device):
+    layer = BatchNorm(3, momentum=0.3, affine=affine).to(device)
+    reference = TORCH[len(shape)](3, momentum=0.3, affine=affine).to(device)
+    reference.load_state_dict(layer.state_dict())
     for training in (True, True, False):
         x = 5 + torch.randn(shape, device=device)
-        assert torch.equal(ours.train(training)(x), theirs.train(training)(x))
-    for name, value in theirs.state_dict().items():
-        assert torch.equal(ours.state_dict()[name], value), name
+        assert torch.equal(layer.train(training)(x), reference.train(training)(x))
+    for name, value in reference.state_dict().items():
+        assert torch.equal(layer.state_dict()[name], value), name
 
 
-def test_joint_mean_of_one_process():
+def test_global_mean_on_one_rank():
     x = torch.randn(4, 3, 2)
-    assert torch.equal(joint_mean(x), x.mean(0))
-    assert torch.equal(joint_mean(x, (0, 2)), x.mean((0, 2)))
+    assert torch.equal(global_mean(x), x.mean(0))
+    assert torch.equal(global_mean(x, (0, 2)), x.mean((0, 2)))
+
+
+def test_old_name_of_global_mean():
+    with pytest.warns(DeprecationWarning, match="joint_mean is deprecated, use global_mean"):
+        assert genperf.nn.joint_mean is global_mean
 
 
 @pytest.mark.parametrize(
@@ -48,7 +54,7 @@ def test_bad_arguments(call, message):
 
 
 class Critic(nn.Module):
-    """Three dimensions, then two, with a layer of each kind in both."""
+    """BatchNorm on three and on two dimensions, with and without affine parameters."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +66,7 @@ class Critic(nn.Module):
             p.data.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
 
     def forward(self, x, real):
-        """A loss with all that crosses processes: normalized features, their matching, and a penalty's double backward."""
+        """A loss with everything that communicates: normalized features, feature matching, and a penalty's double backward."""
         features = self.inner(x)
         logits = self.outer(features)
         penalty = gradient_penalty(lambda points: self.outer(self.inner(points)), x, kind="r1", weight=1.0)
@@ -77,12 +83,12 @@ def step_of(critic, x, real):
 
 def batch():
     generator = torch.Generator().manual_seed(1)
-    # Means of the two shares far apart, so that statistics of a share are not those of the batch.
+    # The means of the two halves are far apart, so their statistics differ from those of the batch.
     return [torch.randn(8, 2, 4, generator=generator, dtype=torch.float64) + torch.arange(8)[:, None, None] for _ in range(2)]
 
 
 def _train(rank, path):
-    """What a process of two finds; gradients and loss are averaged as DistributedDataParallel does."""
+    """The results of one rank of two, with gradients and loss averaged like in DistributedDataParallel."""
     dist.init_process_group("gloo", init_method=f"file://{path / 'store'}", rank=rank, world_size=2, timeout=timedelta(seconds=120))
     try:
         share = slice(4 * rank, 4 * rank + 4)
@@ -95,7 +101,7 @@ def _train(rank, path):
         layer = BatchNorm(2)
         found["far from 0"] = layer(offset).detach()
         found["half"] = BatchNorm(2)(batch()[0][share].bfloat16()).detach()
-        found["half mean"] = joint_mean(batch()[0][share].bfloat16())
+        found["half mean"] = global_mean(batch()[0][share].bfloat16())
         found["one value each"] = BatchNorm(2)(batch()[0][4 * rank : 4 * rank + 1, :, 0].float()).detach()
         with pytest.raises(ValueError, match=r"at least one value per channel, got \[0, 2, 4\]"):
             layer(offset[:0])
@@ -104,8 +110,8 @@ def _train(rank, path):
         dist.destroy_process_group()
 
 
-def test_two_processes_are_one_on_the_joined_batch(tmp_path):
-    # This process is the first of the two.
+def test_two_ranks_match_one_process_on_the_global_batch(tmp_path):
+    # This process is rank 0.
     other = multiprocessing.get_context("spawn").Process(target=_train, args=(1, tmp_path))
     other.start()
     _train(0, tmp_path)
@@ -120,10 +126,10 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path):
         torch.testing.assert_close(first[name], value, msg=lambda text, name=name: f"{name}: {text}")
         torch.testing.assert_close(second[name], first[name], rtol=0, atol=0)
     x, _ = batch()
-    joined = {name: torch.cat([first[name], second[name]]) for name in ("far from 0", "half", "one value each")}
+    gathered = {name: torch.cat([first[name], second[name]]) for name in ("far from 0", "half", "one value each")}
     exact = BatchNorm(2).double()
-    torch.testing.assert_close(joined["far from 0"], exact((1e4 + x).float().double()).float(), rtol=0, atol=2e-3)
-    assert joined["half"].dtype == first["half mean"].dtype == torch.bfloat16
-    torch.testing.assert_close(joined["half"].double(), exact(x.bfloat16().double()), rtol=0.01, atol=0.01)
+    torch.testing.assert_close(gathered["far from 0"], exact((1e4 + x).float().double()).float(), rtol=0, atol=2e-3)
+    assert gathered["half"].dtype == first["half mean"].dtype == torch.bfloat16
+    torch.testing.assert_close(gathered["half"].double(), exact(x.bfloat16().double()), rtol=0.01, atol=0.01)
     torch.testing.assert_close(first["half mean"].double(), x.bfloat16().double().mean(0), rtol=0.01, atol=0.01)
-    torch.testing.assert_close(joined["one value each"], BatchNorm(2)(x[[0, 4], :, 0].float()))
+    torch.testing.assert_close(gathered["one value each"], BatchNorm(2)(x[[0, 4], :, 0].float()))

@@ -130,7 +130,7 @@ def test_state_dict_brings_the_reference():
     x = torch.rand(5, 1, 4, 4)
     assert torch.equal(resumed(x), critic(x))
     resumed.load_state_dict(network(VirtualBatchNorm).state_dict())
-    with pytest.raises(RuntimeError, match="must be a reference batch first"):
+    with pytest.raises(RuntimeError, match="a reference batch must be set before the forward pass"):
         resumed(x)
 
 
@@ -142,10 +142,12 @@ def test_half_precision(device):
     torch.testing.assert_close(layer(x), layer(x.float()).bfloat16())
 
 
-def test_refusals_leave_the_statistics_alone():
+def test_errors_do_not_change_the_statistics():
     critic = network(VirtualBatchNorm)
     x = torch.rand(5, 1, 4, 4)
-    with pytest.raises(RuntimeError, match=r"VirtualBatchNorm: there must be a reference batch first \(set_reference_batch\)"):
+    with pytest.raises(
+        RuntimeError, match=r"VirtualBatchNorm: a reference batch must be set before the forward pass \(set_reference_batch\)"
+    ):
         critic(x)
     set_reference_batch(critic, x)
     expected = critic(x)
@@ -153,7 +155,7 @@ def test_refusals_leave_the_statistics_alone():
         set_reference_batch(critic, torch.rand(5, 1, 5, 5))
     assert torch.equal(critic(x), expected)
     layer = critic[1]
-    with pytest.raises(RuntimeError, match="got two calls of one layer in a reference pass"):
+    with pytest.raises(RuntimeError, match="a layer must be called once in a reference pass, got two calls"):
         set_reference_batch(nn.Sequential(critic[0], layer, layer), x)
     with pytest.raises(ValueError, match=r"a reference batch must have at least one value per channel, got \[0, 3, 2, 2\]"):
         set_reference_batch(critic, x[:0])

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...nn._channels import codebooks_last, linear, project
-from ...nn.lookup_free_quantizer import commitment, joint_entropies
+from ...nn.lookup_free_quantizer import commitment, mean_entropies
 from ...ops._autograd import ValueOf
 from ...ops._precision import normalized
 from ...ops.lookup_free_entropy import MAX_GROUP
@@ -39,7 +39,7 @@ from ...ops.lookup_free_quantize import check_bits, code_size, lookup_free_decod
 Return = namedtuple("Return", ["quantized", "indices", "entropy_aux_loss"])
 LossBreakdown = namedtuple("LossBreakdown", ["per_sample_entropy", "batch_entropy", "commitment"])
 
-LEAST_LOGARITHM = 1e-5
+LOG_FLOOR = 1e-5
 
 
 class CosineSimLinear(nn.Module):
@@ -251,9 +251,9 @@ class LFQ(nn.Module):
         if self.frac_per_sample_entropy < 1:
             mask = self._some(bits, channel, mask)
         sharpness = 4 * inv_temperature * size
-        # Without a weight a call decides whether they are wanted, and processes could disagree about joining.
-        joint = self.entropy_loss_weight != 0
-        entropies = joint_entropies(bits, channel, self.num_codebooks, sharpness, self.codebook_dim, mask, LEAST_LOGARITHM, joint)
+        # With weight 0 each call decides whether to compute entropies, and ranks that disagree would hang in an all-reduce.
+        synchronized = self.entropy_loss_weight != 0
+        entropies = mean_entropies(bits, channel, self.num_codebooks, sharpness, self.codebook_dim, mask, LOG_FLOOR, synchronized)
         loss = entropies[0] - self.diversity_gamma * entropies[1]
         if self.experimental_softplus_entropy_loss:
             loss = F.softplus(loss + self.entropy_loss_offset)
