@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import UserError
-from ..metrics._features import feature_rows, only_output
+from ..metrics._features import finite_features, only_output
 
 # Conversions from uint8 to the extractor's input.
 PIXELS = {
@@ -54,7 +54,7 @@ class Extractor:
             raise UserError(f"{owner} failed on images {shape}: {_reason(error)}.") from error
         try:
             features = only_output(owner, features)
-            rows = feature_rows(owner, features, None)
+            rows = finite_features(owner, features, None)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
         if len(rows) != shape[0]:
