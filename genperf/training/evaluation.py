@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from .._errors import UserError
+from .._modes import evaluating
 from ..fid.extractors import load_extractor
 from ..metrics.frechet_distance import FrechetDistance
 from ..metrics.mode_coverage import mode_coverage
 from ..metrics.nearest_images import nearest_images
 from ..metrics.statistics_files import write_atomically
-from ..models.system import System, evaluating
+from ..models.system import System
 from ..nn.vector_quantizer import code_usage
 from .classifier import Classifier, classifier_unavailable, predict, trained_classifier
 from .data import LabeledImages

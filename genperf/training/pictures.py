@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._errors import import_extra
+from .._modes import evaluating
 from ..models.latent import interpolations
-from ..models.system import System, evaluating, standard_normal
+from ..models.system import System, standard_normal
 from .data import LabeledImages
 from .sampling import draw, num_conditions, sampling_unavailable
 from .seeding import seeded
