@@ -37,8 +37,8 @@ systems: $(VENV)/installed-train
 gpu-report: export TORCH_CUDA_ARCH_LIST ?= $(shell $(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null)
 gpu-report:
 	GENPERF_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps --no-index .
-	cd tests && $(PYTHON) -m pytest -q --device cuda $$(grep -lE 'def test.*device' test_*.py)
-	# From another folder, so that what was installed is measured.
+	cd tests && $(PYTHON) -m pytest -q --device cuda $$(grep -rlE --include='test_*.py' 'def test.*device' .)
+	# From another folder, so that the installed package is measured.
 	cd tests && $(PYTHON) -m genperf bench --device cuda --quick --out ../benchmarks/results
 
 clean:

@@ -1,4 +1,4 @@
-"""What this machine can do at most, for the other rows to be judged by: copy memory, and multiply matrices."""
+"""Ceilings of the machine, to judge the other rows by: the bandwidth of a copy, the rate of matrix products."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_matrix_product(benchmark, dtype, size, device):
     (side,) = size((SIDE[device],))
     a, b = torch.rand(2, side, side, device=device).to(dtype)
     product = torch.mm(a, b)
-    # Each element of a random product is about side / 4, far from the sum's rounding.
+    # Each element is about side / 4, far above the rounding of its sum.
     torch.testing.assert_close(product[:2].double(), a[:2].double() @ b.double(), rtol=1e-2, atol=0)
     measure(
         benchmark, lambda: torch.mm(a, b, out=product), device, flops=2.0 * side**3,

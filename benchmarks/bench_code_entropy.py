@@ -1,6 +1,6 @@
 """Losses and samples over all codes, float32: forward and backward of entropies and cross-entropy, and indices drawn from the softmax.
 
-What is checked first is the losses against float64 on a part of the vectors, and that the sampled codes are as likely as they should be.
+The losses are first checked against float64 on some of the vectors, and the mean log-likelihood of sampled codes against its expectation.
 """
 
 import pytest
@@ -12,9 +12,8 @@ import genperf
 from measure import measure, skip_too_large  # isort: skip
 from workloads import Workload  # isort: skip
 
-# vector-quantize-pytorch takes its distances times this.
+# The inverse temperature and the epsilon of vector-quantize-pytorch.
 SHARPNESS = 100
-# Its epsilon.
 EPSILON = 1e-5
 
 LOSSES = (
@@ -51,7 +50,7 @@ def genperf_entropies(x, codebook):
     return genperf.code_entropy(x, codebook, temperature=1 / SHARPNESS, epsilon=EPSILON)
 
 
-# Of entropies, cross-entropy and samples, and the bytes held for each vector and code.
+# Functions for entropies, cross-entropy and samples, and the bytes held for each vector and code.
 CONTENDERS = {
     "genperf": (genperf_entropies, genperf.code_cross_entropy, genperf.sample_code, 0),
     "PyTorch": (plain_entropies, plain_cross_entropy, plain_sample, 28),

@@ -1,6 +1,6 @@
-"""A training step of a WGAN-GP critic, float32: what the penalty costs where it is used, and what it saves to estimate it.
+"""A training step of a WGAN-GP critic, float32, with the gradient penalty and with its finite-difference estimate.
 
-torch.compile has no row: it does not differentiate a gradient.
+torch.compile has no row: it does not support double backward.
 """
 
 import pytest
@@ -59,7 +59,7 @@ def test_critic_step(benchmark, contender, size, device):
 
 
 def verify(critic, penalty, contender, real, fake):
-    """The penalty of plain PyTorch, or R1's where it is estimated, within what the noise of its draws allows."""
+    """Compare with the penalty of plain PyTorch, or an estimate with R1, within the noise of the draws."""
     if "finite" in contender:
         points = real.detach().requires_grad_()
         (gradients,) = torch.autograd.grad(critic(points).sum(), points)

@@ -1,6 +1,6 @@
 """The Frechet distance in float64: one evaluation, a small sample against a prepared reference, and its gradient for training.
 
-Features are rectified, correlated Gaussians. What a contender returns is first compared with a symmetric eigendecomposition.
+Features are rectified, correlated Gaussians. Each result is first compared with that of a symmetric eigendecomposition.
 """
 
 import ast
@@ -24,12 +24,12 @@ from measure import measure  # isort: skip
 
 class Problem(NamedTuple):
     features: Tensor  # [n, d], generated
-    mean1: Tensor  # theirs
+    mean1: Tensor  # of the features
     cov1: Tensor
-    mean2: Tensor  # the reference's
+    mean2: Tensor  # of the reference
     cov2: Tensor
-    distance: Tensor  # exactly
-    slope: Tensor  # its derivative in cov1, [d, d]
+    distance: Tensor  # exact
+    slope: Tensor  # exact derivative of the distance in cov1, [d, d]
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
@@ -59,7 +59,7 @@ def torchmetrics_distance():
 
 
 def pytorch_fid_distance():
-    """calculate_frechet_distance without its module, which imports torchvision, and with a `sqrtm` that still takes `disp`."""
+    """calculate_frechet_distance without its module, which imports torchvision, and with a `sqrtm` that accepts `disp`."""
     numpy, linalg = pytest.importorskip("numpy"), pytest.importorskip("scipy.linalg")
     package = importlib.util.find_spec("pytorch_fid") or pytest.skip("could not import 'pytorch_fid'")
     module = ast.parse((Path(package.submodule_search_locations[0]) / "fid_score.py").read_text())
@@ -74,7 +74,7 @@ def with_cached_root(problem):
     return functools.partial(eigvalsh, root2=symmetric_root(problem.cov2))
 
 
-# Each contender is prepared with what is known of the reference, which is not timed, and returns what is.
+# Each contender prepares what depends on the reference alone, and returns the function to time.
 
 
 def genperf_prepared(problem):
@@ -107,7 +107,7 @@ OF_FEATURES = {
 
 
 def flops(d: int) -> float:
-    """Of the direct route: a Cholesky factor, two products with it, the reduction of the result to tridiagonal form."""
+    """Of a direct computation: a Cholesky factor, two products with it, the reduction of the result to tridiagonal form."""
     return (1 / 3 + 2 + 4 / 3) * d**3
 
 
@@ -136,7 +136,7 @@ def test_of_a_small_sample(benchmark, contender, size, device):
     n, d = size((256, 2048))
     problem = make_problem(n, d, device)
     function = functools.partial(OF_FEATURES[contender](problem), problem.features)
-    verify(function(), problem.distance, 1e-6)  # eigenvalues of zero are found as 1e-16, and then their roots are summed
+    verify(function(), problem.distance, 1e-6)  # zero eigenvalues are computed as about 1e-16, and the sum has their roots
     measure(
         benchmark, function, device,
         op="frechet_distance", workload="features against a prepared reference, float64", contender=contender, N=n, D=d,

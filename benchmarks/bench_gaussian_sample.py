@@ -1,4 +1,4 @@
-"""Sampling with KL from packed moments, forward and backward, float32: an image of latents and a batch of vectors."""
+"""Sampling with KL from packed moments, forward and backward, float32: latent images and a batch of vectors."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_gaussian_sample(benchmark, shape, contender, size, compiled, device):
         return sample, kl, torch.autograd.grad((sample, kl), moments, (grad_sample, grad_kl))[0]
 
     verify(moments.detach(), grad_sample, grad_kl, *step())
-    # Forward: moments in, sample out. Backward: moments and the sample's gradient in, theirs out.
+    # Forward reads moments and writes samples; backward reads moments and the gradient of the samples and writes that of the moments.
     measure(
         benchmark, step, device, moved=8 * 4 * grad_sample.numel(), least_rounds=MANY_ROUNDS,
         op="gaussian_sample", workload=f"forward and backward, {list(shape)}", contender=contender,
@@ -46,7 +46,7 @@ def test_gaussian_sample(benchmark, shape, contender, size, compiled, device):
 
 
 def verify(moments, grad_sample, grad_kl, sample, kl, gradient):
-    """KL and gradients are exact; the noise, taken back out of the sample, is standard normal."""
+    """Check KL and gradients against float64, and that the noise in the sample is standard normal."""
     mean, logvar = moments.double().chunk(2, 1)
     noise = (sample.double() - mean) / (logvar / 2).exp()
     assert abs(noise.mean()) < 5 * noise.numel() ** -0.5

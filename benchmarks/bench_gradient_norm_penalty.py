@@ -36,7 +36,7 @@ def test_gradient_norm_penalty(benchmark, contender, size, compiled, device):
     penalty, slope = step()
     torch.testing.assert_close(penalty.double(), exact, rtol=1e-5, atol=0)
     torch.testing.assert_close(slope.double(), torch.autograd.grad(exact, wide)[0], rtol=1e-4, atol=1e-8)
-    # Gradients in, once in each direction, and theirs out.
+    # Forward and backward read the gradients; backward writes the gradient of the penalty.
     measure(
         benchmark, step, device, moved=3 * 4 * gradients.numel(), least_rounds=MANY_ROUNDS,
         op="gradient_norm_penalty", workload=f"forward and backward, {list(shape)}", contender=contender,

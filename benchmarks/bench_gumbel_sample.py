@@ -45,7 +45,7 @@ def test_gumbel_sample(benchmark, contender, size, compiled, device):
     function = CONTENDERS[contender](compiled)
 
     sample, indices, kl = function(logits)
-    # Plain PyTorch's straight-through sum leaves roundings in its one-hot vectors.
+    # The straight-through sum of plain PyTorch rounds its one-hot vectors.
     torch.testing.assert_close(sample.movedim(1, -1), F.one_hot(indices, shape[1]).float(), rtol=0, atol=1e-6)
     torch.testing.assert_close(kl, exact_kl(logits), rtol=1e-3, atol=1e-4)
     likelihood = logits.log_softmax(1).gather(1, indices.unsqueeze(1))
@@ -77,14 +77,14 @@ def test_gumbel_sample_with_a_codebook(benchmark, contender, size, compiled, dev
     torch.testing.assert_close(kl, exact_kl(logits), rtol=1e-3, atol=1e-4)
     gathered = torch.zeros_like(codebook).index_add_(0, indices.flatten(), upstream.movedim(1, -1).reshape(-1, width))
     torch.testing.assert_close(grad_codebook, gathered, rtol=1e-3, atol=1e-2)
-    # Softmaxes do not change when all logits of a position do.
+    # A softmax does not change when a constant is added to all logits of a position.
     assert grad_logits.sum(1).abs().max() < 1e-3 * max(1.0, grad_logits.abs().max().item())
     del sample, indices, kl, grad_logits, grad_codebook, gathered
 
     positions = grad_kl.numel()
     measure(
         benchmark, step, device, least_rounds=MANY_ROUNDS,
-        # Forward: logits and codes in, samples out. Backward: logits and gradients in, those of logits and codes out.
+        # Forward reads logits and codes and writes samples; backward reads logits and the upstream gradient and writes two gradients.
         moved=4 * (3 * logits.numel() + 4 * positions * width + codebook.numel()) + 12 * positions,
         flops=2.0 * positions * codebook.numel(),
         op="gumbel_sample", workload=f"hard, {width}-dimensional codes, forward and backward, {shape}", contender=contender,

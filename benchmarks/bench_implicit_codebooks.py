@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from genperf.compat import vector_quantize_pytorch as ours
+from genperf.compat import vector_quantize_pytorch as drop_in
 
 from measure import MANY_ROUNDS, measure, skip_too_large  # isort: skip
 
@@ -11,17 +11,17 @@ LEVELS = [8, 5, 5, 5]
 # Tokens, and bits of a code: Open-MAGVIT2's codebook is 2^18.
 FSQ_SIZES = (2048, 16384, 65536)
 LFQ_SIZES = ((2048, 13), (16384, 13), (65536, 13), (2048, 18), (16384, 18))
-BYTES_PER_PAIR = 28  # of theirs, for each token and code
+BYTES_PER_PAIR = 28  # of upstream, for each token and code
 
 
 def layers(contender, name, compiled, device, **options):
-    """The contender's layer, and ours, with the same parameters."""
-    reference = getattr(ours, name)(**options).to(device)
+    """The contender's layer, and that of genperf with the same parameters."""
+    reference = getattr(drop_in, name)(**options).to(device)
     if contender == "genperf":
         return reference, reference
-    theirs = getattr(pytest.importorskip("vector_quantize_pytorch"), name)(**options).to(device)
-    theirs.load_state_dict(reference.state_dict())
-    return compiled(theirs) if contender == "compiled" else theirs, reference
+    upstream = getattr(pytest.importorskip("vector_quantize_pytorch"), name)(**options).to(device)
+    upstream.load_state_dict(reference.state_dict())
+    return compiled(upstream) if contender == "compiled" else upstream, reference
 
 
 def step(layer, x, upstream):
@@ -37,7 +37,7 @@ def step(layer, x, upstream):
 
 
 def verify(found, expected):
-    """The tokens that lie within a rounding of a half-way value may have another code."""
+    """Check a step; tokens within a rounding of the middle between two codes may have either."""
     assert (found[0] == expected[0]).float().mean() > 0.999
     for value, reference in zip(found[1:], expected[1:], strict=True):
         assert (value - reference).abs().max() < 1e-3 * max(1, reference.abs().max())

@@ -1,4 +1,4 @@
-"""Random points between real and fake images, float32; beside them a copy, which is as fast as memory allows."""
+"""Random points between real and fake images, float32; a copy shows the limit of the memory bandwidth."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """Ten iterations of Lloyd's algorithm from the same random points, float32: genperf against plain PyTorch, faiss and scikit-learn.
 
-What is checked first is the sum of squared distances to the nearest code, which is to be within a per cent of that of the plain lines.
+The sum of squared distances to the nearest code is first checked to be within 1% of that of plain PyTorch.
 """
 
 import functools
@@ -14,7 +14,7 @@ from measure import measure, skip_too_large  # isort: skip
 from workloads import Workload  # isort: skip
 
 ITERATIONS = 10
-# First codebooks of quantizers, with many and with few points to a code, and the coarse codes of an index.
+# Initial codebooks of quantizers, with many and with few points for each code, and a coarse quantizer of an index.
 CLUSTERINGS = (
     Workload("VQ-VAE", 16384, 512, 64),
     Workload("TiTok", 16384, 4096, 12),
@@ -47,7 +47,7 @@ def faiss_kmeans(x, first):
     faiss.omp_set_num_threads(torch.get_num_threads())
 
     def cluster():
-        # Of all points, where the default draws 256 for each code.
+        # Use all points; the default samples 256 for each code.
         every = {"max_points_per_centroid": len(x), "min_points_per_centroid": 1}
         kmeans = faiss.Kmeans(x.shape[1], len(first), niter=ITERATIONS, nredo=1, **every)
         kmeans.train(x.numpy(), init_centroids=first.numpy())
@@ -82,7 +82,7 @@ def inertia(x, codebook):
 
 @functools.lru_cache(maxsize=1)
 def case(n, k, d, device):
-    """The same points, first codes and expected sum for every contender."""
+    """Points, initial codes and expected sum of squares, the same for every contender."""
     torch.manual_seed(0)
     x = torch.randn(n, d, device=device)
     first = x[torch.randperm(n, device=device)[:k]]

@@ -56,7 +56,7 @@ def test_matrix_sqrt_gradient(benchmark, contender, size, device):
         return torch.autograd.grad(function(a), a, weight)[0]
 
     found = step()
-    # root X + X root = sym(weight), column by column of a Kronecker sum in the basis of the eigenvectors
+    # Solve root X + X root = sym(weight) in the basis of the eigenvectors.
     values, vectors = torch.linalg.eigh(a.detach())
     inner = vectors.T @ (weight + weight.T) / 2 @ vectors / (values.sqrt()[:, None] + values.sqrt())
     exact = vectors @ inner @ vectors.T

@@ -1,4 +1,4 @@
-"""Minibatch discrimination, forward and backward, float32: Salimans' kernels and a larger layer."""
+"""Minibatch discrimination, forward and backward, float32: the layer of Salimans et al. (2016) and a larger one."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_minibatch_similarity(benchmark, shape, contender, size, compiled, devic
     similarity, gradient = step()
     torch.testing.assert_close(similarity[:, :3].double(), exact, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gradient[:, :3].double(), torch.autograd.grad(exact, few, upstream[:, :3].double())[0], rtol=1e-3, atol=1e-3)
-    # Forward: a difference, its magnitude and a sum for each element of each pair. Backward: the same, and a sign added.
+    # For each element of each pair, forward computes a difference, its magnitude and a sum; backward these again and a sign.
     measure(
         benchmark, step, device, moved=4 * (3 * features.numel() + 2 * upstream.numel()), flops=8.0 * n * features.numel(),
         least_rounds=MANY_ROUNDS, op="minibatch_similarity", workload=f"forward and backward, {list(shape)}", contender=contender,

@@ -1,7 +1,7 @@
 """Nearest-code search, float32: genperf against plain PyTorch, torch.compile, faiss, vector-quantize-pytorch and flash-kmeans.
 
-Every contender is first checked against float64 on a sample of rows: genperf must have none wrong, the share of the others
-is reported. genperf packs the codebook in every call; with the same codebook again it finds it packed.
+Every contender is first checked against float64 on a sample of rows: genperf must have no wrong index, that share of the others is
+reported. genperf packs the codebook in every call, except in the rows of the same codebook again, which reuse the packed one.
 """
 
 import functools
@@ -17,13 +17,13 @@ import genperf
 from measure import first_result, measure, skip_too_large  # isort: skip
 from workloads import SEARCHES  # isort: skip
 
-# Products that float64 may compute for a check, within a second or so, and distances that it may hold.
+# Limits of a float64 check: products, for about a second, and distances held at a time.
 CHECKED_PRODUCTS = 1e8
 HELD_DISTANCES = 1 << 20
 
 
 def keeps_codebooks(x):
-    """Whether a search in x leaves a packed codebook behind for the next one: only the CPU's kernel does."""
+    """Whether a search of x caches the packed codebook for the next one, as the CPU kernel does."""
     return not x.is_cuda and hasattr(torch.ops.genperf, "forget_codebooks")
 
 
@@ -31,7 +31,7 @@ def genperf_search(x, codebook, compiled):
     forget = torch.ops.genperf.forget_codebooks if keeps_codebooks(x) else lambda: None
 
     def search():
-        # Afterwards, so that neither time nor memory of the next call has the use of what this one packed.
+        # Afterwards, so that the next call has to pack again, in time and in memory.
         try:
             return genperf.nearest_code(x, codebook)
         finally:
@@ -43,7 +43,7 @@ def genperf_search(x, codebook, compiled):
 
 def genperf_again(x, codebook, compiled):
     if not keeps_codebooks(x):
-        pytest.skip("no packed codebook is kept here")
+        pytest.skip("packed codebooks are not cached here")
     return lambda: genperf.nearest_code(x, codebook)
 
 
@@ -82,7 +82,7 @@ def faiss_flat(x, codebook, compiled):
     faiss = pytest.importorskip("faiss")
     if x.is_cuda:
         pytest.skip("faiss-cpu has no CUDA search")
-    # The default is far slower for short queries; this is what faiss can do.
+    # The default threshold makes faiss far slower for short vectors.
     faiss.cvar.distance_compute_blas_threshold = 1
     faiss.omp_set_num_threads(torch.get_num_threads())
 
@@ -112,7 +112,7 @@ def flash_kmeans_assign(x, codebook, compiled):
     assign = pytest.importorskip("flash_kmeans.assign_euclid_triton").euclid_assign_triton
     import triton
 
-    # Its tiles are of a power of two, and no narrower than a matrix unit; the padding is not timed.
+    # The kernel needs a power of two of at least 16 dimensions; the padding is not timed.
     dim = codebook.shape[1]
     points, codes = (F.pad(t, (0, max(16, triton.next_power_of_2(dim)) - dim)).unsqueeze(0) for t in (x, codebook))
 
@@ -145,10 +145,9 @@ CONTENDERS = {
 
 
 def checked_rows(x, codebook, products):
-    """Some rows of x, all of them where they cost no more than so many products, and their codes by float64."""
+    """As many rows of x as `products` allows, and the indices of their nearest codes in float64."""
     rows = torch.randperm(x.shape[0], device=x.device)[: max(16, int(products / codebook.numel()))]
-    # Differences squared and summed, where the reference adds one component after the other: several times faster, and on
-    # such data the same.
+    # Several times faster than the reference, with the same result on such data.
     direct = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
     parts = x[rows].double().split(max(1, HELD_DISTANCES // len(codebook)))
     codes = codebook.double()
@@ -157,7 +156,7 @@ def checked_rows(x, codebook, products):
 
 @functools.lru_cache(maxsize=1)
 def case(n, k, d, device):
-    """The same inputs for every contender of a workload, which come one after the other."""
+    """Inputs and exact indices, the same for every contender of a workload; contenders of a workload are consecutive."""
     torch.manual_seed(0)
     x, codebook = torch.randn(n, d, device=device), torch.randn(k, d, device=device)
     return x, codebook, *checked_rows(x, codebook, CHECKED_PRODUCTS)

@@ -1,4 +1,4 @@
-"""A training step of the residual quantizer, forward, backward and moving averages of all levels, on float32 tokens [B, T, D]."""
+"""A training step of residual VQ with 8 quantizers, forward, backward and EMA, on float32 tokens [B, T, D]."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ from genperf.nn import ResidualVectorQuantizer
 from measure import measure, skip_too_large  # isort: skip
 from workloads import WORKLOADS  # isort: skip
 
-LEVELS = 8
+NUM_QUANTIZERS = 8
 AUDIO = [workload for workload in WORKLOADS if workload.name in ("EnCodec-level", "DAC-level")]
 
 
 def layer_of(codebooks):
     layer = ResidualVectorQuantizer(*codebooks.shape, decay=0.99, commitment_weight=1.0).to(codebooks.device)
-    layer.set_codes(codebooks)
+    layer.load_state_dict(layer.state_dict() | {"codebook": codebooks, "sums": codebooks})
     return layer
 
 
@@ -33,25 +33,25 @@ def step(x, forward):
 
 
 def plain_lines(x, state):
-    """A training step as it is commonly written in PyTorch, which reads and updates the averages of `state`."""
+    """A training step as commonly written in PyTorch, which updates the moving averages of `state`."""
     residual, total, indices, losses = x.flatten(0, 1), 0, [], []
-    for level, codebook in enumerate(state.codebook.unbind(0)):
+    for stage, codebook in enumerate(state.codebook.unbind(0)):
         index = torch.cdist(residual.detach(), codebook).argmin(1)
         code = F.embedding(index, codebook)
         losses.append(F.mse_loss(residual, code))
         with torch.no_grad():
             one_hot = F.one_hot(index, state.num_codes).to(x.dtype)
-            counts = state.counts[level].mul_(state.decay).add_(one_hot.sum(0), alpha=1 - state.decay)
-            sums = state.sums[level].mul_(state.decay).add_(one_hot.T @ residual, alpha=1 - state.decay)
+            counts = state.counts[stage].mul_(state.decay).add_(one_hot.sum(0), alpha=1 - state.decay)
+            sums = state.sums[stage].mul_(state.decay).add_(one_hot.T @ residual, alpha=1 - state.decay)
             smoothed = (counts + state.eps) / (counts.sum() + state.num_codes * state.eps) * counts.sum()
-            state.codebook[level] = sums / smoothed[:, None]
+            state.codebook[stage] = sums / smoothed[:, None]
         residual, total = residual - code, total + code
         indices.append(index)
     total = x + (total.view(x.shape) - x).detach()
     return total, torch.stack(indices, -1).view(*x.shape[:-1], -1), torch.stack(losses)
 
 
-# Each contender is a forward pass that starts from the codes.
+# Each contender makes a forward pass that starts from the given codebooks.
 
 
 def genperf_layer(codebooks):
@@ -65,8 +65,8 @@ def plain_layer(codebooks):
 
 def vector_quantize_pytorch_layer(codebooks):
     package = pytest.importorskip("vector_quantize_pytorch")
-    levels, k, d = codebooks.shape
-    layer = package.ResidualVQ(dim=d, num_quantizers=levels, codebook_size=k, decay=0.99, rotation_trick=False).to(codebooks.device)
+    num_quantizers, k, d = codebooks.shape
+    layer = package.ResidualVQ(dim=d, num_quantizers=num_quantizers, codebook_size=k, decay=0.99, rotation_trick=False).to(codebooks.device)
     for one, codebook in zip(layer.layers, codebooks, strict=True):
         one._codebook.embed.copy_(codebook.unsqueeze(0))
         one._codebook.embed_avg.copy_(codebook.unsqueeze(0))
@@ -87,8 +87,8 @@ def test_residual_vector_quantize(benchmark, workload, contender, size, device):
     make, bytes_per_pair = CONTENDERS[contender]
     skip_too_large(contender, bytes_per_pair * n * k)
     x = torch.randn(8, n // 8, d, device=device)
-    # What a level leaves of such vectors is about as much smaller.
-    codebooks = torch.randn(LEVELS, k, d, device=device) * 0.8 ** torch.arange(LEVELS, device=device).view(-1, 1, 1)
+    # The residual of such a stage is smaller by about this factor.
+    codebooks = torch.randn(NUM_QUANTIZERS, k, d, device=device) * 0.8 ** torch.arange(NUM_QUANTIZERS, device=device).view(-1, 1, 1)
 
     _, expected, _ = genperf.residual_vector_quantize(x, codebooks)
     indices, gradient = step(x, make(codebooks))()
@@ -96,11 +96,11 @@ def test_residual_vector_quantize(benchmark, workload, contender, size, device):
     assert wrong < 0.1, f"{contender} disagrees in {wrong:.0%} of the vectors: not the same step"
     assert gradient.isfinite().all()
 
-    # Every step meets new vectors: the levels would learn one batch by heart, and have nothing left to search for.
+    # Several batches, since the codebooks would fit a single one ever better.
     batches = [torch.randn_like(x) for _ in range(8)]
     steps = [step(batch, forward) for forward in [make(codebooks)] for batch in batches]
     measure(
-        benchmark, lambda: steps.insert(0, steps.pop()) or steps[0](), device, flops=2.0 * LEVELS * n * k * d,
-        moved=4 * (4 * n + 3 * LEVELS * k) * d + 8 * LEVELS * n, pairs=LEVELS * n * k,
-        op="residual_vector_quantize", workload=name, N=n, K=k, D=d, levels=LEVELS, contender=contender, wrong_rows=wrong,
+        benchmark, lambda: steps.insert(0, steps.pop()) or steps[0](), device, flops=2.0 * NUM_QUANTIZERS * n * k * d,
+        moved=4 * (4 * n + 3 * NUM_QUANTIZERS * k) * d + 8 * NUM_QUANTIZERS * n, pairs=NUM_QUANTIZERS * n * k,
+        op="residual_vector_quantize", workload=name, N=n, K=k, D=d, quantizers=NUM_QUANTIZERS, contender=contender, wrong_rows=wrong,
     )  # fmt: skip

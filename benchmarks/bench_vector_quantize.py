@@ -1,4 +1,4 @@
-"""A training step of the quantizer, forward, backward and moving averages, on channels-first float32 images."""
+"""A training step of the quantizer, forward, backward and EMA, on channels-first float32 images."""
 
 import math
 
@@ -21,8 +21,7 @@ def image_of(n, d, device):
 
 def layer_of(codebook):
     layer = VectorQuantizer(*codebook.shape, decay=0.99, channel_dim=1).to(codebook.device)
-    layer.codebook.copy_(codebook)
-    layer.sums.copy_(codebook)
+    layer.load_state_dict(layer.state_dict() | {"codebook": codebook, "sums": codebook})
     return layer
 
 
@@ -39,7 +38,7 @@ def step(x, forward):
 
 
 def plain_lines(x, state):
-    """A training step as it is commonly written in PyTorch, which reads and updates the averages of `state`."""
+    """A training step as commonly written in PyTorch, which updates the moving averages of `state`."""
     channels_last = x.permute(0, 2, 3, 1).contiguous()
     flat = channels_last.view(-1, state.dim)
     indices = torch.cdist(flat.detach(), state.codebook).argmin(1)
@@ -56,7 +55,7 @@ def plain_lines(x, state):
     return quantized.permute(0, 3, 1, 2).contiguous(), indices.view(channels_last.shape[:-1]), loss
 
 
-# Each contender is a layer that starts from the codes, and its forward pass.
+# Each contender makes a layer that starts from the given codebook, and its forward pass.
 
 
 def genperf_layer(codebook, compiled):
@@ -108,9 +107,9 @@ def test_vector_quantize(benchmark, workload, contender, size, compiled, device)
     exact = 1 + 2 * 0.25 / x.numel() * (x - expected)
     assert (gradient - exact).abs().mean() < 1e-5
     if isinstance(layer, VectorQuantizer) and wrong == 0:
-        ours = layer_of(codebook)
-        ours(x)
-        torch.testing.assert_close(layer.codebook, ours.codebook, rtol=1e-4, atol=1e-5)
+        expected_layer = layer_of(codebook)
+        expected_layer(x)
+        torch.testing.assert_close(layer.codebook, expected_layer.codebook, rtol=1e-4, atol=1e-5)
 
     measure(
         benchmark, step(x, make(codebook, compiled)[1]), device, flops=2.0 * n * k * d, moved=4 * (4 * n + 3 * k) * d + 8 * n, pairs=n * k,

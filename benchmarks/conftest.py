@@ -9,7 +9,7 @@ from workloads import QUICK, Workload  # isort: skip
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device that the benchmarks run on: cpu or cuda")
-    parser.addoption("--quick", action="store_true", help="only one of each kind of size of the searches")
+    parser.addoption("--quick", action="store_true", help="one of each kind of size of the searches")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -35,7 +35,7 @@ def _seeded():
 
 @pytest.fixture
 def size(benchmark):
-    """The workload or shape as it is, or small where the benchmarks only have to run."""
+    """A function that shrinks a workload or shape if the benchmarks are not timed."""
 
     def shrink(workload):
         if not benchmark.disabled:
@@ -49,5 +49,5 @@ def size(benchmark):
 
 @pytest.fixture
 def compiled(benchmark):
-    """torch.compile, without the minutes of its code generation where the benchmarks only have to run."""
+    """torch.compile; without its minutes of code generation if the benchmarks are not timed."""
     return functools.partial(torch.compile, backend="aot_eager" if benchmark.disabled else "inductor")

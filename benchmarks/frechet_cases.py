@@ -1,7 +1,6 @@
-"""Where ways to compute a Frechet distance fail: the error of each, and of its gradient, on covariances that training and evaluation meet.
+"""`genperf bench --accuracy`: errors of methods for the Frechet distance and its gradient, on difficult covariances.
 
-python benchmarks/frechet_cases.py [--d 512] writes results/frechet_cases.md. The truth comes from the factors that the covariances are made
-of, through singular values, and never from a covariance.
+Exact values come from the singular values of the factors that the covariances are made of, and never from a covariance.
 """
 
 import argparse
@@ -9,15 +8,15 @@ import math
 import platform
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from modes import command, selected, write
 from torch import Tensor
 
 import genperf
 
-RESULTS = Path(__file__).parent / "results"
+DIM, DIM_QUICK = 512, 32
 
 
 class Case(NamedTuple):
@@ -32,7 +31,7 @@ class Case(NamedTuple):
         return self.factor1 @ self.factor1.T, self.factor2 @ self.factor2.T
 
     def scale(self) -> float:
-        """What errors of the distance are relative to: |mean1 - mean2|^2 + tr cov1 + tr cov2."""
+        """|mean1 - mean2|^2 + tr cov1 + tr cov2, which errors of the distance are divided by."""
         return float(sum(part.square().sum() for part in (self.mean1 - self.mean2, self.factor1, self.factor2)))
 
     def trace(self) -> float:
@@ -43,7 +42,7 @@ class Case(NamedTuple):
         return self.scale() - 2 * self.trace()
 
     def gradient(self) -> Tensor:
-        """Derivative of the distance in factor1; where it is not unique, the one without a part in the null space."""
+        """Derivative of the distance in factor1; where it is not unique, the one that is zero in the null space."""
         u, s, vt = torch.linalg.svd(self.factor1.T @ self.factor2, full_matrices=False)
         rank = int((s > 1e-13 * s.amax()).sum()) if s.numel() and s.amax() > 0 else 0
         return 2 * (self.factor1 - self.factor2 @ vt[:rank].T @ u[:, :rank].T)
@@ -57,7 +56,7 @@ def centered_factor(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def make_cases(d: int, seed: int = 0) -> dict[str, Case]:
-    """Pairs of Gaussians of dimension d (even, at least 8), most of them of ReLU features like those of an image classifier."""
+    """Pairs of Gaussians of dimension d (even, at least 8), most of them from ReLU features as an image classifier has."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -92,7 +91,7 @@ def make_cases(d: int, seed: int = 0) -> dict[str, Case]:
     }
 
 
-# The rivals' formulas, each as mean1, cov1, mean2, cov2 -> distance.
+# The methods, each as mean1, cov1, mean2, cov2 -> distance.
 
 
 def from_trace(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, trace: Tensor) -> Tensor:
@@ -100,7 +99,7 @@ def from_trace(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, trace: 
 
 
 def sqrtm(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
-    """What pytorch-fid and its descendants do, with their second try and their limit on imaginary parts."""
+    """As pytorch-fid, with its second attempt and its limit on imaginary parts."""
     from scipy import linalg
 
     product = (cov1 @ cov2).numpy()
@@ -127,14 +126,14 @@ def symmetric_root(cov: Tensor) -> Tensor:
 
 
 def eigvalsh(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, root2: Tensor | None = None) -> Tensor:
-    """The FD loss of Yang et al. (2026): a root of the reference, made once, and symmetric eigenvalues."""
+    """The FD loss of Yang et al. (2026): symmetric eigenvalues, with the root of the reference computed once."""
     root2 = symmetric_root(cov2) if root2 is None else root2
     trace = torch.linalg.eigvalsh(root2 @ cov1 @ root2).clamp(min=0).sqrt().sum()
     return from_trace(mean1, cov1, mean2, cov2, trace)
 
 
 def newton_schulz(a: Tensor, steps: int, tolerance: float = 0.0) -> Tensor:
-    """Coupled iteration for the square root of a; stops early where the residual falls below a tolerance."""
+    """Coupled iteration for the square root of a; stops early once the residual is below a tolerance."""
     norm = a.norm()
     y, z = a / norm, torch.eye(len(a), dtype=a.dtype, device=a.device)
     for _ in range(steps):
@@ -152,7 +151,7 @@ def newton_schulz_float32(*moments: Tensor) -> Tensor:
 
 
 def newton_schulz_float64(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
-    """PIQ: up to 100 steps, and a second try."""
+    """PIQ: up to 100 steps, and a second attempt."""
     root = newton_schulz(cov1 @ cov2, 100, 1e-5)
     if not root.isfinite().all():
         offset = 1e-6 * torch.eye(len(cov1), dtype=cov1.dtype)
@@ -185,7 +184,7 @@ def value_error(method: Callable[..., Tensor], case: Case) -> str:
 
 
 def gradient_error(method: Callable[..., Tensor], case: Case) -> str:
-    """Of the derivative in factor1, relative to 2 (|factor1| + |factor2|), in the Frobenius norm."""
+    """Error of the derivative in factor1, relative to 2 (|factor1| + |factor2|), in the Frobenius norm."""
     if method is sqrtm:
         return "none"
     factor1 = case.factor1.clone().requires_grad_()
@@ -204,11 +203,13 @@ def table(title: str, error: Callable[[Callable, Case], str], cases: dict[str, C
     return [*lines, ""]
 
 
-def report(d: int) -> str:
+def report(arguments: argparse.Namespace) -> str:
     import scipy
     import torchmetrics
 
+    d = DIM_QUICK if arguments.quick else DIM
     cases = make_cases(d)
+    cases = {name: cases[name] for name in selected(cases, arguments.k)}
     versions = (
         f"torch {torch.__version__}, scipy {scipy.__version__}, torchmetrics {torchmetrics.__version__}, "
         f"Python {platform.python_version()}, CPU"
@@ -217,30 +218,24 @@ def report(d: int) -> str:
         [
             f"# Errors of the Frechet distance on difficult covariances, d = {d}",
             "",
-            f"Regenerate with `python benchmarks/frechet_cases.py --d {d}`. {versions}.",
+            f"{command(arguments, '--accuracy')}. {versions}.",
             "",
-            "Every method is given the same float64 means and covariances; one that works in float32 converts them. The truth comes",
-            "from the singular values of the factors. Features are rectified, correlated Gaussians; the case says what is special.",
+            "Every method gets the same float64 means and covariances; those that work in float32 convert them. The exact values come",
+            "from the singular values of the factors. Features are rectified, correlated Gaussians; a row says what is special.",
             "",
             *table("Value, relative to |mean1 - mean2|^2 + tr cov1 + tr cov2", value_error, cases),
             *table("Gradient in the factor of cov1, relative to 2 (|factor1| + |factor2|)", gradient_error, cases),
-            "The gradient is taken through cov1 = factor1 factor1'. Where it is not unique (rank-deficient pairs), its error is the",
-            "distance to the one without a part in the null space.",
+            "The gradient is taken through cov1 = factor1 factor1'. Where it is not unique (rank-deficient pairs), the error is the",
+            "distance to the one that is zero in the null space.",
+            "",
         ]
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--d", type=int, default=512, help="dimension of the features")
-    parser.add_argument("--out", type=Path, default=RESULTS / "frechet_cases.md", help="file to write")
-    arguments = parser.parse_args()
+def run(arguments: argparse.Namespace) -> int:
+    """Write the table of the cases that -k selects."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scipy's about singular matrices, which the table shows
-        text = report(arguments.d)
-    arguments.out.write_text(text + "\n")
-    print(text)
-
-
-if __name__ == "__main__":
-    main()
+        warnings.simplefilter("ignore")  # scipy warns about singular matrices, which the table shows
+        text = report(arguments)
+    write(text, arguments, "frechet_cases")
+    return 0

@@ -1,4 +1,4 @@
-"""One way to time and account for every benchmark."""
+"""How every benchmark is timed, and what is recorded with a time."""
 
 import ctypes
 import gc
@@ -13,12 +13,16 @@ import torch
 
 from genperf import __version__, _library
 
-# Of what takes milliseconds, so that one of them is undisturbed.
+# For calls that take milliseconds, so that at least one round is undisturbed.
 MANY_ROUNDS = 15
 MINIMUM_SECONDS = 0.3
 MAXIMUM_ROUNDS = 30
 MAXIMUM_BYTES = 5e9
 MAXIMUM_SECONDS = 4.0
+
+# Rounds of two contenders in turn, and when the rival is slow.
+TURNS, TURNS_OF_SLOW = 7, 3
+SLOW_SECONDS = 1.0
 
 
 def measure(
@@ -31,11 +35,14 @@ def measure(
     once: bool = False,
     **facts: object,
 ) -> None:
-    """Time `function` and record what it did: the fewest bytes it must move, `facts` (op, workload and contender among them), peak memory.
+    """Time `function`, and record `facts` (op, workload and contender among them), `moved` and the peak memory.
 
-    CPU: wall clock, at least `least_rounds` rounds (a third of them of calls over a second) and 0.3 s, to be judged by the minimum. CUDA:
-    quantiles of device time with a cold L2 cache, and the wall clock of synchronized calls. What takes a quarter of a minute is called
-    `once`: without a warm-up, and its memory is not counted.
+    CPU: wall clock, for at least `least_rounds` rounds (a third of them if a call takes over a second) and 0.3 s; the minimum counts.
+    CUDA: quantiles of device time with a cold L2 cache, and the wall clock of synchronized calls.
+
+    Args:
+        moved: the fewest bytes that the call must read and write.
+        once: call it once, without a warm-up or a count of its memory; for calls that take a quarter of a minute.
     """
     benchmark.group = " ".join([f"{facts['op']} {facts['workload']}", *(f"{name}={facts[name]}" for name in "NKD" if name in facts)])
     benchmark.extra_info |= {
@@ -54,11 +61,31 @@ def measure(
         from triton.testing import do_bench
 
         benchmark.extra_info["device_ms"] = do_bench(function, quantiles=[0.2, 0.5, 0.8])
-    start = time.perf_counter()
-    _synchronized(function, device)()
-    once = time.perf_counter() - start
-    rounds = int(min(max(least_rounds if once < 1 else max(2, least_rounds // 3), MINIMUM_SECONDS / once), MAXIMUM_ROUNDS))
+    seconds = seconds_of(_synchronized(function, device))
+    rounds = int(min(max(least_rounds if seconds < 1 else max(2, least_rounds // 3), MINIMUM_SECONDS / seconds), MAXIMUM_ROUNDS))
     benchmark.pedantic(_synchronized(function, device), rounds=rounds, warmup_rounds=1)
+
+
+def in_turn(genperf: Callable[[], object], rival: Callable[[], object], rounds: int = TURNS) -> tuple[float, float]:
+    """Shortest seconds of each, timed in alternating turns so that a change in the load of the machine meets both.
+
+    A turn is two calls, of which the first absorbs the threads of the other contender that still spin; a slow rival has one.
+    """
+    genperf()
+    slow = seconds_of(rival) > SLOW_SECONDS
+    calls = 1 if slow else 2
+    turns = [
+        (min(seconds_of(genperf) for _ in range(2)), min(seconds_of(rival) for _ in range(calls)))
+        for _ in range(min(rounds, TURNS_OF_SLOW) if slow else rounds)
+    ]
+    genperf_seconds, rival_seconds = zip(*turns, strict=True)
+    return min(genperf_seconds), min(rival_seconds)
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def skip_too_large(contender: str, size: float) -> None:
@@ -68,7 +95,7 @@ def skip_too_large(contender: str, size: float) -> None:
 
 
 def first_result(contender: str, function: Callable[[], torch.Tensor], device: str) -> torch.Tensor:
-    """What `function` returns; a contender whose call takes over `MAXIMUM_SECONDS` is skipped."""
+    """What `function` returns; skips a contender whose call takes over `MAXIMUM_SECONDS`."""
     for _ in range(2):  # the first call may compile
         start = time.perf_counter()
         result = function()
@@ -81,7 +108,7 @@ def first_result(contender: str, function: Callable[[], torch.Tensor], device: s
 
 
 def peak_extra_bytes(function: Callable[[], object], device: str) -> int | None:
-    """How much memory a call needs at its peak beyond what is there before it, results included; None where unknown."""
+    """Peak memory of a call beyond what is allocated before it, results included; None where unknown."""
     function()
     gc.collect()
     if device == "cuda":
@@ -92,7 +119,7 @@ def peak_extra_bytes(function: Callable[[], object], device: str) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        # What the allocator has kept from earlier calls would hide what this one needs.
+        # Memory that the allocator kept from earlier calls would hide what this one needs.
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
@@ -105,7 +132,8 @@ def peak_extra_bytes(function: Callable[[], object], device: str) -> int | None:
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    information = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*:\s*(.+)", information.read_text()) if information.exists() else None
     return match[1] if match else "CPU"
 
 

@@ -48,7 +48,7 @@ def _table(rows: list[dict], name: str) -> str:
         if (op, size) not in found:
             raise ValueError(f"readme: README shows a time of {op} {size}, which the rows do not hold.")
         case = found[op, size]
-        genperf, rival = case.ours, case.rivals[0]
+        genperf, rival = case.genperf, case.rivals[0]
         lines.append(
             {
                 "op": label,
@@ -59,7 +59,7 @@ def _table(rows: list[dict], name: str) -> str:
                 "extra memory": f"{megabytes(genperf)} MB, rival {megabytes(rival)} MB",
             }
         )
-    slower = sum(bool(case.rivals) and case.rivals[0]["ms"] < case.ours["ms"] for case in measured)
+    slower = sum(bool(case.rivals) and case.rivals[0]["ms"] < case.genperf["ms"] for case in measured)
     report = f"[all {len(measured)} rows](benchmarks/results/{name}.md)"
     return f"{markdown(lines)}\n\n{machine(rows)}. A rival is faster in {slower} of {report}."
 

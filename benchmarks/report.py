@@ -1,8 +1,8 @@
-"""From measurements to one page on a machine: its ceilings, every op beside its rivals, a chart.
+"""The report of `genperf bench`: the ceilings of a machine, every op beside its rivals, a chart.
 
 python benchmarks/report.py build/bench.json [--out FOLDER] [--name NAME]  writes NAME.json, .md and .png
-python benchmarks/report.py benchmarks/results/NAME.json                   the page of kept rows anew
-python benchmarks/report.py --readme benchmarks/results/NAME.json          README's tables and figures from kept rows
+python benchmarks/report.py benchmarks/results/NAME.json                   writes the page of kept rows again
+python benchmarks/report.py --readme benchmarks/results/NAME.json          writes README's table from kept rows
 """
 
 import argparse
@@ -14,42 +14,41 @@ from typing import NamedTuple
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 SIZES = ("N", "K", "D")
-# What no implementation of its op can be faster than, and therefore no rival.
+# Lower bounds of the time of an op, which are no rivals.
 BOUNDS = ("clone",)
-# Columns of an op's table, of which it has those that its rows know.
+# Columns of an op's table; a table leaves out those that its rows have no value for.
 COLUMNS = ("size", "contender", "ms", "speed-up of genperf", "Gpairs/s", "GFLOP/s", "% of ceiling", "GB/s", "extra MB", "wrong rows")
-# The matrix units' rate is the faster one.
 MATRIX_PRODUCTS = ("float32 matrix product", "bfloat16 matrix product")
 WALL_TIME, DEVICE_TIME = "shortest wall time", "median device time, L2 cold"
 
 
 class Case(NamedTuple):
-    """What every contender did with the same inputs."""
+    """The rows of all contenders for one op and size."""
 
     op: str
     size: str
     rows: list[dict]
 
     @property
-    def ours(self) -> dict:
-        """genperf's row, or that of its first variant."""
-        variants = [row for row in self.rows if is_ours(row)]
+    def genperf(self) -> dict:
+        """The row of genperf, or of its first variant."""
+        variants = [row for row in self.rows if is_genperf(row)]
         return next((row for row in variants if row["contender"] == "genperf"), variants[0])
 
     @property
     def rivals(self) -> list[dict]:
-        """The others, fastest first."""
-        return sorted((row for row in self.rows if not is_ours(row) and row["contender"] not in BOUNDS), key=lambda row: row["ms"])
+        """The rows of the rivals, fastest first."""
+        return sorted((row for row in self.rows if not is_genperf(row) and row["contender"] not in BOUNDS), key=lambda row: row["ms"])
 
 
-def is_ours(row: dict) -> bool:
+def is_genperf(row: dict) -> bool:
     return row["contender"].startswith("genperf")
 
 
 def read(path: Path) -> list[dict]:
-    """One row for each benchmark: what it was, and its best time in milliseconds (median of device times on a GPU).
+    """One row for each benchmark: its facts, and its shortest time in milliseconds (on a GPU the median device time).
 
-    The file is pytest-benchmark's, or rows that were kept.
+    The file is one of pytest-benchmark, or of kept rows.
     """
     content = json.loads(path.read_text())
     if isinstance(content, list):
@@ -68,21 +67,21 @@ def sizes_of(row: dict) -> str:
 
 
 def cases(rows: list[dict]) -> list[Case]:
-    """Every op and size that genperf was measured at, in the order of the rows."""
+    """Every op and size that genperf has a row for, in the order of the rows."""
     found: dict[tuple[str, str], Case] = {}
     for row in rows:
         found.setdefault((row["op"], size := sizes_of(row)), Case(row["op"], size, [])).rows.append(row)
-    return [case for case in found.values() if any(map(is_ours, case.rows))]
+    return [case for case in found.values() if any(map(is_genperf, case.rows))]
 
 
 def milliseconds(ms: float | None) -> str:
-    """Three digits, and those before the point."""
+    """Three significant digits, and all digits before the point."""
     return "" if ms is None else f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}"
 
 
-def times(row: dict, ours: dict) -> str:
-    """How often genperf's time fits into a rival's; bold where the rival is faster."""
-    ratio = row["ms"] / ours["ms"]
+def times(row: dict, genperf: dict) -> str:
+    """The rival's time over that of genperf; bold where the rival is faster."""
+    ratio = row["ms"] / genperf["ms"]
     text = f"{ratio:.2f}x" if ratio < 2 else f"{ratio:.1f}x"
     return f"**{text}**" if ratio < 1 else text
 
@@ -92,7 +91,7 @@ def megabytes(row: dict) -> str:
 
 
 def markdown(lines: list[dict[str, str]]) -> str:
-    """A table of lines, each of which has every column."""
+    """A table of lines that all have the same columns."""
     columns = list(lines[0])
     head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return "\n".join(head + [f"| {' | '.join(line[column] for column in columns)} |" for line in lines])
@@ -106,7 +105,7 @@ def machine(rows: list[dict]) -> str:
 
 
 def ceilings(rows: list[dict]) -> str:
-    """What the machine was measured to do at most, or nothing where it was not."""
+    """The measured ceilings of the machine, "" where none was measured."""
     found = []
     for row in rows:
         if row["op"] == "ceiling":
@@ -116,39 +115,40 @@ def ceilings(rows: list[dict]) -> str:
 
 
 def matrix_ceiling(rows: list[dict]) -> float | None:
-    """Floating-point operations per millisecond of the machine's fastest matrix product, None where it was not measured."""
+    """Floating-point operations per millisecond of the fastest measured matrix product, None without one."""
     return max((row["flops"] / row["ms"] for row in rows if row["op"] == "ceiling" and row["workload"] in MATRIX_PRODUCTS), default=None)
 
 
 def summary(rows: list[dict]) -> str:
-    """One line for every op and size: genperf, and the fastest of the others."""
+    """One line for every op and size: genperf, and the fastest rival."""
     lines, lost = [], 0
     for case in cases(rows):
-        ours, rival = case.ours, next(iter(case.rivals), None)
-        lost += rival is not None and rival["ms"] < ours["ms"]
+        genperf, rival = case.genperf, next(iter(case.rivals), None)
+        lost += rival is not None and rival["ms"] < genperf["ms"]
         lines.append(
             {
                 "op": case.op,
                 "size": case.size,
-                "genperf, ms": milliseconds(ours["ms"]),
-                "fastest other": rival["contender"] if rival else "",
+                "genperf, ms": milliseconds(genperf["ms"]),
+                "fastest rival": rival["contender"] if rival else "",
                 "its ms": milliseconds(rival["ms"]) if rival else "",
-                "speed-up of genperf": times(rival, ours) if rival else "",
-                "genperf, extra MB": megabytes(ours),
+                "speed-up of genperf": times(rival, genperf) if rival else "",
+                "genperf, extra MB": megabytes(genperf),
                 "its extra MB": megabytes(rival) if rival else "",
             }
         )
-    text = f"The fastest other is faster than genperf in {lost} of {len(lines)} rows, whose speed-up is in bold."
+    text = f"The fastest rival is faster than genperf in {lost} of {len(lines)} rows; their speed-up is in bold."
     return f"{text}\n\n{markdown(lines)}"
 
 
-def cells(row: dict, ours: dict, ceiling: float | None) -> dict[str, str]:
-    """A row of a case by column. The searches count pairs, what streams counts bytes."""
-    speed_up = f"{row['ms'] / ours['ms']:.2f}x" if is_ours(row) or row["contender"] in BOUNDS else times(row, ours)
+def cells(row: dict, genperf: dict, ceiling: float | None) -> dict[str, str]:
+    """A row of a case by column. Searches have a rate of pairs, streaming ops one of bytes."""
+    is_rival = not is_genperf(row) and row["contender"] not in BOUNDS
+    speed_up = times(row, genperf) if is_rival else f"{row['ms'] / genperf['ms']:.2f}x"
     found = {
         "contender": row["contender"],
         "ms": milliseconds(row["ms"]),
-        "speed-up of genperf": "" if row is ours else speed_up,
+        "speed-up of genperf": "" if row is genperf else speed_up,
         "extra MB": megabytes(row),
     }
     if "flops" in row:
@@ -165,24 +165,24 @@ def cells(row: dict, ours: dict, ceiling: float | None) -> dict[str, str]:
 
 
 def section(found: list[Case], ceiling: float | None) -> str:
-    """Every contender at every size of one op, fastest first; a size stands in the first of its rows."""
+    """Every contender at every size of one op, fastest first; only the first row of a size names it."""
     lines = []
     for case in found:
         ordered = sorted(case.rows, key=lambda row: row["ms"])
-        lines += [{"size": "" if number else case.size, **cells(row, case.ours, ceiling)} for number, row in enumerate(ordered)]
+        lines += [{"size": "" if number else case.size, **cells(row, case.genperf, ceiling)} for number, row in enumerate(ordered)]
     columns = [column for column in COLUMNS if any(line.get(column) for line in lines)]
     return markdown([{column: line.get(column, "") for column in columns} for line in lines])
 
 
 def head(rows: list[dict]) -> str:
-    """The page without its single contenders."""
+    """The machine, its ceilings and the summary: what is printed."""
     facts = [f"{machine(rows)}; float32 where no dtype is named; load {rows[0]['load']} at the start."]
     facts += [f"Ceilings of the machine, measured: {limits}."] if (limits := ceilings(rows)) else []
     return "\n\n".join([*facts, summary(rows)])
 
 
 def page(rows: list[dict], name: str) -> str:
-    """The whole report in Markdown; NAME.png is its chart."""
+    """The whole report in Markdown, with NAME.png as its chart."""
     blocks = [f"# Speed of genperf: {rows[0]['device']}", head(rows), f"![times relative to genperf's]({name}.png)", "## Every contender"]
     ceiling = matrix_ceiling(rows)
     if ceiling:
@@ -196,7 +196,7 @@ def page(rows: list[dict], name: str) -> str:
 
 
 def chart(rows: list[dict], path: Path) -> None:
-    """Each contender's time relative to genperf's, a line for every op and size."""
+    """Draw the time of each contender relative to genperf's, a line for every op and size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -207,15 +207,15 @@ def chart(rows: list[dict], path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(12, 2 + 0.24 * len(found)), layout="constrained")
     for number, contender in enumerate(contenders):
         points = [
-            (row["ms"] / case.ours["ms"], line)
+            (row["ms"] / case.genperf["ms"], line)
             for line, case in enumerate(found)
             for row in case.rows
-            if row["contender"] == contender and row is not case.ours
+            if row["contender"] == contender and row is not case.genperf
         ]
         if points:
             style = {"marker": "osD^vP"[number % 6], "color": f"C{number % 10}", "s": 36, "zorder": 3}
             axis.scatter(*zip(*points, strict=True), label=contender, **style)
-    labels = [f"{case.op}: {case.size}   {milliseconds(case.ours['ms'])} ms" for case in found]
+    labels = [f"{case.op}: {case.size}   {milliseconds(case.genperf['ms'])} ms" for case in found]
     axis.set_yticks(range(len(found)), labels, fontsize=7)
     axis.set(xscale="log", ylim=(len(found) - 0.5, -0.5), xlabel="time / genperf's time")
     axis.xaxis.set_major_formatter("{x:g}x")
@@ -234,9 +234,9 @@ def chart(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, nargs="+", help="files written by pytest --benchmark-json, or by this command")
-    parser.add_argument("--name", help="of the results (the device's, or that of kept rows)")
+    parser.add_argument("--name", help="of the files (the name of the device, or of the kept rows)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where to write")
-    parser.add_argument("--readme", action="store_true", help="rewrite README's tables and figures instead")
+    parser.add_argument("--readme", action="store_true", help="write README's table instead")
     arguments = parser.parse_args()
     rows = [row for path in arguments.json for row in read(path)]
     if not cases(rows):

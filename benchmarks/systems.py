@@ -1,14 +1,12 @@
-"""Every system trained on MNIST digits, scored on digits held out, timed and pictured; results/systems.{json,md} and systems/*.png.
+"""Trains every system on MNIST digits and scores it on held-out digits; writes results/systems.{json,md} and systems/*.png.
 
-python benchmarks/systems.py [--only NAME ...] [--equal] runs each training through `genperf train` and each score through what
-`genperf evaluate` calls. With --equal it trains four systems three times each with genperf's ops and with their references instead.
+python benchmarks/systems.py [--only NAME ...] trains through `genperf train` and scores with the functions of `genperf evaluate`. With
+--equal it trains four systems three times each, with genperf's ops and with their references.
 """
 
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import shutil
 import statistics
 import time
@@ -16,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import device_name
 
 from genperf.cli.main import main as genperf
 from genperf.training.classifier import Classifier, train_classifier
@@ -29,7 +28,7 @@ SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A system with the options that it is trained with; of several variants the scores are averaged. Without a picture no samples."""
+    """A system and its training options. The scores of several variants are averaged; a row without a picture draws no samples."""
 
     system: str
     options: str = ""
@@ -60,7 +59,7 @@ ROWS = {
 
 Scores = dict[str, dict[str, float]]
 
-# What a row must reach, as a sentence and as a rule on all scores.
+# What a row must reach: a sentence, and a condition on all scores.
 GOALS: tuple[tuple[str, str, Callable[[Scores], bool]], ...] = (
     ("autoencoder", "held-out MSE at most 0.012 with 32 dimensions", lambda s: s["autoencoder"]["mse"] <= 0.012),
     ("denoising-autoencoder", "PSNR of noisy digits up by at least 6 dB", lambda s: s["denoising-autoencoder"]["psnr_gain"] >= 6),
@@ -84,7 +83,7 @@ GOALS: tuple[tuple[str, str, Callable[[Scores], bool]], ...] = (
     ("lapgan", "the pyramid reconstructs within 1e-6", lambda s: s["lapgan"]["pyramid_error"] <= 1e-6),
 )
 
-# Trainings for the comparison of genperf's ops with the references, and the score that is compared.
+# Training options for --equal, and the score that is compared.
 EQUAL = {
     "vqvae": ("--epochs 3 --prior-width 0", "mse"),
     "vae": ("--epochs 6", "negative_elbo"),
@@ -161,8 +160,8 @@ def agrees(result: dict) -> bool:
 def markdown(results: dict) -> str:
     scores = {name: row["scores"] for name, row in results["rows"].items()} | {"anchors": results["anchors"]}
     lines = [
-        f"{results['machine']}. 4,500 digits for training, 500 held out; {results['classifier_accuracy']:.1%} of these are recognized by "
-        "the classifier whose 64 features the FID is taken of, between 2,500 samples and the digits held out.",
+        f"{results['machine']}. 4,500 digits for training, 500 held out, of which the classifier recognizes "
+        f"{results['classifier_accuracy']:.1%}. FID compares its 64 features of 2,500 samples and of the held-out digits.",
         "",
         "| FID of | |",
         "|---|---|",
@@ -186,9 +185,9 @@ def markdown(results: dict) -> str:
         lines += ["", "Trained with genperf's ops and with their references in plain PyTorch, seeds 0, 1, 2:", ""]
         lines += ["| system | score | genperf | reference | means differ by no more than the seeds |", "|---|---|---|---|---|"]
         for system, result in results["equal"].items():
-            ours, reference = (", ".join(f"{value:.4g}" for value in result[impl]) for impl in ("genperf", "reference"))
+            native, reference = (", ".join(f"{value:.4g}" for value in result[impl]) for impl in ("genperf", "reference"))
             lines.append(
-                f"| {system} {result['options']} | {result['score']} | {ours} | {reference} | {'yes' if agrees(result) else '**no**'} |"
+                f"| {system} {result['options']} | {result['score']} | {native} | {reference} | {'yes' if agrees(result) else '**no**'} |"
             )
     lines += ["", "Commands:", "", *(f"    {row['command']}" for row in results["rows"].values()), ""]
     for name, row in ROWS.items():
@@ -199,7 +198,7 @@ def markdown(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", choices=ROWS, help="rows to train anew; the others keep their committed results")
+    parser.add_argument("--only", nargs="*", choices=ROWS, help="rows to train again; the others keep their results")
     parser.add_argument("--equal", action="store_true", help="train with ops and references instead of the rows")
     parser.add_argument("--work", type=Path, default=Path("build/systems"), help="folder of the runs (%(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS / "systems.json", help="(%(default)s)")
@@ -220,19 +219,14 @@ def main() -> None:
     if arguments.equal:
         results["equal"] = train_equally(classifier, arguments.work)
     else:
-        results["machine"] = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        results["machine"] = f"{device_name('cpu')}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         for name in arguments.only or ROWS:
             results["rows"][name] = train_row(name, ROWS[name], classifier, arguments.work, arguments.results.with_suffix(""))
-            # In the order of the list, whatever was trained first.
+            # In the order of ROWS, whatever was trained first.
             results["rows"] = {row: results["rows"][row] for row in ROWS if row in results["rows"]}
             write()
     write()
     print(f"{(time.monotonic() - began) / 60:.1f} minutes")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

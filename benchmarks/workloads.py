@@ -29,8 +29,8 @@ WORKLOADS = (
     Workload("RQ-VAE-level", 4096, 16384, 256),
 )
 
-# Further sizes of published configurations, which the search alone is measured at. A suffix tells the variants of a model apart: its number
-# of codes, or the batch of one GPU instead of the share of eight. A batch that a source leaves open is one of 32.
+# Further published sizes, for the search alone. A suffix distinguishes variants of a model: the number of codes, or the batch of one GPU
+# where eight share the published one. A batch of 32 stands in where the source names none.
 SEARCHES = (
     *WORKLOADS,
     Workload("VQ-VAE-2-bottom", 524288, 512, 64),
@@ -67,5 +67,15 @@ SEARCHES = (
     Workload("SVG2-head", 75600, 1000, 128),
 )
 
-# One of each kind of size, for a run of minutes: torch.compile is compiled anew for each.
+# One of each kind of size, for a run of minutes: torch.compile compiles again for every size.
 QUICK = ("VQ-VAE", "LDM-f8", "LlamaGen-f16", "ViT-VQGAN", "SimVQ", "RQ-VAE-level")
+
+# Searches that are timed in turn, with their rivals (--in-turn) or with another build (--compare).
+IN_TURN = (
+    Workload("RQ-VAE-level", 4096, 16384, 256),
+    Workload("VQ-VAE", 16384, 512, 64),
+    Workload("ViT-VQGAN", 8192, 8192, 32),
+    Workload("VQGAN-f16", 4096, 1024, 256),
+    Workload("LlamaGen-f16", 4096, 16384, 8),
+    Workload("LDM-f4", 32768, 8192, 4),
+)

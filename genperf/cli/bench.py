@@ -1,6 +1,7 @@
-"""`genperf bench`: every op against plain PyTorch, torch.compile and the best rivals here, as one report."""
+"""`genperf bench`: time every op beside its rivals, or the whole of genperf beside another build of it."""
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -11,51 +12,81 @@ from pathlib import Path
 from .._errors import UserError, import_extra
 from . import options
 
-HELP = "measure every op beside plain PyTorch and its rivals, and write one report"
+HELP = "measure every op beside plain PyTorch and its rivals, and write a report"
 
 _DESCRIPTION = """\
-Measure every op beside plain PyTorch, torch.compile and the best rivals that are installed, each first checked for the same result.
+Measure every op beside plain PyTorch, torch.compile and the best rivals that are installed. Each is first checked for the same result.
 Writes NAME.json, NAME.md and NAME.png: the machine and its ceilings, a line for every op and size, every contender, a chart. Rows in which
-genperf is slower stay, and are in bold. A quiet machine and some 30 minutes are needed, or a few with --quick.
+genperf is slower are in bold. This takes about 30 minutes on a quiet machine, or a few with --quick.
 
-exit codes: 0; 1 where a benchmark failed, which the report then lacks; 2 with a sentence on stderr after a mistake; 130 after Ctrl-C.
+One of these options measures something else, and writes NAME.md:
+  --in-turn      searches, quantizer layers and the training of a VQ-VAE, timed in alternating turns with a rival and compared with goals
+  --compare REV  this genperf and a build of another git revision, timed in alternating turns, in milliseconds and as ratios
+  --accuracy     errors of the ways to compute a Frechet distance on difficult covariances
+
+exit codes: 0; 1 where a benchmark failed, a goal was missed or the outputs of two builds differ; 2 after an invalid option, with a sentence
+on stderr; 130 after Ctrl-C.
 """
 
 _PACKAGE = Path(__file__).parents[1]
 _NONE_SELECTED = 5  # exit code of pytest
 
+# For each mode the module of the benchmarks that runs it, and the packages it needs.
+_MODES = {
+    "in_turn": ("ratios", {"vector_quantize_pytorch": "vector-quantize-pytorch"}),
+    "compare": ("compare", {}),
+    "accuracy": ("frechet_cases", {"scipy": "scipy", "torchmetrics": "torchmetrics"}),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = _DESCRIPTION
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--in-turn", action="store_true", help="ratios to rivals, timed in turn, with goals")
+    mode.add_argument("--compare", metavar="REV", help="a git revision of this checkout, or a folder with a built genperf")
+    mode.add_argument("--accuracy", action="store_true", help="errors of Frechet distances")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one; the CPU for --in-turn, --accuracy")
     parser.add_argument("-k", metavar="OPS", help="only what matches, as pytest's -k: 'nearest_code', 'gumbel_sample or interpolate'")
-    parser.add_argument("--quick", action="store_true", help="of the searches only one of each kind of size")
-    parser.add_argument("--out", default="runs/bench", metavar="FOLDER", help="for the report (%(default)s)")
-    parser.add_argument("--name", help="of the report's files (the device's)")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes of the searches, or fewer rounds")
+    parser.add_argument("--out", default="runs/bench", metavar="FOLDER", help="for what is written (%(default)s)")
+    parser.add_argument("--name", help="of the files that are written (of the report: the device's)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    for module, package in (("pytest_benchmark", "pytest-benchmark"), ("matplotlib", "matplotlib")):
-        import_extra(module, package, "bench")
-    device = options.device(arguments.device).type
-    out, folder = Path(arguments.out).resolve(), benchmarks()
+    mode = next((mode for mode in _MODES if getattr(arguments, mode)), None)
+    module, packages = _MODES.get(mode, (None, {"matplotlib": "matplotlib"}))
+    for needed, package in {"pytest_benchmark": "pytest-benchmark", **packages}.items():
+        import_extra(needed, package, "bench")
+    if mode in ("in_turn", "accuracy") and arguments.device == "cuda":
+        raise UserError(f"--{mode.replace('_', '-')} measures on the CPU, got --device cuda.")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        Path(arguments.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out must be a folder that can be written, got {arguments.out!r}: {error.strerror}.") from error
-    # Nothing of a pytest around this one, and nothing left beside the benchmarks, which may lie where packages are installed.
+    if module is None:
+        return _report(arguments)
+    if str(benchmarks()) not in sys.path:
+        sys.path.insert(0, str(benchmarks()))  # they import each other by plain names
+    return importlib.import_module(module).run(arguments)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    """Run the benchmarks with pytest, and turn their measurements into the report."""
+    device = options.device(arguments.device).type
+    out, folder = Path(arguments.out).resolve(), benchmarks()
+    # Without the settings of a surrounding pytest, and without byte code in the folder, which may be that of an installed package.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     with tempfile.TemporaryDirectory(prefix="genperf-bench-") as temporary:
         measured = Path(temporary) / "measured.json"
         command = [sys.executable, "-m", "pytest", *sorted(path.name for path in folder.glob("bench_*.py"))]
-        # Nothing of a project around the benchmarks, such as one whose .venv they are in.
+        # Without the configuration of a project around the benchmarks, such as one whose .venv they are in.
         command += ["-c", os.devnull, f"--rootdir={folder}", f"--confcutdir={folder}", "-p", "no:cacheprovider", "-q", "-ra"]
         command += ["--benchmark-enable", "--benchmark-columns=min,median,rounds", f"--benchmark-json={measured}"]
         command += [f"--benchmark-storage=file://{temporary}", f"--device={device}"]
         command += ["--quick"] if arguments.quick else []
-        # A report always has its ceilings.
+        # The report always shows the ceilings.
         command += ["-k", f"({arguments.k}) or ceilings"] if arguments.k else []
         failed = subprocess.run(command, cwd=folder, env=environment).returncode
         if failed not in (0, 1, _NONE_SELECTED):
@@ -73,12 +104,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def benchmarks() -> Path:
-    """The folder of the benchmarks: in the package, or beside it where the package is a checkout's."""
+    """The folder of the benchmarks: in an installed package, or beside the package in a checkout."""
     installed = _PACKAGE / "benchmarks"
     return installed if installed.is_dir() else _PACKAGE.parent / "benchmarks"
 
 
 def _entries(measured: Path) -> list[dict]:
-    """What pytest-benchmark has written, whose file is empty where nothing was measured."""
+    """The measurements that pytest-benchmark wrote; its file is empty where nothing was measured."""
     text = measured.read_text() if measured.exists() else ""
     return json.loads(text)["benchmarks"] if text else []

@@ -1,4 +1,4 @@
-"""Every benchmark runs, at a small size and without timing; what it verifies first is verified here too. And `genperf bench`."""
+"""Every benchmark runs at a small size, with its checks and without timing; and the report of `genperf bench`."""
 
 import argparse
 import json
@@ -18,11 +18,9 @@ from genperf.cli import bench
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import measure  # noqa: E402
-import search_ratios  # noqa: E402
-import turns  # noqa: E402
 import workloads  # noqa: E402
 
-# Of the many workloads of the searches, one of each kind of size.
+# One of each kind of size of the many searches.
 SELECTED = "VQ-VAE-N or LDM-f8-N or SimVQ-N or not (nearest_code or vector_quantize)"
 
 
@@ -30,13 +28,13 @@ def test_benchmarks_run():
     scripts = sorted(path.name for path in (ROOT / "benchmarks").glob("bench_*.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "-p", "no:cacheprovider", "--benchmark-disable", "-k", SELECTED]
     command += [f"benchmarks/{script}" for script in scripts]
-    # At these sizes threads would only wait for each other.
+    # At these sizes threads only wait for each other.
     run = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     print(run.stdout)
     assert run.returncode == 0, run.stdout
 
 
-def test_workloads_have_names_of_their_own():
+def test_workloads_have_unique_names():
     names = [workload.name for workload in workloads.SEARCHES]
     assert len(set(names)) == len(names)
     assert set(workloads.QUICK) <= {workload.name for workload in workloads.WORKLOADS}
@@ -56,46 +54,6 @@ def test_slow_rivals_are_skipped(monkeypatch):
         measure.first_result("it", lambda: time.sleep(0.11), "cpu")
 
 
-def test_ratios_of_the_search():
-    missed, reached, unknown = 1e9, 1e-9, None
-    lines = search_ratios.compared(100, 70, 12, (missed, reached, unknown))
-    assert [line[""].partition(",")[0] for line in lines] == ["wrong rows of 100", *["extra MB"] * (len(lines) - 4), "ms", "ms", "ms"]
-    assert lines[0]["genperf"] == "0"
-    assert [line["reached"] for line in lines[-3:]] == ["no", "yes", ""]
-    assert all(line["N, K, D"] == "100, 70, 12" for line in lines)
-    ratios = [float(line["other"]) / float(line["genperf"]) for line in lines[-3:]]
-    assert [float(line["ratio"].removesuffix("x")) for line in lines[-3:]] == pytest.approx(ratios, rel=0.02, abs=0.01)
-
-
-def test_ratios_are_of_alternating_turns(monkeypatch):
-    monkeypatch.setattr(turns, "SLOW_SECONDS", 0.1)
-    calls = []
-
-    def contender(name, seconds):
-        return lambda: (calls.append(name), time.sleep(seconds))
-
-    ours, theirs = turns.in_turn(contender("a", 0), contender("b", 0.001))
-    assert ours < theirs < 0.1
-    assert "".join(calls) == "ab" + "aabb" * turns.ROUNDS
-    calls.clear()
-    _, theirs = turns.in_turn(contender("a", 0), contender("b", 0.12))
-    assert theirs >= 0.12
-    assert "".join(calls) == "ab" + "aab" * turns.ROUNDS_OF_SLOW
-
-
-@pytest.mark.parametrize("layer", ["VectorQuantize", "ResidualVQ", "SimVQ", "FSQ", "LFQ"])
-def test_ratios_of_layers(layer):
-    pytest.importorskip("vector_quantize_pytorch")
-    import quantizer_ratios
-
-    options = {"ResidualVQ": {"num_quantizers": 2}, "FSQ": {"levels": [4, 4]}}.get(layer, {})
-    dim = {"FSQ": 2, "LFQ": 4}.get(layer, 5)
-    row = quantizer_ratios.compared(quantizer_ratios.Case(layer, (64, 16, dim), options, step=1e9))
-    assert row["reached"] == "no"
-    ours, theirs = (float(ms) for ms in row["step, ms"].split(" / "))
-    assert float(row["step, ratio"].removesuffix("x")) == pytest.approx(theirs / ours, rel=0.05, abs=0.1)
-
-
 def parse(*options):
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
@@ -103,7 +61,7 @@ def parse(*options):
 
 
 def test_bench_from_an_installed_package(tmp_path, monkeypatch, capfd):
-    """Installed, the benchmarks are a part of the package, and around it may be a project with its own configuration."""
+    """Installed benchmarks are part of the package, and a project with its own configuration may surround them."""
     package, out = tmp_path / "genperf", tmp_path / "out"
     installed = package / "benchmarks"
     installed.mkdir(parents=True)
@@ -115,7 +73,7 @@ def test_bench_from_an_installed_package(tmp_path, monkeypatch, capfd):
     (tmp_path / "conftest.py").write_text("raise AssertionError('loaded')\n")
     monkeypatch.setattr(bench, "_PACKAGE", package)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    # Of the searches, --quick leaves out VQ-VAE-2 and TiTok.
+    # --quick leaves out the searches VQ-VAE-2 and TiTok.
     expression = "gradient_norm and not compile or nearest_code and genperf and not again and (VQ-VAE or TiTok)"
     assert bench.run(parse("--device", "cpu", "--quick", "--out", str(out), "--name", "here", "-k", expression)) == 0
     rows = json.loads((out / "here.json").read_text())
@@ -148,7 +106,7 @@ def test_wrong(benchmark):
 
 @pytest.fixture
 def few(tmp_path, monkeypatch):
-    """A folder of benchmarks that are quick to load, in place of the real one."""
+    """A folder of benchmarks that load fast, instead of the real one."""
     folder = tmp_path / "benchmarks"
     folder.mkdir()
     (folder / "conftest.py").write_text(CONFTEST)
