@@ -17,12 +17,12 @@ MOVED = {
     "genperf.nn.joint": "genperf._distributed",
 }
 
-# Of functions that have another name at the new place.
+# Functions that were renamed with the move.
 RENAMED = {"genperf.nn.joint": {"joint_mean": "global_mean", "joint_sum": "global_sum"}}
 
 
 class _MovedModules:
-    """A finder and loader for the names in MOVED; the last of sys.meta_path, so that it hides nothing."""
+    """Finder and loader of the names in MOVED. It is the last on sys.meta_path, so that it shadows no module."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         return ModuleSpec(name, self) if name in MOVED else None
@@ -33,7 +33,7 @@ class _MovedModules:
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__
         new = MOVED[old]
-        # The frames of importlib do not count: level 2 is the line with the import.
+        # warnings skips the frames of importlib, so that level 2 is the line with the import.
         warnings.warn(f"{old} is now {new}.", DeprecationWarning, stacklevel=2)
         found = importlib.import_module(new)
         if old not in RENAMED:

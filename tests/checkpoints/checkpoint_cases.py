@@ -1,6 +1,6 @@
-"""The layers, drop-ins and metrics whose checkpoints are kept here, and what is run on each.
+"""The layers, drop-ins and metrics whose checkpoints are tested, and the steps that are run on each.
 
-`write_fixtures.py` runs these cases with genperf at commit 27c15df, `test_checkpoints.py` with the present genperf, so arguments have
+`write_fixtures.py` runs these cases with genperf at commit 27c15df, and `test_checkpoints.py` with the current genperf. Keywords have
 the names of that commit.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import genperf
 
-# Keywords of genperf.nn at that commit that have other names now, which a DeprecationWarning tells.
+# Keywords of genperf.nn that are deprecated since.
 RENAMED = {"dropout_min_levels", "level_dropout", "num_levels", "revive_below"}
 
 
@@ -50,7 +50,7 @@ class Case(NamedTuple):
     evaluate: Callable[[nn.Module, Tensor], Any] = forward
     train: Callable[[nn.Module, Tensor], Any] = train
     prepare: Callable[[nn.Module, Tensor], Any] = train
-    """What comes before the checkpoint; called with several inputs."""
+    """A step before the checkpoint."""
 
     def build(self) -> nn.Module:
         """A new module, with the arguments of that commit."""
@@ -66,7 +66,7 @@ class Case(NamedTuple):
 
     @property
     def renamed(self) -> bool:
-        """Whether an option has another name now."""
+        """Whether an option has a deprecated name."""
         return isinstance(self.make, str) and self.make.startswith("nn.") and not RENAMED.isdisjoint(self.options)
 
     def run(self, module: nn.Module, x: Tensor) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def with_reference_batch(module: nn.Module, x: Tensor) -> None:
 
 
 class Player(nn.Module):
-    """A linear layer that historical averaging keeps near its past."""
+    """A linear layer with historical averaging of its parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -308,12 +308,15 @@ CASES: dict[str, Case] = {
     ),
 }
 
-# Saved as whole modules too, by torch.save(module).
+# Cases that are also saved as whole modules, by torch.save(module).
 PICKLED = {
     "VectorQuantizer dead codes": "vector_quantizer.pt",
     "VectorQuantizer projection": "vector_quantizer_projection.pt",
+    "VectorQuantizer kmeans": "vector_quantizer_kmeans.pt",
     "ResidualVectorQuantizer groups": "residual_vector_quantizer.pt",
     "ResidualVectorQuantizer dropout": "residual_vector_quantizer_dropout.pt",
     "VectorQuantize": "vector_quantize.pt",
     "VectorQuantize dead codes": "vector_quantize_dead_codes.pt",
+    "VectorQuantize directional": "vector_quantize_directional.pt",
+    "ResidualVQ shared": "residual_vq.pt",
 }

@@ -1,4 +1,4 @@
-"""Checkpoints from before: state dicts, pickled modules and training runs that genperf at commit 27c15df wrote load, and go on alike."""
+"""State dicts, pickled modules and training runs written by genperf at commit 27c15df load, and give the same results as there."""
 
 import json
 import shutil
@@ -14,9 +14,9 @@ import genperf
 
 FOLDER = Path(__file__).parent
 SYSTEMS = ("vqvae", "wgan-gp")
-# Instruction sets differ in the last bits.
+# Results differ in the last bits between instruction sets.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-# Adam divides a gradient by its size: where that is near 0, rounding moves a weight by up to a learning rate.
+# Adam normalizes gradients: where one is near 0, its rounding error can move a weight by a learning rate.
 AFTER_ADAM = {"rtol": 1e-3, "atol": 1e-3}
 
 
@@ -25,8 +25,8 @@ def saved():
     return torch.load(FOLDER / "cases.pt", weights_only=True)
 
 
-def assert_goes_on(case, module, expected):
-    """The module has the keys of the state, its parameters in their order (optimizers count them), and does what it did."""
+def assert_same_results(case, module, expected):
+    """The module has the keys of the saved state, its parameters in their order, by which optimizers know them, and its results."""
     parameters = [name for name, _ in module.named_parameters()]
     assert parameters == [name for name in expected["state"] if name in parameters]
     assert state_of(module).keys() == expected["state"].keys()
@@ -48,12 +48,12 @@ def test_state_dict(saved, name):
     case, expected = CASES[name], saved[name]
     with pytest.warns(DeprecationWarning, match="is deprecated") if case.renamed else nullcontext():
         module = case.load(expected["state"])
-    assert_goes_on(case, module, expected)
+    assert_same_results(case, module, expected)
 
 
 @pytest.mark.parametrize("name", PICKLED)
 def test_pickled_module(saved, name):
-    assert_goes_on(CASES[name], torch.load(FOLDER / PICKLED[name], weights_only=False), saved[name])
+    assert_same_results(CASES[name], torch.load(FOLDER / PICKLED[name], weights_only=False), saved[name])
 
 
 def test_frechet_reference():

@@ -1,4 +1,4 @@
-"""What could be imported from genperf at commit 27c15df can still be: from the same place, or with a DeprecationWarning from it."""
+"""The modules and public names of genperf at commit 27c15df can be imported from where they were."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 from genperf._moved import MOVED
 
 IMPORTS = Path(__file__).with_name("imports.txt").read_text().splitlines()
-# Modules that need a package which is not there with every install.
+# Modules that need an optional package.
 NEEDS = {"genperf.compat.torchmetrics": "torchmetrics", "genperf.kernels.nearest_code": "triton"}
 
 
@@ -27,7 +27,7 @@ def test_import(entry):
         assert not name or hasattr(module, name)
 
 
-def test_every_module_that_moved_is_tried():
+def test_every_moved_module_is_tested():
     assert {*MOVED} <= {*IMPORTS}
 
 

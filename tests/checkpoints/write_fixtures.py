@@ -65,8 +65,8 @@ def write_run(system: str, options: str) -> None:
 
 
 def write_imports() -> None:
-    """Every module; every name of an `__all__`, of README.md or of docs, there and in the module that defines it; and the
-    classes of which a pickled model may consist.
+    """Every module; every name in an `__all__`, in README.md or in docs, also from the module that defines it; and the classes
+    that a pickled model can refer to.
     """
     folders = {"genperf": Path(genperf.__path__[0]), "genperf.kernels": Path(kernels.__path__[0])}
     files = [(package, file.relative_to(folder)) for package, folder in folders.items() for file in folder.rglob("*.py")]
@@ -77,7 +77,7 @@ def write_imports() -> None:
     root = folders["genperf"].parent
     for page in [root / "README.md", *root.glob("docs/**/*.md"), *root.glob("docs/**/*.py")]:
         names |= documented(page.read_text())
-    # Which implementations can run is a question that ops answer to each other.
+    # Internal to the ops, although in three lists.
     names = {(path, name) for path, name in names if name != "refusals"}
     for path in (path for path in paths if path.startswith(MODELS)):
         names |= {(path, name) for name, value in vars(import_module(path)).items() if is_class_of(path, name, value)}

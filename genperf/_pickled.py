@@ -1,0 +1,77 @@
+"""State of layers pickled by earlier releases, with the attributes that have other names now; for `__setstate__`."""
+
+from typing import Any
+
+# Attributes of genperf.nn.VectorQuantizer and ResidualVectorQuantizer.
+_LAYER = {
+    "revive_below": "replace_dead_below",
+    "num_levels": "num_quantizers",
+    "level_dropout": "quantizer_dropout",
+    "dropout_min_levels": "dropout_min_quantizers",
+    "_awaits_data": "_needs_init",
+}
+# Attributes of the drop-in VectorQuantize that were those of its codebook.
+_HELD_BY_CODEBOOK = {
+    "learnable_codebook": "learnable_codebook",
+    "commitment_weight": "commitment_weight",
+    "commits_by_cross_entropy": "commitment_use_cross_entropy_loss",
+    "diversity_weight": "codebook_diversity_loss_weight",
+    "diversity_temperature": "codebook_diversity_temperature",
+    "orthogonal_weight": "orthogonal_reg_weight",
+    "orthogonal_used_only": "orthogonal_reg_active_codes_only",
+    "orthogonal_max_codes": "orthogonal_reg_max_codes",
+    "sample_temperature": "sample_codebook_temp",
+    "sync_update_v": "sync_update_v",
+    "route_gradients": "route_gradients_to_input",
+}
+
+
+def quantizer_state(state: dict[str, Any]) -> dict[str, Any]:
+    """State of a `VectorQuantizer` or `ResidualVectorQuantizer` of genperf.nn."""
+    if "_awaits_data" not in state:
+        return state
+    state = {_LAYER.get(name, name): value for name, value in state.items()}
+    usage_decay = state.pop("_usage_decay")
+    state["usage_decay"] = usage_decay if state["decay"] is None else state["decay"]
+    # A layer pickled between a step and its update replaces no dead codes in that update.
+    del state["_vectors"]
+    state["_last_step"] = None
+    buffers = dict(state["_buffers"])
+    if "_no_codes" in buffers:
+        buffers["initialized"] = ~buffers.pop("_no_codes")
+        state["_non_persistent_buffers_set"] = {"initialized"}
+    return {**state, "_buffers": buffers}
+
+
+def codebook_state(state: dict[str, Any]) -> dict[str, Any]:
+    """State of the `Codebook` of a drop-in `VectorQuantize`."""
+    if "_awaits_data" not in state:
+        return state
+    return {
+        **state,
+        "num_codebooks": len(state["_buffers"]["cluster_size"]),
+        "codebook_size": state["num_codes"],
+        "dim": state["code_dim"],
+        "decay": state["_usage_decay"],
+        "kmeans_init": state["init"] == "kmeans",
+        "kmeans_iters": state["init_iterations"],
+        "threshold_ema_dead_code": state["revive_below"],
+        "_needs_init": state["_awaits_data"],
+        "_last_step": None,
+    }
+
+
+def vector_quantize_state(state: dict[str, Any]) -> dict[str, Any]:
+    """State of a drop-in `VectorQuantize`; its codebook has been unpickled before it."""
+    if "commitment_weight" in state:
+        return state
+    held = vars(state["_modules"]["_codebook"])
+    variance = held["directional_variance"]
+    return {
+        **state,
+        **{new: held[old] for old, new in _HELD_BY_CODEBOOK.items()},
+        "use_cosine_sim": held["metric"] == "cosine",
+        "rotation_trick": held["gradient"] == "rotation",
+        "directional_reparam": variance is not None,
+        "directional_reparam_variance": 5e-3 if variance is None else variance,
+    }
