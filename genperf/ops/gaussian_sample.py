@@ -1,4 +1,4 @@
-"""Reparameterized samples of diagonal Gaussians with their KL divergence."""
+"""Reparameterized sampling from diagonal Gaussians, with the KL divergence."""
 
 import math
 from collections.abc import Sequence
@@ -15,6 +15,8 @@ from ._validate import check_float, check_noise, check_tensor
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
+Moments = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # mean, logvar, and those of the prior; packed where logvar is None
+
 
 def gaussian_sample(
     mean: Tensor,  # [B, ...], or [B, ..., 2 * D, ...] packed
@@ -28,42 +30,41 @@ def gaussian_sample(
     noise: Tensor | None = None,  # [B, ...]
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample a diagonal Gaussian and measure its KL divergence; Kingma and Welling, "Auto-Encoding Variational Bayes" (2013).
+    """Sample a diagonal Gaussian and compute its KL divergence; Kingma and Welling, "Auto-Encoding Variational Bayes" (2013).
 
     Equivalent to:
-        mean, logvar = moments.chunk(2, dim)                                # of one packed tensor (logvar=None)
+        mean, logvar = moments.chunk(2, dim)                                # if packed (logvar=None)
         logvar = logvar.clamp(-30, 20)
         sample = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
-    One pass reads the moments, draws the noise and writes the sample; one pass backward draws the noise again and writes
-    the (packed) gradient. Besides the moments only a seed is kept for it. Arithmetic is float32 for half-precision
-    moments, and the KL does not cancel where the variance is near 1.
+    Forward reads the moments, draws the noise and writes the sample in one pass. Backward draws the noise again and writes the (packed)
+    gradient in one pass; autograd saves nothing but the moments and a seed. Half-precision moments are computed in float32. The KL does
+    not lose precision to cancellation where the variance is close to 1.
 
     Args:
-        mean: float32, bfloat16, float16 or float64, any strides; with logvar=None mean and log variance packed along
-            `dim`, mean first.
-        logvar: log variance, of mean's shape and dtype. Clamped to [-30, 20]; its gradient is zero beyond.
-        dim: the dimension that holds both halves of a packed tensor, not the batch; unused with two tensors.
-        prior: packed like mean, or a pair (mean, logvar): the Gaussian that the KL is measured against in place of
-            N(0, 1), of mean's shape (dimensions of size 1 expand) and dtype. Its log variance is clamped as well.
-        free_bits: floor, in nats, of each element's KL before the sum; below it the KL has no gradient. Kingma et al.,
-            "Improving Variational Inference with Inverse Autoregressive Flow" (2016).
-        dtype: of the sample; None for mean's. torch.float32 with half-precision moments keeps noise that rounding to
-            them would lose (bfloat16 near 4 has steps of 0.03).
-        generator: the seed of the noise is drawn from it, or from torch's default generator of mean's device. One seed
-            gives the same noise on every device and in every memory layout, up to the rounding of log, sin and cos.
-        noise: used in place of drawn noise, of mean's shape, in mean's dtype or float32.
-        impl: None picks; "native" and "reference" insist.
+        mean: float32, bfloat16, float16 or float64, any strides. With logvar=None, mean and log variance packed along `dim`, in this order.
+        logvar: log variance, mean's shape and dtype. Clamped to [-30, 20], with the gradient 0 outside.
+        dim: the dimension along which a packed tensor is split, not the batch dimension; unused with two tensors.
+        prior: the Gaussian to compute the KL against, instead of N(0, 1): packed like mean, or a pair (mean, logvar). Must have mean's
+            dtype and its shape, or dimensions of size 1, which are expanded. Its log variance is clamped as well.
+        free_bits: lower bound, in nats, of each element's KL before the sum; below it the gradient is 0. Kingma et al., "Improving
+            Variational Inference with Inverse Autoregressive Flow" (2016).
+        dtype: of the sample; None for mean's dtype. torch.float32 with half-precision moments keeps noise that would be lost to rounding
+            (bfloat16 has a spacing of 0.03 near 4).
+        generator: the generator that the seed of the noise is drawn from; None for torch's default generator of mean's device. A seed gives
+            the same noise on every device and in every memory layout, up to rounding in log, sin and cos.
+        noise: noise to use instead, mean's shape, in mean's dtype or float32.
+        impl: "native", "reference", or None to choose automatically.
 
     Returns:
-        sample, of mean's shape (of one half of a packed tensor);
-        kl, float32 [B] (float64 for float64): in nats, summed over all dimensions but the first.
-        NaN and infinity propagate, within their sample.
-        Differentiable in mean, logvar and prior; the second derivative (create_graph=True) runs in plain PyTorch.
+        sample, mean's shape (that of one half of a packed tensor);
+        kl, float32 (float64 for float64 moments) [B], in nats, summed over all dimensions but the first.
+        NaN and infinity propagate within their sample.
+        Differentiable in mean, logvar and prior; second derivatives (create_graph=True) run in plain PyTorch.
 
     Raises:
-        ValueError, TypeError: tensors that do not fit each other, as a sentence.
+        ValueError, TypeError: an invalid argument.
         NotImplementedError: an `impl` that cannot run here.
     """
     op = "gaussian_sample"
@@ -77,7 +78,7 @@ def gaussian_sample(
     if not free_bits >= 0:
         raise ValueError(f"{op}: free_bits must not be negative, got {free_bits!r}.")
     if dtype not in (None, mean.dtype) and not (dtype == torch.float32 and mean.dtype in HALF_DTYPES):
-        raise TypeError(f"{op}: dtype must be None, mean's, or float32 with half-precision moments, got {dtype} for {mean.dtype}.")
+        raise TypeError(f"{op}: dtype must be None, mean's dtype, or float32 with half-precision moments, got {dtype} for {mean.dtype}.")
     reasons = unavailable(mean.device, mean.dtype)
     if noise is not None and noise.requires_grad and torch.is_grad_enabled():
         reasons["native"] = reasons["native"] or "noise requires a gradient, which the kernels do not compute."
@@ -86,22 +87,22 @@ def gaussian_sample(
     seed = draw_seed(op, mean.device, generator) if noise is None else None
     if seed is not None and first_sample():
         noise = normal_noise(seed, shape[0], math.prod(shape[1:]), accumulator_dtype(mean.dtype), first_sample()).reshape(shape)
-    inputs = (mean, logvar, prior_mean, prior_logvar)
-    wide = dtype == torch.float32 and mean.dtype != torch.float32
+    inputs: Moments = (mean, logvar, prior_mean, prior_logvar)
+    float32_sample = dtype == torch.float32 and mean.dtype != torch.float32
     if chosen == "reference":
-        return gaussian_sample_reference(*inputs, noise, seed, dim, free_bits, wide)
+        return gaussian_sample_reference(*inputs, noise, seed, dim, free_bits, float32_sample)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return apply(_GaussianSample, *inputs, noise, seed, dim, free_bits, wide)
-    return _forward(*inputs, noise, seed, dim, free_bits, wide)
+        return apply(_GaussianSample, *inputs, noise, seed, dim, free_bits, float32_sample)
+    return _forward(*inputs, noise, seed, dim, free_bits, float32_sample)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """Which implementations cannot run, and why; best first."""
+    """Why each implementation cannot run on this device and dtype, or None; best first."""
     return streaming_unavailable("gaussian_sample", device, dtype)
 
 
 def _check_moments(op: str, name: str, mean: Tensor, logvar_name: str, logvar: Tensor | None, dim: int) -> torch.Size:
-    """The shape of one half."""
+    """Check packed or separate moments. Returns the shape of one half."""
     if mean.dim() == 0:
         raise ValueError(f"{op}: {name} must have a batch dimension, got a scalar.")
     if logvar is None:
@@ -139,38 +140,40 @@ def _check_prior(
     if half != shape:
         if len(half) != len(shape) or any(have not in (1, want) for have, want in zip(half, shape, strict=True)):
             raise ValueError(f"{op}: prior must have or expand to the shape of the sample, {list(shape)}, got {list(half)}.")
-        # Two tensors, whose gradients autograd sums over what was expanded.
+        # As two tensors, since autograd sums their gradients over the expanded dimensions.
         prior_mean, prior_logvar = (t.expand(shape) for t in _halves(prior_mean, prior_logvar, dim))
     return prior_mean, prior_logvar
 
 
 def _halves(mean: Tensor, logvar: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
-    return mean.chunk(2, dim) if logvar is None else (mean, logvar)
+    if logvar is not None:
+        return mean, logvar
+    first, second = mean.chunk(2, dim)
+    return first, second
 
 
-def _all_halves(inputs: Sequence[Tensor | None], dim: int) -> list[Tensor | None]:
+def _all_halves(moments: Moments, dim: int) -> list[Tensor | None]:
     """mean, logvar and those of the prior, unpacked."""
-    mean, logvar, prior_mean, prior_logvar = inputs
+    mean, logvar, prior_mean, prior_logvar = moments
     prior = (None, None) if prior_mean is None else _halves(prior_mean, prior_logvar, dim)
     return [*_halves(mean, logvar, dim), *prior]
 
 
-def _rows(
-    inputs: Sequence[Tensor | None], extra: Sequence[Tensor | None], written: Sequence[Tensor | None], dim: int
-) -> list[Tensor | None]:
+def _rows(inputs: Moments, extra: Sequence[Tensor | None], written: Moments | None, dim: int) -> list[Tensor | None]:
     """`as_rows` of the halves of `inputs`, of `extra`, and of the halves of `written`."""
-    # What nearly every encoder gives: one view of each packed tensor, and its halves. Inductor (torch 2.13) loses what is
-    # written through them when sizes are dynamic.
+    # The common case, contiguous packed moments: one view of each tensor, unbound into its halves. Not under torch.compile, since Inductor
+    # (torch 2.13) loses writes through such views if sizes are dynamic.
     packed = inputs[1] is None and not torch.compiler.is_compiling()
-    if packed and all(t is None or t.is_contiguous() for t in (*inputs, *extra, *written)):
+    if packed and all(t is None or t.is_contiguous() for t in (*inputs, *extra, *(written or ()))):
         shape = inputs[0].shape
         rows = math.prod(shape[1:dim])
         columns = math.prod(shape[dim:]) // 2
 
         def halves(mean: Tensor | None, logvar: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-            if mean is not None and logvar is None:
-                return mean.view(shape[0], rows, 2, columns).unbind(2)
-            return view(mean), view(logvar)
+            if mean is None or logvar is not None:
+                return view(mean), view(logvar)
+            first, second = mean.view(shape[0], rows, 2, columns).unbind(2)
+            return first, second
 
         def view(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.view(shape[0], rows, columns)
@@ -180,9 +183,19 @@ def _rows(
     return as_rows([*_all_halves(inputs, dim), *extra], _all_halves(written, dim) if written else ())
 
 
-def _forward(mean, logvar, prior_mean, prior_logvar, noise, seed, dim, free_bits, wide) -> tuple[Tensor, Tensor]:
-    rows = _rows((mean, logvar, prior_mean, prior_logvar), (noise,), (), dim)
-    sample, kl = torch.ops.genperf.gaussian_sample(*rows, seed, free_bits, wide)
+def _forward(
+    mean: Tensor,
+    logvar: Tensor | None,
+    prior_mean: Tensor | None,
+    prior_logvar: Tensor | None,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    dim: int,
+    free_bits: float,
+    float32_sample: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = _rows((mean, logvar, prior_mean, prior_logvar), (noise,), None, dim)
+    sample, kl = torch.ops.genperf.gaussian_sample(*rows, seed, free_bits, float32_sample)
     shape = list(mean.shape)
     if logvar is None:
         shape[dim] //= 2
@@ -191,36 +204,45 @@ def _forward(mean, logvar, prior_mean, prior_logvar, noise, seed, dim, free_bits
 
 class _GaussianSample(torch.autograd.Function):
     @staticmethod
-    def forward(mean, logvar, prior_mean, prior_logvar, noise, seed, dim, free_bits, wide):
-        return _forward(mean, logvar, prior_mean, prior_logvar, noise, seed, dim, free_bits, wide)
+    def forward(mean, logvar, prior_mean, prior_logvar, noise, seed, dim, free_bits, float32_sample):
+        return _forward(mean, logvar, prior_mean, prior_logvar, noise, seed, dim, free_bits, float32_sample)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        *tensors, ctx.dim, ctx.free_bits, ctx.wide = inputs
+        *tensors, ctx.dim, ctx.free_bits, ctx.float32_sample = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_sample, grad_kl):
-        *inputs, noise, seed = ctx.saved_tensors
+        mean, logvar, prior_mean, prior_logvar, noise, seed = ctx.saved_tensors
+        inputs: Moments = (mean, logvar, prior_mean, prior_logvar)
         if grad_sample is None and grad_kl is None:
             return (None,) * 9
-        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
-            outputs = gaussian_sample_reference(*inputs, noise, seed, ctx.dim, ctx.free_bits, ctx.wide)
+        if torch.is_grad_enabled():  # create_graph=True
+            outputs = gaussian_sample_reference(*inputs, noise, seed, ctx.dim, ctx.free_bits, ctx.float32_sample)
             return (*differentiate(outputs, (grad_sample, grad_kl), inputs, ctx.needs_input_grad[:4]), *(None,) * 5)
-        gradients = [None if t is None else torch.empty_like(t) for t in inputs]
-        if not _follows(gradients, ctx.dim):  # no memory format that the kernel can write
-            gradients = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
+        gradients = _empty_like(inputs, torch.preserve_format)
+        if not _rows_fit(gradients, ctx.dim):  # a memory format that the kernel cannot write
+            gradients = _empty_like(inputs, torch.contiguous_format)
         rows = _rows(inputs, (noise, grad_sample), gradients, ctx.dim)
         torch.ops.genperf.gaussian_sample_backward(*rows[6:], rows[5], grad_kl, *rows[:5], seed, ctx.free_bits)
         return (*gradients, *(None,) * 5)
 
 
-def _follows(tensors: Sequence[Tensor | None], dim: int) -> bool:
-    """Whether the kernel can see the halves of all the tensors as rows."""
-    if all(t is None or t.is_contiguous() for t in tensors):
+def _empty_like(moments: Moments, memory_format: torch.memory_format) -> Moments:
+    def empty(t: Tensor | None) -> Tensor | None:
+        return None if t is None else torch.empty_like(t, memory_format=memory_format)
+
+    mean, logvar, prior_mean, prior_logvar = moments
+    return torch.empty_like(mean, memory_format=memory_format), empty(logvar), empty(prior_mean), empty(prior_logvar)
+
+
+def _rows_fit(moments: Moments, dim: int) -> bool:
+    """Whether the kernel can view the halves of all the tensors as rows."""
+    if all(t is None or t.is_contiguous() for t in moments):
         return True
-    return rows_fit([t for t in _all_halves(tensors, dim) if t is not None])
+    return rows_fit([t for t in _all_halves(moments, dim) if t is not None])
 
 
 def gaussian_sample_reference(
@@ -232,20 +254,21 @@ def gaussian_sample_reference(
     seed: Tensor | None,
     dim: int,
     free_bits: float,
-    wide: bool,
+    float32_sample: bool,
 ) -> tuple[Tensor, Tensor]:
     """The op in plain PyTorch, differentiated by autograd."""
     dtype = accumulator_dtype(mean.dtype)
-    sample_dtype = dtype if wide else mean.dtype
-    tensors = [None if t is None else t.to(dtype) for t in _all_halves((mean, logvar, prior_mean, prior_logvar), dim)]
-    mean, logvar, prior_mean, prior_logvar = tensors
+    sample_dtype = dtype if float32_sample else mean.dtype
+    mean, logvar = (t.to(dtype) for t in _halves(mean, logvar, dim))
     logvar = logvar.clamp(*LOGVAR_RANGE)
     if noise is None:
+        assert seed is not None
         noise = normal_noise(seed, mean.shape[0], math.prod(mean.shape[1:]), dtype).reshape(mean.shape)
     sample = mean + torch.exp(0.5 * logvar) * noise.to(dtype)
     if prior_mean is None:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
     else:
+        prior_mean, prior_logvar = (t.to(dtype) for t in _halves(prior_mean, prior_logvar, dim))
         prior_logvar = prior_logvar.clamp(*LOGVAR_RANGE)
         ratio = logvar - prior_logvar
         kl = 0.5 * ((mean - prior_mean).square() * torch.exp(-prior_logvar) + ratio.exp() - 1 - ratio)
@@ -255,11 +278,20 @@ def gaussian_sample_reference(
 
 
 @register_fake("gaussian_sample")
-def _(mean, logvar, prior_mean, prior_logvar, noise, seed, free_bits, float32_sample):
+def _(
+    mean: Tensor,
+    logvar: Tensor,
+    prior_mean: Tensor | None,
+    prior_logvar: Tensor | None,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    free_bits: float,
+    float32_sample: bool,
+) -> tuple[Tensor, Tensor]:
     sample = torch.empty_like(mean, dtype=torch.float32 if float32_sample else mean.dtype)
     return sample, mean.new_empty(mean.shape[0], dtype=torch.float32)
 
 
 @register_fake("gaussian_sample_backward")
-def _(*tensors_and_free_bits) -> None:
+def _(*arguments: object) -> None:
     pass

@@ -1,4 +1,4 @@
-"""The penalty on the norms of a critic's gradients."""
+"""The penalty on the gradient norms of a critic."""
 
 import math
 
@@ -19,29 +19,29 @@ def gradient_norm_penalty(
     one_sided: bool = False,
     impl: str | None = None,
 ) -> Tensor:
-    """Mean square of how far each sample's gradient norm lies from `center`; Gulrajani et al., "Improved Training of WGANs" (2017).
+    """Mean squared difference between each sample's gradient norm and `center`; Gulrajani et al., "Improved Training of WGANs" (2017).
 
     Equivalent to:
         norm = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
         excess = norm - center
         penalty = (excess.clamp(min=0) if one_sided else excess).square().mean()
 
-    One pass forward and one backward. The norm runs over all dimensions but the first. Where a gradient is zero so is
-    the derivative of its penalty, never NaN. With center=0 the penalty is the mean squared norm of R1 and R2 (Mescheder
-    et al., "Which Training Methods for GANs do actually Converge?", 2018).
+    Forward and backward take one pass each. The norm is taken over all dimensions but the first. The derivative at a gradient of zero is
+    0, not NaN. With center=0 this is the mean squared norm of R1 and R2 (Mescheder et al., "Which Training Methods for GANs do actually
+    Converge?", 2018).
 
     Args:
         gradients: float32, bfloat16, float16 or float64, any strides; from torch.autograd.grad(..., create_graph=True).
-        center: the norm without a penalty, >= 0.
-        one_sided: leave norms below `center` alone (Petzka et al., "On the Regularization of Wasserstein GANs", 2017).
-        impl: None picks; "native" and "reference" insist.
+        center: the norm that has no penalty, >= 0.
+        one_sided: penalize only norms above `center` (Petzka et al., "On the Regularization of Wasserstein GANs", 2017).
+        impl: "native", "reference", or None to choose automatically.
 
     Returns:
-        penalty, a float32 scalar (float64 for float64); 0 for an empty batch. NaN and infinity propagate.
-        Differentiable; the second derivative (create_graph=True) runs in plain PyTorch.
+        penalty, a float32 scalar (float64 for float64 gradients); 0 for an empty batch. NaN and infinity propagate.
+        Differentiable; second derivatives (create_graph=True) run in plain PyTorch.
 
     Raises:
-        ValueError, TypeError: a bad argument, as a sentence.
+        ValueError, TypeError: an invalid argument.
         NotImplementedError: an `impl` that cannot run here.
     """
     op = "gradient_norm_penalty"
@@ -61,7 +61,7 @@ def gradient_norm_penalty(
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """Which implementations cannot run, and why; best first."""
+    """Why each implementation cannot run on this device and dtype, or None; best first."""
     return streaming_unavailable("gradient_norm_penalty", device, dtype)
 
 
@@ -80,7 +80,7 @@ class _GradientNormPenalty(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_penalty, _norms):
         gradients, norms = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+        if torch.is_grad_enabled():  # create_graph=True
             penalty = gradient_norm_penalty_reference(gradients, ctx.center, ctx.one_sided)
             return (*differentiate([penalty], [grad_penalty], [gradients], [True]), None, None)
         return torch.ops.genperf.gradient_norm_penalty_backward(grad_penalty, gradients, norms, ctx.center, ctx.one_sided), None, None
@@ -91,7 +91,7 @@ def gradient_norm_penalty_reference(gradients: Tensor, center: float, one_sided:
     flat = gradients.to(accumulator_dtype(gradients.dtype)).reshape(gradients.shape[0], math.prod(gradients.shape[1:]))
     if center == 0:
         return flat.square().sum() / max(1, gradients.shape[0])
-    # A norm of zero is kept out of the square root, whose derivative there is infinite.
+    # The derivative of the square root is infinite at 0.
     square = flat.square().sum(1)
     zero = square == 0
     norm = torch.where(zero, 0, torch.where(zero, 1, square).sqrt())
@@ -102,10 +102,10 @@ def gradient_norm_penalty_reference(gradients: Tensor, center: float, one_sided:
 
 
 @register_fake("gradient_norm_penalty")
-def _(gradients, center, one_sided) -> tuple[Tensor, Tensor]:
+def _(gradients: Tensor, center: float, one_sided: bool) -> tuple[Tensor, Tensor]:
     return gradients.new_empty((), dtype=torch.float32), gradients.new_empty(gradients.shape[0], dtype=torch.float32)
 
 
 @register_fake("gradient_norm_penalty_backward")
-def _(grad_penalty, gradients, norms, center, one_sided) -> Tensor:
+def _(grad_penalty: Tensor, gradients: Tensor, norms: Tensor, center: float, one_sided: bool) -> Tensor:
     return torch.empty_like(gradients)

@@ -1,4 +1,4 @@
-"""Random points between real and fake samples, and around real ones: where gradient penalties are taken."""
+"""Random points between real and fake samples, and around real samples, for gradient penalties."""
 
 import math
 
@@ -21,38 +21,37 @@ def interpolate(
     generator: torch.Generator | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Mix real and fake samples, with one random weight for each; Gulrajani et al., "Improved Training of WGANs" (2017).
+    """Mix real and fake samples with one random weight per sample; Gulrajani et al., "Improved Training of WGANs" (2017).
 
     Equivalent to:
         weight = torch.rand(len(real)).view(-1, *[1] * (real.dim() - 1))
         mixed = weight * real + (1 - weight) * fake
 
-    One pass, with the weights drawn inside it; backward draws them again from a seed. float32 arithmetic for
-    half-precision samples.
+    One pass, which also draws the weights; backward draws them again from the seed. Half-precision samples are computed in float32.
 
     Args:
-        real, fake: of one shape and dtype (float32, bfloat16, float16 or float64), any strides.
-        weight: used in place of drawn weights; float32 or real's dtype, [B].
-        generator: the seed of the weights is drawn from it, or from torch's default generator of real's device. One seed
+        real, fake: float32, bfloat16, float16 or float64, of the same shape and dtype, any strides.
+        weight: weights to use instead, in float32 or real's dtype.
+        generator: the generator that the seed of the weights is drawn from; None for torch's default generator of real's device. A seed
             gives the same weights on every device.
-        impl: None picks; "native" and "reference" insist.
+        impl: "native", "reference", or None to choose automatically.
 
     Returns:
-        mixed, of real's shape, dtype and memory format. NaN and infinity propagate within their element.
-        Differentiable in real, fake and weight; the second derivative (create_graph=True) runs in plain PyTorch.
+        mixed, real's shape, dtype and memory format. NaN and infinity propagate within their element.
+        Differentiable in real, fake and weight; second derivatives (create_graph=True) run in plain PyTorch.
 
     Raises:
-        ValueError, TypeError: tensors that do not fit each other, as a sentence.
+        ValueError, TypeError: an invalid argument.
         NotImplementedError: an `impl` that cannot run here.
     """
     op = "interpolate"
     _check_samples(op, real)
     check_tensor(op, "fake", fake)
     if fake.shape != real.shape:
-        raise ValueError(f"{op}: real and fake must have one shape, got {list(real.shape)} and {list(fake.shape)}.")
+        raise ValueError(f"{op}: real and fake must have the same shape, got {list(real.shape)} and {list(fake.shape)}.")
     if fake.dtype != real.dtype or fake.device != real.device:
         raise TypeError(
-            f"{op}: real and fake must have one dtype and device, got {real.dtype} on {real.device} and {fake.dtype} on {fake.device}."
+            f"{op}: real and fake must have the same dtype and device, got {real.dtype} on {real.device} and {fake.dtype} on {fake.device}."
         )
     return _mix(op, real, fake, None, weight, generator, impl)
 
@@ -65,21 +64,21 @@ def perturb(
     generator: torch.Generator | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Move every sample a random part of the way to a noisy copy; Kodali et al., "On Convergence and Stability of GANs" (2017).
+    """Move each sample a random fraction of the way to a noisy copy; Kodali et al., "On Convergence and Stability of GANs" (2017).
 
     Equivalent to:
         noisy = real + scale * real.std() * torch.rand_like(real)
         mixed = interpolate(real, noisy)
 
-    with the standard deviation taken as constant. The noise is drawn inside the pass over real.
+    with no gradient through the standard deviation. The pass over real also draws the noise.
 
     Args:
         real: float32, bfloat16, float16 or float64, any strides.
-        scale: of the noise, in standard deviations of the whole batch; a number or a tensor of one element.
+        scale: of the noise, in standard deviations of the batch; a number or a tensor of one element.
         weight, generator, impl: as in `interpolate`.
 
     Returns:
-        mixed, of real's shape, dtype and memory format; its gradient goes to real unchanged.
+        mixed, real's shape, dtype and memory format. Its gradient is passed to real unchanged.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `interpolate`.
@@ -90,14 +89,14 @@ def perturb(
         raise ValueError(f"{op}: scale must be a number or a tensor of one element, got shape {list(scale.shape)}.")
     dtype = accumulator_dtype(real.dtype)
     with torch.no_grad():
-        # std of fewer than two elements is NaN, and there is no spread to perturb by.
+        # The std of fewer than two elements is NaN; 0 leaves them unchanged.
         spread = real.to(dtype).std() if real.numel() > 1 else torch.zeros((), dtype=dtype, device=real.device)
         spread = (scale * spread).to(dtype).reshape(())
     return _mix(op, real, None, spread, weight, generator, impl)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """Which implementations cannot run, and why; best first."""
+    """Why each implementation cannot run on this device and dtype, or None; best first."""
     return streaming_unavailable("interpolate", device, dtype)
 
 
@@ -120,7 +119,7 @@ def _mix(
     if weight is not None:
         check_tensor(op, "weight", weight)
         if list(weight.shape) != [real.shape[0]]:
-            raise ValueError(f"{op}: weight must hold one number for each sample, [{real.shape[0]}], got {list(weight.shape)}.")
+            raise ValueError(f"{op}: weight must have one element per sample, [{real.shape[0]}], got {list(weight.shape)}.")
         if weight.dtype not in (torch.float32, real.dtype) or weight.device != real.device:
             raise TypeError(
                 f"{op}: weight must be float32 or have real's dtype {real.dtype}, on {real.device}, got {weight.dtype} on {weight.device}."
@@ -129,7 +128,7 @@ def _mix(
     if fake is None and weight is not None and weight.requires_grad and torch.is_grad_enabled():
         reasons["native"] = reasons["native"] or "weight requires a gradient, which the kernel does not compute for noise."
     chosen = choose_impl(op, impl, reasons, real, fake, weight)
-    # Perturbation draws its noise in any case.
+    # A perturbation needs a seed for its noise even if the weight is given.
     seed = draw_seed(op, real.device, generator) if weight is None or fake is None else None
     if seed is not None and first_sample():
         weight = uniform_weights(seed, real.shape[0], first_sample()) if weight is None else weight
@@ -141,16 +140,16 @@ def _mix(
         return interpolate_reference(real, fake, scale, weight, seed)
     if weight is not None:
         weight = weight.float()
-    learns = torch.is_grad_enabled()
+    grad_enabled = torch.is_grad_enabled()
     if fake is None:
         mixed = _forward(real.detach(), None, scale, weight, seed)
-        return ValueOf.apply(mixed, real) if learns and real.requires_grad else mixed
-    if learns and (real.requires_grad or fake.requires_grad or (weight is not None and weight.requires_grad)):
+        return ValueOf.apply(mixed, real) if grad_enabled and real.requires_grad else mixed
+    if grad_enabled and (real.requires_grad or fake.requires_grad or (weight is not None and weight.requires_grad)):
         return apply(_Interpolate, real, fake, weight, seed)
     return _forward(real, fake, None, weight, seed)
 
 
-def _forward(real, fake, scale, weight, seed) -> Tensor:
+def _forward(real: Tensor, fake: Tensor | None, scale: Tensor | None, weight: Tensor | None, seed: Tensor | None) -> Tensor:
     rows = as_rows([real, fake])
     return torch.ops.genperf.interpolate(*rows, scale, weight, seed).view(real.shape)
 
@@ -163,19 +162,19 @@ class _Interpolate(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         real, fake, weight, seed = inputs
-        # The gradient of a weight is all that depends on the samples.
+        # Only the gradient of the weight depends on the samples.
         samples = (real, fake) if weight is not None and weight.requires_grad else (None, None)
         ctx.save_for_backward(*samples, weight, seed)
 
     @staticmethod
     def backward(ctx, grad_mixed):
         real, fake, weight, seed = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
-            share = uniform_weights(seed, grad_mixed.shape[0]) if weight is None else weight
-            share = share.reshape(-1, *[1] * (grad_mixed.dim() - 1))
-            grad_real, grad_fake = ((part * grad_mixed).to(grad_mixed.dtype) for part in (share, 1 - share))
+        if torch.is_grad_enabled():  # create_graph=True
+            of_real = uniform_weights(seed, grad_mixed.shape[0]) if weight is None else weight
+            of_real = of_real.reshape(-1, *[1] * (grad_mixed.dim() - 1))
+            grad_real, grad_fake = ((share * grad_mixed).to(grad_mixed.dtype) for share in (of_real, 1 - of_real))
             grad_weight = None
-            if ctx.needs_input_grad[2]:
+            if weight is not None and ctx.needs_input_grad[2]:
                 difference = real.to(weight.dtype) - fake.to(weight.dtype)
                 grad_weight = (grad_mixed * difference).reshape(grad_mixed.shape[0], math.prod(grad_mixed.shape[1:])).sum(1)
             return grad_real, grad_fake, grad_weight, None
@@ -186,13 +185,16 @@ class _Interpolate(torch.autograd.Function):
 
 
 def interpolate_reference(real: Tensor, fake: Tensor | None, scale: Tensor | None, weight: Tensor | None, seed: Tensor | None) -> Tensor:
-    """The op in plain PyTorch, differentiated by autograd; without `fake`, real is perturbed by uniform noise times `scale`."""
+    """The op in plain PyTorch, differentiated by autograd. Without `fake`, real is perturbed by uniform noise times `scale`."""
     dtype = accumulator_dtype(real.dtype)
     if weight is None:
+        assert seed is not None
         weight = uniform_weights(seed, real.shape[0])
     weight = weight.to(dtype).reshape(-1, *[1] * (real.dim() - 1))
     wide = real.to(dtype)
     if fake is None:
+        assert seed is not None
+        assert scale is not None
         noise = uniform_noise(seed, real.shape[0], math.prod(real.shape[1:]), dtype, first_sample()).reshape(real.shape)
         mixed = wide + (1 - weight) * scale * noise
     else:
@@ -201,11 +203,13 @@ def interpolate_reference(real: Tensor, fake: Tensor | None, scale: Tensor | Non
 
 
 @register_fake("interpolate")
-def _(real, fake, scale, weight, seed) -> Tensor:
+def _(real: Tensor, fake: Tensor | None, scale: Tensor | None, weight: Tensor | None, seed: Tensor | None) -> Tensor:
     return torch.empty_like(real)
 
 
 @register_fake("interpolate_backward")
-def _(grad_mixed, real, fake, weight, seed) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad_mixed: Tensor, real: Tensor | None, fake: Tensor | None, weight: Tensor | None, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     samples = 0 if real is None else grad_mixed.shape[0]
     return torch.empty_like(grad_mixed), torch.empty_like(grad_mixed), grad_mixed.new_empty(samples, dtype=torch.float32)

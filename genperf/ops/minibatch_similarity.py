@@ -1,4 +1,4 @@
-"""How close each sample of a batch is to the others, for minibatch discrimination."""
+"""Similarity of each sample to the rest of the batch, for minibatch discrimination."""
 
 import math
 
@@ -15,26 +15,26 @@ def minibatch_similarity(
     features: Tensor,  # [N, B, C]
     impl: str | None = None,
 ) -> Tensor:
-    """Sum the similarities of each sample to all others; Salimans et al., "Improved Techniques for Training GANs" (2016).
+    """Sum of the similarities of each sample to all others; Salimans et al., "Improved Techniques for Training GANs" (2016).
 
     Equivalent to:
         distance = (features.unsqueeze(0) - features.unsqueeze(1)).abs().sum(3)     # [N, N, B]
-        similarity = torch.exp(-distance).sum(1) - 1                                # each sample but itself
+        similarity = torch.exp(-distance).sum(1) - 1                                # without the sample itself
 
-    Nothing of size N x N exists in forward or backward, and only the features are kept for backward. Here B counts the
-    kernels of the layer and C their dimensions.
+    Neither forward nor backward builds an N x N tensor, and only the features are saved for backward. B is the number of kernels of the
+    layer and C their dimension.
 
     Args:
         features: float32, bfloat16, float16 or float64.
-        impl: None picks; "native" and "reference" insist.
+        impl: "native", "reference", or None to choose automatically.
 
     Returns:
-        similarity [N, B], of features' dtype, summed in float32 or better. NaN and infinity propagate within their kernel.
-        Differentiable, where two features are equal with a gradient of zero between them; the second derivative
-        (create_graph=True) runs in plain PyTorch and does hold N x N x B x C elements.
+        similarity [N, B], features' dtype, summed in float32 or better. NaN and infinity propagate within their kernel.
+        Differentiable; equal features have no gradient between them. Second derivatives (create_graph=True) run in plain PyTorch with
+        N x N x B x C elements.
 
     Raises:
-        ValueError, TypeError: a bad argument, as a sentence.
+        ValueError, TypeError: an invalid argument.
         NotImplementedError: an `impl` that cannot run here.
     """
     op = "minibatch_similarity"
@@ -52,7 +52,7 @@ def minibatch_similarity(
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """Which implementations cannot run, and why; best first."""
+    """Why each implementation cannot run on this device and dtype, or None; best first."""
     return streaming_unavailable("minibatch_similarity", device, dtype)
 
 
@@ -68,7 +68,7 @@ class _MinibatchSimilarity(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_similarity):
         (features,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+        if torch.is_grad_enabled():  # create_graph=True
             return differentiate([minibatch_similarity_reference(features)], [grad_similarity], [features], [True])[0]
         return torch.ops.genperf.minibatch_similarity_backward(grad_similarity.contiguous(), features)
 
@@ -82,10 +82,10 @@ def minibatch_similarity_reference(features: Tensor) -> Tensor:
 
 
 @register_fake("minibatch_similarity")
-def _(features) -> Tensor:
+def _(features: Tensor) -> Tensor:
     return features.new_empty(features.shape[:2])
 
 
 @register_fake("minibatch_similarity_backward")
-def _(grad_similarity, features) -> Tensor:
+def _(grad_similarity: Tensor, features: Tensor) -> Tensor:
     return torch.empty_like(features)
