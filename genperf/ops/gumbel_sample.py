@@ -1,4 +1,4 @@
-"""Gumbel-softmax samples with the KL divergence of their distribution, and the codes they choose."""
+"""Gumbel-softmax sampling with the KL divergence to the uniform prior, of categories or of codes."""
 
 import math
 
@@ -31,37 +31,37 @@ def gumbel_sample(
         perturbed = logits - torch.empty_like(logits).exponential_().log()
         soft = (perturbed / tau).softmax(-1)
         indices = perturbed.argmax(-1)
-        sample = F.one_hot(indices, K) - soft.detach() + soft if hard else soft     # one-hot bit for bit
+        sample = F.one_hot(indices, K) - soft.detach() + soft if hard else soft     # bitwise one-hot
         sample = sample if codebook is None else sample @ codebook
         q = logits.softmax(-1)
         kl = (q * (q * K).log()).sum(-1)
 
-    One pass reads the logits and draws the noise; only the logits, a seed and four numbers for each position are kept for
-    backward, which draws the noise again. Images [B, K, H, W] (dim=1) are read where they lie. With a codebook, hard
-    samples gather codes instead of multiplying by one-hot vectors, and no probabilities are kept. The codebook's gradient
-    is that of the product; it is summed in a fixed order.
+    Forward reads the logits and draws the noise in one pass. For backward, which draws the noise again, autograd saves only the logits, a
+    seed and four numbers per position. Images [B, K, H, W] (dim=1) are read without a copy. With a codebook, hard samples gather codes
+    instead of multiplying by one-hot vectors, and no probabilities are saved. The gradient of the codebook is that of the product,
+    summed deterministically.
 
     Args:
-        logits: float32, bfloat16, float16 or float64; any strides; K = its size along `dim`. -inf excludes a class.
-        codebook: K codes, of logits' dtype, or float32 with half-precision logits.
-        tau: temperature >= 0; a tensor of one element anneals without recompiling and without waiting for the device.
-            At 0 the sample is the one-hot vector of the largest perturbed logit and passes no gradient.
-        hard: one-hot samples with the gradient of the soft ones (straight through).
-        dim: the dimension of the classes.
-        generator: the seed of the noise is drawn from it, or from torch's default generator of the logits' device. One
-            seed gives the same noise on every device and in every memory layout, up to the rounding of log.
-        noise: used in place of drawn Gumbel noise, of logits' shape, in logits' dtype or float32.
-        impl: None picks; "native" and "reference" insist. A tau or noise that requires a gradient runs the reference.
+        logits: float32, bfloat16, float16 or float64; any strides; K is the size along `dim`. -inf excludes a category.
+        codebook: K codes in logits' dtype, or float32 with half-precision logits.
+        tau: temperature >= 0. A one-element tensor can be annealed without recompilation and without device synchronization. With 0 the
+            sample is the one-hot vector of the largest perturbed logit, with no gradient.
+        hard: one-hot samples with the gradient of the soft samples (straight-through estimator).
+        dim: the dimension of the categories.
+        generator: the generator that the seed of the noise is drawn from; None for torch's default generator of the logits' device. A seed
+            gives the same noise on every device and in every memory layout, up to rounding in log.
+        noise: Gumbel noise to use instead, logits' shape, in logits' dtype or float32.
+        impl: "native", "reference", or None to choose automatically. A tau or noise that requires a gradient needs the reference.
 
     Returns:
-        sample, of logits' shape and dtype; with a codebook D takes the place of K;
-        indices, int64, logits' shape without `dim`: of the largest perturbed logit, the lowest on ties;
-        kl, float32 (float64 for float64), of indices' shape: in nats, of softmax(logits) against the uniform distribution.
-        A position with a NaN or no finite logit has a NaN kl. Half-precision inputs are computed in float32.
-        Differentiable in logits and codebook; the second derivative (create_graph=True) runs in plain PyTorch.
+        sample, logits' shape and dtype; with a codebook D replaces K;
+        indices, int64, logits' shape without `dim`: the category with the largest perturbed logit, the lowest on ties;
+        kl, float32 (float64 for float64 logits), shape of indices: the KL of softmax(logits) to the uniform distribution, in nats.
+        A position with a NaN or without a finite logit has a NaN kl. Half-precision inputs are computed in float32.
+        Differentiable in logits and codebook; second derivatives (create_graph=True) run in plain PyTorch.
 
     Raises:
-        ValueError, TypeError: tensors that do not fit each other, as a sentence.
+        ValueError, TypeError: an invalid argument.
         NotImplementedError: an `impl` that cannot run here.
     """
     op = "gumbel_sample"
@@ -71,7 +71,7 @@ def gumbel_sample(
         raise ValueError(f"{op}: dim must be a dimension of logits, got dim={dim} for shape {list(logits.shape)}.")
     dim %= logits.dim()
     if logits.shape[dim] == 0:
-        raise ValueError(f"{op}: logits must hold at least one class along dim={dim}, got shape {list(logits.shape)}.")
+        raise ValueError(f"{op}: logits must have at least one category along dim={dim}, got shape {list(logits.shape)}.")
     if codebook is not None:
         _check_codebook(op, codebook, logits, dim)
     if noise is not None:
@@ -92,7 +92,7 @@ def gumbel_sample(
     positions = as_positions(logits, dim)
     if noise is not None:
         noise = like_positions(noise, positions, logits, dim)
-    elif first_sample() and dim != 0:
+    elif seed is not None and first_sample() and dim != 0:
         outer, classes, inner = positions.shape
         first = first_sample() * math.prod(positions_shape(logits, dim)[1:])
         noise = gumbel_noise(seed, outer * inner, classes, accumulator_dtype(logits.dtype), first)
@@ -109,7 +109,7 @@ def gumbel_sample(
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """Which implementations cannot run, and why; best first."""
+    """Why each implementation cannot run on this device and dtype, or None; best first."""
     return streaming_unavailable("gumbel_sample", device, dtype)
 
 
@@ -125,7 +125,15 @@ def _check_codebook(op: str, codebook: Tensor, logits: Tensor, dim: int) -> None
         raise ValueError(f"{op}: logits and codebook must be on one device, got {logits.device} and {codebook.device}.")
 
 
-def _forward(logits, codebook, temperature, tau, noise, seed, hard) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(
+    logits: Tensor,
+    codebook: Tensor | None,
+    temperature: Tensor | None,
+    tau: float,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    hard: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dense = codebook is None or not hard
     sample, indices, kl, statistics = torch.ops.genperf.gumbel_sample(logits, temperature, tau, noise, seed, hard, dense)
     if codebook is not None:
@@ -134,19 +142,19 @@ def _forward(logits, codebook, temperature, tau, noise, seed, hard) -> tuple[Ten
 
 
 def _multiply(x: Tensor, matrix: Tensor, like: Tensor) -> Tensor:
-    """x [outer, K, inner] times matrix [K, D] along K, in x's dtype, autocast or not, and in the memory layout of `like`."""
+    """x [outer, K, inner] times matrix [K, D] along K, in x's dtype regardless of autocast, and in the memory layout of `like`."""
     matrix = matrix.to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         if like.stride(1) == 1:
             return (x.transpose(1, 2) @ matrix).transpose(1, 2)
-        # Not matmul, which transposes a copy of the result where the matrix learns.
+        # Not matmul, which would copy the transposed result if the matrix requires a gradient.
         return torch.bmm(matrix.T.expand(x.shape[0], -1, -1), x)
 
 
 def _multiply_positions(soft: Tensor, grad: Tensor) -> Tensor:
     """soft [outer, K, inner] times grad [outer, D, inner] along the positions: [K, D]."""
     with torch.autocast(soft.device.type, enabled=False):
-        # One product for each outer position where that is the smaller detour, else one of copies.
+        # A product per outer position if their [K, D] results are no larger than copies of the operands, else one product of copies.
         if grad.shape[1] <= grad.shape[2]:
             return torch.bmm(soft, grad.transpose(1, 2)).sum(0)
         return torch.einsum("oki,odi->kd", soft, grad)
@@ -169,28 +177,29 @@ class _GumbelSample(torch.autograd.Function):
     def backward(ctx, grad_sample, _indices, grad_kl, _statistics):
         logits, codebook, temperature, noise, seed, indices, statistics = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
-        unneeded = (None,) * 5
+        rest = (None,) * 5
         if grad_sample is None and grad_kl is None:
-            return (None, None, *unneeded)
-        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+            return (None, None, *rest)
+        if torch.is_grad_enabled():  # create_graph=True
             sample, _, kl = gumbel_sample_reference(logits, codebook, temperature, ctx.tau, noise, seed, ctx.hard)
-            return (*differentiate((sample, kl), (grad_sample, grad_kl), (logits, codebook), needed), *unneeded)
+            return (*differentiate((sample, kl), (grad_sample, grad_kl), (logits, codebook), needed), *rest)
         grad_logits = grad_codebook = None
         if needed[0]:
-            through_codes = codebook is not None and grad_sample is not None
-            grad_soft = _multiply(grad_sample, codebook.T, logits) if through_codes else grad_sample
-            # A product is as large as the logits and of no other use: it becomes their gradient in place.
-            in_place = through_codes and not torch.compiler.is_compiling()
-            grad_logits = grad_soft if in_place else torch.empty_like(logits)
+            grad_soft, grad_logits = grad_sample, None
+            if codebook is not None and grad_sample is not None:
+                grad_soft = _multiply(grad_sample, codebook.T, logits)
+                # The product is as large as the logits and not used otherwise, so their gradient overwrites it.
+                grad_logits = None if torch.compiler.is_compiling() else grad_soft
+            grad_logits = torch.empty_like(logits) if grad_logits is None else grad_logits
             torch.ops.genperf.gumbel_sample_backward(grad_logits, grad_soft, grad_kl, logits, statistics, temperature, ctx.tau, noise, seed)
-        if needed[1] and grad_sample is not None:
+        if codebook is not None and needed[1] and grad_sample is not None:
             if ctx.hard:
                 _, grad_codebook = torch.ops.genperf.code_statistics(grad_sample, indices, codebook.shape[0], None, None)
             else:
                 soft = torch.ops.genperf.gumbel_sample(logits, temperature, ctx.tau, noise, seed, False, True)[0]
                 grad_codebook = _multiply_positions(soft, grad_sample)
             grad_codebook = grad_codebook.to(codebook.dtype)
-        return (grad_logits, grad_codebook, *unneeded)
+        return (grad_logits, grad_codebook, *rest)
 
 
 def gumbel_sample_reference(
@@ -202,11 +211,12 @@ def gumbel_sample_reference(
     seed: Tensor | None,
     hard: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op in plain PyTorch, differentiated by autograd; `temperature`, where given, is the tau."""
+    """The op in plain PyTorch, differentiated by autograd. `temperature`, if given, replaces tau."""
     dtype = accumulator_dtype(logits.dtype)
     outer, classes, inner = logits.shape
     wide = logits.to(dtype)
     if noise is None:
+        assert seed is not None
         noise = gumbel_noise(seed, outer * inner, classes, dtype).reshape(outer, inner, classes).transpose(1, 2)
     perturbed = wide + noise.to(dtype)
     indices = perturbed.argmax(1)
@@ -214,7 +224,7 @@ def gumbel_sample_reference(
     if temperature is None:
         temperature = torch.tensor(tau, dtype=dtype, device=logits.device)
     temperature = temperature.to(dtype).reshape(())
-    # The largest is subtracted before the division, so that no temperature makes it infinite.
+    # The maximum is subtracted before the division, so that small temperatures do not overflow.
     relative = perturbed - perturbed.amax(1, keepdim=True).detach()
     soft = (relative / torch.where(temperature > 0, temperature, 1)).softmax(1)
     soft = torch.where(temperature > 0, soft, one_hot)
@@ -228,7 +238,9 @@ def gumbel_sample_reference(
 
 
 @register_fake("gumbel_sample")
-def _(logits, temperature, tau, noise, seed, hard, dense):
+def _(
+    logits: Tensor, temperature: Tensor | None, tau: float, noise: Tensor | None, seed: Tensor | None, hard: bool, dense: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outer, _, inner = logits.shape
     sample = torch.empty_like(logits) if dense else logits.new_empty(0)
     return (
@@ -240,5 +252,5 @@ def _(logits, temperature, tau, noise, seed, hard, dense):
 
 
 @register_fake("gumbel_sample_backward")
-def _(*tensors_and_tau) -> None:
+def _(*arguments: object) -> None:
     pass

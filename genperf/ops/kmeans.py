@@ -1,4 +1,4 @@
-"""K-means on the exact search: codebooks from data, without a matrix of distances."""
+"""K-means with exact search and without a distance matrix."""
 
 from typing import NamedTuple
 
@@ -15,28 +15,28 @@ from .nearest_code import unavailable as search_unavailable
 
 INITS = ("k-means++", "random")
 
-# k-means||: candidates drawn for each code, and in how many rounds.
+# k-means||: the number of candidates per code, and the number of rounds in which they are drawn.
 _OVERSAMPLING = 2
 _DRAW_ROUNDS = 5
-# Rounds in which the candidates are merged into the codes; the last ones merge all that is left to merge.
+# Rounds that merge the candidates into K codes. The first ones merge a part of the surplus, the last ones all of it.
 _MERGE_ROUNDS = 16
 _LAST_ROUNDS = 4
 
-# Elements of a temporary tensor.
+# Elements of temporary tensors.
 _CHUNK = 1 << 22
 
 
 class KMeansResult(NamedTuple):
-    """What `kmeans` found, on x's device."""
+    """The result of `kmeans`, on x's device."""
 
     codebook: Tensor
     """[K, D], float32 (float64 for a float64 x); unit vectors for "cosine"."""
     indices: Tensor
-    """int64, x's shape without channel_dim: each vector's nearest code in this codebook."""
+    """int64, x's shape without channel_dim: the nearest code of each vector in `codebook`."""
     counts: Tensor
-    """[K], how often each index occurs; the codebook's dtype, as `code_statistics` counts."""
+    """[K], the number of vectors of each code, in the codebook's dtype as in `code_statistics`."""
     inertia: Tensor
-    """Sum of the squared distances of the vectors to their codes, a float64 scalar; for "cosine" of unit vectors."""
+    """Sum of the squared distances between the vectors (normalized for "cosine") and their codes, a float64 scalar."""
 
 
 def kmeans(
@@ -51,50 +51,49 @@ def kmeans(
     generator: torch.Generator | None = None,
     impl: str | None = None,
 ) -> KMeansResult:
-    """Codebook of K codes that leave little distance between the vectors of x and their nearest codes (Lloyd, 1982).
+    """Fit a codebook of K codes to the vectors of x by Lloyd's algorithm (Lloyd, "Least squares quantization in PCM", 1982).
 
-    Equivalent to (channel_dim=-1, but for empty clusters):
+    Equivalent to (channel_dim=-1, without empty clusters):
         codebook = init
         for _ in range(iterations):
             counts, sums = code_statistics(x, nearest_code(x, codebook), num_codes)
             codebook = sums / counts[:, None]
         indices = nearest_code(x, codebook)
 
-    The search is exact and the sums are deterministic: one state of the generator gives one result on a device, and no
-    iteration raises the inertia but by rounding. Nothing of size positions x K or K x K exists, and on CUDA nothing waits
-    for the device.
+    The search is exact and the sums are deterministic, so a generator state gives one result per device, and no iteration increases the
+    inertia by more than rounding. No positions x K or K x K matrix is built, and on CUDA nothing synchronizes with the host.
 
-    "cosine" is spherical k-means (Dhillon and Modha, 2001): vectors count with their direction only, and codes are the
-    directions of their sums; a vector of zeros has none and moves no code.
+    "cosine" is spherical k-means (Dhillon and Modha, 2001): vectors are normalized, and codes are the normalized sums. A zero vector has no
+    direction and moves no code.
 
-    Codes without vectors move onto vectors of x, each onto another: those at which the squared distances from the codes,
-    summed up in the order of the positions, reach evenly spaced shares of the inertia.
+    Codes without vectors are moved to distinct vectors of x: those at which the cumulative sum of the squared distances to the codes, in
+    the order of the positions, reaches evenly spaced fractions of the inertia.
 
     Args:
-        x: float32, bfloat16, float16 or float64, finite, at least one vector; any strides, read where it lies.
-        num_codes: K. Where x has fewer than K distinct vectors, codes repeat, and all but the first of a kind stay empty.
-        iterations: updates of the codebook, as many as asked for unless nothing moves.
-        init: where the codes start.
-            "k-means++": 2 K candidates are drawn in five rounds, in proportion to the squared distance from those before,
-            which is the parallel form of k-means++ (Bahmani et al., "Scalable K-Means++", 2012). They are then merged into
-            K codes where that adds least to the inertia (Ward, "Hierarchical Grouping to Optimize an Objective Function",
-            1963), the best partners found by search. For the price of about ten iterations, and worth it.
-            "random": random vectors of x; each is drawn once before any is drawn twice.
+        x: float32, bfloat16, float16 or float64, finite, at least one vector; any strides, not copied.
+        num_codes: K. If x has fewer than K distinct vectors, codes repeat, and only the first of equal codes has vectors.
+        iterations: the number of updates of the codebook. On the CPU the loop ends earlier if the codebook no longer changes.
+        init: the initial codes.
+            "k-means++": draws 2 K candidates in five rounds, with probabilities proportional to the squared distance to earlier
+            candidates, the parallel variant of k-means++ (Bahmani et al., "Scalable K-Means++", 2012). Then merges them into K codes
+            where that increases the inertia least (Ward, "Hierarchical Grouping to Optimize an Objective Function", 1963), with partners
+            found by search. Takes about as long as ten iterations.
+            "random": random vectors of x, each drawn once before any is drawn twice.
             A tensor [K, D] of codes.
         metric: "euclidean" or "cosine", as in `nearest_code`.
-        channel_dim: the dimension of x that holds a vector; 1 for images [B, D, H, W].
-        heads: dimension 0 of x is heads; each has a codebook of its own, and all results (an init tensor too) have a
-            first dimension of heads. Equal to one call after the other.
-        generator: of the draws of `init`, on any device; None for the default one of x's device.
-        impl: None picks; "native" (on CUDA with the Triton search) and "reference" insist.
+        channel_dim: the dimension of x that holds the D channels; 1 for images [B, D, H, W].
+        heads: dimension 0 of x is the heads, each with its own codebook. All results, and an init tensor, have a leading dimension of
+            heads. Equal to one call per head, in order.
+        generator: generator for `init`, on any device; None for torch's default generator of x's device.
+        impl: "native" (with the Triton search on CUDA), "reference", or None to choose automatically.
 
     Returns:
         codebook, indices, counts, inertia: see `KMeansResult`. Not differentiable.
 
     Raises:
-        ValueError: no vectors, num_codes < 1, iterations < 0, an unknown init, metric or impl, an init tensor or a
-            channel_dim that does not fit.
-        TypeError: an unsupported dtype; a generator that is none.
+        ValueError: no vectors, num_codes < 1, iterations < 0, an unknown init, metric or impl, an init tensor of the wrong shape, or an
+            invalid channel_dim.
+        TypeError: an unsupported dtype or an invalid generator.
         NotImplementedError: an `impl` that cannot run here.
     """
     op = "kmeans"
@@ -108,7 +107,7 @@ def kmeans(
             f"got channel_dim={channel_dim} for x of shape {list(x.shape)}."
         )
     if x.numel() == 0:
-        raise ValueError(f"{op}: x must hold at least one vector of at least one dimension, got shape {list(x.shape)}.")
+        raise ValueError(f"{op}: x must have at least one vector of at least one dimension, got shape {list(x.shape)}.")
     if num_codes < 1:
         raise ValueError(f"{op}: num_codes must be at least 1, got {num_codes}.")
     if iterations < 0:
@@ -143,7 +142,7 @@ def _check_init(op: str, init: str | Tensor, shape: list[int], device: torch.dev
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """Implementations of k-means, best first, and why each cannot run on this device and dtype."""
+    """Why each implementation cannot run on this device and dtype, or None; best first."""
     native = native_unavailable("kmeans", device, dtype)
     if native is None and device.type == "cuda":
         native = search_unavailable(device, dtype)["triton"]
@@ -167,7 +166,7 @@ def _kmeans(
         order = data.uniform(data.count, generator).argsort(stable=True)
         codebook = data.vectors(order[torch.arange(num_codes, device=x.device) % data.count])
     else:
-        codebook = _seed(data, num_codes, generator)
+        codebook = _initial_codes(data, num_codes, generator)
     codebook = data.as_codes(codebook, codebook)
 
     on_host = _on_host(x.device)
@@ -175,9 +174,9 @@ def _kmeans(
     for _ in range(iterations):
         counts, means = data.means(indices, num_codes)
         updated = torch.where(counts.unsqueeze(1) > 0, data.as_codes(means, codebook), codebook)
-        # To ask a GPU would be to wait for it: there this is done in any case, and without empty codes changes nothing.
+        # On a GPU the check would synchronize, so the replacement always runs; without empty codes it changes nothing.
         if not on_host or bool((counts == 0).any()):
-            updated = _reseed(data, updated, codebook, indices, counts == 0)
+            updated = _replace_empty_codes(data, updated, codebook, indices, counts == 0)
         if on_host and torch.equal(updated, codebook):
             break
         codebook, indices = updated, data.search(updated)
@@ -191,12 +190,12 @@ def _kmeans(
 
 
 def _on_host(device: torch.device) -> bool:
-    """Whether a value can be looked at without waiting for the device."""
+    """Whether values can be read without device synchronization."""
     return device.type == "cpu"
 
 
 class _Data:
-    """The vectors under a metric: for "cosine" all but the search sees them scaled to unit length, without a copy of that."""
+    """The vectors under a metric. For "cosine" they are scaled to unit length on the fly, without a normalized copy."""
 
     def __init__(self, x: Tensor, metric: str, impl: str) -> None:
         self.x = x  # [outer, D, inner]
@@ -204,13 +203,13 @@ class _Data:
         self.impl = impl
         self.dtype = accumulator_dtype(x.dtype)
         self.count = x.shape[0] * x.shape[2]
-        self.scale = None  # [outer, inner]
+        self.scale: Tensor | None = None  # [outer, inner]
         if metric == "cosine":
             norm = torch.linalg.vector_norm(x, dim=1, dtype=self.dtype)
             self.scale = torch.where(norm >= torch.finfo(self.dtype).tiny, 1 / norm, 0)
 
     def uniform(self, count: int, generator: torch.Generator | None) -> Tensor:
-        """Random numbers [count] in [0, 1), float64."""
+        """Uniform random numbers [count] in [0, 1), float64."""
         source = self.x.device if generator is None else generator.device
         return torch.rand(count, dtype=torch.float64, device=source, generator=generator).to(self.x.device)
 
@@ -225,7 +224,7 @@ class _Data:
         return found if self.scale is None else found * self.scale[outer, inner].unsqueeze(1)
 
     def means(self, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-        """Number [K] and mean [K, D] of the vectors of each code; a mean of none is NaN."""
+        """Number [K] and mean [K, D] of the vectors of each code; NaN for a code without vectors."""
         counts, sums = statistics(self.x, indices, num_codes, self.scale, None, self.impl)
         if self.scale is not None:
             counts = self.counts(indices, num_codes)
@@ -236,14 +235,14 @@ class _Data:
         return statistics(self.x[:, :1], indices, num_codes, None, None, self.impl)[0]
 
     def as_codes(self, means: Tensor, otherwise: Tensor) -> Tensor:
-        """The codes of clusters with these means; where a mean has no direction and needs one, `otherwise`."""
+        """The codes of clusters with these means. For "cosine", means of zero have no direction and give `otherwise`."""
         if self.metric == "euclidean":
             return means
         norm = torch.linalg.vector_norm(means, dim=1, keepdim=True)
         return torch.where(norm > 0, means / norm, otherwise)
 
     def square_distances(self, codebook: Tensor, indices: Tensor) -> Tensor:
-        """Squared distance [outer, inner] of every vector to the code of its index."""
+        """Squared distance [outer, inner] of each vector to the code of its index."""
         outer, dim, inner = self.x.shape
         split = 0 if outer >= inner else 1
         step = max(1, _CHUNK // (dim * min(outer, inner)))
@@ -261,8 +260,8 @@ class _Data:
         return torch.cat(parts, split)
 
 
-def _seed(data: _Data, num_codes: int, generator: torch.Generator | None) -> Tensor:
-    """Codes [K, D] to start from: candidates by k-means||, each with the vectors that are nearest to it, merged into K."""
+def _initial_codes(data: _Data, num_codes: int, generator: torch.Generator | None) -> Tensor:
+    """Initial codes [K, D]: candidates drawn by k-means||, replaced by the means of their nearest vectors, and merged into K."""
     batch = -(-num_codes * _OVERSAMPLING // _DRAW_ROUNDS)
     strata = torch.arange(batch, device=data.x.device)
     distances = torch.ones_like(data.x[:, 0], dtype=data.dtype)
@@ -280,8 +279,8 @@ def _seed(data: _Data, num_codes: int, generator: torch.Generator | None) -> Ten
 
 
 def _draw(weights: Tensor, quantiles: Tensor) -> Tensor:
-    """Positions at which the weights, summed in the order of the positions, reach these shares of their total."""
-    # In integers, whose sums are the same in any order; all fit for 2^33 weights.
+    """Positions at which the cumulative sum of the weights reaches these fractions of the total."""
+    # In integers, whose sum does not depend on the order; the sum of 2^33 weights still fits.
     shares = (weights.double() / weights.max() * 2**30).nan_to_num(0, 0, 0).to(torch.int64).flatten()
     reached = shares.cumsum(0)
     drawn = torch.searchsorted(reached, (quantiles * reached[-1]).to(torch.int64), right=True)
@@ -289,48 +288,48 @@ def _draw(weights: Tensor, quantiles: Tensor) -> Tensor:
 
 
 def _merge(data: _Data, centers: Tensor, counts: Tensor, num_codes: int, generator: torch.Generator | None) -> Tensor:
-    """Centers of K clusters, merged from more [C, D] with these counts [C] so that the inertia grows little.
+    """Merge C clusters with these centers [C, D] and counts [C] into K, keeping the increase of the inertia small.
 
-    Merging two clusters adds n m / (n + m) |a - b|^2 to the inertia. In each round a random half of the clusters is
-    searched for in the other half, each cluster remembers the best partner that it has met, and the cheapest pairs merge.
+    Merging two clusters adds n m / (n + m) |a - b|^2 to the inertia. Each round searches the nearest centers of a random half of the
+    clusters in the other half. Each cluster keeps the best partner that it has found so far, and the cheapest pairs merge.
     """
     own = torch.arange(len(centers), device=centers.device)
 
-    def added(one: Tensor, other: Tensor) -> Tensor:
-        price = (centers[one] - centers[other]).square().sum(1) / (1 / counts[one] + 1 / counts[other])
-        return torch.where((one != other) & (counts[one] > 0) & (counts[other] > 0), price, torch.inf)
+    def cost(one: Tensor, other: Tensor) -> Tensor:
+        increase = (centers[one] - centers[other]).square().sum(1) / (1 / counts[one] + 1 / counts[other])
+        return torch.where((one != other) & (counts[one] > 0) & (counts[other] > 0), increase, torch.inf)
 
     partner = own
     for turn in range(_MERGE_ROUNDS):
         left, right = data.uniform(len(centers), generator).argsort().tensor_split(2)
-        codes = torch.where(counts[right].unsqueeze(1) > 0, centers[right], torch.nan)  # which is never nearest
-        met = right[search(centers[left].unsqueeze(2), codes, None, "euclidean", data.impl).squeeze(1)]
+        codes = torch.where(counts[right].unsqueeze(1) > 0, centers[right], torch.nan)  # NaN is never nearest
+        nearest = right[search(centers[left].unsqueeze(2), codes, None, "euclidean", data.impl).squeeze(1)]
         known = partner[left]
-        partner = partner.scatter(0, left, torch.where(added(left, met) < added(left, known), met, known))
+        partner = partner.scatter(0, left, torch.where(cost(left, nearest) < cost(left, known), nearest, known))
 
         surplus = (counts > 0).sum() - num_codes
         quota = surplus if turn >= _MERGE_ROUNDS - _LAST_ROUNDS else (surplus / 4).ceil()
-        price = added(own, partner)
-        rank = torch.empty_like(own).scatter_(0, price.argsort(stable=True), own)
-        goes = (rank < quota) & price.isfinite()
-        goes &= ~(goes[partner] & (partner[partner] == own) & (own > partner))  # not both of a pair,
-        goes &= ~goes[partner]  # nor to one that goes itself
-        target = torch.where(goes, partner, own)
+        costs = cost(own, partner)
+        rank = torch.empty_like(own).scatter_(0, costs.argsort(stable=True), own)
+        merges = (rank < quota) & costs.isfinite()
+        merges &= ~(merges[partner] & (partner[partner] == own) & (own > partner))  # only one of two that are each other's partner,
+        merges &= ~merges[partner]  # and not into a cluster that is itself merged
+        target = torch.where(merges, partner, own)
         alive = torch.where(counts > 0, target, -1)
         counts, sums = statistics(centers.unsqueeze(2), alive.unsqueeze(1), len(own), counts.unsqueeze(1), None, data.impl)
         centers = torch.where(counts.unsqueeze(1) > 0, sums / counts.unsqueeze(1), 0)
         partner = target[partner]
-    # Of what is still too many the largest stay; too few are filled up with copies.
+    # If there are still more than K, the largest are kept; if there are fewer, they are repeated.
     kept = counts.argsort(descending=True, stable=True)
     return centers[kept[torch.arange(num_codes, device=kept.device) % (counts > 0).sum()]]
 
 
-def _reseed(data: _Data, updated: Tensor, codebook: Tensor, indices: Tensor, empty: Tensor) -> Tensor:
-    """`updated` with the empty codes on vectors drawn in proportion to their squared distance from their codes."""
+def _replace_empty_codes(data: _Data, updated: Tensor, codebook: Tensor, indices: Tensor, empty: Tensor) -> Tensor:
+    """`updated` with its empty codes replaced by vectors, chosen in proportion to the squared distance to their codes."""
     number = torch.arange(len(codebook), device=codebook.device)
     missing = empty.sum()
     drawn = _draw(data.square_distances(codebook, indices), ((number.double() + 0.5) / missing.clamp(min=1)).clamp(max=1))
-    # Ascending; a vector that is drawn more than once passes the draw on to the next ones.
+    # The positions are ascending. One drawn more than once is followed by the next positions, so that all are distinct.
     drawn = (drawn - number).cummax(0).values + number
     drawn = torch.minimum(drawn, data.count - missing + number).clamp(0, data.count - 1)
     place = drawn[(empty.cumsum(0) - 1).clamp(min=0)]

@@ -113,7 +113,8 @@ def trace_of_sides(sides: tuple[Side, Side], precision: str, with_error: bool, i
         found = [trace_of_sides((Side(a, first.is_factor), Side(b, second.is_factor)), precision, with_error, impl) for a, b in pairs]
         batch = first.tensor.shape[:-2]
         if not found:
-            return (first.tensor.new_zeros(batch, dtype=dtype),) * 2
+            zeros = first.tensor.new_zeros(batch, dtype=dtype)
+            return zeros, zeros.clone()
         traces, errors = zip(*found, strict=True)
         return torch.stack(traces).reshape(batch), torch.stack(errors).reshape(batch)
     working = working_dtype(first.tensor.device)
@@ -156,7 +157,7 @@ class _TraceSqrtProduct(torch.autograd.Function):
         first, second, grad_first, grad_second = ctx.saved_tensors
         needed = (ctx.need_first, ctx.need_second)
         found = [grad * g if need else None for g, need in zip((grad_first, grad_second), needed, strict=True)]
-        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+        if torch.is_grad_enabled():  # create_graph=True
             first, second = first.view_as(first), second.view_as(second)  # distinct, even if both sides are one tensor
             trace = trace_sqrt_product_reference(first, second, *ctx.are_factors)
             again = differentiate([trace], [grad], [first, second], needed)

@@ -517,7 +517,7 @@ GOOD = torch.zeros(4, 6)
         ("logits must be float32", TypeError, (GOOD.int(),), {}),
         ("dim must be a dimension of logits, got dim=2", ValueError, (GOOD,), {"dim": 2}),
         ("dim must be a dimension of logits", ValueError, (torch.tensor(1.0),), {}),
-        ("logits must hold at least one class", ValueError, (GOOD[:, :0],), {}),
+        ("logits must have at least one category", ValueError, (GOOD[:, :0],), {}),
         ("codebook must be a tensor", TypeError, (GOOD, 3.0), {}),
         ("codebook must have shape", ValueError, (GOOD, torch.zeros(5, 3)), {}),
         ("codebook must have shape", ValueError, (GOOD, torch.zeros(6)), {}),
