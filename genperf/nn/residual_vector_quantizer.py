@@ -1,72 +1,114 @@
-"""Residual vector quantization layer: several levels of codebooks, each for what the levels before it leave."""
+"""Residual vector quantization layer: several quantizers, each on the residual of those before.
+
+Above 400 lines: a layer reads from top to bottom in one file, and a third of it is documentation.
+"""
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._deprecation import RenamedAttribute, renamed_arguments
 from ..ops._dispatch import choose_impl
-from ..ops._layout import as_positions, from_positions, positions_shape
+from ..ops._layout import Positions
 from ..ops._precision import accumulator_dtype
+from ..ops._validate import check
 from ..ops.nearest_code import search
 from ..ops.nearest_code import unavailable as search_unavailable
-from ..ops.residual_vector_quantize import quantize_residual, residual_code_statistics
+from ..ops.residual_vector_quantize import ResidualOptions, check_num_quantizers, quantize_residual, residual_statistics, unavailable
 from ..ops.vector_quantize import GRADIENTS
-from ._codebooks import UPDATES, Codebooks, Weights, _update, copied, project
-from .vector_quantizer import VectorQuantizer
+from ._channels import project_vectors
+from ._code_usage import CodeUsage, usage_from_counts
+from ._codebook_init import codes_from_data, uniform_codes
+from ._ema import (
+    CodebookUpdate,
+    CodeWeights,
+    add_statistics,
+    apply_updates,
+    check_code_weights,
+    check_codebook_options,
+    check_update,
+    normalize_codes,
+    saved_copy,
+    set_codes_,
+)
+from ._vectors import check_input
 
 
-class ResidualVectorQuantizer(Codebooks):
-    """Writes every vector as a sum of codes, one of each level; Zeghidour et al., "SoundStream" (2021).
+class ResidualVectorQuantizer(nn.Module):
+    """Quantizes every vector as a sum of codes, one of each quantizer; Zeghidour et al., "SoundStream" (2021).
 
-    Level i quantizes the residual of level i - 1 (`genperf.residual_vector_quantize`: all levels in one op). The codebooks
-    learn as those of `VectorQuantizer` do, by the gradient of the losses or, with a `decay`, by moving averages of the
-    residuals that each code was given; the step is quantized with the codes from before its update, nothing waits for the
-    device, and under torch.distributed the codebooks of all levels are summed in one all_reduce.
+    Quantizer i codes the residual of quantizer i - 1 (`genperf.residual_vector_quantize`, all fused into one op). The codebooks
+    learn as those of `VectorQuantizer` do: by gradient, or with a `decay` by EMA of the residuals assigned to each code. A step
+    is quantized with the codes from before its update. Nothing synchronizes with the device. Under torch.distributed one
+    all-reduce serves all codebooks.
 
     Args:
-        num_levels: Q.
-        num_codes: K, of each level.
+        num_quantizers: Q.
+        num_codes: K, of each quantizer.
         dim: length of the channel dimension of x.
-        code_dim: D, the length of a code; None for dim / groups. Where groups * D is not dim, a linear layer before the
-            first level and one after the last change the dimension.
-        groups: parts that a vector is cut into, each with Q levels of its own (Yang et al., "HiFi-Codec", 2023).
-        shared_codebook: one codebook for all levels (of a group).
-        level_dropout: in every training step, run only a first part of the levels (quantizer dropout): what is decoded
-            from a prefix of the levels then is of use. All numbers of levels are as likely. A level that was not run is not
-            updated.
-        dropout_min_levels: the fewest levels that a step runs.
-        dropout_multiple_of: round the number of levels up to a multiple of this, or to Q.
-        dropout_seed: the numbers follow from it and from how many training steps there were, and so are the same on all
-            processes.
-        decay, usage_decay, eps, codebook_weight, commitment_weight, revive_below, update: as `VectorQuantizer`. A code is
-            revived by a residual that its level was given.
+        code_dim: D, the length of a code; None for dim / groups. Where groups * D is not dim, linear layers before the first
+            quantizer and after the last change the dimension.
+        groups: number of parts that a vector is cut into, each with Q quantizers of its own (Yang et al., "HiFi-Codec", 2023).
+        shared_codebook: one codebook for all quantizers (of a group).
+        quantizer_dropout: in every training step, run only the first n quantizers, with n uniformly random, so that a decoder
+            can work from a prefix of the codes. A quantizer that does not run is not updated.
+        dropout_min_quantizers: the smallest n.
+        dropout_multiple_of: round n up to a multiple of this, or to Q.
+        dropout_seed: n is a function of it and of the number of training steps, so it is the same on all ranks.
+        decay, usage_decay, eps, codebook_weight, commitment_weight, replace_dead_below, update: as `VectorQuantizer`. A dead
+            code is replaced by a residual that its quantizer was given.
         gradient: "straight_through" or "rotation", once from x to the sum of the codes.
-        metric: "euclidean"; or "cosine": a residual takes the code whose direction is most like its own, and codes are unit
-            vectors.
+        metric: "euclidean"; or "cosine": a residual takes the code of the most similar direction, and codes are unit vectors.
         channel_dim: the dimension of x that holds a vector.
-        init, init_iterations: as `VectorQuantizer`, level by level on the residuals; a shared codebook on the vectors.
+        init, init_iterations: as `VectorQuantizer`, quantizer by quantizer on the residuals; a shared codebook on the vectors.
 
     Attributes:
         codebook: [groups * Q, K, D], group by group, or with a shared codebook [groups, K, D]; a parameter, or with a decay
             a buffer.
-        counts, sums: [groups * Q, K] and [groups * Q, K, D], buffers that exist with a decay or revival.
+        counts, sums: [groups * Q, K] and [groups * Q, K, D], the averages; buffers that exist with a decay or dead-code
+            replacement.
+        num_updates: int64, the number of updates; a buffer that exists with dead-code replacement.
+        num_steps: int64, the number of training steps; a buffer that exists with quantizer_dropout.
         project_in, project_out: the linear layers, or None.
 
     Raises:
         ValueError: an argument outside its range.
     """
 
+    # Whether statistics are summed over ranks.
+    synchronized = True
+
+    num_levels = RenamedAttribute("num_quantizers")
+    level_dropout = RenamedAttribute("quantizer_dropout")
+    dropout_min_levels = RenamedAttribute("dropout_min_quantizers")
+    revive_below = RenamedAttribute("replace_dead_below")
+
+    counts: Tensor
+    sums: Tensor
+    num_updates: Tensor
+    num_steps: Tensor
+    initialized: Tensor
+
+    @renamed_arguments(
+        "ResidualVectorQuantizer",
+        num_levels="num_quantizers",
+        level_dropout="quantizer_dropout",
+        dropout_min_levels="dropout_min_quantizers",
+        revive_below="replace_dead_below",
+    )
     def __init__(
         self,
-        num_levels: int,
+        num_quantizers: int,
         num_codes: int,
         dim: int,
         *,
         code_dim: int | None = None,
         groups: int = 1,
         shared_codebook: bool = False,
-        level_dropout: bool = False,
-        dropout_min_levels: int = 1,
+        quantizer_dropout: bool = False,
+        dropout_min_quantizers: int = 1,
         dropout_multiple_of: int = 1,
         dropout_seed: int = 0,
         decay: float | None = None,
@@ -79,99 +121,153 @@ class ResidualVectorQuantizer(Codebooks):
         channel_dim: int = -1,
         init: str = "uniform",
         init_iterations: int = 10,
-        revive_below: float = 0.0,
+        replace_dead_below: float = 0.0,
         update: str = "step",
     ) -> None:
-        self.check("num_levels must be at least 1", num_levels, num_levels >= 1)
-        self.check("dim must be at least 1", dim, dim >= 1)
-        self.check("groups must be at least 1", groups, groups >= 1)
+        super().__init__()
+        name = type(self).__name__
+        check(name, "num_quantizers must be at least 1", num_quantizers, num_quantizers >= 1)
+        check(name, "dim must be at least 1", dim, dim >= 1)
+        check(name, "groups must be at least 1", groups, groups >= 1)
         if code_dim is None:
-            self.check("dim must be divisible by groups where code_dim is not given", (dim, groups), dim % groups == 0)
+            check(name, "dim must be divisible by groups where code_dim is not given", (dim, groups), dim % groups == 0)
             code_dim = dim // groups
-        self.check("codebook_weight must not be negative", codebook_weight, codebook_weight >= 0)
-        self.check("commitment_weight must not be negative", commitment_weight, commitment_weight >= 0)
-        self.check(f"gradient must be one of {', '.join(GRADIENTS)}", gradient, gradient in GRADIENTS)
-        self.check(f"dropout_min_levels must lie in 1 ... {num_levels}", dropout_min_levels, 1 <= dropout_min_levels <= num_levels)
-        self.check("dropout_multiple_of must be at least 1", dropout_multiple_of, dropout_multiple_of >= 1)
-        super().__init__(
-            num_codes,
-            code_dim,
-            books=groups if shared_codebook else groups * num_levels,
+        check(name, "codebook_weight must not be negative", codebook_weight, codebook_weight >= 0)
+        check(name, "commitment_weight must not be negative", commitment_weight, commitment_weight >= 0)
+        check(name, f"gradient must be one of {', '.join(GRADIENTS)}", gradient, gradient in GRADIENTS)
+        fewest = dropout_min_quantizers
+        check(name, f"dropout_min_quantizers must lie in 1 ... {num_quantizers}", fewest, 1 <= fewest <= num_quantizers)
+        check(name, "dropout_multiple_of must be at least 1", dropout_multiple_of, dropout_multiple_of >= 1)
+        check_codebook_options(
+            name,
+            num_codes=num_codes,
+            code_dim=code_dim,
             decay=decay,
             usage_decay=usage_decay,
             eps=eps,
             metric=metric,
             init=init,
             init_iterations=init_iterations,
-            revive_below=revive_below,
-            learned=False,
+            replace_dead_below=replace_dead_below,
             update=update,
         )
-        self.num_levels = num_levels
+        self.num_quantizers = num_quantizers
+        self.num_codes = num_codes
         self.dim = dim
+        self.code_dim = code_dim
         self.groups = groups
         self.shared_codebook = shared_codebook
-        self.level_dropout = level_dropout
-        self.dropout_min_levels = dropout_min_levels
+        self.quantizer_dropout = quantizer_dropout
+        self.dropout_min_quantizers = dropout_min_quantizers
         self.dropout_multiple_of = dropout_multiple_of
         self.dropout_seed = dropout_seed
+        self.decay = decay
+        self.usage_decay = usage_decay if decay is None else decay
+        self.eps = eps
         self.codebook_weight = codebook_weight if decay is None else 0.0
         self.commitment_weight = commitment_weight
         self.gradient = gradient
+        self.metric = metric
         self.channel_dim = channel_dim
-        if level_dropout:
+        self.init = init
+        self.init_iterations = init_iterations
+        self.replace_dead_below = replace_dead_below
+        self.update = update
+
+        codebook = uniform_codes(groups if shared_codebook else groups * num_quantizers, num_codes, code_dim)
+        codebook = normalize_codes(codebook) if metric == "cosine" else codebook
+        if decay is None:
+            self.codebook = nn.Parameter(codebook)
+        else:
+            self.register_buffer("codebook", codebook)
+        if self.has_ema:
+            self.register_buffer("counts", torch.ones(codebook.shape[:-1]))
+            self.register_buffer("sums", codebook.clone())
+        if replace_dead_below > 0:
+            self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        if quantizer_dropout:
             self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
+        # See VectorQuantizer.
+        self._needs_init = init != "uniform"
+        if self._needs_init:
+            self.register_buffer("initialized", torch.tensor(False), persistent=False)
+        self._pending: tuple[Tensor, Tensor] | None = None
+        self._last_step: tuple[Tensor, Tensor] | None = None
+
         projects = groups * code_dim != dim
         self.project_in = nn.Linear(dim, groups * code_dim) if projects else None
         self.project_out = nn.Linear(groups * code_dim, dim) if projects else None
 
+    @property
+    def has_ema(self) -> bool:
+        """Whether training steps gather statistics: for codes that learn by EMA, or for dead-code replacement."""
+        return self.decay is not None or self.replace_dead_below > 0
+
+    @renamed_arguments("ResidualVectorQuantizer", levels="num_quantizers")
     def forward(
         self,
         x: Tensor,
         mask: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
-        levels: int | Tensor | None = None,
+        num_quantizers: int | Tensor | None = None,
         update: str | None = None,
-        code_weights: Weights | None = None,
+        code_weights: CodeWeights | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize x.
 
         Args:
             x, mask, lengths, update, code_weights: as `VectorQuantizer.forward`.
-            levels: run the first so many levels, as in `genperf.residual_vector_quantize`; None for all, or in training with
-                level_dropout for a number that is drawn.
+            num_quantizers: run the first so many quantizers, as in `genperf.residual_vector_quantize`; None for all, or in
+                training with quantizer_dropout for a random number.
 
         Returns:
             quantized, of x's shape and dtype; indices, int64, x's shape without channel_dim and with a last dimension of
-            levels ([..., Q]; with groups [..., groups, Q]), -1 in levels that were not run; losses [Q], whose sum belongs in
-            the training loss: the means over the groups.
+            quantizers ([..., Q]; with groups [..., groups, Q]), -1 for quantizers that did not run; losses [Q], means over the
+            groups, whose sum belongs in the training loss.
         """
-        mask = self._checked_mask(x, mask, lengths)
+        positions, mask = self._check_input(x, mask, lengths)
         update = self.update if update is None else update
-        self.check(f"update must be one of {', '.join(UPDATES)}", update, update in UPDATES)
+        check_update("ResidualVectorQuantizer", update)
         self.check_code_weights(code_weights)
-        updates = self.training and self.follows and update != "none"
-        if self.training and self.level_dropout:
-            levels = self._drawn_levels() if levels is None else levels
+        check_num_quantizers("ResidualVectorQuantizer", num_quantizers, self.num_quantizers, x.device)
+        if self.training and self.quantizer_dropout:
+            num_quantizers = self._random_num_quantizers() if num_quantizers is None else num_quantizers
             self.num_steps += 1
-        parts, valid = self._split(x, mask)
-        if self.training and self._awaits_data:
-            self._start_from(_stacked(parts), None if valid is None else valid.expand(self.groups, *valid.shape))
+        vectors, valid = self._to_vectors(positions, mask)
+        if self.training and self._needs_init:
+            self._init_in_first_step(_stack(vectors), valid)
 
-        # Backward still needs these codes after the update has written the new ones in place.
-        books = self._levels_of(copied(self.codebook) if updates and update == "step" else self.codebook)
-        quantized, indices, losses = zip(*(self._quantize(*pair, valid, levels) for pair in zip(parts, books, strict=True)), strict=True)
+        updates = self.training and self.has_ema and update != "none"
+        # An update overwrites codes that backward still needs.
+        codebooks = self._search_codebooks(saved_copy(self.codebook) if updates and update == "step" else self.codebook)
+        learned = codebooks if self.codebook_weight > 0 else codebooks.detach()
+        impl = choose_impl("residual_vector_quantize", None, unavailable(x.device, x.dtype), x, learned)
+        options = ResidualOptions(self.codebook_weight, self.commitment_weight, self.gradient == "rotation")
+        groups = zip(vectors, learned, strict=True)
+        outputs = [quantize_residual(v, c, valid, num_quantizers, self.metric, options, impl) for v, c in groups]
+        quantized, indices, losses = zip(*outputs, strict=True)
+
         if updates:
-            self._observe_levels(parts, books.detach(), indices, update, code_weights)
-        return self._merged(quantized, x, mask), self._positions_of(indices, x), torch.stack(losses).mean(0)
+            found = [residual_statistics(*group, impl) for group in zip(vectors, codebooks, indices, strict=True)]
+            counts, sums = (_stack(each) for each in zip(*found, strict=True))  # [groups, Q, K], [groups, Q, K, D]
+            self._gather(counts, sums, _stack(vectors), _stack(indices))
+            if update == "step":
+                apply_updates([self.take_update()], code_weights, self.synchronized)
+        return self._from_vectors(quantized, positions, mask), self._merge_indices(indices, positions), torch.stack(losses).mean(0)
 
-    def encode(self, x: Tensor, mask: Tensor | None = None, *, levels: int | Tensor | None = None) -> Tensor:
+    @renamed_arguments("ResidualVectorQuantizer", levels="num_quantizers")
+    def encode(self, x: Tensor, mask: Tensor | None = None, *, num_quantizers: int | Tensor | None = None) -> Tensor:
         """Indices of x as `forward` returns them, without losses, gradients or an update of the codebooks."""
         with torch.no_grad():
-            parts, valid = self._split(x, self._checked_mask(x, mask, None))
-            books = self._levels_of(self.codebook)
-            return self._positions_of([self._quantize(*pair, valid, levels)[1] for pair in zip(parts, books, strict=True)], x)
+            positions, mask = self._check_input(x, mask)
+            check_num_quantizers("ResidualVectorQuantizer", num_quantizers, self.num_quantizers, x.device)
+            vectors, valid = self._to_vectors(positions, mask)
+            impl = choose_impl("residual_vector_quantize", None, unavailable(x.device, x.dtype))
+            options = ResidualOptions(0.0, 0.0, False)
+            pairs = zip(vectors, self._search_codebooks(self.codebook), strict=True)
+            indices = [quantize_residual(v, c, valid, num_quantizers, self.metric, options, impl)[1] for v, c in pairs]
+            return self._merge_indices(indices, positions)
 
     def decode(self, indices: Tensor) -> Tensor:
         """What `forward` returns as `quantized` for these indices, of the codebook's dtype.
@@ -179,157 +275,210 @@ class ResidualVectorQuantizer(Codebooks):
         Differentiable in learned codebooks and in the projection.
 
         Args:
-            indices: int64, [..., q] or with groups [..., groups, q], of the first q <= Q levels; from the first -1 on, levels
-                add nothing, and where it is the first level's, the result is zero.
+            indices: int64, [..., q] or with groups [..., groups, q], of the first q <= Q quantizers. From the first -1 on,
+                quantizers add nothing; where the first one's index is -1, the result is zero.
 
         Raises:
             TypeError: indices that are not int64.
-            ValueError: more levels or other groups than there are.
+            ValueError: more quantizers or other groups than the layer has.
         """
         if indices.dtype != torch.int64:
-            raise TypeError(f"{type(self).__name__}.decode: indices must be int64, got {indices.dtype}.")
+            raise TypeError(f"ResidualVectorQuantizer.decode: indices must be int64, got {indices.dtype}.")
         shape = list(indices.shape)
-        fits = len(shape) > 0 and 1 <= shape[-1] <= self.num_levels and (self.groups == 1 or shape[-2:-1] == [self.groups])
+        fits = len(shape) > 0 and 1 <= shape[-1] <= self.num_quantizers and (self.groups == 1 or shape[-2:-1] == [self.groups])
         groups = f"{self.groups}, " if self.groups > 1 else ""
-        self.check(f"indices must have shape [..., {groups}q] with 1 <= q <= {self.num_levels}", shape, fits)
-        by_group = indices.unsqueeze(-2) if self.groups == 1 else indices
-        codes = torch.cat([_sum_of_codes(*pair) for pair in zip(self._levels_of(self.codebook), by_group.unbind(-2), strict=True)], -1)
+        rule = f"indices must have shape [..., {groups}q] with 1 <= q <= {self.num_quantizers}"
+        check("ResidualVectorQuantizer", rule, shape, fits)
+        indices = indices.unsqueeze(-2) if self.groups == 1 else indices
+        pairs = zip(self._search_codebooks(self.codebook), indices.unbind(-2), strict=True)
+        codes = torch.cat([_sum_of_codes(*pair) for pair in pairs], -1)
         if self.project_out is not None:
-            codes = torch.where((by_group[..., :1, 0] >= 0), self.project_out(codes), 0)
+            codes = torch.where(indices[..., :1, 0] >= 0, self.project_out(codes), 0)
         return codes.movedim(-1, self.channel_dim).contiguous()
 
     @torch.no_grad()
     def init_codes(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Set the codes from the vectors of x, as `VectorQuantizer.init_codes`: every level's from its residuals."""
-        parts, valid = self._split(x, self._checked_mask(x, mask, None))
-        self._init_from(_stacked(parts), None if valid is None else valid.expand(self.groups, *valid.shape))
+        """Set the codes from the vectors of x, as `VectorQuantizer.init_codes`: each quantizer's from its residuals."""
+        vectors, valid = self._to_vectors(*self._check_input(x, mask))
+        self._init_from(_stack(vectors), valid)
 
-    usage = VectorQuantizer.usage
-    _checked_mask = VectorQuantizer._checked_mask
+    @torch.no_grad()
+    def set_codes(self, codes: Tensor, counts: Tensor | None = None) -> None:
+        """Set the codebooks, and the averages as if each code had `counts` vectors (None: one), all equal to it."""
+        averages = (self.counts, self.sums) if self.has_ema else (None, None)
+        set_codes_(self.codebook, *averages, codes, counts, normalize=self.metric == "cosine")
+        self._mark_initialized()
 
-    def _drawn_levels(self) -> Tensor:
-        """A number of levels for this step, on the device: a hash of the number of steps and the seed."""
+    def usage(self) -> CodeUsage:
+        """How the training steps use the codebooks, as `VectorQuantizer.usage`; over all codebooks together."""
+        rule = "usage of the codes needs a decay or replace_dead_below"
+        check("ResidualVectorQuantizer", rule, self.decay, self.has_ema)
+        return usage_from_counts(self.counts.double().flatten(), max(self.replace_dead_below, torch.finfo(torch.float32).tiny))
+
+    def take_update(self) -> CodebookUpdate:
+        """The update that is due by the statistics gathered since the last one, which are forgotten here."""
+        counts, sums = self._pending or (None, None)
+        valid = vectors_at = None
+        if self._last_step is not None:
+            vectors, indices = self._last_step  # [groups, outer, D, inner], [groups, outer, inner, Q]
+            # A quantizer's own residuals; for a shared codebook, the positions of the first quantizer.
+            own = indices[..., 0] if self.shared_codebook else indices.movedim(-1, 1).flatten(0, 1)
+            valid, vectors_at = (own >= 0).flatten(1), partial(self._residuals_at, vectors, indices)
+        self._pending = self._last_step = None
+        return CodebookUpdate(
+            codebook=self.codebook,
+            counts=self.counts,
+            sums=self.sums,
+            batch_counts=counts,
+            batch_sums=sums,
+            decay=self.usage_decay if self.decay is None else self.decay,
+            eps=self.eps,
+            normalize=self.metric == "cosine",
+            writes_codebook=self.decay is not None,
+            replace_below=self.replace_dead_below,
+            num_updates=self.num_updates if self.replace_dead_below > 0 else None,
+            valid=valid,
+            vectors_at=vectors_at,
+        )
+
+    def check_code_weights(self, code_weights: CodeWeights | None) -> None:
+        """Raise a ValueError for weights that do not fit the codebooks."""
+        check_code_weights("ResidualVectorQuantizer", code_weights, self.codebook)
+
+    def _check_input(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None = None) -> tuple[Positions, Tensor | None]:
+        """Check x and view it as [outer, dim, inner]; the mask of its positions."""
+        channel, mask = check_input(
+            "ResidualVectorQuantizer", x, mask, lengths, dim=self.dim, channel_dim=self.channel_dim, dtype=self.codebook.dtype
+        )
+        if mask is not None and self.project_in is not None:
+            x = torch.where(mask.unsqueeze(channel), x, 0)  # otherwise a masked NaN could reach the gradients
+        return Positions(x, channel), mask
+
+    def _to_vectors(self, positions: Positions, mask: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """The vectors of each group, [outer, D, inner], and which are valid, [outer, inner]."""
+        vectors = positions.vectors
+        if self.project_in is not None:
+            vectors = project_vectors(self.project_in, vectors)
+        return vectors.unflatten(1, (self.groups, self.code_dim)).unbind(1), positions.view_mask(mask)
+
+    def _from_vectors(self, quantized: tuple[Tensor, ...], positions: Positions, mask: Tensor | None) -> Tensor:
+        """The quantized vectors [outer, D, inner] of the groups in the shape of x."""
+        joined = quantized[0] if self.groups == 1 else torch.cat(quantized, 1)
+        if self.project_out is None:
+            return positions.restore(joined)
+        joined = positions.restore(project_vectors(self.project_out, joined)).to(positions.vectors.dtype)
+        return joined if mask is None else torch.where(mask.unsqueeze(positions.channel), joined, 0)
+
+    def _merge_indices(self, indices: list[Tensor] | tuple[Tensor, ...], positions: Positions) -> Tensor:
+        """The indices [outer, inner, Q] of the groups in the shape of x without its channels, with groups and quantizers last."""
+        if self.groups == 1:
+            return positions.restore_indices(indices[0], self.num_quantizers)
+        return positions.restore_indices(torch.stack(list(indices), 2), self.groups, self.num_quantizers)
+
+    def _search_codebooks(self, codebook: Tensor) -> Tensor:
+        """The codes that are searched, [groups, Q, K, D]; for "cosine" a buffer holds unit vectors, a parameter need not."""
+        if self.metric == "cosine" and isinstance(self.codebook, nn.Parameter):
+            codebook = normalize_codes(codebook)
+        if self.shared_codebook:
+            return codebook.unsqueeze(1).expand(-1, self.num_quantizers, -1, -1)
+        return codebook.unflatten(0, (self.groups, self.num_quantizers))
+
+    def _random_num_quantizers(self) -> Tensor:
+        """How many quantizers this step runs, on the device: a hash of the number of steps and the seed."""
         bits = (self.num_steps + (0x9E3779B1 * (self.dropout_seed + 1) & 0x7FFFFFFF)) & 0x7FFFFFFF
         for multiplier in (0x2C1B3C6D, 0x297A2D39):
             bits = ((bits ^ (bits >> 15)) * multiplier) & 0x7FFFFFFF
         bits = bits ^ (bits >> 15)
-        levels = self.dropout_min_levels + bits % (self.num_levels - self.dropout_min_levels + 1)
+        number = self.dropout_min_quantizers + bits % (self.num_quantizers - self.dropout_min_quantizers + 1)
         multiple = self.dropout_multiple_of
-        return ((levels + multiple - 1) // multiple * multiple).clamp(max=self.num_levels)
+        return ((number + multiple - 1) // multiple * multiple).clamp(max=self.num_quantizers)
 
-    def _split(self, x: Tensor, mask: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """The groups' vectors, each [outer, D, inner], and which are valid, [outer, inner]."""
-        channel = self.channel_dim % x.dim()
-        if mask is not None and self.project_in is not None:
-            x = torch.where(mask.unsqueeze(channel), x, 0)  # else what is masked could make gradients NaN
-        positions = as_positions(x, channel)
-        valid = None if mask is None else mask.reshape(positions.shape[0], positions.shape[2])
-        if self.project_in is not None:
-            positions = project(self.project_in, positions)
-        return positions.unflatten(1, (self.groups, self.code_dim)).unbind(1), valid
+    def _gather(self, counts: Tensor, sums: Tensor, vectors: Tensor, indices: Tensor) -> None:
+        """Keep the statistics [groups, Q, ...] of a training step for the next update."""
+        counts, sums = (counts.sum(1), sums.sum(1)) if self.shared_codebook else (counts.flatten(0, 1), sums.flatten(0, 1))
+        self._pending = add_statistics(self._pending, counts, sums)
+        if self.replace_dead_below > 0:
+            self._last_step = vectors.detach(), indices
 
-    def _levels_of(self, codebook: Tensor) -> Tensor:
-        """[groups, Q, K, D], as the search sees them; a buffer holds unit vectors for "cosine", a parameter need not."""
-        books = self._normalized(codebook) if isinstance(self.codebook, nn.Parameter) else codebook
-        if self.shared_codebook:
-            return books.unsqueeze(1).expand(-1, self.num_levels, -1, -1)
-        return books.unflatten(0, (self.groups, self.num_levels))
+    def _residuals_at(self, vectors: Tensor, indices: Tensor, row: Tensor) -> Tensor:
+        """The residuals [codebooks, K, D] at positions `row` [codebooks, K] of a step.
 
-    def _quantize(self, part: Tensor, books: Tensor, valid: Tensor | None, levels: int | Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """`residual_vector_quantize` of one group: quantized [outer, D, inner], indices [outer, inner, Q], losses."""
-        return quantize_residual(
-            part,
-            books if self.codebook_weight > 0 else books.detach(),
-            codebook_weight=self.codebook_weight,
-            commitment_weight=self.commitment_weight,
-            gradient=self.gradient,
-            metric=self.metric,
-            channel_dim=1,
-            mask=valid,
-            levels=levels,
-        )
+        They are those of the codebook's quantizer; of a shared codebook, code k gets one of quantizer k % Q.
 
-    @torch.no_grad()
-    def _observe_levels(
-        self, parts: tuple[Tensor, ...], books: Tensor, indices: tuple[Tensor, ...], update: str, weights: Weights | None
-    ) -> None:
-        """Take the residuals of a training step into account; `observe` for levels."""
-        found = [residual_code_statistics(*group, channel_dim=1) for group in zip(parts, books, indices, strict=True)]
-        counts, sums = (_stacked(each) for each in zip(*found, strict=True))  # [groups, Q, K], [groups, Q, K, D]
-        assigned = _stacked(indices).movedim(-1, 1)  # [groups, Q, outer, inner]
-        if self.shared_codebook:
-            counts, sums = counts.sum(1), sums.sum(1)
-        else:
-            counts, sums = counts.flatten(0, 1), sums.flatten(0, 1)
-        self.gather_statistics(counts, sums, _stacked(parts), assigned)
-        if update == "step":
-            _update([self], weights)
-
-    def _valid_of(self, assigned: Tensor) -> Tensor:
-        """`Codebooks._valid_of` indices [groups, Q, outer, inner]: a level's own, for a shared codebook the first's."""
-        return (assigned[:, 0] if self.shared_codebook else assigned.flatten(0, 1)) >= 0
-
-    def _vectors_at(self, row: Tensor, vectors: Tensor, assigned: Tensor) -> Tensor:
-        """The residuals [books, K, D] at `row` [books, K]: of the book's level, or of all levels in turn where they share it."""
+        Args:
+            vectors: [groups, outer, D, inner].
+            indices: [groups, outer, inner, Q].
+        """
         group = torch.arange(len(row), device=row.device)
-        level = torch.arange(self.num_codes, device=row.device) % self.num_levels
+        quantizer = torch.arange(self.num_codes, device=row.device) % self.num_quantizers
         if not self.shared_codebook:
-            group, level = group // self.num_levels, (group % self.num_levels).unsqueeze(1)
+            group, quantizer = group // self.num_quantizers, (group % self.num_quantizers).unsqueeze(1)
         group = group.unsqueeze(1)
-        inner = vectors.shape[3]
-        residual = vectors.movedim(2, -1)[group, row // inner, row % inner].to(accumulator_dtype(vectors.dtype))
-        for before, books in enumerate(self._levels_of(self.codebook).unbind(1)):  # [groups, K, D]
-            index = assigned[group, before, row // inner, row % inner]
-            run = ((before < level) & (index >= 0)).unsqueeze(-1)
-            residual = torch.where(run, residual - books[group, index.clamp(min=0)], residual)
+        outer, inner = row // vectors.shape[3], row % vectors.shape[3]
+        residual = vectors.movedim(2, -1)[group, outer, inner].to(accumulator_dtype(vectors.dtype))
+        for q, codebook in enumerate(self._search_codebooks(self.codebook).unbind(1)):  # [groups, K, D]
+            index = indices[group, outer, inner, q]
+            before = ((q < quantizer) & (index >= 0)).unsqueeze(-1)
+            residual = torch.where(before, residual - codebook[group, index.clamp(min=0)], residual)
         return residual
 
+    @torch.compiler.disable(reason="codes start from data: call init_codes, or take the first training step, without torch.compile")
     @torch.no_grad()
+    def _init_in_first_step(self, vectors: Tensor, valid: Tensor | None) -> None:
+        if self.initialized:
+            self._needs_init = False
+        else:
+            self._init_from(vectors, valid)
+
     def _init_from(self, vectors: Tensor, valid: Tensor | None) -> None:
-        """`Codebooks._init_from` level by level: vectors [groups, outer, D, inner], valid [groups, outer, inner]."""
-        residual, levels = vectors.detach().to(accumulator_dtype(vectors.dtype)), []
-        for _ in range(1 if self.shared_codebook else self.num_levels):
-            found = self._codes_from(residual, valid)
-            if found is None:
+        """Set the codes of one quantizer after the other; vectors [groups, outer, D, inner], valid [outer, inner]."""
+        valid = None if valid is None else valid.expand(self.groups, *valid.shape)
+        options = {"init": self.init, "iterations": self.init_iterations, "metric": self.metric, "synchronized": self.synchronized}
+        residual, found = vectors.detach().to(accumulator_dtype(vectors.dtype)), []
+        for _ in range(1 if self.shared_codebook else self.num_quantizers):
+            codes_and_counts = codes_from_data(residual, valid, self.num_codes, **options)
+            if codes_and_counts is None:
                 return
-            codes, counts = self._normalized(found[0].to(residual)), found[1]
-            levels.append((codes, codes.new_ones(codes.shape[:2]) if counts is None else counts))
+            codes, counts = codes_and_counts
+            codes = normalize_codes(codes.to(residual)) if self.metric == "cosine" else codes.to(residual)
+            found.append((codes, counts))
             impl = choose_impl("nearest_code", None, search_unavailable(residual.device, residual.dtype))
             index = search(residual, codes, None, self.metric, impl)
             group = torch.arange(self.groups, device=index.device).view(-1, 1, 1)
             residual = residual - codes[group, index].transpose(2, 3)
-        self.set_codes(*(torch.stack(each, 1) for each in zip(*levels, strict=True)))
+        self.set_codes(*(torch.stack(each, 1) for each in zip(*found, strict=True)))
 
-    def _merged(self, quantized: tuple[Tensor, ...], x: Tensor, mask: Tensor | None) -> Tensor:
-        """The groups' quantized vectors [outer, D, inner] in the shape of x."""
-        channel = self.channel_dim % x.dim()
-        joined = quantized[0] if self.groups == 1 else torch.cat(quantized, 1)
-        if self.project_out is not None:
-            joined = project(self.project_out, joined)
-        joined = from_positions(joined, x, channel).to(x.dtype)
-        return joined if mask is None or self.project_out is None else torch.where(mask.unsqueeze(channel), joined, 0)
+    def _mark_initialized(self) -> None:
+        self._needs_init = False
+        if self.init != "uniform":
+            self.initialized.fill_(True)
 
-    def _positions_of(self, indices: list[Tensor] | tuple[Tensor, ...], x: Tensor) -> Tensor:
-        """The groups' indices [outer, inner, Q] in the shape of x without its channels, with groups and levels last."""
-        sizes = positions_shape(x, self.channel_dim % x.dim())
-        if self.groups == 1:
-            return indices[0].reshape(*sizes, self.num_levels)
-        return torch.stack(indices, 2).reshape(*sizes, self.groups, self.num_levels)
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if self.replace_dead_below > 0 and prefix + "counts" in state_dict:  # of a layer without dead-code replacement
+            state_dict.setdefault(prefix + "num_updates", torch.zeros_like(self.num_updates))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "codebook" in state_dict:
+            self._mark_initialized()
+            self._pending = self._last_step = None
+            if self.has_ema and prefix + "sums" not in state_dict:  # the averages are of other codes
+                self.counts.fill_(1)
+                self.sums.copy_(self.codebook.detach())
 
     def extra_repr(self) -> str:
-        return f"{self.num_levels}, {self.num_codes}, {self.dim}, groups={self.groups}, decay={self.decay}, channel_dim={self.channel_dim}"
+        sizes = f"{self.num_quantizers}, {self.num_codes}, {self.dim}"
+        return f"{sizes}, groups={self.groups}, decay={self.decay}, channel_dim={self.channel_dim}"
 
 
-def _stacked(groups: tuple[Tensor, ...]) -> Tensor:
-    """torch.stack, without a copy of the only one."""
+def _stack(groups: tuple[Tensor, ...]) -> Tensor:
+    """torch.stack, without a copy of a single tensor."""
     return groups[0].unsqueeze(0) if len(groups) == 1 else torch.stack(groups)
 
 
-def _sum_of_codes(books: Tensor, indices: Tensor) -> Tensor:
-    """Sum [..., D] of the codes of `indices` [..., q] in books [Q, K, D], the first level's first, up to an index of -1."""
+def _sum_of_codes(codebooks: Tensor, indices: Tensor) -> Tensor:
+    """Sum [..., D] of the codes of indices [..., q] in codebooks [Q, K, D], in order, up to the first index of -1."""
     present = (indices >= 0).cumprod(-1).bool()
-    total = torch.where(present[..., :1], F.embedding(indices[..., 0].clamp(min=0), books[0]), 0)
-    for level in range(1, indices.shape[-1]):
-        code = F.embedding(indices[..., level].clamp(min=0), books[level])
-        total = torch.where(present[..., level, None], total + code, total)
+    total = torch.where(present[..., :1], F.embedding(indices[..., 0].clamp(min=0), codebooks[0]), 0)
+    for q in range(1, indices.shape[-1]):
+        code = F.embedding(indices[..., q].clamp(min=0), codebooks[q])
+        total = torch.where(present[..., q, None], total + code, total)
     return total

@@ -1,104 +1,133 @@
-"""Vector quantization layer: a codebook learned by gradient or by exponential moving averages."""
+"""Vector quantization layer: a codebook learned by gradient or by EMA.
 
+Above 400 lines: a layer reads from top to bottom in one file, and a third of it is documentation.
+"""
+
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._deprecation import RenamedAttribute, renamed_arguments
 from ..ops._dispatch import choose_impl
-from ..ops._layout import as_positions, from_positions, positions_shape
+from ..ops._layout import Positions
 from ..ops._noise import first_sample
-from ..ops._precision import accumulator_dtype
-from ..ops._validate import check_channel_dim, check_float, check_positions, check_tensor
-from ..ops.code_entropy import code_entropy
+from ..ops._validate import check
+from ..ops.code_statistics import statistics
 from ..ops.nearest_code import search
 from ..ops.nearest_code import unavailable as search_unavailable
 from ..ops.sample_code import draw_codes
-from ..ops.vector_quantize import GRADIENTS, quantize
-from ..ops.vector_quantize import unavailable as quantize_unavailable
-from ._codebooks import UPDATES, Codebooks, Weights, copied, project
+from ..ops.vector_quantize import GRADIENTS, quantize, unavailable
+from ._channels import project_vectors
+from ._code_usage import CodeUsage, code_usage, usage_from_counts
+from ._codebook_init import codes_from_data, uniform_codes
+from ._codebook_losses import diversity_loss, orthogonal_loss
+from ._ema import (
+    CodebookUpdate,
+    CodeWeights,
+    add_statistics,
+    apply_updates,
+    check_code_weights,
+    check_codebook_options,
+    check_update,
+    normalize_codes,
+    saved_copy,
+    set_codes_,
+)
+from ._vectors import check_input, fold, look_up, merge_heads, merge_indices, number_codes, rows_at, split_heads, split_mask
+
+__all__ = ["CodeUsage", "LossTerms", "VectorQuantizer", "code_usage"]
 
 
 class LossTerms(NamedTuple):
     """The terms of a quantizer's loss before their weights; scalars."""
 
     error: Tensor
-    """Mean squared difference of the vectors and their codes, as in the commitment and codebook terms; 0 where both have no weight."""
+    """Mean squared difference of the vectors and their codes, as in the commitment and codebook losses; 0 where both have no weight."""
     diversity: Tensor
-    """Negative entropy of the batch's mean distribution over the codes, in nats; 0 where it has no weight."""
+    """Negative entropy of the batch mean of the code probabilities, in nats; 0 where it has no weight."""
     orthogonal: Tensor
-    """Mean squared cosine between two codes, less what a code has with itself; 0 where it has no weight."""
+    """Mean squared cosine between two different codes; 0 where it has no weight."""
 
 
-class VectorQuantizer(Codebooks):
+class VectorQuantizer(nn.Module):
     """Replaces every vector by its nearest code; van den Oord et al., "Neural Discrete Representation Learning" (2017).
 
-    With `decay=None` the codebook is a parameter that learns from the loss. With a `decay` it is a buffer that, in
-    training mode, follows moving averages of the vectors assigned to each code (appendix A.1 of the paper):
+    With `decay=None` the codebook is a parameter that learns from the loss. With a `decay` it is a buffer that training
+    steps update by EMA (appendix A.1 of the paper):
 
         counts.lerp_(n, 1 - decay)                                          # n [K], s [K, D]: this batch's
         sums.lerp_(s, 1 - decay)                                            # code_statistics
         smoothed = (counts + eps) / (counts.sum() + K * eps) * counts.sum()
         codebook = sums / smoothed[:, None]
 
-    The output of a step is quantized with the codebook from before its update, and nothing waits for the device.
+    A step is quantized with the codebook from before its update. Nothing synchronizes with the device.
 
-    Under torch.distributed n and s are summed over all processes, so that their codebooks stay equal and are those of one
-    process on the joined batch: in training mode every process must take part in every step, if only with an empty batch.
-    A codebook that learns by gradient stays equal by its averaged gradients (DistributedDataParallel).
+    Under torch.distributed n and s are summed over ranks, so the codebooks match single-process training on the global batch.
+    Every rank must take part in every training step, if only with an empty batch. A codebook that learns by gradient stays
+    equal through its averaged gradients (DistributedDataParallel).
 
     Args:
         num_codes: K.
         dim: length of the channel dimension of x.
-        code_dim: D, the length of a code; None for dim / heads. Where heads * D is not dim, a linear layer before the
-            search and one after it change the dimension.
-        heads: parts that a vector is cut into, each quantized on its own.
-        separate_codebooks: each head has a codebook of its own; otherwise all share one.
-        decay: of the moving averages, 0 <= decay < 1; None for a codebook that learns by gradient.
-        usage_decay: of the counts that `revive_below` looks at, where decay is None.
+        code_dim: D, the length of a code; None for dim / heads. Where heads * D is not dim, linear layers before and after
+            the quantizer change the dimension.
+        heads: number of parts that a vector is cut into, each quantized on its own.
+        separate_codebooks: give each head a codebook of its own; otherwise all share one.
+        decay: of the EMA, 0 <= decay < 1; None for a codebook that learns by gradient.
+        usage_decay: of the counts that `replace_dead_below` looks at, where decay is None.
         eps: Laplace smoothing of the counts, positive; only with a decay.
-        codebook_weight: weight of the loss term that moves codes to vectors. With a decay that term is left out.
-        commitment_weight: weight of the loss term that moves vectors to codes.
-        diversity_weight: weight of the negative entropy, in nats, of the batch's mean of softmax(-diversity_temperature *
+        codebook_weight: weight of the loss term that moves codes to vectors; that term is left out with a decay.
+        commitment_weight: weight of the commitment loss, which moves vectors to codes.
+        diversity_weight: weight of the negative entropy, in nats, of the batch mean of softmax(-diversity_temperature *
             distance) over the codes, which keeps many codes in use; distance is Euclidean, or minus the cosine
-            (`genperf.code_entropy`, no matrix of vectors by codes).
-        diversity_temperature: see there; an inverse temperature, positive.
+            (`genperf.code_entropy`, no [N, K] matrix).
+        diversity_temperature: inverse temperature of that softmax, positive.
         orthogonal_weight: weight of the mean squared cosine between codes (Shin et al., "Translation-equivariant Image
-            Quantizer", 2021), from the D x D Gram matrix. The codebook is then a parameter even with a decay, though
-            averages soon take back what the optimizer did to it: the term is meant for codes that learn by gradient.
+            Quantizer", 2021), from the D x D Gram matrix. The codebook is then a parameter even with a decay. The term is meant
+            for codes that learn by gradient: an EMA soon undoes the optimizer's step.
         orthogonal_used_only: count only the codes that the batch uses.
         orthogonal_max_codes: count at most this many codes, drawn at random in every step; None for all.
         gradient: "straight_through" or "rotation", as in `genperf.vector_quantize`.
         metric: "euclidean", or "cosine": vectors and codes are divided by their norms, and quantized are unit vectors.
         channel_dim: the dimension of x that holds a vector; 1 for images [B, D, H, W].
-        init: "uniform" draws codes from (-1/K, 1/K), made unit vectors for "cosine". The others also do so, and replace
-            the codes from the first training batch (`init_codes`), unless codes were loaded before: then no code starts
-            out of reach. "data" takes random vectors of it, "kmeans" the centers that `genperf.kmeans` finds in it.
-            That step waits for the device; under torch.compile(fullgraph=True) call `init_codes` before it.
+        init: "uniform" draws codes from (-1/K, 1/K), made unit vectors for "cosine". "data" and "kmeans" start the same way and
+            replace the codes in the first training step (`init_codes`), unless codes were loaded before: "data" by random
+            vectors of the batch, "kmeans" by the centers that `genperf.kmeans` finds in it. That step synchronizes with the
+            device; under torch.compile(fullgraph=True) call `init_codes` before it.
         init_iterations: of k-means.
-        revive_below: a code whose moving count falls below it is replaced by a vector of the batch; 0 for never. The
-            vectors stand evenly spaced in the (joined) batch, from another start in every step; where there are fewer
-            vectors than codes, some codes wait for a later step.
-        sample_temperature: in training, draw the codes from softmax(-distance / temperature) in place of the nearest
+        replace_dead_below: dead-code replacement: a code whose EMA count falls below this is replaced by a vector of the batch;
+            0 for never. Replacements are taken at evenly spaced positions of the global batch, with a new offset each step;
+            where there are fewer vectors than codes, some codes wait for a later step.
+        sample_temperature: in training, draw the codes from softmax(-distance / temperature) instead of taking the nearest
             (`genperf.sample_code`); 0 for the nearest.
-        update: "step": training steps update the codebook. "accumulate": `update_codebooks` does, once for many
-            micro-batches and with one collective for all layers. "none": the averages and the codes they move stay.
+        update: "step": every training step updates the codebook. "accumulate": `update_codebooks` does, once for many
+            micro-batches and with one all-reduce for all layers. "none": averages and codes are frozen.
 
     Attributes:
         codebook: [K, D], or with separate codebooks [heads, K, D]; a parameter, or with a decay a buffer.
-        counts, sums: [K] and [K, D], or with heads, buffers that exist with a decay or revival; they start as ones and as
-            the codebook.
-        num_updates: int64, a buffer that exists with revival, which draws by it.
+        counts, sums: [K] and [K, D], or with heads, the averages; buffers that exist with a decay or dead-code replacement.
+            They start as ones and as the codebook.
+        num_updates: int64, the number of updates; a buffer that exists with dead-code replacement.
         project_in, project_out: the linear layers, or None.
 
     Raises:
         ValueError: an argument outside its range.
     """
 
-    # The logarithms of the diversity term take no smaller probabilities than this.
-    _diversity_epsilon = 0.0
+    # Whether statistics are summed over ranks.
+    synchronized = True
 
+    revive_below = RenamedAttribute("replace_dead_below")
+
+    counts: Tensor
+    sums: Tensor
+    num_updates: Tensor
+    initialized: Tensor
+
+    @renamed_arguments("VectorQuantizer", revive_below="replace_dead_below")
     def __init__(
         self,
         num_codes: int,
@@ -122,43 +151,46 @@ class VectorQuantizer(Codebooks):
         channel_dim: int = -1,
         init: str = "uniform",
         init_iterations: int = 10,
-        revive_below: float = 0.0,
+        replace_dead_below: float = 0.0,
         sample_temperature: float = 0.0,
         update: str = "step",
     ) -> None:
-        self.check("dim must be at least 1", dim, dim >= 1)
-        self.check("heads must be at least 1", heads, heads >= 1)
+        super().__init__()
+        name = type(self).__name__
+        check(name, "dim must be at least 1", dim, dim >= 1)
+        check(name, "heads must be at least 1", heads, heads >= 1)
         if code_dim is None:
-            self.check("dim must be divisible by heads where code_dim is not given", (dim, heads), dim % heads == 0)
+            check(name, "dim must be divisible by heads where code_dim is not given", (dim, heads), dim % heads == 0)
             code_dim = dim // heads
-        for name, weight in (
-            ("codebook_weight", codebook_weight),
-            ("commitment_weight", commitment_weight),
-            ("diversity_weight", diversity_weight),
-            ("orthogonal_weight", orthogonal_weight),
-            ("sample_temperature", sample_temperature),
-        ):
-            self.check(f"{name} must not be negative", weight, weight >= 0)
-        self.check("diversity_temperature must be positive", diversity_temperature, diversity_temperature > 0)
+        check(name, "codebook_weight must not be negative", codebook_weight, codebook_weight >= 0)
+        check(name, "commitment_weight must not be negative", commitment_weight, commitment_weight >= 0)
+        check(name, "diversity_weight must not be negative", diversity_weight, diversity_weight >= 0)
+        check(name, "orthogonal_weight must not be negative", orthogonal_weight, orthogonal_weight >= 0)
+        check(name, "sample_temperature must not be negative", sample_temperature, sample_temperature >= 0)
+        check(name, "diversity_temperature must be positive", diversity_temperature, diversity_temperature > 0)
         codes_left = orthogonal_max_codes is None or orthogonal_max_codes >= 2
-        self.check("orthogonal_max_codes must be None or at least 2", orthogonal_max_codes, codes_left)
-        self.check(f"gradient must be one of {', '.join(GRADIENTS)}", gradient, gradient in GRADIENTS)
-        super().__init__(
-            num_codes,
-            code_dim,
-            books=heads if separate_codebooks else None,
+        check(name, "orthogonal_max_codes must be None or at least 2", orthogonal_max_codes, codes_left)
+        check(name, f"gradient must be one of {', '.join(GRADIENTS)}", gradient, gradient in GRADIENTS)
+        check_codebook_options(
+            name,
+            num_codes=num_codes,
+            code_dim=code_dim,
             decay=decay,
             usage_decay=usage_decay,
             eps=eps,
             metric=metric,
             init=init,
             init_iterations=init_iterations,
-            revive_below=revive_below,
-            learned=orthogonal_weight > 0,
+            replace_dead_below=replace_dead_below,
             update=update,
         )
+        self.num_codes = num_codes
         self.dim = dim
+        self.code_dim = code_dim
         self.heads = heads
+        self.decay = decay
+        self.usage_decay = usage_decay if decay is None else decay
+        self.eps = eps
         self.codebook_weight = codebook_weight if decay is None else 0.0
         self.commitment_weight = commitment_weight
         self.diversity_weight = diversity_weight
@@ -167,11 +199,43 @@ class VectorQuantizer(Codebooks):
         self.orthogonal_used_only = orthogonal_used_only
         self.orthogonal_max_codes = orthogonal_max_codes
         self.gradient = gradient
+        self.metric = metric
         self.channel_dim = channel_dim
+        self.init = init
+        self.init_iterations = init_iterations
+        self.replace_dead_below = replace_dead_below
         self.sample_temperature = sample_temperature
+        self.update = update
+
+        shape = (heads, num_codes, code_dim) if separate_codebooks else (num_codes, code_dim)
+        codebook = uniform_codes(*shape)
+        codebook = normalize_codes(codebook) if metric == "cosine" else codebook
+        if decay is None or orthogonal_weight > 0:
+            self.codebook = nn.Parameter(codebook)
+        else:
+            self.register_buffer("codebook", codebook)
+        if self.has_ema:
+            self.register_buffer("counts", torch.ones(shape[:-1]))
+            self.register_buffer("sums", codebook.clone())
+        if replace_dead_below > 0:
+            self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        # Asked on the host, which costs no synchronization. The buffer is for DistributedDataParallel, which broadcasts it with
+        # codes that one rank alone may have loaded.
+        self._needs_init = init != "uniform"
+        if self._needs_init:
+            self.register_buffer("initialized", torch.tensor(False), persistent=False)
+        # Statistics of the training steps since the last update, and the vectors and indices of the last one.
+        self._pending: tuple[Tensor, Tensor] | None = None
+        self._last_step: tuple[Tensor, Tensor] | None = None
+
         projects = heads * code_dim != dim
         self.project_in = nn.Linear(dim, heads * code_dim) if projects else None
         self.project_out = nn.Linear(heads * code_dim, dim) if projects else None
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether training steps gather statistics: for codes that learn by EMA, or for dead-code replacement."""
+        return self.decay is not None or self.replace_dead_below > 0
 
     def forward(
         self,
@@ -180,7 +244,7 @@ class VectorQuantizer(Codebooks):
         *,
         lengths: Tensor | None = None,
         update: str | None = None,
-        code_weights: Weights | None = None,
+        code_weights: CodeWeights | None = None,
         return_terms: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, LossTerms]:
         """Quantize x.
@@ -189,9 +253,9 @@ class VectorQuantizer(Codebooks):
             x: [..., D, ...], of the codebook's dtype, or half precision with a float32 codebook; the linear layers then
                 compute in x's dtype.
             mask: bool, x's shape without channel_dim; where False a vector is left out: quantized 0, index -1, no part
-                in loss, gradients and moving averages.
+                in loss, gradients and averages.
             lengths: int64 or int32, [B], in place of a mask: of row i of x [B, T, D] (or [B, D, T]) the first lengths[i] vectors count.
-            update: in place of the attribute `update`.
+            update: overrides the attribute `update`.
             code_weights: as in `update_codebooks`.
             return_terms: also return the terms of the loss.
 
@@ -203,37 +267,54 @@ class VectorQuantizer(Codebooks):
         Raises:
             ValueError, TypeError: arguments that do not fit; the codebook has not changed then.
         """
-        mask = self._checked_mask(x, mask, lengths)
+        positions, mask = self._check_input(x, mask, lengths)
         update = self.update if update is None else update
-        self.check(f"update must be one of {', '.join(UPDATES)}", update, update in UPDATES)
+        check_update("VectorQuantizer", update)
         self.check_code_weights(code_weights)
-        updates = self.training and self.follows and update != "none"
-        vectors, valid = self._split(x, mask)
-        if self.training and self._awaits_data:
-            self._start_from(vectors, valid)
+        vectors, valid = self._to_vectors(positions, mask)
+        if self.training and self._needs_init:
+            self._init_in_first_step(vectors, valid)
 
-        # Backward still needs these codes after the update has written the new ones in place.
-        books = self._books_in_use(copied(self.codebook) if updates and update == "step" else self.codebook)
-        assigned = self._assign(vectors, books, valid, self.sample_temperature if self.training else 0.0, self._first_vector(vectors, x))
-        folded, indices = _fold(vectors), _fold(self._numbered(assigned))
+        updates = self.training and self.has_ema and update != "none"
+        # An update overwrites codes that backward still needs.
+        codebook = self._search_codebook(saved_copy(self.codebook) if updates and update == "step" else self.codebook)
+        codes = (codebook if self.codebook_weight > 0 else codebook.detach()).flatten(0, 1)
+        impl = choose_impl("vector_quantize", None, unavailable(vectors.device, vectors.dtype), vectors, codes)
+        if self.training and self.sample_temperature > 0:
+            indices = self._sample(vectors, codebook, valid, x)
+        else:
+            indices = search(vectors.detach(), codebook.detach(), valid, self.metric, impl)
+        folded, numbered = fold(vectors), fold(number_codes(indices, self.num_codes))
         weights = self.codebook_weight, self.commitment_weight
-        codes = (books if self.codebook_weight > 0 else books.detach()).flatten(0, 1)
-        impl = choose_impl("vector_quantize", None, quantize_unavailable(x.device, folded.dtype), folded, codes)
-        quantized, loss = quantize(folded, codes, indices, *weights, self.gradient, impl)
-        diversity, orthogonal = self._diversity(vectors, books, valid), self._orthogonality(books, assigned)
-        terms = LossTerms(loss / (sum(weights) or 1.0), diversity, orthogonal)
-        loss = loss + self.diversity_weight * terms.diversity + self.orthogonal_weight * terms.orthogonal
+        quantized, loss = quantize(folded, codes, numbered, *weights, self.gradient, impl)
+
+        error, diversity, orthogonal = loss, loss.new_zeros(()), loss.new_zeros(())
+        if self.training and self.diversity_weight > 0:
+            options = {"inverse_temperature": self.diversity_temperature, "metric": self.metric}
+            diversity = diversity_loss(vectors, codebook, valid, **options)
+            loss = loss + self.diversity_weight * diversity
+        if self.training and self.orthogonal_weight > 0:
+            options = {"used_only": self.orthogonal_used_only, "max_codes": self.orthogonal_max_codes}
+            orthogonal = orthogonal_loss(codebook, indices, **options)
+            loss = loss + self.orthogonal_weight * orthogonal
+
         if updates:
-            self.observe(folded, indices, vectors, assigned, update, code_weights)
-        outputs = self._merged(quantized, x, mask), self._positions_of(assigned, x), loss
-        return (*outputs, terms) if return_terms else outputs
+            counts, sums = statistics(folded.detach(), numbered, len(codes), None, None, impl)
+            self._gather(counts, sums, vectors, indices)
+            if update == "step":
+                apply_updates([self.take_update()], code_weights, self.synchronized)
+
+        outputs = self._from_vectors(quantized, positions, mask), merge_indices(indices, positions.sizes, self.heads), loss
+        return (*outputs, LossTerms(error / (sum(weights) or 1.0), diversity, orthogonal)) if return_terms else outputs
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Indices of the nearest codes of x as `forward` returns them, without loss, gradients or an update of the codebook."""
         with torch.no_grad():
-            mask = self._checked_mask(x, mask, None)
-            vectors, valid = self._split(x, mask)
-            return self._positions_of(self._assign(vectors, self._books_in_use(self.codebook), valid), x)
+            positions, mask = self._check_input(x, mask)
+            vectors, valid = self._to_vectors(positions, mask)
+            impl = choose_impl("nearest_code", None, search_unavailable(vectors.device, vectors.dtype))
+            indices = search(vectors, self._search_codebook(self.codebook), valid, self.metric, impl)
+            return merge_indices(indices, positions.sizes, self.heads)
 
     def decode(self, indices: Tensor) -> Tensor:
         """What `forward` returns as `quantized` for these indices, of the codebook's dtype; zeros where an index is -1.
@@ -243,213 +324,146 @@ class VectorQuantizer(Codebooks):
         Raises:
             TypeError: indices that are not int64.
         """
-        codes = self.codes_of(indices)
-        if self.project_out is not None:
-            present = indices if self.heads == 1 else indices[..., 0]
-            codes = torch.where((present >= 0).unsqueeze(-1), self.project_out(codes), 0)
-        return codes.movedim(-1, self.channel_dim).contiguous()
-
-    def codes_of(self, indices: Tensor) -> Tensor:
-        """The codes of `indices`, [..., heads * D], before project_out; zeros where an index is -1."""
         if indices.dtype != torch.int64:
-            raise TypeError(f"{type(self).__name__}.decode: indices must be int64, got {indices.dtype}.")
-        books = self._books_in_use(self.codebook)
+            raise TypeError(f"VectorQuantizer.decode: indices must be int64, got {indices.dtype}.")
         indices = indices.unsqueeze(-1) if self.heads == 1 else indices
-        first = torch.arange(len(books), device=indices.device) * self.num_codes  # of each head, or one for all
-        codes = F.embedding(indices.clamp(min=0) + first, books.flatten(0, 1))
-        return torch.where(indices.unsqueeze(-1) >= 0, codes, 0).flatten(-2)
+        codes = look_up(self._search_codebook(self.codebook), indices)
+        if self.project_out is not None:
+            codes = torch.where(indices[..., :1] >= 0, self.project_out(codes), 0)
+        return codes.movedim(-1, self.channel_dim).contiguous()
 
     @torch.no_grad()
     def init_codes(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Set the codes from the vectors of x as `init` says ("uniform": as "data"), with torch's default generator for a seed.
+        """Set the codes from the vectors of x as `init` says ("uniform": as "data"), seeded from torch's default generator.
 
         "data": random vectors, each drawn once before any is drawn twice. Where x has no vector (the mask is False
-        everywhere) the codes stay. Under torch.distributed every process must call it; all end with the same codes, those of
-        the joined batch with the seed of process 0.
+        everywhere) the codes stay. Under torch.distributed every rank must call it; the codes are those of the global batch
+        with the seed of rank 0.
         """
-        self._init_from(*self._split(x, self._checked_mask(x, mask, None)))
+        self._init_from(*self._to_vectors(*self._check_input(x, mask)))
 
-    def usage(self) -> "CodeUsage":
-        """How the moving averages of the training steps use the codebook; of all books together where there are several.
+    @torch.no_grad()
+    def set_codes(self, codes: Tensor, counts: Tensor | None = None) -> None:
+        """Set the codebook, and the averages as if each code had `counts` vectors (None: one), all equal to it."""
+        averages = (self.counts, self.sums) if self.has_ema else (None, None)
+        set_codes_(self.codebook, *averages, codes, counts, normalize=self.metric == "cosine")
+        self._mark_initialized()
 
-        A code is in use where its averaged count reaches revive_below, or without revival is not 0.
+    def usage(self) -> CodeUsage:
+        """How the training steps use the codebook, from the EMA counts; over all codebooks where there are several.
+
+        A code is used where its averaged count reaches replace_dead_below, or without replacement is not 0.
         """
-        self.check("usage is of the moving averages: it needs a decay or revive_below", self.decay, self.follows)
-        return _usage_of(self.counts.double().flatten(), max(self.revive_below, torch.finfo(torch.float32).tiny))
+        check("VectorQuantizer", "usage of the codes needs a decay or replace_dead_below", self.decay, self.has_ema)
+        return usage_from_counts(self.counts.double().flatten(), max(self.replace_dead_below, torch.finfo(torch.float32).tiny))
 
-    def _checked_mask(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
-        """The mask of x's positions that `mask` or `lengths` stand for."""
-        name = type(self).__name__
-        check_tensor(name, "x", x)
-        channel = check_channel_dim(name, x, self.channel_dim)
-        check_float(name, "x", x)
-        self.check(f"x must have {self.dim} channels in dimension {self.channel_dim}", list(x.shape), x.shape[channel] == self.dim)
-        self._check_dtype(x)
-        if lengths is not None:
-            check_tensor(name, "lengths", lengths)
-            self.check("only one of mask and lengths can be given", "both", mask is None)
-            self.check("with lengths, x must be [B, T, D] or [B, D, T]", list(x.shape), x.dim() == 3 and channel != 0)
-            fits = lengths.shape == x.shape[:1] and lengths.dtype in (torch.int64, torch.int32)
-            self.check("lengths must hold an integer for each row of x", (list(lengths.shape), lengths.dtype), fits)
-            steps = torch.arange(x.shape[3 - channel], device=x.device)
-            mask = steps < lengths.unsqueeze(1)
-        if mask is not None:
-            check_tensor(name, "mask", mask)
-            if mask.dtype != torch.bool:
-                raise TypeError(f"{name}: mask must be bool, got {mask.dtype}.")
-            check_positions(name, "mask", mask, x, channel)
-        return mask
+    def take_update(self) -> CodebookUpdate:
+        """The update that is due by the statistics gathered since the last one, which are forgotten here."""
+        counts, sums = self._pending or (None, None)
+        valid = vectors_at = None
+        if self._last_step is not None:
+            vectors, indices = self._last_step
+            valid, vectors_at = (indices >= 0).flatten(1), partial(rows_at, vectors)
+        self._pending = self._last_step = None
+        return CodebookUpdate(
+            codebook=self.codebook,
+            counts=self.counts,
+            sums=self.sums,
+            batch_counts=counts,
+            batch_sums=sums,
+            decay=self.usage_decay if self.decay is None else self.decay,
+            eps=self.eps,
+            normalize=self.metric == "cosine",
+            writes_codebook=self.decay is not None,
+            replace_below=self.replace_dead_below,
+            num_updates=self.num_updates if self.replace_dead_below > 0 else None,
+            valid=valid,
+            vectors_at=vectors_at,
+        )
 
-    def _split(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The vectors that are searched, [books, outer, D, inner], and which of them are valid, [books, outer, inner]."""
-        channel = self.channel_dim % x.dim()
+    def check_code_weights(self, code_weights: CodeWeights | None) -> None:
+        """Raise a ValueError for weights that do not fit the codebook."""
+        check_code_weights("VectorQuantizer", code_weights, self.codebook)
+
+    def _check_input(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None = None) -> tuple[Positions, Tensor | None]:
+        """Check x and view it as [outer, dim, inner]; the mask of its positions."""
+        channel, mask = check_input(
+            "VectorQuantizer", x, mask, lengths, dim=self.dim, channel_dim=self.channel_dim, dtype=self.codebook.dtype
+        )
         if mask is not None and (self.project_in is not None or self.metric == "cosine"):
-            x = torch.where(mask.unsqueeze(channel), x, 0)  # else what is masked could make gradients NaN
-        positions = as_positions(x, channel)
-        if positions.stride(1) == 1 and (self.heads > 1 or self.project_in is not None):
-            positions = positions.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # which to cut, or to project, takes no copy
-        outer, _, inner = positions.shape
-        if self.project_in is not None:
-            positions = project(self.project_in, positions)
-        vectors = self._by_book(positions.reshape(outer * self.heads, self.code_dim, inner))
+            x = torch.where(mask.unsqueeze(channel), x, 0)  # otherwise a masked NaN could reach the gradients
+        return Positions(x, channel), mask
+
+    def _to_vectors(self, positions: Positions, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The vectors that are searched, [codebooks, outer, D, inner], and which of them are valid, [codebooks, outer, inner]."""
+        vectors, mask = positions.vectors, positions.view_mask(mask)
+        if self.project_in is not None or self.heads > 1:
+            if vectors.stride(1) == 1:  # no copy to project or to cut heads
+                vectors = vectors.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+                mask = None if mask is None else mask.reshape(-1, 1)
+            if self.project_in is not None:
+                vectors = project_vectors(self.project_in, vectors)
+        codebooks = self.heads if self.codebook.dim() == 3 else 1
+        vectors = split_heads(vectors, self.heads, codebooks)
         if self.metric == "cosine":
             vectors = F.normalize(vectors, dim=2, eps=1e-6)
-        if mask is not None:
-            mask = mask.reshape(outer, 1, inner).expand(-1, self.heads, -1)
-            mask = self._by_book(mask.reshape(outer * self.heads, inner))
-        return vectors, mask
+        return vectors, split_mask(mask, self.heads, codebooks)
 
-    def _by_book(self, t: Tensor) -> Tensor:
-        """View t [outer * heads, ...] as [books, outer or outer * heads, ...]."""
-        books = len(self.books)
-        return t.unflatten(0, (t.shape[0] // books, books)).transpose(0, 1)
-
-    def _books_in_use(self, codebook: Tensor) -> Tensor:
-        """[books, K, D], as the search sees them; a buffer holds unit vectors for "cosine", a parameter need not."""
-        codebook = codebook if codebook.dim() == 3 else codebook.unsqueeze(0)
-        return self._normalized(codebook) if isinstance(self.codebook, nn.Parameter) else codebook
-
-    def _assign(self, vectors: Tensor, books: Tensor, valid: Tensor | None, temperature: float = 0.0, first: int = 0) -> Tensor:
-        """The codes [books, outer, inner] of the vectors, drawn with the noise of the vectors first, first + 1, ... of a larger batch."""
-        vectors, books = vectors.detach(), books.detach()
-        if temperature > 0:
-            logits = "dot" if self.metric == "cosine" else "distance"
-            return draw_codes(vectors, books, temperature, logits, 2, valid, first=first)
-        impl = choose_impl("nearest_code", None, search_unavailable(vectors.device, vectors.dtype))
-        return search(vectors, books, valid, self.metric, impl)
-
-    def _first_vector(self, vectors: Tensor, x: Tensor) -> int:
-        """The number, in each book, of the first vector of the sample that `genperf.sample_offset` names."""
-        batch = 0 if self.channel_dim % x.dim() == 0 else x.shape[0]
-        return first_sample() * (vectors.shape[1] * vectors.shape[3] // batch) if batch > 0 else 0
-
-    def _numbered(self, assigned: Tensor) -> Tensor:
-        """The codes [books, outer, inner], numbered over all books."""
-        if len(assigned) == 1:
-            return assigned
-        first = torch.arange(len(assigned), device=assigned.device) * self.num_codes
-        return torch.where(assigned < 0, -1, assigned + first.view(-1, 1, 1))
-
-    def _diversity(self, vectors: Tensor, books: Tensor, valid: Tensor | None) -> Tensor:
-        """Negative entropy of the mean distribution over the codes; 0 outside training and without a weight."""
-        if not (self.training and self.diversity_weight > 0):
-            return books.new_zeros(())
-        _, entropy = code_entropy(
-            vectors,
-            books,
-            temperature=1 / self.diversity_temperature,
-            logits="dot" if self.metric == "cosine" else "distance",
-            channel_dim=2,
-            mask=valid,
-            epsilon=self._diversity_epsilon,
-        )
-        return -entropy.mean()
-
-    def _orthogonality(self, books: Tensor, assigned: Tensor) -> Tensor:
-        """Mean squared cosine of two codes, from the sum of squares of the Gram matrix of dimensions; 0 as `_diversity`."""
-        if not (self.training and self.orthogonal_weight > 0):
-            return books.new_zeros(())
-        books = books.to(accumulator_dtype(books.dtype))
-        counted = books.new_ones(books.shape[:2])
-        if self.orthogonal_used_only:
-            # Slot 0 takes the masked ones.
-            counted = F.pad(torch.zeros_like(counted), (1, 0)).scatter(1, assigned.flatten(1) + 1, 1.0)[:, 1:]
-        if self.orthogonal_max_codes is not None and self.orthogonal_max_codes < self.num_codes:
-            keys = torch.rand_like(counted) * counted
-            counted = counted * (keys >= keys.topk(self.orthogonal_max_codes, dim=1).values[:, -1:])
-        codes = F.normalize(books, dim=-1, eps=1e-6) * counted.unsqueeze(-1)
-        number = counted.sum(1)
-        with torch.autocast(books.device.type, enabled=False):  # squares of up to K codes exceed float16
-            gram = codes.transpose(1, 2) @ codes
-        squares = gram.square().sum((1, 2)) - number  # without those of a code and itself
-        return (squares / number.clamp(min=1).square()).mean()
-
-    def _merged(self, quantized: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _from_vectors(self, quantized: Tensor, positions: Positions, mask: Tensor | None) -> Tensor:
         """The quantized vectors [outer * heads, D, inner] in the shape of x."""
-        channel = self.channel_dim % x.dim()
-        quantized = quantized.reshape(quantized.shape[0] // self.heads, self.heads * self.code_dim, quantized.shape[2])
-        if self.project_out is not None:
-            quantized = project(self.project_out, quantized)
-        quantized = from_positions(quantized, x, channel).to(x.dtype)
-        return quantized if mask is None or self.project_out is None else torch.where(mask.unsqueeze(channel), quantized, 0)
+        quantized = merge_heads(quantized, self.heads)
+        if self.project_out is None:
+            return positions.restore(quantized)
+        quantized = positions.restore(project_vectors(self.project_out, quantized)).to(positions.vectors.dtype)
+        return quantized if mask is None else torch.where(mask.unsqueeze(positions.channel), quantized, 0)
 
-    def _positions_of(self, assigned: Tensor, x: Tensor) -> Tensor:
-        """The codes [books, outer, inner] in the shape of x without its channels, and heads last."""
-        sizes = positions_shape(x, self.channel_dim % x.dim())
-        if self.heads == 1:
-            return assigned.reshape(sizes)
-        by_head = _fold(assigned).unflatten(0, (-1, self.heads)) if assigned.numel() else assigned
-        return by_head.movedim(1, -1).reshape(*sizes, self.heads)
+    def _search_codebook(self, codebook: Tensor) -> Tensor:
+        """The codes that are searched, [codebooks, K, D]; for "cosine" a buffer holds unit vectors, a parameter need not."""
+        codebook = codebook if codebook.dim() == 3 else codebook.unsqueeze(0)
+        return normalize_codes(codebook) if self.metric == "cosine" and isinstance(self.codebook, nn.Parameter) else codebook
+
+    def _sample(self, vectors: Tensor, codebook: Tensor, valid: Tensor | None, x: Tensor) -> Tensor:
+        """Draw codes [codebooks, outer, inner]; `genperf.sample_offset` says which part of a larger batch x is."""
+        batch = 0 if self.channel_dim % x.dim() == 0 else x.shape[0]
+        first = first_sample() * (vectors.shape[1] * vectors.shape[3] // batch) if batch > 0 else 0
+        logits = "dot" if self.metric == "cosine" else "distance"
+        return draw_codes(vectors.detach(), codebook.detach(), self.sample_temperature, logits, 2, valid, first=first)
+
+    def _gather(self, counts: Tensor, sums: Tensor, vectors: Tensor, indices: Tensor) -> None:
+        """Keep the statistics of a training step for the next update."""
+        self._pending = add_statistics(self._pending, counts, sums)
+        if self.replace_dead_below > 0:
+            self._last_step = vectors.detach(), indices
+
+    @torch.compiler.disable(reason="codes start from data: call init_codes, or take the first training step, without torch.compile")
+    @torch.no_grad()
+    def _init_in_first_step(self, vectors: Tensor, valid: Tensor | None) -> None:
+        if self.initialized:
+            self._needs_init = False
+        else:
+            self._init_from(vectors, valid)
+
+    def _init_from(self, vectors: Tensor, valid: Tensor | None) -> None:
+        options = {"init": self.init, "iterations": self.init_iterations, "metric": self.metric, "synchronized": self.synchronized}
+        found = codes_from_data(vectors, valid, self.num_codes, **options)
+        if found is not None:
+            self.set_codes(*found)
+
+    def _mark_initialized(self) -> None:
+        self._needs_init = False
+        if self.init != "uniform":
+            self.initialized.fill_(True)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if self.replace_dead_below > 0 and prefix + "counts" in state_dict:  # of a layer without dead-code replacement
+            state_dict.setdefault(prefix + "num_updates", torch.zeros_like(self.num_updates))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "codebook" in state_dict:
+            self._mark_initialized()
+            self._pending = self._last_step = None
+            if self.has_ema and prefix + "sums" not in state_dict:  # the averages are of other codes
+                self.counts.fill_(1)
+                self.sums.copy_(self.codebook.detach())
 
     def extra_repr(self) -> str:
         return f"{self.num_codes}, {self.dim}, decay={self.decay}, metric={self.metric!r}, channel_dim={self.channel_dim}"
-
-
-def _fold(t: Tensor) -> Tensor:
-    """View t [books, outer, ...] as [outer * books, ...]."""
-    return t.squeeze(0) if len(t) == 1 else t.transpose(0, 1).flatten(0, 1)
-
-
-class CodeUsage(NamedTuple):
-    """How a set of indices uses a codebook; scalars on the device of the indices."""
-
-    perplexity: Tensor
-    """exp of the entropy of the codes' frequencies: the number of codes that, used evenly, would carry as much; 0 without indices."""
-    used: Tensor
-    """Number of codes that occur."""
-    dead: Tensor
-    """Share of the codes that do not occur."""
-
-
-def code_usage(indices: Tensor, num_codes: int) -> CodeUsage:
-    """Perplexity and number of the codes in use, and the share of the others.
-
-    Equivalent to:
-        frequency = torch.bincount(indices.flatten(), minlength=num_codes) / indices.numel()
-        perplexity, used = torch.special.entr(frequency).sum().exp(), (frequency > 0).sum()
-        dead = 1 - used / num_codes
-
-    Args:
-        indices: int64 of any shape, -1 ... num_codes - 1; -1 (a masked vector) is left out.
-        num_codes: K.
-
-    Returns:
-        perplexity, float64; used, int64; dead, float32.
-    """
-    if indices.dtype != torch.int64:
-        raise TypeError(f"code_usage: indices must be int64, got {indices.dtype}.")
-    if num_codes < 1:
-        raise ValueError(f"code_usage: num_codes must be at least 1, got {num_codes}.")
-    flat = indices.reshape(-1)
-    # Slot 0 takes the masked ones. Not bincount, which waits for the device to size its result.
-    counts = torch.zeros(num_codes + 1, dtype=torch.float64, device=indices.device)
-    counts = counts.scatter_add(0, flat + 1, counts.new_ones(flat.shape))[1:]
-    return _usage_of(counts, 1)
-
-
-def _usage_of(counts: Tensor, least: float) -> CodeUsage:
-    """The usage that float64 counts [K] show; a code occurs where its count is at least `least`."""
-    total = counts.sum()
-    entropy = torch.special.entr(counts / total.clamp(min=torch.finfo(torch.float64).tiny)).sum()
-    used = (counts >= least).sum()
-    return CodeUsage(torch.where(total > 0, entropy.exp(), 0), used, 1 - used / counts.numel())

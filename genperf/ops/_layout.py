@@ -12,19 +12,58 @@ def positions_shape(x: Tensor, channel: int) -> list[int]:
     return [*x.shape[:channel], *x.shape[channel + 1 :]]
 
 
-def as_positions(x: Tensor, channel: int) -> Tensor:
-    """View x as [outer, D, inner]; a copy only where no such view exists.
+class Positions:
+    """A tensor x [..., D, ...] viewed as vectors at positions, and the way back to x's shape.
 
-    outer * inner counts the positions in row-major order of the other dimensions. Channels-last tensors have inner = 1;
-    channels-first tensors, permuted ones among them, have their pixels in `inner`.
+    Attributes:
+        vectors: [outer, D, inner], a view of x; a copy only where no such view exists. outer * inner counts the positions in
+            row-major order of x's other dimensions. A channels-last tensor has inner = 1; a channels-first tensor, permuted
+            ones among them, has its pixels in `inner`.
+        channel: the dimension of x that holds a vector, not negative.
+        sizes: shape of x without its channel dimension.
+        split: how many of those dimensions `outer` covers.
     """
-    sizes = positions_shape(x, channel)
-    strides = [*x.stride()[:channel], *x.stride()[channel + 1 :]]
-    for split in (channel, *range(len(sizes) + 1)):
-        if _collapses(sizes[:split], strides[:split]) and _collapses(sizes[split:], strides[split:]):
-            moved = x.movedim(channel, split)
-            return moved.reshape(math.prod(sizes[:split]), x.shape[channel], math.prod(sizes[split:]))
-    return x.reshape(math.prod(sizes[:channel]), x.shape[channel], math.prod(sizes[channel:]))
+
+    __slots__ = ("channel", "sizes", "split", "vectors")
+
+    def __init__(self, x: Tensor, channel: int) -> None:
+        self.channel = channel
+        self.sizes = sizes = positions_shape(x, channel)
+        strides = [*x.stride()[:channel], *x.stride()[channel + 1 :]]
+        self.split = channel
+        for split in (channel, *range(len(sizes) + 1)):
+            if _collapses(sizes[:split], strides[:split]) and _collapses(sizes[split:], strides[split:]):
+                self.split = split
+                break
+        moved = x if self.split == channel else x.movedim(channel, self.split)
+        self.vectors = moved.reshape(self.outer, x.shape[channel], self.inner)
+
+    @property
+    def outer(self) -> int:
+        return math.prod(self.sizes[: self.split])
+
+    @property
+    def inner(self) -> int:
+        return math.prod(self.sizes[self.split :])
+
+    def view_mask(self, mask: Tensor | None) -> Tensor | None:
+        """View a mask or indices of x's positions as [outer, inner]."""
+        return None if mask is None else mask.reshape(self.outer, self.inner)
+
+    def restore(self, y: Tensor) -> Tensor:
+        """View y in the shape of x, with the channels that y has: [outer, D', inner], or [positions, D', 1]."""
+        split = self.split if y.shape[0] == self.outer else len(self.sizes)
+        y = y.reshape(*self.sizes[:split], y.shape[1], *self.sizes[split:])
+        return y if split == self.channel else y.movedim(split, self.channel)
+
+    def restore_indices(self, indices: Tensor, *last: int) -> Tensor:
+        """View indices [outer, inner] in the shape of x without its channels, with further dimensions `last`."""
+        return indices.reshape(*self.sizes, *last)
+
+
+def as_positions(x: Tensor, channel: int) -> Tensor:
+    """View x as [outer, D, inner] (see `Positions`); a copy only where no such view exists."""
+    return Positions(x, channel).vectors
 
 
 def like_positions(t: Tensor, positions: Tensor, x: Tensor, channel: int) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import choose_impl, implement_on_cuda, native_unavailable, register_fake
-from ._layout import as_positions, position_split, positions_shape
+from ._layout import Positions, as_positions, positions_shape
 from ._validate import check_channel_dim, check_tensor, check_vectors
 
 METRICS = ("euclidean", "cosine")
@@ -58,12 +58,13 @@ def nearest_code(
         TypeError: an unsupported dtype.
         NotImplementedError: an `impl` that cannot run here.
     """
-    channel = _check_search("nearest_code", x, codebook, channel_dim)
-    check_metric("nearest_code", metric)
-    chosen = choose_impl("nearest_code", impl, unavailable(x.device, x.dtype))
+    op = "nearest_code"
+    channel = _check_search(op, x, codebook, channel_dim)
+    check_metric(op, metric)
+    chosen = choose_impl(op, impl, unavailable(x.device, x.dtype))
     x, codebook = x.detach(), codebook.detach()
-    positions = as_positions(x, channel) if codebook.dim() == 2 else _as_head_positions(x, channel)
-    return search(positions, codebook, None, metric, chosen).reshape(positions_shape(x, channel))
+    vectors = as_positions(x, channel) if codebook.dim() == 2 else _as_head_positions(x, channel)
+    return search(vectors, codebook, None, metric, chosen).reshape(positions_shape(x, channel))
 
 
 def search(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, impl: str) -> Tensor:
@@ -102,9 +103,8 @@ def _check_search(op: str, x: Tensor, codebook: Tensor, channel_dim: int) -> int
 
 def _as_head_positions(x: Tensor, channel: int) -> Tensor:
     """View x [heads, ..., D, ...] as [heads, outer, D, inner]; a copy only where no such view exists."""
-    head = as_positions(x.select(0, 0), channel - 1)
-    split = position_split(head, x.select(0, 0), channel - 1)
-    return x.movedim(channel, split + 1).reshape(x.shape[0], *head.shape)
+    head = Positions(x.select(0, 0), channel - 1)
+    return x.movedim(channel, head.split + 1).reshape(x.shape[0], *head.vectors.shape)
 
 
 def check_metric(op: str, metric: str) -> None:

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from ._autograd import ValueOf, apply, differentiate
 from ._dispatch import choose_impl, native_unavailable, register_fake
-from ._layout import as_positions, from_positions, positions_shape
+from ._layout import Positions
 from ._precision import accumulator_dtype
-from ._validate import check_positions, check_tensor, check_vectors
+from ._validate import check_mask, check_vectors
 from .code_statistics import check_indices
 from .nearest_code import check_metric, search
 from .nearest_code import unavailable as search_unavailable
@@ -72,26 +72,20 @@ def vector_quantize(
     check_metric(op, metric)
     if gradient not in GRADIENTS:
         raise ValueError(f"{op}: gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}.")
-    if mask is not None:
-        check_tensor(op, "mask", mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{op}: mask must be bool, got {mask.dtype}.")
-        check_positions(op, "mask", mask, x, channel)
+    check_mask(op, mask, x, channel)
     if indices is not None:
         check_indices(op, indices, x, channel, codebook.shape[0])
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype), x, codebook)
 
-    positions = as_positions(x, channel)
-    shape = (positions.shape[0], positions.shape[2])
-    if mask is not None:
-        mask = mask.reshape(shape)
+    positions = Positions(x, channel)
+    vectors, mask = positions.vectors, positions.view_mask(mask)
     if indices is None:
-        found = search(positions.detach(), codebook.detach(), mask, metric, chosen)
+        found = search(vectors.detach(), codebook.detach(), mask, metric, chosen)
     else:
-        found = indices.reshape(shape).contiguous()
+        found = indices.reshape(positions.outer, positions.inner).contiguous()
         found = found if mask is None else found.masked_fill(~mask, -1)
-    quantized, loss = quantize(positions, codebook, found, codebook_weight, commitment_weight, gradient, chosen)
-    return from_positions(quantized, x, channel), found.reshape(positions_shape(x, channel)), loss
+    quantized, loss = quantize(vectors, codebook, found, codebook_weight, commitment_weight, gradient, chosen)
+    return positions.restore(quantized), positions.restore_indices(found), loss
 
 
 def quantize(

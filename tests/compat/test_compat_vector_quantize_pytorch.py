@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from genperf.compat import vector_quantize_pytorch as ours
-from genperf.nn import _codebooks, code_usage, update_codebooks
+from genperf.nn import _ema, code_usage, update_codebooks
 
 peer = pytest.importorskip("vector_quantize_pytorch")
 
@@ -639,8 +639,8 @@ def test_signatures_are_theirs(name, method):
 @pytest.mark.parametrize(("sync_codebook", "joined"), [(None, True), (True, True), (False, False)])
 def test_processes_are_joined_unless_told_otherwise(sync_codebook, joined, monkeypatch):
     sums = []
-    monkeypatch.setattr(_codebooks, "world_size", lambda: 2)
-    monkeypatch.setattr(_codebooks, "sum_over_processes", lambda value, group: sums.append(value) or 2 * value)
+    monkeypatch.setattr(_ema, "world_size", lambda: 2)
+    monkeypatch.setattr(_ema, "all_reduce_sum", lambda value: sums.append(value) or 2 * value)
     torch.manual_seed(0)
     layer = ours.VectorQuantize(DIM, CODES, sync_codebook=sync_codebook)
     layer(torch.randn(SEQUENCE))
@@ -683,8 +683,8 @@ def test_all_levels_in_one_op_are_the_levels_one_by_one(monkeypatch):
     torch.manual_seed(0)
     fused = ours.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=3, quantize_dropout=True)
     single = copy.deepcopy(fused)
-    monkeypatch.setattr(single, "_fits_one_op", lambda: False)
-    monkeypatch.setattr(fused, "_level_by_level", None)
+    monkeypatch.setattr(single, "_can_fuse", lambda: False)
+    monkeypatch.setattr(fused, "_one_by_one", None)
     for dtype in (torch.float32, torch.float64):
         for seed in range(3):
             results = []
@@ -745,7 +745,7 @@ def test_a_layer_in_evaluation_mode_is_not_run_with_the_others():
         residual.layers[1].eval()
     torch.testing.assert_close(a(x), b(x))
     torch.testing.assert_close(a.codebooks, b.codebooks)
-    with pytest.raises(ValueError, match="there are 3 levels, got indices of 4"):
+    with pytest.raises(ValueError, match="there are 3 quantizers, got indices of 4"):
         a.get_output_from_indices(torch.zeros(2, 5, 4, dtype=torch.int64))
 
 

@@ -47,7 +47,7 @@ def test_moving_averages_follow_the_formula(groups, channel_dim):
 
 def test_one_level_is_the_vector_quantizer():
     x = torch.randn(2, 8, 5, 5, requires_grad=True)
-    options = {"decay": DECAY, "channel_dim": 1, "gradient": "rotation", "init": "kmeans", "revive_below": 0.5}
+    options = {"decay": DECAY, "channel_dim": 1, "gradient": "rotation", "init": "kmeans", "replace_dead_below": 0.5}
     torch.manual_seed(3)
     single = VectorQuantizer(6, 8, **options)
     torch.manual_seed(3)
@@ -105,9 +105,9 @@ def test_decode_equals_quantized(groups, code_dim, channel_dim, shared):
     x = torch.randn(3, 8, 8)
     mask = torch.rand(3, 8) > 0.3
     for levels in (None, 2):
-        quantized, indices, losses = layer(x, mask, levels=levels)
+        quantized, indices, losses = layer(x, mask, num_quantizers=levels)
         assert list(indices.shape) == [3, 8, *([groups] if groups > 1 else []), 4]
-        assert torch.equal(indices, layer.encode(x, mask, levels=levels))
+        assert torch.equal(indices, layer.encode(x, mask, num_quantizers=levels))
         assert losses.shape == (4,)
         decoded = layer.decode(indices)
         if code_dim is None:
@@ -116,7 +116,7 @@ def test_decode_equals_quantized(groups, code_dim, channel_dim, shared):
             torch.testing.assert_close(decoded, quantized)
         assert not decoded.movedim(channel_dim, -1)[~mask].any()
     prefix = layer.encode(x)[..., :2]
-    torch.testing.assert_close(layer.decode(prefix), layer(x, levels=2)[0])
+    torch.testing.assert_close(layer.decode(prefix), layer(x, num_quantizers=2)[0])
 
 
 def test_masked_vectors_do_not_move_codes():
@@ -164,8 +164,8 @@ def test_codes_start_from_the_residuals(init, options):
     assert torch.equal(started.codebook, before)
 
 
-def test_level_dropout():
-    options = {"level_dropout": True, "dropout_min_levels": 2, "decay": DECAY}
+def test_quantizer_dropout():
+    options = {"quantizer_dropout": True, "dropout_min_quantizers": 2, "decay": DECAY}
     layer, again = (spread(ResidualVectorQuantizer(6, 5, 4, **options)) for _ in range(2))
     seen = []
     for _ in range(60):
@@ -184,23 +184,23 @@ def test_level_dropout():
     assert (layer.eval()(x)[1] >= 0).all()
     other = ResidualVectorQuantizer(6, 5, 4, **options, dropout_seed=1)
     assert [(other(x)[1][0] >= 0).sum().item() for _ in range(60)] != seen
-    fours = ResidualVectorQuantizer(10, 5, 4, level_dropout=True, dropout_multiple_of=4)
+    fours = ResidualVectorQuantizer(10, 5, 4, quantizer_dropout=True, dropout_multiple_of=4)
     assert {(fours(x)[1][0] >= 0).sum().item() for _ in range(30)} == {4, 8, 10}
     state = layer.state_dict()
     assert state["num_steps"] == 60
 
 
 def test_levels_of_the_call_come_before_dropout():
-    layer = ResidualVectorQuantizer(5, 4, 3, level_dropout=True)
+    layer = ResidualVectorQuantizer(5, 4, 3, quantizer_dropout=True)
     for levels in (1, torch.tensor(3)):
-        _, indices, _ = layer(torch.randn(7, 3), levels=levels)
+        _, indices, _ = layer(torch.randn(7, 3), num_quantizers=levels)
         assert ((indices >= 0).sum(-1) == int(levels)).all()
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_dead_codes_are_revived_from_the_residuals_of_their_level(groups, shared):
-    options = {"groups": groups, "shared_codebook": shared, "decay": 0.5, "revive_below": 0.3}
+    options = {"groups": groups, "shared_codebook": shared, "decay": 0.5, "replace_dead_below": 0.3}
     layer = spread(ResidualVectorQuantizer(3, 8, 4 * groups, **options))
     with torch.no_grad():
         layer.codebook[:, 5:] = layer.sums[:, 5:] = 1e3  # nearest to nothing
@@ -257,12 +257,12 @@ def test_half_precision_vectors(dtype, code_dim):
 
 @pytest.mark.parametrize("decay", [None, DECAY])
 def test_empty_batch_and_state(decay):
-    layer = ResidualVectorQuantizer(3, 6, 4, decay=decay, revive_below=0.1, init="data")
+    layer = ResidualVectorQuantizer(3, 6, 4, decay=decay, replace_dead_below=0.1, init="data")
     _, indices, losses = layer(torch.randn(0, 4))
     assert indices.shape == (0, 3)
     assert (losses == 0).all()
     layer(torch.randn(20, 4))
-    other = ResidualVectorQuantizer(3, 6, 4, decay=decay, revive_below=0.1, init="data")
+    other = ResidualVectorQuantizer(3, 6, 4, decay=decay, replace_dead_below=0.1, init="data")
     other.load_state_dict(layer.state_dict())
     x = torch.randn(9, 4)
     assert torch.equal(other(x)[1], layer.eval()(x)[1])
@@ -281,7 +281,7 @@ def test_cosine_takes_the_direction():
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_as_one_graph(training):
     torch._dynamo.reset()
-    options = {"decay": DECAY, "revive_below": 0.2, "level_dropout": True, "groups": 2, "channel_dim": 1}
+    options = {"decay": DECAY, "replace_dead_below": 0.2, "quantizer_dropout": True, "groups": 2, "channel_dim": 1}
     eager, layer = (spread(ResidualVectorQuantizer(4, 6, 8, **options)).train(training) for _ in range(2))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for step in range(4):
@@ -300,12 +300,12 @@ def test_compiles_as_one_graph(training):
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
-        ("num_levels must be at least 1", {"num_levels": 0}),
+        ("num_quantizers must be at least 1", {"num_quantizers": 0}),
         ("num_codes must be at least 1", {"num_codes": 0}),
         ("dim must be divisible by groups", {"groups": 3}),
         ("groups must be at least 1", {"groups": 0}),
         ("gradient must be one of", {"gradient": "reinforce"}),
-        ("dropout_min_levels must lie in 1 ... 2", {"dropout_min_levels": 3}),
+        ("dropout_min_quantizers must lie in 1 ... 2", {"dropout_min_quantizers": 3}),
         ("dropout_multiple_of must be at least 1", {"dropout_multiple_of": 0}),
         ("commitment_weight must not be negative", {"commitment_weight": -1.0}),
         ("decay must be None or lie in", {"decay": 1.0}),
@@ -313,15 +313,15 @@ def test_compiles_as_one_graph(training):
 )
 def test_constructor_names_the_rule(message, arguments):
     with pytest.raises(ValueError, match="ResidualVectorQuantizer: " + message):
-        ResidualVectorQuantizer(**({"num_levels": 2, "num_codes": 4, "dim": 4} | arguments))
+        ResidualVectorQuantizer(**({"num_quantizers": 2, "num_codes": 4, "dim": 4} | arguments))
 
 
 def test_bad_input():
     layer = ResidualVectorQuantizer(2, 4, 4, groups=2)
     with pytest.raises(ValueError, match="x must have 4 channels"):
         layer(torch.zeros(3, 5))
-    with pytest.raises(ValueError, match=r"levels must lie in 1 \.\.\. 2"):
-        layer(torch.zeros(3, 4), levels=3)
+    with pytest.raises(ValueError, match=r"num_quantizers must lie in 1 \.\.\. 2"):
+        layer(torch.zeros(3, 4), num_quantizers=3)
     with pytest.raises(ValueError, match=r"indices must have shape \[..., 2, q\] with 1 <= q <= 2"):
         layer.decode(torch.zeros(3, 2, 3, dtype=torch.int64))
     with pytest.raises(TypeError, match="indices must be int64"):
@@ -329,7 +329,7 @@ def test_bad_input():
 
 
 def test_steps_draw_no_random_numbers():
-    layer = ResidualVectorQuantizer(4, 4, 4, level_dropout=True, decay=DECAY, revive_below=0.5)
+    layer = ResidualVectorQuantizer(4, 4, 4, quantizer_dropout=True, decay=DECAY, replace_dead_below=0.5)
     state = torch.get_rng_state()
     layer(torch.zeros(9, 4))
     assert torch.equal(torch.get_rng_state(), state)

@@ -133,7 +133,12 @@ def test_channels_first_is_read_and_written_where_it_lies(x, heads, separate, mo
 @pytest.mark.parametrize("shape", [(0, 4), (0, 4, 5), (2, 4, 0), (2, 4, 0, 3), (4,)], ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"decay": 0.9, "revive_below": 1.0, "init": "kmeans"}, {"heads": 2, "separate_codebooks": True}, {"heads": 2, "code_dim": 3}],
+    [
+        {},
+        {"decay": 0.9, "replace_dead_below": 1.0, "init": "kmeans"},
+        {"heads": 2, "separate_codebooks": True},
+        {"heads": 2, "code_dim": 3},
+    ],
     ids=str,
 )
 def test_no_vector_or_one(shape, options):
@@ -150,7 +155,7 @@ def test_no_vector_or_one(shape, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [{}, {"code_dim": 3}, {"metric": "cosine"}, {"decay": 0.9, "revive_below": 0.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"code_dim": 3}, {"metric": "cosine"}, {"decay": 0.9, "replace_dead_below": 0.5}], ids=str)
 def test_half_precision(options, dtype):
     """A float32 layer takes it, a half-precision layer too, and both under autocast."""
     full = VectorQuantizer(6, 8, channel_dim=1, **options)
@@ -219,7 +224,7 @@ def test_reference_ops_reach_the_layer(caplog):
     ],
 )
 def test_forward_names_the_rule_and_changes_nothing(error, message, arguments):
-    layer = VectorQuantizer(5, 4, decay=0.9, heads=2, separate_codebooks=True, revive_below=2.0, init="kmeans")
+    layer = VectorQuantizer(5, 4, decay=0.9, heads=2, separate_codebooks=True, replace_dead_below=2.0, init="kmeans")
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     with pytest.raises(error, match="^VectorQuantizer: " + message):
         layer(**{"x": torch.randn(2, 3, 4), **arguments})
@@ -240,7 +245,7 @@ def test_forward_names_the_rule_and_changes_nothing(error, message, arguments):
         ({"orthogonal_max_codes": 1}, "orthogonal_max_codes must be None or at least 2, got 1"),
         ({"sample_temperature": NAN}, "sample_temperature must not be negative, got nan"),
         ({"init_iterations": -1}, "init_iterations must not be negative"),
-        ({"revive_below": -1.0}, "revive_below must not be negative"),
+        ({"replace_dead_below": -1.0}, "replace_dead_below must not be negative"),
         ({"update": "often"}, "update must be one of step, accumulate, none, got 'often'"),
     ],
 )

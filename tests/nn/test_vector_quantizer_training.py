@@ -79,7 +79,7 @@ def test_kmeans_on_fewer_vectors_than_codes():
 
 
 def test_loaded_codes_are_not_replaced_and_start_their_own_averages():
-    layer = VectorQuantizer(5, 3, decay=0.9, init="kmeans", revive_below=1e-3)
+    layer = VectorQuantizer(5, 3, decay=0.9, init="kmeans", replace_dead_below=1e-3)
     codes = torch.randn(5, 3)
     layer.load_state_dict({"codebook": codes}, strict=False)
     layer(codes[:3])
@@ -87,7 +87,7 @@ def test_loaded_codes_are_not_replaced_and_start_their_own_averages():
 
 
 def test_averages_of_a_layer_without_revival_load():
-    source, target = VectorQuantizer(5, 3, decay=0.9), VectorQuantizer(5, 3, decay=0.9, revive_below=0.1)
+    source, target = VectorQuantizer(5, 3, decay=0.9), VectorQuantizer(5, 3, decay=0.9, replace_dead_below=0.1)
     target.load_state_dict(source.state_dict())
     assert target.num_updates == 0
 
@@ -95,7 +95,7 @@ def test_averages_of_a_layer_without_revival_load():
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("decay", [None, 0.5])
 def test_dead_codes_become_vectors_of_the_batch(decay, metric):
-    layer = VectorQuantizer(8, 4, decay=decay, usage_decay=0.5, metric=metric, revive_below=0.9)
+    layer = VectorQuantizer(8, 4, decay=decay, usage_decay=0.5, metric=metric, replace_dead_below=0.9)
     with torch.no_grad():  # all but the first out of reach
         layer.codebook[0] = 1
         layer.codebook[1:] = -layer.codebook[1:].abs()
@@ -119,7 +119,7 @@ def test_revival_is_deterministic_and_moves_through_the_batch():
     x = 100 + torch.arange(50.0).unsqueeze(1).expand(50, 2)
     runs = []
     for _ in range(2):
-        layer, drawn = VectorQuantizer(4, 2, revive_below=1.0), []
+        layer, drawn = VectorQuantizer(4, 2, replace_dead_below=1.0), []
         layer.load_state_dict({"codebook": torch.zeros(4, 2)}, strict=False)
         for _ in range(6):
             with torch.no_grad():
@@ -134,7 +134,7 @@ def test_revival_is_deterministic_and_moves_through_the_batch():
 
 
 def test_revival_with_fewer_vectors_than_codes():
-    layer = VectorQuantizer(9, 2, decay=0.5, revive_below=0.9)
+    layer = VectorQuantizer(9, 2, decay=0.5, replace_dead_below=0.9)
     seen = torch.zeros(9, dtype=torch.bool)
     for step in range(12):
         x = 50 + 10 * torch.randn(3, 2)
@@ -153,7 +153,7 @@ def test_revival_draws_only_what_counts(kind):
     bad = torch.rand(6, 10) < 0.5
     x = 50 + torch.randn(6, 10, 2)
     x[bad] = NAN if kind != "infinite" else math.inf
-    layer = VectorQuantizer(8, 2, decay=0.5, revive_below=0.9)
+    layer = VectorQuantizer(8, 2, decay=0.5, replace_dead_below=0.9)
     for step in range(3):
         layer(x, ~bad if kind == "masked" else None)
         assert step > 0 or rows_in(layer.codebook, x[~bad])[0].sum() >= 2
@@ -163,7 +163,7 @@ def test_revival_draws_only_what_counts(kind):
 
 
 def test_heads_revive_from_their_own_vectors():
-    layer = VectorQuantizer(6, 4, decay=0.5, heads=2, separate_codebooks=True, revive_below=0.9, channel_dim=1)
+    layer = VectorQuantizer(6, 4, decay=0.5, heads=2, separate_codebooks=True, replace_dead_below=0.9, channel_dim=1)
     x = torch.cat([50 + torch.randn(3, 2, 5), -50 + torch.randn(3, 2, 5)], 1)
     layer(x)
     for codes, vectors in zip(layer.codebook, x.movedim(1, -1).reshape(15, 4).split(2, 1), strict=True):
@@ -242,19 +242,21 @@ def test_accumulated_steps_are_one_step():
 
 
 def test_layers_without_a_step_keep_their_codes():
-    layers = nn.ModuleList(VectorQuantizer(7, 3, decay=0.9, revive_below=2.0, update=update) for update in ("accumulate", "none", "step"))
+    layers = nn.ModuleList(
+        VectorQuantizer(7, 3, decay=0.9, replace_dead_below=2.0, update=update) for update in ("accumulate", "none", "step")
+    )
     layers.append(VectorQuantizer(7, 3))
     layers[1](torch.randn(20, 3))
     before = [layer.codebook.detach().clone() for layer in layers]
     update_codebooks(layers)
     for layer, codes in zip(layers, before, strict=True):
         torch.testing.assert_close(layer.codebook.detach(), codes, rtol=1e-6, atol=0)
-        assert not layer.follows or torch.equal(layer.counts, torch.ones(7))
+        assert not layer.has_ema or torch.equal(layer.counts, torch.ones(7))
     assert torch.equal(layers[1].codebook, before[1])
 
 
 def test_accumulated_statistics_are_copied_and_forgotten():
-    layer = VectorQuantizer(7, 3, decay=0.9, revive_below=0.99, update="accumulate")
+    layer = VectorQuantizer(7, 3, decay=0.9, replace_dead_below=0.99, update="accumulate")
     loaded = copy.deepcopy(layer)
     layer(torch.randn(20, 3, requires_grad=True))
     file = io.BytesIO()
@@ -313,7 +315,7 @@ def test_code_weights_for_several_layers_are_checked_first():
 
 
 def test_frozen_codes():
-    layer = VectorQuantizer(5, 3, decay=0.9, revive_below=2.0, update="none")
+    layer = VectorQuantizer(5, 3, decay=0.9, replace_dead_below=2.0, update="none")
     before = state(layer)
     layer(torch.randn(20, 3))
     assert_same(state(layer), before)
@@ -322,22 +324,22 @@ def test_frozen_codes():
 
 
 def test_usage_of_the_moving_averages():
-    layer = VectorQuantizer(4, 2, decay=0.5, revive_below=0.1)
+    layer = VectorQuantizer(4, 2, decay=0.5, replace_dead_below=0.1)
     layer.counts.copy_(torch.tensor([2.0, 1.0, 1.0, 0.05]))
     perplexity, used, dead = layer.usage()
     frequency = torch.tensor([2.0, 1.0, 1.0, 0.05]).double() / 4.05
     torch.testing.assert_close(perplexity, (-(frequency * frequency.log()).sum()).exp(), rtol=1e-6, atol=0)
     assert (used, dead) == (3, 0.25)
-    with pytest.raises(ValueError, match=r"^VectorQuantizer: usage .* needs a decay or revive_below, got None"):
+    with pytest.raises(ValueError, match=r"^VectorQuantizer: usage .* needs a decay or replace_dead_below, got None"):
         VectorQuantizer(4, 2).usage()
 
 
 OPTIONS = {
     "learned": {},
-    "averages and revival": {"decay": 0.9, "revive_below": 1.0},
-    "separate heads": {"decay": 0.9, "revive_below": 0.5, "heads": 2, "separate_codebooks": True, "gradient": "rotation"},
-    "projection": {"decay": 0.9, "heads": 2, "code_dim": 3, "metric": "cosine", "revive_below": 0.5},
-    "orthogonal": {"revive_below": 1.0, "orthogonal_weight": 1.0, "orthogonal_used_only": True, "orthogonal_max_codes": 7},
+    "averages and revival": {"decay": 0.9, "replace_dead_below": 1.0},
+    "separate heads": {"decay": 0.9, "replace_dead_below": 0.5, "heads": 2, "separate_codebooks": True, "gradient": "rotation"},
+    "projection": {"decay": 0.9, "heads": 2, "code_dim": 3, "metric": "cosine", "replace_dead_below": 0.5},
+    "orthogonal": {"replace_dead_below": 1.0, "orthogonal_weight": 1.0, "orthogonal_used_only": True, "orthogonal_max_codes": 7},
 }
 
 
@@ -386,7 +388,7 @@ def test_compiled_backward_has_the_codes_from_before_the_update():
 
 def test_compiled_accumulation():
     torch._dynamo.reset()
-    eager = VectorQuantizer(8, 4, decay=0.9, revive_below=1.0, update="accumulate")
+    eager = VectorQuantizer(8, 4, decay=0.9, replace_dead_below=1.0, update="accumulate")
     layer = copy.deepcopy(eager)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     for step in range(2):
@@ -420,7 +422,7 @@ def test_nothing_waits_for_the_device(options):
                 quantized, indices, loss = layer(model[0](torch.randn(2, 4, 5)), update=update, **given)
                 (quantized.sum() + loss).backward()
                 update_codebooks(model)
-        if layer.follows:
+        if layer.has_ema:
             layer.usage()
         decoded = layer.eval().decode(indices)
         assert decoded.shape == layer(torch.randn(2, 4, 5))[0].shape == (2, 4, 5)

@@ -17,8 +17,8 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from genperf.nn import LookupFreeQuantizer, ResidualVectorQuantizer, VectorQuantizer, _codebooks, update_codebooks
-from genperf.nn.lookup_free_quantizer import joint_entropies
+from genperf.nn import LookupFreeQuantizer, ResidualVectorQuantizer, VectorQuantizer, _codebook_init, update_codebooks
+from genperf.nn.lookup_free_quantizer import mean_entropies
 
 WORLD, RANK = 1, 0
 DECAY = 0.75  # sums of multiples of 1/4 stay exact for a few steps
@@ -40,7 +40,7 @@ def seeded(*arguments, **options):
     layer = VectorQuantizer(*arguments, **options)
     with torch.no_grad():  # exact as well
         layer.codebook.copy_(batch(2, *layer.codebook.shape))
-        if layer.follows:
+        if layer.has_ema:
             layer.sums.copy_(layer.codebook)
     torch.manual_seed(RANK)  # what is drawn must not depend on the seeds of the other processes
     return layer
@@ -66,7 +66,7 @@ class Collectives:
         dist.all_reduce = self.original
 
 
-built_before_the_process_group = seeded(7, 3, decay=DECAY, revive_below=0.9)
+built_before_the_process_group = seeded(7, 3, decay=DECAY, replace_dead_below=0.9)
 
 
 def moving_averages():
@@ -79,8 +79,8 @@ def moving_averages():
 
 
 def heads_and_mask():
-    separate = seeded(5, 4, decay=DECAY, heads=2, separate_codebooks=True, revive_below=0.9)
-    shared = seeded(5, 4, decay=DECAY, heads=2, revive_below=0.9)
+    separate = seeded(5, 4, decay=DECAY, heads=2, separate_codebooks=True, replace_dead_below=0.9)
+    shared = seeded(5, 4, decay=DECAY, heads=2, replace_dead_below=0.9)
     for step in range(3):
         x, mask = batch(step, 10, 3, 4), batch(step + 50, 10, 3) > -1
         for layer in (separate, shared):
@@ -109,17 +109,17 @@ def kmeans():
 
 def cosine():
     """To rounding: unit vectors have no exact sums."""
-    layer = seeded(6, 3, decay=DECAY, init="kmeans", metric="cosine", revive_below=0.5)
+    layer = seeded(6, 3, decay=DECAY, init="kmeans", metric="cosine", replace_dead_below=0.5)
     for step in range(4):
         layer(share(batch(step, 12, 3)))
     return state(layer)
 
 
 def kmeans_on_some_vectors():
-    _codebooks._KMEANS_VECTORS, before = 4, _codebooks._KMEANS_VECTORS
+    _codebook_init.KMEANS_VECTORS, before = 4, _codebook_init.KMEANS_VECTORS
     layer = seeded(6, 3, init="kmeans")
     layer(share(batch(0, 100, 3)))
-    _codebooks._KMEANS_VECTORS = before
+    _codebook_init.KMEANS_VECTORS = before
     return state(layer)
 
 
@@ -134,7 +134,11 @@ def data():
 
 
 def revival():
-    layers = [seeded(7, 3, decay=DECAY, revive_below=2.0), seeded(40, 3, decay=DECAY, revive_below=0.9), seeded(7, 3, revive_below=2.0)]
+    layers = [
+        seeded(7, 3, decay=DECAY, replace_dead_below=2.0),
+        seeded(40, 3, decay=DECAY, replace_dead_below=0.9),
+        seeded(7, 3, replace_dead_below=2.0),
+    ]
     with Collectives() as collectives:
         for step in range(5):
             for layer in layers:
@@ -146,9 +150,13 @@ def revival():
 def accumulation():
     plain = nn.ModuleList(seeded(7, 3, decay=DECAY, update="accumulate") for _ in range(3))
     reviving = nn.ModuleList(
-        [*plain, seeded(9, 2, decay=DECAY, update="accumulate", revive_below=1.0), seeded(9, 4, update="accumulate", revive_below=1.0)]
+        [
+            *plain,
+            seeded(9, 2, decay=DECAY, update="accumulate", replace_dead_below=1.0),
+            seeded(9, 4, update="accumulate", replace_dead_below=1.0),
+        ]
     )
-    unused = seeded(5, 3, decay=DECAY, update="accumulate", revive_below=1.0)
+    unused = seeded(5, 3, decay=DECAY, update="accumulate", replace_dead_below=1.0)
     for layers, calls in ((plain, 1), (reviving, 2)):
         for step in range(2):
             for micro in range(3):
@@ -161,7 +169,7 @@ def accumulation():
 
 
 def first_process_has_no_vector():
-    layers = [seeded(7, 3, decay=DECAY, revive_below=1.0, init=init) for init in ("uniform", "data", "kmeans")]
+    layers = [seeded(7, 3, decay=DECAY, replace_dead_below=1.0, init=init) for init in ("uniform", "data", "kmeans")]
     for step in range(3):
         for layer in layers:
             layer(share(batch(step, 8, 2, 3), first=0))
@@ -169,7 +177,7 @@ def first_process_has_no_vector():
 
 
 def first_process_is_masked():
-    layers = [seeded(7, 3, decay=DECAY, revive_below=1.0, init=init) for init in ("uniform", "data", "kmeans")]
+    layers = [seeded(7, 3, decay=DECAY, replace_dead_below=1.0, init=init) for init in ("uniform", "data", "kmeans")]
     for step in range(3):
         x, mask = batch(step, 8, 2, 3), torch.arange(8) >= 3
         x[~mask] = float("nan")
@@ -181,9 +189,9 @@ def first_process_is_masked():
 def first_process_takes_no_step():
     layers = nn.ModuleList(
         [
-            seeded(7, 3, decay=DECAY, revive_below=1.0, update="accumulate"),
-            seeded(7, 3, decay=DECAY, revive_below=1.0, update="accumulate").bfloat16(),
-            seeded(7, 3, decay=DECAY, revive_below=1.0, update="accumulate").double(),
+            seeded(7, 3, decay=DECAY, replace_dead_below=1.0, update="accumulate"),
+            seeded(7, 3, decay=DECAY, replace_dead_below=1.0, update="accumulate").bfloat16(),
+            seeded(7, 3, decay=DECAY, replace_dead_below=1.0, update="accumulate").double(),
         ]
     )
     for step in range(3):
@@ -196,7 +204,7 @@ def first_process_takes_no_step():
 
 
 def no_process_has_a_vector():
-    layer = seeded(7, 3, decay=DECAY, revive_below=2.0, init="kmeans")
+    layer = seeded(7, 3, decay=DECAY, replace_dead_below=2.0, init="kmeans")
     before = state(layer)
     layer(share(batch(0, 8, 3)[:0]))
     layer(share(batch(0, 8, 3)), torch.zeros(len(share(batch(0, 8, 3))), dtype=torch.bool))
@@ -213,7 +221,7 @@ def process_group_after_the_layer():
 
 
 def compiled():
-    layer = seeded(7, 3, decay=DECAY, revive_below=1.0)
+    layer = seeded(7, 3, decay=DECAY, replace_dead_below=1.0)
     step = torch.compile(layer, fullgraph=True, backend="eager", dynamic=False)
     for seed in range(3):
         step(share(batch(seed, 9, 3)))
@@ -233,7 +241,7 @@ def parallel(model):
 
 def learned_under_data_parallel():
     """To rounding: gradients are divided."""
-    model = behind_identity(seeded(12, 3, revive_below=0.5, usage_decay=0.5))
+    model = behind_identity(seeded(12, 3, replace_dead_below=0.5, usage_decay=0.5))
     trained = parallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(4):
@@ -246,7 +254,7 @@ def learned_under_data_parallel():
 
 
 def codes_loaded_by_the_first_process():
-    model = behind_identity(seeded(7, 3, decay=DECAY, init="kmeans", revive_below=0.9))
+    model = behind_identity(seeded(7, 3, decay=DECAY, init="kmeans", replace_dead_below=0.9))
     if RANK == 0:
         model.load_state_dict({name: value + 1 if name == "1.codebook" else value for name, value in model.state_dict().items()})
     trained = parallel(model)
@@ -274,15 +282,15 @@ def entropy_without_vectors_of_the_first_process():
     """To rounding."""
     x = share(batch(0, 10, 4), first=0).requires_grad_()
     mask = torch.ones(len(x), dtype=torch.bool)
-    _, codebook = joint_entropies(x, 1, 1, 2.0, 4, None)
-    _, masked = joint_entropies(x, 1, 1, 2.0, 4, mask)
+    _, codebook = mean_entropies(x, 1, 1, 2.0, 4, None)
+    _, masked = mean_entropies(x, 1, 1, 2.0, 4, mask)
     torch.autograd.grad(codebook + masked, x)
     return {"codebook": codebook.detach(), "masked": masked.detach()}
 
 
 def residual_levels():
     torch.manual_seed(1)
-    options = {"level_dropout": True, "init": "kmeans", "init_iterations": 3, "revive_below": 0.9, "decay": DECAY}
+    options = {"quantizer_dropout": True, "init": "kmeans", "init_iterations": 3, "replace_dead_below": 0.9, "decay": DECAY}
     separate = ResidualVectorQuantizer(3, 7, 4, groups=2, **options)
     shared = ResidualVectorQuantizer(3, 7, 4, shared_codebook=True, **options)
     torch.manual_seed(0)
@@ -331,7 +339,7 @@ def train(folder, world, rank):
 
 
 if __name__ == "__main__":
-    torch.compile(VectorQuantizer(2, 2, decay=DECAY, revive_below=1.0), fullgraph=True, backend="eager")(torch.zeros(1, 2))
+    torch.compile(VectorQuantizer(2, 2, decay=DECAY, replace_dead_below=1.0), fullgraph=True, backend="eager")(torch.zeros(1, 2))
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=train, args=(sys.argv[1], world, rank)) for world in (1, 2, 3) for rank in range(world)]
     for process in processes:

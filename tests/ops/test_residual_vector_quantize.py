@@ -3,7 +3,9 @@ import torch
 
 import genperf
 from genperf import testing
-from genperf.ops.residual_vector_quantize import compose_backward, compose_forward, compose_statistics, quantize_residual
+from genperf.ops import _residual_on_cuda
+from genperf.ops._layout import Positions
+from genperf.ops.residual_vector_quantize import ResidualOptions, quantize_residual
 
 GRADIENTS = ("straight_through", "rotation")
 
@@ -30,7 +32,7 @@ def chain(x, codebooks, impl="reference"):
     return total.to(x.dtype), torch.stack(found, -1)
 
 
-def plain(x, codebooks, indices, dtype, codebook_weight=1.0, commitment_weight=0.25, gradient="straight_through", per_level=False):
+def plain(x, codebooks, indices, dtype, codebook_weight=1.0, commitment_weight=0.25, gradient="straight_through", per_quantizer=False):
     """Losses, and gradients of a loss that weighs every output, by autograd from given indices, in `dtype`."""
     x, codebooks = x.detach().to(dtype).requires_grad_(), codebooks.detach().to(dtype).requires_grad_()
     valid = (indices[..., :1] >= 0).to(dtype)
@@ -43,7 +45,7 @@ def plain(x, codebooks, indices, dtype, codebook_weight=1.0, commitment_weight=0
         losses.append(codebook_weight * both[0] + commitment_weight * both[1])
         passed = passed + run * carried(residual, code.detach(), gradient)
         residual, total = residual - code.detach(), total + code.detach()
-    passed = valid * (passed if per_level else carried(x, total, gradient))
+    passed = valid * (passed if per_quantizer else carried(x, total, gradient))
     losses = torch.stack(losses)
     grads = torch.autograd.grad((passed * weights_like(x)).sum() + (losses * slopes(losses)).sum(), (x, codebooks))
     return {"losses": losses.detach(), "x.grad": grads[0], "codebooks.grad": grads[1]}
@@ -69,17 +71,31 @@ def slopes(losses):
     return torch.linspace(1, 3, len(losses), device=losses.device).to(losses.dtype)
 
 
+def quantize(x, codebooks, *, per_quantizer=False, gradient="straight_through", impl=None, channel_dim=-1, mask=None, **options):
+    """The op, or the same with a gradient through each quantizer, which layers use."""
+    if not per_quantizer:
+        return genperf.residual_vector_quantize(x, codebooks, gradient=gradient, impl=impl, channel_dim=channel_dim, mask=mask, **options)
+    positions = Positions(x, channel_dim % x.dim())
+    weights = options.pop("codebook_weight", 1.0), options.pop("commitment_weight", 0.25)
+    residual_options = ResidualOptions(*weights, gradient == "rotation", per_quantizer=True)
+    metric, number = options.pop("metric", "euclidean"), options.pop("num_quantizers", None)
+    assert not options
+    valid = positions.view_mask(mask)
+    found = quantize_residual(positions.vectors, codebooks, valid, number, metric, residual_options, impl or "native")
+    return positions.restore(found[0]), positions.restore_indices(found[1], len(codebooks)), found[2]
+
+
 def run(x, codebooks, **options):
     x, codebooks = x.detach().clone().requires_grad_(), codebooks.detach().clone().requires_grad_()
-    quantized, indices, losses = quantize_residual(x, codebooks, **options)
+    quantized, indices, losses = quantize(x, codebooks, **options)
     grads = torch.autograd.grad((quantized * weights_like(x)).sum() + (losses * slopes(losses)).sum(), (x, codebooks))
     return {"quantized": quantized.detach(), "indices": indices, "losses": losses.detach(), "x.grad": grads[0], "codebooks.grad": grads[1]}
 
 
-@pytest.mark.parametrize("per_level", [False, True])
+@pytest.mark.parametrize("per_quantizer", [False, True])
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-def test_accuracy(dtype, gradient, per_level, device):
+def test_accuracy(dtype, gradient, per_quantizer, device):
     for kind, n, k, d, levels in [
         ("random", 1, 1, 2, 1),
         ("random", 70, 31, 33, 3),
@@ -87,24 +103,24 @@ def test_accuracy(dtype, gradient, per_level, device):
         ("clustered", 33, 7, 130, 2),
     ]:
         x, codebooks = case(n, k, d, levels, dtype, device, kind)
-        found = run(x, codebooks, gradient=gradient, per_level=per_level)
+        found = run(x, codebooks, gradient=gradient, per_quantizer=per_quantizer)
         total, indices = chain(x, codebooks)
         assert torch.equal(found["indices"], indices)
         assert torch.equal(found["quantized"], total)
-        exact = plain(x, codebooks, indices, torch.float64, gradient=gradient, per_level=per_level)
-        usual = plain(x, codebooks, indices, torch.float32, gradient=gradient, per_level=per_level)
+        exact = plain(x, codebooks, indices, torch.float64, gradient=gradient, per_quantizer=per_quantizer)
+        usual = plain(x, codebooks, indices, torch.float32, gradient=gradient, per_quantizer=per_quantizer)
         for name, value in exact.items():
             expected = usual[name] if name == "losses" else usual[name].to(dtype)
             testing.assert_accurate(name, found[name], value, expected)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("per_level", [False, True])
-def test_implementations_agree_in_float64(gradient, per_level, device):
+@pytest.mark.parametrize("per_quantizer", [False, True])
+def test_implementations_agree_in_float64(gradient, per_quantizer, device):
     x, codebooks = case(65, 20, 5, 4, torch.float64, device)
     mask = torch.arange(65, device=device) % 4 > 0
-    for options in ({}, {"mask": mask, "levels": 2}, {"levels": torch.tensor(3, device=device), "metric": "cosine"}):
-        options |= {"gradient": gradient, "per_level": per_level, "codebook_weight": 0.5}
+    for options in ({}, {"mask": mask, "num_quantizers": 2}, {"num_quantizers": torch.tensor(3, device=device), "metric": "cosine"}):
+        options |= {"gradient": gradient, "per_quantizer": per_quantizer, "codebook_weight": 0.5}
         native, reference = run(x, codebooks, **options), run(x, codebooks, impl="reference", **options)
         for name, value in native.items():
             torch.testing.assert_close(value, reference[name])
@@ -119,20 +135,20 @@ def test_composition_is_the_kernel(dtype, device):
     ops = torch.ops.genperf
     for levels in (None, torch.tensor([2], device=device)):
         expected = ops.residual_vector_quantize(x, codebooks, mask, levels, False)
-        found = compose_forward(x, codebooks, mask, levels, False)
+        found = _residual_on_cuda.forward(x, codebooks, mask, levels, False)
         for i in (0, 1, 3):
             assert torch.equal(found[i], expected[i])
         torch.testing.assert_close(found[2], expected[2])
         _, indices, mse, valid = expected
-        for rotation, per_level in [(False, False), (True, False), (False, True), (True, True)]:
+        for rotation, per_quantizer in [(False, False), (True, False), (False, True), (True, True)]:
             gradients = torch.randn_like(x), slopes(mse)
             for given in (gradients, (None, gradients[1]), (gradients[0], None)):
-                arguments = *given, x, codebooks, indices, valid, 0.25, rotation, per_level
+                arguments = *given, x, codebooks, indices, valid, 0.25, rotation, per_quantizer
                 expected = ops.residual_vector_quantize_backward(*arguments)
-                torch.testing.assert_close(compose_backward(*arguments), expected)
+                torch.testing.assert_close(_residual_on_cuda.backward(*arguments), expected)
         for left in (False, True):
             expected = ops.residual_code_statistics(x, codebooks, indices, left)
-            for ours, theirs in zip(compose_statistics(x, codebooks, indices, left), expected, strict=True):
+            for ours, theirs in zip(_residual_on_cuda.code_statistics(x, codebooks, indices, left), expected, strict=True):
                 torch.testing.assert_close(ours, theirs)
 
 
@@ -190,12 +206,12 @@ def test_straight_through_passes_the_gradient_once(device):
     x.requires_grad_()
     quantized, _, _ = genperf.residual_vector_quantize(x, codebooks)
     assert torch.equal(torch.autograd.grad(quantized, x, upstream)[0], upstream)
-    quantized, _, _ = quantize_residual(x, codebooks, per_level=True)
+    quantized, _, _ = quantize(x, codebooks, per_quantizer=True)
     assert torch.equal(torch.autograd.grad(quantized, x, upstream)[0], 3 * upstream)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-def test_per_level_is_a_chain_of_quantizers(gradient, device):
+def test_per_quantizer_is_a_chain_of_quantizers(gradient, device):
     x, codebooks = case(60, 9, 6, 3, torch.float64, device)
     x.requires_grad_()
     residual, total, losses = x, 0, []
@@ -205,7 +221,7 @@ def test_per_level_is_a_chain_of_quantizers(gradient, device):
         losses.append(loss)
     upstream = torch.randn_like(total)
     (expected,) = torch.autograd.grad((total * upstream).sum() + sum(losses), x)
-    quantized, _, found = quantize_residual(x, codebooks, gradient=gradient, per_level=True)
+    quantized, _, found = quantize(x, codebooks, gradient=gradient, per_quantizer=True)
     torch.testing.assert_close(found, torch.stack(losses))
     torch.testing.assert_close(torch.autograd.grad((quantized * upstream).sum() + found.sum(), x)[0], expected)
 
@@ -213,7 +229,7 @@ def test_per_level_is_a_chain_of_quantizers(gradient, device):
 @pytest.mark.parametrize("impl", [None, "reference"])
 def test_a_prefix_of_levels(impl, device):
     x, codebooks = case(80, 20, 7, 5, device=device)
-    for options in ({"levels": 2}, {"levels": torch.tensor(2, device=device)}):
+    for options in ({"num_quantizers": 2}, {"num_quantizers": torch.tensor(2, device=device)}):
         found = run(x, codebooks, impl=impl, **options)
         short = run(x, codebooks[:2], impl=impl)
         assert (found["indices"][:, 2:] == -1).all()
@@ -388,10 +404,10 @@ def test_compile(device):
         ("metric must be one of", ValueError, {"metric": "manhattan"}),
         ("mask must be bool", TypeError, {"mask": torch.ones(4)}),
         ("mask must have the shape of x without", ValueError, {"mask": torch.ones(4, 3, dtype=torch.bool)}),
-        ("levels must lie in 1 ... 2", ValueError, {"levels": 3}),
-        ("levels must lie in 1 ... 2", ValueError, {"levels": 0}),
-        ("tensor of levels must be int64", ValueError, {"levels": torch.tensor([1.0])}),
-        ("levels and x must be on one device", ValueError, {"levels": torch.tensor(1, device="meta")}),
+        ("num_quantizers must lie in 1 ... 2", ValueError, {"num_quantizers": 3}),
+        ("num_quantizers must lie in 1 ... 2", ValueError, {"num_quantizers": 0}),
+        ("tensor of num_quantizers must be int64", ValueError, {"num_quantizers": torch.tensor([1.0])}),
+        ("num_quantizers and x must be on one device", ValueError, {"num_quantizers": torch.tensor(1, device="meta")}),
         ("impl='triton' cannot run here", NotImplementedError, {"impl": "triton"}),
     ],
 )

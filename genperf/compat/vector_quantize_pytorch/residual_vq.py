@@ -7,33 +7,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..._distributed import sum_over_processes, world_size
-from ...nn._codebooks import _update, copied
+from ..._distributed import all_reduce_sum, world_size
+from ...nn._ema import apply_updates, normalize_codes, saved_copy
+from ...ops._dispatch import choose_impl
+from ...ops._layout import Positions
 from ...ops._precision import accumulator_dtype
-from ...ops.residual_vector_quantize import quantize_residual, residual_code_statistics
-from .vector_quantize import VectorQuantize, loss_to_differentiate, refuse
+from ...ops._validate import check_mask
+from ...ops.residual_vector_quantize import ResidualOptions, quantize_residual, residual_statistics, unavailable
+from .._unsupported import check_unsupported
+from .vector_quantize import VectorQuantize, loss_to_differentiate
 
 
 class ResidualVQ(nn.Module):
-    """Quantizes a vector, then what is left of it, level by level; Zeghidour et al., "SoundStream" (2021).
+    """Quantizes a vector, then its residual, quantizer by quantizer; Zeghidour et al., "SoundStream" (2021).
 
-    The same as in vector-quantize-pytorch 1.32: arguments, returned values, state_dict, first codes of a seed, and, level by
-    level, what `VectorQuantize` does.
+    Equal to vector-quantize-pytorch 1.32 in arguments, returned values, state_dict, the initial codes of a seed, and for each
+    quantizer in what `VectorQuantize` does.
 
-    What differs, since there it is a fault:
-      - accept_image_fmap and `indices` work: theirs stops with an error. The cross-entropies are those of each level's
-        residual.
-      - freeze_codebook=True in the constructor counts; theirs is overridden by forward's default. A frozen shared codebook is
-        not updated at the end either.
-      - Half precision: the residual is float32 from level to level where all levels run in one op, which they do unless an
-        option needs them one by one.
-      - diveq adds noise in training alone; theirs in evaluation too.
-      - Indices of fewer levels can be decoded whether or not there is a quantize_dropout.
-      - The level at which quantize_dropout stops is drawn on the host; only several processes, which join it, wait for it.
-        A step with it does not compile with fullgraph=True (`nn.ResidualVectorQuantizer` with level_dropout does).
+    Differences from upstream, where upstream is at fault:
+      - accept_image_fmap with `indices` works; upstream raises an error. The cross-entropies are of each quantizer's residual.
+      - freeze_codebook=True in the constructor takes effect; upstream overrides it by forward's default. A frozen shared
+        codebook is not updated at the end either.
+      - Half precision: the residual stays float32 between quantizers where all of them are fused into one op, which they are
+        unless an option needs them one by one.
+      - diveq adds noise in training only; upstream also in evaluation.
+      - Indices of fewer quantizers can be decoded with or without quantize_dropout.
+      - The quantizer after which quantize_dropout stops is drawn on the host; only under torch.distributed, where ranks have to
+        agree, does the host wait for it. Such a step does not compile with fullgraph=True (`nn.ResidualVectorQuantizer` with
+        quantizer_dropout does).
 
     Not supported (NotImplementedError): implicit_neural_codebook, mlp_kwargs, beam_size, eval_beam_size,
-    beam_score_quantizer_weights, channel_last=False and accept_3d_fmap, which fail there too, and what `VectorQuantize`
+    beam_score_quantizer_weights, channel_last=False and accept_3d_fmap (which fail upstream too), and what `VectorQuantize`
     does not support.
 
     Raises:
@@ -64,7 +68,7 @@ class ResidualVQ(nn.Module):
         **vq_kwargs,
     ) -> None:
         super().__init__()
-        refuse(
+        check_unsupported(
             "ResidualVQ",
             implicit_neural_codebook=(implicit_neural_codebook, False),
             mlp_kwargs=(mlp_kwargs or None, None),
@@ -115,23 +119,23 @@ class ResidualVQ(nn.Module):
 
     @property
     def codebooks(self) -> Tensor | tuple[Tensor, ...]:
-        """[levels, K, d], or for unequal codebook sizes a tuple of [K, d]."""
+        """[num_quantizers, K, d], or for unequal codebook sizes a tuple of [K, d]."""
         codebooks = tuple(layer.codebook for layer in self.layers)
         return torch.stack(codebooks) if self.uniform_codebook_size else codebooks
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes [levels, ..., d] of indices [..., q] of the first q levels; zeros for -1 and for the other levels."""
+        """The codes [num_quantizers, ..., d] of indices [..., q] of the first q quantizers; zeros for -1 and for the other ones."""
         indices = F.pad(self._checked(indices), (0, self.num_quantizers - indices.shape[-1]), value=-1)
         return torch.stack([layer.get_codes_from_indices(i) for layer, i in zip(self.layers, indices.unbind(-1), strict=True)])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What forward returns as quantized for the indices [..., q] of the first q levels, with channels last."""
+        """What forward returns as quantized for the indices [..., q] of the first q quantizers, with channels last."""
         codes = (layer.get_codes_from_indices(i) for layer, i in zip(self.layers, self._checked(indices).unbind(-1), strict=False))
         return self.project_out(sum(codes))
 
     def _checked(self, indices: Tensor) -> Tensor:
         if indices.shape[-1] > self.num_quantizers:
-            raise ValueError(f"ResidualVQ: there are {self.num_quantizers} levels, got indices of {indices.shape[-1]}.")
+            raise ValueError(f"ResidualVQ: there are {self.num_quantizers} quantizers, got indices of {indices.shape[-1]}.")
         return indices
 
     def forward(
@@ -148,27 +152,27 @@ class ResidualVQ(nn.Module):
         """Quantize x [..., dim], with accept_image_fmap [B, dim, H, W].
 
         Returns:
-            quantized, of x's shape; indices [..., levels], -1 at levels that were dropped and at padding; losses [levels]; with
-            return_all_codes also the codes [levels, ..., d]. With `indices` [..., levels]: quantized and the sum of the levels'
-            cross-entropies.
+            quantized, of x's shape; indices [..., num_quantizers], -1 for quantizers that were dropped and at padding; losses
+            [num_quantizers]; with return_all_codes also the codes [num_quantizers, ..., d]. With `indices` [..., num_quantizers]:
+            quantized and the sum of the quantizers' cross-entropies.
         """
-        refuse("ResidualVQ", beam_size=(beam_size, None))
+        check_unsupported("ResidualVQ", beam_size=(beam_size, None))
         x = x.movedim(1, -1) if self.accept_image_fmap else x
         frozen = freeze_codebook or self.layers[0].freeze_codebook
         targets = (None,) * self.num_quantizers
         if indices is not None:
             targets = (torch.stack(indices) if isinstance(indices, list) else indices).unbind(-1)
-        levels = self.num_quantizers
+        used = self.num_quantizers
         if self.training and self.quantize_dropout and indices is None:
-            levels = self._kept_levels(rand_quantize_dropout_fixed_seed)
+            used = self._random_num_quantizers(rand_quantize_dropout_fixed_seed)
         # Padding may hold anything: it must not make gradients NaN.
-        valid = mask is not None and (self.has_projections or self.diveq)
-        projected = self.project_in(torch.where(mask.unsqueeze(-1), x, 0) if valid else x)
-        if indices is None and self._fits_one_op():
-            quantized_out, found, losses = self._all_levels(projected, mask, levels, frozen)
+        clean = mask is not None and (self.has_projections or self.diveq)
+        projected = self.project_in(torch.where(mask.unsqueeze(-1), x, 0) if clean else x)
+        if indices is None and self._can_fuse():
+            quantized_out, found, losses = self._fused(projected, mask, used, frozen)
         else:
             options = {"mask": mask, "sample_codebook_temp": sample_codebook_temp, "freeze_codebook": frozen}
-            quantized_out, found, losses = self._level_by_level(projected, targets[:levels], options)
+            quantized_out, found, losses = self._one_by_one(projected, targets[:used], options)
 
         if self.diveq and self.training:
             offset = quantized_out - projected
@@ -182,85 +186,87 @@ class ResidualVQ(nn.Module):
         if indices is not None:
             return quantized_out, losses.sum()
 
-        dropped = self.num_quantizers - levels
+        dropped = self.num_quantizers - used
         all_indices, all_losses = F.pad(found, (0, dropped), value=-1), F.pad(losses, (0, dropped))
         if not return_all_codes:
             return quantized_out, all_indices, all_losses
         return quantized_out, all_indices, all_losses, self.get_codes_from_indices(all_indices)
 
-    def _level_by_level(self, x: Tensor, targets: Sequence[Tensor | None], options: dict) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The sum of the codes of as many levels as there are targets; their indices, None where targets are given; losses."""
+    def _one_by_one(self, x: Tensor, targets: Sequence[Tensor | None], options: dict) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The sum of the codes of as many quantizers as there are targets; their indices, None where targets are given; losses."""
         first = self.layers[0]._codebook
-        shares = self.training and self.shared_codebook and not options["freeze_codebook"]
+        shared = self.training and self.shared_codebook and not options["freeze_codebook"]
         residual, quantized_out = x, torch.zeros_like(x)
         residuals, found, losses = [], [], []
         for layer, target in zip(self.layers, targets, strict=False):
-            if shares and first.revive_below > 0:
+            if shared and first.threshold_ema_dead_code > 0:
                 residuals.append(residual.detach())
-            quantized, *level, loss = layer(residual, indices=target, **options)
+            quantized, *index, loss = layer(residual, indices=target, **options)
             passed = quantized if self.quant_grad_frac == 1 else quantized.detach()
             if 0 < self.quant_grad_frac < 1:
                 passed = torch.lerp(passed, quantized, self.quant_grad_frac)
             residual = residual - passed
             quantized_out = quantized_out + quantized
-            found += level
+            found += index
             losses.append(loss)
-        if shares and first.ema_update:
+        if shared and first.ema_update:
             first.update_ema()
         if residuals:
             mask = options["mask"]
             samples = torch.stack(residuals, -2).flatten(0, -2).unsqueeze(0)
             valid = None if mask is None else mask.unsqueeze(-1).expand(*mask.shape, len(residuals)).reshape(1, -1)
-            first.expire_codes_(first._normalized(samples), valid)
+            first.expire_codes_(normalize_codes(samples) if first.metric == "cosine" else samples, valid)
         return quantized_out, torch.stack(found, -1) if found else None, torch.stack(losses)
 
-    def _fits_one_op(self) -> bool:
-        """Whether the levels do nothing but take the nearest code, with moving averages and a commitment loss."""
+    def _can_fuse(self) -> bool:
+        """Whether each quantizer only takes the nearest code, with an EMA and a commitment loss."""
         layer, codebook = self.layers[0], self.layers[0]._codebook
-        others = (
+        needs_one_by_one = (
             any(not self._like_first(other) for other in self.layers),
             self.shared_codebook or self.quant_grad_frac > 0 or not self.uniform_codebook_size,
-            codebook.metric != "euclidean" or codebook.revive_below > 0 or layer.stochastic_sample_codes,
-            codebook.learnable_codebook or codebook.diversity_weight > 0 or codebook.orthogonal_weight > 0,
-            not codebook.route_gradients or codebook.directional_variance is not None or codebook.commits_by_cross_entropy,
-            any(layer._codebook._awaits_data for layer in self.layers),
+            layer.use_cosine_sim or codebook.threshold_ema_dead_code > 0 or layer.stochastic_sample_codes,
+            layer.learnable_codebook or layer.has_codebook_diversity_loss or layer.has_codebook_orthogonal_loss,
+            not layer.route_gradients_to_input or layer.directional_reparam or layer.commitment_use_cross_entropy_loss,
+            any(layer._codebook._needs_init for layer in self.layers),
         )
-        return not any(others)
+        return not any(needs_one_by_one)
 
     def _like_first(self, layer: VectorQuantize) -> bool:
-        """Whether a layer is as the first one and as this module, and nothing waits for its calls."""
+        """Whether a layer has the options of the first one and the mode of this module, and no hooks."""
         codebook, first = layer._codebook, self.layers[0]._codebook
-        same = ("commitment_weight", "gradient", "ema_update", "manual_ema_update", "route_gradients", "decay", "eps")
-        modes = layer.training == codebook.training == self.training
-        hooks = layer._forward_hooks or layer._forward_pre_hooks
-        return modes and not hooks and all(getattr(codebook, name) == getattr(first, name) for name in same)
-
-    def _all_levels(self, x: Tensor, mask: Tensor | None, levels: int, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """`_level_by_level` in one op, and one update of all codebooks."""
-        codebooks = [layer._codebook for layer in self.layers[:levels]]
-        first = codebooks[0]
-        # Backward still needs these codes after the update has written the new ones in place.
-        codes = copied(torch.cat([codebook.embed for codebook in codebooks])).to(accumulator_dtype(x.dtype))
-        quantized, found, losses = quantize_residual(
-            x if self.training else x.detach(),
-            codes,
-            codebook_weight=0.0,
-            commitment_weight=first.commitment_weight,
-            gradient=first.gradient,
-            mask=mask,
-            per_level=True,
+        same = all(
+            getattr(layer, name) == getattr(self.layers[0], name)
+            for name in ("commitment_weight", "rotation_trick", "route_gradients_to_input")
         )
-        if not self.training:
-            return quantized, found, torch.zeros_like(losses)
-        if first.ema_update and not frozen:
-            statistics = residual_code_statistics(x.detach(), codes, found)
-            for codebook, counts, sums in zip(codebooks, *statistics, strict=True):
-                codebook.gather_statistics(counts.unsqueeze(0), sums.unsqueeze(0), x, found)
-            _update(codebooks, None, write=not first.manual_ema_update)
-        return quantized, found, loss_to_differentiate(losses)
+        same = same and all(getattr(codebook, name) == getattr(first, name) for name in ("ema_update", "manual_ema_update", "decay", "eps"))
+        modes = layer.training == codebook.training == self.training
+        return modes and same and not (layer._forward_hooks or layer._forward_pre_hooks)
 
-    def _kept_levels(self, seed: int | None) -> int:
-        """How many levels a training step quantizes with; the same on all processes."""
+    def _fused(self, x: Tensor, mask: Tensor | None, used: int, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """`_one_by_one` in one op, and one update of all codebooks."""
+        check_mask("ResidualVQ", mask, x, x.dim() - 1)
+        layer, codebooks = self.layers[0], [layer._codebook for layer in self.layers[:used]]
+        # An update overwrites codes that backward still needs.
+        codes = saved_copy(torch.cat([codebook.embed for codebook in codebooks])).to(accumulator_dtype(x.dtype))
+        x = x if self.training else x.detach()
+        positions = Positions(x, x.dim() - 1)
+        impl = choose_impl("residual_vector_quantize", None, unavailable(x.device, x.dtype), x, codes)
+        options = ResidualOptions(0.0, layer.commitment_weight, layer.rotation_trick, per_quantizer=True)
+        valid = positions.view_mask(mask)
+        quantized, indices, losses = quantize_residual(positions.vectors, codes, valid, None, "euclidean", options, impl)
+        if self.training and layer.ema_update and not frozen:
+            statistics = residual_statistics(positions.vectors, codes, indices, impl)
+            for codebook, counts, sums in zip(codebooks, *statistics, strict=True):
+                codebook.add_statistics(counts.unsqueeze(0), sums.unsqueeze(0))
+            updates = [codebook.take_update() for codebook in codebooks]
+            for update in updates:
+                update.writes_codebook = not codebooks[0].manual_ema_update
+            apply_updates(updates, None, codebooks[0].synchronized)
+        quantized, indices = positions.restore(quantized), positions.restore_indices(indices, used)
+        return quantized, indices, loss_to_differentiate(losses) if self.training else torch.zeros_like(losses)
+
+    def _random_num_quantizers(self, seed: int | None) -> int:
+        """How many quantizers a training step runs; the same on all ranks."""
         seed = common_seed() if seed is None else seed
         last = random.Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
         multiple = self.quantize_dropout_multiple_of
@@ -270,8 +276,8 @@ class ResidualVQ(nn.Module):
 class GroupedResidualVQ(nn.Module):
     """A `ResidualVQ` for each of the groups that the channels are cut into; Yang et al., "HiFi-Codec" (2023).
 
-    Takes `dim`, `groups` and the arguments of `ResidualVQ`, and returns what it does: indices [groups, ..., levels], losses
-    [groups, levels], codes as a tuple over the groups. `indices` of forward are a list or tensor over the groups.
+    Takes `dim`, `groups` and the arguments of `ResidualVQ`, and returns what it does: indices [groups, ..., num_quantizers],
+    losses [groups, num_quantizers], codes as a tuple over the groups. `indices` of forward are a list or tensor over the groups.
     """
 
     def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs) -> None:
@@ -289,7 +295,7 @@ class GroupedResidualVQ(nn.Module):
 
     @property
     def codebooks(self) -> Tensor:
-        """[groups, levels, K, d]"""
+        """[groups, num_quantizers, K, d]"""
         return torch.stack([rvq.codebooks for rvq in self.rvqs])
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
@@ -329,6 +335,6 @@ class GroupedResidualVQ(nn.Module):
 
 
 def common_seed() -> int:
-    """A seed from torch's default generator, the same on all processes."""
+    """A seed from torch's default generator, the same on all ranks."""
     seed = torch.randint(0, 10_000, ())
-    return int(sum_over_processes(seed, None) if world_size() > 1 else seed)
+    return int(all_reduce_sum(seed) if world_size() > 1 else seed)

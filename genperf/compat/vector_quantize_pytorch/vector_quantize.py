@@ -1,4 +1,7 @@
-"""vector-quantize-pytorch's VectorQuantize over genperf's search and quantizer."""
+"""vector-quantize-pytorch's VectorQuantize over genperf's search and quantizer.
+
+Above 400 lines: upstream has 40 arguments, and what differs from it is listed here.
+"""
 
 from typing import NamedTuple
 
@@ -6,13 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..._distributed import sum_over_processes, world_size
-from ...nn._codebooks import Weights, _offsets, _update, copied
-from ...nn.vector_quantizer import VectorQuantizer, _fold
+from ...nn._codebook_losses import diversity_loss, orthogonal_loss
+from ...nn._ema import CodeWeights, saved_copy
+from ...nn._vectors import check_input, fold, look_up, merge_heads, merge_indices, number_codes, split_heads, split_indices, split_mask
 from ...ops._dispatch import choose_impl
-from ...ops._precision import accumulator_dtype
+from ...ops._layout import Positions
+from ...ops._noise import first_sample
+from ...ops._validate import check
 from ...ops.code_cross_entropy import code_cross_entropy
 from ...ops.vector_quantize import quantize, unavailable
+from .._unsupported import check_unsupported
+from ._codebook import Codebook, codes_at
 
 
 class LossBreakdown(NamedTuple):
@@ -24,254 +31,48 @@ class LossBreakdown(NamedTuple):
     inplace_optimize: Tensor
 
 
-class Codebook(VectorQuantizer):
-    """The codes of a `VectorQuantize` and all that happens to vectors after the projection; names as in vector-quantize-pytorch.
-
-    Attributes:
-        embed: [h, K, d], a parameter where gradients reach it, otherwise a buffer.
-        cluster_size, embed_avg: [h, K] and [h, K, d], moving averages of the vectors of each code; buffers.
-        initted: a buffer; False until k-means has set the codes.
-    """
-
-    follows = True
-    _diversity_epsilon = 1e-5
-
-    codebook = property(lambda self: self.embed)
-    counts = property(lambda self: self.cluster_size)
-    sums = property(lambda self: self.embed_avg)
-    _no_codes = property(lambda self: ~self.initted)
-
-    def __init__(
-        self,
-        codebook_size: int,
-        codebook_dim: int,
-        *,
-        ema_update: bool,
-        manual_ema_update: bool,
-        learnable_codebook: bool,
-        decay: float,
-        synchronized: bool,
-        route_gradients: bool,
-        commits_by_cross_entropy: bool,
-        directional_variance: float | None,
-        sync_update_v: float,
-        **options,
-    ) -> None:
-        size = options["heads"] * codebook_dim
-        smoothing = {"decay": decay if ema_update else None, "usage_decay": decay}
-        super().__init__(codebook_size, size, code_dim=codebook_dim, **smoothing, **options)
-        codes = self._parameters.pop("codebook", None)
-        codes = self._buffers.pop("codebook") if codes is None else codes.detach()
-        self._buffers.pop("_no_codes", None)
-        self.register_buffer("initted", torch.tensor(not self._awaits_data))
-        self.register_buffer("cluster_size", self._buffers.pop("counts"))
-        self.register_buffer("embed_avg", self._buffers.pop("sums"))
-        if learnable_codebook or self.orthogonal_weight > 0:
-            self.embed = nn.Parameter(codes)
-        else:
-            self.register_buffer("embed", codes)
-        if self.revive_below > 0:  # there is no such name in a state_dict of theirs
-            self.register_buffer("num_updates", self._buffers.pop("num_updates"), persistent=False)
-        self.ema_update = ema_update
-        self.manual_ema_update = manual_ema_update
-        self.learnable_codebook = learnable_codebook
-        self.synchronized = synchronized
-        self.route_gradients = route_gradients
-        self.commits_by_cross_entropy = commits_by_cross_entropy
-        self.directional_variance = directional_variance
-        self.sync_update_v = sync_update_v
-
-    @property
-    def codebook_size(self) -> int:
-        return self.num_codes
-
-    @property
-    def threshold_ema_dead_code(self) -> float:
-        return self.revive_below
-
-    @property
-    def revives(self) -> bool:
-        return self.training and self.revive_below > 0
-
-    def _first_codes(self, books: int | None) -> Tensor:
-        shape = books or 1, self.num_codes, self.code_dim
-        return torch.zeros(shape) if self.init == "kmeans" else nn.init.kaiming_uniform_(torch.empty(shape))
-
-    def _has_codes(self) -> None:
-        super()._has_codes()
-        self.initted.fill_(True)
-
-    def _check_dtype(self, x: Tensor) -> None:
-        pass  # the codes are converted
-
-    def update_ema(self) -> None:
-        """Set the codes to what the moving averages say."""
-        self._take_averages()
-
-    @torch.no_grad()
-    def expire_codes_(self, batch_samples: Tensor, seq_mask: Tensor | None = None) -> None:  # [h, ..., d], [h, ...]
-        """In training, put vectors of the batch in the place of the codes whose cluster_size is below the threshold."""
-        if not (self.training and self.revive_below > 0):
-            return
-        vectors = batch_samples.detach().flatten(1, -2).unsqueeze(-1)
-        valid = vectors.new_ones(vectors.shape[:2], dtype=torch.bool) if seq_mask is None else seq_mask.flatten(1)
-        pending, self._vectors = self._vectors, (vectors, valid.long().unsqueeze(-1) - 1)
-        joint = self.synchronized and world_size() > 1
-        candidates = self._candidates(*_offsets([self.number_of_vectors()], joint)[0])
-        self._revive(sum_over_processes(candidates, None) if joint else candidates)
-        self._vectors = pending
-
-    def forward(
-        self,
-        x: Tensor,  # [..., heads * d]
-        mask: Tensor | None,  # [...]
-        indices: Tensor | None,  # [...], or [..., heads]
-        temperature: float,
-        frozen: bool,
-        code_weights: Weights | None,
-        accumulate: bool,
-        ema_update: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, LossBreakdown]:
-        """Quantized, of x's shape and dtype; indices; the loss, that of `indices` where they are given; its terms."""
-        self.check_code_weights(code_weights)
-        vectors, valid = self._split(x, mask)
-        if self._awaits_data:
-            self._start_from(vectors, valid)
-        updates = self.training and not frozen and (ema_update or self.revive_below > 0)
-        # Backward still needs these codes after the update has written the new ones in place.
-        books = self._books_in_use(copied(self.embed) if updates else self.embed).to(accumulator_dtype(x.dtype))
-        assigned = self._assign(vectors, books, valid, temperature if self.training else 0.0, self._first_vector(vectors, x))
-        folded, numbered = _fold(vectors), _fold(self._numbered(assigned))
-        quantized, error = self._quantize(folded, books, numbered, self.learnable_codebook and not frozen)
-
-        zero = books.new_zeros(())
-        commits = self.training and self.commitment_weight > 0 and self.directional_variance is None
-        if commits and self.commits_by_cross_entropy:
-            error = self._cross_entropy(vectors, books, assigned)
-        commitment, diversity = error if commits else zero, self._diversity(vectors, books, valid)
-        if updates:
-            self.observe(folded, numbered, vectors, assigned, "accumulate")
-            if not accumulate:
-                _update([self], code_weights, write=ema_update and not self.manual_ema_update)
-        orthogonal = self._orthogonality(self._books_in_use(copied(self.embed)), assigned) if self.orthogonal_weight > 0 else zero
-        if indices is None:
-            loss = self.commitment_weight * commitment if commits else zero
-            loss = loss + self.diversity_weight * diversity + self.orthogonal_weight * orthogonal
-        else:
-            loss = self._cross_entropy(vectors, books, self._as_assigned(indices, vectors))
-        terms = LossBreakdown(commitment, diversity, orthogonal, zero)
-        return self._merged(quantized, x, mask), self._positions_of(assigned, x), loss, terms
-
-    @torch.no_grad()
-    def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None) -> None:
-        """Update the moving averages and codes as a training step does that gives x [..., heads * d] these indices."""
-        if not self.ema_update and self.revive_below == 0:
-            return
-        vectors, valid = self._split(x, mask)
-        assigned = self._as_assigned(indices, vectors)
-        assigned = assigned if valid is None else torch.where(valid, assigned, -1)
-        self.observe(_fold(vectors), _fold(self._numbered(assigned)), vectors, assigned, "accumulate")
-        _update([self], None, write=self.ema_update and not self.manual_ema_update)
-
-    def _quantize(self, x: Tensor, books: Tensor, indices: Tensor, moves: bool) -> tuple[Tensor, Tensor]:
-        """The codes of x [outer, D, inner], and the mean squared difference; with `moves` its gradient reaches the codes too."""
-        codes = books.flatten(0, 1)
-        routed = self.training and self.route_gradients and x.requires_grad
-        x = x if self.training else x.detach()
-        impl = choose_impl("vector_quantize", None, unavailable(x.device, x.dtype), x, codes)
-        quantized, error = quantize(x, codes if moves else codes.detach(), indices, float(moves), 1.0, self.gradient, impl)
-        error = error - error.detach() / 2 if moves else error
-        if routed and self.directional_variance is not None:
-            valid = (indices >= 0).unsqueeze(1)
-            x = torch.where(valid, x, 0)  # of padding, which may hold anything, no gradient may come
-            offset = _looked_up(codes, indices) - x
-            direction = offset + self.directional_variance**0.5 * torch.randn_like(offset)
-            quantized = x + F.normalize(direction, dim=1, eps=1e-6).detach() * offset.norm(dim=1, keepdim=True)
-            quantized = torch.where(valid, quantized, 0)
-        elif not routed:
-            quantized = _looked_up(codes, indices).to(x.dtype) if codes.requires_grad else quantized.detach()
-        if self.training and self.sync_update_v > 0:
-            quantized = quantized + self.sync_update_v * (quantized - quantized.detach())
-        return quantized, error
-
-    def _cross_entropy(self, vectors: Tensor, books: Tensor, assigned: Tensor) -> Tensor:
-        """Of the codes given to the vectors, the logits being minus their distances, or their cosines."""
-        logits = "dot" if self.metric == "cosine" else "distance"
-        losses = code_cross_entropy(vectors, books, assigned, logits=logits, channel_dim=2)
-        counted = (assigned >= 0).flatten(1).sum(1)
-        return (losses * counted).sum() / counted.sum().clamp(min=1)
-
-    def _as_assigned(self, indices: Tensor, vectors: Tensor) -> Tensor:
-        """What `_positions_of` would make `indices` of: [books, outer, inner]."""
-        outer = vectors.shape[0] * vectors.shape[1] // self.heads
-        by_position = indices.long().reshape(outer, vectors.shape[3], self.heads)
-        return self._by_book(by_position.transpose(1, 2).flatten(0, 1))
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "embed" in state_dict:
-            self._awaits_data = self.init == "kmeans" and not self.initted
-            self._pending = self._vectors = None
-
-
-def _looked_up(codes: Tensor, indices: Tensor) -> Tensor:
-    """codes[indices] as [outer, D, inner], differentiable; zeros where an index is -1."""
-    found = F.embedding(indices.clamp(min=0), codes).transpose(1, 2)
-    return torch.where((indices >= 0).unsqueeze(1), found, 0)
-
-
-def refuse(name: str, **options: tuple[object, object]) -> None:
-    """Refuse options, each with its value and its default, that have another value than that."""
-    for option, (value, default) in options.items():
-        if value is not default and value != default:
-            raise NotImplementedError(f"{name}: {option} is not supported, got {option}={value!r}.")
-
-
 def loss_to_differentiate(loss: Tensor) -> Tensor:
-    """The loss of a training step; as there, backward is no error where nothing learns from it."""
+    """The loss of a training step; as upstream, backward is no error where nothing learns from it."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not loss.requires_grad:
         loss.requires_grad_()
     return loss
 
 
-def _held_by_codebook(name: str) -> property:
-    return property(lambda self: getattr(self._codebook, name), lambda self, value: setattr(self._codebook, name, value))
-
-
 class VectorQuantize(nn.Module):
-    """Replaces every vector by its nearest code; the codes follow moving averages of their vectors.
+    """Replaces every vector by its nearest code; by default the codes learn by EMA.
 
-    What is the same as in vector-quantize-pytorch 1.32: the arguments of constructor and forward, the returned values, the
-    names and shapes in the state_dict (it loads both ways), the first codes of a seed, and what a training step does to x's
-    gradient, codes and averages. `genperf.nn.VectorQuantizer` describes how.
+    Equal to vector-quantize-pytorch 1.32 in the arguments of constructor and forward, the returned values, the names and shapes
+    of the state_dict (it loads both ways), the initial codes of a seed, and what a training step does to x's gradient, codes
+    and averages. `genperf.nn.VectorQuantizer` documents the algorithm.
 
-    What differs, since there it is a fault:
-      - The commitment loss with a mask is taken between code and what was quantized: projected, normalized, by head. Theirs
-        compares with the input as it came, which fails where a projection or heads change its shape. It is 0, not NaN, where
-        nothing is valid.
-      - The diversity loss takes the mean distribution over all valid vectors of a codebook. Theirs takes one mean over the
-        batch for each position of a sequence, over different codebooks too, and counts padding (for x [B, D] or [B, 1, D]
-        they are equal). So do codes count as active for the orthogonal loss if padding alone is nearest to them.
-      - Index -1 stands for no code: zeros in get_codes_from_indices, no part in update_indices. Theirs: the last code, the first.
+    Differences from upstream, where upstream is at fault:
+      - The commitment loss with a mask compares codes with what was quantized (projected, normalized, by head). Upstream
+        compares with the input, which fails where a projection or heads change its shape. It is 0, not NaN, where nothing is
+        valid.
+      - The diversity loss takes the mean distribution over all valid vectors of a codebook. Upstream averages over the batch
+        for each position of a sequence, across codebooks, and counts padding (for x [B, D] or [B, 1, D] they are equal). In the
+        same way, the orthogonal loss does not count codes as active to which only padding is assigned.
+      - Index -1 means no code: zeros in get_codes_from_indices, no effect in update_indices. Upstream takes it for the last
+        code in the one and the first in the other.
       - get_codes_from_indices joins the codes of heads that share a codebook; get_output_from_indices projects channels
-        wherever they lie.
-      - Diversity and cross-entropy losses are differentiated at the codes that they were computed from; theirs, with moving
-        averages, at the codes after the update.
-      - A step without a valid vector leaves the averages as they are, and a code that k-means gives no vector stays
-        where it is; theirs decays the averages, and moves the code to the origin.
-      - Weights that are a function of `ema_update_weight` see the accumulated statistics, not those of the last batch alone.
-      - Where x needs no gradient, the gradient still reaches project_in.
+        wherever they are.
+      - Diversity and cross-entropy losses are differentiated at the codes that they were computed from; upstream, with EMA, at
+        the codes after the update.
+      - A step without a valid vector leaves the averages unchanged, and a code that k-means assigns no vector to stays in place.
+        Upstream decays the averages, and moves the code to the origin.
+      - A function given as `ema_update_weight` sees the accumulated statistics, not those of the last batch alone.
+      - The gradient reaches project_in even if x needs none.
       - `lens` counts positions for channels-first sequences too; masks work for images, volumes and single vectors.
       - Setting `codebook` works for a learnable one.
       - use_cosine_sim with an orthogonal loss: the codes, which the optimizer then moves, are normalized before they are
-        searched and returned; theirs are not.
-      - float64 is not cut to float32. Nearest is meant exactly, and quantized equals the code bit for bit.
+        searched and returned.
+      - float64 is not cast to float32. The nearest code is exact, and quantized equals the code bit for bit.
       - With `indices`, quantized is projected and laid out as without.
 
-    What differs by design: whether processes are joined is seen at each step, whether torch.distributed was in use before
-    the constructor or not (sync_codebook=None is True), and k-means joins them whenever the codebook does (sync_kmeans=False
-    leaves processes with different codes). The vectors that replace dead codes, those that k-means starts from, and the
-    noise of sample_codebook_temp are other random ones.
+    Differences by design: synchronization over ranks is decided at each step, not by whether torch.distributed was initialized
+    before the constructor (sync_codebook=None means True), and k-means is synchronized whenever the codebook is
+    (sync_kmeans=False would leave ranks with different codes). Replacements of dead codes, the vectors that k-means starts from,
+    and the noise of sample_codebook_temp are drawn from other random numbers.
 
     torch.compile(fullgraph=True) needs codes: with kmeans_init take the first step without it.
 
@@ -279,26 +80,8 @@ class VectorQuantize(nn.Module):
     manual_in_place_optimizer_update, affine_param and sync_affine_param; in forward, topk and codebook_transform_fn.
 
     Raises:
-        ValueError: arguments outside their range or that exclude each other.
+        ValueError: arguments outside their range, or that exclude each other.
     """
-
-    commitment_weight = _held_by_codebook("commitment_weight")
-    orthogonal_reg_weight = _held_by_codebook("orthogonal_weight")
-    codebook_diversity_loss_weight = _held_by_codebook("diversity_weight")
-    codebook_diversity_temperature = _held_by_codebook("diversity_temperature")
-    sync_update_v = _held_by_codebook("sync_update_v")
-    learnable_codebook = _held_by_codebook("learnable_codebook")
-    ema_update = _held_by_codebook("ema_update")
-    eps = _held_by_codebook("eps")
-    commitment_use_cross_entropy_loss = _held_by_codebook("commits_by_cross_entropy")
-    orthogonal_reg_active_codes_only = _held_by_codebook("orthogonal_used_only")
-    orthogonal_reg_max_codes = _held_by_codebook("orthogonal_max_codes")
-    route_gradients_to_input = _held_by_codebook("route_gradients")
-    has_commitment_loss = property(lambda self: self.commitment_weight > 0 and not self.directional_reparam)
-    has_codebook_orthogonal_loss = property(lambda self: self.orthogonal_reg_weight > 0)
-    has_codebook_diversity_loss = property(lambda self: self.codebook_diversity_loss_weight > 0)
-    directional_reparam = property(lambda self: self._codebook.directional_variance is not None)
-    use_cosine_sim = property(lambda self: self._codebook.metric == "cosine")
 
     def __init__(
         self,
@@ -348,7 +131,7 @@ class VectorQuantize(nn.Module):
         route_gradients_to_input=True,
     ) -> None:
         super().__init__()
-        refuse(
+        check_unsupported(
             "VectorQuantize",
             straight_through=(straight_through, False),
             sync_affine_param=(sync_affine_param, False),
@@ -369,11 +152,28 @@ class VectorQuantize(nn.Module):
         ):
             if not holds:
                 raise ValueError(f"VectorQuantize: {rule}.")
+        codebook_dim = dim if codebook_dim is None else codebook_dim
+        for rule, value, holds in (
+            ("dim must be at least 1", dim, dim >= 1),
+            ("heads must be at least 1", heads, heads >= 1),
+            ("codebook_size must be at least 1", codebook_size, codebook_size >= 1),
+            ("codebook_dim must be at least 1", codebook_dim, codebook_dim >= 1),
+            ("decay must lie in [0, 1)", decay, 0 <= decay < 1),
+            ("eps must be positive", eps, eps > 0),
+            ("kmeans_iters must not be negative", kmeans_iters, kmeans_iters >= 0),
+            ("threshold_ema_dead_code must not be negative", threshold_ema_dead_code, threshold_ema_dead_code >= 0),
+            ("commitment_weight must not be negative", commitment_weight, commitment_weight >= 0),
+            ("codebook_diversity_loss_weight must not be negative", codebook_diversity_loss_weight, codebook_diversity_loss_weight >= 0),
+            ("codebook_diversity_temperature must be positive", codebook_diversity_temperature, codebook_diversity_temperature > 0),
+            ("orthogonal_reg_weight must not be negative", orthogonal_reg_weight, orthogonal_reg_weight >= 0),
+            ("orthogonal_reg_max_codes must be at least 2", orthogonal_reg_max_codes, (orthogonal_reg_max_codes or 2) >= 2),
+            ("sample_codebook_temp must not be negative", sample_codebook_temp, sample_codebook_temp >= 0),
+        ):
+            check("VectorQuantize", rule, value, holds)
         self.dim = dim
         self.heads = heads
         self.separate_codebook_per_head = separate_codebook_per_head
         self.codebook_size = codebook_size
-        codebook_dim = dim if codebook_dim is None else codebook_dim
         inner = codebook_dim * heads
         self.has_projections = inner != dim
         self.project_in = nn.Linear(dim, inner) if self.has_projections else nn.Identity()
@@ -381,34 +181,36 @@ class VectorQuantize(nn.Module):
             self.project_in = nn.Sequential(self.project_in, nn.LayerNorm(inner))
         self.project_out = nn.Linear(inner, dim) if self.has_projections else nn.Identity()
         self._codebook = Codebook(
+            heads if separate_codebook_per_head else 1,
             codebook_size,
             codebook_dim,
-            heads=heads,
-            separate_codebooks=separate_codebook_per_head,
-            decay=decay,
-            eps=eps,
-            commitment_weight=commitment_weight,
-            diversity_weight=codebook_diversity_loss_weight,
-            diversity_temperature=codebook_diversity_temperature,
-            orthogonal_weight=orthogonal_reg_weight,
-            orthogonal_used_only=orthogonal_reg_active_codes_only,
-            orthogonal_max_codes=orthogonal_reg_max_codes,
-            gradient="rotation" if rotation_trick else "straight_through",
-            metric="cosine" if use_cosine_sim else "euclidean",
-            init="kmeans" if kmeans_init else "uniform",
-            init_iterations=kmeans_iters,
-            revive_below=threshold_ema_dead_code,
-            sample_temperature=sample_codebook_temp if stochastic_sample_codes else 0.0,
+            learnable=learnable_codebook or orthogonal_reg_weight > 0,
             ema_update=ema_update,
             manual_ema_update=manual_ema_update,
-            learnable_codebook=learnable_codebook,
+            decay=decay,
+            eps=eps,
+            kmeans_init=kmeans_init,
+            kmeans_iters=kmeans_iters,
+            use_cosine_sim=use_cosine_sim,
+            threshold_ema_dead_code=threshold_ema_dead_code,
             synchronized=sync_codebook is None or sync_codebook,
-            route_gradients=route_gradients_to_input,
-            commits_by_cross_entropy=commitment_use_cross_entropy_loss,
-            directional_variance=directional_reparam_variance if directional_reparam else None,
-            sync_update_v=sync_update_v,
         )
+        self.use_cosine_sim = use_cosine_sim
+        self.learnable_codebook = learnable_codebook
+        self.rotation_trick = rotation_trick
+        self.directional_reparam = directional_reparam
+        self.directional_reparam_variance = directional_reparam_variance
+        self.commitment_weight = commitment_weight
+        self.commitment_use_cross_entropy_loss = commitment_use_cross_entropy_loss
+        self.codebook_diversity_loss_weight = codebook_diversity_loss_weight
+        self.codebook_diversity_temperature = codebook_diversity_temperature
+        self.orthogonal_reg_weight = orthogonal_reg_weight
+        self.orthogonal_reg_active_codes_only = orthogonal_reg_active_codes_only
+        self.orthogonal_reg_max_codes = orthogonal_reg_max_codes
         self.stochastic_sample_codes = stochastic_sample_codes
+        self.sample_codebook_temp = sample_codebook_temp
+        self.sync_update_v = sync_update_v
+        self.route_gradients_to_input = route_gradients_to_input
         self.accept_image_fmap = accept_image_fmap
         self.accept_3d_fmap = accept_3d_fmap
         self.channel_last = channel_last
@@ -416,12 +218,32 @@ class VectorQuantize(nn.Module):
         self.freeze_codebook = freeze_codebook
 
     @property
-    def rotation_trick(self) -> bool:
-        return self._codebook.gradient == "rotation"
+    def ema_update(self) -> bool:
+        return self._codebook.ema_update
 
-    @rotation_trick.setter
-    def rotation_trick(self, value: bool) -> None:
-        self._codebook.gradient = "rotation" if value else "straight_through"
+    @ema_update.setter
+    def ema_update(self, value: bool) -> None:
+        self._codebook.ema_update = value
+
+    @property
+    def eps(self) -> float:
+        return self._codebook.eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._codebook.eps = value
+
+    @property
+    def has_commitment_loss(self) -> bool:
+        return self.commitment_weight > 0 and not self.directional_reparam
+
+    @property
+    def has_codebook_orthogonal_loss(self) -> bool:
+        return self.orthogonal_reg_weight > 0
+
+    @property
+    def has_codebook_diversity_loss(self) -> bool:
+        return self.codebook_diversity_loss_weight > 0
 
     @property
     def codebook(self) -> Tensor:
@@ -435,25 +257,30 @@ class VectorQuantize(nn.Module):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes of indices as forward returns them, before project_out, channels where x has them; zeros for -1."""
-        return self._restored(self._codebook.codes_of(indices.long()))
+        return self._restore(self._look_up(indices))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What forward returns as quantized for these indices; zeros for -1."""
-        indices = indices.long()
-        output = self.project_out(self._codebook.codes_of(indices))
+        output = self.project_out(self._look_up(indices))
         if self.has_projections:
             present = indices if self.heads == 1 else indices[..., 0]
             output = torch.where((present >= 0).unsqueeze(-1), output, 0)
-        return self._restored(output)
+        return self._restore(output)
 
     def expire_codes_(self, x: Tensor) -> None:
-        """In training, put vectors of x [..., heads * d], as they are after project_in, in the place of dead codes."""
-        vectors, _ = self._codebook._split(x, None)
+        """In training, replace dead codes by vectors of x [..., heads * d], as they are after project_in."""
+        _, vectors, _ = self._to_vectors(x, None)
         self._codebook.expire_codes_(vectors.movedim(2, -1))
 
+    @torch.no_grad()
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
-        """Update the moving averages and codes as a training step does in which x has these indices."""
-        self._codebook.update_indices(self.project_in(self._channels_last(x)), indices, mask)
+        """Update averages and codes as a training step does in which x has these indices."""
+        codebook = self._codebook
+        if codebook.has_ema:
+            _, vectors, valid = self._to_vectors(self.project_in(self._channels_last(x)), mask)
+            found = self._split_indices(indices, vectors)
+            codebook.gather(vectors, found if valid is None else torch.where(valid, found, -1))
+            codebook.apply_update(None, writes_codebook=codebook.ema_update and not codebook.manual_ema_update)
 
     update_ema_indices = update_indices
 
@@ -468,7 +295,7 @@ class VectorQuantize(nn.Module):
         freeze_codebook: bool | None = None,
         return_loss_breakdown: bool = False,
         codebook_transform_fn=None,
-        ema_update_weight: Weights | None = None,
+        ema_update_weight: CodeWeights | None = None,
         accum_ema_update: bool = False,
         ema_update: bool | None = None,
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, LossBreakdown]:
@@ -476,54 +303,148 @@ class VectorQuantize(nn.Module):
 
         Args:
             x: [..., dim], or [B, dim, ...] with accept_image_fmap, accept_3d_fmap or channel_last=False.
-            indices: codes whose cross-entropy under softmax(-distance) is wanted in place of the loss.
+            indices: codes whose cross-entropy under softmax(-distance) is returned in place of the loss.
             mask: bool, x's shape without channels; False for padding. lens: int64 [B], lengths in place of a mask.
-            ema_update_weight: [K] or [h, K], of each code's step in the moving averages; or a function of the sums and counts.
+            ema_update_weight: [K] or [h, K], multiplies each code's step in the EMA; or a function of the sums and counts.
             accum_ema_update: keep the statistics of this batch for the next step that updates.
-            sample_codebook_temp, freeze_codebook, ema_update: in place of the constructor's.
+            sample_codebook_temp, freeze_codebook, ema_update: override the constructor's.
 
         Returns:
             quantized, indices and loss, with return_loss_breakdown also `LossBreakdown`; with `indices`, quantized and loss.
             Padding is 0 in quantized (x with return_zeros_for_masked_padding=False) and -1 in the indices.
         """
-        refuse("VectorQuantize", topk=(topk, None), codebook_transform_fn=(codebook_transform_fn, None))
+        check_unsupported("VectorQuantize", topk=(topk, None), codebook_transform_fn=(codebook_transform_fn, None))
         codebook = self._codebook
         x = self._channels_last(x)
         if lens is not None:
-            codebook.check("only one of mask and lens can be given", "both", mask is None)
+            check("VectorQuantize", "only one of mask and lens can be given", "both", mask is None)
             mask = torch.arange(x.shape[1], device=x.device) < lens.unsqueeze(1)
+        codebook.check_code_weights(ema_update_weight)
+
         # Padding may hold anything: it must not make gradients of the projection NaN.
-        vectors = self.project_in(torch.where(mask.unsqueeze(-1), x, 0) if mask is not None and self.has_projections else x)
-        codebook._checked_mask(vectors, mask, None)
-        temperature = codebook.sample_temperature
-        if sample_codebook_temp is not None and self.stochastic_sample_codes:
-            temperature = sample_codebook_temp
-        quantized, found, loss, terms = codebook(
-            vectors,
-            mask,
-            indices,
-            temperature,
-            self.freeze_codebook if freeze_codebook is None else freeze_codebook,
-            ema_update_weight,
-            accum_ema_update,
-            codebook.ema_update if ema_update is None else ema_update,
-        )
-        quantized = self.project_out(quantized)
-        if mask is not None and not self.return_zeros_for_masked_padding:
-            quantized = torch.where(mask.unsqueeze(-1), quantized, x)
-        elif mask is not None and self.has_projections:
-            quantized = torch.where(mask.unsqueeze(-1), quantized, 0)
-        quantized = self._restored(quantized)
+        projected = self.project_in(torch.where(mask.unsqueeze(-1), x, 0) if mask is not None and self.has_projections else x)
+        positions, vectors, valid = self._to_vectors(projected, mask)
+        codebook.init_in_first_step(vectors, valid)
+
+        frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
+        ema_update = codebook.ema_update if ema_update is None else ema_update
+        updates = self.training and not frozen and (ema_update or codebook.threshold_ema_dead_code > 0)
+        codes = codebook.search_codes(projected.dtype, copy=updates)
+        found = codebook.assign(vectors, codes, valid, self._temperature(sample_codebook_temp), self._first_vector(vectors, projected))
+        folded, numbered = fold(vectors), fold(number_codes(found, self.codebook_size))
+        quantized, commitment = self._quantize(folded, codes.flatten(0, 1), numbered, self.learnable_codebook and not frozen)
+
+        zero = codes.new_zeros(())
+        commits = self.training and self.has_commitment_loss
+        if commits and self.commitment_use_cross_entropy_loss:
+            commitment = self._cross_entropy(vectors, codes, found)
+        commitment = commitment if commits else zero
+        diversity = self._diversity(vectors, codes, valid) if self.training and self.has_codebook_diversity_loss else zero
+        if updates:
+            codebook.gather(vectors, found)
+            if not accum_ema_update:
+                codebook.apply_update(ema_update_weight, writes_codebook=ema_update and not codebook.manual_ema_update)
+        orthogonal = self._orthogonality(found) if self.training and self.has_codebook_orthogonal_loss else zero
+
+        quantized = positions.restore(merge_heads(quantized, self.heads))
+        quantized = self._restore(self._mask_output(self.project_out(quantized), mask, x))
         if indices is not None:
-            return quantized, loss
+            return quantized, self._cross_entropy(vectors, codes, self._split_indices(indices, vectors))
+        loss = self.commitment_weight * commitment if commits else zero
+        loss = loss + self.codebook_diversity_loss_weight * diversity + self.orthogonal_reg_weight * orthogonal
         loss = loss_to_differentiate(loss) if self.training else loss
-        return (quantized, found, loss, terms) if return_loss_breakdown else (quantized, found, loss)
+        outputs = quantized, merge_indices(found, positions.sizes, self.heads), loss
+        return (*outputs, LossBreakdown(commitment, diversity, orthogonal, zero)) if return_loss_breakdown else outputs
+
+    def _to_vectors(self, x: Tensor, mask: Tensor | None) -> tuple[Positions, Tensor, Tensor | None]:
+        """Projected x [..., heads * d] as vectors [h, outer, d, inner], and which are valid, [h, outer, inner]."""
+        channel, mask = check_input("VectorQuantize", x, mask, None, dim=self.heads * self._codebook.dim, channel_dim=-1, dtype=x.dtype)
+        if mask is not None and self.use_cosine_sim:
+            x = torch.where(mask.unsqueeze(-1), x, 0)  # otherwise a masked NaN could reach the gradients
+        positions = Positions(x, channel)
+        vectors, valid = positions.vectors, positions.view_mask(mask)
+        if self.heads > 1 and vectors.stride(1) == 1:  # no copy to cut heads
+            vectors = vectors.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+            valid = None if valid is None else valid.reshape(-1, 1)
+        vectors = split_heads(vectors, self.heads, self._codebook.num_codebooks)
+        if self.use_cosine_sim:
+            vectors = F.normalize(vectors, dim=2, eps=1e-6)
+        return positions, vectors, split_mask(valid, self.heads, self._codebook.num_codebooks)
+
+    def _split_indices(self, indices: Tensor, vectors: Tensor) -> Tensor:
+        """Indices as forward returns them, as [h, outer, inner]."""
+        outer = vectors.shape[0] * vectors.shape[1] // self.heads
+        return split_indices(indices.long().reshape(outer, vectors.shape[3], self.heads), self.heads, self._codebook.num_codebooks)
+
+    def _look_up(self, indices: Tensor) -> Tensor:
+        """The codes [..., heads * d] of indices as forward returns them; zeros for -1."""
+        indices = indices.long()
+        codes = self._codebook.embed
+        codes = F.normalize(codes, dim=-1, eps=1e-6) if self.use_cosine_sim and isinstance(codes, nn.Parameter) else codes
+        return look_up(codes, indices.unsqueeze(-1) if self.heads == 1 else indices)
+
+    def _temperature(self, override: float | None) -> float:
+        if not (self.training and self.stochastic_sample_codes):
+            return 0.0
+        return self.sample_codebook_temp if override is None else override
+
+    def _first_vector(self, vectors: Tensor, x: Tensor) -> int:
+        """The number, in each codebook, of the first vector of the sample that `genperf.sample_offset` names."""
+        batch = 0 if x.dim() == 1 else x.shape[0]
+        return first_sample() * (vectors.shape[1] * vectors.shape[3] // batch) if batch > 0 else 0
+
+    def _quantize(self, x: Tensor, codes: Tensor, indices: Tensor, moves_codes: bool) -> tuple[Tensor, Tensor]:
+        """The codes of x [outer, d, inner], and the mean squared error; with `moves_codes` its gradient reaches the codes too."""
+        routed = self.training and self.route_gradients_to_input and x.requires_grad
+        x = x if self.training else x.detach()
+        impl = choose_impl("vector_quantize", None, unavailable(x.device, x.dtype), x, codes)
+        gradient = "rotation" if self.rotation_trick else "straight_through"
+        quantized, error = quantize(x, codes if moves_codes else codes.detach(), indices, float(moves_codes), 1.0, gradient, impl)
+        error = error - error.detach() / 2 if moves_codes else error
+        if routed and self.directional_reparam:
+            valid = (indices >= 0).unsqueeze(1)
+            x = torch.where(valid, x, 0)  # padding may hold anything, and must pass no gradient
+            offset = codes_at(codes, indices) - x
+            direction = offset + self.directional_reparam_variance**0.5 * torch.randn_like(offset)
+            quantized = x + F.normalize(direction, dim=1, eps=1e-6).detach() * offset.norm(dim=1, keepdim=True)
+            quantized = torch.where(valid, quantized, 0)
+        elif not routed:
+            quantized = codes_at(codes, indices).to(x.dtype) if codes.requires_grad else quantized.detach()
+        if self.training and self.sync_update_v > 0:
+            quantized = quantized + self.sync_update_v * (quantized - quantized.detach())
+        return quantized, error
+
+    def _cross_entropy(self, vectors: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
+        """Mean cross-entropy of the indices under the softmax of minus the distances, or of the cosines."""
+        logits = "dot" if self.use_cosine_sim else "distance"
+        losses = code_cross_entropy(vectors, codes, indices, logits=logits, channel_dim=2)
+        counted = (indices >= 0).flatten(1).sum(1)
+        return (losses * counted).sum() / counted.sum().clamp(min=1)
+
+    def _diversity(self, vectors: Tensor, codes: Tensor, valid: Tensor | None) -> Tensor:
+        temperature, metric = self.codebook_diversity_temperature, self._codebook.metric
+        return diversity_loss(vectors, codes, valid, inverse_temperature=temperature, metric=metric, epsilon=1e-5)
+
+    def _orthogonality(self, indices: Tensor) -> Tensor:
+        codes = saved_copy(self._codebook.embed)
+        codes = F.normalize(codes, dim=-1, eps=1e-6) if self.use_cosine_sim else codes
+        active, at_most = self.orthogonal_reg_active_codes_only, self.orthogonal_reg_max_codes
+        return orthogonal_loss(codes, indices, used_only=active, max_codes=at_most)
+
+    def _mask_output(self, quantized: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
+        """Zeros, or x, at padding."""
+        if mask is not None and not self.return_zeros_for_masked_padding:
+            return torch.where(mask.unsqueeze(-1), quantized, x)
+        if mask is not None and self.has_projections:
+            return torch.where(mask.unsqueeze(-1), quantized, 0)
+        return quantized
 
     def _channels_last(self, x: Tensor) -> Tensor:
         """View x with its channels in the last dimension."""
         return x.movedim(1, -1) if self._channels_first and x.dim() > 2 else x
 
-    def _restored(self, t: Tensor) -> Tensor:
+    def _restore(self, t: Tensor) -> Tensor:
+        """View t with its channels where x has them."""
         return t.movedim(-1, 1) if self._channels_first and t.dim() > 2 else t
 
     @property

@@ -1,0 +1,210 @@
+"""The codes of a `VectorQuantize`: search, EMA, dead-code replacement and initialization, under upstream's buffer names."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...nn._codebook_init import codes_from_data
+from ...nn._ema import (
+    CodebookUpdate,
+    CodeWeights,
+    add_statistics,
+    apply_replacement,
+    apply_updates,
+    check_code_weights,
+    codebook_from_ema,
+    normalize_codes,
+    saved_copy,
+    set_codes_,
+)
+from ...nn._vectors import fold, number_codes, rows_at
+from ...ops._dispatch import choose_impl
+from ...ops._precision import accumulator_dtype
+from ...ops.code_statistics import statistics
+from ...ops.code_statistics import unavailable as statistics_unavailable
+from ...ops.nearest_code import search, unavailable
+from ...ops.sample_code import draw_codes
+
+
+class Codebook(nn.Module):
+    """Upstream's EuclideanCodebook and CosineSimCodebook.
+
+    Attributes:
+        embed: [h, K, d], a parameter if the codes learn by gradient, otherwise a buffer.
+        cluster_size, embed_avg: [h, K] and [h, K, d], averages of each code's count and sum; buffers.
+        initted: a buffer; False until k-means has set the codes.
+        num_updates: the number of updates, by which replacements are drawn; a buffer that upstream's state_dict does not have.
+    """
+
+    cluster_size: Tensor
+    embed_avg: Tensor
+    initted: Tensor
+    num_updates: Tensor
+
+    # What `genperf.nn.update_codebooks` asks of a layer.
+    update = "step"
+
+    def __init__(
+        self,
+        num_codebooks: int,
+        codebook_size: int,
+        dim: int,
+        *,
+        learnable: bool,
+        ema_update: bool,
+        manual_ema_update: bool,
+        decay: float,
+        eps: float,
+        kmeans_init: bool,
+        kmeans_iters: int,
+        use_cosine_sim: bool,
+        threshold_ema_dead_code: float,
+        synchronized: bool,
+    ) -> None:
+        super().__init__()
+        shape = (num_codebooks, codebook_size, dim)
+        codes = torch.zeros(shape) if kmeans_init else nn.init.kaiming_uniform_(torch.empty(shape))
+        codes = normalize_codes(codes) if use_cosine_sim else codes
+        self.num_codebooks = num_codebooks
+        self.codebook_size = codebook_size
+        self.dim = dim
+        self.ema_update = ema_update
+        self.manual_ema_update = manual_ema_update
+        self.decay = decay
+        self.eps = eps
+        self.kmeans_init = kmeans_init
+        self.kmeans_iters = kmeans_iters
+        self.metric = "cosine" if use_cosine_sim else "euclidean"
+        self.threshold_ema_dead_code = threshold_ema_dead_code
+        self.synchronized = synchronized
+
+        self.register_buffer("initted", torch.tensor(not kmeans_init))
+        self.register_buffer("cluster_size", torch.ones(shape[:2]))
+        self.register_buffer("embed_avg", codes.clone())
+        if learnable:
+            self.embed = nn.Parameter(codes)
+        else:
+            self.register_buffer("embed", codes)
+        if threshold_ema_dead_code > 0:
+            self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64), persistent=False)
+        # Asked on the host, which costs no synchronization.
+        self._needs_init = kmeans_init
+        self._pending: tuple[Tensor, Tensor] | None = None
+        self._last_step: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether training steps gather statistics: for codes that learn by EMA, or for dead-code replacement."""
+        return self.ema_update or self.threshold_ema_dead_code > 0
+
+    def init_in_first_step(self, vectors: Tensor, valid: Tensor | None) -> None:
+        """Set the codes by k-means unless they are set; vectors [h, outer, d, inner], valid [h, outer, inner]."""
+        if self._needs_init:
+            self._init_from(vectors, valid)
+
+    @torch.compiler.disable(reason="codes start from data: take the first step without torch.compile")
+    @torch.no_grad()
+    def _init_from(self, vectors: Tensor, valid: Tensor | None) -> None:
+        if self.initted:
+            self._needs_init = False
+            return
+        options = {"init": "kmeans", "iterations": self.kmeans_iters, "metric": self.metric, "synchronized": self.synchronized}
+        found = codes_from_data(vectors, valid, self.codebook_size, **options)
+        if found is not None:
+            set_codes_(self.embed, self.cluster_size, self.embed_avg, *found, normalize=self.metric == "cosine")
+            self._needs_init = False
+            self.initted.fill_(True)
+
+    def search_codes(self, dtype: torch.dtype, *, copy: bool) -> Tensor:
+        """The codes that vectors of `dtype` are compared with, [h, K, d]; a copy for backward if an update follows."""
+        codes = saved_copy(self.embed) if copy else self.embed
+        if self.metric == "cosine" and isinstance(self.embed, nn.Parameter):
+            codes = normalize_codes(codes)
+        return codes.to(accumulator_dtype(dtype))
+
+    def assign(self, vectors: Tensor, codes: Tensor, valid: Tensor | None, temperature: float, first: int) -> Tensor:
+        """Indices [h, outer, inner] of the nearest codes, or drawn at a temperature with the noise of vectors first, first + 1, ..."""
+        vectors, codes = vectors.detach(), codes.detach()
+        if temperature > 0:
+            logits = "dot" if self.metric == "cosine" else "distance"
+            return draw_codes(vectors, codes, temperature, logits, 2, valid, first=first)
+        impl = choose_impl("nearest_code", None, unavailable(vectors.device, vectors.dtype))
+        return search(vectors, codes, valid, self.metric, impl)
+
+    @torch.no_grad()
+    def gather(self, vectors: Tensor, indices: Tensor) -> None:
+        """Keep the statistics of a step for the next update; vectors [h, outer, d, inner], indices [h, outer, inner]."""
+        folded, numbered = fold(vectors).detach(), fold(number_codes(indices, self.codebook_size))
+        impl = choose_impl("code_statistics", None, statistics_unavailable(folded.device, folded.dtype))
+        counts, sums = statistics(folded, numbered, self.num_codebooks * self.codebook_size, None, None, impl)
+        self.add_statistics(counts.view(self.cluster_size.shape), sums.view(self.embed_avg.shape))
+        if self.threshold_ema_dead_code > 0:
+            self._last_step = vectors.detach(), indices
+
+    def add_statistics(self, counts: Tensor, sums: Tensor) -> None:
+        self._pending = add_statistics(self._pending, counts, sums)
+
+    def apply_update(self, code_weights: CodeWeights | None, *, writes_codebook: bool) -> None:
+        """Update averages and codes from the statistics gathered since the last update."""
+        update = self.take_update()
+        update.writes_codebook = writes_codebook
+        apply_updates([update], code_weights, self.synchronized)
+
+    def take_update(self) -> CodebookUpdate:
+        """The update that is due by the statistics gathered since the last one, which are forgotten here."""
+        pending, last_step = self._pending, self._last_step
+        self._pending = self._last_step = None
+        return self._update_of(pending, last_step)
+
+    def _update_of(self, pending: tuple[Tensor, Tensor] | None, last_step: tuple[Tensor, Tensor] | None) -> CodebookUpdate:
+        counts, sums = pending or (None, None)
+        replaces = self.training and self.threshold_ema_dead_code > 0
+        return CodebookUpdate(
+            codebook=self.embed,
+            counts=self.cluster_size,
+            sums=self.embed_avg,
+            batch_counts=counts,
+            batch_sums=sums,
+            decay=self.decay,
+            eps=self.eps,
+            normalize=self.metric == "cosine",
+            writes_codebook=self.ema_update,
+            replace_below=self.threshold_ema_dead_code if replaces else 0.0,
+            num_updates=self.num_updates if replaces else None,
+            valid=None if last_step is None else (last_step[1] >= 0).flatten(1),
+            vectors_at=None if last_step is None else partial(rows_at, last_step[0]),
+        )
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """Set the codes from the averages."""
+        codebook_from_ema(self.cluster_size, self.embed_avg, self.eps, out=self.embed)
+        if self.metric == "cosine":
+            self.embed.copy_(normalize_codes(self.embed))
+
+    @torch.no_grad()
+    def expire_codes_(self, batch_samples: Tensor, seq_mask: Tensor | None = None) -> None:  # [h, ..., d], [h, ...]
+        """In training, replace the codes whose cluster_size is below the threshold by vectors of the batch."""
+        if not (self.training and self.threshold_ema_dead_code > 0):
+            return
+        vectors = batch_samples.detach().flatten(1, -2).unsqueeze(-1)
+        valid = vectors.new_ones(vectors.shape[:2], dtype=torch.bool) if seq_mask is None else seq_mask.flatten(1)
+        apply_replacement(self._update_of(None, (vectors, valid.long().unsqueeze(-1) - 1)), self.synchronized)
+
+    def check_code_weights(self, code_weights: CodeWeights | None) -> None:
+        """Raise a ValueError for weights that do not fit the codebook."""
+        check_code_weights("VectorQuantize", code_weights, self.embed)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "embed" in state_dict:
+            self._needs_init = self.kmeans_init and not self.initted
+            self._pending = self._last_step = None
+
+
+def codes_at(codes: Tensor, indices: Tensor) -> Tensor:
+    """Codes [outer, d, inner] of indices [outer, inner] in codes [K, d], differentiable; zeros where an index is -1."""
+    found = F.embedding(indices.clamp(min=0), codes).transpose(1, 2)
+    return torch.where((indices >= 0).unsqueeze(1), found, 0)

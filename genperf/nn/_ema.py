@@ -1,0 +1,338 @@
+"""The EMA of a codebook as functions of tensors: moving averages, codes from them, dead-code replacement, all-reduce.
+
+A layer owns its buffers under its own names. For an update it hands them over as a `CodebookUpdate`, together with the
+statistics that its training steps have gathered. Shapes: [..., K] and [..., K, D], where ... is empty or the number of codebooks.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from .._distributed import all_reduce_sum, world_size
+from ..ops._precision import accumulator_dtype
+from ..ops._validate import check
+from ..ops.nearest_code import METRICS
+from ._codebook_init import INITS
+
+UPDATES = ("step", "accumulate", "none")
+
+# Factors of 1 - decay for each code: a tensor, or a function of the batch's sums and counts.
+CodeWeights = Tensor | Callable[[Tensor, Tensor], Tensor]
+
+# Fractional parts of multiples of these fill [0, 1) evenly.
+_GOLDEN, _SQRT2 = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1
+
+
+@torch.no_grad()
+def ema_update_(
+    counts: Tensor, sums: Tensor, batch_counts: Tensor, batch_sums: Tensor, decay: float, code_weights: CodeWeights | None = None
+) -> None:
+    """Move the averages of each code's count and sum toward those of a batch, in place.
+
+    Equivalent to (a batch that is not empty, no code_weights):
+        counts.lerp_(batch_counts, 1 - decay)
+        sums.lerp_(batch_sums, 1 - decay)
+
+    A codebook without a vector in the batch keeps its averages.
+    """
+    batch_counts = batch_counts.reshape(counts.shape).to(counts.dtype)
+    batch_sums = batch_sums.reshape(sums.shape).to(sums.dtype)
+    weight = (1 - decay) * (batch_counts.sum(-1, keepdim=True) > 0).to(batch_counts)
+    if code_weights is not None:
+        weight = weight * (code_weights(batch_sums, batch_counts) if callable(code_weights) else code_weights).to(batch_counts)
+    counts.lerp_(batch_counts, weight)
+    sums.lerp_(batch_sums, weight.unsqueeze(-1))
+
+
+@torch.no_grad()
+def codebook_from_ema(counts: Tensor, sums: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """The codes that the averages stand for: sums / counts, with Laplace-smoothed counts."""
+    total = counts.sum(-1, keepdim=True)
+    smoothed = (counts + eps) / (total + counts.shape[-1] * eps) * total
+    return torch.div(sums, smoothed.unsqueeze(-1), out=out)
+
+
+@torch.no_grad()
+def replace_dead_codes_(codebook: Tensor, counts: Tensor, sums: Tensor, replacements: Tensor, found: Tensor, threshold: float) -> None:
+    """Replace each code whose count is below the threshold, in place; its averages become those of `threshold` equal vectors.
+
+    Args:
+        replacements: [..., K, D], a vector for each code.
+        found: bool, [..., K]; where False there is no vector, and the code stays.
+    """
+    dead = (counts < threshold) & found
+    counts.masked_fill_(dead, threshold)
+    dead = dead.unsqueeze(-1)
+    sums.copy_(torch.where(dead, replacements * threshold, sums))
+    codebook.copy_(torch.where(dead, replacements, codebook))
+
+
+@torch.no_grad()
+def set_codes_(
+    codebook: Tensor, counts: Tensor | None, sums: Tensor | None, codes: Tensor, code_counts: Tensor | None, *, normalize: bool
+) -> None:
+    """Set codes, and the averages as if each code had `code_counts` vectors (None: one), all equal to it."""
+    codes = codes.to(codebook)
+    codebook.copy_((normalize_codes(codes) if normalize else codes).reshape(codebook.shape))
+    if counts is not None and sums is not None:
+        counts.copy_(torch.ones_like(counts) if code_counts is None else code_counts.reshape(counts.shape))
+        sums.copy_(codebook.detach() * counts.unsqueeze(-1))
+
+
+def add_statistics(pending: tuple[Tensor, Tensor] | None, counts: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The counts and sums of the training steps since the last update, with those of one more."""
+    return (counts, sums) if pending is None else (pending[0] + counts, pending[1] + sums)
+
+
+def draw_replacements(
+    valid: Tensor,  # [codebooks, N]
+    vectors_at: Callable[[Tensor], Tensor],  # [codebooks, K] -> [codebooks, K, D]
+    num_codes: int,
+    num_updates: Tensor,
+    before: Tensor,  # [codebooks]
+    total: Tensor,  # [codebooks]
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # [codebooks, K, D], [codebooks, K]
+    """A vector of the global batch for every code, and whether this rank holds it; zeros where it does not.
+
+    The positions are evenly spaced in the global batch, with a new offset at each update, and follow from `num_updates`
+    alone: every rank draws the same ones, and each at most once. Where there are fewer vectors than codes, some codes get none.
+
+    Args:
+        valid: which of this rank's vectors may be drawn.
+        vectors_at: this rank's vectors at given positions.
+        before, total: int64, how many valid vectors the ranks before this one hold, and all ranks.
+    """
+    k = torch.arange(num_codes, device=valid.device)
+    step = num_updates.double()
+    offset, shift = (step * _GOLDEN) % 1, ((step * _SQRT2) % 1 * num_codes).long()
+    stratum = (k + shift) % num_codes
+    strata = total.clamp(max=num_codes).unsqueeze(1)
+    position = ((stratum + offset) * (total.unsqueeze(1) / strata.clamp(min=1).double())).long() - before.unsqueeze(1)
+    found = (stratum < strata) & (position >= 0) & (position < valid.sum(1, keepdim=True))
+    row = torch.searchsorted(valid.cumsum(1), position.clamp(min=0) + 1).clamp(max=valid.shape[1] - 1)
+    drawn = vectors_at(row).to(dtype)
+    found = found & drawn.isfinite().all(-1)
+    return torch.where(found.unsqueeze(-1), drawn, 0), found
+
+
+@dataclass
+class CodebookUpdate:
+    """One update of a layer's codebooks: the buffers that it writes, and the statistics of this rank.
+
+    Attributes:
+        codebook, counts, sums: the layer's buffers, [..., K, D], [..., K] and [..., K, D].
+        batch_counts, batch_sums: statistics of the training steps since the last update, or None where there was none.
+        normalize: make codes unit vectors.
+        writes_codebook: set the codes from the averages; otherwise only the averages move.
+        replace_below: threshold of dead-code replacement, 0 for none. With it:
+        num_updates: int64 scalar, the buffer that counts the updates.
+        valid: [codebooks, N], which vectors of the last training step may replace a code, or None where there was no step.
+        vectors_at: the vectors [codebooks, K, D] at positions [codebooks, K] of that step.
+    """
+
+    codebook: Tensor
+    counts: Tensor
+    sums: Tensor
+    batch_counts: Tensor | None
+    batch_sums: Tensor | None
+    decay: float
+    eps: float
+    normalize: bool
+    writes_codebook: bool
+    replace_below: float = 0.0
+    num_updates: Tensor | None = None
+    valid: Tensor | None = None
+    vectors_at: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def num_codebooks(self) -> int:
+        return self.counts.shape[0] if self.counts.dim() > 1 else 1
+
+    def num_valid(self) -> Tensor:
+        """[codebooks], int64: how many vectors of this rank may replace a code."""
+        if self.valid is None:
+            return torch.zeros(self.num_codebooks, dtype=torch.int64, device=self.counts.device)
+        return self.valid.sum(1)
+
+    def statistics(self) -> list[Tensor]:
+        """This rank's counts and sums, as they are summed over ranks."""
+        counts = torch.zeros_like(self.counts) if self.batch_counts is None else self.batch_counts
+        sums = torch.zeros_like(self.sums) if self.batch_sums is None else self.batch_sums
+        return self._common_dtype(counts, sums)
+
+    def replacements(self, before: Tensor, total: Tensor) -> list[Tensor]:
+        """A vector for every code and whether this rank holds it, as they are summed over ranks (see `draw_replacements`)."""
+        if self.num_updates is None or self.valid is None or self.vectors_at is None or self.valid.numel() == 0:
+            return self._common_dtype(torch.zeros_like(self.sums), torch.zeros_like(self.counts))
+        num_codes, dtype = self.counts.shape[-1], self.sums.dtype
+        drawn = draw_replacements(self.valid, self.vectors_at, num_codes, self.num_updates, before, total, dtype)
+        return self._common_dtype(*drawn)
+
+    def _common_dtype(self, *parts: Tensor) -> list[Tensor]:
+        """Of one dtype on every rank, whether it has seen a vector or not."""
+        return [part.to(accumulator_dtype(self.sums.dtype)) for part in parts]
+
+    def apply_(self, counts: Tensor, sums: Tensor, code_weights: CodeWeights | None) -> None:
+        """Update averages and codes from the statistics of all ranks."""
+        ema_update_(self.counts, self.sums, counts, sums, self.decay, code_weights)
+        if self.writes_codebook:
+            codebook_from_ema(self.counts, self.sums, self.eps, out=self.codebook)
+            if self.normalize:
+                self.codebook.copy_(normalize_codes(self.codebook))
+
+    def replace_(self, drawn: Tensor, found: Tensor) -> None:
+        """Replace dead codes by what all ranks have drawn."""
+        drawn, found = drawn.reshape(self.sums.shape), found.reshape(self.counts.shape) > 0
+        drawn = normalize_codes(drawn) if self.normalize else drawn
+        replace_dead_codes_(self.codebook, self.counts, self.sums, drawn, found, self.replace_below)
+        if self.num_updates is not None:
+            self.num_updates += 1
+
+
+class HasCodebook(Protocol):
+    """A layer whose codebooks learn by EMA, or whose dead codes are replaced.
+
+    Attributes:
+        has_ema: whether training steps gather statistics.
+        synchronized: whether the statistics are summed over ranks.
+        update: one of UPDATES.
+    """
+
+    has_ema: bool
+    synchronized: bool
+    update: str
+
+    def take_update(self) -> CodebookUpdate:
+        """The update that is due; the layer forgets its statistics."""
+        ...
+
+    def check_code_weights(self, code_weights: CodeWeights | None) -> None: ...
+
+
+def update_codebooks(module: nn.Module, *, code_weights: CodeWeights | None = None) -> None:
+    """Update all codebooks in a module from the statistics that its training steps have gathered with update="accumulate".
+
+    Call it after backward, which needs the codes that the step was quantized with. Under torch.distributed every rank must
+    call it on the same module: the statistics of all layers are summed in one all-reduce. Layers with dead-code replacement
+    all-reduce the number of each rank's vectors first. A layer without a vector on any rank keeps its averages, and so does a
+    layer with update="none".
+
+    Args:
+        module: contains VectorQuantizer or ResidualVectorQuantizer layers, or is one.
+        code_weights: [K] or [codebooks, K], multiplies 1 - decay for each code; or a function of the sums and counts of the
+            global batch that returns it.
+    """
+    modules = (layer for layer in module.modules() if hasattr(layer, "take_update"))
+    layers = [layer for layer in modules if layer.has_ema and layer.update != "none"]
+    for layer in layers:
+        layer.check_code_weights(code_weights)
+    for synchronized in (True, False):
+        updates = [layer.take_update() for layer in layers if layer.synchronized == synchronized]
+        apply_updates(updates, code_weights, synchronized)
+
+
+@torch.no_grad()
+def apply_updates(updates: Sequence[CodebookUpdate], code_weights: CodeWeights | None, synchronized: bool) -> None:
+    """Update codebooks from the statistics of all ranks if `synchronized`, otherwise of this rank."""
+    synchronized = synchronized and world_size() > 1 and len(updates) > 0
+    replacing = [update for update in updates if update.replace_below > 0]
+    parts = [update.statistics() for update in updates]
+    parts += [update.replacements(*place) for update, place in zip(replacing, _places(replacing, synchronized), strict=True)]
+    parts = sync_statistics(parts) if synchronized else parts
+    for update, statistics in zip(updates, parts, strict=False):
+        update.apply_(*statistics, code_weights)
+    for update, drawn in zip(replacing, parts[len(updates) :], strict=True):
+        update.replace_(*drawn)
+
+
+@torch.no_grad()
+def apply_replacement(update: CodebookUpdate, synchronized: bool) -> None:
+    """Replace the dead codes of one layer, without a step of its averages."""
+    synchronized = synchronized and world_size() > 1
+    parts = [update.replacements(*_places([update], synchronized)[0])]
+    update.replace_(*(sync_statistics(parts) if synchronized else parts)[0])
+
+
+def sync_statistics(parts: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Sum the statistics of all layers over ranks, in one all-reduce."""
+    flat = [part.reshape(-1) for layer in parts for part in layer]
+    summed = iter(all_reduce_sum(torch.cat(flat)).split([len(part) for part in flat]))
+    return [[next(summed).view(part.shape) for part in layer] for layer in parts]
+
+
+def _places(updates: Sequence[CodebookUpdate], synchronized: bool) -> list[tuple[Tensor, Tensor]]:
+    """For each update, how many vectors [codebooks] the ranks before this one hold, and all ranks."""
+    numbers = [update.num_valid() for update in updates]
+    if not synchronized or not numbers:
+        return [(torch.zeros_like(number), number) for number in numbers]
+    rank, lengths = dist.get_rank(), [len(number) for number in numbers]
+    own = torch.cat(numbers)
+    by_rank = own.new_zeros(world_size(), len(own))
+    by_rank[rank] = own
+    by_rank = all_reduce_sum(by_rank)
+    return list(zip(by_rank[:rank].sum(0).split(lengths), by_rank.sum(0).split(lengths), strict=True))
+
+
+def check_codebook_options(
+    name: str,
+    *,
+    num_codes: int,
+    code_dim: int,
+    decay: float | None,
+    usage_decay: float,
+    eps: float,
+    metric: str,
+    init: str,
+    init_iterations: int,
+    replace_dead_below: float,
+    update: str,
+) -> None:
+    """Check the constructor arguments that every layer with a codebook has."""
+    check(name, "num_codes must be at least 1", num_codes, num_codes >= 1)
+    check(name, "the dimension of a code must be at least 1", code_dim, code_dim >= 1)
+    check(name, "decay must be None or lie in [0, 1)", decay, decay is None or 0 <= decay < 1)
+    check(name, "usage_decay must lie in [0, 1)", usage_decay, 0 <= usage_decay < 1)
+    check(name, "eps must be positive", eps, eps > 0)
+    check(name, f"metric must be one of {', '.join(METRICS)}", metric, metric in METRICS)
+    check(name, f"init must be one of {', '.join(INITS)}", init, init in INITS)
+    check(name, "init_iterations must not be negative", init_iterations, init_iterations >= 0)
+    check(name, "replace_dead_below must not be negative", replace_dead_below, replace_dead_below >= 0)
+    check_update(name, update)
+
+
+def check_update(name: str, update: str) -> None:
+    check(name, f"update must be one of {', '.join(UPDATES)}", update, update in UPDATES)
+
+
+def normalize_codes(codes: Tensor) -> Tensor:
+    """Unit vectors [..., D], as a codebook for the cosine metric holds them."""
+    return nn.functional.normalize(codes, dim=-1, eps=1e-6)
+
+
+def check_code_weights(name: str, code_weights: CodeWeights | None, codebook: Tensor) -> None:
+    """A tensor of weights must have the shape [K] or [codebooks, K]."""
+    if isinstance(code_weights, Tensor):
+        shape = list(codebook.shape[:-1])
+        rule = f"code_weights must have shape {shape}" + (f" or {shape[1:]}" if len(shape) > 1 else "")
+        check(name, rule, list(code_weights.shape), list(code_weights.shape) in (shape, shape[-1:]))
+
+
+def saved_copy(codebook: Tensor) -> Tensor:
+    """A copy of the codebook for backward, which needs the codes from before an update in place."""
+    return _saved_copy(codebook) if torch.compiler.is_compiling() else codebook.clone()
+
+
+@torch.library.custom_op("genperf::saved_copy", mutates_args=())
+def _saved_copy(t: Tensor) -> Tensor:
+    """A clone that torch.compile saves for backward. A plain clone is recomputed there, from what the codebook has become."""
+    return t.clone()
+
+
+_saved_copy.register_fake(torch.empty_like)
+_saved_copy.register_autograd(lambda ctx, grad: grad)
