@@ -1,26 +1,29 @@
-"""Finds the compiled libraries, loads the best one for this machine, and says what it did."""
+"""Loads the compiled libraries: the best CPU library for this processor and, if built, the CUDA one."""
 
 import ctypes
 import importlib
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
+_probe: Any = None  # the extension module that reads the processor's features; None if genperf is not compiled
+_probe_error: ImportError | None = None
 try:
     _probe = importlib.import_module(f"{__package__}._probe")
 except ImportError as error:
-    _probe = None
     _probe_error = error
 
-# Instruction sets, best first. "amx" is the x86-64-v4 library with its matrix-unit kernels allowed.
+# Instruction sets, best first. "amx" is the x86-64-v4 library with its AMX kernels enabled.
 ISAS = ("amx", "x86-64-v4", "x86-64-v3", "x86-64", "native")
 
-cpu_failure: str | None = None  # why there is no CPU library, or None
+# Why the CPU library, the CUDA library or Triton is not available, or None.
+cpu_failure: str | None = None
 cuda_failure: str | None = None
 triton_failure: str | None = None
-isa: str | None = None  # the loaded one
+isa: str | None = None  # the instruction set of the loaded CPU library
 
 
 def library_path(name: str) -> Path:
@@ -28,25 +31,25 @@ def library_path(name: str) -> Path:
 
 
 def runnable_isas() -> list[str]:
-    """Instruction sets that this build holds and this processor runs, best first."""
+    """The instruction sets that this build contains and this processor supports, best first."""
     features = _probe.cpu_features()
-    levels = {
+    supported = {
         "amx": features["x86-64-v4"] and features["amx-bf16"],
         "x86-64-v4": features["x86-64-v4"],
         "x86-64-v3": features["x86-64-v3"],
         "x86-64": features["x86-64"],
         "native": True,
     }
-    return [name for name in ISAS if levels[name] and _isa_library(name).exists()]
+    return [name for name in ISAS if supported[name] and _isa_library(name).exists()]
 
 
 def load() -> None:
-    """Load the CPU library and, if built, the CUDA one; what is missing is named in the `*_failure` variables."""
+    """Load the libraries and set `isa` and the `*_failure` variables."""
     global cpu_failure, cuda_failure, triton_failure
     if _probe is None:
         reason = f"genperf is not compiled here ({_probe_error}); install it with `pip install --no-build-isolation .`."
         cpu_failure = cuda_failure = triton_failure = reason
-        warnings.warn(f"{reason} Until then only the plain PyTorch references run.", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{reason} Until then only the PyTorch reference implementations run.", RuntimeWarning, stacklevel=3)
         return
     _load_cpu()
     cuda_failure = _load_cuda()
@@ -63,9 +66,9 @@ def _load_cpu() -> None:
     runnable = runnable_isas()
     wanted = os.environ.get("GENPERF_ISA")
     if wanted and wanted not in runnable:
-        raise ImportError(f"GENPERF_ISA={wanted} cannot run here; this build and processor have {', '.join(runnable)}.")
+        raise ImportError(f"GENPERF_ISA={wanted} cannot run here; this build and processor support {', '.join(runnable)}.")
     if not runnable:
-        raise ImportError("genperf was compiled without a CPU library for this processor; reinstall it from source here.")
+        raise ImportError("genperf was compiled without a CPU library for this processor; reinstall it from source on this machine.")
     isa = wanted or runnable[0]
     path = _isa_library(isa)
     torch.ops.load_library(path)
