@@ -160,23 +160,18 @@ class CodebookUpdate:
             return torch.zeros(self.num_codebooks, dtype=torch.int64, device=self.counts.device)
         return self.valid.sum(1)
 
-    def statistics(self) -> list[Tensor]:
-        """This rank's counts and sums, as they are summed over ranks."""
-        counts = torch.zeros_like(self.counts) if self.batch_counts is None else self.batch_counts
-        sums = torch.zeros_like(self.sums) if self.batch_sums is None else self.batch_sums
-        return self._common_dtype(counts, sums)
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """This rank's counts and sums."""
+        if self.batch_counts is None or self.batch_sums is None:
+            return torch.zeros_like(self.counts), torch.zeros_like(self.sums)
+        return self.batch_counts, self.batch_sums
 
-    def replacements(self, before: Tensor, total: Tensor) -> list[Tensor]:
-        """A vector for every code and whether this rank holds it, as they are summed over ranks (see `draw_replacements`)."""
+    def replacements(self, before: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """A vector for every code and whether this rank holds it (see `draw_replacements`)."""
         if self.num_updates is None or self.valid is None or self.vectors_at is None or self.valid.numel() == 0:
-            return self._common_dtype(torch.zeros_like(self.sums), torch.zeros_like(self.counts))
+            return torch.zeros_like(self.sums), torch.zeros_like(self.counts)
         num_codes, dtype = self.counts.shape[-1], self.sums.dtype
-        drawn = draw_replacements(self.valid, self.vectors_at, num_codes, self.num_updates, before, total, dtype)
-        return self._common_dtype(*drawn)
-
-    def _common_dtype(self, *parts: Tensor) -> list[Tensor]:
-        """Of one dtype on every rank, whether it has seen a vector or not."""
-        return [part.to(accumulator_dtype(self.sums.dtype)) for part in parts]
+        return draw_replacements(self.valid, self.vectors_at, num_codes, self.num_updates, before, total, dtype)
 
     def apply_(self, counts: Tensor, sums: Tensor, code_weights: CodeWeights | None) -> None:
         """Update averages and codes from the statistics of all ranks."""
@@ -242,28 +237,32 @@ def apply_updates(updates: Sequence[CodebookUpdate], code_weights: CodeWeights |
     """Update codebooks from the statistics of all ranks if `synchronized`, otherwise of this rank."""
     synchronized = synchronized and world_size() > 1 and len(updates) > 0
     replacing = [update for update in updates if update.replace_below > 0]
-    parts = [update.statistics() for update in updates]
-    parts += [update.replacements(*place) for update, place in zip(replacing, _places(replacing, synchronized), strict=True)]
-    parts = sync_statistics(parts) if synchronized else parts
-    for update, statistics in zip(updates, parts, strict=False):
-        update.apply_(*statistics, code_weights)
-    for update, drawn in zip(replacing, parts[len(updates) :], strict=True):
-        update.replace_(*drawn)
+    statistics = [update.statistics() for update in updates]
+    drawn = [update.replacements(*place) for update, place in zip(replacing, _places(replacing, synchronized), strict=True)]
+    if synchronized:
+        summed = sync_statistics([*updates, *replacing], statistics + drawn)
+        statistics, drawn = summed[: len(updates)], summed[len(updates) :]
+    for update, batch in zip(updates, statistics, strict=True):
+        update.apply_(*batch, code_weights)
+    for update, found in zip(replacing, drawn, strict=True):
+        update.replace_(*found)
 
 
 @torch.no_grad()
 def apply_replacement(update: CodebookUpdate, synchronized: bool) -> None:
     """Replace the dead codes of one layer, without a step of its averages."""
     synchronized = synchronized and world_size() > 1
-    parts = [update.replacements(*_places([update], synchronized)[0])]
-    update.replace_(*(sync_statistics(parts) if synchronized else parts)[0])
+    drawn = [update.replacements(*_places([update], synchronized)[0])]
+    update.replace_(*(sync_statistics([update], drawn) if synchronized else drawn)[0])
 
 
-def sync_statistics(parts: list[list[Tensor]]) -> list[list[Tensor]]:
-    """Sum the statistics of all layers over ranks, in one all-reduce."""
-    flat = [part.reshape(-1) for layer in parts for part in layer]
+def sync_statistics(updates: Sequence[CodebookUpdate], parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Sum over ranks, in one all-reduce, a pair of tensors for each update."""
+    # Of one dtype on every rank, whether it has seen a vector or not.
+    dtypes = [accumulator_dtype(update.sums.dtype) for update in updates]
+    flat = [part.reshape(-1).to(dtype) for pair, dtype in zip(parts, dtypes, strict=True) for part in pair]
     summed = iter(all_reduce_sum(torch.cat(flat)).split([len(part) for part in flat]))
-    return [[next(summed).view(part.shape) for part in layer] for layer in parts]
+    return [(next(summed).view(first.shape), next(summed).view(second.shape)) for first, second in parts]
 
 
 def _places(updates: Sequence[CodebookUpdate], synchronized: bool) -> list[tuple[Tensor, Tensor]]:
@@ -303,16 +302,19 @@ def check_codebook_options(
     check(name, f"init must be one of {', '.join(INITS)}", init, init in INITS)
     check(name, "init_iterations must not be negative", init_iterations, init_iterations >= 0)
     check(name, "replace_dead_below must not be negative", replace_dead_below, replace_dead_below >= 0)
-    check_update(name, update)
-
-
-def check_update(name: str, update: str) -> None:
     check(name, f"update must be one of {', '.join(UPDATES)}", update, update in UPDATES)
 
 
 def normalize_codes(codes: Tensor) -> Tensor:
     """Unit vectors [..., D], as a codebook for the cosine metric holds them."""
     return nn.functional.normalize(codes, dim=-1, eps=1e-6)
+
+
+def check_step(name: str, update: str, code_weights: CodeWeights | None, codebook: Tensor) -> None:
+    """Check what a training step is told about the update."""
+    if update not in UPDATES:
+        raise ValueError(f"{name}: update must be one of {', '.join(UPDATES)}, got {update!r}.")
+    check_code_weights(name, code_weights, codebook)
 
 
 def check_code_weights(name: str, code_weights: CodeWeights | None, codebook: Tensor) -> None:

@@ -13,7 +13,7 @@ from .._deprecation import RenamedAttribute, renamed_arguments
 from ..ops._dispatch import choose_impl
 from ..ops._layout import Positions
 from ..ops._precision import accumulator_dtype
-from ..ops._validate import check
+from ..ops._validate import check, check_layer_input
 from ..ops.nearest_code import search
 from ..ops.nearest_code import unavailable as search_unavailable
 from ..ops.residual_vector_quantize import ResidualOptions, check_num_quantizers, quantize_residual, residual_statistics, unavailable
@@ -28,12 +28,12 @@ from ._ema import (
     apply_updates,
     check_code_weights,
     check_codebook_options,
-    check_update,
+    check_step,
     normalize_codes,
     saved_copy,
     set_codes_,
 )
-from ._vectors import check_input
+from ._vectors import mask_from_lengths
 
 
 class ResidualVectorQuantizer(nn.Module):
@@ -228,8 +228,7 @@ class ResidualVectorQuantizer(nn.Module):
         """
         positions, mask = self._check_input(x, mask, lengths)
         update = self.update if update is None else update
-        check_update("ResidualVectorQuantizer", update)
-        self.check_code_weights(code_weights)
+        check_step("ResidualVectorQuantizer", update, code_weights, self.codebook)
         check_num_quantizers("ResidualVectorQuantizer", num_quantizers, self.num_quantizers, x.device)
         if self.training and self.quantizer_dropout:
             num_quantizers = self._random_num_quantizers() if num_quantizers is None else num_quantizers
@@ -347,9 +346,10 @@ class ResidualVectorQuantizer(nn.Module):
 
     def _check_input(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None = None) -> tuple[Positions, Tensor | None]:
         """Check x and view it as [outer, dim, inner]; the mask of its positions."""
-        channel, mask = check_input(
-            "ResidualVectorQuantizer", x, mask, lengths, dim=self.dim, channel_dim=self.channel_dim, dtype=self.codebook.dtype
-        )
+        if lengths is not None:
+            mask = mask_from_lengths("ResidualVectorQuantizer", x, mask, lengths, self.channel_dim)
+        dtype = self.codebook.dtype
+        channel = check_layer_input("ResidualVectorQuantizer", x, mask, dim=self.dim, channel_dim=self.channel_dim, dtype=dtype)
         if mask is not None and self.project_in is not None:
             x = torch.where(mask.unsqueeze(channel), x, 0)  # otherwise a masked NaN could reach the gradients
         return Positions(x, channel), mask

@@ -14,12 +14,12 @@ from .._deprecation import RenamedAttribute, renamed_arguments
 from ..ops._dispatch import choose_impl
 from ..ops._layout import Positions
 from ..ops._noise import first_sample
-from ..ops._validate import check
-from ..ops.code_statistics import statistics
+from ..ops._validate import check, check_layer_input
+from ..ops.code_statistics import codebook_statistics
 from ..ops.nearest_code import search
 from ..ops.nearest_code import unavailable as search_unavailable
 from ..ops.sample_code import draw_codes
-from ..ops.vector_quantize import GRADIENTS, quantize, unavailable
+from ..ops.vector_quantize import GRADIENTS, quantize_codebooks
 from ._channels import project_vectors
 from ._code_usage import CodeUsage, code_usage, usage_from_counts
 from ._codebook_init import codes_from_data, uniform_codes
@@ -27,16 +27,15 @@ from ._codebook_losses import diversity_loss, orthogonal_loss
 from ._ema import (
     CodebookUpdate,
     CodeWeights,
-    add_statistics,
     apply_updates,
     check_code_weights,
     check_codebook_options,
-    check_update,
+    check_step,
     normalize_codes,
     saved_copy,
     set_codes_,
 )
-from ._vectors import check_input, fold, look_up, merge_heads, merge_indices, number_codes, rows_at, split_heads, split_mask
+from ._vectors import look_up, mask_from_lengths, merge_heads, merge_indices, rows_at, split_heads
 
 __all__ = ["CodeUsage", "LossTerms", "VectorQuantizer", "code_usage"]
 
@@ -269,8 +268,7 @@ class VectorQuantizer(nn.Module):
         """
         positions, mask = self._check_input(x, mask, lengths)
         update = self.update if update is None else update
-        check_update("VectorQuantizer", update)
-        self.check_code_weights(code_weights)
+        check_step("VectorQuantizer", update, code_weights, self.codebook)
         vectors, valid = self._to_vectors(positions, mask)
         if self.training and self._needs_init:
             self._init_in_first_step(vectors, valid)
@@ -278,15 +276,10 @@ class VectorQuantizer(nn.Module):
         updates = self.training and self.has_ema and update != "none"
         # An update overwrites codes that backward still needs.
         codebook = self._search_codebook(saved_copy(self.codebook) if updates and update == "step" else self.codebook)
-        codes = (codebook if self.codebook_weight > 0 else codebook.detach()).flatten(0, 1)
-        impl = choose_impl("vector_quantize", None, unavailable(vectors.device, vectors.dtype), vectors, codes)
-        if self.training and self.sample_temperature > 0:
-            indices = self._sample(vectors, codebook, valid, x)
-        else:
-            indices = search(vectors.detach(), codebook.detach(), valid, self.metric, impl)
-        folded, numbered = fold(vectors), fold(number_codes(indices, self.num_codes))
+        sampled = self._sample(vectors, codebook, valid, x) if self.training and self.sample_temperature > 0 else None
+        learned = codebook if self.codebook_weight > 0 else codebook.detach()
         weights = self.codebook_weight, self.commitment_weight
-        quantized, loss = quantize(folded, codes, numbered, *weights, self.gradient, impl)
+        quantized, indices, loss = quantize_codebooks(vectors, learned, valid, sampled, *weights, self.gradient, self.metric)
 
         error, diversity, orthogonal = loss, loss.new_zeros(()), loss.new_zeros(())
         if self.training and self.diversity_weight > 0:
@@ -299,8 +292,7 @@ class VectorQuantizer(nn.Module):
             loss = loss + self.orthogonal_weight * orthogonal
 
         if updates:
-            counts, sums = statistics(folded.detach(), numbered, len(codes), None, None, impl)
-            self._gather(counts, sums, vectors, indices)
+            self._gather(vectors, indices)
             if update == "step":
                 apply_updates([self.take_update()], code_weights, self.synchronized)
 
@@ -387,31 +379,32 @@ class VectorQuantizer(nn.Module):
 
     def _check_input(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None = None) -> tuple[Positions, Tensor | None]:
         """Check x and view it as [outer, dim, inner]; the mask of its positions."""
-        channel, mask = check_input(
-            "VectorQuantizer", x, mask, lengths, dim=self.dim, channel_dim=self.channel_dim, dtype=self.codebook.dtype
-        )
+        if lengths is not None:
+            mask = mask_from_lengths("VectorQuantizer", x, mask, lengths, self.channel_dim)
+        dtype = self.codebook.dtype
+        channel = check_layer_input("VectorQuantizer", x, mask, dim=self.dim, channel_dim=self.channel_dim, dtype=dtype)
         if mask is not None and (self.project_in is not None or self.metric == "cosine"):
             x = torch.where(mask.unsqueeze(channel), x, 0)  # otherwise a masked NaN could reach the gradients
         return Positions(x, channel), mask
 
     def _to_vectors(self, positions: Positions, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The vectors that are searched, [codebooks, outer, D, inner], and which of them are valid, [codebooks, outer, inner]."""
-        vectors, mask = positions.vectors, positions.view_mask(mask)
+        vectors = positions.vectors
+        mask = None if mask is None else positions.view_mask(mask)
         if self.project_in is not None or self.heads > 1:
             if vectors.stride(1) == 1:  # no copy to project or to cut heads
                 vectors = vectors.transpose(1, 2).flatten(0, 1).unsqueeze(2)
                 mask = None if mask is None else mask.reshape(-1, 1)
             if self.project_in is not None:
                 vectors = project_vectors(self.project_in, vectors)
-        codebooks = self.heads if self.codebook.dim() == 3 else 1
-        vectors = split_heads(vectors, self.heads, codebooks)
+        vectors, mask = split_heads(vectors, mask, self.heads, self.heads if self.codebook.dim() == 3 else 1)
         if self.metric == "cosine":
             vectors = F.normalize(vectors, dim=2, eps=1e-6)
-        return vectors, split_mask(mask, self.heads, codebooks)
+        return vectors, mask
 
     def _from_vectors(self, quantized: Tensor, positions: Positions, mask: Tensor | None) -> Tensor:
         """The quantized vectors [outer * heads, D, inner] in the shape of x."""
-        quantized = merge_heads(quantized, self.heads)
+        quantized = quantized if self.heads == 1 else merge_heads(quantized, self.heads)
         if self.project_out is None:
             return positions.restore(quantized)
         quantized = positions.restore(project_vectors(self.project_out, quantized)).to(positions.vectors.dtype)
@@ -429,9 +422,10 @@ class VectorQuantizer(nn.Module):
         logits = "dot" if self.metric == "cosine" else "distance"
         return draw_codes(vectors.detach(), codebook.detach(), self.sample_temperature, logits, 2, valid, first=first)
 
-    def _gather(self, counts: Tensor, sums: Tensor, vectors: Tensor, indices: Tensor) -> None:
+    def _gather(self, vectors: Tensor, indices: Tensor) -> None:
         """Keep the statistics of a training step for the next update."""
-        self._pending = add_statistics(self._pending, counts, sums)
+        counts, sums = codebook_statistics(vectors, indices, self.num_codes)
+        self._pending = (counts, sums) if self._pending is None else (self._pending[0] + counts, self._pending[1] + sums)
         if self.replace_dead_below > 0:
             self._last_step = vectors.detach(), indices
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 
@@ -64,6 +65,22 @@ class Positions:
 def as_positions(x: Tensor, channel: int) -> Tensor:
     """View x as [outer, D, inner] (see `Positions`); a copy only where no such view exists."""
     return Positions(x, channel).vectors
+
+
+def fold_codebooks(t: Tensor) -> Tensor:
+    """View vectors or indices [codebooks, outer, ...] as [outer * codebooks, ...]."""
+    return t.squeeze(0) if len(t) == 1 else t.transpose(0, 1).flatten(0, 1)
+
+
+def as_one_codebook(vectors: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """Fold vectors [codebooks, outer, D, inner] and indices [codebooks, outer, inner] for the flattened codebooks.
+
+    Code k of codebook c becomes c * num_codes + k; -1 stays.
+    """
+    if len(indices) > 1:
+        first = torch.arange(len(indices), device=indices.device).view(-1, 1, 1) * num_codes
+        indices = torch.where(indices < 0, -1, indices + first)
+    return fold_codebooks(vectors), fold_codebooks(indices)
 
 
 def like_positions(t: Tensor, positions: Tensor, x: Tensor, channel: int) -> Tensor:

@@ -52,6 +52,20 @@ def check_vectors(op: str, x: Tensor, codebook: Tensor, channel_dim: int) -> int
     return channel
 
 
+def check_layer_input(name: str, x: Tensor, mask: Tensor | None, *, dim: int, channel_dim: int, dtype: torch.dtype) -> int:
+    """Check the input of a layer whose codebook has `dtype`, and its mask; the channel dimension as a non-negative number."""
+    check_tensor(name, "x", x)
+    channel = check_channel_dim(name, x, channel_dim)
+    check_float(name, "x", x)
+    if x.shape[channel] != dim:
+        raise ValueError(f"{name}: x must have {dim} channels in dimension {channel_dim}, got {list(x.shape)}.")
+    if x.dtype != dtype and not (dtype == torch.float32 and x.dtype in HALF_DTYPES):
+        rule = "x must have the dtype of the codebook, or half precision with a float32 codebook"
+        raise TypeError(f"{name}: {rule}, got {x.dtype} and {dtype}.")
+    check_mask(name, mask, x, channel)
+    return channel
+
+
 def check_float(op: str, name: str, value: Tensor) -> None:
     if value.dtype not in (torch.float32, torch.float64, *HALF_DTYPES):
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}.")

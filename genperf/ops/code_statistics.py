@@ -5,7 +5,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ._dispatch import choose_impl, native_unavailable, register_fake
-from ._layout import as_positions
+from ._layout import as_one_codebook, as_positions
 from ._precision import accumulator_dtype
 from ._validate import check_channel_dim, check_float, check_positions, check_tensor
 
@@ -77,6 +77,20 @@ def statistics(
     if impl == "reference":
         return code_statistics_reference(x.transpose(1, 2), indices, num_codes, weights, origins)
     return torch.ops.genperf.code_statistics(x, indices, num_codes, weights, origins)
+
+
+@torch.no_grad()
+def codebook_statistics(
+    x: Tensor,  # [codebooks, outer, D, inner]
+    indices: Tensor,  # [codebooks, outer, inner]
+    num_codes: int,
+) -> tuple[Tensor, Tensor]:  # [codebooks, K], [codebooks, K, D]
+    """`code_statistics` of checked arguments for several codebooks."""
+    impl = choose_impl("code_statistics", None, unavailable(x.device, x.dtype))
+    codebooks = len(x)
+    folded, numbered = as_one_codebook(x.detach(), indices, num_codes)
+    counts, sums = statistics(folded, numbered, codebooks * num_codes, None, None, impl)
+    return counts.unflatten(0, (codebooks, num_codes)), sums.unflatten(0, (codebooks, num_codes))
 
 
 def check_indices(op: str, indices: Tensor, x: Tensor, channel: int, num_codes: int) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ._autograd import ValueOf, apply, differentiate
 from ._dispatch import choose_impl, native_unavailable, register_fake
-from ._layout import Positions
+from ._layout import Positions, as_one_codebook
 from ._precision import accumulator_dtype
 from ._validate import check_mask, check_vectors
 from .code_statistics import check_indices
@@ -105,6 +105,25 @@ def quantize(
         return apply(_VectorQuantize, x, codebook, indices, codebook_weight, commitment_weight, rotation)[:2]
     quantized, error, _ = torch.ops.genperf.vector_quantize(x, codebook, indices)
     return quantized, error * (codebook_weight + commitment_weight)
+
+
+def quantize_codebooks(
+    x: Tensor,  # [codebooks, outer, D, inner]
+    codebook: Tensor,  # [codebooks, K, D]
+    mask: Tensor | None,  # [codebooks, outer, inner]
+    indices: Tensor | None,  # [codebooks, outer, inner]
+    codebook_weight: float,
+    commitment_weight: float,
+    gradient: str,
+    metric: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # [outer * codebooks, D, inner], [codebooks, outer, inner], []
+    """`vector_quantize` of checked arguments with several codebooks and one loss; with `indices`, of those codes."""
+    impl = choose_impl("vector_quantize", None, unavailable(x.device, x.dtype), x, codebook)
+    if indices is None:
+        indices = search(x.detach(), codebook.detach(), mask, metric, impl)
+    folded, numbered = as_one_codebook(x, indices, codebook.shape[1])
+    quantized, loss = quantize(folded, codebook.flatten(0, 1), numbered, codebook_weight, commitment_weight, gradient, impl)
+    return quantized, indices, loss
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:

@@ -1,5 +1,6 @@
 """nn.VectorQuantizer with heads, a projection, masks, every layout and half precision, against plain PyTorch."""
 
+import importlib
 import itertools
 import logging
 
@@ -9,7 +10,6 @@ from torch.nn import functional as F
 
 import genperf
 from genperf.nn import VectorQuantizer
-from genperf.nn import vector_quantizer as module
 
 NAN = float("nan")
 
@@ -115,6 +115,8 @@ def test_channels_first_is_read_and_written_where_it_lies(x, heads, separate, mo
     seen = []
     layer = VectorQuantizer(5, 8, channel_dim=1, heads=heads, separate_codebooks=separate)
 
+    module = importlib.import_module("genperf.ops.vector_quantize")  # the name in genperf.ops is the function
+
     def watch(name, place):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *arguments: seen.append(arguments[place].data_ptr()) or function(*arguments))
@@ -123,7 +125,7 @@ def test_channels_first_is_read_and_written_where_it_lies(x, heads, separate, mo
     if heads == 1 or not separate:  # the vectors of a head are gathered for the lookup
         watch("quantize", 0)
     quantized, indices, _ = layer(x)
-    assert seen == [x.data_ptr()] * len(seen)
+    assert seen and seen == [x.data_ptr()] * len(seen)
     assert quantized.stride() == x.stride()
     rows = layer(x.movedim(1, -1).contiguous().movedim(-1, 1))
     assert torch.equal(quantized, rows[0])
@@ -198,7 +200,7 @@ def test_reference_ops_reach_the_layer(caplog):
     layer.load_state_dict(state)
     with genperf.reference_ops(), caplog.at_level(logging.DEBUG, "genperf"):
         again = layer(x)
-    for op in ("nearest_code", "vector_quantize", "code_statistics"):
+    for op in ("vector_quantize", "code_statistics"):
         assert f"{op} runs reference" in caplog.text
     assert torch.equal(outputs[1], again[1])
     torch.testing.assert_close(compiled, layer.codebook)

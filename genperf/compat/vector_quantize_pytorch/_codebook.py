@@ -19,11 +19,10 @@ from ...nn._ema import (
     saved_copy,
     set_codes_,
 )
-from ...nn._vectors import fold, number_codes, rows_at
+from ...nn._vectors import rows_at
 from ...ops._dispatch import choose_impl
 from ...ops._precision import accumulator_dtype
-from ...ops.code_statistics import statistics
-from ...ops.code_statistics import unavailable as statistics_unavailable
+from ...ops.code_statistics import codebook_statistics
 from ...ops.nearest_code import search, unavailable
 from ...ops.sample_code import draw_codes
 
@@ -133,13 +132,9 @@ class Codebook(nn.Module):
         impl = choose_impl("nearest_code", None, unavailable(vectors.device, vectors.dtype))
         return search(vectors, codes, valid, self.metric, impl)
 
-    @torch.no_grad()
     def gather(self, vectors: Tensor, indices: Tensor) -> None:
         """Keep the statistics of a step for the next update; vectors [h, outer, d, inner], indices [h, outer, inner]."""
-        folded, numbered = fold(vectors).detach(), fold(number_codes(indices, self.codebook_size))
-        impl = choose_impl("code_statistics", None, statistics_unavailable(folded.device, folded.dtype))
-        counts, sums = statistics(folded, numbered, self.num_codebooks * self.codebook_size, None, None, impl)
-        self.add_statistics(counts.view(self.cluster_size.shape), sums.view(self.embed_avg.shape))
+        self.add_statistics(*codebook_statistics(vectors, indices, self.codebook_size))
         if self.threshold_ema_dead_code > 0:
             self._last_step = vectors.detach(), indices
 

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from ...nn._codebook_losses import diversity_loss, orthogonal_loss
 from ...nn._ema import CodeWeights, saved_copy
-from ...nn._vectors import check_input, fold, look_up, merge_heads, merge_indices, number_codes, split_heads, split_indices, split_mask
+from ...nn._vectors import look_up, merge_heads, merge_indices, split_heads, split_indices
 from ...ops._dispatch import choose_impl
-from ...ops._layout import Positions
+from ...ops._layout import Positions, as_one_codebook
 from ...ops._noise import first_sample
-from ...ops._validate import check
+from ...ops._validate import check, check_layer_input
 from ...ops.code_cross_entropy import code_cross_entropy
 from ...ops.vector_quantize import quantize, unavailable
 from .._unsupported import check_unsupported
@@ -331,7 +331,7 @@ class VectorQuantize(nn.Module):
         updates = self.training and not frozen and (ema_update or codebook.threshold_ema_dead_code > 0)
         codes = codebook.search_codes(projected.dtype, copy=updates)
         found = codebook.assign(vectors, codes, valid, self._temperature(sample_codebook_temp), self._first_vector(vectors, projected))
-        folded, numbered = fold(vectors), fold(number_codes(found, self.codebook_size))
+        folded, numbered = as_one_codebook(vectors, found, self.codebook_size)
         quantized, commitment = self._quantize(folded, codes.flatten(0, 1), numbered, self.learnable_codebook and not frozen)
 
         zero = codes.new_zeros(())
@@ -358,7 +358,7 @@ class VectorQuantize(nn.Module):
 
     def _to_vectors(self, x: Tensor, mask: Tensor | None) -> tuple[Positions, Tensor, Tensor | None]:
         """Projected x [..., heads * d] as vectors [h, outer, d, inner], and which are valid, [h, outer, inner]."""
-        channel, mask = check_input("VectorQuantize", x, mask, None, dim=self.heads * self._codebook.dim, channel_dim=-1, dtype=x.dtype)
+        channel = check_layer_input("VectorQuantize", x, mask, dim=self.heads * self._codebook.dim, channel_dim=-1, dtype=x.dtype)
         if mask is not None and self.use_cosine_sim:
             x = torch.where(mask.unsqueeze(-1), x, 0)  # otherwise a masked NaN could reach the gradients
         positions = Positions(x, channel)
@@ -366,10 +366,10 @@ class VectorQuantize(nn.Module):
         if self.heads > 1 and vectors.stride(1) == 1:  # no copy to cut heads
             vectors = vectors.transpose(1, 2).flatten(0, 1).unsqueeze(2)
             valid = None if valid is None else valid.reshape(-1, 1)
-        vectors = split_heads(vectors, self.heads, self._codebook.num_codebooks)
+        vectors, valid = split_heads(vectors, valid, self.heads, self._codebook.num_codebooks)
         if self.use_cosine_sim:
             vectors = F.normalize(vectors, dim=2, eps=1e-6)
-        return positions, vectors, split_mask(valid, self.heads, self._codebook.num_codebooks)
+        return positions, vectors, valid
 
     def _split_indices(self, indices: Tensor, vectors: Tensor) -> Tensor:
         """Indices as forward returns them, as [h, outer, inner]."""
