@@ -1,4 +1,4 @@
-"""Generative systems built from the ops, layers and losses of genperf and from torch.nn; see `System` for what they have in common."""
+"""Generative systems built from the ops, layers and losses of genperf and torch.nn; `System` is their common interface."""
 
 from .anomaly_detector import AnomalyDetector, AnomalyDetectorConfig
 from .autoencoder import Autoencoder, AutoencoderConfig, latent_plane
@@ -36,7 +36,7 @@ SYSTEMS: dict[str, type[System]] = {
     "stackgan": StackGAN,
     "lapgan": LAPGAN,
 }
-"""The systems by the name that the command line has for them."""
+"""The systems by their names on the command line."""
 
 __all__ = [
     "DCGAN",

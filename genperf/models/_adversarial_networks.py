@@ -1,4 +1,4 @@
-"""Networks of the GANs: fully connected and convolutional, with or without a condition.
+"""Generators and discriminators of GANs, fully connected and convolutional, with or without a condition.
 
 Generators map noise [B, latent_dim] and a condition [B, condition_dim] or None to images in [-1, 1]; discriminators map
 such images and a condition to logits [B] and features [B, F], their last hidden layer.
@@ -15,10 +15,10 @@ from ..nn.virtual_batch_norm import VirtualBatchNorm, reference_pass
 
 NORMS = {"batch": BatchNorm, "virtual": VirtualBatchNorm, "none": nn.Identity}
 
-# Samples of the batch that virtual batch normalization refers to.
+# Size of the reference batch of virtual batch normalization.
 REFERENCE_BATCH = 64
 
-# Dimensions that each kernel of minibatch discrimination compares.
+# Dimensions of each kernel of minibatch discrimination.
 KERNEL_DIM = 5
 
 
@@ -63,18 +63,20 @@ class DenseDiscriminator(nn.Module):
 
 
 class ConvGenerator(nn.Module):
-    """Noise to 2 * width channels at a quarter of each side, then two transposed convolutions of stride 2.
+    """A linear layer to 2 * width channels at a quarter of height and width, then two transposed convolutions of stride 2.
 
-    A condition is concatenated to the noise. With norm="virtual" a fixed batch of noise, with one-hot conditions in turn,
-    goes through the present weights beside every batch and gives the statistics; samples do not depend on each other.
+    A condition is concatenated to the noise. With norm="virtual", the statistics come from a fixed batch of noise, with the
+    one-hot conditions in rotation, under the current weights, so samples do not depend on each other.
     """
+
+    reference: Tensor | None
 
     def __init__(
         self, image_shape: tuple[int, int, int], latent_dim: int, width: int, *, norm: str = "batch", condition_dim: int = 0
     ) -> None:
         super().__init__()
         channels, rows, columns = image_shape
-        layer, bias = NORMS[norm], norm == "none"  # a norm has a bias of its own
+        layer, bias = NORMS[norm], norm == "none"  # a norm has its own bias
         start = (2 * width, rows // 4, columns // 4)
         self.body = nn.Sequential(
             nn.Linear(latent_dim + condition_dim, math.prod(start), bias=bias),
@@ -136,13 +138,13 @@ class ConvDiscriminator(nn.Module):
     def forward(self, images: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         features = self.body(images)
         logits = self.score(features).squeeze(1)
-        if condition is not None:
+        if condition is not None and self.projection is not None:
             logits = logits + (self.projection(condition) * features).sum(1)
         return logits, features
 
 
 def score_layer(features: int, minibatch_kernels: int) -> nn.Sequential:
-    """Features [B, F] to logits [B, 1], by way of minibatch discrimination where there are kernels."""
+    """Features [B, F] to logits [B, 1], through minibatch discrimination if there are kernels."""
     if not minibatch_kernels:
         return nn.Sequential(nn.Linear(features, 1))
     similarity = MinibatchDiscrimination(features, minibatch_kernels, KERNEL_DIM)
@@ -151,12 +153,11 @@ def score_layer(features: int, minibatch_kernels: int) -> nn.Sequential:
 
 def dcgan_init(module: nn.Module) -> None:
     """Weights N(0, 0.02^2), scales of norms N(1, 0.02^2), biases 0; Radford et al. (2016)."""
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.normal_(weight, 0.0, 0.02)
-    elif isinstance(module, BatchNorm | VirtualBatchNorm) and weight is not None:
-        nn.init.normal_(weight, 1.0, 0.02)
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, BatchNorm | VirtualBatchNorm) and module.weight is not None:
+        nn.init.normal_(module.weight, 1.0, 0.02)
     else:
         return
-    if bias is not None:
-        nn.init.zeros_(bias)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)

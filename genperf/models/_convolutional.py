@@ -1,4 +1,4 @@
-"""Networks that the convolutional systems share: images to a quarter of their sides, or to a vector, and back."""
+"""Convolutional encoders and decoders: from images to a quarter of their height and width, or to vectors, and back."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ DOWNSAMPLING = 4
 
 
 class ResidualBlock(nn.Module):
-    """x + f(x) with two convolutions that keep size and channels."""
+    """x + f(x), with two convolutions."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def vector_decoder(inputs: int, hidden: int, image_shape: tuple[int, int, int]) 
 
 
 def check_convolutional(owner: str, config: Any) -> None:
-    """Raise ValueError unless the networks here can be built from the config's image_shape, hidden and dim."""
+    """Raise ValueError unless these networks can be built with the config's image_shape, hidden and dim."""
     check_divisible(owner, config.image_shape, DOWNSAMPLING)
     if config.hidden < 2 or config.hidden % 2:
         raise ValueError(f"{owner}: hidden must be a positive even number, got {config.hidden}.")

@@ -1,4 +1,4 @@
-"""Averaged weights."""
+"""Exponential moving average of weights."""
 
 import torch
 from torch import nn
@@ -7,11 +7,11 @@ from torch.optim.swa_utils import AveragedModel
 
 @torch.no_grad()
 def update_average(average: AveragedModel, module: nn.Module, decay: float) -> None:
-    """Let the module's present parameters into their exponential moving average; buffers are copied.
+    """Update the exponential moving average of the module's parameters, and copy its buffers.
 
-    What torch's `average.update_parameters(module)` does, without its two waits for a GPU. The first steps weigh more, so
-    that the weights of the start are soon forgotten: after `count` updates the decay is (1 + count) / (10 + count) at
-    most, and the first update copies.
+    Like torch's `average.update_parameters(module)`, without its two device synchronizations. The decay warms up, so that
+    initial weights are soon forgotten: after `count` updates it is at most (1 + count) / (10 + count), and the first
+    update copies.
     """
     count = average.n_averaged
     weight = torch.where(count > 0, 1 - ((1 + count) / (10 + count)).clamp(max=decay), 1.0)

@@ -12,20 +12,20 @@ from .system import check_divisible, option
 
 @dataclass(frozen=True)
 class AnomalyDetectorConfig(DenoisingAutoencoderConfig):
-    """What an `AnomalyDetector` is built from."""
+    """Configuration of an `AnomalyDetector`."""
 
     hidden: int = option(128, "units of the hidden layers")
-    dim: int = option(16, "length of a code; the shorter, the less of the unusual can be reconstructed")
-    level: float = option(0.2, "standard deviation of gaussian noise, or the share of the pixels that the others change; 0: no noise")
-    normal_class: int | None = option(None, "label of the images to learn from, none: all of them")
+    dim: int = option(16, "length of a code; a short code cannot reconstruct anomalies")
+    level: float = option(0.2, "standard deviation of gaussian noise, or fraction of pixels changed by other noise; 0: no noise")
+    normal_class: int | None = option(None, "label of the training images, none: all images")
 
 
 class AnomalyDetector(DenoisingAutoencoder):
-    """Tells unusual images by how badly an autoencoder of usual ones reconstructs them; Sakurada and Yairi, "Anomaly
+    """Detects anomalies by the reconstruction error of an autoencoder of normal images; Sakurada and Yairi, "Anomaly
     Detection Using Autoencoders with Nonlinear Dimensionality Reduction" (2014).
 
-    Fully connected: of few usual images these networks learn faster than convolutions do. Noise on what they see in training
-    keeps them from copying.
+    Fully connected, which needs fewer normal images than convolutions. Noise on the training inputs keeps the
+    networks from learning the identity.
 
     Equivalent to:
         score = (model.reconstruct(images) - images).square().flatten(1).mean(1)
@@ -33,13 +33,14 @@ class AnomalyDetector(DenoisingAutoencoder):
         anomalous = score > model.threshold
 
     Attributes:
-        threshold: scalar buffer, NaN until `fit_threshold`.
+        threshold: scalar buffer, NaN before `fit_threshold`.
 
     Raises:
-        ValueError: a config or images that do not fit.
+        ValueError: an invalid configuration, or images of another shape.
     """
 
     Config = AnomalyDetectorConfig
+    config: AnomalyDetectorConfig
     threshold: Tensor
 
     def __init__(self, config: AnomalyDetectorConfig | None = None) -> None:
@@ -61,7 +62,7 @@ class AnomalyDetector(DenoisingAutoencoder):
         """The images of the normal class.
 
         Raises:
-            ValueError: without labels, or where no image is of that class.
+            ValueError: no labels, or no image of that class.
         """
         normal = self.config.normal_class
         if normal is None:
@@ -76,13 +77,13 @@ class AnomalyDetector(DenoisingAutoencoder):
         return images[chosen], labels[chosen]
 
     def anomaly_score(self, images: Tensor) -> Tensor:
-        """Mean squared error of each image's reconstruction: [B], the higher, the less usual."""
+        """Mean squared reconstruction error of each image, [B]; higher for anomalies."""
         return (self.reconstruct(images).to(images.dtype) - images).square().flatten(1).mean(1)
 
     def fit_threshold(self, images: Tensor, *, quantile: float = 0.95) -> Tensor:
-        """Set the threshold so that this share of given usual images scores below it, and return it.
+        """Set the threshold to a quantile of the scores of normal images, and return it.
 
-        Take images that the model was not trained on; those that it was trained on score lower than others.
+        Use images that the model was not trained on, since training images have lower scores.
 
         Raises:
             ValueError: quantile outside [0, 1], or no images.
@@ -96,12 +97,12 @@ class AnomalyDetector(DenoisingAutoencoder):
         return self.threshold.clone()
 
     def finish(self, held_out: Tensor) -> None:
-        """Set the threshold to the 0.95 quantile of the usual images held out."""
+        """Set the threshold to the 0.95 quantile of the scores of held-out normal images."""
         if len(held_out):
             self.fit_threshold(held_out)
 
     def is_anomaly(self, images: Tensor) -> Tensor:
-        """Which images score above the threshold: bool [B].
+        """Whether each image scores above the threshold, bool [B].
 
         Raises:
             RuntimeError: before `fit_threshold`.

@@ -1,4 +1,4 @@
-"""The deterministic autoencoder."""
+"""Deterministic autoencoder."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from .system import System, SystemConfig, evaluating, option
 
 @dataclass(frozen=True)
 class AutoencoderConfig(SystemConfig):
-    """What an `Autoencoder` is built from."""
+    """Configuration of an `Autoencoder`."""
 
     dim: int = option(32, "length of a code")
     hidden: int = option(32, "channels of the convolutions, an even number")
@@ -26,28 +26,29 @@ class Autoencoder(System):
     Equivalent to:
         loss = F.mse_loss(decoder(encoder(images)), images)
 
-    The decoder's outputs are unbounded where the loss is taken and clamped to [0, 1] elsewhere: a sigmoid that starts on a mostly
-    dark image saturates there, and nothing is learned any more. Codes are float [B, dim], without bounds.
+    The decoder has no output activation: its outputs are clamped to [0, 1] except in the loss. A sigmoid would saturate on mostly
+    dark images and stop learning. Codes are floats [B, dim] without bounds.
 
     Raises:
-        ValueError: a config or images that do not fit.
+        ValueError: an invalid configuration, or images of another shape.
     """
 
     Config = AutoencoderConfig
+    config: AutoencoderConfig
 
     def __init__(self, config: AutoencoderConfig | None = None) -> None:
         super().__init__(config)
         self.encoder, self.decoder = self.build_networks()
 
     def build_networks(self) -> tuple[nn.Module, nn.Module]:
-        """Encoder, images to codes [B, dim], and decoder, codes to images; subclasses may build others."""
+        """An encoder from images to codes [B, dim] and a decoder back; subclasses may override it."""
         config = self.config
         check_convolutional(type(self).__name__, config)
         encoder = vector_encoder(config.image_shape, config.hidden, config.dim)
         return encoder, vector_decoder(config.dim, config.hidden, config.image_shape)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Reconstructions of the images, differentiable and not yet clamped to [0, 1]."""
+        """Reconstructions of the images, differentiable and not clamped to [0, 1]."""
         self.check_images(images)
         return self.decoder(self.encoder(images))
 
@@ -72,25 +73,24 @@ class Autoencoder(System):
         return self.decode(self.encode(images))
 
     def latent_grid(self, n: int, images: Tensor) -> Tensor:
-        """n * n images [n * n, C, H, W], row by row, decoded from the plane of `latent_plane` through the codes of `images`."""
+        """Images [n * n, C, H, W], row by row, decoded from the `latent_plane` of the codes of `images`."""
         return self.decode(latent_plane(self.encode(images), n))
 
 
 def latent_plane(codes: Tensor, n: int, *, extent: float = 2.0) -> Tensor:
-    """A square grid of codes on the plane in which given codes vary most.
+    """A square grid of codes on the plane of the first two principal components of given codes.
 
-    The plane passes through their mean along their first two principal directions (all of a two-dimensional latent space);
-    the grid reaches `extent` standard deviations to each side.
+    The grid is centered at their mean and extends `extent` standard deviations to each side.
 
     Args:
         codes: [N, dim], N >= 3, dim >= 2.
-        n: points along each side.
+        n: number of points along each side.
 
     Returns:
-        [n * n, dim]; the first direction falls from row to row, the second rises along a row.
+        [n * n, dim], row by row; the first component decreases from row to row, the second increases along a row.
 
     Raises:
-        ValueError: codes or n that do not fit.
+        ValueError: codes of another shape, or n below 1.
     """
     if codes.dim() != 2 or codes.shape[0] < 3 or codes.shape[1] < 2:
         raise ValueError(f"latent_plane: codes must have shape [N, dim] with N at least 3 and dim at least 2, got {list(codes.shape)}.")
@@ -98,7 +98,7 @@ def latent_plane(codes: Tensor, n: int, *, extent: float = 2.0) -> Tensor:
         raise ValueError(f"latent_plane: n must be at least 1, got {n}.")
     mean = codes.mean(0)
     _, lengths, directions = torch.linalg.svd(codes - mean, full_matrices=False)
-    # Signs are arbitrary: the largest component shall be positive.
+    # Singular vectors are unique up to sign: make the largest component positive.
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     axes = directions * torch.where(largest < 0, -1, 1) * lengths[:, None] / (len(codes) - 1) ** 0.5
     steps = torch.linspace(-extent, extent, n, dtype=codes.dtype, device=codes.device) if n > 1 else codes.new_zeros(1)

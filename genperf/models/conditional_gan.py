@@ -12,20 +12,20 @@ from .system import check_labels
 
 @dataclass(frozen=True)
 class ConditionalGANConfig(DCGANConfig):
-    """What a `ConditionalGAN` is built from."""
+    """Configuration of a `ConditionalGAN`."""
 
     num_classes: int = 10
 
 
 class ConditionalGAN(DCGAN):
-    """A GAN that is told the class of the image to draw, with the networks of `DCGAN`; Mirza & Osindero, "Conditional
-    Generative Adversarial Nets" (2014).
+    """A class-conditional GAN with the networks of `DCGAN`; Mirza & Osindero, "Conditional Generative Adversarial Nets" (2014).
 
-    The generator is told the label as a one-hot vector beside the noise. The discriminator adds the inner product of its
+    The generator gets the one-hot label concatenated to the noise. The discriminator adds the inner product of its
     features with an embedding of the label: Miyato & Koyama, "cGANs with Projection Discriminator" (2018).
     """
 
     Config = ConditionalGANConfig
+    config: ConditionalGANConfig
 
     @property
     def condition_dim(self) -> int:
@@ -35,7 +35,8 @@ class ConditionalGAN(DCGAN):
         """One-hot labels [B, num_classes].
 
         Raises:
-            ValueError, TypeError: no labels, labels out of range (on a GPU an assertion of the device) or of another dtype.
+            ValueError: no labels, or labels of another shape or out of range (on a GPU, a device-side assertion instead).
+            TypeError: labels that are not int64.
         """
         name, classes = self.name, self.config.num_classes
         if labels is None:
@@ -46,7 +47,7 @@ class ConditionalGAN(DCGAN):
         return F.one_hot(labels.to(self.device), classes).to(next(self.parameters()).dtype)
 
     def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
-        """Images [n, C, H, W] in [0, 1] of the labels [n], evenly of all classes without labels: 0, 1, ..., 0, 1, ..."""
+        """Images [n, C, H, W] in [0, 1] of labels [n]; None cycles through all classes."""
         if labels is None and n > 0:
             labels = torch.arange(n) % self.config.num_classes
         return super().sample(n, labels)

@@ -11,30 +11,31 @@ from .system import option
 
 @dataclass(frozen=True)
 class DCGANConfig(GANConfig):
-    """What a `DCGAN` is built from."""
+    """Configuration of a `DCGAN`."""
 
     width: int = option(32, "channels of the largest feature maps")
-    norm: str = option("batch", "normalization: virtual is of the generator alone", choices=tuple(NORMS))
+    norm: str = option("batch", "normalization; virtual applies to the generator only", choices=tuple(NORMS))
 
 
 class DCGAN(GAN):
-    """A GAN of convolutions; Radford et al., "Unsupervised Representation Learning with Deep Convolutional Generative
+    """A convolutional GAN; Radford et al., "Unsupervised Representation Learning with Deep Convolutional Generative
     Adversarial Networks" (2016).
 
-    Strided and transposed convolutions between the image and an image of a quarter of its height and width, batch
-    normalization everywhere but at the generator's output and the discriminator's input, ReLU in the generator, leaky
-    ReLU in the discriminator, weights from N(0, 0.02^2). norm="virtual" gives the generator virtual batch normalization
-    (Salimans et al. 2016). Under a gradient penalty the discriminator has no normalization: the penalty is on the gradient
-    of each image, which batch statistics mix (Gulrajani et al. 2017, section 4).
+    Strided and transposed convolutions between images and a quarter of their height and width, batch normalization except
+    at the generator's output and the discriminator's input, ReLU in the generator, leaky ReLU in the discriminator, weights
+    initialized from N(0, 0.02^2). norm="virtual" uses virtual batch normalization in the generator (Salimans et al. 2016).
+    With a gradient penalty the discriminator has no normalization, since the penalty is on the gradients of single images
+    (Gulrajani et al. 2017, section 4).
 
-    Adam as published but for its rate, 1e-3 in place of 2e-4: samples come from averaged weights, and a thousand steps on
-    small images must do.
+    Adam as in the paper, except for a learning rate of 1e-3 instead of 2e-4, for about a thousand steps on small images;
+    samples come from averaged weights.
 
     Raises:
-        ValueError: an image_shape whose sides are not divisible by 4, or a field of the configuration outside its range.
+        ValueError: an image_shape with a height or width that is not divisible by 4, or another invalid configuration.
     """
 
     Config = DCGANConfig
+    config: DCGANConfig
     downsampling = 4
     condition_dim = 0
 

@@ -1,4 +1,4 @@
-"""The denoising autoencoder."""
+"""Denoising autoencoder."""
 
 from dataclasses import dataclass
 
@@ -14,10 +14,10 @@ NOISES = ("gaussian", "salt-and-pepper", "masking")
 
 @dataclass(frozen=True)
 class DenoisingAutoencoderConfig(AutoencoderConfig):
-    """What a `DenoisingAutoencoder` is built from."""
+    """Configuration of a `DenoisingAutoencoder`."""
 
-    noise: str = option("gaussian", "what corrupts the images", choices=NOISES)
-    level: float = option(0.5, "standard deviation of gaussian noise, or the share of the pixels that the others change")
+    noise: str = option("gaussian", "kind of noise", choices=NOISES)
+    level: float = option(0.5, "standard deviation of gaussian noise, or fraction of pixels changed by other noise")
 
 
 class DenoisingAutoencoder(Autoencoder):
@@ -31,13 +31,14 @@ class DenoisingAutoencoder(Autoencoder):
     "salt-and-pepper"   0 where u < level / 2, 1 where u >= 1 - level / 2
     "masking"           0 where u < level
 
-    Each channel of a pixel has noise of its own.
+    Noise is independent for each channel of a pixel.
 
     Raises:
-        ValueError: a config or images that do not fit.
+        ValueError: an invalid configuration, or images of another shape.
     """
 
     Config = DenoisingAutoencoderConfig
+    config: DenoisingAutoencoderConfig
 
     def __init__(self, config: DenoisingAutoencoderConfig | None = None) -> None:
         super().__init__(config)
@@ -47,7 +48,7 @@ class DenoisingAutoencoder(Autoencoder):
         if not 0 <= level < float("inf"):
             raise ValueError(f"{name}: level must be a finite number, at least 0, got {level}.")
         if noise != "gaussian" and level > 1:
-            raise ValueError(f"{name}: level must be at most 1, a share of the pixels, for noise={noise!r}, got {level}.")
+            raise ValueError(f"{name}: level must be at most 1, a fraction of the pixels, for noise={noise!r}, got {level}.")
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
         self.check_player(player)
@@ -55,20 +56,20 @@ class DenoisingAutoencoder(Autoencoder):
 
     @torch.no_grad()
     def corrupt(self, images: Tensor) -> Tensor:
-        """The images with noise as in training, drawn anew at each call; pixels stay in [0, 1]."""
+        """Add noise to images as in training; pixels stay in [0, 1]."""
         self.check_images(images)
         level = self.config.level
         noise = standard_normal(*images.shape, device=images.device).to(images.dtype)
         if self.config.noise == "gaussian":
             return (images + level * noise).clamp(0, 1)
-        # A standard normal number lies below quantile(p) with probability p.
+        # A standard normal variable is below quantile(p) with probability p.
         if self.config.noise == "masking":
             return images.masked_fill(noise < _normal_quantile(level), 0)
         tail = _normal_quantile(level / 2)
         return images.masked_fill(noise < tail, 0).masked_fill(noise >= -tail, 1)
 
     def denoise(self, images: Tensor) -> Tensor:
-        """Clean images of corrupted ones."""
+        """Remove noise from images."""
         return self.reconstruct(images)
 
 

@@ -1,4 +1,4 @@
-"""The discrete variational autoencoder."""
+"""Discrete variational autoencoder."""
 
 import math
 from dataclasses import dataclass
@@ -14,53 +14,54 @@ from ._convolutional import DOWNSAMPLING, check_convolutional, image_decoder, im
 from .index_prior import IndexPrior
 from .system import SystemConfig, evaluating, option
 
-# Standard deviation of a code's logits at the start. That of Gumbel noise is 1.28, in which smaller logits would drown.
+# Initial standard deviation of the logits of a code, above that of the Gumbel noise, 1.28.
 LOGIT_SCALE = 3.0
 
 
 @dataclass(frozen=True)
 class DiscreteVAEConfig(SystemConfig):
-    """What a `DiscreteVAE` is built from."""
+    """Configuration of a `DiscreteVAE`."""
 
     num_codes: int = option(256, "number of codes")
     dim: int = option(32, "length of a code")
     hidden: int = option(64, "channels of the convolutions, an even number")
-    hard: bool = option(False, "train with codes as they are, straight through, instead of soft mixtures")
-    tau_start: float = option(1.0, "temperature at the start of the training")
-    tau_end: float = option(1 / 16, "temperature at its end")
-    kl_weight: float = option(0.0, "weight of the KL divergence of a position from the uniform prior, in nats")
+    hard: bool = option(False, "train with hard, straight-through samples instead of soft mixtures")
+    tau_start: float = option(1.0, "temperature at the start of training")
+    tau_end: float = option(1 / 16, "temperature at the end of training")
+    kl_weight: float = option(0.0, "weight of the mean KL divergence of a position from the uniform prior, in nats")
     lr: float = option(2e-3, "learning rate of Adam")
     lr_prior: float = option(4e-3, "learning rate of Adam for the prior")
-    prior_width: int = option(64, "length of the hidden vectors of the prior over the codes, 0: no prior, and no samples")
-    prior_layers: int = option(2, "layers of the prior")
-    prior_every: int = option(4, "of how many batches the prior learns from one")
+    prior_width: int = option(64, "width of the prior over the codes, 0: no prior and no samples")
+    prior_layers: int = option(2, "number of layers of the prior")
+    prior_every: int = option(4, "the prior trains on one in this many batches")
 
 
 class DiscreteVAE(CodeAutoencoder):
-    """An autoencoder whose latent image holds categories, sampled by the Gumbel-softmax.
+    """An autoencoder with categorical latents, sampled with the Gumbel-softmax.
 
     Jang et al., "Categorical Reparameterization with Gumbel-Softmax" (2016); Maddison et al., "The Concrete Distribution" (2016);
-    as the first stage of an image generator Ramesh et al., "Zero-Shot Text-to-Image Generation" (2021).
+    as the first stage of an image generator, Ramesh et al., "Zero-Shot Text-to-Image Generation" (2021).
 
     Equivalent to:
         tau = tau_start * (tau_end / tau_start) ** progress
-        logits = normalization(encoder(images))                             # each code over batch and positions
+        logits = normalization(encoder(images))                             # BatchNorm
         sample, indices, kl = genperf.gumbel_sample(logits, codebook, tau=tau, hard=hard, dim=1)
         reconstruction = F.mse_loss(decoder(sample), images)
-        loss = reconstruction + kl_weight * kl.mean()                       # mean over pixels; mean over positions, nats
+        loss = reconstruction + kl_weight * kl.mean()                       # kl in nats per position
 
-    Batch normalization of the logits keeps many codes in use, as it does before a vector quantizer: Lancucki et al., "Robust
-    Training of Vector Quantized Bottleneck Models" (2020). Without it a few codes win everywhere.
+    Batch normalization of the logits keeps many codes in use, as before a vector quantizer: Lancucki et al., "Robust Training of
+    Vector Quantized Bottleneck Models" (2020). Without it the codebook collapses to a few codes.
 
-    Soft mixtures approach single codes, which evaluation uses, as the temperature falls. Images [B, C, H, W] become indices
-    [B, H/4, W/4] and back. The player "prior" learns an autoregressive distribution of the indices, `IndexPrior`, from the
-    encodings of some of the batches; `sample` draws from it.
+    As the temperature decreases, the soft mixtures approach single codes, which evaluation uses. Images [B, C, H, W] are encoded to
+    indices [B, H/4, W/4]. The player "prior" trains an autoregressive model of the indices, `IndexPrior`, on some of the
+    batches; `sample` draws from it.
 
     Raises:
-        ValueError: a config or images that do not fit.
+        ValueError: an invalid configuration, or images of another shape.
     """
 
     Config = DiscreteVAEConfig
+    config: DiscreteVAEConfig
 
     def __init__(self, config: DiscreteVAEConfig | None = None) -> None:
         super().__init__(config)
@@ -85,13 +86,14 @@ class DiscreteVAE(CodeAutoencoder):
 
     @property
     def tau(self) -> float:
-        """The temperature at this share of the training."""
+        """The temperature at the current progress of the training."""
         start, end = self.config.tau_start, self.config.tau_end
         return start * (end / start) ** self.progress
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
         self.check_player(player)
         if player == "prior":
+            assert self.prior is not None
             return {"loss": self.prior.loss(self.encode(images))}
         self.quantizer.set_tau(self.tau)
         quantized, _, kl = self.quantizer(self._logits(images))
@@ -101,7 +103,7 @@ class DiscreteVAE(CodeAutoencoder):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Likeliest indices [B, H/4, W/4] of images [B, C, H, W]."""
+        """Most likely indices [B, H/4, W/4] of images [B, C, H, W]."""
         with evaluating(self):
             return self.quantizer.encode(self._logits(images))
 
@@ -113,15 +115,15 @@ class DiscreteVAE(CodeAutoencoder):
 
     @torch.no_grad()
     def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
-        """Images of n index images drawn from the prior.
+        """Decode n samples from the prior.
 
         Raises:
-            ValueError: n below 1, or labels, which nothing here depends on.
-            RuntimeError: without a prior.
+            ValueError: n below 1, or labels, since the model is unconditional.
+            RuntimeError: a model without a prior.
         """
         self.check_sample(n, labels)
         if self.prior is None:
-            raise RuntimeError("DiscreteVAE.sample: samples are drawn from the prior, got prior_width=0.")
+            raise RuntimeError("DiscreteVAE.sample: sampling needs a prior, got prior_width=0.")
         height, width = (side // DOWNSAMPLING for side in self.config.image_shape[1:])
         with evaluating(self):
             return self.decode(self.prior.sample(n, height, width))

@@ -1,8 +1,9 @@
-"""The adversarial game, and the fully connected GAN of its first paper."""
+"""GAN: the training of generator and discriminator, with fully connected networks."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,38 +20,38 @@ from .system import System, SystemConfig, check_divisible, evaluating, frozen, o
 
 @dataclass(frozen=True)
 class GANConfig(SystemConfig):
-    """Of the game, the same for every GAN; the tricks are those of Salimans et al. (2016) and Sonderby et al. (2017)."""
+    """Configuration of a `GAN`; options that improve training are from Salimans et al. (2016) and Sonderby et al. (2017)."""
 
     latent_dim: int = option(64, "length of the generator's noise")
-    width: int = option(256, "units of a hidden layer")
+    width: int = option(256, "units of the hidden layers")
     loss: str = option("non-saturating", "adversarial loss", choices=ADVERSARIAL_LOSSES)
-    critic_steps: int = option(1, "steps of the discriminator for each of the generator")
+    critic_steps: int = option(1, "discriminator steps per generator step")
     lr: float = option(1e-3, "learning rate of the generator")
-    lr_discriminator: float | None = option(None, "learning rate of the discriminator, none: the generator's")
+    lr_discriminator: float | None = option(None, "learning rate of the discriminator, none: that of the generator")
     beta1: float = option(0.5, "of Adam")
     beta2: float = option(0.999, "of Adam")
-    penalty: str | None = option(None, "kind of gradient penalty of the discriminator, none: without", choices=(None, *CENTERS))
+    penalty: str | None = option(None, "gradient penalty of the discriminator, none: no penalty", choices=(None, *CENTERS))
     penalty_weight: float = option(10.0, "weight of the gradient penalty")
-    label_smoothing: float = option(0.0, "one-sided: the discriminator's target for real images is 1 less this")
-    instance_noise: float = option(0.0, "standard deviation of noise on all that the discriminator sees, falling to 0 over the training")
+    label_smoothing: float = option(0.0, "one-sided: the discriminator's target for real images is 1 minus this")
+    instance_noise: float = option(0.0, "standard deviation of noise on the discriminator's input, decreasing to 0 over the training")
     feature_matching: float = option(0.0, "weight of feature matching in the generator's loss")
     historical_averaging: float = option(0.0, "weight of historical averaging in both losses")
-    minibatch_kernels: int = option(0, "kernels of minibatch discrimination, 0: without")
-    ema: float = option(0.99, "decay of the moving average of the generator that samples are drawn from, 0: none")
+    minibatch_kernels: int = option(0, "kernels of minibatch discrimination, 0: none")
+    ema: float = option(0.99, "decay of the moving average of the generator, used for sampling, 0: none")
 
 
 class GAN(System):
-    """Generator and discriminator in the minimax game; Goodfellow et al., "Generative Adversarial Nets" (2014).
+    """Generative adversarial network; Goodfellow et al., "Generative Adversarial Nets" (2014).
 
     With x the images of a batch scaled to [-1, 1], z standard normal noise and logits d(.) (loss="non-saturating"):
         discriminator:  mean softplus(-d(x)) + mean softplus(d(g(z)))
         generator:      mean softplus(-d(g(z)))
-    Real and generated images go through the discriminator in batches of their own. What `config` adds to these losses:
+    Real and generated images pass through the discriminator in separate batches. Options of `config`:
 
         penalty               gradient_penalty of the discriminator's logits                        Gulrajani et al. 2017 and others
         label_smoothing       the target of real images is 1 - label_smoothing                      Salimans et al. 2016
         instance_noise        N(0, instance_noise^2 (1 - progress)^2) on real and generated images  Sonderby et al. 2017
-        feature_matching      squared distance of the mean features, to the generator's loss        Salimans et al. 2016
+        feature_matching      squared distance of mean features, in the generator's loss             Salimans et al. 2016
         historical_averaging  squared distance of the weights from their mean over time             Salimans et al. 2016
         minibatch_kernels     MinibatchDiscrimination before the discriminator's last layer         Salimans et al. 2016
         ema                   samples come from averaged weights of the generator                   Yazici et al. 2019
@@ -59,10 +60,11 @@ class GAN(System):
     discriminator maps such images (and a condition) to logits [B] and features [B, F], its last hidden layer.
 
     Raises:
-        ValueError: a field of the configuration outside its range.
+        ValueError: an invalid configuration.
     """
 
     Config = GANConfig
+    config: GANConfig
     players = ("discriminator", "generator")
     downsampling = 1
 
@@ -84,19 +86,19 @@ class GAN(System):
     def build_discriminator(self) -> nn.Module:
         return DenseDiscriminator(self.config.image_shape, self.config.width, minibatch_kernels=self.config.minibatch_kernels)
 
-    def condition(self, labels: Tensor | None) -> Tensor | None:
-        """What generator and discriminator are told of the labels; None here."""
+    def condition(self, labels: Any) -> Any:
+        """The condition of generator and discriminator for these labels; None for an unconditional GAN."""
         return None
 
-    def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str) -> dict[str, Tensor]:
-        """The player's losses of a batch.
+    def training_step(self, images: Tensor, labels: Any = None, *, player: str) -> dict[str, Tensor]:
+        """The losses of a player for a batch.
 
         Returns:
-            "loss", the sum of "adversarial" and of "penalty", "feature_matching" and "historical_averaging" where they are
-            configured, with their weights; of the discriminator also its mean logits "real_score" and "fake_score".
+            "loss", the weighted sum of "adversarial" and, if configured, "penalty", "feature_matching" and
+            "historical_averaging"; for the discriminator also the mean logits "real_score" and "fake_score".
 
         Raises:
-            ValueError: images of another shape, or no player of that name.
+            ValueError: images of another shape, or an unknown player.
         """
         self.check_images(images)
         self.check_player(player)
@@ -107,30 +109,31 @@ class GAN(System):
             parts, scores = self._generator_losses(real, condition), {}
         if self.history:
             parts["historical_averaging"] = self.config.historical_averaging * self.history[player]()
-        return {"loss": sum(parts.values()), **{name: value.detach() for name, value in {**parts, **scores}.items()}}
+        first, *others = parts.values()
+        return {"loss": sum(others, first), **{name: value.detach() for name, value in {**parts, **scores}.items()}}
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Adam for each player; two rates are the two time-scale update rule of Heusel et al. (2017)."""
+        """Adam for each player; two learning rates give the two time-scale update rule of Heusel et al. (2017)."""
         betas = (self.config.beta1, self.config.beta2)
         return {player: torch.optim.Adam(getattr(self, player).parameters(), lr=self._rate(player), betas=betas) for player in self.players}
 
     def players_at(self, step: int) -> Sequence[str]:
-        """The discriminator learns in each step, the generator in the last of every `critic_steps`."""
+        """The discriminator trains in each step, the generator in one of every `critic_steps`."""
         return self.players if (step + 1) % self.config.critic_steps == 0 else self.players[:1]
 
     @torch.no_grad()
     def step_done(self, player: str) -> None:
         if self.history:
-            self.history[player].update()
+            cast("HistoricalAveraging", self.history[player]).update()
         if player == "generator" and self.average is not None:
             update_average(self.average, self.generator, self.config.ema)
 
     @torch.no_grad()
-    def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
+    def sample(self, n: int, labels: Any = None) -> Tensor:
         """Images [n, C, H, W] in [0, 1] from noise.
 
         Raises:
-            ValueError: n below 1, or labels that the system has no use for.
+            ValueError: n below 1, or labels for an unconditional system.
         """
         self.check_sample(n)
         condition = self._condition_of(n, labels)
@@ -142,10 +145,10 @@ class GAN(System):
 
     @property
     def sampler(self) -> nn.Module:
-        """The generator that samples are drawn from: the averaged one where there is one."""
+        """The generator used for sampling: the averaged one, if there is one."""
         return self.generator if self.average is None else self.average
 
-    def _discriminator_losses(self, real: Tensor, condition: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _discriminator_losses(self, real: Tensor, condition: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         config = self.config
         with torch.no_grad():
             real, fake = self._noisy(real), self._noisy(self.generator(self._noise(len(real)), condition))
@@ -158,7 +161,7 @@ class GAN(System):
             )
         return parts, {"real_score": real_logits.mean(), "fake_score": fake_logits.mean()}
 
-    def _generator_losses(self, real: Tensor, condition: Tensor | None) -> dict[str, Tensor]:
+    def _generator_losses(self, real: Tensor, condition: Any) -> dict[str, Tensor]:
         config = self.config
         with frozen(self.discriminator):
             fake = self._noisy(self.generator(self._noise(len(real)), condition))
@@ -170,7 +173,7 @@ class GAN(System):
                 parts["feature_matching"] = config.feature_matching * feature_matching(real_features, features)
         return parts
 
-    def _condition_of(self, n: int, labels: Tensor | None) -> Tensor | None:
+    def _condition_of(self, n: int, labels: Any) -> Any:
         condition = self.condition(labels)
         if isinstance(condition, Tensor) and len(condition) != n:
             raise ValueError(f"{self.name}: there must be a label for each of {n} images, got {len(condition)} labels.")
@@ -180,7 +183,7 @@ class GAN(System):
         return standard_normal(n, self.config.latent_dim, device=self.device)
 
     def _noisy(self, images: Tensor) -> Tensor:
-        """Images as the discriminator sees them: with instance noise."""
+        """Add instance noise to the discriminator's input."""
         std = self.config.instance_noise * (1 - self.progress)
         return images + std * standard_normal(*images.shape, device=images.device) if std else images
 

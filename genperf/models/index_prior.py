@@ -1,46 +1,49 @@
-"""An autoregressive prior over images of code indices."""
+"""Autoregressive prior over 2D maps of code indices."""
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._modes import evaluating
+from ..ops._validate import check
 from ..ops.gumbel_sample import gumbel_sample
-from .system import evaluating
 
 
 class IndexPrior(nn.Module):
-    """The distribution of images of indices, one index after the other in the order of rows; van den Oord et al. (2017), section 3.3.
+    """Autoregressive model of index maps in raster order; van den Oord et al. (2017), section 3.3.
 
     Equivalent to:
         log p(i | c) = sum_t log softmax(logits_t(i_0 ... i_(t - 1), c))[i_t]
 
-    The logits come from a small transformer: Vaswani et al., "Attention Is All You Need" (2017), normalized before each layer. The
-    input of a position is its place, the index before it, that above it and, where there is a condition, what that says of its
-    5x5 neighborhood. So a position sees all that come before it, at any size of image, and drawing it costs no more than one
-    step: keys and values of the earlier ones are kept.
+    The logits come from a small pre-norm transformer, Vaswani et al., "Attention Is All You Need" (2017). The input of a
+    position is its positional encoding, embeddings of the previous index and the index above, and features of the condition
+    in its 5x5 neighborhood. Each position attends to all previous ones, for any size of map. Sampling caches keys and
+    values.
 
     Args:
         num_codes: K.
-        width: length of the hidden vectors, a multiple of 4.
-        layers: of the transformer.
+        width: dimension of the hidden vectors, a multiple of 4.
+        layers: number of transformer layers.
         num_conditions: C, channels of the condition; 0 for none.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an argument out of range.
     """
 
     def __init__(self, num_codes: int, *, width: int = 64, layers: int = 2, num_conditions: int = 0) -> None:
         super().__init__()
-        _check("num_codes must be at least 1", num_codes, num_codes >= 1)
-        _check("width must be a positive multiple of 4", width, width >= 4 and width % 4 == 0)
-        _check("layers must be at least 1", layers, layers >= 1)
-        _check("num_conditions must not be negative", num_conditions, num_conditions >= 0)
+        check("IndexPrior", "num_codes must be at least 1", num_codes, num_codes >= 1)
+        check("IndexPrior", "width must be a positive multiple of 4", width, width >= 4 and width % 4 == 0)
+        check("IndexPrior", "layers must be at least 1", layers, layers >= 1)
+        check("IndexPrior", "num_conditions must not be negative", num_conditions, num_conditions >= 0)
         self.num_codes = num_codes
         self.width = width
         self.num_conditions = num_conditions
-        # Index K stands for what lies outside of the image.
+        # Index K is the padding outside of the map.
         self.previous = nn.Embedding(num_codes + 1, width)
         self.above = nn.Embedding(num_codes + 1, width)
         self.condition = None
@@ -50,41 +53,42 @@ class IndexPrior(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_codes))
 
     def forward(self, indices: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Logits of each index given those before it.
+        """Logits of each index given the previous ones.
 
         Args:
             indices: [B, h, w], int64, 0 ... K - 1.
-            condition: [B, C, h, w], with `num_conditions` only.
+            condition: [B, C, h, w] if num_conditions > 0, else None.
 
         Returns:
             [B, K, h, w]
 
         Raises:
-            ValueError, TypeError: tensors that do not fit.
+            ValueError: indices or a condition of another shape.
+            TypeError: indices that are not int64.
         """
         return self._logits(indices, condition).movedim(-1, 1)
 
     def loss(self, indices: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy of an index, a scalar in nats: F.cross_entropy(self(indices, condition), indices)."""
+        """Mean negative log-likelihood of an index in nats, a scalar: F.cross_entropy(self(indices, condition), indices)."""
         return F.cross_entropy(self._logits(indices, condition).flatten(0, 2), indices.flatten())
 
     @torch.no_grad()
     def sample(self, n: int, height: int, width: int, condition: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
-        """Draw n images of indices, one position after the other; `genperf.sample_offset` applies.
+        """Sample n index maps, position by position; `genperf.sample_offset` applies.
 
         Args:
-            condition: [n, C, height, width], with `num_conditions` only.
+            condition: [n, C, height, width] if num_conditions > 0, else None.
             temperature: positive; the logits are divided by it.
 
         Returns:
             [n, height, width], int64.
         """
-        _check("temperature must be a finite number above 0", temperature, 0 < temperature < math.inf)
+        check("IndexPrior", "temperature must be a finite number above 0", temperature, 0 < temperature < math.inf)
         self._check_condition(condition, (n, height, width))
         place = self._place(height, width, condition)
         length = height * width
-        known = torch.full((n, width + length), self.num_codes, device=place.device)  # below a row of what lies outside
-        caches = [block.new_cache(n, length) for block in self.blocks]
+        known = torch.full((n, width + length), self.num_codes, device=place.device)  # after a row of padding
+        caches = [cast("_Block", block).new_cache(n, length) for block in self.blocks]
         with evaluating(self):
             for t in range(length):
                 x = self.previous(known[:, width + t - 1]) + self.above(known[:, t]) + place[:, t]
@@ -109,15 +113,17 @@ class IndexPrior(nn.Module):
         return self.head(x).unflatten(1, (height, width))
 
     def _place(self, height: int, width: int, condition: Tensor | None) -> Tensor:
-        """[1 or B, h * w, width]: sines and cosines of row and column, and the condition."""
+        """Sinusoidal encodings of row and column plus features of the condition, [1 or B, h * w, width]."""
         device = self.above.weight.device
         frequencies = torch.exp(-math.log(100) * torch.linspace(0, 1, self.width // 4, device=device))
         row, column = (torch.arange(size, device=device).unsqueeze(1) * frequencies for size in (height, width))
         row, column = (torch.cat([angle.sin(), angle.cos()], 1) for angle in (row, column))
         place = torch.cat([row.unsqueeze(1).expand(-1, width, -1), column.expand(height, -1, -1)], 2).flatten(0, 1)
-        return place.unsqueeze(0) if condition is None else place + self.condition(condition).flatten(2).mT
+        if condition is None or self.condition is None:
+            return place.unsqueeze(0)
+        return place + self.condition(condition).flatten(2).mT
 
-    def _check_condition(self, condition: Tensor | None, shape: tuple[int, int, int]) -> None:
+    def _check_condition(self, condition: Tensor | None, shape: Sequence[int]) -> None:
         batch, height, width = shape
         expected = [batch, self.num_conditions, height, width] if self.num_conditions else None
         got = None if condition is None else list(condition.shape)
@@ -126,7 +132,7 @@ class IndexPrior(nn.Module):
 
 
 class _Block(nn.Module):
-    """Causal attention and a layer on each position, both added to what comes in."""
+    """A pre-norm transformer layer: causal attention and an MLP, both with residual connections."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -137,22 +143,17 @@ class _Block(nn.Module):
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, cache: Tensor | None = None, t: int = 0) -> Tensor:
-        """x [B, T, width]; with a cache x is position t alone, [B, 1, width], and the cache holds those before it."""
+        """x [B, T, width]; with a cache, x is position t alone, [B, 1, width], and the cache holds keys and values of earlier ones."""
         qkv = self.to_qkv(self.attention_norm(x)).unflatten(2, (3, -1, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, head_dim] each
         if cache is not None:
             cache[0, :, :, t], cache[1, :, :, t] = k[:, :, 0], v[:, :, 0]
             k, v = cache[:, :, :, : t + 1]
-        seen = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
-        x = x + self.from_heads(seen.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+        x = x + self.from_heads(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(x)
 
     def new_cache(self, n: int, length: int) -> Tensor:
-        """Room for the keys and values of n images: [2, n, heads, T, head_dim]."""
+        """An empty cache of keys and values for n maps, [2, n, heads, T, head_dim]."""
         weight = self.from_heads.weight
         return weight.new_empty(2, n, len(weight) // self.head_dim, length, self.head_dim)
-
-
-def _check(rule: str, value: object, holds: bool) -> None:
-    if not holds:
-        raise ValueError(f"IndexPrior: {rule}, got {value!r}.")

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,37 +17,38 @@ from .system import System, option, standard_normal
 
 @dataclass(frozen=True)
 class LAPGANConfig(GANConfig):
-    """What a `LAPGAN` is built from; the game of every level is configured alike."""
+    """Configuration of a `LAPGAN`; the options of `GAN` apply to every level."""
 
-    levels: int = option(2, "how often images are halved; the pyramid has one band more")
+    levels: int = option(2, "number of times images are halved; the pyramid has one band more")
     kernel: str = option("binomial", "filter of the pyramid", choices=tuple(KERNELS))
-    width: int = option(16, "channels of the bands' networks")
-    hidden: int = option(256, "units of the layers of the networks for the coarse image")
+    width: int = option(16, "channels of the networks for the bands")
+    hidden: int = option(256, "units of the hidden layers of the networks for the coarse image")
     lr: float = option(5e-4, "learning rate of the generators")
-    lr_discriminator: float | None = option(2e-3, "learning rate of the discriminators, none: the generators'")
-    ema: float = option(0.995, "decay of the moving average of the generators that samples are drawn from, 0: none")
+    lr_discriminator: float | None = option(2e-3, "learning rate of the discriminators, none: that of the generators")
+    ema: float = option(0.995, "decay of the moving average of the generators, used for sampling, 0: none")
 
 
 class LAPGAN(System):
-    """A GAN for each band of a pyramid of images, from coarse to fine; Denton et al., "Deep Generative Image Models using a
-    Laplacian Pyramid of Adversarial Networks" (2015).
+    """A GAN for each band of a Laplacian pyramid; Denton et al., "Deep Generative Image Models using a Laplacian Pyramid of
+    Adversarial Networks" (2015).
 
-    With I_0 the image and I_(k+1) = down(I_k), the band h_k = I_k - up(I_(k+1)) is what is lost on the way. The coarsest
-    image comes from a GAN of its own, each band from a GAN that is told l_k = up(I_(k+1)):
+    With I_0 the image and I_(k+1) = down(I_k), the band is h_k = I_k - up(I_(k+1)). A GAN generates the coarsest image, and a
+    GAN conditioned on l_k = up(I_(k+1)) each band:
         generator:          (noise plane, l_k) -> h_k
         discriminator:      (h_k + l_k, l_k) -> logit
-    Each game is on bands of real images in training, independent of the others, so all learn from every batch: the losses
-    of the levels are summed. Samples go from coarse to fine, I_k = h_k + up(I_(k+1)). All that `GAN` offers is there.
+    The GANs are trained independently on the bands of real images, all in every step: the losses of the levels are
+    summed. Samples are generated from coarse to fine, I_k = h_k + up(I_(k+1)). All options of `GAN` are supported.
 
     Attributes:
-        pyramid: `LaplacianPyramid`; pyramid.reconstruct(pyramid.decompose(images)) is the images.
-        games: K + 1 GANs, of the finest band first, of the coarsest image last.
+        pyramid: the `LaplacianPyramid`.
+        games: K + 1 GANs, from the finest band to the coarsest image.
 
     Raises:
-        ValueError: images too small for the levels, or a field of the configuration outside its range.
+        ValueError: images too small for the levels, or another invalid configuration.
     """
 
     Config = LAPGANConfig
+    config: LAPGANConfig
     players = ("discriminator", "generator")
 
     def __init__(self, config: LAPGANConfig | None = None) -> None:
@@ -61,7 +63,7 @@ class LAPGAN(System):
             )
         if not config.hidden >= 1:
             raise ValueError(f"LAPGAN: hidden must be at least 1, got {config.hidden!r}.")
-        games = []
+        games: list[GAN] = []
         for _ in range(config.levels):
             games.append(BandGAN(dataclasses.replace(config, image_shape=(channels, *sides))))
             sides = [(side + 1) // 2 for side in sides]
@@ -69,29 +71,29 @@ class LAPGAN(System):
         self.games = nn.ModuleList(games)
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str) -> dict[str, Tensor]:
-        """The player's losses of a batch: "loss" is the sum of the levels', "level0" the finest band's and so on.
+        """The losses of a player for a batch: "loss" is the sum over levels, "level0" that of the finest band, and so on.
 
         Raises:
-            ValueError: images of another shape, or no player of that name.
+            ValueError: images of another shape, or an unknown player.
         """
         self.check_images(images)
         self.check_player(player)
-        losses = []
-        for game, (image, low) in zip(self.games, self._levels(images), strict=True):
+        losses: list[Tensor] = []
+        for game, (image, low) in zip(self._gans, self._levels(images), strict=True):
             game.progress = self.progress
             losses.append(game.training_step(image, low, player=player)["loss"])
-        return {"loss": sum(losses), **{f"level{k}": loss.detach() for k, loss in enumerate(losses)}}
+        return {"loss": sum(losses[1:], losses[0]), **{f"level{k}": loss.detach() for k, loss in enumerate(losses)}}
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Adam for each player, of all levels; see `GAN.optimizers`."""
-        games = [game.optimizers() for game in self.games]
+        """Adam for each player over all levels; see `GAN.optimizers`."""
+        games = [game.optimizers() for game in self._gans]
         return {player: torch.optim.Adam([group for game in games for group in game[player].param_groups]) for player in self.players}
 
     def players_at(self, step: int) -> Sequence[str]:
-        return self.games[0].players_at(step)
+        return self._gans[0].players_at(step)
 
     def step_done(self, player: str) -> None:
-        for game in self.games:
+        for game in self._gans:
             game.step_done(player)
 
     @torch.no_grad()
@@ -99,19 +101,23 @@ class LAPGAN(System):
         """Images [n, C, H, W] in [0, 1] from noise, from coarse to fine.
 
         Raises:
-            ValueError: n below 1, or labels, which nothing here depends on.
+            ValueError: n below 1, or labels, since the model is unconditional.
         """
         self.check_sample(n, labels)
-        *bands, coarse = self.games
+        *bands, coarse = self._gans
         images = coarse.sample(n)
         for game in reversed(bands):
             low = self.pyramid.up(images, game.config.image_shape[1:])
             images = low + _band(game.sample(n, low))
         return images.clamp(0, 1)
 
+    @property
+    def _gans(self) -> list[GAN]:
+        return cast("list[GAN]", list(self.games))
+
     def _levels(self, images: Tensor) -> list[tuple[Tensor, Tensor | None]]:
-        """What each game learns, as images in [0, 1], and what it is told."""
-        levels = []
+        """The training data of each level, scaled to [0, 1], and its condition."""
+        levels: list[tuple[Tensor, Tensor | None]] = []
         for _ in range(self.config.levels):
             coarse = self.pyramid.down(images)
             low = self.pyramid.up(coarse, images.shape[-2:])
@@ -121,15 +127,19 @@ class LAPGAN(System):
 
 
 class CoarseGAN(GAN):
-    """The game of the coarsest image."""
+    """The GAN of the coarsest image."""
 
-    name = "LAPGAN"
+    @property
+    def name(self) -> str:
+        return "LAPGAN"
 
 
 class BandGAN(GAN):
-    """The game of one band in [-1, 1]; "labels" are the low-pass images [B, C, H, W] in [0, 1] that it is told."""
+    """The GAN of one band in [-1, 1]; its "labels" are low-pass images [B, C, H, W] in [0, 1]."""
 
-    name = "LAPGAN"
+    @property
+    def name(self) -> str:
+        return "LAPGAN"
 
     def build_generator(self) -> nn.Module:
         return BandGenerator(self.config.image_shape, self.config.width)
@@ -146,7 +156,7 @@ class BandGAN(GAN):
 
 
 class BandGenerator(nn.Module):
-    """A plane of noise [B, 1, H, W] and a low-pass image [B, C, H, W] to a band, by way of half the size."""
+    """A noise plane [B, 1, H, W] and a low-pass image [B, C, H, W] to a band; the hidden layers have half the size."""
 
     def __init__(self, image_shape: tuple[int, int, int], width: int) -> None:
         super().__init__()
@@ -166,7 +176,7 @@ class BandGenerator(nn.Module):
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         height, width = condition.shape[-2:]
-        return self.body(torch.cat([condition * 2 - 1, z], 1))[..., :height, :width]  # odd sides come back one larger
+        return self.body(torch.cat([condition * 2 - 1, z], 1))[..., :height, :width]  # odd sizes come back one larger
 
 
 class BandDiscriminator(nn.Module):
@@ -190,9 +200,10 @@ class BandDiscriminator(nn.Module):
 
 
 def _image(band: Tensor) -> Tensor:
-    """A band in [-1, 1] as a game takes it, in [0, 1]."""
+    """Scale a band from [-1, 1] to [0, 1], the range of images."""
     return (band + 1) / 2
 
 
 def _band(image: Tensor) -> Tensor:
+    """The inverse of `_image`."""
     return image * 2 - 1

@@ -1,9 +1,10 @@
-"""Semi-supervised GAN: a classifier that learns from a few labels and many images without."""
+"""Semi-supervised GAN: a classifier trained on few labeled and many unlabeled images."""
 
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,54 +18,55 @@ from ._moving_average import update_average
 from .gan import GAN, GANConfig
 from .system import evaluating, option, standard_normal
 
-# Standard deviation of the noise on hidden layers.
+# Standard deviation of the noise on the hidden layers.
 LAYER_NOISE = 0.5
 
 
 @dataclass(frozen=True)
 class SemiSupervisedGANConfig(GANConfig):
-    """What a `SemiSupervisedGAN` is built from."""
+    """Configuration of a `SemiSupervisedGAN`."""
 
     num_classes: int = 10
-    labels_per_class: int = option(10, "images of each class whose label is kept")
-    label_seed: int = option(0, "chooses these images")
-    labelled_batch: int = option(100, "labelled images in each step of the discriminator")
-    unlabelled: bool = option(True, "learn from the images without a label too, False: the classifier alone, from the labels")
-    input_noise: float = option(0.6, "standard deviation of the noise on the discriminator's input, of images in [-1, 1]")
-    classifier_ema: float = option(0.995, "decay of the moving average of the discriminator that classifies, 0: none")
-    adversarial_weight: float = option(0.0, "weight of the adversarial loss in the generator's")
+    labels_per_class: int = option(10, "labeled images per class")
+    label_seed: int = option(0, "seed of the choice of labeled images")
+    labelled_batch: int = option(100, "labeled images per discriminator step")
+    unlabelled: bool = option(True, "train on unlabeled images too, False: train only the classifier, on the labeled images")
+    input_noise: float = option(0.6, "standard deviation of the noise on the discriminator's input, images in [-1, 1]")
+    classifier_ema: float = option(0.995, "decay of the moving average of the discriminator, used for classification, 0: none")
+    adversarial_weight: float = option(0.0, "weight of the adversarial loss of the generator")
     feature_matching: float = option(1.0, "weight of feature matching in the generator's loss")
-    width: int = option(256, "units of the hidden layers: width in the generator, 2 to 1/2 of it in the discriminator")
+    width: int = option(256, "units of the generator's hidden layers; the discriminator's have 2 to 1/2 times as many")
     lr: float = option(1e-3, "learning rate of the generator")
 
 
 class SemiSupervisedGAN(GAN):
-    """Learns to classify from a few labels and many images without; Salimans et al., "Improved Techniques for Training
+    """A classifier trained on few labeled and many unlabeled images; Salimans et al., "Improved Techniques for Training
     GANs" (2016), section 5; Odena (2016).
 
-    The discriminator tells the K classes and generated images apart, K + 1 classes. Of their logits one is redundant, and
-    that of generated images is 0; with the others l(x) [B, K] and d(x) = logsumexp(l(x), 1) the probability that an image
-    is real is sigmoid(d(x)), that it is real and of class k exp(l_k(x)) / (1 + exp(d(x))). With few labelled images a, their labels y,
-    images x without label and noise z:
+    The discriminator classifies images into K classes and a class of generated images, whose logit is fixed to 0. With the
+    other logits l(x) [B, K] and d(x) = logsumexp(l(x), 1), the probability that an image is real is sigmoid(d(x)), and that it is
+    real and of class k is exp(l_k(x)) / (1 + exp(d(x))). With labeled images a and labels y, unlabeled images x and noise z:
         discriminator:  F.cross_entropy(l(a), y) + mean softplus(-d(x)) + mean softplus(d(g(z)))
         generator:      feature_matching(f(x), f(g(z)))                     # f: the discriminator's last hidden layer
 
-    Both networks are fully connected, as published for digits: the discriminator with weight normalization (Salimans &
-    Kingma 2016) and Gaussian noise on its input and hidden layers in training, the generator with batch normalization. What
-    `GAN` offers beside is there as well, but for minibatch discrimination and the penalty
-    "finite-difference", which compares two passes of a discriminator that is to be without noise of its own.
+    Both networks are fully connected, as in the paper for digits: the discriminator with weight normalization (Salimans &
+    Kingma 2016) and Gaussian noise on its input and hidden layers in training, the generator with batch normalization. The
+    options of `GAN` are supported, except for minibatch discrimination and the penalty "finite-difference", which needs a
+    deterministic discriminator.
 
-    `prepare` chooses the images whose labels are kept and must come before the first step. Each step of the
-    discriminator draws some of them, the same in every process.
+    `prepare` chooses the labeled images and must be called before the first step. Each discriminator step samples a batch of
+    them, the same on every rank.
 
     Attributes:
-        labelled_images, labels: the images [L, C, H, W] and labels [L] that are kept; not in the state_dict.
+        labelled_images, labels: the labeled images [L, C, H, W] and their labels [L]; not in the state_dict.
 
     Raises:
-        ValueError: a field of the configuration outside its range, as a sentence.
+        ValueError: an invalid configuration.
     """
 
     Config = SemiSupervisedGANConfig
+    config: SemiSupervisedGANConfig
+    discriminator: "ClassifyingDiscriminator"
     labelled_images: Tensor | None
     labels: Tensor | None
 
@@ -79,17 +81,17 @@ class SemiSupervisedGAN(GAN):
     def build_generator(self) -> nn.Module:
         return NormalizedGenerator(self.config.image_shape, self.config.latent_dim, self.config.width)
 
-    def build_discriminator(self) -> nn.Module:
+    def build_discriminator(self) -> "ClassifyingDiscriminator":
         return ClassifyingDiscriminator(self.config.image_shape, self.config.num_classes, self.config.width, self.config.input_noise)
 
     def prepare(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keep `labels_per_class` labels of each class; the choice depends on them and on `label_seed` alone.
+        """Keep `labels_per_class` labels of each class; the choice depends on the labels and `label_seed` only.
 
         Returns:
-            All images, and labels that are -1 where they are hidden.
+            All images, and the labels with -1 in place of removed ones.
 
         Raises:
-            ValueError: no int64 labels, labels out of range, or a class with fewer images.
+            ValueError: labels that are not int64 or out of range, or a class with too few images.
         """
         self.check_images(images)
         name, config = self.name, self.config
@@ -108,12 +110,12 @@ class SemiSupervisedGAN(GAN):
         kept = torch.cat([order[labels[order] == k][: config.labels_per_class] for k in present])
         self.labelled_images = images[kept].to(self.device)
         self.labels = labels[kept].to(self.device)
-        hidden = torch.full_like(labels, -1)
-        hidden[kept] = labels[kept]
-        return images, hidden
+        remaining = torch.full_like(labels, -1)
+        remaining[kept] = labels[kept]
+        return images, remaining
 
     def players_at(self, step: int) -> Sequence[str]:
-        """As in `GAN`; the discriminator alone where nothing is learned from generated images."""
+        """As in `GAN`; only the discriminator with unlabelled=False."""
         return super().players_at(step) if self.config.unlabelled else self.players[:1]
 
     def step_done(self, player: str) -> None:
@@ -123,9 +125,9 @@ class SemiSupervisedGAN(GAN):
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] of the classes, by the averaged weights where there are any."""
+        """Logits [B, num_classes], by the averaged weights if there are any."""
         self.check_images(images)
-        network = self.discriminator if self.classifier is None else self.classifier.module
+        network = self.discriminator if self.classifier is None else cast("ClassifyingDiscriminator", self.classifier.module)
         with evaluating(self):
             return network.classify(images * 2 - 1)[0]
 
@@ -139,9 +141,9 @@ class SemiSupervisedGAN(GAN):
         return {**parts, "adversarial": self.config.adversarial_weight * parts["adversarial"]}
 
     def _cross_entropy(self) -> Tensor:
-        if self.labels is None:
-            raise RuntimeError(f"{self.name}: prepare(images, labels) must come before the first step, got a training_step.")
-        # On the CPU, where all processes draw the same; the noise of the discriminator must then be the same too.
+        if self.labels is None or self.labelled_images is None:
+            raise RuntimeError(f"{self.name}: prepare(images, labels) must be called before the first training step.")
+        # Drawn on the CPU, where all ranks draw the same; the noise of the discriminator must then be the same too.
         drawn = torch.randperm(len(self.labels))[: self.config.labelled_batch].to(self.labels.device)
         with sample_offset(0):
             logits, _ = self.discriminator.classify(self.labelled_images[drawn] * 2 - 1)
@@ -161,17 +163,17 @@ class SemiSupervisedGAN(GAN):
         if not (config.adversarial_weight or config.feature_matching):
             raise ValueError(f"{name}: adversarial_weight or feature_matching must be above 0, got 0 for both.")
         if config.penalty == "finite-difference":
-            raise ValueError(f"{name}: penalty must compare no two passes, whose noise on the layers differs, got {config.penalty!r}.")
+            raise ValueError(f"{name}: penalty must not compare two passes, since the discriminator is noisy, got {config.penalty!r}.")
         if config.minibatch_kernels:
-            raise ValueError(f"{name}: minibatch_kernels must be 0, since a class is that of one image, got {config.minibatch_kernels}.")
+            raise ValueError(f"{name}: minibatch_kernels must be 0, since single images are classified, got {config.minibatch_kernels}.")
 
 
 class ClassifyingDiscriminator(nn.Module):
-    """Images [B, C, H, W] and a condition that is None to logits [B], real against generated, and features [B, width / 2]."""
+    """Images [B, C, H, W] to logits [B], real or generated, and features [B, width / 2]; the condition must be None."""
 
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int, width: int, input_noise: float) -> None:
         super().__init__()
-        layers = [nn.Flatten(), GaussianNoise(input_noise)]
+        layers: list[nn.Module] = [nn.Flatten(), GaussianNoise(input_noise)]
         sizes = [math.prod(image_shape), 2 * width, width, width // 2, width // 2, width // 2]
         for inputs, outputs in itertools.pairwise(sizes):
             layers += [_normalized(inputs, outputs), nn.ReLU(), GaussianNoise(LAYER_NOISE)]
@@ -190,7 +192,7 @@ class ClassifyingDiscriminator(nn.Module):
 
 
 class NormalizedGenerator(nn.Module):
-    """Noise [B, latent_dim] and a condition that is None to images in [-1, 1], through two hidden layers with batch normalization."""
+    """Noise [B, latent_dim] to images in [-1, 1], by two hidden layers with batch normalization; the condition must be None."""
 
     def __init__(self, image_shape: tuple[int, int, int], latent_dim: int, width: int) -> None:
         super().__init__()
@@ -211,7 +213,7 @@ class NormalizedGenerator(nn.Module):
 
 
 class GaussianNoise(nn.Module):
-    """x + std * noise in training, x otherwise; `genperf.sample_offset` applies."""
+    """Adds Gaussian noise in training mode; `genperf.sample_offset` applies."""
 
     def __init__(self, std: float) -> None:
         super().__init__()
@@ -222,7 +224,7 @@ class GaussianNoise(nn.Module):
 
 
 def _normalized(inputs: int, outputs: int) -> nn.Module:
-    """A linear layer with weight normalization that keeps the scale of what ReLU leaves, so that the noise does not drown it."""
+    """A linear layer with weight normalization and Kaiming initialization, which keeps activations above the noise."""
     layer = nn.Linear(inputs, outputs)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     return weight_norm(layer)

@@ -1,9 +1,10 @@
-"""StackGAN: a conditional GAN at half the size, and a second one that refines its images."""
+"""StackGAN: a conditional GAN at half the resolution, and a second one that refines its images."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,45 +24,47 @@ from .system import System, check_divisible, check_labels, frozen, option, share
 
 @dataclass(frozen=True)
 class StackGANConfig(GANConfig):
-    """What a `StackGAN` is built from; both stages are configured alike."""
+    """Configuration of a `StackGAN`; the options of `GAN` apply to both stages."""
 
     num_classes: int = 10
     condition_dim: int | None = None
-    """Length of given embeddings, of texts for instance; None where the conditions are labels."""
-    augmented_dim: int = option(32, "length of the condition that conditioning augmentation draws")
-    kl_weight: float = option(0.002, "weight of conditioning augmentation's KL divergence, in nats, in the generators' losses")
-    stage1_share: float = option(0.5, "share of the training in which the first stage learns, before the second")
+    """Length of given embeddings, such as text embeddings; None if the conditions are labels."""
+    augmented_dim: int = option(32, "length of the condition sampled by conditioning augmentation")
+    kl_weight: float = option(0.002, "weight of the KL divergence of conditioning augmentation, in nats, in the generator loss")
+    stage1_share: float = option(0.5, "fraction of the training for the first stage, before the second")
     width: int = option(32, "channels of the largest feature maps")
     lr: float = option(5e-4, "learning rate of the generators")
-    ema: float = option(0.99, "decay of the moving average of the generators that samples are drawn from, 0: none")
+    ema: float = option(0.99, "decay of the moving average of the generators, used for sampling, 0: none")
 
 
 class StackGAN(System):
-    """A conditional GAN, and one that refines its images; Zhang et al., "StackGAN: Text to Photo-realistic Image Synthesis
-    with Stacked Generative Adversarial Networks" (2017).
+    """A conditional GAN and a second one that refines its images; Zhang et al., "StackGAN: Text to Photo-realistic Image
+    Synthesis with Stacked Generative Adversarial Networks" (2017).
 
-    Stage I draws images of half the height and width from noise z and a condition, stage II images of full size from these
-    and the condition; each generator draws its condition c around an embedding e, `ConditioningAugmentation`:
+    Stage I generates images of half the height and width from noise z and a condition, stage II images of full size from
+    these and the condition. Each generator samples its condition c around an embedding e, see `ConditioningAugmentation`:
         stage I:    s = g1(z, c1)       stage II:   g2(s, c2)
-    The discriminators are matching-aware (Reed et al. 2016): a real image x with a wrong embedding w counts as generated.
+    The discriminators are matching-aware (Reed et al. 2016): a real image x with a mismatched embedding w counts as fake.
     In each stage, with logits d(., .):
         discriminator:  mean softplus(-d(x, e)) + (mean softplus(d(x, w)) + mean softplus(d(g, e))) / 2
         generator:      mean softplus(-d(g, e)) + kl_weight * mean KL(c || N(0, I))
-    Stage I learns for a share of the training, then stays as it is while stage II learns. All that `GAN` offers is there.
+    Stage I trains for the first part of the training; stage II then trains with stage I fixed. All options of `GAN` are
+    supported.
 
-    A condition is a label, int64 [B], or an embedding, floats [B, E]. Embeddings are given, not learned, with elements of
-    mean square about 1, so that conditions of different embeddings start apart. That of a label is its one-hot vector times
-    sqrt(E), E = num_classes; with `condition_dim` E is that, and labels have none. The wrong one of a label is that of another
-    class; of an embedding it is that of the next image in the batch, even where both are equal.
+    A condition is a label, int64 [B], or an embedding, floats [B, E]. Embeddings are given, not learned; their elements should
+    have a mean square of about 1, so that different embeddings are distinguishable at the start. A label is embedded as its one-hot
+    vector times sqrt(E), E = num_classes; with `condition_dim`, E is that and labels are not accepted. The mismatched
+    embedding is that of another class, or for given embeddings that of the next image in the batch, even if both are equal.
 
     Attributes:
-        stages: both GANs; their discriminators and generators are the four players.
+        stages: the two GANs; their discriminators and generators are the four players.
 
     Raises:
-        ValueError: sides that are not divisible by 4 or below 8, or a field of the configuration outside its range.
+        ValueError: a height or width that is below 8 or not divisible by 4, or another invalid configuration.
     """
 
     Config = StackGANConfig
+    config: StackGANConfig
     players = ("discriminator1", "generator1", "discriminator2", "generator2")
 
     def __init__(self, config: StackGANConfig | None = None) -> None:
@@ -84,10 +87,11 @@ class StackGAN(System):
         self.stages = nn.ModuleList([Stage(half, Stage1Generator), Stage(config, Stage2Generator)])
 
     def embed(self, labels: Tensor | None) -> Tensor:
-        """Embeddings [B, E] of labels; embeddings as they are, in the dtype of the parameters.
+        """Embeddings [B, E] of labels, or given embeddings, in the dtype of the parameters.
 
         Raises:
-            ValueError, TypeError: what is neither, or labels out of range (on a GPU an assertion of the device).
+            ValueError: no labels, another shape, or labels out of range (on a GPU, a device-side assertion instead).
+            TypeError: neither int64 labels nor floating-point embeddings.
         """
         classes, given, dtype = self.config.num_classes, self.config.condition_dim, next(self.parameters()).dtype
         expected = f"embeddings [B, {given}]" if given else f"int64 labels [B] or embeddings [B, {classes}]"
@@ -103,43 +107,45 @@ class StackGAN(System):
         return labels.to(self.device, dtype)
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str) -> dict[str, Tensor]:
-        """The player's losses of a batch, of the names that `GAN.training_step` has, and a generator's "kl", weighted.
+        """The losses of a player for a batch, with the names of `GAN.training_step`, and for generators the weighted "kl".
 
         Raises:
-            ValueError, TypeError: images of another shape, no player of that name, labels that `embed` refuses, or one image
-                alone with an embedding, for a discriminator.
+            ValueError: images of another shape, an unknown player, invalid labels, or for discriminators a global batch of one
+                image with an embedding.
+            TypeError: invalid labels, see `embed`.
         """
         self.check_images(images)
         self.check_player(player)
         role, number = player[:-1], int(player[-1])
         embedding = self.embed(labels)
-        wrong = self._wrong(labels) if role == "discriminator" else None
-        share = self.config.stage1_share
-        first, second = self.stages
+        wrong = self._mismatched(labels) if role == "discriminator" else None
+        stage1_share = self.config.stage1_share
+        first, second = self._gans
         if number == 1:
-            first.progress = min(1.0, self.progress / share) if share else 1.0
+            first.progress = min(1.0, self.progress / stage1_share) if stage1_share else 1.0
             return first.training_step(F.avg_pool2d(images, 2), Condition(embedding, wrong), player=role)
-        second.progress = max(0.0, (self.progress - share) / (1 - share)) if share < 1 else 1.0
+        second.progress = max(0.0, (self.progress - stage1_share) / (1 - stage1_share)) if stage1_share < 1 else 1.0
         return second.training_step(images, Condition(embedding, wrong, self._low(embedding)), player=role)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Adam for each player; see `GAN.optimizers`."""
-        return {f"{role}{k}": optimizer for k, stage in enumerate(self.stages, 1) for role, optimizer in stage.optimizers().items()}
+        return {f"{role}{k}": optimizer for k, stage in enumerate(self._gans, 1) for role, optimizer in stage.optimizers().items()}
 
     def players_at(self, step: int) -> Sequence[str]:
-        """Those of stage I in the first share of the training, those of stage II after."""
+        """The players of stage I in the first part of the training, then those of stage II."""
         k = 1 if self.progress < self.config.stage1_share else 2
-        return [f"{role}{k}" for role in self.stages[k - 1].players_at(step)]
+        return [f"{role}{k}" for role in self._gans[k - 1].players_at(step)]
 
     def step_done(self, player: str) -> None:
-        self.stages[int(player[-1]) - 1].step_done(player[:-1])
+        self._gans[int(player[-1]) - 1].step_done(player[:-1])
 
     @torch.no_grad()
     def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
-        """Images [n, C, H, W] in [0, 1] of labels or embeddings, evenly of all classes without: 0, 1, ..., 0, 1, ...
+        """Images [n, C, H, W] in [0, 1] of labels or embeddings; None cycles through all classes.
 
         Raises:
-            ValueError, TypeError: n below 1, another number of labels, or labels that `embed` refuses.
+            ValueError: n below 1, another number of labels, or invalid labels.
+            TypeError: invalid labels, see `embed`.
         """
         self.check_sample(n)
         if labels is None and self.config.condition_dim is None:
@@ -147,45 +153,55 @@ class StackGAN(System):
         embedding = self.embed(labels)
         if len(embedding) != n:
             raise ValueError(f"StackGAN: labels must have length n, got {len(embedding)} for n = {n}.")
-        return self.stages[1].sample(n, Condition(embedding, None, self._low(embedding)))
+        return self._gans[1].sample(n, Condition(embedding, None, self._low(embedding)))
 
     def _low(self, embedding: Tensor) -> Tensor:
         """Images of stage I, [B, C, H/2, W/2] in [0, 1]."""
-        return self.stages[0].sample(len(embedding), Condition(embedding))
+        return self._gans[0].sample(len(embedding), Condition(embedding))
 
-    def _wrong(self, labels: Tensor) -> Tensor:
-        """Embeddings that do not belong to the images: of another class, or those of the next row of the joined batch."""
+    @property
+    def _gans(self) -> "list[Stage]":
+        return cast("list[Stage]", list(self.stages))
+
+    def _mismatched(self, labels: Tensor | None) -> Tensor:
+        """Mismatched embeddings: of another class, or those of the next sample in the global batch."""
+        assert labels is not None  # `embed` raises before
         if labels.dtype == torch.int64:
             classes = self.config.num_classes
             return self.embed((labels + torch.randint(1, classes, ()).item()) % classes)
         embedding, ranks = self.embed(labels), world_size()
         if len(embedding) * ranks == 1:
-            raise ValueError("StackGAN: a batch with embeddings must have at least 2 images, since a wrong embedding is another's, got 1.")
+            raise ValueError("StackGAN: a batch with embeddings must have at least 2 images, for mismatched embeddings, got 1.")
         global_batch = embedding if ranks == 1 else all_gather_rows(embedding, [len(embedding)] * ranks)
         return share(global_batch.roll(-1, 0))
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What a stage is told of B images, in place of labels."""
+    """The condition of a stage for B images, in place of labels."""
 
     embedding: Tensor
     """[B, E]"""
     wrong: Tensor | None = None
-    """[B, E], of the discriminator's step"""
+    """[B, E], mismatched embeddings, for the discriminator"""
     low: Tensor | None = None
-    """[B, C, H/2, W/2] in [0, 1], stage I's images for stage II"""
+    """[B, C, H/2, W/2] in [0, 1], images of stage I, for stage II"""
 
     def __len__(self) -> int:
         return len(self.embedding)
 
 
 class Stage(GAN):
-    """One game; "labels" are a `Condition`."""
+    """One stage, a GAN whose "labels" are a `Condition`."""
 
-    name = "StackGAN"
+    config: StackGANConfig
+    generator: "Stage1Generator | Stage2Generator"
 
-    def __init__(self, config: StackGANConfig, generator: type[nn.Module]) -> None:
+    @property
+    def name(self) -> str:
+        return "StackGAN"
+
+    def __init__(self, config: StackGANConfig, generator: "type[Stage1Generator] | type[Stage2Generator]") -> None:
         self.build_generator = lambda: generator(config)
         super().__init__(config)
 
@@ -209,8 +225,8 @@ class Stage(GAN):
         real_logits, _ = self.discriminator(real, embedding)
         fake_logits, _ = self.discriminator(fake, embedding)
         wrong_logits, _ = self.discriminator(real, condition.wrong)
-        refused = torch.cat([fake_logits, wrong_logits])
-        parts = {"adversarial": discriminator_loss(real_logits, refused, config.loss, label_smoothing=config.label_smoothing)}
+        negatives = torch.cat([fake_logits, wrong_logits])
+        parts = {"adversarial": discriminator_loss(real_logits, negatives, config.loss, label_smoothing=config.label_smoothing)}
         if config.penalty is not None:
             parts["penalty"] = gradient_penalty(
                 lambda points: self.discriminator(points, embedding)[0], real, fake, kind=config.penalty, weight=config.penalty_weight
@@ -231,7 +247,7 @@ class Stage(GAN):
 
 
 class Stage1Generator(nn.Module):
-    """Noise [B, latent_dim] and a `Condition` to images in [-1, 1] of the config's shape, by way of half its sides."""
+    """Noise [B, latent_dim] and a `Condition` to images in [-1, 1] of the config's shape, upsampled once by 2."""
 
     def __init__(self, config: StackGANConfig) -> None:
         super().__init__()
@@ -256,13 +272,13 @@ class Stage1Generator(nn.Module):
         return self.draw(z, condition)[0]
 
     def draw(self, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """Images, and the KL divergence [B] of their conditions."""
+        """Images, and the KL divergence [B] of the sampled conditions."""
         augmented, kl = self.augmentation(condition.embedding)
         return self.body(torch.cat([z, augmented], 1)), kl
 
 
 class Stage2Generator(nn.Module):
-    """Stage I's images and a `Condition` to images in [-1, 1] of the config's shape; noise is not used, as published."""
+    """Images of stage I and a `Condition` to images in [-1, 1] of the config's shape; noise is not used, as in the paper."""
 
     def __init__(self, config: StackGANConfig) -> None:
         super().__init__()
@@ -291,8 +307,9 @@ class Stage2Generator(nn.Module):
         return self.draw(z, condition)[0]
 
     def draw(self, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """Images, and the KL divergence [B] of their conditions."""
+        """Images, and the KL divergence [B] of the sampled conditions."""
         augmented, kl = self.augmentation(condition.embedding)
+        assert condition.low is not None
         features = self.encoder(condition.low * 2 - 1)
         spread = augmented[:, :, None, None].expand(-1, -1, *features.shape[2:])
         return self.body(torch.cat([features, spread], 1)), kl

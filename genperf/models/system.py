@@ -1,4 +1,4 @@
-"""What every generative system has in common: the interface between a model and whoever trains, samples or scores it."""
+"""The interface of a generative system to training, sampling and evaluation."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,23 +15,23 @@ from ..ops.gaussian_sample import gaussian_sample
 
 
 def option(default: Any, meaning: str, *, choices: Sequence[Any] | None = None) -> Any:
-    """A field of a configuration that the command line offers as an option of the same name."""
+    """A field of a configuration that is also an option of the same name on the command line."""
     return dataclasses.field(default=default, metadata={"help": meaning, "choices": choices})
 
 
 @dataclasses.dataclass(frozen=True)
 class SystemConfig:
-    """What a system is built from. Fields that are no `option` come from the data."""
+    """Configuration of a system. Fields that are not an `option` are derived from the data."""
 
     image_shape: tuple[int, int, int] = (1, 28, 28)
     """C, H, W"""
 
 
 class System(nn.Module):
-    """A generative model that knows how it is trained.
+    """A generative model with its training procedure.
 
-    Images are [B, C, H, W] with pixels in [0, 1] on every way in and out; labels are int64 [B]. A training step of each
-    player (a group of parameters with an optimizer of its own: one for most systems, two for a GAN):
+    Images are [B, C, H, W] with pixels in [0, 1], as inputs and as outputs; labels are int64 [B]. A player is a group of
+    parameters with its own optimizer: most systems have one, a GAN has two. A training step:
 
         optimizers = system.optimizers()
         for player in system.players_at(step):
@@ -41,21 +41,22 @@ class System(nn.Module):
             optimizers[player].step()
             system.step_done(player)
 
-    Beside these, a system has the methods that make sense for it, by these names:
-        sample(n, labels=None) -> images                        in evaluation mode; labels where the system is conditional
+    A system also has those of the following methods that apply to it:
+        sample(n, labels=None) -> images                        in evaluation mode; labels if the system is conditional
         encode(images) -> codes, decode(codes) -> images
         reconstruct(images) -> images
         negative_elbo(images) -> [B], nats
-        anomaly_score(images) -> [B]                            the higher, the less usual
+        anomaly_score(images) -> [B]                            higher for anomalies
         classify(images) -> logits [B, num_classes]
 
     Attributes:
         config: an instance of the class's `Config`, a frozen dataclass.
-        progress: share of the training that is done, 0 ... 1, set by the training loop; schedules depend on it.
+        progress: fraction of the training that is done, 0 ... 1, set by the training loop; schedules depend on it.
     """
 
     Config: ClassVar[type[SystemConfig]] = SystemConfig
-    players: ClassVar[tuple[str, ...]] = ("model",)
+    config: Any
+    players: tuple[str, ...] = ("model",)
 
     def __init__(self, config: SystemConfig | None = None) -> None:
         super().__init__()
@@ -63,29 +64,29 @@ class System(nn.Module):
         self.progress = 0.0
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
-        """The player's losses of a batch by name; "loss" is the one to differentiate, the others are detached."""
+        """The losses of a player for a batch, by name; differentiate "loss", the others are detached."""
         raise NotImplementedError
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """The optimizer of each player, as published where there is a paper."""
+        """The optimizer of each player, as in the paper if there is one."""
         return {"model": torch.optim.Adam(self.parameters(), lr=self.config.lr)}
 
     def players_at(self, step: int) -> Sequence[str]:
-        """The players that learn from the batch of this step, counted from 0, in their order."""
+        """The players that train in this step, counted from 0, in order."""
         return self.players
 
     def step_done(self, player: str) -> None:
-        """What follows an optimizer's step: clipped weights, moving averages."""
+        """Called after the optimizer step of a player, for weight clipping and moving averages."""
 
     def prepare(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What of a training set the system learns from, before the first step; itself unless a system says otherwise."""
+        """Select the training data from a training set, before the first step; by default all of it."""
         return images, labels
 
     def initialize(self, images: Tensor) -> None:
-        """Take from the first batch, all of it in every process, what a new system starts from: codes, a reference batch."""
+        """Initialize codes or a reference batch from the first global batch, which every rank gets whole."""
 
     def finish(self, held_out: Tensor) -> None:
-        """Take from usual images that were held out what follows the training: thresholds."""
+        """Called after training with held-out normal images, to fit thresholds."""
 
     @property
     def device(self) -> torch.device:
@@ -93,22 +94,22 @@ class System(nn.Module):
 
     @property
     def name(self) -> str:
-        """What errors call the system."""
+        """Name of the system in error messages."""
         return type(self).__name__
 
     def check_images(self, images: Tensor) -> None:
-        """Raise ValueError unless the images have the shape that the system was built for."""
+        """Raise ValueError unless the images have the shape in the configuration."""
         if list(images.shape[1:]) != list(self.config.image_shape):
             expected = _listed(self.config.image_shape)
             raise ValueError(f"{self.name}: images must have shape [B, {expected}], got {list(images.shape)}.")
 
     def check_player(self, player: str) -> None:
-        """Raise ValueError unless the system has the player."""
+        """Raise ValueError unless the system has this player."""
         if player not in self.players:
             raise ValueError(f"{self.name}: player must be one of {', '.join(self.players)}, got {player!r}.")
 
     def check_sample(self, n: int, labels: Tensor | None = None) -> None:
-        """Raise ValueError unless n samples can be drawn, of a system that has no use for labels."""
+        """Raise ValueError unless n >= 1 and labels is None, for an unconditional system."""
         if n < 1:
             raise ValueError(f"{self.name}: n must be at least 1, got {n!r}.")
         if labels is not None:
@@ -116,9 +117,9 @@ class System(nn.Module):
 
 
 def share(batch: Tensor) -> Tensor:
-    """This process's rows of a batch that every process has whole."""
-    processes = world_size()
-    return batch if processes == 1 else batch.tensor_split(processes)[dist.get_rank()]
+    """This rank's rows of a global batch that every rank has whole."""
+    ranks = world_size()
+    return batch if ranks == 1 else batch.tensor_split(ranks)[dist.get_rank()]
 
 
 def standard_normal(*shape: int, device: torch.device) -> Tensor:
@@ -128,7 +129,7 @@ def standard_normal(*shape: int, device: torch.device) -> Tensor:
 
 
 def check_divisible(owner: str, image_shape: tuple[int, int, int], step: int) -> None:
-    """Raise ValueError unless height and width can be halved as often as the networks do."""
+    """Raise ValueError unless height and width are divisible by `step`, the downsampling factor of the networks."""
     channels, height, width = image_shape
     if channels < 1 or height < 1 or width < 1 or height % step or width % step:
         rule = f"divisible by {step}" if step > 1 else "of at least 1"
@@ -136,7 +137,7 @@ def check_divisible(owner: str, image_shape: tuple[int, int, int], step: int) ->
 
 
 def check_labels(owner: str, labels: Tensor, num_classes: int) -> None:
-    """Raise ValueError unless labels are [B] and in range; the range only on the CPU, since looking would wait for a GPU."""
+    """Raise ValueError unless labels are [B] and in range. The range is checked on the CPU only, to avoid a device synchronization."""
     got = None
     if labels.dim() != 1:
         got = f"shape {list(labels.shape)}"

@@ -1,4 +1,4 @@
-"""The variational autoencoder."""
+"""Variational autoencoder."""
 
 import math
 from dataclasses import dataclass
@@ -14,48 +14,49 @@ from .system import System, SystemConfig, evaluating, option, standard_normal
 
 LIKELIHOODS = ("bernoulli", "gaussian")
 
-# Of a learned sigma: about the spread of pixels in [0, 1], the error of a decoder that knows nothing.
+# Initial value of a learned sigma, about the standard deviation of pixels in [0, 1].
 SIGMA_START = 0.3
 
 
 @dataclass(frozen=True)
 class VAEConfig(SystemConfig):
-    """What a `VAE` is built from."""
+    """Configuration of a `VAE`."""
 
     dim: int = option(20, "length of a code")
     hidden: int = option(32, "channels of the convolutions, an even number")
     likelihood: str = option("bernoulli", "distribution of a pixel given the code", choices=LIKELIHOODS)
     sigma: float | None = option(None, "standard deviation of a gaussian pixel, none: learned")
     beta: float = option(1.0, "weight of the KL divergence")
-    shift: int = option(1, "pixels by which each batch is moved at most, at random, against overfitting; 0: not at all")
+    shift: int = option(1, "largest random shift of each training batch in pixels, against overfitting; 0: none")
     lr: float = option(2e-3, "learning rate of Adam")
 
 
 class VAE(System):
-    """Learns a distribution of images with a latent code of standard normal prior; Kingma and Welling, "Auto-Encoding
-    Variational Bayes" (2013); with beta other than 1 Higgins et al., "beta-VAE" (2017).
+    """Variational autoencoder with a standard normal prior; Kingma and Welling, "Auto-Encoding Variational Bayes" (2013);
+    with beta other than 1, Higgins et al., "beta-VAE" (2017).
 
     Equivalent to (likelihood="bernoulli"):
-        sample, kl = genperf.gaussian_sample(encoder(images))               # moments packed, [B, 2 * dim]
+        sample, kl = genperf.gaussian_sample(encoder(images))               # packed moments [B, 2 * dim]
         reconstruction = F.binary_cross_entropy_with_logits(decoder(sample), images, reduction="none").flatten(1).sum(1)
         loss = (reconstruction + beta * kl).mean()
 
-    All losses are in nats for each image, summed over pixels and code, mean over the batch; with beta = 1 the loss is the
-    negative evidence lower bound.
+    Losses are in nats per image: sums over pixels and code dimensions, and the mean over the batch. With beta = 1 the loss
+    is the negative evidence lower bound.
 
-    likelihood      reconstruction, summed over the pixels x; m is the decoder's output, for bernoulli its sigmoid
-    "bernoulli"     -x log m - (1 - x) log(1 - m); a gray pixel is the mean of binary ones
-    "gaussian"      ((x - m) / sigma)^2 / 2 + log sigma + log(2 pi) / 2; a density, so the loss may be negative. A learned sigma
-                    is one number for all pixels: Rybkin et al., "Simple and Effective VAE Training with Calibrated Decoders" (2021)
+    likelihood      reconstruction loss, summed over the pixels x; m is the decoder's output, for bernoulli its sigmoid
+    "bernoulli"     -x log m - (1 - x) log(1 - m); a gray pixel counts as the mean of binary pixels
+    "gaussian"      ((x - m) / sigma)^2 / 2 + log sigma + log(2 pi) / 2; a density, so the loss can be negative. A learned sigma
+                    is shared by all pixels: Rybkin et al., "Simple and Effective VAE Training with Calibrated Decoders" (2021)
 
     Attributes:
         log_sigma: scalar parameter, with the gaussian likelihood and sigma=None.
 
     Raises:
-        ValueError: a config or images that do not fit.
+        ValueError: an invalid configuration, or images of another shape.
     """
 
     Config = VAEConfig
+    config: VAEConfig
 
     def __init__(self, config: VAEConfig | None = None) -> None:
         super().__init__(config)
@@ -75,7 +76,7 @@ class VAE(System):
             self.log_sigma = nn.Parameter(torch.tensor(math.log(SIGMA_START)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Both terms of the negative evidence lower bound, [B] each, in nats: reconstruction and KL, of one drawn code."""
+        """Both terms of the negative evidence lower bound, [B] each, in nats: reconstruction loss and KL, for one sampled code."""
         self.check_images(images)
         sample, kl = gaussian_sample(self.encoder(images))
         return self._reconstruction_nats(self.decoder(sample), images), kl
@@ -87,16 +88,16 @@ class VAE(System):
 
     @torch.no_grad()
     def negative_elbo(self, images: Tensor, *, samples: int = 1) -> Tensor:
-        """The negative evidence lower bound of each image, in nats [B]: reconstruction, mean over so many codes, plus KL.
+        """The negative evidence lower bound of each image, [B] in nats, with the reconstruction loss averaged over `samples` codes.
 
-        Whatever beta is, it counts once here. The KL is exact; more samples make the estimate less noisy, not tighter.
+        The weight of the KL is 1, not beta. The KL is exact; more samples reduce the variance of the estimate, not the bound.
         """
         if samples < 1:
             raise ValueError(f"VAE.negative_elbo: samples must be at least 1, got {samples}.")
         self.check_images(images)
         with evaluating(self):
             moments = self.encoder(images)
-            total = 0
+            total = kl = torch.zeros((), device=images.device)
             for _ in range(samples):
                 sample, kl = gaussian_sample(moments)
                 total = total + self._reconstruction_nats(self.decoder(sample), images)
@@ -111,7 +112,7 @@ class VAE(System):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Mean images [B, C, H, W] of codes [B, dim]."""
+        """Mean images [B, C, H, W] given codes [B, dim]."""
         with evaluating(self):
             outputs = self.decoder(codes)
         return outputs.sigmoid() if self.config.likelihood == "bernoulli" else outputs.clamp(0, 1)
@@ -120,20 +121,20 @@ class VAE(System):
         return self.decode(self.encode(images))
 
     def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
-        """Mean images of n codes drawn from the prior.
+        """Mean images of n codes from the prior.
 
         Raises:
-            ValueError: n below 1, or labels, which nothing here depends on.
+            ValueError: n below 1, or labels, since the model is unconditional.
         """
         self.check_sample(n, labels)
         return self.decode(standard_normal(n, self.config.dim, device=self.device))
 
     def latent_grid(self, n: int, images: Tensor) -> Tensor:
-        """n * n images [n * n, C, H, W], row by row, decoded from the plane of `latent_plane` through the codes of `images`."""
+        """Images [n * n, C, H, W], row by row, decoded from the `latent_plane` of the codes of `images`."""
         return self.decode(latent_plane(self.encode(images), n))
 
     def _reconstruction_nats(self, outputs: Tensor, images: Tensor) -> Tensor:
-        outputs = outputs.to(images.dtype)  # sums over pixels are too long for half precision
+        outputs = outputs.to(images.dtype)  # sums over pixels are inaccurate in half precision
         if self.config.likelihood == "bernoulli":
             nats = F.binary_cross_entropy_with_logits(outputs, images, reduction="none")
         else:
@@ -144,7 +145,7 @@ class VAE(System):
 
 
 def _shifted(images: Tensor, largest: int) -> Tensor:
-    """All images moved by the same random number of pixels up to `largest` each way; what comes in repeats the border."""
+    """Shift all images by the same random offset of up to `largest` pixels in each direction, with replication padding."""
     if largest == 0:
         return images
     down, right = torch.randint(2 * largest + 1, (2,)).tolist()

@@ -1,4 +1,4 @@
-"""VQ-VAE for images."""
+"""VQ-VAE."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,16 +16,18 @@ from .system import SystemConfig, evaluating, option, share
 
 @dataclass(frozen=True)
 class VQVAEConfig(SystemConfig):
+    """Configuration of a `VQVAE`."""
+
     hidden: int = option(64, "channels of the convolutions, an even number")
     dim: int = option(32, "length of a code")
-    num_codes: int = option(256, "codes in the codebook")
-    decay: float | None = option(0.99, "of the codebook's moving averages, in [0, 1); none: a codebook that learns by gradient")
-    commitment_weight: float = option(0.25, "weight of the loss that moves encodings to their codes")
+    num_codes: int = option(256, "number of codes")
+    decay: float | None = option(0.99, "decay of the EMA codebook, in [0, 1), none: a codebook trained by gradient")
+    commitment_weight: float = option(0.25, "weight of the commitment loss")
     lr: float = option(2e-3, "learning rate of Adam")
     lr_prior: float = option(4e-3, "learning rate of Adam for the prior")
-    prior_width: int = option(64, "length of the hidden vectors of the prior over the codes, 0: no prior, and no samples")
-    prior_layers: int = option(2, "layers of the prior")
-    prior_every: int = option(4, "of how many batches the prior learns from one")
+    prior_width: int = option(64, "width of the prior over the codes, 0: no prior and no samples")
+    prior_layers: int = option(2, "number of layers of the prior")
+    prior_every: int = option(4, "the prior trains on one in this many batches")
 
 
 class VQVAEOutput(NamedTuple):
@@ -38,22 +40,22 @@ class VQVAEOutput(NamedTuple):
 
 
 class VQVAE(CodeAutoencoder):
-    """A convolutional autoencoder whose latent image holds codes; van den Oord et al., "Neural Discrete Representation Learning" (2017).
+    """A convolutional autoencoder with vector-quantized latents; van den Oord et al., "Neural Discrete Representation Learning" (2017).
 
     Equivalent to:
         quantized, indices, quantizer_loss = VectorQuantizer(encoder(images))
         loss = mse(decoder(quantized), images) + quantizer_loss                     # player "model"
         loss = -log p(indices)                                                      # player "prior"
 
-    Images [B, C, H, W], H and W divisible by 4, become indices [B, H/4, W/4] and back. The prior is an `IndexPrior` that
-    learns the codes as they are at the time, so that `sample` works at any; without one (`prior_width=0`) there is one
-    player only.
+    Images [B, C, H, W], H and W divisible by 4, are encoded to indices [B, H/4, W/4]. The prior, an `IndexPrior`, trains along
+    with the model on its current indices, so `sample` works at any time; with `prior_width=0` there is only one player.
 
     Raises:
-        ValueError: a configuration outside its range.
+        ValueError: an invalid configuration, or images of another shape.
     """
 
     Config = VQVAEConfig
+    config: VQVAEConfig
     players = ("model", "prior")
 
     def __init__(self, config: VQVAEConfig | None = None) -> None:
@@ -75,16 +77,17 @@ class VQVAE(CodeAutoencoder):
         return VQVAEOutput(self.decoder(quantized), indices, loss)
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
-        """The losses of a batch by name: for "model" those of the pixels and codes, for "prior" nats per code."""
+        """The losses of a player for a batch, by name: reconstruction and quantizer loss for "model", nats per code for "prior"."""
         self.check_player(player)
         if player == "prior":
+            assert self.prior is not None
             loss = self.prior.loss(self.encode(images))
             return {"loss": loss, "nats_per_code": loss.detach()}
         return quantized_losses(self(images), images)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Indices [B, H/4, W/4] of the images; nothing learns from them, in training mode neither."""
+        """Indices [B, H/4, W/4] of the images, in evaluation mode: EMA and dead codes are not updated."""
         self.check_images(images)
         with evaluating(self):
             return self.quantizer.encode(self.encoder(images))
@@ -96,27 +99,27 @@ class VQVAE(CodeAutoencoder):
             return self.decoder(self.quantizer.decode(indices)).clamp(0, 1)
 
     def sample(self, n: int, labels: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
-        """Images of n drawn latent images; a temperature below 1 prefers the likelier codes.
+        """Decode n samples from the prior; a temperature below 1 favors likely codes.
 
         Raises:
-            ValueError: n below 1, or labels, which nothing here depends on.
+            ValueError: n below 1, or labels, since the model is unconditional.
             RuntimeError: a model without a prior.
         """
         self.check_sample(n, labels)
         if self.prior is None:
-            raise RuntimeError("VQVAE.sample: samples need a prior over the codes, got prior_width=0.")
+            raise RuntimeError("VQVAE.sample: sampling needs a prior, got prior_width=0.")
         height, width = (size // DOWNSAMPLING for size in self.config.image_shape[1:])
         return self.decode(self.prior.sample(n, height, width, temperature=temperature))
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
-        """Set the codes to encodings of the images, as the first training step does where nobody else has."""
+        """Initialize the codes from encodings of the images, as the first training step would."""
         self.check_images(images)
         self.quantizer.init_codes(self.encoder(share(images)))
 
 
 def quantized_losses(output: VQVAEOutput, images: Tensor) -> dict[str, Tensor]:
-    """The losses of a batch, of a `VQVAE` or `VQVAE2`, from the module's output."""
+    """The losses of a `VQVAE` or `VQVAE2` from its output."""
     reconstruction = F.mse_loss(output.reconstruction, images)
     return {
         "loss": reconstruction + output.quantizer_loss,
@@ -126,7 +129,7 @@ def quantized_losses(output: VQVAEOutput, images: Tensor) -> dict[str, Tensor]:
 
 
 def image_quantizer(config: VQVAEConfig) -> VectorQuantizer:
-    """Of latent images [B, dim, h, w]; its codes start as encodings of the first batch."""
+    """A quantizer of latents [B, dim, h, w], with codes initialized from the first batch."""
     return VectorQuantizer(
         config.num_codes, config.dim, decay=config.decay, commitment_weight=config.commitment_weight, channel_dim=1, init="data"
     )

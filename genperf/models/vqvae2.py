@@ -1,4 +1,4 @@
-"""VQ-VAE-2: codes of two resolutions."""
+"""VQ-VAE-2: a hierarchy of codes at two resolutions."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from .vqvae import VQVAEConfig, image_quantizer, quantized_losses
 
 @dataclass(frozen=True)
 class VQVAE2Config(VQVAEConfig):
-    """As of a `VQVAE`; hidden, dim and num_codes are those of either level."""
+    """Configuration of a `VQVAE2`; hidden, dim and num_codes apply to both levels."""
 
 
 class HierarchicalCodes(NamedTuple):
@@ -34,11 +34,11 @@ class VQVAE2Output(NamedTuple):
     """[B, C, H, W]"""
     codes: HierarchicalCodes
     quantizer_loss: Tensor
-    """Scalar, of both levels."""
+    """Scalar, the sum over both levels."""
 
 
 class VQVAE2(CodeAutoencoder):
-    """An autoencoder with codes on two levels; Razavi et al., "Generating Diverse High-Fidelity Images with VQ-VAE-2" (2019).
+    """An autoencoder with a two-level hierarchy of codes; Razavi et al., "Generating Diverse High-Fidelity Images with VQ-VAE-2" (2019).
 
     Equivalent to:
         fine = encoder(images)                                                              # [B, hidden / 2, H/2, W/2]
@@ -47,18 +47,19 @@ class VQVAE2(CodeAutoencoder):
         loss = mse(decoder(cat([upsample(top), bottom])), images) + top_loss + bottom_loss  # player "model"
         loss = -log p(top_indices), loss = -log p(bottom_indices | top)                     # players "top_prior", "bottom_prior"
 
-    The levels are those for small images, factors 4 and 2 where the paper has 8 and 4. Encodings of the top level are normalized
-    over the batch before they are quantized (Lancucki et al., "Robust Training of Vector Quantized Bottleneck Models", 2020):
-    without that the top falls back to a few codes, since the bottom can do without it.
+    The downsampling factors are 4 and 2, for small images; the paper has 8 and 4. Encodings of the top level are batch-normalized
+    before quantization (Lancucki et al., "Robust Training of Vector Quantized Bottleneck Models", 2020): otherwise the top
+    codebook collapses, since the bottom level alone can reconstruct the images.
 
-    Images [B, C, H, W], H and W divisible by 4, become `HierarchicalCodes` and back. The priors are `IndexPrior`s that learn
-    the codes as they are at the time; without them (`prior_width=0`) there is one player only.
+    Images [B, C, H, W], H and W divisible by 4, are encoded to `HierarchicalCodes`. The priors, `IndexPrior`s, train along with
+    the model on its current indices; with `prior_width=0` there is only one player.
 
     Raises:
-        ValueError: a configuration outside its range.
+        ValueError: an invalid configuration, or images of another shape.
     """
 
     Config = VQVAE2Config
+    config: VQVAE2Config
     players = ("model", "top_prior", "bottom_prior")
 
     def __init__(self, config: VQVAE2Config | None = None) -> None:
@@ -108,9 +109,11 @@ class VQVAE2(CodeAutoencoder):
         return VQVAE2Output(self._decode(top, bottom), HierarchicalCodes(top_indices, bottom_indices), top_loss + bottom_loss)
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
-        """The losses of a batch by name: for "model" those of the pixels and codes, for the priors nats per code."""
+        """The losses of a player for a batch, by name: reconstruction and quantizer loss for "model", nats per code for the priors."""
         self.check_player(player)
         if player != "model":
+            assert self.top_prior is not None
+            assert self.bottom_prior is not None
             top, bottom = self.encode(images)
             loss = self.top_prior.loss(top) if player == "top_prior" else self.bottom_prior.loss(bottom, self._condition(top))
             return {"loss": loss, "nats_per_code": loss.detach()}
@@ -118,7 +121,7 @@ class VQVAE2(CodeAutoencoder):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> HierarchicalCodes:
-        """Indices of the images on both levels; nothing learns from them, in training mode neither."""
+        """Indices of the images at both levels, in evaluation mode: EMA and dead codes are not updated."""
         self.check_images(images)
         with evaluating(self):
             fine = self.encoder(images)
@@ -128,21 +131,21 @@ class VQVAE2(CodeAutoencoder):
 
     @torch.no_grad()
     def decode(self, codes: HierarchicalCodes) -> Tensor:
-        """Images [B, C, H, W] of the indices of both levels, a pair (top, bottom)."""
+        """Images [B, C, H, W] of the indices (top, bottom)."""
         top, bottom = codes
         with evaluating(self):
             return self._decode(self.top_quantizer.decode(top), self.bottom_quantizer.decode(bottom)).clamp(0, 1)
 
     def sample(self, n: int, labels: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
-        """Images of n drawn pairs of latent images, the coarse one first; a temperature below 1 prefers the likelier codes.
+        """Decode n samples from the priors, top level first; a temperature below 1 favors likely codes.
 
         Raises:
-            ValueError: n below 1, or labels, which nothing here depends on.
+            ValueError: n below 1, or labels, since the model is unconditional.
             RuntimeError: a model without priors.
         """
         self.check_sample(n, labels)
-        if self.top_prior is None:
-            raise RuntimeError("VQVAE2.sample: samples need priors over the codes, got prior_width=0.")
+        if self.top_prior is None or self.bottom_prior is None:
+            raise RuntimeError("VQVAE2.sample: sampling needs priors, got prior_width=0.")
         height, width = self.config.image_shape[1:]
         top = self.top_prior.sample(n, height // 4, width // 4, temperature=temperature)
         bottom = self.bottom_prior.sample(n, height // 2, width // 2, self._condition(top), temperature=temperature)
@@ -150,7 +153,7 @@ class VQVAE2(CodeAutoencoder):
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
-        """Set the codes of both levels to encodings of the images, as the first training step does where nobody else has."""
+        """Initialize the codes of both levels from encodings of the images, as the first training step would."""
         self.check_images(images)
         fine = self.encoder(share(images))
         latents = self.top_encoder(fine)
@@ -166,5 +169,5 @@ class VQVAE2(CodeAutoencoder):
 
     @torch.no_grad()
     def _condition(self, top: Tensor) -> Tensor:
-        """The codes of the top level at the resolution of the bottom, [B, dim, H/2, W/2]."""
+        """The codes of the top level, upsampled to the bottom level, [B, dim, H/2, W/2]."""
         return F.interpolate(self.top_quantizer.decode(top), scale_factor=2)

@@ -1,4 +1,4 @@
-"""Wasserstein GAN with clipped weights."""
+"""Wasserstein GAN with weight clipping."""
 
 from dataclasses import dataclass
 
@@ -10,29 +10,30 @@ from .system import option
 
 @dataclass(frozen=True)
 class WGANConfig(DCGANConfig):
-    """What a `WGAN` is built from."""
+    """Configuration of a `WGAN`."""
 
     loss: str = option("wasserstein", "adversarial loss", choices=("wasserstein",))
-    critic_steps: int = option(5, "steps of the critic for each of the generator")
+    critic_steps: int = option(5, "critic steps per generator step")
     lr: float = option(5e-4, "learning rate of the generator")
     beta1: float = option(0.0, "momentum of RMSprop")
-    beta2: float = option(0.99, "decay of RMSprop's mean square")
-    clip: float = option(0.01, "the critic's parameters are kept in [-clip, clip]")
+    beta2: float = option(0.99, "decay of the mean square in RMSprop")
+    clip: float = option(0.01, "the critic's parameters are clipped to [-clip, clip]")
 
 
 class WGAN(DCGAN):
-    """A GAN whose critic estimates the Wasserstein distance, kept Lipschitz by clipped weights, with the networks of `DCGAN`;
-    Arjovsky et al., "Wasserstein GAN" (2017).
+    """A GAN whose critic estimates the Wasserstein distance, with weight clipping and the networks of `DCGAN`; Arjovsky et al.,
+    "Wasserstein GAN" (2017).
 
         critic:     mean d(g(z)) - mean d(x)
         generator:  -mean d(g(z))
 
-    After each of its steps the critic's parameters are clipped, so that it stays Lipschitz; RMSprop, since the authors
-    found momentum unstable here. As published are critic_steps=5 and, for a hundred thousand steps, lr=5e-5; the default
-    suits a thousand or two on small images.
+    The critic's parameters are clipped after each of its steps, which keeps it Lipschitz. The optimizer is RMSprop, since the
+    authors found momentum unstable. The paper has critic_steps=5 and lr=5e-5 for about a hundred thousand steps; the default
+    learning rate is for one or two thousand steps on small images.
     """
 
     Config = WGANConfig
+    config: WGANConfig
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         alpha, momentum = self.config.beta2, self.config.beta1

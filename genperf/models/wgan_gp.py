@@ -10,23 +10,24 @@ from .system import option
 
 @dataclass(frozen=True)
 class WGANGPConfig(DCGANConfig):
-    """What a `WGANGP` is built from."""
+    """Configuration of a `WGANGP`."""
 
     loss: str = option("wasserstein", "adversarial loss", choices=ADVERSARIAL_LOSSES)
-    critic_steps: int = option(5, "steps of the critic for each of the generator")
+    critic_steps: int = option(5, "critic steps per generator step")
     beta2: float = option(0.9, "of Adam")
-    penalty: str = option("wgan-gp", "kind of gradient penalty of the critic", choices=tuple(CENTERS))
+    penalty: str = option("wgan-gp", "gradient penalty of the critic", choices=tuple(CENTERS))
 
 
 class WGANGP(DCGAN):
-    """A Wasserstein GAN whose critic is kept Lipschitz by a gradient penalty, with the networks of `DCGAN`; Gulrajani et al.,
-    "Improved Training of Wasserstein GANs" (2017).
+    """Wasserstein GAN with a gradient penalty and the networks of `DCGAN`; Gulrajani et al., "Improved Training of Wasserstein
+    GANs" (2017).
 
         critic:     mean d(g(z)) - mean d(x) + penalty_weight * mean (|grad d(mixed)| - 1)^2
         generator:  -mean d(g(z))
 
-    mixed = genperf.interpolate(x, g(z)). The critic has no batch normalization. As published are critic_steps=5 and,
-    for a hundred thousand steps, lr=1e-4 and beta1=0.0; the defaults suit a thousand or two on small images.
+    with mixed = genperf.interpolate(x, g(z)). The critic has no batch normalization. The paper has critic_steps=5, and lr=1e-4
+    and beta1=0.0 for about a hundred thousand steps; the defaults are for one or two thousand steps on small images.
     """
 
     Config = WGANGPConfig
+    config: WGANGPConfig

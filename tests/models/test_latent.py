@@ -90,15 +90,15 @@ A = torch.zeros(3, 2)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: lerp(A, A[:2], 0.5), ValueError, r"lerp: a and b must have one shape, got \[3, 2\] and \[2, 2\]"),
-        (lambda: slerp(A, A.double(), 0.5), TypeError, "slerp: a and b must have one dtype, got torch.float32 and torch.float64"),
+        (lambda: lerp(A, A[:2], 0.5), ValueError, r"lerp: a and b must have the same shape, got \[3, 2\] and \[2, 2\]"),
+        (lambda: slerp(A, A.double(), 0.5), TypeError, "slerp: a and b must have the same dtype, got torch.float32 and torch.float64"),
         (lambda: slerp(A.long(), A.long(), 0.5), TypeError, "slerp: a must"),
-        (lambda: slerp(A.sum(), A.sum(), 0.5), ValueError, "slerp: a must have a dimension of samples"),
+        (lambda: slerp(A.sum(), A.sum(), 0.5), ValueError, "slerp: a must have a batch dimension"),
         (lambda: lerp(A, A, torch.zeros(2)), ValueError, r"lerp: weights must be a scalar or have shape \[3\], got \[2\]"),
         (lambda: interpolations(A, A, 1), ValueError, "steps must be at least 2, got 1"),
         (lambda: interpolations(A, A, 3, "cubic"), ValueError, "kind must be one of lerp, slerp, got 'cubic'"),
         (lambda: attribute_vector(A, A[:0]), ValueError, r"at least one each, got \[3, 2\] and \[0, 2\]"),
-        (lambda: attribute_vector(A, A[:, :1]), ValueError, r"samples of one shape, .* got \[3, 2\] and \[3, 1\]"),
+        (lambda: attribute_vector(A, A[:, :1]), ValueError, r"samples of the same shape, .* got \[3, 2\] and \[3, 1\]"),
     ],
 )
 def test_bad_arguments_are_named(call, error, message):

@@ -209,7 +209,7 @@ def test_bad_configurations(changes, message):
 
 def test_bad_input():
     system = small()
-    with pytest.raises(RuntimeError, match=r"prepare\(images, labels\) must come before the first step"):
+    with pytest.raises(RuntimeError, match=r"prepare\(images, labels\) must be called before the first training step"):
         system.training_step(torch.rand(2, 1, 8, 8), player="discriminator")
     with pytest.raises(ValueError, match=r"images must have shape \[B, 1, 8, 8\], got \[2, 1, 8, 9\]"):
         system.classify(torch.rand(2, 1, 8, 9))

@@ -85,14 +85,14 @@ def _score(stage, images, embedding):
 def test_the_wrong_label_is_always_another():
     system = small()
     for _ in range(20):
-        wrong = system._wrong(LABELS).argmax(1)
+        wrong = system._mismatched(LABELS).argmax(1)
         assert (wrong != LABELS).all()
 
 
 def test_given_embeddings_take_the_place_of_labels():
     system = small(condition_dim=6)
     embeddings = torch.randn(4, 6)
-    assert torch.equal(system._wrong(embeddings), embeddings[[1, 2, 3, 0]])
+    assert torch.equal(system._mismatched(embeddings), embeddings[[1, 2, 3, 0]])
     for player in system.players:
         system.training_step(torch.rand(4, 1, 8, 8), embeddings, player=player)
     assert system.sample(4, embeddings).shape == (4, 1, 8, 8)

@@ -159,7 +159,7 @@ def test_without_a_prior_there_is_one_player(system):
     for player, optimizer in small(system, lr=0.1, lr_prior=0.2).optimizers().items():
         assert optimizer.defaults["lr"] == (0.1 if player == "model" else 0.2)
     assert small(system).optimizers().keys() == set(system.players)
-    with pytest.raises(RuntimeError, match=rf"^{system.__name__}.sample: samples need .* got prior_width=0"):
+    with pytest.raises(RuntimeError, match=rf"^{system.__name__}.sample: sampling needs .* got prior_width=0"):
         model.sample(1)
     with pytest.raises(ValueError, match=rf"^{system.__name__}: player must be one of model, got '{system.players[1]}'\.$"):
         model.training_step(torch.rand(2, 1, 16, 16), player=system.players[1])
