@@ -125,7 +125,8 @@ def test_channels_first_is_read_and_written_where_it_lies(x, heads, separate, mo
     if heads == 1 or not separate:  # the vectors of a head are gathered for the lookup
         watch("quantize", 0)
     quantized, indices, _ = layer(x)
-    assert seen and seen == [x.data_ptr()] * len(seen)
+    assert seen
+    assert seen == [x.data_ptr()] * len(seen)
     assert quantized.stride() == x.stride()
     rows = layer(x.movedim(1, -1).contiguous().movedim(-1, 1))
     assert torch.equal(quantized, rows[0])
