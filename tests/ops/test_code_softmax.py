@@ -1,4 +1,4 @@
-"""Losses and samples over all codes: code_entropy, code_cross_entropy, sample_code."""
+"""code_entropy, code_cross_entropy and sample_code."""
 
 import math
 
@@ -17,7 +17,7 @@ SIZES = [(300, 7, 31), (33, 300, 7)]
 
 
 def losses(x, codebook, indices, **options):
-    """The losses and their gradients, one after the other, so that each way through backward is taken."""
+    """The losses and their gradients, one at a time, to cover every branch of backward."""
     results = {}
     for name, weights in {"sample": (1, 0), "batch": (0, 1), "both": (2, -3)}.items():
         leaves = [t.detach().clone().requires_grad_() for t in (x, codebook)]
@@ -68,12 +68,12 @@ def test_equivalent_to_the_plain_lines(logits, device):
 @pytest.mark.parametrize("logits", LOGITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_accuracy(dtype, logits, device):
-    """In the mean square of several draws: the error of one number in plain PyTorch is 0 at times."""
+    """Mean squared over several draws, since the error of a single number in plain PyTorch may happen to be 0."""
     for kind in ("random", "clustered", "offset") if dtype == torch.float32 else ("random",):
         if kind == "offset" and logits == "dot":
-            continue  # logits of millions: nothing but one code counts
+            continue  # logits of millions: all but one code have probability 0
         for n, k, d in SIZES:
-            # Not so low that float64 has no figure left of 1 - p.
+            # High enough that 1 - p is not 0 in float64.
             apart = d**0.5 if kind == "clustered" else 1.0
             unit = {"distance": apart, "squared_distance": d, "dot": apart * d**0.5}[logits]
             for temperature in (0.2 * unit, 2.0 * unit):
@@ -93,8 +93,8 @@ def test_accuracy(dtype, logits, device):
                     assert native[0][name].dtype == plain[0][name].dtype
 
 
-def test_offset_data_lose_no_accuracy(device):
-    """Where plain float32 is off by whole nats."""
+def test_accuracy_far_from_the_origin(device):
+    """Where plain float32 is wrong by whole nats."""
     x, codebook = testing.vectors("offset", 200, 40, 8, torch.float32, device)
     indices = torch.randint(40, (200,), device=device)
     found = losses(x, codebook, indices)
@@ -105,7 +105,7 @@ def test_offset_data_lose_no_accuracy(device):
 
 @pytest.mark.parametrize("cosine", [False, True])
 def test_losses_of_vector_quantize_pytorch(cosine, device):
-    """Its mean probabilities are those of a place in the sequence over the batch, and the loss is the mean over the places."""
+    """Upstream averages probabilities over the batch for each position of the sequence, and the loss over the positions."""
     peer = pytest.importorskip("vector_quantize_pytorch")
     layer = peer.VectorQuantize(
         6, 20, use_cosine_sim=cosine, codebook_diversity_loss_weight=1.0, commitment_use_cross_entropy_loss=True, freeze_codebook=True
@@ -140,8 +140,8 @@ def test_derivatives(logits, device):
 
 
 @pytest.mark.parametrize("logits", LOGITS)
-def test_kernels_agree_with_plain_chunks(logits, monkeypatch, device):
-    """What runs in float64 and on CUDA, in float32."""
+def test_kernels_agree_with_chunks_in_pytorch(logits, monkeypatch, device):
+    """The PyTorch code of float64 and CUDA, run in float32."""
     x, codebook = torch.randn(2, 40, 6, 3, device=device), torch.randn(2, 37, 6, device=device)
     indices, mask = torch.randint(-1, 37, (2, 40, 3), device=device), torch.rand(2, 40, 3, device=device) > 0.2
     options = {"logits": logits, "temperature": 0.5, "channel_dim": 2, "mask": mask}
@@ -155,7 +155,7 @@ def test_kernels_agree_with_plain_chunks(logits, monkeypatch, device):
 
 
 @pytest.mark.parametrize("channel_dim", [1, 2])
-def test_chunks_change_nothing(channel_dim, monkeypatch, device):
+def test_chunk_size_has_no_effect(channel_dim, monkeypatch, device):
     x, codebook = torch.randn(5, 24, 24, device=device), torch.randn(70, 24, device=device)
     indices = torch.randint(70, (5, 24), device=device)
     results = []
@@ -171,7 +171,7 @@ def test_chunks_change_nothing(channel_dim, monkeypatch, device):
 
 
 @pytest.mark.parametrize("logits", LOGITS)
-def test_mask_leaves_vectors_out(logits, device):
+def test_masked_vectors_are_excluded(logits, device):
     x, codebook = torch.randn(60, 5, device=device), torch.randn(40, 5, device=device)
     indices, mask = torch.randint(40, (60,), device=device), torch.rand(60, device=device) > 0.4
     expected = losses(x[mask], codebook, indices[mask], logits=logits)
@@ -191,7 +191,7 @@ def test_mask_leaves_vectors_out(logits, device):
 
 @pytest.mark.parametrize("impl", [None, "reference"])
 @pytest.mark.parametrize("size", [0, 3])
-def test_where_no_vector_counts(size, impl, device):
+def test_without_vectors(size, impl, device):
     x, codebook = torch.randn(size, 4, 3, device=device), torch.randn(5, 4, device=device)
     indices = torch.full((size, 3), -1, device=device)
     mask = torch.zeros(size, 3, dtype=torch.bool, device=device)
@@ -201,7 +201,7 @@ def test_where_no_vector_counts(size, impl, device):
         assert genperf.sample_code(x, codebook, channel_dim=1, mask=given, impl=impl).tolist() == indices.tolist()
 
 
-def test_heads_are_losses_of_their_own(device):
+def test_heads_equal_single_calls(device):
     x, codebook = torch.randn(3, 4, 6, 5, device=device), torch.randn(3, 20, 6, device=device)
     indices, mask = torch.randint(-1, 20, (3, 4, 5), device=device), torch.rand(3, 4, 5, device=device) > 0.3
     entropies = genperf.code_entropy(x, codebook, channel_dim=2, mask=mask)
@@ -236,8 +236,8 @@ def test_layouts_agree(device):
 @pytest.mark.parametrize("impl", [None, "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("logits", LOGITS)
-def test_vectors_on_their_codes(logits, dtype, impl, device):
-    """The root has no derivative there, and the other codes have no probability."""
+def test_vectors_equal_to_codes(logits, dtype, impl, device):
+    """The derivative of the distance is infinite there, and the other codes have probability 0."""
     codebook = 30 * torch.randn(40, 8, dtype=dtype, device=device)
     codebook[20:] = codebook[:20]
     x, indices = codebook[:30].clone(), torch.randint(40, (30,), device=device)
@@ -253,7 +253,7 @@ def test_vectors_on_their_codes(logits, dtype, impl, device):
         assert math.log(20) < batch < math.log(40)
 
 
-def test_a_nan_reaches_every_loss(device):
+def test_nan_propagates_to_every_loss(device):
     x, codebook = torch.randn(20, 5, device=device), torch.randn(9, 5, device=device)
     x[3, 2] = math.nan
     for impl in (None, "reference"):
@@ -278,7 +278,7 @@ def test_frozen_inputs(device):
     assert not genperf.code_entropy(x, codebook)[0].requires_grad
 
 
-def test_precision_of_the_caller_changes_nothing(device):
+def test_reduced_matmul_precision_has_no_effect(device):
     x, codebook = torch.randn(300, 40, device=device), torch.randn(200, 40, device=device)
     indices = torch.randint(200, (300,), device=device)
     expected = losses(x, codebook, indices)
@@ -294,7 +294,7 @@ def test_precision_of_the_caller_changes_nothing(device):
         assert torch.equal(found[name], value), name
 
 
-def test_runs_agree_in_every_bit(device):
+def test_runs_are_bitwise_equal(device):
     x, codebook = torch.randn(500, 12, device=device), torch.randn(300, 12, device=device)
     indices = torch.randint(300, (500,), device=device)
     first, second = (losses(x, codebook, indices) for _ in range(2))
@@ -302,7 +302,7 @@ def test_runs_agree_in_every_bit(device):
         assert torch.equal(second[name], value), name
 
 
-def test_memory_does_not_grow_with_the_vectors(monkeypatch, device):
+def test_memory_does_not_grow_with_the_number_of_vectors(monkeypatch, device):
     if device != "cpu":
         pytest.skip("the profiler counts the allocations of the CPU")
     monkeypatch.setattr(_code_softmax_chunks, "_CHUNK", 1 << 14)
@@ -330,7 +330,7 @@ def test_samples_follow_the_softmax(logits, impl, device):
         assert chi_square(common.cumsum(0)[drawn[common[drawn]]] - 1, p[common] / p[common].sum()) < 90
 
 
-def test_noise_is_that_of_the_reference(device):
+def test_noise_equals_the_reference(device):
     x, codebook = torch.randn(50, 3, device=device), torch.randn(5000, 3, device=device)
     torch.manual_seed(2)
     drawn = genperf.sample_code(x, codebook, temperature=0.7)
@@ -342,13 +342,13 @@ def test_noise_is_that_of_the_reference(device):
     assert (best - perturbed.gather(1, drawn.unsqueeze(1)).squeeze(1)).max() < 1e-4
 
 
-def test_samples_follow_the_generator(device):
+def test_samples_depend_on_the_generator(device):
     x, codebook = torch.randn(2, 60, 4, device=device), torch.randn(2, 50, 4, device=device)
     testing.check_randomness(lambda generator: genperf.sample_code(x, codebook, generator=generator), device)
 
 
 @pytest.mark.parametrize("heads", [False, True])
-def test_shares_of_a_batch_draw_what_the_batch_draws(heads, device):
+def test_parts_of_a_batch_draw_the_noise_of_the_batch(heads, device):
     x, codebook = torch.randn(1, 8, 5, 4, device=device), torch.randn(1, 50, 4, device=device)
     x, codebook = (x.expand(2, -1, -1, -1), codebook.expand(2, -1, -1)) if heads else (x[0], codebook[0])
     torch.manual_seed(4)
@@ -363,7 +363,7 @@ def test_shares_of_a_batch_draw_what_the_batch_draws(heads, device):
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
-def test_temperature_zero_takes_the_best(impl, device):
+def test_temperature_zero_gives_the_best_code(impl, device):
     x, codebook = torch.randn(3, 60, 4, device=device), torch.randn(3, 50, 4, device=device)
     for logits in ("distance", "squared_distance"):
         found = genperf.sample_code(x, codebook, temperature=0, logits=logits, impl=impl)
@@ -375,7 +375,7 @@ def test_temperature_zero_takes_the_best(impl, device):
 
 
 @pytest.mark.parametrize("kernel", [True, False])
-def test_a_nan_is_never_preferred(kernel, monkeypatch, device):
+def test_nan_is_never_chosen(kernel, monkeypatch, device):
     if not kernel:
         monkeypatch.setattr(_code_softmax_chunks, "_has_kernel", lambda products: False)
     x, codebook = torch.randn(20, 4, device=device), torch.randn(50, 4, device=device)
@@ -407,7 +407,7 @@ def test_compile(device):
         sample, batch = genperf.code_entropy(x, codebook, temperature=0.5, mask=indices >= 0)
         return sample, batch, genperf.code_cross_entropy(x, codebook, indices, logits="dot")
 
-    # Without code generation: there is nothing to fuse with an op that is opaque.
+    # Without code generation, since opaque ops leave nothing to fuse.
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (31, 12, 31):
         x, codebook = torch.randn(n, 5, device=device, requires_grad=True), torch.randn(9, 5, device=device, requires_grad=True)

@@ -19,7 +19,7 @@ def randn(*shape):
 
 
 def assert_factor(factor, cov, rank, tolerance=1e-13):
-    """F F' is the covariance to rounding, relative to the scale of each pair of features, with as many columns as its rank."""
+    """F F' equals the covariance up to rounding, relative to the scale of each pair of features, and has `rank` columns."""
     assert factor.dtype == torch.float64
     assert factor.shape == (len(cov), rank)
     scale = cov.double().diagonal().clamp(min=0).sqrt()
@@ -38,7 +38,7 @@ def test_well_conditioned_is_cholesky(d, device):
 
 
 @pytest.mark.parametrize("d", [2, 33, 64, 65, 130, 300])
-def test_its_columns_are_the_rank(d, device):
+def test_number_of_columns_is_the_rank(d, device):
     for rank in {1, (d + 2) // 3, d // 2, 3 * d // 4}:
         root = randn(d, rank).to(device)
         cov = root @ root.T
@@ -65,7 +65,7 @@ def test_difficult_cases(name, device):
         assert_factor(found, cov, found.shape[1])
 
 
-def test_dead_features_have_zero_rows(device):
+def test_constant_features_have_zero_rows(device):
     root = randn(20, 50).to(device)
     root[::3] = 0
     factor = genperf.covariance_factor(root @ root.T)
@@ -74,7 +74,7 @@ def test_dead_features_have_zero_rows(device):
 
 
 @pytest.mark.parametrize("n", [3, 100])
-def test_features_of_different_scales_do_not_hide_one_another(n, device):
+def test_features_of_different_scales(n, device):
     scales = torch.logspace(-12, 12, 24, dtype=torch.float64, device=device)
     root = scales[:, None] * randn(24, n).to(device)
     assert_factor(genperf.covariance_factor(root @ root.T), root @ root.T, min(n, 24))
@@ -90,12 +90,12 @@ def test_any_scale(scale, device):
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_dtypes(dtype, device):
-    """In float64, of the values as given; rounding to the dtype may have made them indefinite, as it does here."""
+    """Computed in float64 from the given values, which rounding to the dtype makes indefinite here."""
     root = torch.randn(24, 80, device=device)
     cov = (root @ root.T / 80).to(dtype)
     assert torch.equal(genperf.covariance_factor(cov), genperf.covariance_factor(cov.double()))
     if dtype == torch.bfloat16:
-        return  # too far from any covariance
+        return  # too far from positive semi-definite
     root = torch.randn(24, 6, device=device)
     cov = (root @ root.T).to(dtype)
     assert torch.linalg.eigvalsh(cov.double())[0] < 0
@@ -104,7 +104,7 @@ def test_dtypes(dtype, device):
     assert (factor @ factor.T - cov.double()).abs().max() <= nearby
 
 
-def test_layouts_agree_and_the_input_stays_as_it_is(device):
+def test_layouts_agree_and_the_input_is_unchanged(device):
     for n in (8, 80):
         root = randn(24, n).to(device)
         cov = root @ root.T

@@ -12,7 +12,7 @@ FORMS = [{"symmetric": symmetric, "hard_clamp": hard} for symmetric in (False, T
 
 
 def quantize(x, levels, impl=None, **options):
-    """Outputs, and the gradient of a loss that weighs every component."""
+    """Outputs, and the gradient of a loss with a weight for every component."""
     x = x.detach().requires_grad_()
     quantized, indices = genperf.finite_scalar_quantize(x, levels, impl=impl, **options)
     weight = torch.linspace(-1, 1, quantized.numel(), device=x.device).reshape(quantized.shape).to(x.dtype)
@@ -28,7 +28,7 @@ def test_accuracy(dtype, form, device):
         plain = quantize(x, levels, impl="reference", **form)
         for impl in (None, "reference"):
             found = quantize(x, levels, impl, **form)
-            same = found[1] == exact[1]  # else a float32 is on the other side of a half-way value
+            same = found[1] == exact[1]  # otherwise rounding to float32 crossed a tie
             assert same.float().mean() > 0.995
             assert torch.equal(found[0][same], exact[0][same].to(dtype))
             testing.assert_accurate("x.grad", found[2], exact[2], plain[2])
@@ -60,8 +60,8 @@ def test_layouts_agree(form, device):
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
-def test_half_way_values(impl, device):
-    """To the even level; upwards in the symmetric form."""
+def test_ties(impl, device):
+    """Ties round to even, in the symmetric form up."""
     place = torch.tensor([-1.5, -0.5, 0.5, 1.5], device=device)
     half = 4 * 1.001 / 2  # of five levels
     x = (place / half).unsqueeze(1)
@@ -91,7 +91,7 @@ def test_special_values(impl, form, device):
 
 
 def test_every_code_once(device):
-    """Decoding all indices and quantizing the codes gives the indices back, in a bounded form whose codes are fixed points."""
+    """Decoding all indices and quantizing the codes returns the indices, with hard_clamp, where codes are fixed points."""
     levels = [4, 3, 5]
     indices = torch.arange(60, device=device)
     codes = genperf.finite_scalar_decode(indices, levels, symmetric=True)
@@ -104,7 +104,7 @@ def test_every_code_once(device):
 
 @pytest.mark.parametrize("levels", [[4] * 31, [2**20, 2**20, 2**20, 4], [3] * 39], ids=str)
 def test_indices_beyond_float_arithmetic(levels, device):
-    """Against Python's integers."""
+    """Compared with Python integers."""
     x = 2 * torch.randn(200, len(levels), device=device)
     quantized, indices = genperf.finite_scalar_quantize(x, levels)
     assert indices.max() > 2**60
@@ -115,8 +115,8 @@ def test_indices_beyond_float_arithmetic(levels, device):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_gradient_is_that_of_the_bound(form, device):
-    """gradgradcheck and the straight-through first derivative: half-way values have none of their own."""
+def test_gradient_equals_that_of_the_bound(form, device):
+    """The straight-through first derivative, which numerical differentiation cannot find, and gradgradcheck."""
     levels = [8, 5, 3]
     x = torch.randn(6, 3, dtype=torch.float64, device=device, requires_grad=True)
     for impl in (None, "reference"):
@@ -202,8 +202,8 @@ def test_decodes_narrow_integers(device):
         assert torch.equal(genperf.finite_scalar_decode(narrow, numpy.array([7, 5, 5])), codes)
 
 
-def test_forward_mode_is_refused(device):
-    """Aloud: a straight-through value has no tangent of its own."""
+def test_forward_mode_is_unsupported(device):
+    """It raises, since a straight-through value has no tangent."""
     x = torch.randn(20, 3, device=device)
     with pytest.raises(NotImplementedError, match="forward mode"):
         torch.func.jvp(lambda x: genperf.finite_scalar_quantize(x, [8, 5, 5])[0], (x,), (torch.ones_like(x),))

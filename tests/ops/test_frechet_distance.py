@@ -22,7 +22,7 @@ def randn(*shape):
 
 
 def given(form, mean1, factor1, mean2, factor2):
-    """mean1, side 1, mean2, side 2; a side is the factor itself, or the covariance it stands for."""
+    """mean1, side 1, mean2, side 2; a side is the factor or its covariance, depending on the form."""
     side1, side2 = (f if is_factor else f @ f.mT for f, is_factor in zip((factor1, factor2), FORMS[form], strict=True))
     return mean1, side1, mean2, side2
 
@@ -61,7 +61,7 @@ def test_value(shape, form, impl, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_closed_forms(impl, device):
-    """Of one dimension, of covariances that commute, of a translation and of a dilation."""
+    """One dimension, commuting covariances, a translation, a dilation."""
     one = [torch.tensor(x, dtype=torch.float64, device=device) for x in ([1.0], [[4.0]], [3.0], [[0.25]])]
     torch.testing.assert_close(genperf.frechet_distance(*one, impl=impl).item(), (1 - 3) ** 2 + (2 - 0.5) ** 2)
     basis = torch.linalg.qr(randn(20, 20)).Q.to(device)
@@ -78,8 +78,8 @@ def test_closed_forms(impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_agrees_with_the_packages_of_the_field(impl, device):
-    """As far as they are installed, and on covariances that they can take."""
+def test_agrees_with_other_packages(impl, device):
+    """Those that are installed, on covariances that they support."""
     inputs = given("covariances", *gaussians(48, 200, 150, device))
     found = genperf.frechet_distance(*inputs, impl=impl)
     fid = pytest.importorskip("torchmetrics.image.fid")
@@ -90,7 +90,7 @@ def test_agrees_with_the_packages_of_the_field(impl, device):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CASES)
 def test_difficult_cases(name, form, impl, device):
-    """Within 1e-6 of what the distance is a difference of, never below zero, with finite gradients."""
+    """Within 1e-6 of the terms that are subtracted, never negative, with finite gradients."""
     case = CASES[name]
     value, slopes = gradients(form, [t.to(device) for t in given(form, *case)], impl=impl)
     assert abs(float(value) - case.distance()) <= 1e-6 * case.scale()
@@ -101,7 +101,7 @@ def test_difficult_cases(name, form, impl, device):
 @pytest.mark.parametrize("impl", ROUTES)
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("all samples equal", "disjoint supports")])
 def test_gradient_of_difficult_cases(name, impl, device):
-    """In a factor, where it is unique but for null directions; through the covariance and directly."""
+    """In a factor, where it is unique except for null directions, given directly or through the covariance."""
     case = CASES[name]
     mean1, factor1, mean2, factor2 = (t.to(device) for t in case)
     scale = 2 * (factor1.norm() + factor2.norm())
@@ -116,7 +116,7 @@ def test_gradient_of_difficult_cases(name, impl, device):
 @pytest.mark.parametrize("impl", ROUTES)
 @pytest.mark.parametrize("form", FORMS)
 def test_identical(form, impl, device):
-    """Zero, and so is the gradient: of full rank, of few samples, of samples that are all equal."""
+    """Distance and gradient are zero: for full rank, for few samples, for samples that are all equal."""
     for columns in (100, 8, 0):
         mean, factor = randn(24).to(device), randn(24, columns).to(device)
         inputs = given(form, mean, factor, mean, factor)
@@ -128,8 +128,8 @@ def test_identical(form, impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_never_below_zero(impl, device):
-    """Of pairs so close that rounding decides the sign."""
+def test_never_negative(impl, device):
+    """For pairs so close that rounding would determine the sign."""
     for seed in range(20):
         torch.manual_seed(seed)
         mean, factor = randn(16).to(device), randn(16, 40).to(device)
@@ -154,7 +154,7 @@ def test_derivatives(form, impl, device):
 @pytest.mark.parametrize("impl", ROUTES)
 @pytest.mark.parametrize("n", [4, 7, 20])
 def test_derivatives_in_features(n, impl, device):
-    """What training needs: through the mean and through centered features, or through their covariance."""
+    """As in training: through the mean and through centered features, or through their covariance."""
     mean2, cov2 = randn(7).to(device), (lambda f: f @ f.T)(randn(7, 9)).to(device)
     features = randn(n, 7).to(device).requires_grad_()
 
@@ -171,8 +171,8 @@ def test_derivatives_in_features(n, impl, device):
 
 
 @pytest.mark.parametrize("impl", ROUTES)
-def test_collapsed_features_are_pulled_apart(impl, device):
-    """Training from samples that are almost one: where the gradient of eigenvalues is lost, this one leads to the reference."""
+def test_training_recovers_from_collapsed_features(impl, device):
+    """Training starts from nearly equal samples and reaches the reference; the gradient of eigenvalues would be lost there."""
     reference = (randn(200, 8) * torch.linspace(0.5, 2, 8, dtype=torch.float64) + 1).to(device)
     mean2, cov2 = reference.mean(0), reference.T.cov()
     features = (torch.ones(12, 8, dtype=torch.float64) + 1e-12 * randn(12, 8)).to(device).requires_grad_()
@@ -190,7 +190,7 @@ def test_collapsed_features_are_pulled_apart(impl, device):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_dtypes(dtype, form, impl, device):
-    """Returned as float32; rounded once, after the terms have canceled in float64."""
+    """Returned as float32, rounded once after the subtraction in float64."""
     mean, factor = randn(24) * 30, randn(24, 60)
     near = factor * (1 + 1e-2 * randn(24, 1))
     inputs = [t.to(dtype).to(device) for t in given(form, mean, factor, mean, near)]
@@ -208,7 +208,7 @@ def test_dtypes(dtype, form, impl, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("form", FORMS)
-def test_a_batch_is_its_pairs(form, impl, device):
+def test_batch_equals_single_calls(form, impl, device):
     moments = [t.to(device) for t in (randn(2, 3, 12), randn(2, 3, 12, 20), randn(2, 3, 12), randn(2, 3, 12, 15))]
     inputs = given(form, *moments)
     values, slopes = gradients(form, inputs, impl=impl)
@@ -221,7 +221,7 @@ def test_a_batch_is_its_pairs(form, impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_layouts_agree_and_inputs_stay_as_they_are(impl, device):
+def test_layouts_agree_and_inputs_are_unchanged(impl, device):
     inputs = given("covariances", *gaussians(24, 40, 50, device))
     value, slopes = gradients("covariances", inputs, impl=impl)
     laid_out = [testing.strided(t) for t in inputs]
@@ -238,8 +238,8 @@ def test_layouts_agree_and_inputs_stay_as_they_are(impl, device):
 @pytest.mark.parametrize("impl", ROUTES)
 @pytest.mark.parametrize("which", range(4))
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_not_finite_gives_nan(bad, which, impl, device):
-    """An infinite mean or covariance too: a distance of infinity would look like a result."""
+def test_nonfinite_values_give_nan(bad, which, impl, device):
+    """Also for an infinite mean or covariance, since a distance of infinity would look like a result."""
     for form in FORMS:
         inputs = [t.clone() for t in given(form, *gaussians(6, 9, 9, device))]
         inputs[which].view(-1)[0] = bad
@@ -263,7 +263,7 @@ def test_error_and_precision(device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_changes_nothing(impl, device):
+def test_autocast_has_no_effect(impl, device):
     inputs = [t.float() for t in given("covariances", *gaussians(24, 60, 50, device))]
     expected, slopes = gradients("covariances", inputs, impl=impl)
     with torch.autocast(device, torch.bfloat16):

@@ -4,12 +4,12 @@ import torch
 import genperf
 from genperf import testing
 
-# Enough samples for the largest error of plain PyTorch's KL not to be small by luck.
+# Enough samples that the largest error of plain PyTorch's KL is not small by chance.
 SHAPES = [(7, 31), (5, 5, 33), (6, 3, 7, 5), (5, 2, 3, 5, 7), (33, 2), (9, 1000)]
 
 
 def moments(shape, dtype, device, seed=0):
-    """mean and logvar, of which some lie below the clamp."""
+    """mean and logvar, some of which lie below the clamp."""
     generator = torch.Generator().manual_seed(seed)
     mean, logvar = torch.randn(2, *shape, generator=generator)
     logvar = torch.where(torch.rand(shape, generator=generator) < 0.05, logvar - 33, logvar * 2)
@@ -21,14 +21,14 @@ def packed(mean, logvar, dim=1):
 
 
 def sample(*inputs, seed=5, prior=None, impl=None, **options):
-    """Outputs and gradients of a loss that weighs every output; inputs keep their layout."""
+    """Outputs and gradients of a loss with a weight for every output element; inputs keep their layout."""
     count = len(inputs)
     leaves = [t.detach().requires_grad_() for t in (*inputs, *(prior or ()))]
     torch.manual_seed(seed)
     if prior is not None:
         options["prior"] = leaves[count] if len(prior) == 1 else tuple(leaves[count:])
     drawn, kl = genperf.gaussian_sample(*leaves[:count], impl=impl, **options)
-    # Multiples of 1/64, which every dtype holds.
+    # Multiples of 1/64, which are exact in every dtype.
     weight = torch.linspace(-64, 64, drawn.numel(), device=drawn.device).round().div(64).reshape(drawn.shape).to(drawn.dtype)
     kl_weight = torch.linspace(0.5, 2, len(kl), device=kl.device).to(kl.dtype)
     gradients = torch.autograd.grad((drawn * weight).sum() + (kl * kl_weight).sum(), leaves)
@@ -37,7 +37,7 @@ def sample(*inputs, seed=5, prior=None, impl=None, **options):
 
 
 def assert_matches(*inputs, prior=None, noise=None, **options):
-    """Native against float64, at most twice as far off as the reference in the inputs' dtype."""
+    """The native error against float64 is at most twice that of the reference in the inputs' dtype."""
     native = sample(*inputs, prior=prior, noise=noise, **options)
     plain = sample(*inputs, prior=prior, noise=noise, impl="reference", **options)
     exact_prior = None if prior is None else tuple(t.double() for t in prior)
@@ -75,7 +75,7 @@ def test_accuracy_with_free_bits(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_wide_samples_of_half_precision_moments(dtype, device):
+def test_float32_samples_of_half_precision_moments(dtype, device):
     """Noise of 1/1000 around 4 is lost by rounding to bfloat16."""
     mean, logvar = torch.full((4, 500), 4.0, dtype=dtype, device=device), torch.full((4, 500), -13.8, dtype=dtype, device=device)
     assert_matches(mean, logvar, dtype=torch.float32)
@@ -85,7 +85,7 @@ def test_wide_samples_of_half_precision_moments(dtype, device):
     assert genperf.gaussian_sample(mean, logvar)[0].dtype == dtype
 
 
-def test_kl_is_that_of_torch_distributions(device):
+def test_kl_equals_torch_distributions(device):
     mean, logvar = torch.randn(2, 5, 4, 3, dtype=torch.float64, device=device)
     prior_mean, prior_logvar = torch.randn(2, 5, 4, 3, dtype=torch.float64, device=device)
     normal = torch.distributions.Normal
@@ -99,15 +99,15 @@ def test_kl_is_that_of_torch_distributions(device):
         torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_kl_does_not_cancel_near_variance_one(device):
-    """One element each: the error is a rounding of the small log variance, not of the 1 that exp(logvar) - 1 subtracts."""
+def test_kl_is_accurate_near_variance_one(device):
+    """One element per sample: the error is relative to the small log variance, not to the 1 that exp(logvar) - 1 subtracts."""
     logvar = torch.linspace(-1e-2, 1e-2, 4001, device=device)
     mean = torch.linspace(1e-3, -1e-3, 4001, device=device)
     _, kl = genperf.gaussian_sample(mean[:, None], logvar[:, None])
     small = logvar.double()
     exact = 0.5 * (mean.double().square() + torch.expm1(small) - small)
     assert ((kl - exact).abs() <= 2.0**-23 * (small.abs() + exact)).all()
-    # Relative to a prior that is all but equal.
+    # Against a prior that is nearly equal.
     prior = (torch.full_like(mean[:, None], 3.0), torch.full_like(mean[:, None], 1.5))
     _, kl = genperf.gaussian_sample((3 + mean)[:, None], (1.5 + logvar)[:, None], prior=prior)
     ratio = (1.5 + logvar).double() - 1.5
@@ -117,7 +117,7 @@ def test_kl_does_not_cancel_near_variance_one(device):
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 6), (2, 4, 6, 8), (2, 4, 2, 6, 8)], ids=str)
 def test_packed_equals_two_tensors(shape, device):
-    """Bit for bit, packed along any dimension."""
+    """Bitwise, packed along any dimension."""
     mean, logvar = moments(shape, torch.float32, device)
     two = sample(mean, logvar)
     for dim in (*range(1, len(shape)), -1):
@@ -152,7 +152,7 @@ def test_expanded_inputs(device):
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6)
 
 
-def test_a_prior_of_size_one_expands(device):
+def test_prior_with_dimensions_of_size_one(device):
     mean, logvar = moments((3, 5, 7), torch.float32, device)
     for small in ((1, 5, 1), (1, 1, 1), (3, 1, 7)):
         prior = [torch.randn(small, device=device) for _ in range(2)]
@@ -169,8 +169,8 @@ def test_a_prior_of_size_one_expands(device):
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
-def test_the_clamp_masks_the_gradient(impl, device):
-    """Beyond [-30, 20] the log variance has no gradient, on the bounds it has one."""
+def test_gradient_of_the_clamp(impl, device):
+    """The log variance has no gradient outside [-30, 20], and has one on the bounds."""
     logvar = torch.tensor([[-100.0, -30.5, -30.0, 0.0, 20.0, 20.5, 100.0]], device=device)
     inside = (logvar >= -30) & (logvar <= 20)
     for prior in (None, (torch.ones_like(logvar), torch.ones_like(logvar))):
@@ -185,7 +185,7 @@ def test_the_clamp_masks_the_gradient(impl, device):
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_accuracy_over_the_whole_range(dtype, device):
-    """One element each, from clamp to clamp: KL, sample and gradients within a few roundings of each value."""
+    """One element per sample, over the range of the clamp: KL, sample and gradients are within a few roundings."""
     logvar = torch.linspace(-40, 30, 1401, device=device).to(dtype)[:, None]
     mean, noise = torch.full_like(logvar, 0.5), torch.full_like(logvar, 0.75)
     for prior in (None, (mean * 3, logvar.flip(0).clamp(-10, 10))):
@@ -193,7 +193,7 @@ def test_accuracy_over_the_whole_range(dtype, device):
         exact_prior = None if prior is None else tuple(t.double() for t in prior)
         exact = sample(mean.double(), logvar.double(), noise=noise.double(), prior=exact_prior, impl="reference")
         for name, value in native.items():
-            # exp(logvar - prior) carries the rounding of that difference, of up to 40.
+            # exp(logvar - prior) amplifies the rounding of the difference, of up to 40.
             eps = (4 if prior is None else 32) * torch.finfo(torch.float32).eps + (torch.finfo(dtype).eps if value.dtype == dtype else 0)
             fits = exact[name].abs() < torch.finfo(value.dtype).max  # float16's largest is 65504
             assert ((value - exact[name]).abs() <= eps * exact[name].abs() + 1e-6)[fits].all(), name
@@ -225,7 +225,7 @@ def test_empty(shape, impl, device):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_not_finite_stays_within_its_sample(bad, device):
+def test_nonfinite_values_stay_within_their_sample(bad, device):
     mean, logvar = (t.clamp(-3, 3) for t in moments((5, 3, 7), torch.float32, device))
     clean = sample(mean, logvar)
     for which in (0, 1):
@@ -255,7 +255,7 @@ def test_half_precision_is_never_nan(dtype, device):
         assert genperf.gaussian_sample(mean, logvar)[1].isfinite().all()
 
 
-# Those of `sample` for inputs of shape [4, 6].
+# The weights that `sample` uses for inputs of shape [4, 6].
 WEIGHTS = (torch.linspace(-64, 64, 24).round().div(64).view(4, 6), torch.linspace(0.5, 2, 4))
 
 
@@ -296,7 +296,7 @@ def test_frozen_inputs(device):
         assert not genperf.gaussian_sample(mean.detach().requires_grad_(), logvar)[0].requires_grad
 
 
-def test_upstream_gradients_of_any_strides(device):
+def test_output_gradients_of_any_strides(device):
     mean, logvar = moments((3, 4, 5, 6), torch.float32, device)
     for inputs in ((mean, logvar), (packed(mean, logvar),)):
         leaves = [t.detach().requires_grad_() for t in inputs]
@@ -333,7 +333,7 @@ def test_derivatives_of_both_orders(form, free_bits, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", ["two", "packed", "prior"])
 def test_second_derivatives_of_the_kernels(form, dtype, device):
-    """create_graph=True through the compiled forward, against the reference's."""
+    """create_graph=True through the compiled forward, compared with the reference."""
     shape = (3, 4, 6)
     mean, logvar = (t.clamp(-3, 3) for t in moments(shape, dtype, device))
     inputs = [packed(mean, logvar)] if form == "packed" else [mean, logvar]
@@ -362,7 +362,7 @@ def test_functional_gradient(device):
     torch.testing.assert_close(found, torch.autograd.grad(loss(leaf), leaf)[0])
 
 
-def test_noise_that_learns_runs_the_reference(device):
+def test_noise_with_a_gradient_runs_the_reference(device):
     mean, logvar = moments((4, 6), torch.float32, device)
     noise = torch.randn(4, 6, device=device, requires_grad=True)
     drawn, _ = genperf.gaussian_sample(mean, logvar, noise=noise)
@@ -376,11 +376,11 @@ def test_randomness(device):
     mean, logvar = moments((3, 4, 5), torch.float32, device)
     testing.check_randomness(lambda generator: genperf.gaussian_sample(mean, logvar, generator=generator)[0], device)
     drawn = genperf.gaussian_sample(torch.zeros(64, 64, device=device), torch.zeros(64, 64, device=device))[0]
-    assert len(drawn.unique()) == drawn.numel()  # no two samples of a batch share noise
+    assert len(drawn.unique()) == drawn.numel()  # the samples of a batch do not share noise
     testing.check_checkpoint(lambda x: torch.stack([out.square().sum() for out in genperf.gaussian_sample(x * 2, x)]).sum(), mean)
 
 
-def test_the_same_bits_in_every_thread_count(device):
+def test_bitwise_equal_for_any_number_of_threads(device):
     inputs = moments((5, 3, 700), torch.float32, device)
     expected = sample(*inputs)
     threads = torch.get_num_threads()
@@ -461,7 +461,7 @@ def test_compiled_noise(device):
     for drawn in (first, second):
         assert abs(drawn.mean().item()) < 4.5 / 256
         assert abs(drawn.var().item() - 1) < 4.5 * 2**0.5 / 256
-    # The backward draws the noise of its forward: d(sample^2 / 2) / d logvar = sample * noise / 2, and sample = noise here.
+    # Backward draws the noise of its forward: d(sample^2 / 2) / d logvar = sample * noise / 2, and sample = noise here.
     logvar.requires_grad_()
     drawn, _ = compiled(mean, logvar)
     torch.testing.assert_close(torch.autograd.grad(drawn.square().sum() / 2, logvar)[0], drawn.detach().square() / 2)
@@ -514,8 +514,8 @@ def test_forward_mode_runs_the_reference(device):
         torch.testing.assert_close(value, want)
 
 
-def test_a_prior_of_odd_strides(device):
-    """Gradients whose strides no view as rows fits are laid out anew."""
+def test_prior_with_unusual_strides(device):
+    """Gradients that cannot be viewed as rows are contiguous instead."""
     mean = torch.randn(1, 1, 33, 17, 4, device=device).expand(1, 2, 33, 17, 4).detach().requires_grad_()
     prior = [torch.randn(68, device=device).as_strided((1, 1, 1, 17, 4), (68, 1, 68, 4, 1)).requires_grad_() for _ in range(2)]
     noise = torch.randn(mean.shape, device=device)
@@ -528,8 +528,8 @@ def test_a_prior_of_odd_strides(device):
         torch.testing.assert_close(value, want)
 
 
-def test_a_kl_without_a_gradient_leaves_no_trace(device):
-    """Its derivative may be infinite, and is not even multiplied by zero."""
+def test_unused_kl_does_not_affect_the_gradient(device):
+    """Its derivative may be infinite and must not be multiplied by zero."""
     mean = torch.tensor([[1e30, 1.0]], device=device, requires_grad=True)
     sample, _ = genperf.gaussian_sample(mean, torch.zeros_like(mean), prior=(torch.zeros_like(mean), torch.full_like(mean, -30)))
     assert torch.equal(torch.autograd.grad(sample.sum(), mean)[0], torch.ones_like(mean))

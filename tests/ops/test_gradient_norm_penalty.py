@@ -18,7 +18,7 @@ def penalty(gradients, impl=None, **options):
 
 
 def gradients_of(shape, dtype, device):
-    """Norms from about 0.2 to 5, so that either side of the centers is met."""
+    """Norms from about 0.2 to 5, on either side of the centers."""
     norms = torch.linspace(0.2, 5, shape[0], device=device).reshape(-1, *[1] * (len(shape) - 1))
     return (norms * torch.randn(shape, device=device) / math.sqrt(math.prod(shape[1:]))).to(dtype)
 
@@ -35,8 +35,8 @@ def test_accuracy(dtype, options, device):
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
-def test_each_sample_has_one_norm_over_all_its_dimensions(impl, device):
-    """The ways in which published penalties went wrong: a norm along one dimension, over the batch, a sum for a mean."""
+def test_one_norm_per_sample_over_all_its_dimensions(impl, device):
+    """Errors of published penalties: a norm along one dimension, a norm over the batch, a sum instead of a mean."""
     gradients = torch.zeros(64, 3, 4, 5, device=device)
     gradients[:, 1, 2, 3] = 0.6
     gradients[:, 2, 0, 1] = 0.8
@@ -62,8 +62,8 @@ def test_equivalent_to_the_plain_lines(options, device):
 @pytest.mark.parametrize("impl", [None, "reference"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [*testing.DTYPES, torch.float64], ids=str)
-def test_a_zero_gradient_has_a_zero_derivative(dtype, options, impl, device):
-    """Of both orders, never NaN; the other samples have theirs."""
+def test_derivative_at_a_zero_gradient_is_zero(dtype, options, impl, device):
+    """Of both orders, never NaN; the derivatives of other samples are not affected."""
     gradients = gradients_of((5, 3, 7), dtype, device)
     gradients[2] = 0
     found = penalty(gradients, impl if dtype != torch.float64 else "reference", **options)
@@ -87,7 +87,7 @@ def test_layouts_agree(shape, device):
 
 
 def test_expanded_gradients(device):
-    """As they come from a critic whose last operation is a sum or a mean."""
+    """As from a critic whose last operation is a sum or a mean."""
     gradients = torch.randn(4, 1, 1, device=device).expand(4, 6, 5)
     for key, value in penalty(gradients).items():
         torch.testing.assert_close(value, penalty(gradients.contiguous())[key])
@@ -102,14 +102,14 @@ def test_empty(options, impl, device):
         found = penalty(torch.empty(shape, device=device), impl, **options)
         assert found["penalty"] == 0
         assert found["grad"].shape == shape
-    found = penalty(torch.empty(3, 0, device=device), impl, **options)  # norms of nothing are zero
+    found = penalty(torch.empty(3, 0, device=device), impl, **options)  # norms of empty samples are zero
     expected = 0.0 if options.get("one_sided") else options.get("center", 1.0) ** 2
     torch.testing.assert_close(found["penalty"], torch.tensor(expected, device=device))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_not_finite_reaches_the_penalty(bad, options, device):
+def test_nonfinite_values_reach_the_penalty(bad, options, device):
     gradients = gradients_of((5, 3, 7), torch.float32, device)
     clean = penalty(gradients, **options)
     gradients[1, 2, 3] = bad
@@ -123,7 +123,7 @@ def test_not_finite_reaches_the_penalty(bad, options, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_accumulates_in_float32(dtype, device):
-    """Squares of 60000 exceed float16, those of 1e-4 fall below it."""
+    """Squares of 60000 overflow in float16, those of 1e-4 underflow."""
     for value in (60000.0, 1e-4):
         gradients = torch.full((3, 1000), value, device=device).to(dtype)
         found = genperf.gradient_norm_penalty(gradients, center=0.0)
@@ -152,7 +152,7 @@ def test_derivatives_of_both_orders(options, device):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_second_derivatives_of_the_kernels(options, device):
-    """create_graph=True through the compiled forward, against the reference's."""
+    """create_graph=True through the compiled forward, compared with the reference."""
     leaf = gradients_of((6, 3, 7), torch.float32, device).requires_grad_()
     results = []
     for impl in (None, "reference"):
@@ -184,7 +184,7 @@ def test_functional_gradient(device):
     torch.testing.assert_close(torch.func.grad(genperf.gradient_norm_penalty)(gradients), expected)
 
 
-def test_the_same_bits_in_every_run_and_thread_count(device):
+def test_bitwise_equal_in_every_run_and_for_any_number_of_threads(device):
     gradients = gradients_of((7, 3, 5000), torch.float32, device)
     expected = penalty(gradients)
     threads = torch.get_num_threads()

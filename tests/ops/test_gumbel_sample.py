@@ -7,16 +7,16 @@ import torch.nn.functional as F
 import genperf
 from genperf import testing
 
-# Shape and dimension of the classes; enough positions for the largest error of plain PyTorch not to be small by luck.
+# Shape and dimension of the categories; enough positions that the largest error of plain PyTorch is not small by chance.
 SHAPES = [((37, 31), -1), ((5, 33, 7), 1), ((3, 9, 5, 4), 1), ((20, 3, 5, 3, 1), 1), ((2, 3, 4, 5, 7), -1), ((1000,), 0), ((9, 1000), 1)]
 
 
 def sample(logits, codebook=None, *, seed=5, impl=None, **options):
-    """Outputs and gradients of a loss that weighs every output; inputs keep their layout."""
+    """Outputs and gradients of a loss with a weight for every output element; inputs keep their layout."""
     leaves = [t.detach().requires_grad_() for t in (logits, codebook) if t is not None]
     torch.manual_seed(seed)
     drawn, indices, kl = genperf.gumbel_sample(*leaves, impl=impl, **options)
-    # Multiples of 1/64, which every dtype holds.
+    # Multiples of 1/64, which are exact in every dtype.
     weight = torch.linspace(-64, 64, drawn.numel(), device=drawn.device).round().div(64).reshape(drawn.shape).to(drawn.dtype)
     kl_weight = torch.linspace(0.5, 2, kl.numel(), device=kl.device).reshape(kl.shape).to(kl.dtype)
     gradients = torch.autograd.grad((drawn * weight).sum() + (kl * kl_weight).sum(), leaves)
@@ -25,7 +25,7 @@ def sample(logits, codebook=None, *, seed=5, impl=None, **options):
 
 
 def assert_matches(logits, codebook=None, noise=None, **options):
-    """Native against float64, at most twice as far off as the reference in the inputs' dtype."""
+    """The native error against float64 is at most twice that of the reference in the inputs' dtype."""
     native = sample(logits, codebook, noise=noise, **options)
     plain = sample(logits, codebook, noise=noise, impl="reference", **options)
     logits64, codebook64, noise64 = (None if t is None else t.double() for t in (logits, codebook, noise))
@@ -70,7 +70,7 @@ def test_float32_codebook_with_half_logits(hard, device):
 
 @pytest.mark.parametrize("impl", [None, "reference"])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-def test_hard_samples_are_one_hot_bit_for_bit(dtype, impl, device):
+def test_hard_samples_are_bitwise_one_hot(dtype, impl, device):
     for shape, dim in SHAPES:
         logits = torch.randn(shape, device=device).to(dtype).requires_grad_()
         drawn, indices, _ = genperf.gumbel_sample(logits, dim=dim, hard=True, impl=impl)
@@ -79,7 +79,7 @@ def test_hard_samples_are_one_hot_bit_for_bit(dtype, impl, device):
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-def test_hard_codes_are_codes_bit_for_bit(dtype, device):
+def test_hard_codes_are_bitwise_codes(dtype, device):
     for shape, dim in SHAPES:
         logits = torch.randn(shape, device=device).to(dtype)
         codebook = codes(logits, dim)
@@ -147,7 +147,7 @@ def test_layouts_agree(shape, device):
 
 
 def test_every_dimension_agrees(device):
-    """The noise of a position does not depend on where its classes lie in memory, as long as positions keep their order."""
+    """The noise of a position depends on the order of the positions, not on where its categories are in memory."""
     logits = torch.randn(6, 5, 9, device=device)
     expected = sample(logits)
     for dim in (0, 1, -1):
@@ -168,7 +168,7 @@ def test_memory_format_is_kept(device):
 def test_expanded_logits(device):
     logits = torch.randn(1, 9, 1, device=device).expand(4, 9, 5)
     expected = sample(logits.contiguous(), dim=1)
-    assert len(expected["indices"].unique()) > 1  # every position has noise of its own
+    assert len(expected["indices"].unique()) > 1  # every position has its own noise
     for name, value in sample(logits, dim=1).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
@@ -192,7 +192,7 @@ def test_at_temperature_zero_samples_are_one_hot(tau, impl, device):
             found = sample(logits, codebook, tau=tau, hard=hard, impl=impl)
             one_hot = F.one_hot(found["indices"], 9).float()
             torch.testing.assert_close(found["sample"], one_hot if codebook is None else one_hot @ codebook)
-            # What is left is the gradient of the KL.
+            # Only the gradient of the KL remains.
             leaf = logits.detach().requires_grad_()
             kl = genperf.gumbel_sample(leaf)[2]
             expected = torch.autograd.grad(kl, leaf, torch.linspace(0.5, 2, 6, device=device))[0]
@@ -242,7 +242,7 @@ def test_half_precision_is_never_nan(dtype, impl, device):
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
-def test_minus_infinity_excludes_a_class(impl, device):
+def test_minus_infinity_excludes_a_category(impl, device):
     logits = torch.randn(200, 8, device=device)
     logits[:, [1, 4, 5]] = -math.inf
     kept = [0, 2, 3, 6, 7]
@@ -252,13 +252,13 @@ def test_minus_infinity_excludes_a_class(impl, device):
         assert (found["sample"][:, [1, 4, 5]] == 0).all()
         assert (found["logits.grad"][:, [1, 4, 5]] == 0).all()
         assert found["logits.grad"].isfinite().all()
-        # Against the uniform distribution over all eight.
+        # The KL is to the uniform distribution over all eight categories.
         expected = sample(logits[:, kept].contiguous(), impl=impl)["kl"] + math.log(8 / 5)
         torch.testing.assert_close(found["kl"], expected)
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
-def test_not_finite_stays_at_its_position(impl, device):
+def test_nonfinite_values_stay_at_their_position(impl, device):
     logits, noise = torch.randn(2, 6, 9, 4, device=device)
     clean = sample(logits, dim=1, noise=noise, impl=impl)
     logits[2, 3, 1] = math.nan
@@ -271,7 +271,7 @@ def test_not_finite_stays_at_its_position(impl, device):
     for name, value in found.items():
         value, expected = (t if t.dim() == 2 else t.movedim(1, -1) for t in (value, clean[name]))
         assert torch.equal(value[~bad], expected[~bad]), name
-    # Codes are gathered within bounds, whatever the logits are.
+    # Indices stay within bounds for any logits.
     assert genperf.gumbel_sample(logits, torch.randn(9, 3, device=device), dim=1, hard=True, impl=impl)[0].isfinite().all()
 
 
@@ -289,7 +289,7 @@ def test_empty(shape, dim, impl, device):
                 assert (found["codebook.grad"] == 0).all()
 
 
-def test_one_class(device):
+def test_one_category(device):
     found = sample(torch.randn(5, 1, device=device))
     assert (found["sample"] == 1).all()
     assert (found["indices"] == 0).all()
@@ -327,7 +327,7 @@ def test_unused_outputs_and_frozen_inputs(device):
         assert not genperf.gumbel_sample(logits, learning, dim=1)[0].requires_grad
 
 
-def test_upstream_gradients_of_any_strides(device):
+def test_output_gradients_of_any_strides(device):
     logits = torch.randn(2, 9, 4, 5, device=device).requires_grad_()
     codebook = torch.randn(9, 7, device=device).requires_grad_()
     for arguments, width in (((logits,), 9), ((logits, codebook), 7)):
@@ -364,7 +364,7 @@ def test_derivatives_of_both_orders(with_codes, device):
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 @pytest.mark.parametrize("with_codes", [False, True], ids=["probabilities", "codes"])
 def test_second_derivatives_of_the_kernels(with_codes, hard, device):
-    """create_graph=True through the compiled forward, against the reference's."""
+    """create_graph=True through the compiled forward, compared with the reference."""
     logits = torch.randn(3, 5, 4, device=device, requires_grad=True)
     inputs = (logits, torch.randn(5, 6, device=device, requires_grad=True)) if with_codes else (logits,)
     results = []
@@ -400,7 +400,7 @@ def test_randomness(device):
     testing.check_checkpoint(lambda *inputs: loss(*inputs, hard=True), logits, codes(logits, 1))
 
 
-def test_the_same_bits_in_every_thread_count(device):
+def test_bitwise_equal_for_any_number_of_threads(device):
     logits = torch.randn(7, 9, 65, device=device)
     codebook = codes(logits, 1)
     threads = torch.get_num_threads()
@@ -411,7 +411,7 @@ def test_the_same_bits_in_every_thread_count(device):
             for count in (2, 3):
                 torch.set_num_threads(count)
                 for name, value in sample(logits, codebook, dim=1, hard=hard).items():
-                    # The products of soft samples with codes are the BLAS library's.
+                    # Products of soft samples with codes are computed by the BLAS library.
                     if hard or "codebook" not in name:
                         torch.testing.assert_close(value, expected[name], rtol=0 if hard else 1e-5, atol=0 if hard else 1e-5)
     finally:
@@ -437,7 +437,7 @@ def test_only_the_logits_a_seed_and_little_per_position_are_saved(dtype, device)
         assert with_codes <= expected + codebook.numel() * codebook.element_size()
 
 
-def test_hard_codes_hold_nothing_of_the_logits_size(device):
+def test_hard_codes_allocate_no_copy_of_the_logits(device):
     """Forward and backward allocate the logits' gradient and nothing else as large."""
     if device != "cpu":
         pytest.skip("the profiler's allocation events are read on the CPU")
@@ -482,7 +482,7 @@ def test_contract(device):
 
 
 def test_compiles(device):
-    """Hard with codes and soft without: between them every kernel, and no product whose code takes long to generate."""
+    """Hard with codes and soft without codes: this covers every kernel without products that take long to compile."""
     sizes = [(*torch.randn(2, b, 8, h, device=device), torch.randn(8, 5, device=device)) for b, h in [(2, 5), (3, 7)]]
 
     def both(logits, noise, codebook):
@@ -493,7 +493,7 @@ def test_compiles(device):
 
 
 def test_compiled_noise(device):
-    """Drawn noise in a full graph: right, new in every call; annealing by a tensor does not compile again."""
+    """Drawn noise in a full graph is correct and new in every call; annealing a tensor tau does not recompile."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda logits, tau: genperf.gumbel_sample(logits, dim=1, hard=True, tau=tau), fullgraph=True)
     logits = torch.tensor([0.0, 1.0, 2.0], device=device).repeat(20_000, 1).requires_grad_()
@@ -545,8 +545,8 @@ def test_bad_input(message, error, arguments, options):
 
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("hard", [True, False])
-def test_autocast_changes_nothing(hard, inside, device):
-    """Products with the codebook stay in the logits' dtype, whether backward runs under autocast or not."""
+def test_autocast_has_no_effect(hard, inside, device):
+    """Products with the codebook keep the logits' dtype, whether backward runs under autocast or not."""
     logits, codebook = torch.randn(2, 5, 8, device=device, requires_grad=True), torch.randn(8, 4, device=device, requires_grad=True)
     noise = torch.randn(2, 5, 8, device=device)
 
@@ -566,7 +566,7 @@ def test_autocast_changes_nothing(hard, inside, device):
 
 @pytest.mark.parametrize("tau", [0, -0.0, torch.tensor(-0.0)], ids=str)
 @pytest.mark.parametrize("dim", [1, 2])
-def test_at_temperature_zero_the_lowest_of_equals_is_taken(dim, tau, device):
+def test_the_lowest_index_wins_ties_at_temperature_zero(dim, tau, device):
     zeros = torch.zeros(2, 5, 5, device=device)
     sample, indices, _ = genperf.gumbel_sample(zeros, tau=tau, dim=dim, noise=zeros)
     assert (indices == 0).all()

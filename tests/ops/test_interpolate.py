@@ -10,11 +10,11 @@ SHAPES = [(33,), (7, 31), (5, 3, 33), (6, 3, 7, 5), (5, 2, 3, 5, 7), (9, 5000)]
 
 
 def mix(real, fake, weight=None, *, seed=5, impl=None):
-    """The output and the gradients of a loss that weighs every element; inputs keep their layout."""
+    """The output and the gradients of a loss with a weight for every element; inputs keep their layout."""
     leaves = [t.detach().requires_grad_() for t in (real, fake, weight) if t is not None]
     torch.manual_seed(seed)
     mixed = genperf.interpolate(*leaves[:2], weight=None if weight is None else leaves[2], impl=impl)
-    # Multiples of 1/64, which every dtype holds.
+    # Multiples of 1/64, which are exact in every dtype.
     upstream = torch.linspace(-64, 64, mixed.numel(), device=mixed.device).round().div(64).reshape(mixed.shape).to(mixed.dtype)
     gradients = torch.autograd.grad(mixed, leaves, upstream)
     names = ("real.grad", "fake.grad", "weight.grad")[: len(leaves)]
@@ -22,7 +22,7 @@ def mix(real, fake, weight=None, *, seed=5, impl=None):
 
 
 def assert_matches(real, fake, weight=None):
-    """Native against float64, at most twice as far off as the reference in the inputs' dtype."""
+    """The native error against float64 is at most twice that of the reference in the inputs' dtype."""
     native, plain = mix(real, fake, weight), mix(real, fake, weight, impl="reference")
     exact = mix(real.double(), fake.double(), None if weight is None else weight.double(), impl="reference")
     for name in native:
@@ -41,7 +41,7 @@ def test_accuracy(dtype, device):
 
 @pytest.mark.parametrize("dtype", [*testing.DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("impl", [None, "reference"])
-def test_the_ends_are_the_samples(impl, dtype, device):
+def test_weights_zero_and_one_give_the_samples(impl, dtype, device):
     if dtype == torch.float64:
         impl = "reference"
     real, fake = torch.randn(2, 4, 3, 5, device=device).to(dtype)
@@ -50,8 +50,8 @@ def test_the_ends_are_the_samples(impl, dtype, device):
         assert torch.equal(genperf.interpolate(real, fake, weight=weight, impl=impl), expected)
 
 
-def test_one_weight_for_each_sample(device):
-    """Not one for the batch, nor one for each element or channel, and uniform ones."""
+def test_one_weight_per_sample(device):
+    """Not one per batch, element or channel; weights are uniform."""
     real, fake = torch.ones(5000, 3, 4, 5, device=device), torch.zeros(5000, 3, 4, 5, device=device)
     mixed = genperf.interpolate(real, fake)
     weight = mixed[:, :1, :1, :1]
@@ -62,8 +62,8 @@ def test_one_weight_for_each_sample(device):
     assert weight.max() < 1
 
 
-def test_gradients_are_the_shares(device):
-    """The backward draws the weights of its own forward."""
+def test_gradients_are_the_weights(device):
+    """Backward draws the weights of its own forward."""
     real, fake = torch.zeros(50, 7, device=device, requires_grad=True), torch.ones(50, 7, device=device, requires_grad=True)
     first, second = genperf.interpolate(real, fake), genperf.interpolate(real, fake)
     for mixed in (second, first):
@@ -96,7 +96,7 @@ def test_expanded_samples(device):
 
 @pytest.mark.parametrize("function", ["interpolate", "perturb"])
 def test_memory_format_is_kept(function, device):
-    """Real's, whatever that of fake is."""
+    """The memory format of real, whatever that of fake is."""
     for memory_format, shape in ((torch.channels_last, (2, 3, 6, 5)), (torch.channels_last_3d, (2, 3, 4, 6, 5))):
         contiguous = torch.randn(shape, device=device)
         real = contiguous.to(memory_format=memory_format)
@@ -120,7 +120,7 @@ def test_empty(shape, impl, device):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_not_finite_stays_at_its_element(bad, device):
+def test_nonfinite_values_stay_at_their_element(bad, device):
     real, fake = torch.randn(2, 5, 3, 7, device=device)
     clean = mix(real, fake)
     real[2, 1, 4] = bad
@@ -163,7 +163,7 @@ def test_frozen_inputs(device):
         assert not genperf.interpolate(real.requires_grad_(), fake).requires_grad
 
 
-def test_upstream_gradients_of_any_strides(device):
+def test_output_gradients_of_any_strides(device):
     real, fake = torch.randn(2, 3, 4, 5, 6, device=device)
     weight = torch.rand(3, device=device)
     leaves = [t.requires_grad_() for t in (real, fake, weight)]
@@ -194,7 +194,7 @@ def test_derivatives_of_both_orders(given, device):
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
 def test_second_derivatives_of_the_kernels(given, dtype, device):
-    """create_graph=True through the compiled forward, against the reference's."""
+    """create_graph=True through the compiled forward, compared with the reference."""
     inputs = [torch.randn(3, 4, 6, device=device).to(dtype).requires_grad_() for _ in range(2)]
     if given:
         inputs.append(torch.rand(3, device=device).requires_grad_())
@@ -210,7 +210,7 @@ def test_second_derivatives_of_the_kernels(given, dtype, device):
 
 
 def test_through_a_gradient_penalty(device):
-    """The penalty's gradient in fake flows through the mixture, as in plain PyTorch."""
+    """The gradient of the penalty in fake flows through the mixed samples, as in plain PyTorch."""
     critic = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 1)).to(device)
     real, fake = torch.randn(5, 6, device=device), torch.randn(5, 6, device=device, requires_grad=True)
     weight = torch.rand(5, device=device)
@@ -231,9 +231,6 @@ def test_functional_gradient(device):
     torch.testing.assert_close(found, 2 * mixed * weight[:, None])
 
 
-# --- perturb -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_perturb_accuracy(dtype, device):
     for shape in SHAPES:
@@ -247,14 +244,14 @@ def test_perturb_accuracy(dtype, device):
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
-def test_perturb_is_what_it_says(impl, device):
+def test_perturb_equals_its_definition(impl, device):
     real = torch.randn(400, 1000, device=device) * 3 + 1
     half = torch.full((400,), 0.5, device=device)
     shift = 2 * (genperf.perturb(real, weight=half, impl=impl) - real) / (0.5 * real.std())
     assert shift.min() > -1e-4
     assert shift.max() < 1 + 1e-4
     assert abs(shift.mean() - 0.5) < 4.5 * math.sqrt(1 / 12 / shift.numel()) + 1e-5
-    # Drawn weights: each sample moves its own part of the way.
+    # With drawn weights each sample moves a different fraction of the way.
     moved = (genperf.perturb(real, impl=impl) - real).mean(1) / (0.5 * real.std()) * 2
     assert abs(moved.mean() - 0.5) < 4.5 * math.sqrt(1 / 12 / 400)
     assert moved.std() > 0.2
@@ -273,9 +270,6 @@ def test_perturb_passes_the_gradient_unchanged(impl, device):
     assert torch.autograd.grad(slope.float().sum(), real)[0].isfinite().all()
 
 
-# --- both --------------------------------------------------------------------------------------------------------------
-
-
 def test_randomness(device):
     real, fake = torch.randn(2, 6, 5, 4, device=device)
     testing.check_randomness(lambda generator: genperf.interpolate(real, fake, generator=generator), device)
@@ -284,7 +278,7 @@ def test_randomness(device):
     testing.check_checkpoint(lambda real: genperf.perturb(real * 2).square().sum(), real)
 
 
-def test_the_same_bits_in_every_thread_count(device):
+def test_bitwise_equal_for_any_number_of_threads(device):
     real, fake = torch.randn(2, 7, 3, 5000, device=device)
     weight = torch.rand(7, device=device)
     expected = mix(real, fake, weight)
@@ -358,7 +352,7 @@ def test_compiled_noise(device):
     with torch._dynamo.config.patch(error_on_recompile=True):
         second, perturbed = compiled(real, fake)
     assert not torch.equal(first, second)
-    assert torch.equal(perturbed, real)  # ones have no spread
+    assert torch.equal(perturbed, real)  # the standard deviation of ones is 0
     for mixed in (first, second):
         assert abs(mixed[:, 0].mean().item() - 0.5) < 4.5 * math.sqrt(1 / 12 / 4000)
     assert torch.equal(torch.autograd.grad(second.sum(), real)[0], second.detach())

@@ -19,14 +19,14 @@ def seeded(seed=0):
 
 
 def clusters(count, codes, dim, spread, seed=0):
-    """Vectors around random centers; spread is the distance of the centers in units of a cluster's width."""
+    """Vectors around random centers; spread is the distance between centers relative to the width of a cluster."""
     generator = seeded(seed)
     centers = spread * torch.randn(codes, dim, generator=generator)
     return centers[torch.randint(codes, (count,), generator=generator)] + torch.randn(count, dim, generator=generator)
 
 
 def lloyd(x, codebook, iterations, cosine=False):
-    """Plain Lloyd in float64 by the full matrix of distances; every cluster keeps at least one vector."""
+    """Lloyd's algorithm in float64 with the full distance matrix; requires that no cluster becomes empty."""
     x, codebook = x.double(), codebook.double()
     if cosine:
         x = x / x.norm(dim=1, keepdim=True)
@@ -40,7 +40,7 @@ def lloyd(x, codebook, iterations, cosine=False):
 
 
 def check_consistent(found, x, metric="euclidean"):
-    """indices, counts and inertia are those of the codebook."""
+    """Check that indices, counts and inertia belong to the codebook."""
     assert torch.equal(found.indices, genperf.nearest_code(x, found.codebook, metric=metric, impl="reference"))
     assert torch.equal(found.counts, torch.bincount(found.indices.flatten(), minlength=len(found.codebook)).to(found.counts.dtype))
     vectors, codes = x.double(), found.codebook.double()
@@ -52,7 +52,7 @@ def check_consistent(found, x, metric="euclidean"):
 
 @pytest.mark.parametrize("dtype", [torch.float64, *testing.DTYPES], ids=str)
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_equals_plain_lloyd(metric, dtype, device):
+def test_equals_lloyd(metric, dtype, device):
     x = clusters(600, 12, 5, 8).to(dtype).to(device)
     start = x[torch.randperm(600, generator=seeded())[:12].to(device)].to(torch.float64 if dtype == torch.float64 else torch.float32)
     if metric == "cosine":
@@ -69,7 +69,7 @@ def test_equals_plain_lloyd(metric, dtype, device):
 
 
 def test_far_from_the_origin(device):
-    """Offset data cluster as centered data do."""
+    """Offset data give the same clusters as centered data."""
     x = clusters(500, 10, 4, 20).mul(8).round().to(device)  # exact in float32 with the offset
     found = genperf.kmeans(x, 10, generator=seeded())
     moved = genperf.kmeans(x + 4096, 10, generator=seeded())
@@ -79,7 +79,7 @@ def test_far_from_the_origin(device):
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("init", ["k-means++", "random"])
-def test_inertia_never_rises(init, metric, device):
+def test_inertia_never_increases(init, metric, device):
     x = clusters(1000, 20, 6, 2).to(device)
     inertia = [float(genperf.kmeans(x, 30, iterations=i, init=init, metric=metric, generator=seeded()).inertia) for i in range(12)]
     for before, after in pairwise(inertia):
@@ -89,7 +89,7 @@ def test_inertia_never_rises(init, metric, device):
 
 @pytest.mark.parametrize(("count", "codes", "dim", "spread"), [(2000, 64, 16, 10), (2000, 40, 2, 8), (1500, 60, 8, 3), (1500, 32, 8, 0)])
 def test_as_good_as_scikit_learn(count, codes, dim, spread, device):
-    """The mean inertia over several seeds, against one greedy k-means++ of scikit-learn with as many iterations."""
+    """The mean inertia over several seeds, compared with one run of scikit-learn's greedy k-means++ with as many iterations."""
     ours, theirs, drawn = [], [], []
     for seed in range(4):
         x = clusters(count, codes, dim, spread, seed)
@@ -101,8 +101,8 @@ def test_as_good_as_scikit_learn(count, codes, dim, spread, device):
     assert ratio < 1.02
 
 
-def test_seeding_finds_clusters_of_every_size(device):
-    """Small far clusters among large ones, as random codes do not find them."""
+def test_kmeans_plus_plus_finds_clusters_of_every_size(device):
+    """Small distant clusters among large ones, which random initial codes miss."""
     generator = seeded()
     sizes = [4000, 1000, 300, *[12] * 17]  # descending
     x = torch.cat([torch.randn(n, 8, generator=generator) + 100 * torch.randn(8, generator=generator) for n in sizes]).to(device)
@@ -112,7 +112,7 @@ def test_seeding_finds_clusters_of_every_size(device):
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_empty_clusters_move_to_the_data(metric, device):
+def test_empty_clusters_are_replaced(metric, device):
     x = clusters(800, 16, 6, 6).to(device)
     far = torch.full((16, 6), 1024.0, device=device) * 2 ** torch.arange(16, device=device)[:, None]  # one direction
     far[3] = x[0]
@@ -157,7 +157,7 @@ def test_one_code_is_the_mean(device):
     torch.testing.assert_close(genperf.kmeans(x, 1, iterations=1, metric="cosine").codebook[0], direction)
 
 
-def test_cosine_sees_directions_only(device):
+def test_cosine_depends_on_directions_only(device):
     x = clusters(400, 8, 5, 5).to(device)
     scaled = x * 2.0 ** torch.randint(-20, 20, (400, 1), generator=seeded()).to(device)  # exact
     for init in ("k-means++", "random"):
@@ -171,7 +171,7 @@ def test_cosine_sees_directions_only(device):
 
 
 @pytest.mark.parametrize("init", ["k-means++", "random"])
-def test_the_generator_decides(init, device):
+def test_result_depends_on_the_generator(init, device):
     x = torch.randn(400, 6, device=device)
 
     def run(generator):
@@ -208,7 +208,7 @@ def test_native_equals_reference(device):
 
 
 @pytest.mark.parametrize("init", ["k-means++", "random", "tensor"])
-def test_heads_are_single_calls(init, device):
+def test_heads_equal_single_calls(init, device):
     x = torch.randn(2, 3 * 5, 6, 7, device=device).unflatten(1, (3, 5)).movedim(1, 0)  # [heads, B, D, H, W]
     start = torch.randn(3, 8, 5, device=device)
     generators = seeded(), seeded()
@@ -221,7 +221,7 @@ def test_heads_are_single_calls(init, device):
             assert torch.equal(one, all_heads[head])
 
 
-def test_large_data_are_cut_into_parts(device, monkeypatch):
+def test_large_data_are_processed_in_chunks(device, monkeypatch):
     for shape, channel_dim in (((300, 6), -1), ((6, 300), 0), ((20, 6, 15), 1)):
         for metric in ("euclidean", "cosine"):
             x = torch.randn(shape, device=device)
@@ -233,7 +233,7 @@ def test_large_data_are_cut_into_parts(device, monkeypatch):
             torch.testing.assert_close(parts, whole)
 
 
-def test_no_matrix_of_distances(device):
+def test_no_distance_matrix(device):
     if device != "cpu":
         pytest.skip("the profiler counts memory of the CPU.")
     x = torch.randn(20000, 4)
@@ -262,8 +262,8 @@ def test_poisoned_memory(device):
 
 @pytest.mark.parametrize("init", ["k-means++", "random"])
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_nothing_waits_for_the_device(init, metric, monkeypatch):
-    """The path of a GPU: on fake tensors whatever looks at a value, or has a shape that depends on one, is an error."""
+def test_no_device_synchronization(init, metric, monkeypatch):
+    """The GPU path on fake tensors, where reading a value, or a shape that depends on one, is an error."""
     monkeypatch.setattr(module, "_on_host", lambda device: False)
     with FakeTensorMode():
         x = torch.empty(2, 8, 5, 7, dtype=torch.bfloat16)
@@ -273,8 +273,8 @@ def test_nothing_waits_for_the_device(init, metric, monkeypatch):
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_what_is_not_asked_changes_nothing(metric, device, monkeypatch):
-    """Without a look at whether codes are empty or have stopped to move, the result is the same."""
+def test_skipping_the_checks_of_values_has_no_effect(metric, device, monkeypatch):
+    """Without checking whether codes are empty or have converged, the result is the same."""
     x = clusters(200, 10, 4, 5).to(device)
     start = x[:10].clone()
     start[5:] = 1e4
@@ -317,7 +317,7 @@ def test_bad_input(message, error, kwargs):
         genperf.kmeans(**kwargs)
 
 
-def test_not_finite_data_end_in_finite_time(device):
+def test_nonfinite_data_terminate(device):
     x = torch.randn(100, 3, device=device)
     x[4, 1], x[7, 0] = math.nan, math.inf
     found = genperf.kmeans(x, 5, iterations=3, generator=seeded())

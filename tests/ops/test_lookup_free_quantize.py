@@ -95,8 +95,8 @@ def test_entropy_accuracy(dtype, inv_temperature, group_size, device, monkeypatc
         testing.assert_accurate(name, value, of_double, of_reference)
 
 
-def test_entropy_is_its_definition(device):
-    """Against the softmax over all codes, by their decoded vectors."""
+def test_entropy_equals_its_definition(device):
+    """Compared with the softmax over all decoded codes."""
     x = torch.randn(70, 6, dtype=torch.float64, device=device)
     codes = genperf.lookup_free_decode(torch.arange(64, device=device), 6, spherical=True, scale=1.5, dtype=torch.float64)
     p = (2 * 3.0 * 1.5 * F.normalize(x, dim=-1) @ codes.T).softmax(-1)
@@ -141,7 +141,7 @@ def test_entropy_of_masked_layouts(impl, device):
 
 
 def test_entropy_of_certain_and_undecided_vectors(device):
-    """inf is certain; of two vectors at 2^-10 the codes are used evenly; NaN is seen."""
+    """Infinity is certain; two vectors at 2^-10 use the codes evenly; NaN propagates."""
     x = torch.tensor([[torch.inf, -torch.inf], [-50.0, 50.0]], device=device)
     sample, codebook, gradient = entropies(x)
     assert sample == 0
@@ -162,7 +162,7 @@ def test_entropy_under_autocast(device):
             torch.testing.assert_close(value, expected)
 
 
-def test_entropy_with_reduced_precision_of_the_caller(device):
+def test_reduced_matmul_precision_has_no_effect_on_the_entropy(device):
     x = torch.randn(500, 12, device=device)
 
     def results():
@@ -185,7 +185,7 @@ def test_entropy_memory_does_not_grow_with_positions_times_codes(device):
     x = torch.randn(8192, 16, requires_grad=True)
     assert testing.saved_bytes(lambda: genperf.lookup_free_entropy(x)) <= 4 * (x.numel() + 5 * 2**16)
     largest = testing.largest_allocation(lambda: sum(genperf.lookup_free_entropy(x)).backward())
-    assert largest <= 4 * 2**20  # theirs: 2 GB
+    assert largest <= 4 * 2**20  # the positions x codes matrix: 2 GB
 
 
 def test_contract(device):

@@ -15,7 +15,7 @@ def randn(*shape):
 
 
 def covariance(*shape, columns=None, device="cpu"):
-    """Symmetric [..., d, d] of rank min(d, columns); regular, and of eigenvalues about 1, by default."""
+    """Symmetric [..., d, d] of rank min(d, columns); by default regular with eigenvalues close to 1."""
     columns = columns or 4 * shape[-1]
     root = randn(*shape, columns).to(device) / math.sqrt(columns)
     product = root @ root.mT
@@ -29,7 +29,7 @@ def gradient(a, weight, **options):
 
 
 def sylvester(root, right):
-    """X with root X + X root = right, from the Kronecker sum."""
+    """The solution X of root X + X root = right, from the Kronecker sum."""
     identity = torch.eye(len(root), dtype=root.dtype, device=root.device)
     system = torch.kron(root, identity) + torch.kron(identity, root)
     return torch.linalg.solve(system, right.reshape(-1)).reshape(right.shape)
@@ -37,7 +37,7 @@ def sylvester(root, right):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("d", [1, 2, 3, 33, 64, 130])
-def test_its_square_is_the_matrix(d, impl, device):
+def test_square_of_the_root_is_the_matrix(d, impl, device):
     basis = torch.linalg.qr(randn(d, d)).Q.to(device)
     roots = torch.logspace(-1, 1, d, dtype=torch.float64, device=device)
     a = (basis * roots.square()) @ basis.T
@@ -60,7 +60,7 @@ def test_singular(shape, impl, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ill_conditioned(impl, device):
-    """Errors stay below the root of what rounding does to the matrix, in "polar" of 1e-12 of it."""
+    """Errors stay below the root of the rounding error of the matrix, for "polar" below the root of 1e-12 of it."""
     basis = torch.linalg.qr(randn(48, 48)).Q.to(device)
     roots = torch.logspace(0, -7, 48, dtype=torch.float64, device=device)
     root = genperf.matrix_sqrt((basis * roots.square()) @ basis.T, impl=impl)
@@ -78,8 +78,8 @@ def test_diagonal_zero_and_empty(impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_eigenvalues_below_zero_count_as_zero(impl, device):
-    """As rounding makes them."""
+def test_negative_eigenvalues_count_as_zero(impl, device):
+    """Negative eigenvalues of the size that rounding produces."""
     basis = torch.linalg.qr(randn(24, 24)).Q.to(device)
     values = torch.linspace(0, 2, 24, dtype=torch.float64, device=device)
     values[:3] = torch.tensor([-1e-9, -3e-12, -1e-15])
@@ -100,7 +100,7 @@ def test_any_scale(scale, impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_batch_is_its_matrices(impl, device):
+def test_batch_equals_single_calls(impl, device):
     a = covariance(2, 3, 10, device=device) * torch.logspace(-8, 8, 6, dtype=torch.float64, device=device).view(2, 3, 1, 1)
     weight = randn(2, 3, 10, 10).to(device)
     roots, slopes = gradient(a, weight, impl=impl)
@@ -123,7 +123,7 @@ def test_dtypes(dtype, impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_layouts_agree_and_the_input_stays_as_it_is(impl, device):
+def test_layouts_agree_and_the_input_is_unchanged(impl, device):
     a, weight = covariance(3, 12, device=device), randn(3, 12, 12).to(device)
     expected = gradient(a, weight, impl=impl)
     for name, laid_out in testing.strided(a).items():
@@ -135,7 +135,7 @@ def test_layouts_agree_and_the_input_stays_as_it_is(impl, device):
 
 @pytest.mark.parametrize("impl", ROUTES)
 def test_derivative(impl, device):
-    """In symmetric directions, of matrices and of a batch; eigenvalues that coincide are no exception."""
+    """In symmetric directions, for single matrices and a batch, including equal eigenvalues."""
     a = covariance(2, 4, device=device)
     a[1] = 2 * torch.eye(4)
 
@@ -154,8 +154,8 @@ def test_derivative_solves_the_sylvester_equation(d, impl, device):
 
 
 @pytest.mark.parametrize("impl", ROUTES)
-def test_the_gradient_of_a_singular_matrix_is_finite(impl, device):
-    """And right where it exists: for weights within the range."""
+def test_gradient_of_a_singular_matrix_is_finite(impl, device):
+    """It is correct where it exists, for weights within the range."""
     basis = torch.linalg.qr(randn(16, 16)).Q.to(device)
     values = torch.linspace(1, 2, 16, dtype=torch.float64, device=device)
     values[:5] = 0
@@ -181,7 +181,7 @@ def test_second_derivative(device):
 
 @pytest.mark.parametrize("impl", ROUTES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_not_finite_gives_nan_in_its_matrix(bad, impl, device):
+def test_nonfinite_values_give_nan_in_their_matrix(bad, impl, device):
     a = covariance(3, 6, device=device)
     expected = genperf.matrix_sqrt(a, impl=impl)
     a[1, 2, 2] = bad
@@ -191,7 +191,7 @@ def test_not_finite_gives_nan_in_its_matrix(bad, impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_changes_nothing(impl, device):
+def test_autocast_has_no_effect(impl, device):
     a, weight = covariance(24, device=device).float(), torch.randn(24, 24, device=device)
     expected = gradient(a, weight, impl=impl)
     with torch.autocast(device, torch.bfloat16):
@@ -213,7 +213,7 @@ def test_frozen_input_and_functional_derivatives(impl, device):
 
 @pytest.mark.parametrize("impl", ROUTES)
 def test_compile(impl, device):
-    """Without a graph break; code generation would spend a minute on the iterations."""
+    """Without code generation, which would take a minute for the iterations."""
     compiled = torch.compile(lambda a: genperf.matrix_sqrt(a, impl=impl), fullgraph=True, dynamic=True, backend="aot_eager")
     for d in (5, 8):
         a, weight = covariance(d, device=device).requires_grad_(), randn(d, d).to(device)

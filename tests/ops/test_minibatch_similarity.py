@@ -8,10 +8,10 @@ SHAPES = [(2, 3, 4), (7, 31, 5), (33, 5, 16), (65, 3, 1), (31, 1, 33), (130, 7, 
 
 
 def similarity(features, impl=None):
-    """The output and the gradient of a loss that weighs every element; the input keeps its layout."""
+    """The output and the gradient of a loss with a weight for every element; the input keeps its layout."""
     leaf = features.detach().requires_grad_()
     output = genperf.minibatch_similarity(leaf, impl)
-    # Multiples of 1/64, which every dtype holds.
+    # Multiples of 1/64, which are exact in every dtype.
     weight = torch.linspace(-64, 64, output.numel(), device=output.device).round().div(64).reshape(output.shape).to(output.dtype)
     return {"similarity": output.detach(), "grad": torch.autograd.grad(output, leaf, weight)[0]}
 
@@ -42,8 +42,8 @@ def test_equivalent_to_the_plain_lines(device):
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
-def test_distant_samples_are_not_similar(impl, device):
-    """Nothing is left of the 1 that each sample has in common with itself, as it is where 1 is subtracted from a rounded sum."""
+def test_similarity_of_distant_samples_is_zero(impl, device):
+    """Exactly: subtracting the similarity of a sample to itself, 1, from a rounded sum would leave an error."""
     features = torch.arange(5, device=device).float()[:, None, None] * 20
     found = genperf.minibatch_similarity(features.expand(5, 2, 1), impl)
     expected = torch.exp(-torch.tensor(20.0, device=device)) * torch.tensor([1.0, 2.0, 2.0, 2.0, 1.0], device=device)
@@ -57,7 +57,7 @@ def test_distant_samples_are_not_similar(impl, device):
 @pytest.mark.parametrize("impl", [None, "reference"])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_equal_samples(dtype, impl, device):
-    """The similarity is the number of others; between equal features the gradient is zero."""
+    """The similarity is the number of other samples, and the gradient between equal features is zero."""
     result = similarity(torch.ones(9, 3, 4, device=device, dtype=dtype), impl)
     assert (result["similarity"] == 8).all()
     assert (result["grad"] == 0).all()
@@ -85,12 +85,12 @@ def test_empty_and_single(shape, impl, device):
     result = similarity(torch.randn(shape, device=device), impl)
     assert result["grad"].shape == shape
     assert (result["grad"] == 0).all()
-    # Without features all samples are alike.
+    # Without features all samples are equal.
     assert torch.equal(result["similarity"], torch.full(shape[:2], 4.0 if shape[2] == 0 and shape[0] else 0.0, device=device))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_not_finite_stays_within_its_kernel(bad, device):
+def test_nonfinite_values_stay_within_their_kernel(bad, device):
     features = features_of((33, 7, 5), torch.float32, device)
     clean = similarity(features)
     features[4, 2, 3] = bad
@@ -110,7 +110,7 @@ def test_half_precision_is_never_nan(dtype, device):
         assert value.isfinite().all(), name
 
 
-def test_upstream_gradients_of_any_strides(device):
+def test_output_gradients_of_any_strides(device):
     leaf = features_of((9, 7, 5), torch.float32, device).requires_grad_()
     for upstream in (
         torch.ones((), device=device).expand(9, 7),
@@ -137,7 +137,7 @@ def test_derivatives_of_both_orders(device):
 
 
 def test_second_derivatives_of_the_kernels(device):
-    """create_graph=True through the compiled forward, against the reference's."""
+    """create_graph=True through the compiled forward, compared with the reference."""
     leaf = torch.randn(9, 3, 4, device=device, requires_grad=True)
     results = []
     for impl in (None, "reference"):
@@ -153,7 +153,7 @@ def test_functional_gradient(device):
     torch.testing.assert_close(torch.func.grad(lambda x: genperf.minibatch_similarity(x).square().sum())(features), expected)
 
 
-def test_the_same_bits_in_every_run_and_thread_count(device):
+def test_bitwise_equal_in_every_run_and_for_any_number_of_threads(device):
     features = features_of((65, 7, 5), torch.float32, device)
     expected = similarity(features)
     threads = torch.get_num_threads()
@@ -171,7 +171,7 @@ def test_only_the_features_are_saved(device):
     assert testing.saved_bytes(lambda: genperf.minibatch_similarity(features)) == 4 * features.numel()
 
 
-def test_nothing_of_size_samples_squared(device):
+def test_no_tensor_of_size_samples_squared(device):
     """The largest allocation of forward and backward is far below N x N x B."""
     if device != "cpu":
         pytest.skip("the profiler's allocation events are read on the CPU")

@@ -1,4 +1,4 @@
-"""The noise of every op that draws it: known answers, the same numbers everywhere, and statistics at a fixed seed.
+"""The noise of the ops that draw it: known answers, equality across implementations, and statistics at a fixed seed.
 
 Every statistic below is compared with its distribution under true randomness at 4.5 standard deviations, two-sided 7e-6;
 the draws are so many that an error of a fraction of a percent would show.
@@ -28,7 +28,7 @@ def native_normal(seed, rows, count, device):
 
 
 def native_gumbel(seed, rows, count, device):
-    """Each variate is the largest perturbed logit where all other logits are far below."""
+    """Each variate is the largest perturbed logit when all other logits are far below it."""
     noise = torch.empty(rows, count, device=device)
     for k in range(count):
         logits = torch.full((rows, count, 1), -1e4, device=device)
@@ -61,7 +61,7 @@ def assert_moments(x, moments):
 
 
 def assert_distribution(x, cdf):
-    """Kolmogorov and Smirnov's test: the distance times sqrt(n) exceeds 2.5 once in 134,000 tries."""
+    """Kolmogorov-Smirnov test: the distance times sqrt(n) exceeds 2.5 with probability 1 / 134,000."""
     probability = cdf(x.double().flatten().sort().values)
     n = probability.numel()
     steps = torch.arange(n + 1, dtype=torch.float64, device=x.device) / n
@@ -70,7 +70,7 @@ def assert_distribution(x, cdf):
 
 
 def assert_uncorrelated(a, b, name):
-    """Of the values, and of their squares (which numbers that share a radius would betray)."""
+    """The values, and their squares, which are correlated if two numbers share a radius."""
     for power in (1, 2):
         x, y = (t.double().flatten().pow(power) for t in (a, b))
         correlation = torch.corrcoef(torch.stack([x, y]))[0, 1].item()
@@ -111,7 +111,7 @@ DRAWS = {
     ],
 )
 def test_known_answers(counter, key, expected, device):
-    """Of Random123, the reference implementation of Philox."""
+    """From Random123, the reference implementation of Philox."""
 
     def signed(low, high):
         return torch.tensor(low | high << 32, dtype=torch.uint64).view(torch.int64).to(device)
@@ -121,8 +121,8 @@ def test_known_answers(counter, key, expected, device):
 
 
 @pytest.mark.parametrize("name", DRAWS)
-def test_native_noise_is_the_references(name, device):
-    """float32 against float64: at most 2e-6 apart for the normal (below 6.8) and the Gumbel (below 22.9), no bit for the uniform."""
+def test_native_noise_equals_the_reference(name, device):
+    """float32 against float64: within 2e-6 for the normal (below 6.8) and the Gumbel (below 22.9), bitwise equal for the uniform."""
     native, reference, _, _ = DRAWS[name]
     for rows, count in [(1, 1), (3, 2), (5, 3), (2, 7), (9, 31), (33, 33), (2, 65)]:
         for seed in (0, SEED, 2**63 - 1):
@@ -132,7 +132,7 @@ def test_native_noise_is_the_references(name, device):
             assert (found - expected).abs().max() <= tolerance, (rows, count, seed)
 
 
-def test_native_noise_is_the_references_in_long_rows(device):
+def test_native_noise_equals_the_reference_in_long_rows(device):
     """Half a million normals, with radii out to 5 standard deviations."""
     found = native_normal(SEED, 3, 150_001, device)
     assert (found - _noise.normal_noise(_seed(SEED, device), 3, 150_001, torch.float64)).abs().max() <= 2e-6
@@ -162,20 +162,20 @@ def test_weights_are_uniform_and_distinct(device):
     assert_uncorrelated(weights, native_weights(SEED + 1, MILLION, device), "neighboring seeds")
     # 1000 draws of 2^24 values: 0.03 pairs are expected to be equal.
     assert len(weights[:1000].unique()) >= 999
-    # The weights are apart from the noise of the same rows and seed.
+    # The weights are independent of the noise of the same rows and seed.
     assert_uncorrelated(weights, native_uniform(SEED, MILLION, 1, device), "weight and noise")
 
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_no_correlation(name, device):
-    """Between neighbors in a row, in a column, and under seeds that differ in one bit of either half."""
+    """Between neighbors in a row, in a column, and for seeds that differ in one bit of either half."""
     native = DRAWS[name][0]
     count = 8 if name == "gumbel" else 32
     x = native(SEED, MILLION // 32, count, device)
     for lag in range(1, min(9, count)):
         assert_uncorrelated(x[:, lag:], x[:, :-lag], f"{lag} apart in a row")
         assert_uncorrelated(x[lag:], x[:-lag], f"{lag} rows apart")
-    # The four positions of a quad, pair by pair: a radius or an angle used twice hides among all pairs of one lag.
+    # The four positions of a quad in pairs: a radius or an angle used twice would not show in the pairs of one lag.
     for i in range(4):
         for j in range(i):
             assert_uncorrelated(x[:, i::4], x[:, j::4], f"words {i} and {j}")
@@ -184,7 +184,7 @@ def test_no_correlation(name, device):
 
 
 def test_tails_of_the_normal(device):
-    """10^7 draws: how many lie beyond 3, 4 and 4.5 on either side, and how far the largest is."""
+    """The number of 10^7 draws beyond 3, 4 and 4.5 on either side, and the largest."""
     n = 10_000_000
     x = native_normal(SEED, 100, n // 100, device)
     for limit in (3.0, 4.0, 4.5):
@@ -207,7 +207,7 @@ def test_tails_of_the_gumbel(device):
 
 
 def test_angles_of_neighboring_normals_are_uniform(device):
-    """The two numbers of a pair, and two numbers of different pairs, point into every direction alike."""
+    """For the two numbers of a pair, and for two numbers of different pairs."""
     x = native_normal(SEED, MILLION // 4, 4, device).double()
     for i, j in ((0, 1), (2, 3), (1, 2), (0, 3)):
         angle = torch.atan2(x[:, j], x[:, i])
@@ -216,8 +216,8 @@ def test_angles_of_neighboring_normals_are_uniform(device):
         assert_distribution(x[:, i].square() + x[:, j].square(), lambda square: 1 - torch.exp(-square / 2))
 
 
-def test_choices_follow_the_softmax(device):
-    """Pearson's test on hard samples: 4.5 sigma of a chi-square with K - 1 degrees of freedom."""
+def test_hard_samples_follow_the_softmax(device):
+    """Pearson's chi-square test: 4.5 standard deviations with K - 1 degrees of freedom."""
     for k in (2, 5, 31):
         logits = torch.linspace(-1.5, 1.5, k, device=device)
         _, indices, _ = genperf.gumbel_sample(logits.expand(MILLION // 4, k), hard=True)
@@ -226,15 +226,15 @@ def test_choices_follow_the_softmax(device):
         assert abs(statistic - (k - 1)) < SIGMAS * math.sqrt(2 * (k - 1)) + 3, k
 
 
-def test_soft_samples_are_softmaxes_of_gumbel_noise(device):
-    """The log ratio of two classes is logistic."""
+def test_soft_samples_have_logistic_log_ratios(device):
+    """The log ratio of two categories is logistic."""
     soft, _, _ = genperf.gumbel_sample(torch.zeros(MILLION // 4, 2, device=device))
     assert_distribution(torch.logit(soft[:, 0].double()), torch.sigmoid)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (3, 5, 9), (2, 3, 7, 5), (2, 3, 3, 4, 5)], ids=str)
-def test_one_seed_gives_one_noise_in_every_layout(shape, device):
-    """Native in each layout against the reference: the same noise, within rounding."""
+def test_a_seed_gives_the_same_noise_in_every_layout(shape, device):
+    """The native op in each layout against the reference, up to rounding."""
 
     def draw(function, x, impl=None):
         torch.manual_seed(5)
@@ -262,7 +262,7 @@ def test_one_seed_gives_one_noise_in_every_layout(shape, device):
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-def test_one_seed_gives_one_noise_in_every_dtype(dtype, device):
+def test_a_seed_gives_the_same_noise_in_every_dtype(dtype, device):
     """Half precision rounds the same noise."""
     zero = torch.zeros(3, 41, device=device)
     results = []
@@ -271,8 +271,6 @@ def test_one_seed_gives_one_noise_in_every_dtype(dtype, device):
         results.append(genperf.gaussian_sample(zero.to(kind), zero.to(kind))[0])
     assert torch.equal(results[0].to(dtype), results[1])
 
-
-# --- csrc/noise.h on the host ------------------------------------------------------------------------------------------
 
 HOST = r"""
 #include <cstdio>
@@ -325,12 +323,12 @@ def host_noise(tmp_path_factory):
 
 
 def ulps(found, exact):
-    """Distance in units of the last place of float32 at the exact value."""
+    """Distance in float32 ulps at the exact value."""
     spacing = torch.exp2(torch.floor(torch.log2(exact.abs().clamp(min=2.0**-126))) - 23)
     return ((found - exact).abs() / spacing).max().item()
 
 
-def test_host_words_and_uniforms_bit_for_bit(host_noise):
+def test_host_words_and_uniforms_are_bitwise_equal(host_noise):
     counters, seeds, words, uniform, *_ = host_noise
     quad, row = (counters[:, i] | counters[:, i + 1] << 32 for i in (0, 2))
     expected = torch.stack([_noise.random_words(s, q, r) for s, q, r in zip(seeds[:50], quad[:50], row[:50], strict=True)])
@@ -339,7 +337,7 @@ def test_host_words_and_uniforms_bit_for_bit(host_noise):
     assert torch.equal(uniform, _noise._uniform(words).double())
 
 
-def test_host_variates_within_a_few_ulp(host_noise):
+def test_host_variates_are_within_a_few_ulps(host_noise):
     """exponential, its log and the normal pairs in float32 against float64."""
     counters, _, words, _, exponential, gumbel, normal = host_noise
     exact = _noise.exponential_variate(words)

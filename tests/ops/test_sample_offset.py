@@ -1,4 +1,4 @@
-"""Noise of a share of a batch, and the switch to the references."""
+"""sample_offset and reference_ops."""
 
 import logging
 
@@ -27,14 +27,14 @@ def mixed(x):
 
 
 def perturbed(x):
-    # A constant scale, so that the standard deviation of a share does not matter.
+    # A scale that cancels the standard deviation, which differs between parts of a batch.
     return genperf.perturb(x, scale=1 / x.std())
 
 
 @pytest.mark.parametrize("draw", [gaussian, gumbel, gumbel_last, mixed, perturbed])
 @pytest.mark.parametrize("impl", ["native", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_shares_draw_the_noise_of_the_whole(draw, impl, dtype, device):
+def test_parts_draw_the_noise_of_the_whole_batch(draw, impl, dtype, device):
     torch.manual_seed(0)
     x = torch.randn(BATCH, 4, 3, 5, device=device).to(dtype)
     weight = torch.randn_like(draw(x))
@@ -63,7 +63,7 @@ def test_shares_draw_the_noise_of_the_whole(draw, impl, dtype, device):
     [{}, {"heads": 2}, {"heads": 2, "separate_codebooks": True}, {"heads": 2, "channel_dim": 1}, {"code_dim": 4, "metric": "cosine"}],
     ids=str,
 )
-def test_shares_draw_the_codes_of_the_whole(options, device):
+def test_parts_draw_the_codes_of_the_whole_batch(options, device):
     layer = genperf.nn.VectorQuantizer(16, 8, sample_temperature=2.0, **options).to(device)
     x = torch.randn(BATCH, *((8, 5) if "channel_dim" in options else (5, 8)), device=device)
 
@@ -77,7 +77,7 @@ def test_shares_draw_the_codes_of_the_whole(options, device):
     assert not torch.equal(drawn(x, 1), drawn(x, 0))
 
 
-def test_given_noise_and_the_draws_after_stay_as_they_are(device):
+def test_given_noise_and_later_draws_are_unchanged(device):
     x, noise = torch.randn(2, 3, 4, device=device)
     torch.manual_seed(0)
     expected = genperf.gaussian_sample(x, x, noise=noise)[0], torch.rand(1)
@@ -86,7 +86,7 @@ def test_given_noise_and_the_draws_after_stay_as_they_are(device):
         found = genperf.gaussian_sample(x, x, noise=noise)[0]
     assert torch.equal(found, expected[0])
     assert torch.equal(torch.rand(1), expected[1])
-    # A draw takes as much of the generator within the context as outside.
+    # A draw advances the generator equally inside and outside the context.
     states = []
     for first in (0, 7):
         torch.manual_seed(0)
@@ -96,7 +96,7 @@ def test_given_noise_and_the_draws_after_stay_as_they_are(device):
     assert torch.equal(*states)
 
 
-def test_an_offset_ends_with_its_context():
+def test_offset_ends_with_its_context():
     x = torch.zeros(2, 3)
     torch.manual_seed(0)
     expected = genperf.gaussian_sample(x, x)[0]

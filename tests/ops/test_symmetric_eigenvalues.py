@@ -24,7 +24,7 @@ def symmetric(n, seed=0):
 
 
 def spectra(n):
-    """Matrices whose eigenvalues are known or hard."""
+    """Matrices whose eigenvalues are known or difficult to compute."""
     q, steps = rotation(n), torch.arange(n, dtype=torch.float64)
     values = {
         "graded": 10.0 ** (-16 * steps / n),
@@ -47,7 +47,7 @@ def spectra(n):
 
 
 def assert_eigenvalues(name, found, a):
-    """As near to LAPACK's as both can be: an error of sqrt(n) roundings of the largest, twice."""
+    """Compare with LAPACK: each may be wrong by sqrt(n) roundings of the largest eigenvalue."""
     expected = torch.linalg.eigvalsh(a)
     error = (found - expected).abs().max()
     assert found.shape == expected.shape
@@ -70,7 +70,7 @@ def test_spectra(n):
 
 @pytest.mark.parametrize("n", [1, 2, 33, 100])
 def test_exact(n):
-    """Where the eigenvalues are on the diagonal they come back to a rounding."""
+    """The eigenvalues of a diagonal matrix are exact up to a rounding."""
     diagonal = torch.linspace(-3, 5, n, dtype=torch.float64)
     assert (eigenvalues(torch.diag(diagonal.flip(0))) - diagonal).abs().max() <= 8 * EPS
     assert (eigenvalues(torch.eye(n, dtype=torch.float64)) - 1).abs().max() <= 2 * EPS
@@ -78,7 +78,7 @@ def test_exact(n):
 
 
 def test_closed_form():
-    """The second difference matrix, also filled by a rotation, against 2 - 2 cos(pi k / (n + 1))."""
+    """The second difference matrix, also after a rotation, compared with 2 - 2 cos(pi k / (n + 1))."""
     n = 300
     ones = torch.ones(n - 1, dtype=torch.float64)
     a = 2 * torch.eye(n, dtype=torch.float64) - torch.diag(ones, 1) - torch.diag(ones, -1)
@@ -96,13 +96,13 @@ def test_scales(scale):
     rounded = (a * scale) / scale if scale >= 1e-300 else None
     if rounded is not None:
         assert_eigenvalues("scaled", found / scale, rounded)
-    else:  # entries are multiples of the smallest number
+    else:  # entries are multiples of the smallest subnormal number
         assert (found - torch.linalg.eigvalsh(a) * scale).abs().max() <= 70 * 5e-324
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [(0, 0), (40, 3), (69, 69)])
-def test_not_finite(bad, place):
+def test_nonfinite_values(bad, place):
     a = symmetric(70)
     a[place] = bad
     assert eigenvalues(a).isnan().all()
@@ -129,9 +129,9 @@ def test_layouts_agree():
     )
 
 
-def test_the_same_bits_for_any_number_of_threads():
+def test_bitwise_equal_for_any_number_of_threads():
     threads = torch.get_num_threads()
-    a = symmetric(700)  # large enough for every stage to be shared
+    a = symmetric(700)  # large enough that every stage is parallel
     expected = eigenvalues(a)
     try:
         for count in (1, 2, 3, 8):
@@ -149,8 +149,8 @@ def test_poisoned_memory():
         assert torch.equal(eigenvalues(a), expected)
 
 
-def test_routes_agree():
-    """Above and below the size at which the compiled kernel takes over, and for what it does not take."""
+def test_kernel_and_lapack_agree():
+    """Above and below the size from which the compiled kernel is used, and for dtypes that it does not support."""
     limit = int(min(_symmetric_eigenvalues.min_size(), 256))
     for n in (0, 1, 5, limit - 1, limit):
         a = symmetric(n).requires_grad_()
@@ -166,7 +166,7 @@ def test_routes_agree():
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 3, 3)], ids=str)
-def test_the_kernel_refuses(shape):
+def test_unsupported_shapes(shape):
     with pytest.raises(RuntimeError, match=r"a must be float64 \[n, n\]"):
         eigenvalues(torch.zeros(shape, dtype=torch.float64))
     with pytest.raises(RuntimeError, match=r"a must be float64 \[n, n\]"):

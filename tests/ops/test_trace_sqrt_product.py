@@ -19,7 +19,7 @@ ROUTES = ["eigen", "polar"]
 IMPLS = [*ROUTES, "reference"]
 FORMS = {"covariances": (False, False), "factors": (True, True), "mixed": (False, True), "mixed the other way": (True, False)}
 
-# Of finite differences: eigenvalues of zero are found as 1e-16, so a trace of deficient rank is known to 1e-8.
+# Of finite differences: computed zero eigenvalues are about 1e-16, so the trace of a rank-deficient matrix is accurate to 1e-8.
 EPS = 1e-4
 
 
@@ -28,7 +28,7 @@ def randn(*shape):
 
 
 def given(form, factor1, factor2):
-    """What the two sides are given as: the factors themselves, or the covariances they stand for."""
+    """The arguments of the two sides: the factors or their covariances, depending on the form."""
     return tuple(f if is_factor else f @ f.mT for f, is_factor in zip((factor1, factor2), FORMS[form], strict=True))
 
 
@@ -55,7 +55,7 @@ def gradients(form, sides, **options):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("form", FORMS)
-def test_it_is_the_nuclear_norm_of_the_product_of_factors(form, impl, device):
+def test_equals_the_nuclear_norm_of_the_product_of_factors(form, impl, device):
     for d in (1, 2, 33, 64, 270):
         factor1, factor2 = randn(d, 2 * d + 1).to(device), randn(d, 2 * d + 1).to(device)
         torch.testing.assert_close(trace(form, *given(form, factor1, factor2), impl=impl), exactly(factor1, factor2), rtol=1e-9, atol=0)
@@ -96,7 +96,7 @@ def test_difficult_cases(name, form, impl, device):
     case = CASES[name]
     sides = [t.to(device) for t in given(form, case.factor1, case.factor2)]
     value, slopes = gradients(form, sides, impl=impl)
-    largest = float(case.factor1.norm() * case.factor2.norm())  # of all traces that such covariances have
+    largest = float(case.factor1.norm() * case.factor2.norm())  # the largest trace that such covariances can have
     tolerance = 1e-6 * case.trace() if case.trace() > 1e-6 * largest else 1e-8 * largest
     assert abs(float(value) - case.trace()) <= tolerance
     assert value >= 0
@@ -106,7 +106,7 @@ def test_difficult_cases(name, form, impl, device):
 @pytest.mark.parametrize("impl", ROUTES)
 @pytest.mark.parametrize("form", FORMS)
 def test_orthogonal_ranges(form, impl, device):
-    """No zero in sight, and a trace of zero."""
+    """No entry is zero, but the trace is."""
     basis = torch.linalg.qr(randn(48, 48)).Q.to(device)
     factor1, factor2 = basis[:, :20] @ randn(20, 30).to(device), basis[:, 20:] @ randn(28, 40).to(device)
     value, slopes = gradients(form, given(form, factor1, factor2), impl=impl)
@@ -118,7 +118,7 @@ def test_orthogonal_ranges(form, impl, device):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scales", [(1e-120, 1e-120), (1e140, 1e140), (1e-140, 1e140), (1e-30, 1.0)])
 def test_any_scale(scales, form, impl, device):
-    """Scales of the covariances; their product may leave the range of float64, and its root does not."""
+    """Scales of the covariances whose product overflows or underflows in float64, while its root does not."""
     factor1, factor2 = randn(20, 30).to(device), randn(20, 30).to(device)
     scaled = factor1 * math.sqrt(scales[0]), factor2 * math.sqrt(scales[1])
     value, slopes = gradients(form, given(form, *scaled), impl=impl)
@@ -145,7 +145,7 @@ def test_the_sides_can_be_exchanged(impl, device):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_dtypes(dtype, form, impl, device):
-    """Computed in float64 on the values as given, and returned as float32."""
+    """Computed in float64 from the given values, and returned as float32."""
     sides = [t.to(dtype).to(device) for t in given(form, randn(24, 60), randn(24, 60))]
     value = trace(form, *sides, impl=impl)
     assert value.dtype == torch.float32
@@ -161,7 +161,7 @@ def test_dtypes(dtype, form, impl, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("form", FORMS)
-def test_a_batch_is_its_pairs(form, impl, device):
+def test_batch_equals_single_calls(form, impl, device):
     sides = given(form, randn(2, 3, 12, 20).to(device), randn(2, 3, 12, 20).to(device))
     values, slopes = gradients(form, sides, impl=impl)
     assert values.shape == (2, 3)
@@ -177,7 +177,7 @@ def test_a_batch_is_its_pairs(form, impl, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("form", FORMS)
-def test_layouts_agree_and_inputs_stay_as_they_are(form, impl, device):
+def test_layouts_agree_and_inputs_are_unchanged(form, impl, device):
     sides = given(form, randn(24, 40).to(device), randn(24, 40).to(device))
     value, slopes = gradients(form, sides, impl=impl)
     laid_out = [testing.strided(t) for t in sides]
@@ -197,7 +197,7 @@ def test_layouts_agree_and_inputs_stay_as_they_are(form, impl, device):
     + [("mixed", (3, 2)), ("mixed the other way", (3, 2))],
 )
 def test_derivatives(form, columns, impl, device):
-    """Those in a covariance only where it is regular, so that a small change leaves it one."""
+    """In a covariance only if it is regular, so that it remains positive definite after a small change."""
     sides = given(form, *(randn(6, n).to(device) for n in columns))
     regular = [is_factor or n > 6 for n, is_factor in zip(columns, FORMS[form], strict=True)]
     leaves = [t.requires_grad_(wanted) for t, wanted in zip(sides, regular, strict=True)]
@@ -210,7 +210,7 @@ def test_derivatives(form, columns, impl, device):
 
 @pytest.mark.parametrize("impl", ROUTES)
 def test_derivatives_in_features(impl, device):
-    """Fewer of them than dimensions, and more; the derivative reaches them through the mean too."""
+    """Fewer features than dimensions, and more. The derivative also passes through the mean."""
     cov = symmetric(given("covariances", randn(7, 9), randn(7, 9))[0]).to(device)
     for n in (4, 12):
         features = randn(n, 7).to(device).requires_grad_()
@@ -223,7 +223,7 @@ def test_derivatives_in_features(impl, device):
 
 @pytest.mark.parametrize("impl", ROUTES)
 @pytest.mark.parametrize("form", FORMS)
-def test_derivatives_agree_with_those_of_eigenvalues(form, impl, device):
+def test_derivatives_agree_with_the_derivatives_of_eigenvalues(form, impl, device):
     for d, columns in ((64, 200), (270, 300)):
         sides = given(form, randn(d, columns).to(device), randn(d, columns).to(device))
         _, slopes = gradients(form, sides, impl=impl)
@@ -237,8 +237,8 @@ def test_derivatives_agree_with_those_of_eigenvalues(form, impl, device):
 @pytest.mark.parametrize("impl", ROUTES)
 @pytest.mark.parametrize("form", ["factors", "mixed the other way"])
 @pytest.mark.parametrize("name", CASES)
-def test_the_gradient_in_a_factor_is_a_subgradient(name, form, impl, device):
-    """The nuclear norm is convex, so it lies nowhere below its tangent; nor is its gradient longer than the other factor."""
+def test_gradient_in_a_factor_is_a_subgradient(name, form, impl, device):
+    """The nuclear norm is convex, so it is never below its tangent, and its gradient is no longer than the other factor."""
     factor1, factor2 = (t.to(device) for t in (CASES[name].factor1, CASES[name].factor2))
     value, (slope, _) = gradients(form, given(form, factor1, factor2), impl=impl)
     size = float(factor1.norm() * factor2.norm()) or float(factor2.norm())
@@ -253,7 +253,7 @@ def test_the_gradient_in_a_factor_is_a_subgradient(name, form, impl, device):
 @pytest.mark.parametrize("impl", ROUTES)
 @pytest.mark.parametrize("form", FORMS)
 def test_finite_gradients_of_degenerate_features(form, impl, device):
-    """Where those of eigenvalues are NaN: dead features, duplicated samples, samples that are all equal, sides that are the same."""
+    """Where the gradients of eigenvalues are NaN: constant features, duplicated samples, equal samples, equal sides."""
     features, other = randn(40, 16).relu(), randn(40, 16)
     dead = features.clone()
     dead[:, ::3] = 0
@@ -275,14 +275,14 @@ def test_finite_gradients_of_degenerate_features(form, impl, device):
 @pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
 @pytest.mark.parametrize("counts", [(20, 30), (20, 300), (64, 300)], ids=str)
 def test_covariances_accumulated_in_float32(counts, wide, impl, device):
-    """They have eigenvalues somewhat below zero, whatever dtype they are given in."""
+    """They have slightly negative eigenvalues, in whatever dtype they are passed."""
     features = [torch.randn(n, 64).relu() for n in counts]
     covs = [x.T.cov().to(device) for x in features]
     assert torch.linalg.eigvalsh(covs[0].double())[0] < 0
     factors = [(x.double() - x.double().mean(0)).T / (len(x) - 1) ** 0.5 for x in features]
     value, slopes = gradients("covariances", [cov.double() if wide else cov for cov in covs], impl=impl)
     assert abs(float(value / exactly(*factors)) - 1) < 1e-3
-    # An eigenvalue that is rounding gives its direction a slope of the root of its inverse, not more.
+    # The gradient along an eigenvector whose eigenvalue is rounding error is at most the root of the inverse eigenvalue.
     assert all(slope.abs().max() < 1e5 for slope in slopes)
 
 
@@ -321,7 +321,7 @@ def test_functional_gradient_and_forward_mode(impl, device):
 @pytest.mark.parametrize("impl", ROUTES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("form", FORMS)
-def test_not_finite_gives_nan(form, bad, impl, device):
+def test_nonfinite_values_give_nan(form, bad, impl, device):
     for side in (0, 1):
         sides = [t.clone() for t in given(form, randn(3, 6, 9).to(device), randn(3, 6, 9).to(device))]
         sides[side][1, 2, 2] = bad
@@ -330,7 +330,7 @@ def test_not_finite_gives_nan(form, bad, impl, device):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_error_of_an_iteration_is_estimated(form, device):
+def test_error_bound_of_the_iterations(form, device):
     for name, case in CASES.items():
         sides = [t.to(device) for t in given(form, case.factor1, case.factor2)]
         for impl in IMPLS:
@@ -351,7 +351,7 @@ def test_the_error_of_an_iteration_is_estimated(form, device):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_mixed_precision(form, device):
-    """The value, and the gradient, which is first order in the errors of the factor."""
+    """The value, and the gradient, whose error is first order in that of the factor."""
     for name in ("full rank", "n = 2 d", "n = d / 2", "rank 1", "identical", "tiny, 1e-20", "huge, 1e20", "dead features"):
         case = CASES[name]
         sides = [t.to(device) for t in given(form, case.factor1, case.factor2)]
@@ -366,7 +366,7 @@ def test_mixed_precision(form, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_changes_nothing(impl, device):
+def test_autocast_has_no_effect(impl, device):
     sides = [t.float().to(device) for t in given("covariances", randn(24, 40), randn(24, 40))]
     expected, slopes = gradients("covariances", sides, impl=impl)
     with torch.autocast(device, torch.bfloat16):
@@ -421,8 +421,8 @@ def test_bad_input(message, error, sides, options):
         genperf.trace_sqrt_product(*sides, **options)
 
 
-def test_polar_never_waits_for_the_device():
-    """Fake tensors have no data: what asks for a value, as a host synchronization does, raises on them."""
+def test_polar_does_not_synchronize():
+    """Fake tensors have no data, so reading a value, as a host synchronization does, raises."""
     with FakeTensorMode():
         cov, factor = torch.empty(8, 8, dtype=torch.float64), torch.empty(8, 5, dtype=torch.float64)
         cov.requires_grad_()
@@ -442,7 +442,7 @@ def test_polar_never_waits_for_the_device():
 
 @pytest.mark.parametrize("impl", ROUTES)
 def test_indefinite_covariances(impl, device):
-    """In either place and whichever gradient is wanted, the positive part counts, of what is far from positive with a warning."""
+    """The positive part is used, on either side and for any gradient; "eigen" warns if a covariance is far from positive semi-definite."""
     values = torch.cat([torch.ones(1), torch.full((200,), 4e-3), torch.tensor([-2e-2])]).double()
     indefinite, identity = torch.diag(values).to(device), torch.eye(202, dtype=torch.float64, device=device)
     expected = values.clamp(min=0).sqrt().sum()
@@ -463,14 +463,14 @@ def test_covariances_rounded_to_half_precision(dtype, impl, device):
     assert abs(found.double().cpu() - exact) < 1e-2 * exact
 
 
-def test_second_derivatives_in_one_tensor_given_twice(device):
+def test_second_derivatives_of_one_tensor_on_both_sides(device):
     x = torch.randn(4, 6, dtype=torch.float64, device=device, requires_grad=True)  # the trace is |x|^2
     (slope,) = torch.autograd.grad(genperf.trace_sqrt_product(None, None, factor1=x, factor2=x), x, create_graph=True)
     torch.testing.assert_close(slope, 2 * x)
     torch.testing.assert_close(torch.autograd.grad(slope.sum(), x)[0], torch.full_like(x, 2))
 
 
-def test_the_callers_float32_precision_is_kept(device):
+def test_float32_precision_settings_are_restored(device):
     code = """
 import torch, genperf
 {setting}
