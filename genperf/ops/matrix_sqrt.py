@@ -68,7 +68,7 @@ class _MatrixSqrt(torch.autograd.Function):
         a, root, roots, vectors = ctx.saved_tensors
         backward = torch.ops.genperf.matrix_sqrt_backward if torch.compiler.is_compiling() else _backward
         found = backward(grad.detach(), root.detach(), roots, vectors, ctx.impl)
-        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+        if torch.is_grad_enabled():  # create_graph=True
             (again,) = differentiate([matrix_sqrt_reference(a)], [grad], [a], [True])
             found = ValueOf.apply(found, again)
         return found, None
