@@ -40,7 +40,7 @@ def test_native_equals_reference_in_every_layout(dtype, device):
                 torch.testing.assert_close(a, b, rtol=2e-7, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_the_same_bits_in_every_run_and_thread_count(device):
+def test_bitwise_equal_in_every_run_and_for_any_number_of_threads(device):
     x, _ = testing.vectors("offset", 5000, 1, 37, torch.float32, device)
     indices = torch.randint(13, (5000,), device=device)
     first = genperf.code_statistics(x, indices, 13)

@@ -90,14 +90,14 @@ def test_inertia_never_increases(init, metric, device):
 @pytest.mark.parametrize(("count", "codes", "dim", "spread"), [(2000, 64, 16, 10), (2000, 40, 2, 8), (1500, 60, 8, 3), (1500, 32, 8, 0)])
 def test_as_good_as_scikit_learn(count, codes, dim, spread, device):
     """The mean inertia over several seeds, compared with one run of scikit-learn's greedy k-means++ with as many iterations."""
-    ours, theirs, drawn = [], [], []
+    genperf_inertia, sklearn_inertia, random_inertia = [], [], []
     for seed in range(4):
         x = clusters(count, codes, dim, spread, seed)
-        theirs.append(KMeans(codes, n_init=1, max_iter=10, tol=0, random_state=seed).fit(x.numpy()).inertia_)
-        for found, init in ((ours, "k-means++"), (drawn, "random")):
+        sklearn_inertia.append(KMeans(codes, n_init=1, max_iter=10, tol=0, random_state=seed).fit(x.numpy()).inertia_)
+        for found, init in ((genperf_inertia, "k-means++"), (random_inertia, "random")):
             found.append(float(genperf.kmeans(x.to(device), codes, iterations=10, init=init, generator=seeded(seed)).inertia))
-    ratio = sum(ours) / sum(theirs)
-    print(f"inertia over scikit-learn's: {ratio:.3f}, with random codes {sum(drawn) / sum(theirs):.3f}")
+    ratio = sum(genperf_inertia) / sum(sklearn_inertia)
+    print(f"inertia relative to scikit-learn: {ratio:.3f}, with random codes {sum(random_inertia) / sum(sklearn_inertia):.3f}")
     assert ratio < 1.02
 
 

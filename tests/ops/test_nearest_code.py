@@ -64,7 +64,7 @@ def test_layouts_agree(dtype, device):
         assert torch.equal(genperf.nearest_code(x, codebook.t().contiguous().t()), expected)
 
 
-def test_batches_and_threads_do_not_matter(device):
+def test_batches_and_threads_have_no_effect(device):
     x, codebook = testing.vectors("near_ties", 3000, 400, 24, torch.float32, device)
     whole = genperf.nearest_code(x, codebook)
     assert torch.equal(torch.cat([genperf.nearest_code(part, codebook) for part in x.split(701)]), whole)
@@ -77,7 +77,7 @@ def test_batches_and_threads_do_not_matter(device):
 
 
 def test_codebook_larger_than_a_panel(device):
-    """So many codes that they are packed in several runs, with ties across their borders."""
+    """Enough codes for several panels, with ties across their borders."""
     _, codebook = testing.vectors("random", 1, 30000, 256, torch.float32, device)
     codebook[17000:] = codebook[:13000]
     x = codebook[::1000] + 1e-3
@@ -93,7 +93,7 @@ def test_extreme_scales(spread, device):
 
 
 def test_adversarial_codes_just_inside_the_bound(device):
-    """Codes whose distances differ by less than the coarse pass can see."""
+    """Codes whose distances differ by less than the coarse pass resolves."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 48, generator=generator)
     for gap in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
@@ -106,7 +106,7 @@ def test_adversarial_codes_just_inside_the_bound(device):
 @pytest.mark.parametrize("dim", [5, 8, 64, 512])
 @pytest.mark.parametrize("length", [1e-2, 1e-4, 1e-5, 1e-7])
 def test_queries_much_shorter_than_codes(length, dim, device):
-    """Codes f and -f of one length: all that tells them apart is far below |f|^2 / 2."""
+    """Codes f and -f: their scores differ by far less than |f|^2 / 2."""
     generator = torch.Generator().manual_seed(0)
     codebook = torch.nn.functional.normalize(torch.randn(512, dim, generator=generator), dim=1)
     codebook = torch.cat([codebook, -codebook]).to(device)
@@ -116,7 +116,7 @@ def test_queries_much_shorter_than_codes(length, dim, device):
 
 @pytest.mark.parametrize("length", [1e-19, 1e-21, 1e-23, 1e-24, 1e-30, 1e-38, 1e-42])
 def test_cosine_of_tiny_queries(length, device):
-    """Lengths whose squares float32 cannot hold."""
+    """Lengths whose squares underflow in float32."""
     generator = torch.Generator().manual_seed(0)
     codebook = torch.randn(128, 16, generator=generator)
     codebook = torch.cat([codebook, codebook + 1e-4 * torch.randn(128, 16, generator=generator)]).to(device)
@@ -137,12 +137,12 @@ def test_float64_beyond_the_range_of_float32(metric, device):
 
 
 def test_large_blocks(device):
-    """So many codes that a block holds more than 32."""
+    """Enough codes that a block has more than 32."""
     x, codebook = testing.vectors("random", 20, 70000, 3, torch.float32, device)
     assert torch.equal(genperf.nearest_code(x, codebook), exact(x, codebook))
 
 
-def test_default_dtype_does_not_matter(device):
+def test_default_dtype_has_no_effect(device):
     x, codebook = testing.vectors("random", 20, 30, 5, torch.float32, device)
     expected = exact(x, codebook)
     torch.set_default_dtype(torch.float64)
@@ -159,7 +159,7 @@ def test_ties_go_to_the_lowest_index(device):
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_not_finite(metric, device):
+def test_nonfinite_values(metric, device):
     x, codebook = testing.vectors("random", 60, 90, 20, torch.float32, device)
     x[3, 5], x[4, 0], x[5, 1] = math.nan, math.inf, -math.inf
     codebook[7, 2], codebook[8, 3], codebook[0, 0] = math.nan, math.inf, math.nan

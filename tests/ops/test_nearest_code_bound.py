@@ -1,4 +1,4 @@
-"""The search on inputs built against its method: coarse scores under an error bound, exact arithmetic on what is left."""
+"""Adversarial inputs for the search, which computes coarse scores with an error bound and rescores the remaining candidates exactly."""
 
 import math
 import threading
@@ -27,7 +27,7 @@ def check(x, codebook, metric="euclidean", message=""):
     )
 
 
-# Sizes below keep queries times codes under 32768 where they can: the reference then runs on one thread, undisturbed.
+# Where possible, the sizes keep queries x codes below 32768, so that the reference runs on one thread.
 
 
 def seeded(*numbers):
@@ -146,7 +146,7 @@ def test_additions_that_all_round_the_wrong_way(device):
 
 
 def rings(dim, generator):
-    """Around each of 12 queries 60 codes whose distances differ by ever less, down to less than float32 resolves."""
+    """Around each of 12 queries 60 codes whose distances differ by less and less, down to below the resolution of float32."""
     x = 20 * randn(generator, 12, dim)
     directions = normalize(randn(generator, 12, 60, dim), dim=-1)
     gap = 2.0 ** -(3 + 2 * torch.arange(12.0))[:, None, None]
@@ -155,7 +155,7 @@ def rings(dim, generator):
 
 
 def one_bit(dim, generator):
-    """Codes that differ in the last bit of one component, and each of them twice."""
+    """Codes that differ in the last bit of one component, each of them twice."""
     base = randn(generator, 12, dim)
     codes = base.repeat(16, 1)
     place = torch.randint(dim, (192, 1), generator=generator)
@@ -166,14 +166,14 @@ def one_bit(dim, generator):
 
 
 def copies(dim, generator):
-    """Few different codes, all many times and far apart."""
+    """A few distinct codes, each repeated many times at distant indices."""
     base = randn(generator, 7, dim)
     codebook = torch.cat([randn(generator, 37, dim) + 5, pick(generator, base, 1100)])
     return torch.cat([base, base + 0.2 * randn(generator, 7, dim), randn(generator, 14, dim)]), codebook
 
 
 def permutations(dim, generator):
-    """Codes of the same components in another order, at equal distances but for the rounding of float64 sums."""
+    """Codes with the same components in different orders: their distances are equal up to rounding in float64."""
     value = randn(generator, dim)
     codebook = torch.stack([value[torch.randperm(dim, generator=generator)] for _ in range(400)])
     level = torch.tensor([0.0, -0.0, 1.0, -3.7, 1e-3, 1e-8, 1e4, 1e9, 1e12, 1e20])
@@ -182,7 +182,7 @@ def permutations(dim, generator):
 
 
 def sign_flips(dim, generator):
-    """Codes alike but for signs, and queries that cannot, or hardly, tell the signs apart."""
+    """Codes that differ only in signs, and queries for which the signs make no or hardly any difference."""
     value = randn(generator, dim)
     flips = randn(generator, 300, dim).sign()
     x = torch.cat([torch.zeros(1, dim), randn(generator, 12, dim)])
@@ -193,7 +193,7 @@ def sign_flips(dim, generator):
 
 
 def equal_lengths(dim, generator):
-    """Lengths that differ in the last bits, so that rounding |f|^2 / 2 decides where the queries are short."""
+    """Lengths that differ in the last bits, so that for short queries the rounding of |f|^2 / 2 decides."""
     codebook = normalize(randn(generator, 500, dim).double(), dim=1).float()
     steps = torch.randint(-2, 3, codebook.shape, generator=generator)
     codebook = codebook * (1 + steps * 2**-24)
@@ -228,7 +228,7 @@ def outlier_code(dim, generator, size=1e6):
 
 
 def outlier_component(dim, generator):
-    """One component of every vector dwarfs the others, which decide."""
+    """One component of every vector is far larger than the others, which decide."""
     codebook = randn(generator, 300, dim)
     x = torch.cat([randn(generator, 40, dim), pick(generator, codebook, 20)])
     codebook[:, dim // 2] = 3e7 * codebook[:, dim // 2].sign()
@@ -255,7 +255,7 @@ def denormals(dim, generator):
 
 
 def ladder(dim, generator):
-    """Codes ever nearer to the queries, by much, by less than a coarse pass can see, and not at all; and the way back."""
+    """Codes that get closer to the queries by much, by less than the coarse pass resolves, and not at all; then the reverse."""
     query = randn(generator, dim)
     count = 400
     gaps = torch.tensor([0.5, 1e-2, 1e-3, 1e-4, 1e-6, 0.0])
@@ -269,7 +269,7 @@ def ladder(dim, generator):
 
 
 def zeros(dim, generator):
-    """Zero vectors of both signs among codes near to zero, the same distance on either side."""
+    """Zero vectors of both signs among codes close to zero, at the same distance on either side."""
     codebook = 1e-4 * randn(generator, 100, dim)
     codebook = torch.cat([codebook, -codebook, torch.full((20, dim), -0.0), torch.zeros(20, dim)])
     codebook = shuffled(generator, codebook)
@@ -284,7 +284,7 @@ def far_queries(dim, generator):
 
 
 def grid(dim, generator):
-    """Halves, all exact in every format, many distances equal."""
+    """Multiples of one half, exact in every format, with many equal distances."""
     codebook = torch.randint(-2, 3, (300, dim), generator=generator) / 2.0
     return torch.randint(-4, 5, (50, dim), generator=generator) / 4.0, codebook
 
@@ -321,7 +321,7 @@ def test_families(family, metric, device):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("family", ["rings", "one_bit", "permutations", "equal_lengths"])
 def test_near_ties_at_every_scale(family, metric, device):
-    """Near-ties survive a scaling by a power of two, up to where squares overflow or vanish in float32."""
+    """Near-ties scaled by powers of two, up to where squares overflow or underflow in float32."""
     for dim in (3, 9, 20, 64):
         x, codebook = (t[:200].to(device) for t in FAMILIES[family](dim, seeded(dim)))
         for a in (-140, -126, -100, -60, 60, 100):
@@ -343,7 +343,7 @@ def test_equal_codes_far_apart(device):
                 check(codebook[inside[first], None].to(device), codebook.to(device), metric)
 
 
-def test_more_near_ties_than_any_list_holds(device):
+def test_more_near_ties_than_the_candidate_lists_hold(device):
     for dim in (3, 9, 20, 64):
         generator = seeded(dim)
         query = randn(generator, dim)
@@ -373,7 +373,7 @@ def test_half_precision(dtype, metric, device):
             x, codebook = FAMILIES[family](dim, seeded(dim))
             x, codebook = x.clamp(-6e4, 6e4).to(device, dtype), codebook.to(device, dtype)
             check(x, codebook, metric, family)
-            # Codes in float32, a little beside the values that x can have.
+            # float32 codes, close to the values that x can have.
             beside = codebook.float() * (1 + 2**-12 * randn(seeded(dim), *codebook.shape).to(device))
             check(x, beside, metric, family)
             check(x, torch.cat([codebook.float(), beside]), metric, family)
@@ -394,7 +394,7 @@ def test_float64_below_the_resolution_of_float32(step, device):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("family", ["rings", "one_bit", "permutations", "outlier_code_1e15", "far_queries"])
-def test_not_finite_among_near_ties(family, metric, device):
+def test_nonfinite_values_among_near_ties(family, metric, device):
     for dim in (1, 4, 9, 20, 33, 300):
         generator = seeded(dim)
         x, codebook = FAMILIES[family](dim, generator)
@@ -409,7 +409,7 @@ def test_not_finite_among_near_ties(family, metric, device):
 
 
 @pytest.mark.parametrize("dim", [3, 9, 20, 64, 260])
-def test_threads_batches_and_layouts_do_not_matter(dim, device):
+def test_threads_batches_and_layouts_have_no_effect(dim, device):
     parts = [FAMILIES[name](dim, seeded(dim)) for name in ("rings", "one_bit", "permutations")]
     parts.append(offset_data(dim, seeded(dim), 1000.0, "clusters"))
     x, codebook = (torch.cat(tensors).to(device) for tensors in zip(*parts, strict=True))
@@ -432,7 +432,7 @@ def test_threads_batches_and_layouts_do_not_matter(dim, device):
     assert torch.equal(genperf.nearest_code(x[order], codebook), expected[order])
 
 
-# A codebook changed between two calls: what a kernel remembers of the first must not answer the second.
+# The codebook changes between two calls: the second call must not use what the first one cached.
 
 
 def swap(a, i, j):
@@ -451,7 +451,7 @@ def through_numpy(codebook):
 
 
 def keep_sums(codebook):
-    """The sum of all components and that of the column stay what they were."""
+    """Keeps the sum of all components and that of the column."""
     codebook[3, 0] += 4
     codebook[9, 0] -= 4
 
@@ -489,7 +489,7 @@ def test_changed_codebook(change, codes, dim, device):
     if change == "numpy" and device != "cpu":
         pytest.skip("numpy sees the memory of the CPU only")
     half = randn(seeded(codes, dim), codes, dim)
-    # Every code has a twin, which is nearer once the first has moved by a bit; the last query is a bit beside the last code.
+    # Every code has a copy, which is closer once the first one has changed by a bit; the last query differs from the last code by a bit.
     codebook, x = torch.cat([half, half]).to(device), torch.cat([half, half[-1:]]).to(device)
     flip_bit(x, -1, -1)
     x = x[-21:] if change == "bit of the last component" else x[:21]
@@ -506,8 +506,8 @@ def test_changed_codebook(change, codes, dim, device):
     assert torch.equal(genperf.nearest_code(x, codebook), before)
 
 
-def test_one_memory_read_in_many_ways(device):
-    """Codebooks at one address that differ in nothing but dtype, shape, strides or metric; and one content at two addresses."""
+def test_one_memory_with_different_views(device):
+    """Codebooks at one address that differ only in dtype, shape, strides or metric; and equal codebooks at two addresses."""
     memory = randn(seeded(5), 96 * 96).to(device)
     square = memory.view(96, 96)
     readings = [
@@ -535,8 +535,8 @@ def test_one_memory_read_in_many_ways(device):
         assert torch.equal(genperf.nearest_code(x, codebook, metric=metric), expected), (codebook.dtype, codebook.shape, codebook.stride())
 
 
-def test_one_address_for_one_codebook_after_another(device):
-    """New tensors of one shape in one place, as an allocator gives them out, and some of the old contents again."""
+def test_different_codebooks_at_one_address(device):
+    """New tensors of one shape at the address of earlier ones, as an allocator returns them, also with earlier contents."""
     place = torch.empty(200 * 24, device=device)
     contents = [randn(seeded(number), 200, 24).to(device) for number in range(12)]
     x = randn(seeded(13), 50, 24).to(device)
@@ -549,12 +549,12 @@ def test_one_address_for_one_codebook_after_another(device):
         del codebook
 
 
-def test_calls_side_by_side(device):
-    """Python threads that search in turn shared codebooks and one of their own, which they overwrite between calls."""
+def test_concurrent_calls(device):
+    """Python threads that alternate between shared codebooks and one of their own, which they overwrite between calls."""
     sizes = [(300, 3), (300, 8), (300, 24), (300, 70)]
     contents = [[randn(seeded(number, dim), codes, dim).to(device) for number in range(6)] for codes, dim in sizes]
     queries = [randn(seeded(9, dim), 70, dim).to(device) for _, dim in sizes]
-    expected = [[exact(x, codebook) for codebook in books] for x, books in zip(queries, contents, strict=True)]
+    expected = [[exact(x, codebook) for codebook in codebooks] for x, codebooks in zip(queries, contents, strict=True)]
     wrong = []
 
     def search(first):

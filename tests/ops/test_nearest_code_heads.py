@@ -11,7 +11,7 @@ from genperf.ops.nearest_code import _as_head_positions
 
 
 def head_by_head(x, codebook, metric="euclidean"):
-    """x [heads, ..., D] searched by the reference of one head."""
+    """Search x [heads, ..., D] with the reference, head by head."""
     found = [genperf.nearest_code(a, b, metric=metric, impl="reference") for a, b in zip(x, codebook, strict=True)]
     return torch.stack(found)
 
@@ -34,7 +34,7 @@ def test_every_head_has_its_own_codebook(kind, dtype, device):
 
 
 def test_heads_of_different_scale(device):
-    """A bound or a center shared by the heads would be wrong for one of them."""
+    """An error bound or a center shared by the heads would be wrong for one of them."""
     x, codebook = heads_of("random", 4, 200, 300, 16, torch.float32, device)
     for head, (scale, offset) in enumerate([(1e-3, 0), (1, 500), (1e4, 0), (1, -1e5)]):
         x[head], codebook[head] = x[head] * scale + offset, codebook[head] * scale + offset
@@ -71,7 +71,7 @@ def head_views(heads, d, device):
     ]
 
 
-def test_views_are_read_where_they_lie(device):
+def test_views_are_not_copied(device):
     heads, d = 3, 8
     codebook = torch.randn(heads, 40, d, device=device)
     for name, x, channel_dim in head_views(heads, d, device):
@@ -80,7 +80,7 @@ def test_views_are_read_where_they_lie(device):
         assert _as_head_positions(x, channel_dim % x.dim()).untyped_storage().data_ptr() == x.untyped_storage().data_ptr(), name
 
 
-def test_what_has_no_view_is_copied(device):
+def test_layouts_without_a_view_are_copied(device):
     x = torch.randn(3, 4, 5, 8, 6, device=device)[:, :, :, :, ::2].transpose(1, 2)[:, :, 1:]
     codebook = torch.randn(3, 40, 8, device=device)
     assert torch.equal(genperf.nearest_code(x, codebook, channel_dim=3), head_by_head(x.movedim(3, -1), codebook))
@@ -102,7 +102,7 @@ def test_float32_codebook_with_half_input(dtype, device):
     assert torch.equal(genperf.nearest_code(x, codebook), head_by_head(x, codebook))
 
 
-def test_not_finite_stays_in_its_head(device):
+def test_nonfinite_values_stay_in_their_head(device):
     x, codebook = heads_of("random", 3, 40, 50, 20, torch.float32, device)
     expected = head_by_head(x, codebook)
     x[1, 3, 2], x[1, 4, 0], codebook[1, 7, 1], codebook[1, 8, 1] = math.nan, math.inf, math.nan, math.inf
@@ -129,7 +129,7 @@ def test_no_vectors(device):
     assert genperf.nearest_code(codebook[:, 2], codebook).tolist() == [2, 2, 2]
 
 
-def test_threads_do_not_matter(device):
+def test_threads_have_no_effect(device):
     x, codebook = heads_of("near_ties", 3, 500, 200, 24, torch.float32, device)
     whole = genperf.nearest_code(x, codebook)
     threads = torch.get_num_threads()

@@ -11,7 +11,7 @@ GRADIENTS = ("straight_through", "rotation")
 
 
 def case(n, k, d, levels, dtype=torch.float32, device="cpu", kind="random"):
-    """x [N, D] and codebooks [Q, K, D] whose levels become finer."""
+    """x [N, D] and codebooks [Q, K, D], each finer than the one before."""
     x, _ = testing.vectors(kind, n, 1, d, dtype, device)
     _, codes = testing.vectors("random", 1, levels * k, d, torch.float32, "cpu", seed=1)
     codebooks = codes.view(levels, k, d) * 0.7 ** torch.arange(levels).view(-1, 1, 1)
@@ -21,7 +21,7 @@ def case(n, k, d, levels, dtype=torch.float32, device="cpu", kind="random"):
 
 
 def chain(x, codebooks, impl="reference"):
-    """The levels one after the other, as the docstring has them: sum of codes and indices [N, Q]."""
+    """The quantizers one after another, as in the docstring: the sum of the codes, and indices [N, Q]."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     residual, total, found = x.detach().to(dtype), None, []
     for codebook in codebooks.detach().to(dtype):
@@ -33,7 +33,7 @@ def chain(x, codebooks, impl="reference"):
 
 
 def plain(x, codebooks, indices, dtype, codebook_weight=1.0, commitment_weight=0.25, gradient="straight_through", per_quantizer=False):
-    """Losses, and gradients of a loss that weighs every output, by autograd from given indices, in `dtype`."""
+    """Losses, and gradients of a loss with a weight for every output element, by autograd in `dtype` from given indices."""
     x, codebooks = x.detach().to(dtype).requires_grad_(), codebooks.detach().to(dtype).requires_grad_()
     valid = (indices[..., :1] >= 0).to(dtype)
     elements = (valid.sum() * x.shape[1]).clamp(min=1)
@@ -52,7 +52,7 @@ def plain(x, codebooks, indices, dtype, codebook_weight=1.0, commitment_weight=0
 
 
 def carried(x, code, gradient):
-    """x under the rotation and scaling that carry it to its code: orthogonal map by two reflections."""
+    """x after the rotation and scaling that map it to its code; the rotation is two reflections."""
     if gradient == "straight_through":
         return x
     usable = (x.detach() != 0).any(1, keepdim=True) & (code != 0).any(1, keepdim=True)
@@ -127,8 +127,8 @@ def test_implementations_agree_in_float64(gradient, per_quantizer, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_composition_is_the_kernel(dtype, device):
-    """What runs on CUDA, here on any device: the ops of one level, one level after the other."""
+def test_composition_equals_the_kernel(dtype, device):
+    """The composition of single-codebook ops that CUDA uses, on any device."""
     x, codebooks = case(90, 17, 12, 3, dtype, device)
     x, codebooks = x.view(2, 45, 12).transpose(1, 2).contiguous(), codebooks.float()
     mask = torch.arange(90, device=device).view(2, 45) % 5 > 0
@@ -148,8 +148,8 @@ def test_composition_is_the_kernel(dtype, device):
                 torch.testing.assert_close(_residual_on_cuda.backward(*arguments), expected)
         for left in (False, True):
             expected = ops.residual_code_statistics(x, codebooks, indices, left)
-            for ours, theirs in zip(_residual_on_cuda.code_statistics(x, codebooks, indices, left), expected, strict=True):
-                torch.testing.assert_close(ours, theirs)
+            for found, wanted in zip(_residual_on_cuda.code_statistics(x, codebooks, indices, left), expected, strict=True):
+                torch.testing.assert_close(found, wanted)
 
 
 def test_gradient_of_the_losses_is_their_derivative(device):
@@ -162,7 +162,7 @@ def test_gradient_of_the_losses_is_their_derivative(device):
         return genperf.residual_vector_quantize(x, codebooks, **weights)[2]
 
     assert torch.autograd.gradcheck(lambda x: losses(x, codebooks.detach(), codebook_weight=0.0, commitment_weight=0.7), x)
-    # Only the last level's loss: the residuals of earlier codes are constants to it.
+    # Only the loss of the last quantizer, for which earlier residuals are constants.
     last = codebooks[2:].detach().requires_grad_()
     fixed = codebooks[:2].detach()
     assert torch.autograd.gradcheck(
@@ -194,10 +194,10 @@ def test_layouts_agree(gradient, masked, device):
         given = testing.layouts(upstream)[name][0]
         (grad,) = torch.autograd.grad((found[0] * given).sum() + found[2].sum(), laid_out)
         torch.testing.assert_close(grad.movedim(channel_dim, -1).reshape(256, 33), flat_grad)
-        for ours, theirs in zip(
+        for found_statistics, flat_statistics in zip(
             genperf.residual_code_statistics(laid_out, codebooks, found[1], channel_dim=channel_dim), statistics, strict=True
         ):
-            assert torch.equal(ours, theirs), name
+            assert torch.equal(found_statistics, flat_statistics), name
 
 
 def test_straight_through_passes_the_gradient_once(device):
@@ -227,7 +227,7 @@ def test_per_quantizer_is_a_chain_of_quantizers(gradient, device):
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
-def test_a_prefix_of_levels(impl, device):
+def test_fewer_quantizers_than_codebooks(impl, device):
     x, codebooks = case(80, 20, 7, 5, device=device)
     for options in ({"num_quantizers": 2}, {"num_quantizers": torch.tensor(2, device=device)}):
         found = run(x, codebooks, impl=impl, **options)
@@ -242,7 +242,7 @@ def test_a_prefix_of_levels(impl, device):
 
 
 def test_codebooks_too_large_to_stay_packed(device):
-    """The levels one after the other over all positions, in place of blocks through all levels."""
+    """One quantizer after another over all positions, instead of all quantizers block by block."""
     x, codebooks = case(150, 6000, 256, 5, device=device)
     mask = torch.arange(150, device=device) % 7 > 0
     found = genperf.residual_vector_quantize(x, codebooks, mask=mask)
@@ -269,7 +269,7 @@ def test_shared_codebook(device):
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
-def test_masked_positions_take_no_part(impl, device):
+def test_masked_positions_are_excluded(impl, device):
     x, codebooks = case(60, 9, 4, 3, device=device)
     mask = torch.arange(60, device=device) % 3 > 0
     x[~mask] = torch.nan
@@ -294,7 +294,7 @@ def test_empty_batch(impl, device):
     assert (result["codebooks.grad"] == 0).all()
 
 
-def test_not_finite_reaches_the_losses(device):
+def test_nonfinite_values_reach_the_losses(device):
     x, codebooks = case(20, 9, 4, 3, device=device)
     x[3, 1] = torch.nan
     result = run(x, codebooks)
@@ -304,7 +304,7 @@ def test_not_finite_reaches_the_losses(device):
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
-def test_statistics_are_those_of_every_level(impl, device):
+def test_statistics_of_every_quantizer(impl, device):
     x, codebooks = case(300, 12, 7, 3, torch.bfloat16, device)
     mask = torch.rand(300, device=device) > 0.2
     _, indices, _ = genperf.residual_vector_quantize(x, codebooks, mask=mask)
@@ -317,7 +317,7 @@ def test_statistics_are_those_of_every_level(impl, device):
         residual = residual - codebooks[level].float()[indices[:, level].clamp(min=0)]
 
 
-def test_threads_do_not_matter(device):
+def test_threads_have_no_effect(device):
     if device != "cpu":
         pytest.skip("threads of the CPU")
     x, codebooks = case(700, 60, 24, 3)
@@ -357,7 +357,7 @@ def test_poisoned_memory(device):
             assert torch.equal(value, clean[name]), name
 
 
-def test_no_residual_of_every_level(device):
+def test_residuals_are_not_stored(device):
     """The largest allocation is a quarter of positions x Q x D."""
     if device != "cpu":
         pytest.skip("the profiler's allocation events are read on the CPU")

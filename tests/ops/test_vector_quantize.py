@@ -6,7 +6,7 @@ from genperf import testing
 
 
 def quantize(x, codebook, impl=None, **options):
-    """Outputs and gradients of a loss that weighs every output."""
+    """Outputs and gradients of a loss with a weight for every output element."""
     x, codebook = x.detach().clone().requires_grad_(), codebook.detach().clone().requires_grad_()
     quantized, indices, loss = genperf.vector_quantize(x, codebook, impl=impl, **options)
     weight = torch.linspace(-1, 1, quantized.numel(), device=x.device).reshape(quantized.shape).to(x.dtype)
@@ -15,7 +15,7 @@ def quantize(x, codebook, impl=None, **options):
 
 
 def assert_matches(x, codebook, **options):
-    """Native against float64, at most twice as far off as the reference in x's dtype."""
+    """The native error against float64 is at most twice that of the reference in x's dtype."""
     native = quantize(x, codebook, **options)
     plain = quantize(x, codebook, impl="reference", **options)
     exact = quantize(x.double(), codebook.double(), impl="reference", **options)
@@ -65,7 +65,7 @@ def test_memory_format_is_kept(device):
     assert quantized.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_quantized_is_the_code_bit_for_bit(device):
+def test_quantized_is_bitwise_the_code(device):
     x, codebook = testing.vectors("offset", 100, 30, 7, torch.float32, device)
     x.requires_grad_()
     quantized, indices, _ = genperf.vector_quantize(x, codebook)
@@ -73,7 +73,7 @@ def test_quantized_is_the_code_bit_for_bit(device):
 
 
 def test_gradient_of_the_loss_is_its_derivative(device):
-    """gradcheck in float64, where the compiled kernels run too: one weight at a time, since the other is detached."""
+    """gradcheck in float64, which the compiled kernels support, with one weight at a time since the other side is detached."""
     x = torch.randn(11, 5, dtype=torch.float64, device=device, requires_grad=True)
     codebook = torch.randn(6, 5, dtype=torch.float64, device=device, requires_grad=True)
 
@@ -111,7 +111,7 @@ def test_rotation_keeps_the_angle_and_scales_the_length(device):
     codebook = torch.randn(5, 6, device=device, dtype=torch.float64)
     quantized, indices, _ = genperf.vector_quantize(x, codebook, gradient="rotation")
     (gradient,) = torch.autograd.grad(quantized, x, codebook[indices])
-    # The upstream gradient points along the code, so the carried one must point along x.
+    # The output gradient points along the code, so the rotated one must point along x.
     ratio = codebook[indices].norm(dim=1) / x.norm(dim=1)
     expected = x.detach() / x.norm(dim=1, keepdim=True) * (codebook[indices].norm(dim=1) * ratio)[:, None]
     torch.testing.assert_close(gradient, expected)
@@ -130,7 +130,7 @@ def test_rotation_without_a_direction_is_straight_through(device):
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
-def test_masked_positions_take_no_part(impl, device):
+def test_masked_positions_are_excluded(impl, device):
     x, codebook = testing.vectors("random", 60, 9, 4, torch.float32, device)
     mask = torch.arange(60, device=device) % 3 > 0
     x[~mask] = torch.nan
@@ -155,7 +155,7 @@ def test_empty_batch(impl, device):
     assert (result["codebook.grad"] == 0).all()
 
 
-def test_not_finite_reaches_the_loss(device):
+def test_nonfinite_values_reach_the_loss(device):
     x, codebook = testing.vectors("random", 20, 9, 4, torch.float32, device)
     x[3, 1] = torch.nan
     result = quantize(x, codebook)
@@ -178,7 +178,7 @@ def test_unused_outputs_and_frozen_inputs(device):
 
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
 def test_second_derivatives(gradient, device):
-    """Of the loss by gradgradcheck; through the quantized vectors against the reference."""
+    """Of the loss with gradgradcheck; through the quantized vectors compared with the reference."""
     x = torch.randn(7, 3, dtype=torch.float64, device=device, requires_grad=True)
     codebook = torch.randn(4, 3, dtype=torch.float64, device=device, requires_grad=True)
 
@@ -219,7 +219,7 @@ def test_poisoned_memory(device):
             assert torch.equal(value, clean[name]), name
 
 
-def test_nothing_of_size_positions_times_codes(device):
+def test_no_tensor_of_size_positions_times_codes(device):
     """The largest allocation of forward, backward and statistics is a copy of x, far below N x K."""
     if device != "cpu":
         pytest.skip("the profiler's allocation events are read on the CPU")
@@ -273,8 +273,8 @@ def test_bad_input(message, error, options):
         genperf.vector_quantize(*GOOD, **options)
 
 
-def test_forward_mode_is_refused(device):
-    """Aloud: a straight-through value has no tangent of its own."""
+def test_forward_mode_is_unsupported(device):
+    """It raises, since a straight-through value has no tangent."""
     x, codebook = testing.vectors("random", 8, 5, 4, torch.float32, device)
     with pytest.raises(NotImplementedError, match="forward mode"):
         torch.func.jvp(lambda x: genperf.vector_quantize(x, codebook)[2], (x,), (torch.ones_like(x),))
