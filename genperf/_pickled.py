@@ -56,7 +56,7 @@ def codebook_state(state: dict[str, Any]) -> dict[str, Any]:
         "kmeans_init": state["init"] == "kmeans",
         "kmeans_iters": state["init_iterations"],
         "threshold_ema_dead_code": state["revive_below"],
-        "_needs_init": state["_awaits_data"],
+        "needs_init": state["_awaits_data"],
         "_last_step": None,
     }
 

@@ -37,6 +37,11 @@ class BatchNorm(_BatchNorm):
         ValueError: an argument outside its range.
     """
 
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def __init__(self, num_features: int, *, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True) -> None:
         check("BatchNorm", "num_features must be at least 1", num_features, num_features >= 1)
         check("BatchNorm", "eps must not be negative", eps, eps >= 0)

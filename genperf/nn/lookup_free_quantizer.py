@@ -122,6 +122,7 @@ class LookupFreeQuantizer(nn.Module):
     def _loss(self, bits: Tensor, codes: Tensor, size: float, channel: int, mask: Tensor | None) -> Tensor:
         loss = bits.new_zeros((), dtype=accumulator_dtype(bits.dtype))
         if self.entropy_weight > 0:
+            assert self.group_size is not None  # `check_group` sets it
             sharpness = 4 * self.inv_temperature * size
             sample, codebook = mean_entropies(bits, channel, self.num_codebooks, sharpness, self.group_size, mask)
             loss = loss + self.entropy_weight * (sample - self.diversity * codebook)
@@ -162,7 +163,7 @@ def mean_entropies(
     channel: int,
     codebooks: int,
     sharpness: float,
-    group: int | None,
+    group: int,
     mask: Tensor | None,
     floor: float | None = None,
     synchronized: bool = True,

@@ -4,12 +4,14 @@ Above 400 lines: a layer reads from top to bottom in one file, and a third of it
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._deprecation import RenamedAttribute, renamed_arguments
+from .._pickled import quantizer_state
 from ..ops._dispatch import choose_impl
 from ..ops._layout import Positions
 from ..ops._precision import accumulator_dtype
@@ -235,7 +237,9 @@ class ResidualVectorQuantizer(nn.Module):
             self.num_steps += 1
         vectors, valid = self._to_vectors(positions, mask)
         if self.training and self._needs_init:
-            self._init_in_first_step(_stack(vectors), valid)
+            from ._outside_compile import init_in_first_step
+
+            init_in_first_step(self, _stack(vectors), valid)
 
         updates = self.training and self.has_ema and update != "none"
         # An update overwrites codes that backward still needs.
@@ -422,9 +426,9 @@ class ResidualVectorQuantizer(nn.Module):
             residual = torch.where(before, residual - codebook[group, index.clamp(min=0)], residual)
         return residual
 
-    @torch.compiler.disable(reason="codes start from data: call init_codes, or take the first training step, without torch.compile")
     @torch.no_grad()
-    def _init_in_first_step(self, vectors: Tensor, valid: Tensor | None) -> None:
+    def init_in_first_step(self, vectors: Tensor, valid: Tensor | None) -> None:
+        """Set the codes from the vectors of the first training step, unless codes were loaded."""
         if self.initialized:
             self._needs_init = False
         else:
@@ -452,6 +456,9 @@ class ResidualVectorQuantizer(nn.Module):
         self._needs_init = False
         if self.init != "uniform":
             self.initialized.fill_(True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(quantizer_state(state))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if self.replace_dead_below > 0 and prefix + "counts" in state_dict:  # of a layer without dead-code replacement

@@ -4,13 +4,14 @@ Above 400 lines: a layer reads from top to bottom in one file, and a third of it
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._deprecation import RenamedAttribute, renamed_arguments
+from .._pickled import quantizer_state
 from ..ops._dispatch import choose_impl
 from ..ops._layout import Positions
 from ..ops._noise import first_sample
@@ -271,7 +272,9 @@ class VectorQuantizer(nn.Module):
         check_step("VectorQuantizer", update, code_weights, self.codebook)
         vectors, valid = self._to_vectors(positions, mask)
         if self.training and self._needs_init:
-            self._init_in_first_step(vectors, valid)
+            from ._outside_compile import init_in_first_step
+
+            init_in_first_step(self, vectors, valid)
 
         updates = self.training and self.has_ema and update != "none"
         # An update overwrites codes that backward still needs.
@@ -429,9 +432,9 @@ class VectorQuantizer(nn.Module):
         if self.replace_dead_below > 0:
             self._last_step = vectors.detach(), indices
 
-    @torch.compiler.disable(reason="codes start from data: call init_codes, or take the first training step, without torch.compile")
     @torch.no_grad()
-    def _init_in_first_step(self, vectors: Tensor, valid: Tensor | None) -> None:
+    def init_in_first_step(self, vectors: Tensor, valid: Tensor | None) -> None:
+        """Set the codes from the vectors of the first training step, unless codes were loaded."""
         if self.initialized:
             self._needs_init = False
         else:
@@ -447,6 +450,9 @@ class VectorQuantizer(nn.Module):
         self._needs_init = False
         if self.init != "uniform":
             self.initialized.fill_(True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(quantizer_state(state))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if self.replace_dead_below > 0 and prefix + "counts" in state_dict:  # of a layer without dead-code replacement

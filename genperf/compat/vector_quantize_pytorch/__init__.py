@@ -1,8 +1,8 @@
-"""Classes of vector-quantize-pytorch under their names, arguments, returned values and state dicts; that package is not needed.
+"""Classes of vector-quantize-pytorch with their arguments, returned values and state_dicts; that package need not be installed.
 
     from genperf.compat.vector_quantize_pytorch import VectorQuantize
 
-A checkpoint of theirs loads here and the other way around. What differs is listed with each class.
+Checkpoints load in both directions. Each class documents its differences from upstream.
 """
 
 from .fsq import FSQ

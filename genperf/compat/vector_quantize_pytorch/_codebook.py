@@ -1,11 +1,13 @@
 """The codes of a `VectorQuantize`: search, EMA, dead-code replacement and initialization, under upstream's buffer names."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..._pickled import codebook_state
 from ...nn._codebook_init import codes_from_data
 from ...nn._ema import (
     CodebookUpdate,
@@ -89,7 +91,7 @@ class Codebook(nn.Module):
         if threshold_ema_dead_code > 0:
             self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64), persistent=False)
         # Asked on the host, which costs no synchronization.
-        self._needs_init = kmeans_init
+        self.needs_init = kmeans_init
         self._pending: tuple[Tensor, Tensor] | None = None
         self._last_step: tuple[Tensor, Tensor] | None = None
 
@@ -98,22 +100,17 @@ class Codebook(nn.Module):
         """Whether training steps gather statistics: for codes that learn by EMA, or for dead-code replacement."""
         return self.ema_update or self.threshold_ema_dead_code > 0
 
+    @torch.no_grad()
     def init_in_first_step(self, vectors: Tensor, valid: Tensor | None) -> None:
         """Set the codes by k-means unless they are set; vectors [h, outer, d, inner], valid [h, outer, inner]."""
-        if self._needs_init:
-            self._init_from(vectors, valid)
-
-    @torch.compiler.disable(reason="codes start from data: take the first step without torch.compile")
-    @torch.no_grad()
-    def _init_from(self, vectors: Tensor, valid: Tensor | None) -> None:
         if self.initted:
-            self._needs_init = False
+            self.needs_init = False
             return
         options = {"init": "kmeans", "iterations": self.kmeans_iters, "metric": self.metric, "synchronized": self.synchronized}
         found = codes_from_data(vectors, valid, self.codebook_size, **options)
         if found is not None:
             set_codes_(self.embed, self.cluster_size, self.embed_avg, *found, normalize=self.metric == "cosine")
-            self._needs_init = False
+            self.needs_init = False
             self.initted.fill_(True)
 
     def search_codes(self, dtype: torch.dtype, *, copy: bool) -> Tensor:
@@ -192,10 +189,13 @@ class Codebook(nn.Module):
         """Raise a ValueError for weights that do not fit the codebook."""
         check_code_weights("VectorQuantize", code_weights, self.embed)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(codebook_state(state))
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "embed" in state_dict:
-            self._needs_init = self.kmeans_init and not self.initted
+            self.needs_init = self.kmeans_init and not self.initted
             self._pending = self._last_step = None
 
 

@@ -1,25 +1,24 @@
-"""vector-quantize-pytorch's LFQ over genperf.lookup_free_quantize; vector-quantize-pytorch itself is not needed.
+"""LFQ of vector-quantize-pytorch, implemented with genperf.lookup_free_quantize; the package need not be installed.
 
-What is the same: constructor and forward arguments, returned values, names in the state dict, methods, and values up to
-rounding; with `frac_per_sample_entropy` the same vectors are drawn where there is no mask.
+The arguments of constructor and forward, the returned values, the state_dict and the methods are those of upstream. Values agree up
+to rounding; without a mask, `frac_per_sample_entropy` selects the same vectors.
 
-What differs, since there it is a fault or a cost:
-  - Nothing of size vectors x codes is built (theirs: 28 bytes for each pair). `codebook` is computed when it is read.
-  - The per-sample entropy is exact. Theirs takes the logarithm of no less than 1e-5, so that codes of a smaller probability
-    count too little: it is smaller by up to 3.7e-6 nats a code, which is nothing at the default inv_temperature, and much
-    where the distribution is spread over more than 1e5 codes. The codebook entropy is theirs, with the 1e-5.
-  - With a mask the codebook entropy is that of the vectors that are left, as without. Theirs is then the per-sample
-    entropy once more, since it takes each vector for a codebook.
-  - With several processes the codebook entropy is that of the mean over all. Theirs drops the result of its all_reduce and
-    divides its own by the number of processes. With entropy_loss_weight=0 the breakdown is that of each process alone.
-  - Indices are exact to 2^63 codes (theirs to 2^31); an entropy loss needs at most 2^24, else it raises
-    NotImplementedError.
-  - A NaN stays NaN in evaluation mode too, and a mask that is False everywhere gives losses of 0, not NaN.
-  - Half precision is computed in float32 without a copy, whatever `force_quantization_f32` says.
-  - Images are not permuted, and nothing waits for the device. Inputs of two dimensions are taken too.
-  - Errors are ValueErrors with a sentence, not AssertionErrors.
+Differences from upstream:
+  - No tensor of size vectors x codes is allocated; upstream needs 28 bytes per pair. `codebook` is computed when it is read.
+  - The per-sample entropy is exact. Upstream clamps probabilities in the logarithm to 1e-5, which lowers it by up to 3.7e-6 nats
+    per code: negligible at the default inv_temperature, but not for distributions over more than 1e5 codes. The
+    codebook entropy is that of upstream, with the clamp.
+  - With a mask, the codebook entropy is that of the remaining vectors. Upstream returns the per-sample entropy in its place, since
+    it treats each vector as a codebook.
+  - Under torch.distributed, the codebook entropy is that of the global batch. Upstream discards the result of its all-reduce and
+    divides the local mean by the number of ranks. With entropy_loss_weight=0, the breakdown is that of each rank alone.
+  - Indices are exact up to 2^63 codes (upstream: 2^31). An entropy loss over more than 2^24 codes raises NotImplementedError.
+  - NaN inputs give NaN in evaluation mode too, and a mask that is False everywhere gives losses of 0, not NaN.
+  - Half precision is always computed in float32 without a copy, for any `force_quantization_f32`.
+  - Images are not permuted, and nothing synchronizes with the device. Inputs of two dimensions are supported.
+  - Invalid arguments raise ValueError instead of AssertionError.
 
-For new code: `genperf.nn.LookupFreeQuantizer`, with entropies over groups of bits for codebooks of any size.
+For new code, see `genperf.nn.LookupFreeQuantizer`, which computes entropies over groups of bits for codebooks of any size.
 """
 
 from collections import namedtuple
@@ -33,6 +32,7 @@ from ...nn._channels import codebooks_last, linear, project
 from ...nn.lookup_free_quantizer import commitment, mean_entropies
 from ...ops._autograd import ValueOf
 from ...ops._precision import normalized
+from ...ops._validate import check
 from ...ops.lookup_free_entropy import MAX_GROUP
 from ...ops.lookup_free_quantize import check_bits, code_size, lookup_free_decode, lookup_free_quantize
 
@@ -43,7 +43,7 @@ LOG_FLOOR = 1e-5
 
 
 class CosineSimLinear(nn.Module):
-    """Cosines between vectors and the columns of a weight [dim_in, dim_out], times a scale."""
+    """Cosine similarities of vectors and the columns of a weight [dim_in, dim_out], times a scale."""
 
     def __init__(self, dim_in: int, dim_out: int, scale: float = 1.0) -> None:
         super().__init__()
@@ -59,25 +59,28 @@ class LFQ(nn.Module):
     """Lookup-free quantization; Yu et al. (arXiv 2310.05737), with spherical=True Zhao et al. (arXiv 2406.07548).
 
     Args:
-        dim: channels of x; None for as many as are quantized, log2(codebook_size) * num_codebooks.
+        dim: number of channels of x; None for log2(codebook_size) * num_codebooks, the number of quantized channels.
         codebook_size: a power of 2; None for 2 ** dim.
-        entropy_loss_weight: of the per-sample entropy less diversity_gamma times the codebook entropy.
-        commitment_loss_weight: of the squared distance between vectors and codes.
-        straight_through_activation: applied to what carries the gradient.
+        entropy_loss_weight: weight of per-sample entropy minus diversity_gamma * codebook entropy.
+        commitment_loss_weight: weight of the squared distance between vectors and codes.
+        straight_through_activation: activation through which the straight-through gradient flows.
         num_codebooks, keep_num_codebooks_dim: as in `FSQ`.
-        codebook_scale: of the codes.
-        frac_per_sample_entropy: the share of vectors, drawn anew in each step, that enters the entropies.
-        has_projections, projection_has_bias: of the linear layers; by default there are some where dim differs.
-        soft_clamp_input_value: bounds the quantized channels by a tanh of this height, at least codebook_scale.
-        cosine_sim_project_in, cosine_sim_project_in_scale: project in by cosines.
-        channel_first: x is [B, dim, ...]; None for: if it has four or more dimensions.
-        experimental_softplus_entropy_loss, entropy_loss_offset: the entropy loss goes through a shifted softplus.
-        spherical: vectors and codes are normalized.
-        force_quantization_f32: kept as an attribute; the quantization is in float32 or better in any case.
-        orthogonal_rotation: quantizes in randomly rotated axes, a buffer.
+        codebook_scale: magnitude of the codes.
+        frac_per_sample_entropy: fraction of the vectors, chosen at random in each step, to compute entropies from.
+        has_projections: whether there are linear layers before and after quantization; None for if dim differs from the
+            number of quantized channels.
+        projection_has_bias: whether these have a bias.
+        soft_clamp_input_value: bound of the quantized channels, applied by tanh; at least codebook_scale.
+        cosine_sim_project_in, cosine_sim_project_in_scale: whether the first projection computes cosine similarities, and
+            their scale.
+        channel_first: whether x is [B, dim, ...]; None for if it has four or more dimensions.
+        experimental_softplus_entropy_loss, entropy_loss_offset: whether to apply a softplus to the entropy loss, and its offset.
+        spherical: whether to normalize vectors and codes.
+        force_quantization_f32: stored as an attribute; quantization is always in at least float32.
+        orthogonal_rotation: whether to quantize in a random orthogonal basis, a buffer.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an argument out of range.
     """
 
     mask: Tensor
@@ -110,17 +113,20 @@ class LFQ(nn.Module):
         orthogonal_rotation: bool = False,
     ) -> None:
         super().__init__()
-        _check("dim or codebook_size must be given", None, dim is not None or codebook_size is not None)
-        codebook_size = 2**dim if codebook_size is None else codebook_size
+        check("LFQ", "dim or codebook_size must be given", None, dim is not None or codebook_size is not None)
+        if codebook_size is None:
+            assert dim is not None
+            codebook_size = 2**dim
         suggested = 2 ** ceil(log2(max(2, codebook_size)))
-        _check(f"codebook_size must be a power of 2, such as {suggested}", codebook_size, suggested == codebook_size)
+        check("LFQ", f"codebook_size must be a power of 2, such as {suggested}", codebook_size, suggested == codebook_size)
         bits = codebook_size.bit_length() - 1
         check_bits("LFQ", bits)
-        _check("num_codebooks must be at least 1", num_codebooks, num_codebooks >= 1)
+        check("LFQ", "num_codebooks must be at least 1", num_codebooks, num_codebooks >= 1)
         keep = num_codebooks > 1 if keep_num_codebooks_dim is None else keep_num_codebooks_dim
-        _check("several codebooks need keep_num_codebooks_dim", keep, keep or num_codebooks == 1)
-        _check("frac_per_sample_entropy must lie in (0, 1]", frac_per_sample_entropy, 0 < frac_per_sample_entropy <= 1)
-        _check(
+        check("LFQ", "several codebooks need keep_num_codebooks_dim", keep, keep or num_codebooks == 1)
+        check("LFQ", "frac_per_sample_entropy must lie in (0, 1]", frac_per_sample_entropy, 0 < frac_per_sample_entropy <= 1)
+        check(
+            "LFQ",
             "soft_clamp_input_value must be at least codebook_scale",
             soft_clamp_input_value,
             soft_clamp_input_value is None or soft_clamp_input_value >= codebook_scale,
@@ -177,7 +183,7 @@ class LFQ(nn.Module):
         return lookup_free_decode(indices, self.codebook_dim, scale=self.codebook_scale, spherical=spherical, dtype=self.dtype)
 
     def indices_to_codes(self, indices: Tensor, project_out: bool = True) -> Tensor:
-        """What `forward` returned as `quantized` for these indices, laid out alike; project_out=False gives the codes themselves."""
+        """The quantized vectors that `forward` returns with these indices; with project_out=False, the codes before the projection."""
         channel_first = indices.ndim >= 3 + self.keep_num_codebooks_dim if self.channel_first is None else self.channel_first
         codes = self._codes(indices, self.spherical)
         if self.orthogonal_rotation:
@@ -194,19 +200,19 @@ class LFQ(nn.Module):
         """Quantize x.
 
         Args:
-            x: [B, ..., dim], or [B, dim, ...] with channel_first and for four or more dimensions.
-            inv_temperature: of the soft codes that the entropies are of.
-            return_loss_breakdown: return the terms of the loss too.
-            mask: bool, x's shape without its channels, or [B, positions]; the losses leave out what is False.
+            x: [B, ..., dim]; [B, dim, ...] with channel_first or four or more dimensions.
+            inv_temperature: inverse temperature of the code softmax whose entropies are computed.
+            return_loss_breakdown: whether to return the terms of the loss too.
+            mask: bool, of x's shape without channels, or [B, positions]; vectors where it is False are left out of the losses.
 
         Returns:
-            (quantized, indices, entropy_aux_loss): of x's shape and dtype; int64, x's shape without its channels (with a last
-            dimension for the codebooks if keep_num_codebooks_dim); the weighted sum of the losses, 0 in evaluation mode.
-            With return_loss_breakdown also (per_sample_entropy, batch_entropy, commitment).
+            (quantized, indices, entropy_aux_loss): quantized, of x's shape and dtype; indices, int64, of x's shape without
+            channels, with a last dimension for the codebooks if keep_num_codebooks_dim; the weighted sum of the losses, 0 in
+            evaluation mode. With return_loss_breakdown also (per_sample_entropy, batch_entropy, commitment).
         """
         channel_first = x.ndim >= 4 if self.channel_first is None else self.channel_first
         channel = 1 if channel_first else x.ndim - 1
-        _check(f"the channels of x must be {self.dim}", list(x.shape), x.shape[channel] == self.dim)
+        check("LFQ", f"the channels of x must be {self.dim}", list(x.shape), x.shape[channel] == self.dim)
         if mask is not None:
             mask = mask.reshape([*x.shape[:channel], *x.shape[channel + 1 :]])
         x = self.project_in(x, channel) if isinstance(self.project_in, CosineSimLinear) else linear(self.project_in, x, channel)
@@ -240,16 +246,16 @@ class LFQ(nn.Module):
     def _entropies(
         self, bits: Tensor, size: float, channel: int, mask: Tensor | None, inv_temperature: float, wanted: bool
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """The per-sample and the codebook entropy, and the loss on them."""
+        """(per-sample entropy, codebook entropy) and the entropy loss."""
         if not self.training or (self.entropy_loss_weight == 0 and not wanted):
             return (self.zero, self.zero), self.zero
         if self.codebook_dim > MAX_GROUP:
             raise NotImplementedError(
                 f"LFQ: entropy_loss_weight over more than 2^{MAX_GROUP} codes is not supported, got 2^{self.codebook_dim}; set it to 0, "
-                "or take genperf.nn.LookupFreeQuantizer with a group_size."
+                "or use genperf.nn.LookupFreeQuantizer with a group_size."
             )
         if self.frac_per_sample_entropy < 1:
-            mask = self._some(bits, channel, mask)
+            mask = self._random_subset(bits, channel, mask)
         sharpness = 4 * inv_temperature * size
         # With weight 0 each call decides whether to compute entropies, and ranks that disagree would hang in an all-reduce.
         synchronized = self.entropy_loss_weight != 0
@@ -259,8 +265,8 @@ class LFQ(nn.Module):
             loss = F.softplus(loss + self.entropy_loss_offset)
         return entropies, loss
 
-    def _some(self, bits: Tensor, channel: int, mask: Tensor | None) -> Tensor:
-        """True for a random share of the vectors, or of those where the mask is True."""
+    def _random_subset(self, bits: Tensor, channel: int, mask: Tensor | None) -> Tensor:
+        """A mask of a random fraction of the vectors, or of those where `mask` is True."""
         shape = [*bits.shape[:channel], *bits.shape[channel + 1 :]]
         vectors = bits.numel() // bits.shape[channel]
         keys = torch.randn(vectors, device=bits.device)
@@ -268,8 +274,3 @@ class LFQ(nn.Module):
             return (keys.argsort() < int(vectors * self.frac_per_sample_entropy)).reshape(shape)
         rank = keys.masked_fill(~mask.flatten(), torch.inf).argsort().argsort()
         return (rank < (mask.sum() * self.frac_per_sample_entropy).floor()).reshape(shape)
-
-
-def _check(rule: str, value: object, holds: bool) -> None:
-    if not holds:
-        raise ValueError(f"LFQ: {rule}, got {value!r}.")

@@ -227,7 +227,7 @@ class ResidualVQ(nn.Module):
             layer.use_cosine_sim or codebook.threshold_ema_dead_code > 0 or layer.stochastic_sample_codes,
             layer.learnable_codebook or layer.has_codebook_diversity_loss or layer.has_codebook_orthogonal_loss,
             not layer.route_gradients_to_input or layer.directional_reparam or layer.commitment_use_cross_entropy_loss,
-            any(layer._codebook._needs_init for layer in self.layers),
+            any(layer._codebook.needs_init for layer in self.layers),
         )
         return not any(needs_one_by_one)
 

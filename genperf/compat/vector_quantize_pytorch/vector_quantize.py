@@ -3,12 +3,13 @@
 Above 400 lines: upstream has 40 arguments, and what differs from it is listed here.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..._pickled import vector_quantize_state
 from ...nn._codebook_losses import diversity_loss, orthogonal_loss
 from ...nn._ema import CodeWeights, saved_copy
 from ...nn._vectors import look_up, merge_heads, merge_indices, split_heads, split_indices
@@ -217,6 +218,9 @@ class VectorQuantize(nn.Module):
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.freeze_codebook = freeze_codebook
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(vector_quantize_state(state))
+
     @property
     def ema_update(self) -> bool:
         return self._codebook.ema_update
@@ -324,7 +328,10 @@ class VectorQuantize(nn.Module):
         # Padding may hold anything: it must not make gradients of the projection NaN.
         projected = self.project_in(torch.where(mask.unsqueeze(-1), x, 0) if mask is not None and self.has_projections else x)
         positions, vectors, valid = self._to_vectors(projected, mask)
-        codebook.init_in_first_step(vectors, valid)
+        if codebook.needs_init:
+            from ...nn._outside_compile import init_in_first_step
+
+            init_in_first_step(codebook, vectors, valid)
 
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         ema_update = codebook.ema_update if ema_update is None else ema_update

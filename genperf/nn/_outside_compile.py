@@ -1,0 +1,14 @@
+"""Initialization from data, which torch.compile leaves to Python.
+
+Imported only when it is needed: it loads torch._dynamo, which takes a second.
+"""
+
+import torch
+from torch import Tensor
+
+_REASON = "codes start from data: call init_codes, or take the first training step, without torch.compile"
+
+
+@torch.compiler.disable(reason=_REASON)
+def init_in_first_step(layer, vectors: Tensor, valid: Tensor | None) -> None:
+    layer.init_in_first_step(vectors, valid)
