@@ -1,6 +1,6 @@
-"""Drop-ins for classes of other libraries, under their names and with their semantics.
+"""Drop-in replacements for classes of other libraries, with their names and semantics.
 
-None of these libraries is needed, but for torchmetrics, whose class `compat.torchmetrics` extends: it is imported when first used.
+The libraries need not be installed, except torchmetrics, whose class `compat.torchmetrics` extends; it is imported on first use.
 """
 
 import importlib

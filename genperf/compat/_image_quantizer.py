@@ -1,4 +1,4 @@
-"""The quantizer of images that taming-transformers' VectorQuantizer2 and diffusers' VectorQuantizer share."""
+"""The image quantizer behind VectorQuantizer2 of taming-transformers and VectorQuantizer of diffusers."""
 
 import numpy as np
 from torch import Tensor, nn
@@ -9,7 +9,30 @@ from ._used_codes import UsedCodes
 
 
 class ImageQuantizer(UsedCodes):
-    """Quantizes z [B, D, H, W] with the codes of an embedding, which learn from the loss."""
+    """Quantizes images with a codebook trained by gradient; van den Oord et al. (2017), Esser et al. (2021).
+
+    Equivalent to (no remap):
+        z_q, indices, loss = genperf.vector_quantize(
+            z, self.embedding.weight, codebook_weight=beta if legacy else 1, commitment_weight=1 if legacy else beta, channel_dim=1
+        )
+        return z_q, loss, (None, None, indices.flatten())
+
+    Args:
+        n_e: K, the number of codes.
+        dim: D, the length of a code.
+        beta: weight of the codebook loss, or with legacy=False of the commitment loss; the other one has weight 1.
+        remap: the indices of the used codes, or the path of a .npy file with them; returned indices are positions among them.
+        unknown_index: index of unused codes with remap: "random", "extra" (one past the last) or an int.
+        sane_index_shape: whether to return indices [B, H, W] instead of flat ones.
+        legacy: see beta.
+
+    Attributes:
+        embedding: Embedding(n_e, dim).
+        used, re_embed: with remap, the used indices, a buffer, and the number of indices after remapping.
+
+    Raises:
+        ValueError: a remap that is not a list of indices, or an invalid unknown_index.
+    """
 
     def __init__(
         self,
@@ -28,10 +51,10 @@ class ImageQuantizer(UsedCodes):
         self.sane_index_shape = sane_index_shape
         self.embedding = nn.Embedding(n_e, dim)
         nn.init.uniform_(self.embedding.weight, -1 / n_e, 1 / n_e)
-        self.use(n_e, remap, unknown_index)
+        self.set_remap(n_e, remap, unknown_index)
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z_q, the loss, and the indices [B, H, W] in the whole codebook."""
+        """z_q, the loss, and the indices [B, H, W] before remapping."""
         if z.dim() != 4 or z.shape[1] != self.embedding.embedding_dim:
             raise ValueError(f"{type(self).__name__}: z must be [B, {self.embedding.embedding_dim}, H, W], got {list(z.shape)}.")
         codebook_weight, commitment_weight = (self.beta, 1.0) if self.legacy else (1.0, self.beta)
@@ -40,7 +63,7 @@ class ImageQuantizer(UsedCodes):
         )
         return z_q, loss, indices
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor | None, None, Tensor]]:
         """Quantize z [B, D, H, W].
 
         Returns:
@@ -54,7 +77,7 @@ class ImageQuantizer(UsedCodes):
         return z_q, loss, (None, None, indices.reshape(shape))
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
-        """Codes [B, D, H, W] of indices, where shape is (B, H, W, D); without a shape, [..., D] of indices [...]."""
+        """Codes [B, D, H, W] of indices, given shape (B, H, W, D); with shape=None, codes [..., D] of indices [...]."""
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
         codes = F.embedding(indices if shape is None else indices.reshape(tuple(shape)[:-1]), self.embedding.weight)

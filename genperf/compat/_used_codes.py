@@ -1,4 +1,4 @@
-"""Indices that count only the codes in use, as taming-transformers and diffusers remap them."""
+"""Remapping of indices to a subset of used codes, as in taming-transformers and diffusers."""
 
 import numpy as np
 import torch
@@ -6,20 +6,20 @@ from torch import Tensor, nn
 
 
 class UsedCodes(nn.Module):
-    """A layer with indices into `num_codes` codes that can be remapped to those in use.
+    """A layer whose indices can be remapped to a subset of used codes.
 
     Attributes:
-        used: with remap, the indices in use; a buffer.
-        re_embed: the number of indices there are after remapping.
+        used: with remap, the indices of the used codes, a buffer.
+        re_embed: the number of indices after remapping.
     """
 
     used: Tensor
 
-    def use(self, num_codes: int, remap: str | np.ndarray | Tensor | None, unknown_index: str | int) -> None:
-        """Set `remap`, a .npy file or the indices in use, and what becomes of others: "random", "extra" or a number."""
+    def set_remap(self, num_codes: int, remap: str | np.ndarray | Tensor | None, unknown_index: str | int) -> None:
+        """Set the used indices, given as such or as the path of a .npy file, and the index of unused codes: "random", "extra" or an int."""
         self.remap = remap
         self.re_embed = num_codes
-        self.unknown_index = unknown_index
+        self.unknown_index: str | int = unknown_index
         self._num_codes = num_codes
         if remap is None:
             return
@@ -36,14 +36,14 @@ class UsedCodes(nn.Module):
             self.re_embed += 1
 
     def remap_to_used(self, inds: Tensor) -> Tensor:
-        """Positions of `inds` among the indices in use; of what is not in use, see `unknown_index`."""
-        number = len(self.used)
-        positions = torch.arange(number, device=inds.device)
-        table = positions.new_full((self._num_codes,), number).scatter_reduce(0, self.used.to(inds.device), positions, "amin")
+        """Positions of `inds` among the used indices; `unknown_index` for unused codes."""
+        count = len(self.used)
+        positions = torch.arange(count, device=inds.device)
+        table = positions.new_full((self._num_codes,), count).scatter_reduce(0, self.used.to(inds.device), positions, "amin")
         found = table[inds]
-        unknown = torch.randint_like(found, self.re_embed) if self.unknown_index == "random" else self.unknown_index
-        return torch.where(found < number, found, unknown).to(inds.dtype)
+        unknown = self.unknown_index if isinstance(self.unknown_index, int) else torch.randint_like(found, self.re_embed)
+        return torch.where(found < count, found, unknown).to(inds.dtype)
 
     def unmap_to_all(self, inds: Tensor) -> Tensor:
-        """The inverse of `remap_to_used`; the extra index becomes the first in use."""
+        """The inverse of `remap_to_used`; the extra index becomes the first used index."""
         return self.used.to(inds)[torch.where(inds < len(self.used), inds, 0)]

@@ -1,35 +1,35 @@
-"""diffusers' VectorQuantizer over genperf.vector_quantize and DiagonalGaussianDistribution over genperf.gaussian_sample; diffusers
-itself is not needed.
+"""VectorQuantizer and DiagonalGaussianDistribution of diffusers, implemented with genperf's ops.
 
-VectorQuantizer: what is the same: the constructor, `embedding.weight` (a checkpoint loads), beta with legacy=True, remapping, the
-shapes of what is returned. What differs, since there it is a cost or a fault: no positions x codes matrix, z is not permuted, z_q
-is the code bit for bit, the nearest code is exact in float64; with remap nothing waits for the device, and indices are not changed
-in place. To use it in a VQModel: `model.quantize = VectorQuantizer(...)` with the old one's state_dict.
+diffusers need not be installed.
 
-DiagonalGaussianDistribution: to use it in an autoencoder of diffusers, put it in the place of the name that the autoencoder's
-module imported:
+VectorQuantizer has the same constructor, state_dict (`embedding.weight`), meaning of beta (with legacy=True), remapping and
+shapes of returned values as upstream. To use it in a VQModel, assign `model.quantize = VectorQuantizer(...)` and load the
+state_dict of the original quantizer.
+
+Differences from upstream:
+  - No positions x codes matrix is computed, and z is not permuted.
+  - z_q equals the code bitwise, and the nearest code is that of float64 arithmetic.
+  - Remapping neither synchronizes with the device nor changes indices in place.
+
+DiagonalGaussianDistribution has the same constructor, methods, attributes and formulas as upstream, up to rounding for images
+[B, C, H, W] in float32 and float64. To use it in an autoencoder of diffusers, replace the name in the autoencoder's module:
 
     from diffusers.models.autoencoders import autoencoder_kl
     autoencoder_kl.DiagonalGaussianDistribution = genperf.compat.diffusers.DiagonalGaussianDistribution
 
-What is the same: the constructor, the methods, the attributes and the formulas, for images [B, C, H, W] in float32 and
-float64 up to rounding.
-
-What differs, since there it is a fault:
-  - kl() of video latents [B, C, T, H, W] is [B]; theirs sums dimensions 1, 2 and 3, and returns [B, W]. Latents [B, C]
-    and [B, C, L], for which theirs raises an error, work. So does nll() without `dims`.
-  - kl() and nll() of a deterministic distribution are zeros [B] on its device; theirs are one zero on the CPU.
-  - bfloat16 and float16: kl(), nll() and sample() compute in float32 and round once; kl() and nll() are float32. Theirs
-    sum in half precision, where the KLs of large latents become one number.
+Differences from upstream:
+  - kl() of video latents [B, C, T, H, W] is [B]; upstream sums dimensions 1, 2 and 3 and returns [B, W]. kl(), and nll() without
+    `dims`, support latents [B, C] and [B, C, L], for which upstream raises an error.
+  - kl() and nll() of a deterministic distribution are zeros [B] on its device; upstream returns one zero on the CPU.
+  - For bfloat16 and float16, kl(), nll() and sample() compute in float32 and round once, and kl() and nll() are float32.
+    Upstream sums in half precision, which rounds the KLs of large latents coarsely.
   - kl() does not cancel where the variance is near 1.
-  - kl(other) of a deterministic other is infinite; theirs can be NaN.
-  - Setting `deterministic` later makes samples deterministic too; there it changes kl() and nll() alone.
-  - One generator drives any device, and a list holds one for each sample, as there.
-
-What differs by design: the noise is a function of a seed drawn from the generator, so that nothing but the seed is kept
-for backward, and the same generator state gives other numbers than torch.randn. For their numbers pass
-`sample(noise=randn_tensor(...))`, or set `torch_noise = True` on the class or on one distribution: the noise then comes
-from torch.randn, drawn as diffusers draws it.
+  - kl(other) for a deterministic other is infinite; upstream can return NaN.
+  - Setting `deterministic` later makes samples deterministic too; upstream changes kl() and nll() only.
+  - A generator of any device can be used, or a list with one per sample, as upstream.
+  - The noise is computed from a seed drawn from the generator, so that only the seed is saved for backward. The same
+    generator state gives other numbers than torch.randn. For upstream's numbers pass `sample(noise=randn_tensor(...))`, or set
+    `torch_noise = True` on the class or an instance, which draws the noise with torch.randn as upstream does.
 """
 
 import math
@@ -44,26 +44,13 @@ from ._image_quantizer import ImageQuantizer
 
 
 class VectorQuantizer(ImageQuantizer):
-    """Quantizes images with a codebook learned by gradient (van den Oord et al., 2017; Esser et al., 2021).
-
-    Equivalent to (no remap):
-        z_q, indices, loss = genperf.vector_quantize(
-            z, self.embedding.weight, codebook_weight=beta if legacy else 1, commitment_weight=1 if legacy else beta, channel_dim=1
-        )
-        return z_q, loss, (None, None, indices.flatten())
+    """VectorQuantizer of diffusers: an `ImageQuantizer` with upstream's names of arguments.
 
     Args:
         n_e: K, the number of codes.
         vq_embed_dim: D, the length of a code.
-        beta: weight of the codes' term, or with legacy=False of the commitment; the other has weight 1.
-        remap: path of a .npy file with the indices of the codes in use, or those indices; the returned indices count them.
-        unknown_index: what `remap_to_used` makes of an unused index: "random", "extra" (one past the last) or a number.
-        sane_index_shape: return indices [B, H, W].
-        legacy: see beta.
-
-    Attributes:
-        embedding: Embedding(n_e, vq_embed_dim).
-        used, re_embed: with remap, the indices in use, a buffer; the number of indices after remapping.
+        beta: weight of the codebook loss, or with legacy=False of the commitment loss; the other one has weight 1.
+        remap, unknown_index, sane_index_shape, legacy: as in `ImageQuantizer`.
     """
 
     def __init__(
@@ -80,22 +67,22 @@ class VectorQuantizer(ImageQuantizer):
         self.vq_embed_dim = vq_embed_dim
 
 
-def _computed(name: str) -> property:
-    """An attribute that is computed when it is first read, and can be assigned."""
+def _lazy(name: str) -> property:
+    """A property that is computed when it is first read, and can be assigned."""
 
-    def read(self) -> Tensor:
-        if name not in self._given:
-            self._given[name] = self._first(name, self._raw_logvar)
-        return self._given[name]
+    def get(self: "DiagonalGaussianDistribution") -> Tensor:
+        if name not in self._values:
+            self._values[name] = self._computed(name, self._raw_logvar)
+        return self._values[name]
 
-    def assign(self, value: Tensor) -> None:
-        self._given[name] = value
+    def set_(self: "DiagonalGaussianDistribution", value: Tensor) -> None:
+        self._values[name] = value
 
-    return property(read, assign)
+    return property(get, set_)
 
 
 class DiagonalGaussianDistribution:
-    """Distribution of an autoencoder's latents, from moments packed along dimension 1, mean first.
+    """Diagonal Gaussian over an autoencoder's latents, from mean and log variance packed along dimension 1.
 
     Equivalent to:
         mean, logvar = parameters.chunk(2, dim=1)
@@ -105,22 +92,21 @@ class DiagonalGaussianDistribution:
         kl = 0.5 * (mean.square() + var - 1 - logvar).flatten(1).sum(1)
         nll = 0.5 * (math.log(2 * math.pi) + logvar + (x - mean).square() / var).flatten(1).sum(1)
 
-    The attributes mean, logvar, std and var can be assigned; sample, mode, kl and nll take what they then hold. std, var
-    and logvar are computed when they are first read, so that encoding and sampling is one kernel.
+    mean, logvar, std and var can be assigned, and all methods use the assigned values. logvar, std and var are computed when
+    they are first read, so that encoding and sampling is one kernel. Samples and KLs are differentiable twice in the
+    parameters; the second backward runs in plain PyTorch.
 
     Args:
         parameters: moments [B, 2 * C, ...], of a floating dtype.
-        deterministic: samples are the mean.
+        deterministic: whether samples are the mean.
 
     Attributes:
         parameters: the moments.
-        mean: the first half.
+        mean: the first half of the parameters.
         logvar: the second half, clamped to [-30, 20].
-        std, var: exp(logvar / 2) and exp(logvar); zeros when deterministic.
-        deterministic: setting it computes std and var anew.
-        torch_noise: whether noise is torch.randn's. False, a class attribute.
-
-    Samples and KLs are differentiable in the parameters, and twice, the second time in plain PyTorch.
+        std, var: exp(logvar / 2) and exp(logvar); zeros if deterministic.
+        deterministic: assigning it recomputes std and var.
+        torch_noise: whether noise is drawn by torch.randn; False, a class attribute.
 
     Raises:
         ValueError: parameters with an odd number of channels.
@@ -136,15 +122,15 @@ class DiagonalGaussianDistribution:
             )
         self.parameters = parameters
         self.mean, self._raw_logvar = parameters.chunk(2, dim=1)
-        self._first_mean = self.mean
+        self._original_mean = self.mean
         self._deterministic = deterministic
-        self._learns = torch.is_grad_enabled()
-        # Values assigned, or read and so perhaps changed in place: they are what counts from then on.
-        self._given: dict[str, Tensor] = {}
+        self._grad_enabled = torch.is_grad_enabled()
+        # Values that were assigned, or were read and may have been changed in place.
+        self._values: dict[str, Tensor] = {}
 
-    logvar = _computed("logvar")
-    std = _computed("std")
-    var = _computed("var")
+    logvar = _lazy("logvar")
+    std = _lazy("std")
+    var = _lazy("var")
 
     @property
     def deterministic(self) -> bool:
@@ -153,8 +139,8 @@ class DiagonalGaussianDistribution:
     @deterministic.setter
     def deterministic(self, value: bool) -> None:
         self._deterministic = value
-        self._given.pop("std", None)
-        self._given.pop("var", None)
+        self._values.pop("std", None)
+        self._values.pop("var", None)
 
     def sample(
         self, generator: torch.Generator | Sequence[torch.Generator] | None = None, *, noise: Tensor | None = None
@@ -162,8 +148,8 @@ class DiagonalGaussianDistribution:
         """Draw a sample, of the dtype of the parameters.
 
         Args:
-            generator: of any device, or a list with one for each sample of the batch.
-            noise: used in place of drawn noise; of the shape of the mean, of its dtype or float32.
+            generator: a generator of any device, or a list with one per sample.
+            noise: noise in place of drawn noise, of the mean's shape and of its dtype or float32.
         """
         if noise is None and isinstance(generator, Sequence) and len(generator) == 1:
             (generator,) = generator
@@ -171,14 +157,15 @@ class DiagonalGaussianDistribution:
             noise = self._torch_noise(generator)
         elif noise is None and isinstance(generator, Sequence):
             return self._sample_each(generator)
-        std_is_first = "std" not in self._given
-        if std_is_first and self.deterministic:
+        source = None if isinstance(generator, Sequence) else generator
+        is_original_std = "std" not in self._values
+        if is_original_std and self.deterministic:
             return self.mean.clone()
-        if std_is_first and self.mean is self._first_mean:
-            return gaussian_sample(self.parameters, generator=generator, noise=noise)[0]
-        if noise is None:  # what gaussian_sample would have drawn
-            zeros = torch.zeros_like(self._first_mean)
-            noise, _ = gaussian_sample(zeros, zeros, dtype=self._accumulator(), generator=generator)
+        if is_original_std and self.mean is self._original_mean:
+            return gaussian_sample(self.parameters, generator=source, noise=noise)[0]
+        if noise is None:  # the noise that gaussian_sample would have drawn
+            zeros = torch.zeros_like(self._original_mean)
+            noise, _ = gaussian_sample(zeros, zeros, dtype=self._accumulator(), generator=source)
         wide = self._wide("mean") + self._wide("std") * noise.to(self._accumulator())
         return wide.to(self.parameters.dtype)
 
@@ -189,20 +176,20 @@ class DiagonalGaussianDistribution:
         if other is not None and other.deterministic:
             return torch.full_like(self._zero(), math.inf)
         if self._is_unchanged() and (other is None or other._is_unchanged()):
-            # Noise of one zero seen everywhere: a KL draws nothing from the generator.
-            nothing = self.mean.new_zeros(()).expand(self.mean.shape)
+            # Zero noise, so that a KL does not advance the generator.
+            zero = self.mean.new_zeros(()).expand(self.mean.shape)
             prior = None if other is None else other.parameters
-            return gaussian_sample(self.parameters, prior=prior, noise=nothing)[1]
+            return gaussian_sample(self.parameters, prior=prior, noise=zero)[1]
         mean, var, logvar = (self._wide(name) for name in ("mean", "var", "logvar"))
         if other is None:
             terms = mean.square() + var - 1 - logvar
         else:
-            their_mean, their_var, their_logvar = (other._wide(name) for name in ("mean", "var", "logvar"))
-            terms = (mean - their_mean).square() / their_var + var / their_var - 1 - logvar + their_logvar
+            other_mean, other_var, other_logvar = (other._wide(name) for name in ("mean", "var", "logvar"))
+            terms = (mean - other_mean).square() / other_var + var / other_var - 1 - logvar + other_logvar
         return 0.5 * terms.flatten(1).sum(1)
 
     def nll(self, sample: Tensor, dims: Sequence[int] | None = None) -> Tensor:
-        """Negative log likelihood of `sample`, summed over `dims`: by default all but the first, [B]."""
+        """Negative log-likelihood of `sample`, summed over `dims`, by default all but the first: [B]."""
         if self.deterministic:
             return self._zero()
         mean, var, logvar = (self._wide(name) for name in ("mean", "var", "logvar"))
@@ -214,14 +201,14 @@ class DiagonalGaussianDistribution:
         return self.mean
 
     def _sample_each(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """Each sample as it would be alone in a batch with its generator."""
-        return torch.cat([self._part(i).sample(g) for i, g in enumerate(self._one_for_each(generators))])
+        """Draw each sample with its own generator, as in a batch of one."""
+        return torch.cat([self._part(i).sample(g) for i, g in enumerate(self._one_per_sample(generators))])
 
     def _part(self, index: int) -> "DiagonalGaussianDistribution":
         part = DiagonalGaussianDistribution(self.parameters[index : index + 1], self.deterministic)
-        if self.mean is not self._first_mean:
+        if self.mean is not self._original_mean:
             part.mean = self.mean[index : index + 1]
-        if "std" in self._given:
+        if "std" in self._values:
             part.std = self.std[index : index + 1]
         return part
 
@@ -232,10 +219,10 @@ class DiagonalGaussianDistribution:
             return noise.to(self.parameters.device)
 
         if isinstance(generator, Sequence):
-            return torch.cat([draw(1, source) for source in self._one_for_each(generator)])
+            return torch.cat([draw(1, source) for source in self._one_per_sample(generator)])
         return draw(self.mean.shape[0], generator)
 
-    def _one_for_each(self, generators: Sequence[torch.Generator]) -> Sequence[torch.Generator]:
+    def _one_per_sample(self, generators: Sequence[torch.Generator]) -> Sequence[torch.Generator]:
         if len(generators) != self.mean.shape[0]:
             raise ValueError(
                 f"DiagonalGaussianDistribution: a list of generators must hold one for each of the {self.mean.shape[0]} samples, "
@@ -244,17 +231,17 @@ class DiagonalGaussianDistribution:
         return generators
 
     def _is_unchanged(self) -> bool:
-        return self.mean is self._first_mean and "logvar" not in self._given and "var" not in self._given
+        return self.mean is self._original_mean and "logvar" not in self._values and "var" not in self._values
 
     def _wide(self, name: str) -> Tensor:
-        """An attribute in the dtype of sums, not kept where nobody has read it."""
-        if name == "mean" or name in self._given:
+        """An attribute in the dtype of sums; not stored if it has not been read."""
+        if name == "mean" or name in self._values:
             return getattr(self, name).to(self._accumulator())
-        return self._first(name, self._raw_logvar.to(self._accumulator()))
+        return self._computed(name, self._raw_logvar.to(self._accumulator()))
 
-    def _first(self, name: str, logvar: Tensor) -> Tensor:
-        # With the gradient that it would have, had the constructor computed it.
-        with torch.set_grad_enabled(self._learns):
+    def _computed(self, name: str, logvar: Tensor) -> Tensor:
+        # In the grad mode of the constructor, where upstream computes it.
+        with torch.set_grad_enabled(self._grad_enabled):
             if name != "logvar" and self.deterministic:
                 return torch.zeros_like(logvar)
             logvar = logvar.clamp(*LOGVAR_RANGE)

@@ -1,24 +1,24 @@
-"""pytorch-fid's Frechet distance over genperf.frechet_distance; neither pytorch-fid nor scipy is needed.
+"""The Frechet distance of pytorch-fid, implemented with genperf.frechet_distance.
 
-To use it in pytorch-fid:
+Neither pytorch-fid nor scipy need be installed. To use it in pytorch-fid:
 
     pytorch_fid.fid_score.calculate_frechet_distance = genperf.compat.pytorch_fid.calculate_frechet_distance
 
-Other evaluators carry a copy of that function, under this name or as `frechet_distance` (clean-fid: cleanfid.fid), and take
-this one in the same way.
+Other evaluators have a copy of this function, under this name or as `frechet_distance` (clean-fid: cleanfid.fid), which can be
+replaced in the same way.
 
-What is the same: arguments, value (to 1e-6 relative where theirs is accurate) and result, a numpy float64; AssertionError
-where the shapes of the two sides differ.
+The arguments, the result (a numpy float64) and the AssertionError for different shapes are those of upstream. Values agree to
+1e-6 relative where upstream is accurate.
 
-What differs, since there it is a fault:
-  - No scipy: its sqrtm has no argument `disp` from 1.18 on, where every call of theirs raises TypeError; 1.11.2 to 1.12
-    returned errors of any size; from 1.16 on it fails at d = 1.
-  - Singular covariances, such as those of fewer samples than features, work. Theirs raises ValueError ("Imaginary
-    component"), or adds `eps` to the diagonals in the root but not in the traces.
-  - The distance is never below 0, and that of equal statistics is 0 up to rounding.
-  - A mean whose length is not that of the covariance raises AssertionError; theirs computes a number.
-  - float32 statistics are computed with in float64.
-  - 0.7 s in place of 17 s at d = 2048 on two CPU cores (benchmarks/results).
+Differences from upstream:
+  - scipy is not used: from scipy 1.18 on, sqrtm has no argument `disp`, and every call of upstream raises TypeError; versions
+    1.11.2 to 1.12 could return arbitrarily wrong roots; from 1.16 on, sqrtm fails for d = 1.
+  - Singular covariances, such as those of fewer samples than features, are supported. Upstream raises ValueError
+    ("Imaginary component"), or adds `eps` to the diagonals in the root but not in the traces.
+  - The distance is never negative, and that of equal statistics is 0 up to rounding.
+  - A mean and a covariance of different dimensions raise AssertionError; upstream returns a number.
+  - float32 statistics are converted to float64.
+  - It takes 0.7 s instead of 17 s at d = 2048 on two CPU cores (benchmarks/results).
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ from ..ops.frechet_distance import frechet_distance
 
 
 def calculate_frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike, eps: float = 1e-6) -> np.float64:
-    """Frechet distance of two Gaussians given by mean and covariance; Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017).
+    """Frechet distance between Gaussians, from means and covariances; Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017).
 
     Equivalent to:
         product = scipy.linalg.sqrtm(sigma1 @ sigma2)
@@ -38,19 +38,19 @@ def calculate_frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike
     Args:
         mu1, mu2: [d] arrays, or numbers for d = 1.
         sigma1, sigma2: [d, d] arrays, symmetric positive semi-definite, or numbers for d = 1.
-        eps: accepted for the sake of callers; nothing needs it here.
+        eps: accepted for compatibility, not used.
 
     Returns:
         A numpy float64, computed in float64 on the CPU.
 
     Raises:
-        AssertionError: shapes that do not fit together, as in pytorch-fid.
+        AssertionError: shapes that do not match, as in pytorch-fid.
         ValueError: a NaN or an infinity.
     """
     op = "calculate_frechet_distance"
     mu1, mu2 = (np.atleast_1d(np.asarray(mu, dtype=np.float64)) for mu in (mu1, mu2))
     sigma1, sigma2 = (np.atleast_2d(np.asarray(sigma, dtype=np.float64)) for sigma in (sigma1, sigma2))
-    # Raised, not asserted: python -O must not lose the check.
+    # Raised instead of asserted, since python -O removes assertions.
     if mu1.shape != mu2.shape:
         raise AssertionError(f"{op}: the means must have one shape, got {mu1.shape} and {mu2.shape}.")
     if sigma1.shape != sigma2.shape:

@@ -1,30 +1,34 @@
-"""taming-transformers' quantizers over genperf.vector_quantize and genperf.gumbel_sample; taming-transformers itself is not needed.
+"""Quantizers of taming-transformers, implemented with genperf.vector_quantize and genperf.gumbel_sample.
 
-VectorQuantizer2 and VectorQuantizer: what is the same: the constructor, `embedding.weight` (a checkpoint loads), the meaning
-of beta (legacy=True: it weighs the codes' term, as VectorQuantizer always does), remapping, the shapes of what is returned.
-What differs, since there it is a cost or a fault:
-  - No positions x codes matrix: the `min_encodings` of VectorQuantizer's tuple is None.
-  - z is not permuted, z_q is the code bit for bit, the nearest code is exact in float64.
-  - With remap nothing waits for the device, and indices are not changed in place.
-  - get_codebook_entry without a shape takes indices of any shape.
-For new code: `genperf.nn.VectorQuantizer`.
+taming-transformers need not be installed.
 
-GumbelQuantize: what is the same: the constructor, the names and shapes of the parameters (a checkpoint loads), the temperature as an
-attribute to assign, the noise in evaluation mode, the returned values and the loss, up to its 1e-10 inside the logarithm.
+VectorQuantizer2 and VectorQuantizer have the same constructor, state_dict (`embedding.weight`), meaning of beta, remapping and
+shapes of returned values as upstream. With legacy=True, and always in VectorQuantizer, beta is the weight of the codebook loss.
 
-What differs, since there it is a fault or a cost:
-  - tau = 0 gives hard codes; theirs gives NaN.
-  - bfloat16 and float16 logits are perturbed, normalized and summed in float32; the loss is float32.
-  - The hard sample is the code itself; theirs multiplies all codes by 1 - y + y, which rounds, and zeros.
-  - `temperature` is held in a tensor, so that annealing does not compile again; reading it gives that tensor. It is
-    no part of the state_dict, as there.
-  - With remap nothing waits for the device, and indices are not changed in place.
+Differences from upstream:
+  - No positions x codes matrix is computed: `min_encodings` in the tuple of VectorQuantizer is None.
+  - z is not permuted, z_q equals the code bitwise, and the nearest code is that of float64 arithmetic.
+  - Remapping neither synchronizes with the device nor changes indices in place.
+  - get_codebook_entry with shape=None accepts indices of any shape.
 
-The noise is drawn from another place in torch's generator: equal seeds give other samples than theirs.
-For new code without the convolution and the tuple: `genperf.nn.GumbelQuantizer`, which is deterministic in evaluation mode.
+For new code, see `genperf.nn.VectorQuantizer`.
+
+GumbelQuantize has the same constructor, state_dict, assignable temperature, noise in evaluation mode, returned values and
+loss as upstream, except for upstream's 1e-10 inside the logarithm.
+
+Differences from upstream:
+  - tau = 0 gives hard codes; upstream returns NaN.
+  - bfloat16 and float16 logits are processed in float32, and the loss is float32.
+  - A hard sample equals the code; upstream multiplies it by 1 - y + y, which rounds.
+  - `temperature` is a tensor, so annealing does not recompile a compiled model. As upstream, it is not in the state_dict.
+  - Remapping neither synchronizes with the device nor changes indices in place.
+  - A seed gives other samples than upstream, since the noise is generated from a seed drawn from torch's generator.
+
+For new code, see `genperf.nn.GumbelQuantizer`, which has no convolution and is deterministic in evaluation mode.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,26 +42,13 @@ from ._used_codes import UsedCodes
 
 
 class VectorQuantizer2(ImageQuantizer):
-    """Quantizes images with a codebook learned by gradient (van den Oord et al., 2017; Esser et al., 2021).
-
-    Equivalent to (no remap):
-        z_q, indices, loss = genperf.vector_quantize(
-            z, self.embedding.weight, codebook_weight=beta if legacy else 1, commitment_weight=1 if legacy else beta, channel_dim=1
-        )
-        return z_q, loss, (None, None, indices.flatten())
+    """VectorQuantizer2 of taming-transformers: an `ImageQuantizer` with upstream's names of arguments.
 
     Args:
         n_e: K, the number of codes.
         e_dim: D, the length of a code.
-        beta: weight of the codes' term, or with legacy=False of the commitment; the other has weight 1.
-        remap: path of a .npy file with the indices of the codes in use, or those indices; the returned indices count them.
-        unknown_index: what `remap_to_used` makes of an unused index: "random", "extra" (one past the last) or a number.
-        sane_index_shape: return indices [B, H, W].
-        legacy: see beta.
-
-    Attributes:
-        embedding: Embedding(n_e, e_dim).
-        used, re_embed: with remap, the indices in use, a buffer; the number of indices after remapping.
+        beta: weight of the codebook loss, or with legacy=False of the commitment loss; the other one has weight 1.
+        remap, unknown_index, sane_index_shape, legacy: as in `ImageQuantizer`.
     """
 
     def __init__(
@@ -75,29 +66,29 @@ class VectorQuantizer2(ImageQuantizer):
 
     def forward(
         self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
-    ) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
-        """`ImageQuantizer.forward`; the other arguments are those of GumbelQuantize, and must be left alone.
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, None, Tensor]]:
+        """`ImageQuantizer.forward`; the other arguments exist for the interface of GumbelQuantize and must keep their defaults.
 
         Raises:
-            ValueError: another argument with a value of its own, or a z that is not [B, e_dim, H, W].
+            ValueError: another value of these arguments, or a z that is not [B, e_dim, H, W].
         """
         if temp not in (None, 1.0) or rescale_logits or return_logits:
-            raise ValueError("VectorQuantizer2: temp, rescale_logits and return_logits are of GumbelQuantize only.")
+            raise ValueError("VectorQuantizer2: temp, rescale_logits and return_logits are supported by GumbelQuantize only.")
         return super().forward(z)
 
 
 class VectorQuantizer(ImageQuantizer):
-    """`VectorQuantizer2` with legacy=True, which also returns the perplexity of the codes, and indices [B * H * W, 1].
+    """VectorQuantizer of taming-transformers: `VectorQuantizer2` with legacy=True, which also returns the perplexity.
 
     Args:
-        n_e, e_dim, beta: as there.
+        n_e, e_dim, beta: as in `VectorQuantizer2`.
     """
 
     def __init__(self, n_e: int, e_dim: int, beta: float) -> None:
         super().__init__(n_e, e_dim, beta)
         self.e_dim = e_dim
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor | None, None, Tensor]]:
         """Quantize z [B, e_dim, H, W].
 
         Returns:
@@ -108,7 +99,7 @@ class VectorQuantizer(ImageQuantizer):
 
 
 class GumbelQuantize(UsedCodes):
-    """Projects features to logits and draws codes by the Gumbel-softmax (Jang et al., 2016; Esser et al., 2021).
+    """Projects features to logits and samples codes with the Gumbel-softmax; Jang et al. (2016), Esser et al. (2021).
 
     Equivalent to (training, no remap):
         logits = self.proj(z)
@@ -118,23 +109,25 @@ class GumbelQuantize(UsedCodes):
         diff = self.kl_weight * (q * torch.log(q * self.n_embed)).sum(1).mean()
 
     Args:
-        num_hiddens: channels of z.
+        num_hiddens: number of channels of z.
         embedding_dim: D, the length of a code.
         n_embed: K, the number of codes.
-        straight_through: hard samples in training with the gradient of the soft ones; evaluation is always hard.
-        kl_weight: factor of the loss, a mean over all positions of the batch.
-        temp_init: temperature of the start, >= 0.
-        use_vqinterface: indices are returned as (None, None, indices).
-        remap: path of a .npy file with the indices of the codes in use, or those indices; the others are never drawn, and
-            indices count the ones in use.
-        unknown_index: what `remap_to_used` makes of an unused index: "random", "extra" (one past the last) or a number.
+        straight_through: in training, return hard samples with the gradient of soft ones; evaluation is always hard.
+        kl_weight: weight of the loss, the mean KL over all positions of the batch.
+        temp_init: initial temperature, >= 0.
+        use_vqinterface: whether to return indices as (None, None, indices).
+        remap: the indices of the used codes, or the path of a .npy file with them; other codes are never sampled, and
+            returned indices are positions among the used ones.
+        unknown_index: index of unused codes in `remap_to_used`: "random", "extra" (one past the last) or an int.
 
     Attributes:
         proj: Conv2d(num_hiddens, n_embed, 1).
         embed: Embedding(n_embed, embedding_dim).
-        used: with remap, the indices in use; a buffer.
-        re_embed: the number of indices there are after remapping.
-        temperature: float, to be assigned; a tensor when read.
+        used, re_embed: with remap, the used indices, a buffer, and the number of indices after remapping.
+        temperature: a tensor; assign a float or a tensor to change it.
+
+    Raises:
+        ValueError: a temperature out of range, a remap that is not a list of indices, or an invalid unknown_index.
     """
 
     _temperature: Tensor
@@ -161,7 +154,7 @@ class GumbelQuantize(UsedCodes):
         self.use_vqinterface = use_vqinterface
         self.register_buffer("_temperature", torch.tensor(float(temp_init)), persistent=False)
         self.temperature = temp_init
-        self.use(n_embed, remap, unknown_index)
+        self.set_remap(n_embed, remap, unknown_index)
 
     @property
     def temperature(self) -> Tensor:
@@ -174,13 +167,13 @@ class GumbelQuantize(UsedCodes):
         with torch.no_grad():
             self._temperature.copy_(value.reshape(())) if isinstance(value, Tensor) else self._temperature.fill_(value)
 
-    def forward(self, z: Tensor, temp: float | Tensor | None = None, return_logits: bool = False) -> tuple:  # z [B, num_hiddens, H, W]
-        """Draw a code for every position.
+    def forward(self, z: Tensor, temp: float | Tensor | None = None, return_logits: bool = False) -> tuple[Any, ...]:
+        """Sample a code for each position.
 
         Args:
             z: [B, num_hiddens, H, W].
             temp: temperature in place of the attribute.
-            return_logits: return the logits (with remap, those of the codes in use) as well.
+            return_logits: whether to return the logits too, with remap those of the used codes.
 
         Returns:
             z_q [B, D, H, W]; diff, the weighted KL from the uniform distribution, a scalar; indices int64 [B, H, W], as
@@ -192,7 +185,7 @@ class GumbelQuantize(UsedCodes):
         if self.remap is not None:
             logits, codebook = logits[:, self.used], codebook[self.used]
         z_q, indices, kl = gumbel_sample(logits, codebook, tau=self.temperature if temp is None else temp, hard=hard, dim=1)
-        # The prior is uniform over all codes, whichever are in use.
+        # The prior is uniform over all codes, not only the used ones.
         diff = self.kl_weight * (kl.mean() + math.log(self.n_embed / logits.shape[1]))
         if not self.use_vqinterface:
             return z_q, diff, indices
@@ -201,10 +194,10 @@ class GumbelQuantize(UsedCodes):
         return z_q, diff, (None, None, indices)
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-        """Codes [B, D, H, W] of indices [B * H * W], where shape is (B, H, W, D)."""
+        """Codes [B, D, H, W] of indices [B * H * W], given shape (B, H, W, D)."""
         batch, height, width, _ = shape
         if indices.numel() != batch * height * width:
-            raise ValueError(f"GumbelQuantize: shape {tuple(shape)} is of {batch * height * width} indices, got {indices.numel()}.")
+            raise ValueError(f"GumbelQuantize: shape {tuple(shape)} needs {batch * height * width} indices, got {indices.numel()}.")
         indices = indices.reshape(batch, height, width)
         if self.remap is not None:
             indices = self.unmap_to_all(indices)

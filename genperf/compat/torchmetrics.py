@@ -1,24 +1,24 @@
-"""torchmetrics' FrechetInceptionDistance over genperf.frechet_distance; needs torchmetrics.
+"""FrechetInceptionDistance of torchmetrics, implemented with genperf.frechet_distance; torchmetrics must be installed.
 
     from genperf.compat.torchmetrics import FrechetInceptionDistance
 
-What is the same: the arguments, update, reset, sync and plot; the states, by name, dtype and reduction, so that checkpoints
-and processes of the two classes understand each other; the value, to 1e-6 relative where theirs is accurate.
+The arguments, update, reset, sync and plot are those of upstream, and so are the names, dtypes and reductions of the states:
+checkpoints load in both directions, and ranks with either class can be synchronized. Values agree to 1e-6 relative
+where upstream is accurate.
 
-What differs, since there it is a fault:
-  - Fewer samples than features: theirs takes the roots of eigenvalues that are rounding errors. Here a covariance of n
-    samples has rank n - 1 at most, and what the sums hold beyond that is left out.
-  - The distance is never below 0.
-  - Mean, covariance and root are float64 (float32 on MPS) whatever `set_dtype` has made of the states.
-  - Half-precision features give a float32 distance; theirs is rounded to half precision, infinite from 65520 on.
-  - compute() after loaded or merged states works without an update; theirs raises AttributeError.
+Differences from upstream:
+  - Fewer samples than features: upstream takes roots of eigenvalues that are rounding errors. Here the rank of a covariance of
+    n samples is limited to n - 1.
+  - The distance is never negative.
+  - Mean, covariance and root are float64 (float32 on MPS) for any dtype of the states.
+  - Half-precision features give a float32 distance; upstream rounds it to half precision, where 65520 overflows.
+  - compute() after loaded or merged states works without an update; upstream raises AttributeError.
 
-What stays: the states are plain sums, of features and of their products, which cancel where the mean is large beside the
-standard deviation. A ratio of r costs 2 log10(r) of the about 16 digits of float64: nothing to speak of below 10^4, and
-float32 features themselves are used up at 10^7. States in float32 have 7 digits. genperf.metrics.FrechetDistance has no
-such loss.
+As upstream, the states are sums of features and of their products, which cancel if the mean is large compared with the standard
+deviation: a ratio of r costs 2 log10(r) of the 16 digits of float64, or of the 7 digits of float32 states.
+genperf.metrics.FrechetDistance has no such loss.
 
-For the root alone, in torchmetrics' own class, put genperf.frechet_distance in the place of its helper:
+To use the matrix root only, in torchmetrics' own class, replace its helper:
 
     torchmetrics.image.fid._compute_fid = genperf.frechet_distance
 """
@@ -39,9 +39,9 @@ from ..ops.frechet_distance import frechet_distance
 
 
 class FrechetInceptionDistance(fid.FrechetInceptionDistance):
-    """Frechet distance between the features of real and generated images, under torchmetrics' name and interface.
+    """Frechet distance between the features of real and generated images, with the interface of torchmetrics.
 
-    Takes the arguments of torchmetrics.image.fid.FrechetInceptionDistance; `feature` is one of 64, 192, 768, 2048, the layers of
+    The arguments are those of torchmetrics.image.fid.FrechetInceptionDistance; `feature` is 64, 192, 768 or 2048, a layer of
     torch-fidelity's InceptionV3, or a module that returns features [N, d].
     """
 
@@ -66,7 +66,7 @@ class FrechetInceptionDistance(fid.FrechetInceptionDistance):
 
 
 def _moments(total: Tensor, outer: Tensor, count: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Mean, and covariance or factor, of `count` samples with the sum `total` and the sum of products `outer`."""
+    """Mean, and covariance or factor, of `count` samples from their sum and the sum of their outer products."""
     dtype = working_dtype(total.device)
     mean = total.to(dtype) / count
     cov = (outer.to(dtype) - count * torch.outer(mean, mean)) / (count - 1)

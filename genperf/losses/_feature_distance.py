@@ -39,7 +39,7 @@ class FeatureDistance(StatisticsModule):
         self.unbiased = unbiased
         self.register_buffer("mean", mean.clone(), persistent=False)
         self.register_buffer("factor", factor.detach().to(mean.device, dtype, copy=True), persistent=False)
-        self.history: nn.Module | None = None
+        self.history: FeatureQueue | MovingMoments | None = None
         if queue_size:
             self.history = FeatureQueue(queue_size, mean, unbiased)
         elif momentum is not None:

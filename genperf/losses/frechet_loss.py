@@ -203,6 +203,7 @@ class _AllGather(torch.autograd.Function):
 
 def _named_pairs(reference: Any, extractor: Any) -> dict[str, tuple[Extractor | None, FrechetReference]]:
     """Name -> (extractor, reference) for every form that the arguments of `FrechetLoss` may take."""
+    pairs: dict[str, Any]
     if isinstance(reference, FrechetReference):
         pairs = {"0": (extractor, reference)}
     elif isinstance(reference, Mapping):
@@ -248,13 +249,12 @@ def _checked_weights(weights: Sequence[float] | Mapping[str, float] | None, name
 
 def _checked_features(features: Any, mean: Tensor) -> Tensor:
     """Features as a matrix [n, d], for a reference with this mean."""
-    if isinstance(features, list | tuple) and len(features) == 1:
-        features = features[0]
-    rows = feature_matrix("FrechetLoss", features, mean.shape[0])
+    tensor: Any = features[0] if isinstance(features, list | tuple) and len(features) == 1 else features
+    rows = feature_matrix("FrechetLoss", tensor, mean.shape[0])
     if not len(rows):
-        raise ValueError(f"FrechetLoss: there must be at least one sample, got features {list(features.shape)}.")
-    if features.device != mean.device:
+        raise ValueError(f"FrechetLoss: there must be at least one sample, got features {list(tensor.shape)}.")
+    if tensor.device != mean.device:
         raise ValueError(
-            f"FrechetLoss: features and statistics must be on one device (the loss has a .to()), got {features.device} and {mean.device}."
+            f"FrechetLoss: features and statistics must be on one device (the loss has a .to()), got {tensor.device} and {mean.device}."
         )
     return rows

@@ -18,6 +18,9 @@ class TwoSampleMetric(nn.Module):
     `.to(device)` moves it with the metric.
     """
 
+    real: FeatureStore
+    fake: FeatureStore
+
     def __init__(self, extractor: Callable[[Any], Any] | None, real: FeatureStore, fake: FeatureStore, reset_real: bool) -> None:
         super().__init__()
         if extractor is not None and not callable(extractor):

@@ -47,6 +47,9 @@ class FrechetDistance(TwoSampleMetric):
         FileNotFoundError: no such file.
     """
 
+    real: FeatureMoments
+    fake: FeatureMoments
+
     def __init__(
         self,
         extractor: Callable[[Any], Any] | None = None,

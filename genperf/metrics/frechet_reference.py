@@ -115,9 +115,8 @@ class FrechetReference:
         path = Path(path)
         if path.suffix != ".npz":
             raise ValueError(f"FrechetReference.save: the file must end in .npz, got {str(path)!r}.")
-        arrays = {"mu": self.mean, "sigma": self.cov, "factor": self.factor}
-        arrays = {key: value.cpu().to(torch.float64).numpy() for key, value in arrays.items()}
-        write_atomically(path, lambda file: np.savez(file, **arrays))
+        mu, sigma, factor = (t.cpu().to(torch.float64).numpy() for t in (self.mean, self.cov, self.factor))
+        write_atomically(path, lambda file: np.savez(file, mu=mu, sigma=sigma, factor=factor))
 
     @property
     def cov(self) -> Tensor:

@@ -78,6 +78,9 @@ class KernelInceptionDistance(TwoSampleMetric):
         ValueError: a parameter out of range.
     """
 
+    real: FeatureRows
+    fake: FeatureRows
+
     def __init__(
         self,
         extractor: Callable[[Any], Any] | None = None,

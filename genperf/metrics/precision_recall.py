@@ -85,6 +85,9 @@ class PrecisionRecall(TwoSampleMetric):
         ValueError: a k below 1.
     """
 
+    real: FeatureRows
+    fake: FeatureRows
+
     def __init__(
         self,
         extractor: Callable[[Any], Any] | None = None,

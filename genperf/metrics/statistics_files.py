@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -130,7 +130,7 @@ def save_statistics(
         rule = "needs the positive number of samples as count" if layout == "stylegan" else "has no count"
         raise ValueError(f"{name}: layout {layout!r} {rule}, got {count!r}.")
     mean, cov = (t.cpu().numpy() for t in check_statistics(name, mean, cov, "mean", "cov"))
-    if layout == "stylegan":
+    if count is not None:
         content = {
             "capture_all": False,
             "capture_mean_cov": True,
@@ -143,7 +143,7 @@ def save_statistics(
         }
         write_atomically(path, lambda file: pickle.dump(content, file))
         return
-    arrays = {"mu": mean, "sigma": cov}
+    arrays: dict[str, Any] = {"mu": mean, "sigma": cov}
     if second is not None:
         pair = check_statistics(name, *second, "second[0]", "second[1]")
         arrays.update(zip(_SECOND_KEYS[layout], (t.cpu().numpy() for t in pair), strict=True))
@@ -352,10 +352,10 @@ class _PlainUnpickler(pickle.Unpickler):
     def _empty(self, cls: None, shape: tuple, typecode: bytes) -> np.ndarray:
         return _Array(0)
 
-    def _scalar(self, dtype: "_Dtype", data: bytes | str) -> np.generic:
+    def _scalar(self, dtype: "_Dtype", data: bytes | str) -> Any:
         return _numbers(data, dtype, (), "C")[()]
 
-    def _array(self, data: bytes, dtype: "_Dtype", shape: tuple[int, ...], order: str) -> np.ndarray:
+    def _array(self, data: bytes, dtype: "_Dtype", shape: tuple[int, ...], order: Literal["C", "F"]) -> np.ndarray:
         return _numbers(data, dtype, shape, order)
 
     def _bytes(self, text: str, encoding: str) -> bytes:
@@ -377,13 +377,14 @@ class _Dtype:
 class _Array(np.ndarray):
     """An array whose content is set after its creation, from a checked state."""
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: Any) -> None:
         _, shape, dtype, is_fortran, data = state
         array = _numbers(data, dtype, shape, "F" if is_fortran else "C")
-        super().__setstate__((1, array.shape, array.dtype, False, array.tobytes()))
+        checked: Any = (1, array.shape, array.dtype, False, array.tobytes())
+        super().__setstate__(checked)
 
 
-def _numbers(data: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+def _numbers(data: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order: Literal["C", "F"]) -> np.ndarray:
     """An array of a copy of the data, which the pickle may still change; Python 2 wrote bytes as strings."""
     data = data.encode("latin1") if isinstance(data, str) else data
     return np.frombuffer(bytearray(data), dtype.dtype).reshape(shape, order=order)

@@ -220,7 +220,7 @@ def test_lfq_share_of_masked_vectors(device):
     _, breakdown = layer(x, mask=mask[None], inv_temperature=1.0, return_loss_breakdown=True)
     torch.testing.assert_close(breakdown.batch_entropy.cpu(), torch.tensor(4.0).log())
     bits = torch.zeros(1, 40, 2, device=device)
-    chosen = layer._some(bits, 2, mask[None])
+    chosen = layer._random_subset(bits, 2, mask[None])
     assert chosen.sum() == 5
     assert not (chosen & ~mask).any()
 

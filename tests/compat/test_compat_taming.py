@@ -158,7 +158,7 @@ def test_codebook_entries(device):
     codes = layer.get_codebook_entry(indices, (2, 4, 5, 3))
     one_hot = F.one_hot(indices.reshape(2, 4, 5), 8).float()
     torch.testing.assert_close(codes, torch.einsum("bhwn,nd->bdhw", one_hot, layer.embed.weight))
-    with pytest.raises(ValueError, match=r"shape \(2, 4, 4, 3\) is of 32 indices, got 40"):
+    with pytest.raises(ValueError, match=r"shape \(2, 4, 4, 3\) needs 32 indices, got 40"):
         layer.get_codebook_entry(indices, (2, 4, 4, 3))
 
 

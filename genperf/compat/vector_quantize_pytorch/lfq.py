@@ -113,10 +113,10 @@ class LFQ(nn.Module):
         orthogonal_rotation: bool = False,
     ) -> None:
         super().__init__()
-        check("LFQ", "dim or codebook_size must be given", None, dim is not None or codebook_size is not None)
         if codebook_size is None:
-            assert dim is not None
-            codebook_size = 2**dim
+            if dim is None:
+                raise ValueError("LFQ: dim or codebook_size must be given, got None.")
+            codebook_size = 1 << dim
         suggested = 2 ** ceil(log2(max(2, codebook_size)))
         check("LFQ", f"codebook_size must be a power of 2, such as {suggested}", codebook_size, suggested == codebook_size)
         bits = codebook_size.bit_length() - 1
