@@ -15,14 +15,14 @@ namespace genperf {
 constexpr int kMaxChannels = 64;
 
 // The grid of one channel. Digits 0 ... top stand for the values (digit - middle) / divisor.
-struct Level {
+struct ChannelGrid {
   float shift, half, offset;  // the digit is round(tanh(x + shift) * half - offset) + middle
   float middle, divisor, top;
   float slope;    // of the value, for a tanh of slope 1
   int64_t basis;  // what the digit counts in the index
 };
 
-inline Level level_of(int64_t levels, bool symmetric, bool hard, int64_t basis) {
+inline ChannelGrid channel_grid(int64_t levels, bool symmetric, bool hard, int64_t basis) {
   const double top = double(levels - 1);
   if (symmetric)
     return {0.0f, float(top), 0.0f, float(top / 2), float(top / 2), float(top), 1.0f, basis};
@@ -64,7 +64,7 @@ GENPERF_DEVICE typename A::F between(typename A::F x, typename A::F low, typenam
 
 // The constants of a Level as numbers of A.
 template <class A>
-struct Grid {
+struct GridConstants {
   typename A::F shift, half, offset, middle, divisor, top;
 };
 
@@ -75,10 +75,10 @@ struct Coded {
 
 // NaN becomes digit 0 with the value NaN.
 template <class A>
-GENPERF_DEVICE Coded<A> quantize_level(typename A::F x,
-                                       const Grid<A>& grid,
-                                       bool symmetric,
-                                       bool hard) {
+GENPERF_DEVICE Coded<A> quantize_channel(typename A::F x,
+                                         const GridConstants<A>& grid,
+                                         bool symmetric,
+                                         bool hard) {
   using F = typename A::F;
   x = x + grid.shift;
   const F bounded =
@@ -107,10 +107,10 @@ GENPERF_DEVICE Coded<A> quantize_sign(typename A::F x, float scale) {
 
 // The derivative of a channel's value, the rounding left out.
 template <class A>
-GENPERF_DEVICE typename A::F level_slope(typename A::F x,
-                                         typename A::F shift,
-                                         typename A::F slope,
-                                         bool hard) {
+GENPERF_DEVICE typename A::F channel_slope(typename A::F x,
+                                           typename A::F shift,
+                                           typename A::F slope,
+                                           bool hard) {
   using F = typename A::F;
   x = x + shift;
   if (!hard)

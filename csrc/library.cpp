@@ -75,14 +75,15 @@ STABLE_TORCH_LIBRARY(genperf, m) {
   // element, 1 ... Q. mse is [Q]. The gradient of `quantized` passes once, or with per_level once
   // through every level. Statistics are of the residuals that the levels see, or that they leave.
   m.def(
-      "residual_vector_quantize(Tensor x, Tensor codebooks, Tensor? mask, Tensor? levels, bool "
+      "residual_vector_quantize(Tensor x, Tensor codebooks, Tensor? mask, Tensor? num_quantizers, "
+      "bool "
       "cosine) -> (Tensor quantized, Tensor indices, Tensor mse, Tensor valid)");
   m.def(
       "residual_vector_quantize_backward(Tensor? grad_quantized, Tensor? grad_mse, Tensor x, "
       "Tensor codebooks, Tensor indices, Tensor valid, float commitment_weight, bool rotation, "
-      "bool per_level) -> Tensor");
+      "bool per_quantizer) -> Tensor");
   m.def(
-      "residual_code_statistics(Tensor x, Tensor codebooks, Tensor indices, bool left) -> (Tensor "
+      "residual_code_statistics(Tensor x, Tensor codebooks, Tensor indices, bool after) -> (Tensor "
       "counts, Tensor sums)");
 
   // Sampling. Noise is either given or a function of `seed`, an int64 of one element on the op's

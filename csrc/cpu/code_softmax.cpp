@@ -19,17 +19,17 @@
 namespace genperf {
 namespace {
 
-constexpr int64_t kGrain = 16384;         // logits to a task
-constexpr int64_t kSummed = 32 * kLanes;  // codes to a sum in float32
-constexpr int kColumns = 8;               // vectors of columns that are summed together
-constexpr int64_t kRows = 32;             // rows to a sum in float32
-constexpr int64_t kNoise = 1024;          // codes whose noise is drawn at a time
-constexpr float kSmallest = 1e-8f;        // a squared distance; below it, the gradient is 0
+constexpr int64_t kGrain = 16384;            // logits to a task
+constexpr int64_t kSumLength = 32 * kLanes;  // codes to a sum in float32
+constexpr int kColumns = 8;                  // vectors of columns that are summed together
+constexpr int64_t kRows = 32;                // rows to a sum in float32
+constexpr int64_t kNoise = 1024;             // codes whose noise is drawn at a time
+constexpr float kSmallest = 1e-8f;           // a squared distance; below it, the gradient is 0
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 template <class N>
 inline Vec get(const float* p, N n, float otherwise) {
-  if constexpr (std::is_same_v<N, Whole>)
+  if constexpr (std::is_same_v<N, FullVector>)
     return load(p);
   Vec v = broadcast(otherwise);
   for (int i = 0; i < n; ++i)
@@ -39,7 +39,7 @@ inline Vec get(const float* p, N n, float otherwise) {
 
 template <class N>
 inline void put(float* p, N n, Vec v) {
-  if constexpr (std::is_same_v<N, Whole>)
+  if constexpr (std::is_same_v<N, FullVector>)
     store(p, v);
   else
     write(p, 1, n, v);
@@ -88,7 +88,7 @@ struct Chunk {
   }
 
   float* row(int64_t r) const { return data + r * codes; }
-  bool counts(int64_t r) const { return (!valid || valid[r]) && (!indices || indices[r] >= 0); }
+  bool is_used(int64_t r) const { return (!valid || valid[r]) && (!indices || indices[r] >= 0); }
 
   template <class F>
   void for_each_row(const F& f) const {
@@ -126,10 +126,10 @@ struct Statistics {
 };
 
 // Where the statistics of all rows are.
-struct Kept {
+struct SavedStatistics {
   float *largest, *log_sum, *mean;
 
-  Kept(const Tensor& largest, const Tensor& log_sum, const Tensor& mean, int64_t rows)
+  SavedStatistics(const Tensor& largest, const Tensor& log_sum, const Tensor& mean, int64_t rows)
       : largest(floats(largest, rows, "largest")),
         log_sum(floats(log_sum, rows, "log_sum")),
         mean(floats(mean, rows, "mean")) {}
@@ -156,10 +156,10 @@ double exponentials(const Chunk& chunk, int64_t r, Statistics& statistics, float
   const float scale = chunk.inverse_temperature;
   const float picked = chunk.indices ? (row[chunk.indices[r]] - largest) * scale : 0;
   double sum = 0, weighted = 0;
-  for (int64_t first = 0; first < chunk.codes; first += kSummed) {
+  for (int64_t first = 0; first < chunk.codes; first += kSumLength) {
     float* const part = row + first;
     Vec exps{}, products{};
-    for_each_vector(std::min(kSummed, chunk.codes - first), true, [&](int64_t k, auto n) {
+    for_each_vector(std::min(kSumLength, chunk.codes - first), true, [&](int64_t k, auto n) {
       const Vec y = bounded((get(part + k, n, -kInfinity) - largest) * scale);
       const Vec e = exp_or_zero<Simd>(y);
       exps += e;
@@ -186,16 +186,16 @@ void code_softmax_rows(Tensor logits,
                        Tensor value,
                        std::optional<Tensor> usage) {
   const Chunk chunk(logits, valid, indices, temperature);
-  const Kept kept(largest, log_sum, mean, chunk.rows);
+  const SavedStatistics saved(largest, log_sum, mean, chunk.rows);
   float* const values = floats(value, chunk.rows, "value");
   const Buffer<float> inverse(chunk.rows);
   with_root(root, [&](auto is_root) {
     chunk.for_each_row([&](int64_t r) {
       Statistics statistics;
       values[r] = inverse[r] = 0;
-      if (chunk.counts(r))
+      if (chunk.is_used(r))
         inverse[r] = float(1 / exponentials<is_root>(chunk, r, statistics, values[r]));
-      kept.set(r, statistics);
+      saved.set(r, statistics);
     });
   });
   if (!usage)
@@ -237,36 +237,36 @@ void gradient_row(const Chunk& chunk,
                   const float* grad_usage) {
   float* const row = chunk.row(r);
   const float scale = chunk.inverse_temperature;
-  const float nearest = -std::sqrt(kSmallest);
+  const float threshold = -std::sqrt(kSmallest);
   const auto relative = [&](Vec l) { return bounded((l - of.largest) * scale); };
   const auto probability = [&](Vec y) { return exp_or_zero<Simd>(bounded(y - of.log_sum)); };
   const auto through_logit = [&](Vec l, Vec gradient) {
     if constexpr (!kRoot)
       return gradient * scale;
     const Vec inside = gradient * scale / l;
-    return l >= nearest ? Vec{} : inside;
+    return l >= threshold ? Vec{} : inside;
   };
   const int64_t index = chunk.indices ? chunk.indices[r] : 0;
   const Vec chosen = logit<kRoot>(broadcast(row[index]));
   double mean = 0;
-  for (int64_t first = 0; first < chunk.codes && grad_usage; first += kSummed) {
+  for (int64_t first = 0; first < chunk.codes && grad_usage; first += kSumLength) {
     float* const part = row + first;
     Vec sum{};
-    for_each_vector(std::min(kSummed, chunk.codes - first), true, [&](int64_t k, auto n) {
+    for_each_vector(std::min(kSumLength, chunk.codes - first), true, [&](int64_t k, auto n) {
       const Vec l = logit<kRoot>(get(part + k, n, kRoot ? kInfinity : -kInfinity));
       put(part + k, n, l);
       sum = fma(probability(relative(l)), get(grad_usage + first + k, n, 0), sum);
     });
     mean += genperf::sum(sum);
   }
-  const float middle = float(mean);
+  const float mean_usage_grad = float(mean);
   for_each_vector(chunk.codes, true, [&](int64_t k, auto n) {
     const Vec found = get(row + k, n, -1);
     const Vec l = grad_usage ? found : logit<kRoot>(found);
     const Vec y = relative(l);
     Vec slope = chunk.indices ? broadcast(grad_value) : -grad_value * (y - of.mean);
     if (grad_usage)
-      slope += get(grad_usage + k, n, 0) - middle;
+      slope += get(grad_usage + k, n, 0) - mean_usage_grad;
     put(row + k, n, through_logit(l, probability(y) * slope));
   });
   if (chunk.indices)
@@ -284,13 +284,16 @@ void code_softmax_rows_backward(Tensor logits,
                                 std::optional<Tensor> grad_value,
                                 std::optional<Tensor> grad_usage) {
   const Chunk chunk(logits, valid, indices, temperature);
-  const Kept kept(largest, log_sum, mean, chunk.rows);
-  const float* const pulls = grad_value ? floats(*grad_value, chunk.rows, "grad_value") : nullptr;
-  const float* const uses = grad_usage ? floats(*grad_usage, chunk.codes, "grad_usage") : nullptr;
+  const SavedStatistics saved(largest, log_sum, mean, chunk.rows);
+  const float* const value_grads =
+      grad_value ? floats(*grad_value, chunk.rows, "grad_value") : nullptr;
+  const float* const usage_grads =
+      grad_usage ? floats(*grad_usage, chunk.codes, "grad_usage") : nullptr;
   with_root(root, [&](auto is_root) {
     chunk.for_each_row([&](int64_t r) {
-      if (chunk.counts(r))
-        gradient_row<is_root>(chunk, r, kept.get(r), pulls ? pulls[r] : 0, uses);
+      if (chunk.is_used(r))
+        gradient_row<is_root>(chunk, r, saved.get(r), value_grads ? value_grads[r] : 0,
+                              usage_grads);
       else
         std::fill_n(chunk.row(r), chunk.codes, 0.0f);
     });

@@ -21,10 +21,10 @@ struct Statistics {
   const Positions<T> x;
   const int64_t* indices;  // [outer, inner]
   int64_t num_codes;
-  const Wide<T>* weights;   // [outer, inner], or null: 1
-  const Codes<C>* origins;  // [K, D], or null: 0
-  Wide<T>* counts;          // [K]
-  Wide<T>* sums;            // [K, D]
+  const OpMath<T>* weights;  // [outer, inner], or null: 1
+  const Codes<C>* origins;   // [K, D], or null: 0
+  OpMath<T>* counts;         // [K]
+  OpMath<T>* sums;           // [K, D]
 
   double weight(int64_t position) const { return weights ? double(weights[position]) : 1.0; }
 
@@ -72,7 +72,7 @@ struct Statistics {
                 add(p, indices[p], first, last, total.data() + indices[p], num_codes);
             for (int64_t d = first; d < last; ++d)
               for (int64_t k = 0; k < num_codes; ++k)
-                sums[k * x.dim + d] = Wide<T>(total[(d - first) * num_codes + k]);
+                sums[k * x.dim + d] = OpMath<T>(total[(d - first) * num_codes + k]);
           }
         });
   }
@@ -126,10 +126,11 @@ std::tuple<Tensor, Tensor> code_statistics(const Tensor& x,
         Positions<T>(x),
         index,
         num_codes,
-        weights.has_value() ? static_cast<const Wide<T>*>(contiguous_weights.data_ptr()) : nullptr,
+        weights.has_value() ? static_cast<const OpMath<T>*>(contiguous_weights.data_ptr())
+                            : nullptr,
         origin ? &*origin : nullptr,
-        static_cast<Wide<T>*>(counts.data_ptr()),
-        static_cast<Wide<T>*>(sums.data_ptr())};
+        static_cast<OpMath<T>*>(counts.data_ptr()),
+        static_cast<OpMath<T>*>(sums.data_ptr())};
     statistics.count();
     statistics.x.channels_last() ? statistics.sum_by_code() : statistics.sum_by_channel();
   });

@@ -10,24 +10,24 @@
 namespace genperf {
 namespace {
 
-std::vector<Level> levels_of(const std::vector<int64_t>& levels,
-                             const Tensor& x,
-                             bool symmetric,
-                             bool hard) {
+std::vector<ChannelGrid> channel_grids(const std::vector<int64_t>& levels,
+                                       const Tensor& x,
+                                       bool symmetric,
+                                       bool hard) {
   STD_TORCH_CHECK(int64_t(levels.size()) == x.size(1), "levels must name every channel");
-  std::vector<Level> grid;
+  std::vector<ChannelGrid> grids;
   uint64_t basis = 1;  // wraps where no index is asked for
   for (const int64_t count : levels) {
     STD_TORCH_CHECK(count >= 2 && count <= 1 << 20, "a channel must have 2 to 2^20 levels");
-    grid.push_back(level_of(count, symmetric, hard, int64_t(basis)));
+    grids.push_back(channel_grid(count, symmetric, hard, int64_t(basis)));
     basis *= uint64_t(count);
   }
-  return grid;
+  return grids;
 }
 
-std::vector<int64_t> basis_of(const std::vector<Level>& grid) {
+std::vector<int64_t> basis_of(const std::vector<ChannelGrid>& grids) {
   std::vector<int64_t> basis;
-  for (const Level& level : grid)
+  for (const ChannelGrid& level : grids)
     basis.push_back(level.basis);
   return basis;
 }
@@ -38,24 +38,26 @@ std::tuple<Tensor, Tensor> finite_scalar_quantize(const Tensor& x,
                                                   bool hard,
                                                   bool indexed) {
   check_channels(x);
-  const std::vector<Level> grid = levels_of(levels, x, symmetric, hard);
+  const std::vector<ChannelGrid> grids = channel_grids(levels, x, symmetric, hard);
   Tensor quantized = torch::stable::empty_like(x);
   Tensor indices = indexed ? torch::stable::new_empty(x, {x.size(0), x.size(2)}, ScalarType::Long)
                            : torch::stable::new_empty(x, {0}, ScalarType::Long);
   with_type(x, [&]<class T>(T*) {
     const auto [in, out] = lines_of<T>(x, quantized);
-    const bool flat = in.back_to_back() && out.back_to_back();
-    const auto table = [&](float Level::* constant) {
-      return Table(flat, in.dim, [&](int64_t d) { return grid[d].*constant; });
+    const bool flat = in.is_contiguous() && out.is_contiguous();
+    const auto table = [&](float ChannelGrid::* constant) {
+      return ChannelConstants(flat, in.dim, [&](int64_t d) { return grids[d].*constant; });
     };
-    const Table shift = table(&Level::shift), half = table(&Level::half),
-                offset = table(&Level::offset), middle = table(&Level::middle),
-                divisor = table(&Level::divisor), top = table(&Level::top);
+    const ChannelConstants shift = table(&ChannelGrid::shift), half = table(&ChannelGrid::half),
+                           offset = table(&ChannelGrid::offset),
+                           middle = table(&ChannelGrid::middle),
+                           divisor = table(&ChannelGrid::divisor), top = table(&ChannelGrid::top);
     const auto run = [&](auto is_symmetric, auto is_hard) {
-      quantize(in, out, flat, basis_of(grid),
+      quantize(in, out, flat, basis_of(grids),
                indexed ? static_cast<int64_t*>(indices.data_ptr()) : nullptr, [&](int j, Vec v) {
-                 const Grid<Simd> at{shift[j], half[j], offset[j], middle[j], divisor[j], top[j]};
-                 return quantize_level<Simd>(v, at, is_symmetric, is_hard);
+                 const GridConstants<Simd> at{shift[j],  half[j],    offset[j],
+                                              middle[j], divisor[j], top[j]};
+                 return quantize_channel<Simd>(v, at, is_symmetric, is_hard);
                });
     };
     using Yes = std::true_type;
@@ -74,22 +76,22 @@ Tensor finite_scalar_quantize_backward(const Tensor& grad_quantized,
                                        bool hard) {
   check_channels(x);
   check_gradient(grad_quantized, x);
-  const std::vector<Level> grid = levels_of(levels, x, symmetric, hard);
+  const std::vector<ChannelGrid> grids = channel_grids(levels, x, symmetric, hard);
   Tensor grad_x = torch::stable::empty_like(x);
   with_type(x, [&]<class T>(T*) {
     const int64_t rows =
         std::max({Lines<T>(x).rows, Lines<T>(grad_quantized).rows, Lines<T>(grad_x).rows});
     const Lines<T> in = Lines<T>(x).split(rows), from = Lines<T>(grad_quantized).split(rows),
                    to = Lines<T>(grad_x).split(rows);
-    const bool flat = in.back_to_back() && from.back_to_back() && to.back_to_back();
-    const Table shift(flat, in.dim, [&](int64_t d) { return grid[d].shift; });
-    const Table slope(flat, in.dim, [&](int64_t d) { return grid[d].slope; });
+    const bool flat = in.is_contiguous() && from.is_contiguous() && to.is_contiguous();
+    const ChannelConstants shift(flat, in.dim, [&](int64_t d) { return grids[d].shift; });
+    const ChannelConstants slope(flat, in.dim, [&](int64_t d) { return grids[d].slope; });
     for_each_tile(
         flat, in.rows, in.columns, in.dim,
-        [&](const Place& place, int32_t*) {
-          const int j = place.vector;
-          place.set(to,
-                    place.get(from) * level_slope<Simd>(place.get(in), shift[j], slope[j], hard));
+        [&](const TileVector& vector, int32_t*) {
+          const int j = vector.index;
+          vector.set(
+              to, vector.get(from) * channel_slope<Simd>(vector.get(in), shift[j], slope[j], hard));
         },
         [](int64_t, int, const int32_t*) {});
   });

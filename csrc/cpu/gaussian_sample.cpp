@@ -64,9 +64,9 @@ struct Moments {
             noise.at(sample, row, column)};
   }
 
-  bool together() const {
-    return mean.together() && logvar.together() && prior_mean.together() &&
-           prior_logvar.together() && noise.together();
+  bool vectorizable() const {
+    return mean.vectorizable() && logvar.vectorizable() && prior_mean.vectorizable() &&
+           prior_logvar.vectorizable() && noise.vectorizable();
   }
 };
 
@@ -110,7 +110,7 @@ void sample_segment(const Moments<T>& in,
                     int64_t count,
                     double& kl) {
   Vec sums{};
-  for_each_vector(count, in.together() && out.together(), [&](int64_t i, auto n) {
+  for_each_vector(count, in.vectorizable() && out.vectorizable(), [&](int64_t i, auto n) {
     const Vec m = in.mean.get(i, n), lv = clamp(in.logvar.get(i, n));
     const ExpAndRoot<Simd> variance(lv);
     const Vec z = drawn ? load(drawn + i) : in.noise.get(i, n);
@@ -138,8 +138,8 @@ void backward_segment(const Moments<T>& in,
                       const float* grad_kl,
                       const Moments<T>& out,
                       int64_t count) {
-  const bool together = in.together() && out.together() && grad_sample.together();
-  for_each_vector(count, together, [&](int64_t i, auto n) {
+  const bool vectorizable = in.vectorizable() && out.vectorizable() && grad_sample.vectorizable();
+  for_each_vector(count, vectorizable, [&](int64_t i, auto n) {
     const Vec m = in.mean.get(i, n), raw = in.logvar.get(i, n), lv = clamp(raw);
     const ExpAndRoot<Simd> variance(lv);
     Vec grad_mean{}, grad_logvar{}, grad_prior_mean{}, grad_prior_logvar{};
@@ -150,14 +150,14 @@ void backward_segment(const Moments<T>& in,
         prior_raw = in.prior_logvar.get(i, n);
       }
       const Divergence<kPrior> kl(m, lv, variance.expm1, prior_m, clamp(prior_raw));
-      Vec pull = broadcast(*grad_kl);
+      Vec kl_grad = broadcast(*grad_kl);
       if (free_bits > 0)
-        pull = kl.value < free_bits ? Vec{} : pull;
-      grad_mean = pull * kl.mean;
-      grad_logvar = pull * kl.logvar;
+        kl_grad = kl.value < free_bits ? Vec{} : kl_grad;
+      grad_mean = kl_grad * kl.mean;
+      grad_logvar = kl_grad * kl.logvar;
       if constexpr (kPrior) {
         grad_prior_mean = -grad_mean;
-        grad_prior_logvar = where_inside(prior_raw, pull * kl.prior_logvar);
+        grad_prior_logvar = where_inside(prior_raw, kl_grad * kl.prior_logvar);
       }
     }
     if constexpr (kPrior) {
@@ -270,9 +270,9 @@ void gaussian_sample_backward(Tensor grad_mean,
     const Moments<T> out{Rows<T>(grad_mean), Rows<T>(grad_logvar), Rows<T>(grad_prior_mean),
                          Rows<T>(grad_prior_logvar), Rows<T>()};
     const Rows<T> upstream(grad_sample);
-    const float* pull =
+    const float* kl_grad =
         grad_kl.has_value() ? static_cast<const float*>(grad_kl->data_ptr()) : nullptr;
-    const int64_t pull_stride = grad_kl.has_value() ? grad_kl->stride(0) : 0;
+    const int64_t kl_grad_stride = grad_kl.has_value() ? grad_kl->stride(0) : 0;
     blocks.for_each_segment([&](int64_t, int64_t b, int64_t row, int64_t column, int64_t count) {
       alignas(64) float buffer[kSegment + kDrawn + 4];
       const float* drawn = in.noise || !upstream
@@ -280,7 +280,7 @@ void gaussian_sample_backward(Tensor grad_mean,
                                : draw_normals(key, b, row * blocks.columns + column, count, buffer);
       const auto segment = in.prior_mean ? backward_segment<true, T> : backward_segment<false, T>;
       segment(in.at(b, row, column), drawn, float(free_bits), upstream.at(b, row, column),
-              pull ? pull + b * pull_stride : nullptr, out.at(b, row, column), count);
+              kl_grad ? kl_grad + b * kl_grad_stride : nullptr, out.at(b, row, column), count);
     });
   });
 }

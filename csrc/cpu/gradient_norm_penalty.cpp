@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty(const Tensor& gradients,
     std::vector<double> squares(rows.blocks());
     rows.for_each([&](int64_t b, int64_t row, int64_t column, int64_t count, const auto& at) {
       Doubles total{};
-      for_each_vector(count, at[0].together(), [&](int64_t i, auto n) {
+      for_each_vector(count, at[0].vectorizable(), [&](int64_t i, auto n) {
         const Doubles g = __builtin_convertvector(at[0].get(i, n), Doubles);
         total += g * g;
       });
@@ -83,7 +83,7 @@ Tensor gradient_norm_penalty_backward(const Tensor& grad_penalty,
       const Vec both = broadcast(float(factor / divisor));
       // Below about 1e-38 a norm has no inverse.
       const bool apart = std::isinf(both[0]) && !std::isinf(factor);
-      for_each_vector(count, at[0].together() && at[1].together(), [&](int64_t i, auto n) {
+      for_each_vector(count, at[0].vectorizable() && at[1].vectorizable(), [&](int64_t i, auto n) {
         const Vec g = at[0].get(i, n);
         at[1].set(i, n, apart ? float(factor) * (g / float(divisor)) : both * g);
       });

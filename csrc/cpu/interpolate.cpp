@@ -37,7 +37,7 @@ std::vector<float> weights_of(const std::optional<Tensor>& weight,
 }
 
 // Exact at a weight of 0 and 1, and within the range of a and b.
-inline Vec mixed(Vec weight, Vec a, Vec b) {
+inline Vec interpolated(Vec weight, Vec a, Vec b) {
   return fma(weight, a, (1.0f - weight) * b);
 }
 
@@ -47,10 +47,10 @@ void mix(const Rows<T>& real,
          float weight,
          const Rows<T>& out,
          int64_t count) {
-  const bool together = real.together() && fake.together() && out.together();
-  for_each_vector(count, together, [&](int64_t i, auto n) {
+  const bool vectorizable = real.vectorizable() && fake.vectorizable() && out.vectorizable();
+  for_each_vector(count, vectorizable, [&](int64_t i, auto n) {
     const Vec a = real.get(i, n), b = fake.get(i, n);
-    out.set(i, n, mixed(broadcast(weight), a, b));
+    out.set(i, n, interpolated(broadcast(weight), a, b));
   });
 }
 
@@ -86,9 +86,11 @@ Tensor interpolate(const Tensor& real,
         const int64_t length = std::min(kSegment, count - start);
         const float* drawn =
             draw_uniforms(key, b, row * rows.columns + column + start, length, buffer);
-        for_each_vector(length, at[0].together() && at[2].together(), [&](int64_t i, auto n) {
-          at[2].set(start + i, n, fma(broadcast(share), load(drawn + i), at[0].get(start + i, n)));
-        });
+        for_each_vector(
+            length, at[0].vectorizable() && at[2].vectorizable(), [&](int64_t i, auto n) {
+              at[2].set(start + i, n,
+                        fma(broadcast(share), load(drawn + i), at[0].get(start + i, n)));
+            });
       }
     });
   });
@@ -118,12 +120,13 @@ std::tuple<Tensor, Tensor, Tensor> interpolate_backward(const Tensor& grad_mixed
         grad_mixed, false);
     std::vector<double> partial(rows.blocks());
     rows.for_each([&](int64_t b, int64_t row, int64_t column, int64_t count, const auto& at) {
-      const bool together = std::all_of(at.begin(), at.end(), [](auto& x) { return x.together(); });
+      const bool vectorizable =
+          std::all_of(at.begin(), at.end(), [](auto& x) { return x.vectorizable(); });
       double total = 0;
       constexpr int64_t kSegment = 512;
       for (int64_t start = 0; start < count; start += kSegment) {
         Vec sums{};
-        for_each_vector(std::min(kSegment, count - start), together, [&](int64_t i, auto n) {
+        for_each_vector(std::min(kSegment, count - start), vectorizable, [&](int64_t i, auto n) {
           const Vec g = at[0].get(start + i, n);
           at[3].set(start + i, n, weights[b] * g);
           at[4].set(start + i, n, (1 - weights[b]) * g);

@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> lookup_free_quantize(const Tensor& x, double scale, b
   Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(2)}, ScalarType::Long);
   with_type(x, [&]<class T>(T*) {
     const auto [in, out] = lines_of<T>(x, quantized);
-    quantize(in, out, in.back_to_back() && out.back_to_back(), basis,
+    quantize(in, out, in.is_contiguous() && out.is_contiguous(), basis,
              static_cast<int64_t*>(indices.data_ptr()),
              [&](int, Vec v) { return quantize_sign<Simd>(v, step); });
   });

@@ -148,9 +148,9 @@ Tensor minibatch_similarity_backward(const Tensor& grad_similarity, const Tensor
               std::memset(own.get(), 0, dims * kRows * sizeof(Vec));
             },
             [&](int64_t j, const Vec(&e)[kRows]) {
-              Vec pull[kRows];
+              Vec slope[kRows];
               for (int r = 0; r < kRows; ++r)
-                pull[r] = (load(weights.get() + j) + weights[i + r]) * e[r];
+                slope[r] = (load(weights.get() + j) + weights[i + r]) * e[r];
               for (int64_t c = 0; c < dims; ++c) {
                 const float* const row = columns.row(c);
                 float* const gradient = gradients.row(c) + j;
@@ -159,7 +159,7 @@ Tensor minibatch_similarity_backward(const Tensor& grad_similarity, const Tensor
                 for (int r = 0; r < kRows; ++r) {
                   // The similarity falls as the two move apart.
                   const Vec difference = column - row[i + r];
-                  const Vec apart = Vec(UVec(pull[r]) ^ (UVec(difference) & 0x80000000u));
+                  const Vec apart = Vec(UVec(slope[r]) ^ (UVec(difference) & 0x80000000u));
                   const Vec moved = difference == 0.0f ? Vec{} : apart;
                   other -= moved;
                   own[c * kRows + r] += moved;

@@ -17,239 +17,27 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "cpu/common/vector_rows.h"
-#include "cpu/search/search.h"
+#include "cpu/residual/codebooks.h"
+#include "cpu/residual/forward.h"
+#include "cpu/residual/statistics.h"
 
 namespace genperf {
 namespace {
 
-constexpr int64_t kBlockBytes = 1 << 20;  // residual that goes through all levels in L2
-
-// [Q, K, D], components contiguous.
-template <class W>
-struct Levels {
-  explicit Levels(const Tensor& codebooks)
-      : first(torch::stable::select(codebooks, 0, 0)),
-        count(codebooks.size(0)),
-        level_stride(codebooks.stride(0)) {}
-
-  Codes<W> codes(int64_t level) const {
-    Codes<W> codes = first;
-    codes.data += level * level_stride;
-    return codes;
-  }
-
-  const W* code(int64_t level, int64_t k) const {
-    return first.data + level * level_stride + k * first.code_stride;
-  }
-
-  Codes<W> first;
-  int64_t count, level_stride;
-};
-
-// residual -= code; returns |residual|^2.
-template <class W>
-double subtract(W* residual, const W* code, int64_t dim) {
-  using P = Pack<W>;
-  typename P::V square{};
-  for_each_pack<W>(dim, [&](int64_t d, auto n) {
-    const auto left = P::get(residual + d, n) - P::get(code + d, n);
-    square = P::multiply_add(left, left, square);
-    P::set(residual + d, n, left);
-  });
-  return P::total(square);
-}
-
-// Sum of a position's codes, the first level's first.
-template <class W>
-void add_codes(const Levels<W>& levels,
-               const int64_t* indices,
-               int64_t count,
-               int64_t dim,
-               W* sum) {
-  using P = Pack<W>;
-  for_each_pack<W>(dim, [&](int64_t d, auto n) {
-    auto total = P::get(levels.code(0, indices[0]) + d, n);
-    for (int64_t level = 1; level < count; ++level)
-      total += P::get(levels.code(level, indices[level]) + d, n);
-    P::set(sum + d, n, total);
-  });
-}
-
-// How many levels a position went through.
-int64_t depth_of(const int64_t* indices, int64_t levels) {
-  int64_t depth = 0;
-  while (depth < levels && indices[depth] >= 0)
-    ++depth;
-  return depth;
-}
-
-int64_t tiles_of(int64_t positions) {
-  return (positions + kRows - 1) / kRows;
-}
-
-// Calls f(first, count) for every tile of the positions first ... last - 1.
-template <class F>
-void for_each_tile(int64_t first, int64_t last, const F& f) {
-  for (; first < last; first += kRows)
-    f(first, int(std::min<int64_t>(kRows, last - first)));
-}
-
-template <class T>
-class Forward {
- public:
-  using W = Wide<T>;
-
-  Forward(const Positions<T>& x,
-          const Levels<W>& levels,
-          int64_t used,
-          const bool* mask,
-          bool cosine,
-          const Positions<T>& quantized,
-          int64_t* indices)
-      : x_(x),
-        levels_(levels),
-        used_(used),
-        mask_(mask),
-        cosine_(cosine),
-        quantized_(quantized),
-        indices_(indices),
-        errors_(tiles_of(x.count()) * used) {}
-
-  void run() {
-    const bool halved = searched_with_amx(x_.dim);
-    const int64_t codes = (levels_.level_stride ? used_ : 1) * levels_.first.count;
-    if (codes * packed_code_bytes(x_.dim, halved) > kPanelBytes)
-      return by_level();
-    std::vector<std::shared_ptr<const CodePanel>> panels;
-    for (int64_t level = 0; level < used_; ++level)
-      panels.push_back(level && !levels_.level_stride
-                           ? panels[0]
-                           : packed_codebook(levels_.codes(level), cosine_, halved));
-    by_block(panels);
-  }
-
-  // Squared residuals after a level, in a sum that does not depend on the number of threads.
-  double error(int64_t level) const {
-    double total = 0;
-    for (int64_t tile = 0; tile < tiles_of(x_.count()); ++tile)
-      total += errors_[tile * used_ + level];
-    return total;
-  }
-
- private:
-  void by_block(const std::vector<std::shared_ptr<const CodePanel>>& panels) {
-    const int64_t chunk =
-        std::max<int64_t>(queries_per_chunk(*panels[0], x_.count()) / kRows * kRows, kRows);
-    const int64_t fit = kBlockBytes / (x_.dim * int64_t(sizeof(W)));
-    const int64_t share = x_.count() / (2 * torch::stable::get_num_threads());
-    const int64_t block = std::max(std::min(fit, share) / chunk, int64_t{1}) * chunk;
-    torch::stable::parallel_for(
-        0, (x_.count() + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
-          SearchScratch scratch(*panels[0], chunk);
-          Buffer<W> rows(block * x_.dim);
-          Buffer<int64_t> found(used_ * block);  // [levels, block]
-          for (int64_t b = begin; b < end; ++b) {
-            const int64_t first = b * block, last = std::min(x_.count(), first + block);
-            load(first, last, rows.get());
-            for (int64_t level = 0; level < used_; ++level)
-              for (int64_t start = first; start < last; start += chunk) {
-                const int64_t stop = std::min(last, start + chunk);
-                W* const row = rows.get() + (start - first) * x_.dim;
-                int64_t* const at_level = found.get() + level * block + start - first;
-                search_chunk(Positions<W>(row, stop - start, x_.dim), levels_.codes(level),
-                             *panels[level], mask_ ? mask_ + start : nullptr, cosine_, scratch,
-                             at_level);
-                advance(level, start, stop, at_level, row);
-              }
-            finish(first, last, found.get(), block, rows.get());
-          }
-        });
-  }
-
-  void by_level() {
-    const int64_t count = x_.count();
-    Buffer<W> rows(count * x_.dim);
-    Buffer<int64_t> found(used_ * count);  // [levels, positions]
-    const auto in_parallel = [&](const auto& f) {
-      torch::stable::parallel_for(0, tiles_of(count), 8, [&](int64_t begin, int64_t end) {
-        const int64_t first = begin * kRows;
-        f(first, std::min(count, end * kRows), rows.get() + first * x_.dim);
-      });
-    };
-    in_parallel([&](int64_t first, int64_t last, W* row) { load(first, last, row); });
-    for (int64_t level = 0; level < used_; ++level) {
-      int64_t* const at_level = found.get() + level * count;
-      search(Positions<W>(rows.get(), count, x_.dim), levels_.codes(level), mask_, cosine_,
-             at_level);
-      in_parallel([&](int64_t first, int64_t last, W* row) {
-        advance(level, first, last, at_level + first, row);
-      });
-    }
-    in_parallel([&](int64_t first, int64_t last, W* row) {
-      finish(first, last, found.get() + first, count, row);
-    });
-  }
-
-  // Rows [last - first, D] of the positions.
-  void load(int64_t first, int64_t last, W* rows) const {
-    for_each_tile(first, last, [&](int64_t position, int count) {
-      Tile(x_, position, count).copy(rows + (position - first) * x_.dim);
-    });
-  }
-
-  void advance(int64_t level, int64_t first, int64_t last, const int64_t* found, W* rows) {
-    for_each_tile(first, last, [&](int64_t position, int count) {
-      double error = 0;
-      for (int64_t i = position - first; i < position - first + count; ++i)
-        if (found[i] >= 0)
-          error += subtract(rows + i * x_.dim, levels_.code(level, found[i]), x_.dim);
-      errors_[position / kRows * used_ + level] = error;
-    });
-  }
-
-  // Writes the results, found [levels, stride], in place of the rows.
-  void finish(int64_t first, int64_t last, const int64_t* found, int64_t stride, W* rows) const {
-    for_each_tile(first, last, [&](int64_t position, int count) {
-      W* const buffer = rows + (position - first) * x_.dim;
-      W* to[kRows];
-      const Tile target(quantized_, position, count);
-      target.place(buffer, to);
-      for (int lane = 0; lane < count; ++lane) {
-        int64_t* const index = indices_ + (position + lane) * levels_.count;
-        for (int64_t level = 0; level < levels_.count; ++level)
-          index[level] = level < used_ ? found[level * stride + position - first + lane] : -1;
-        if (index[0] >= 0)
-          add_codes(levels_, index, used_, x_.dim, to[lane]);
-        else
-          std::fill_n(to[lane], x_.dim, W(0));
-      }
-      target.write(buffer);
-    });
-  }
-
-  const Positions<T> x_;
-  const Levels<W> levels_;
-  const int64_t used_;
-  const bool* const mask_;  // [outer, inner]
-  const bool cosine_;
-  const Positions<T> quantized_;
-  int64_t* const indices_;  // [outer, inner, Q]
-  Buffer<double> errors_;   // [tiles, levels]
-};
-
 // The gradient of one vector, from the residuals that the levels leave and that of the quantized
 // vector. residual, a row of its own, starts as x.
 template <class W>
-class Pull {
+class ResidualGradient {
  public:
-  Pull(const Levels<W>& levels, const std::vector<W>& pulls, bool rotate, bool per_level)
-      : levels_(levels), pulls_(pulls), rotate_(rotate), per_level_(per_level) {}
+  ResidualGradient(const Codebooks<W>& codebooks,
+                   const std::vector<W>& scales,
+                   bool rotate,
+                   bool per_quantizer)
+      : codebooks_(codebooks), scales_(scales), rotate_(rotate), per_quantizer_(per_quantizer) {}
 
   void operator()(const int64_t* indices,
                   W* residual,
@@ -257,75 +45,79 @@ class Pull {
                   int64_t dim,
                   W* scratch,
                   W* out) const {
-    const int64_t depth = depth_of(indices, levels_.count);
-    if (depth == 0) {
+    const int64_t stages = stages_of(indices, codebooks_.count);
+    if (stages == 0) {
       std::fill_n(out, dim, W(0));
-    } else if (gradient && rotate_ && per_level_) {
+    } else if (gradient && rotate_ && per_quantizer_) {
       std::fill_n(out, dim, W(0));
-      for (int64_t level = 0; level < depth; ++level) {
-        const W* const code = levels_.code(level, indices[level]);
+      for (int64_t stage = 0; stage < stages; ++stage) {
+        const W* const code = codebooks_.code(stage, indices[stage]);
         add(rotation(residual, code, gradient, dim), gradient, residual, code, dim, out);
-        descend(indices, level, level + 1, residual, dim, out);
+        subtract_codes(indices, stage, stage + 1, residual, dim, out);
       }
     } else {
       std::fill_n(out, dim, W(0));
       if (gradient && rotate_) {
-        add_codes(levels_, indices, depth, dim, scratch);
+        add_codes(codebooks_, indices, stages, dim, scratch);
         add(rotation(residual, scratch, gradient, dim), gradient, residual, scratch, dim, out);
       } else if (gradient) {
-        const W times = per_level_ ? W(depth) : W(1);
+        const W times = per_quantizer_ ? W(stages) : W(1);
         for (int64_t d = 0; d < dim; ++d)
           out[d] = times * gradient[d];
       }
-      descend(indices, 0, depth, residual, dim, out);
+      subtract_codes(indices, 0, stages, residual, dim, out);
     }
   }
 
  private:
   using P = Pack<W>;
 
-  static void add(const Carry<W>& carry,
+  static void add(const GradientCoefficients<W>& coefficients,
                   const W* gradient,
                   const W* x,
                   const W* code,
                   int64_t dim,
                   W* out) {
-    const auto carried = P::constant(carry.gradient), along_x = P::constant(carry.x),
-               along_code = P::constant(carry.code);
+    const auto along_gradient = P::constant(coefficients.gradient),
+               along_x = P::constant(coefficients.x), along_code = P::constant(coefficients.code);
     for_each_pack<W>(dim, [&](int64_t d, auto n) {
       P::set(out + d, n,
-             P::get(out + d, n) + carried * P::get(gradient + d, n) +
+             P::get(out + d, n) + along_gradient * P::get(gradient + d, n) +
                  (along_x * P::get(x + d, n) + along_code * P::get(code + d, n)));
     });
   }
 
   // Subtracts the codes of the levels begin ... end - 1, with every level's pull on what it leaves.
-  void descend(const int64_t* indices, int64_t begin, int64_t end, W* residual, int64_t dim, W* out)
-      const {
+  void subtract_codes(const int64_t* indices,
+                      int64_t begin,
+                      int64_t end,
+                      W* residual,
+                      int64_t dim,
+                      W* out) const {
     for_each_pack<W>(dim, [&](int64_t d, auto n) {
-      auto left = P::get(residual + d, n), value = P::get(out + d, n);
-      for (int64_t level = begin; level < end; ++level) {
-        left -= P::get(levels_.code(level, indices[level]) + d, n);
-        value += P::constant(pulls_[level]) * left;
+      auto rest = P::get(residual + d, n), value = P::get(out + d, n);
+      for (int64_t stage = begin; stage < end; ++stage) {
+        rest -= P::get(codebooks_.code(stage, indices[stage]) + d, n);
+        value += P::constant(scales_[stage]) * rest;
       }
-      P::set(residual + d, n, left);
+      P::set(residual + d, n, rest);
       P::set(out + d, n, value);
     });
   }
 
-  const Levels<W>& levels_;
-  const std::vector<W>& pulls_;
-  const bool rotate_, per_level_;
+  const Codebooks<W>& codebooks_;
+  const std::vector<W>& scales_;
+  const bool rotate_, per_quantizer_;
 };
 
 template <class T>
-void backward(const Positions<T>* gradient,
-              const Positions<T>& x,
-              const int64_t* indices,
-              int64_t levels,
-              const Pull<Wide<T>>& pull,
-              const Positions<T>& out) {
-  using W = Wide<T>;
+void residual_backward(const Positions<T>* gradient,
+                       const Positions<T>& x,
+                       const int64_t* indices,
+                       int64_t num_codebooks,
+                       const ResidualGradient<OpMath<T>>& residual_gradient,
+                       const Positions<T>& out) {
+  using W = OpMath<T>;
   const int64_t dim = x.dim;
   torch::stable::parallel_for(0, tiles_of(x.count()), 8, [&](int64_t begin, int64_t end) {
     Buffer<W> buffer((3 * kRows + 1) * dim);
@@ -338,84 +130,13 @@ void backward(const Positions<T>* gradient,
       if (gradient)
         Tile(*gradient, first, count).read(incoming, from);
       const Tile target(out, first, count);
-      target.place(outgoing, to);
+      target.output_rows(outgoing, to);
       for (int lane = 0; lane < count; ++lane)
-        pull(indices + (first + lane) * levels, residual + lane * dim, from[lane], dim, scratch,
-             to[lane]);
+        residual_gradient(indices + (first + lane) * num_codebooks, residual + lane * dim,
+                          from[lane], dim, scratch, to[lane]);
       target.write(outgoing);
     });
   });
-}
-
-// The positions of every level, sorted by code.
-struct Sorted {
-  Sorted(const int64_t* indices, int64_t positions, int64_t levels, int64_t codes)
-      : starts(levels * (codes + 1)), order(levels * positions) {
-    std::fill_n(starts.get(), levels * (codes + 1), 0);
-    torch::stable::parallel_for(0, levels, 1, [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> next(codes);
-      for (int64_t level = begin; level < end; ++level) {
-        int64_t* const start = starts.get() + level * (codes + 1);
-        for (int64_t p = 0; p < positions; ++p)
-          if (indices[p * levels + level] >= 0)
-            ++start[indices[p * levels + level] + 1];
-        for (int64_t k = 0; k < codes; ++k)
-          start[k + 1] += start[k];
-        std::copy_n(start, codes, next.begin());
-        for (int64_t p = 0; p < positions; ++p)
-          if (indices[p * levels + level] >= 0)
-            order[level * positions + next[indices[p * levels + level]]++] = p;
-      }
-    });
-  }
-
-  Buffer<int64_t> starts;  // [Q, K + 1]
-  Buffer<int64_t> order;   // [Q, positions]
-};
-
-template <class T>
-void statistics(const Positions<T>& x,
-                const Levels<Wide<T>>& levels,
-                const int64_t* indices,
-                bool left,
-                Wide<T>* counts,
-                Wide<T>* sums) {
-  using W = Wide<T>;
-  const int64_t dim = x.dim, positions = x.count(), codes = levels.first.count;
-  const Sorted sorted(indices, positions, levels.count, codes);
-  Buffer<W> rows(positions * dim);
-  torch::stable::parallel_for(0, tiles_of(positions), 8, [&](int64_t begin, int64_t end) {
-    for_each_tile(begin * kRows, std::min(positions, end * kRows), [&](int64_t first, int count) {
-      Tile(x, first, count).copy(rows.get() + first * dim);
-    });
-  });
-  for (int64_t level = 0; level < levels.count; ++level) {
-    const int64_t* const start = sorted.starts.get() + level * (codes + 1);
-    const int64_t* const order = sorted.order.get() + level * positions;
-    torch::stable::parallel_for(0, codes, 16, [&](int64_t begin, int64_t end) {
-      std::vector<double> totals(dim);
-      double* const total = totals.data();
-      for (int64_t k = begin; k < end; ++k) {
-        std::fill_n(total, dim, 0.0);
-        const W* const code = levels.code(level, k);
-        for (int64_t i = start[k]; i < start[k + 1]; ++i) {
-          W* const row = rows.get() + order[i] * dim;
-          if (left)
-            for (int64_t d = 0; d < dim; ++d) {
-              row[d] -= code[d];
-              total[d] += double(row[d]);
-            }
-          else
-            for (int64_t d = 0; d < dim; ++d) {
-              total[d] += double(row[d]);
-              row[d] -= code[d];
-            }
-        }
-        counts[level * codes + k] = W(start[k + 1] - start[k]);
-        std::copy_n(total, dim, sums + (level * codes + k) * dim);
-      }
-    });
-  }
 }
 
 // The codebooks with contiguous components.
@@ -428,7 +149,7 @@ Tensor check_codebooks(const Tensor& x, const Tensor& codebooks) {
   return codebooks.stride(2) == 1 ? codebooks : torch::stable::contiguous(codebooks);
 }
 
-const int64_t* check_level_indices(const Tensor& indices,
+const int64_t* check_stage_indices(const Tensor& indices,
                                    const Tensor& x,
                                    const Tensor& codebooks) {
   STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.dim() == 3 &&
@@ -440,18 +161,21 @@ const int64_t* check_level_indices(const Tensor& indices,
   return data;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> residual_vector_quantize(const Tensor& x,
-                                                                    const Tensor& codebooks,
-                                                                    std::optional<Tensor> mask,
-                                                                    std::optional<Tensor> levels,
-                                                                    bool cosine) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> residual_vector_quantize(
+    const Tensor& x,
+    const Tensor& codebooks,
+    std::optional<Tensor> mask,
+    std::optional<Tensor> num_quantizers,
+    bool cosine) {
   const Tensor codes = check_codebooks(x, codebooks);
   const int64_t count = codes.size(0), positions = x.size(0) * x.size(2);
-  int64_t used = count;
-  if (levels.has_value()) {
-    STD_TORCH_CHECK(levels->scalar_type() == ScalarType::Long && levels->numel() == 1,
-                    "levels must be one int64");
-    used = std::clamp<int64_t>(*static_cast<const int64_t*>(levels->data_ptr()), 1, count);
+  int64_t stages = count;
+  if (num_quantizers.has_value()) {
+    STD_TORCH_CHECK(
+        num_quantizers->scalar_type() == ScalarType::Long && num_quantizers->numel() == 1,
+        "num_quantizers must be one int64");
+    stages =
+        std::clamp<int64_t>(*static_cast<const int64_t*>(num_quantizers->data_ptr()), 1, count);
   }
   Tensor contiguous_mask;
   if (mask.has_value()) {
@@ -459,24 +183,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_vector_quantize(const Tensor
                     "mask must be bool, one for each position");
     contiguous_mask = torch::stable::contiguous(*mask);
   }
-  const bool* const kept =
+  const bool* const mask_data =
       mask.has_value() ? static_cast<const bool*>(contiguous_mask.data_ptr()) : nullptr;
   Tensor quantized = torch::stable::empty_like(x);
   Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(2), count}, ScalarType::Long);
   Tensor mse = torch::stable::new_empty(x, {count}, accumulator_type(x));
   Tensor valid = torch::stable::new_empty(x, {}, ScalarType::Long);
-  const int64_t number = kept ? std::count(kept, kept + positions, true) : positions;
-  *static_cast<int64_t*>(valid.data_ptr()) = number;
+  const int64_t valid_count =
+      mask_data ? std::count(mask_data, mask_data + positions, true) : positions;
+  *static_cast<int64_t*>(valid.data_ptr()) = valid_count;
   with_types(x, codes, [&]<class T>(T*, auto*) {
-    using W = Wide<T>;
-    Forward<T> forward(Positions<T>(x), Levels<W>(codes), used, kept, cosine,
-                       Positions<T>(quantized), static_cast<int64_t*>(indices.data_ptr()));
+    using W = OpMath<T>;
+    ResidualForward<T> forward(Positions<T>(x), Codebooks<W>(codes), stages, mask_data, cosine,
+                               Positions<T>(quantized), static_cast<int64_t*>(indices.data_ptr()));
     if (positions > 0)
       forward.run();
     W* const errors = static_cast<W*>(mse.data_ptr());
-    for (int64_t level = 0; level < count; ++level)
-      errors[level] = level < used && number
-                          ? W(forward.error(level) / (double(number) * double(x.size(1))))
+    for (int64_t stage = 0; stage < count; ++stage)
+      errors[stage] = stage < stages && valid_count
+                          ? W(forward.error(stage) / (double(valid_count) * double(x.size(1))))
                           : W(0);
   });
   return {quantized, indices, mse, valid};
@@ -490,36 +215,37 @@ Tensor residual_vector_quantize_backward(std::optional<Tensor> grad_quantized,
                                          const Tensor& valid,
                                          double commitment_weight,
                                          bool rotation,
-                                         bool per_level) {
+                                         bool per_quantizer) {
   const Tensor codes = check_codebooks(x, codebooks);
-  const int64_t* const index = check_level_indices(indices, x, codes);
+  const int64_t* const index = check_stage_indices(indices, x, codes);
   STD_TORCH_CHECK(valid.scalar_type() == ScalarType::Long && valid.numel() == 1,
                   "valid must be one int64");
-  const int64_t number = std::max<int64_t>(*static_cast<const int64_t*>(valid.data_ptr()), 1);
-  Tensor slopes;
+  const int64_t valid_count = std::max<int64_t>(*static_cast<const int64_t*>(valid.data_ptr()), 1);
+  Tensor grad_errors;
   if (grad_mse.has_value()) {
     STD_TORCH_CHECK(
         grad_mse->numel() == codes.size(0) && grad_mse->scalar_type() == codes.scalar_type(),
-        "grad_mse must hold one value of the codebooks' dtype for each level");
-    slopes = torch::stable::contiguous(*grad_mse);
+        "grad_mse must hold one value of the codebooks' dtype for each codebook");
+    grad_errors = torch::stable::contiguous(*grad_mse);
   }
   if (grad_quantized.has_value())
     check_gradient(*grad_quantized, x);
   Tensor grad_x = torch::stable::empty_like(x);
   with_types(x, codes, [&]<class T>(T*, auto*) {
-    using W = Wide<T>;
-    std::vector<W> pulls(codes.size(0));
+    using W = OpMath<T>;
+    std::vector<W> scales(codes.size(0));
     if (grad_mse.has_value())
-      for (int64_t level = 0; level < codes.size(0); ++level)
-        pulls[level] =
-            W(2 * commitment_weight * double(static_cast<const W*>(slopes.data_ptr())[level]) /
-              (double(number) * double(x.size(1))));
+      for (int64_t stage = 0; stage < codes.size(0); ++stage)
+        scales[stage] =
+            W(2 * commitment_weight * double(static_cast<const W*>(grad_errors.data_ptr())[stage]) /
+              (double(valid_count) * double(x.size(1))));
     std::optional<Positions<T>> gradient;
     if (grad_quantized.has_value())
       gradient.emplace(*grad_quantized);
-    const Levels<W> levels(codes);
-    backward(gradient ? &*gradient : nullptr, Positions<T>(x), index, levels.count,
-             Pull<W>(levels, pulls, rotation, per_level), Positions<T>(grad_x));
+    const Codebooks<W> codebooks(codes);
+    residual_backward(gradient ? &*gradient : nullptr, Positions<T>(x), index, codebooks.count,
+                      ResidualGradient<W>(codebooks, scales, rotation, per_quantizer),
+                      Positions<T>(grad_x));
   });
   return grad_x;
 }
@@ -527,16 +253,16 @@ Tensor residual_vector_quantize_backward(std::optional<Tensor> grad_quantized,
 std::tuple<Tensor, Tensor> residual_code_statistics(const Tensor& x,
                                                     const Tensor& codebooks,
                                                     const Tensor& indices,
-                                                    bool left) {
+                                                    bool after) {
   const Tensor codes = check_codebooks(x, codebooks);
-  const int64_t* const index = check_level_indices(indices, x, codes);
+  const int64_t* const index = check_stage_indices(indices, x, codes);
   const ScalarType type = accumulator_type(x);
   Tensor counts = torch::stable::new_empty(x, {codes.size(0), codes.size(1)}, type);
   Tensor sums = torch::stable::new_empty(x, {codes.size(0), codes.size(1), codes.size(2)}, type);
   with_types(x, codes, [&]<class T>(T*, auto*) {
-    using W = Wide<T>;
-    statistics(Positions<T>(x), Levels<W>(codes), index, left, static_cast<W*>(counts.data_ptr()),
-               static_cast<W*>(sums.data_ptr()));
+    using W = OpMath<T>;
+    residual_statistics(Positions<T>(x), Codebooks<W>(codes), index, after,
+                        static_cast<W*>(counts.data_ptr()), static_cast<W*>(sums.data_ptr()));
   });
   return {counts, sums};
 }

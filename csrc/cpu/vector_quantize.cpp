@@ -25,18 +25,18 @@ template <class T, class C>
 double copy_code(const T* x, const C* code, int64_t dim, T* out) {
   constexpr int kSums = 16;  // independent sums, so that the compiler can use vectors
   double sums[kSums] = {};
-  const auto take = [&](int64_t d, int i) {
+  const auto add = [&](int64_t d, int i) {
     const C value = code[d];
     out[d] = T(value);
-    const double difference = double(Wide<T>(x[d]) - Wide<T>(value));
+    const double difference = double(OpMath<T>(x[d]) - OpMath<T>(value));
     sums[i] += difference * difference;
   };
   int64_t d = 0;
   for (; d + kSums <= dim; d += kSums)
     for (int i = 0; i < kSums; ++i)
-      take(d + i, i);
+      add(d + i, i);
   for (; d < dim; ++d)
-    take(d, 0);
+    add(d, 0);
   double total = 0;
   for (double sum : sums)
     total += sum;
@@ -59,7 +59,7 @@ double copy_codes(const T* const* x,
       const C value = codes[lane] ? codes[lane][d * code_stride] : C(0.0f);
       out[lane][d * out_stride] = T(value);
       const double difference =
-          codes[lane] ? double(Wide<T>(x[lane][d * stride]) - Wide<T>(value)) : 0.0;
+          codes[lane] ? double(OpMath<T>(x[lane][d * stride]) - OpMath<T>(value)) : 0.0;
       total += difference * difference;
     }
   return total;
@@ -112,10 +112,10 @@ void quantize_backward(const Positions<T>* gradient,
                        const Positions<T>& x,
                        const Codes<C>& codebook,
                        const int64_t* indices,
-                       Wide<T> pull,
+                       OpMath<T> commitment_scale,
                        bool rotate,
                        const Positions<T>& out) {
-  using W = Wide<T>;
+  using W = OpMath<T>;
   using P = Pack<W>;
   const int64_t dim = x.dim;
   torch::stable::parallel_for(
@@ -131,7 +131,7 @@ void quantize_backward(const Positions<T>* gradient,
           if (gradient)
             Tile(*gradient, first, count).read(buffer.get() + kRows * dim, from);
           const Tile target(out, first, count);
-          target.place(to, rows);
+          target.output_rows(to, rows);
           for (int lane = 0; lane < count; ++lane) {
             const int64_t k = indices[first + lane];
             if (k < 0) {
@@ -140,14 +140,17 @@ void quantize_backward(const Positions<T>* gradient,
             }
             const C* const code = codebook.data + k * codebook.code_stride;
             const bool rotated = gradient && rotate;
-            const Carry<W> carry = rotated ? rotation(in[lane], code, from[lane], dim) : Carry<W>();
-            const auto pulled = P::constant(pull), carried = P::constant(carry.gradient),
-                       along_x = P::constant(carry.x), along_code = P::constant(carry.code);
+            const GradientCoefficients<W> coefficients =
+                rotated ? rotation(in[lane], code, from[lane], dim) : GradientCoefficients<W>();
+            const auto scale = P::constant(commitment_scale),
+                       along_gradient = P::constant(coefficients.gradient),
+                       along_x = P::constant(coefficients.x),
+                       along_code = P::constant(coefficients.code);
             for_each_pack<W>(dim, [&](int64_t d, auto n) {
               const auto a = P::get(in[lane] + d, n), b = P::get(code + d, n);
-              auto value = pulled * (a - b);
+              auto value = scale * (a - b);
               if (gradient)
-                value += carried * P::get(from[lane] + d, n);
+                value += along_gradient * P::get(from[lane] + d, n);
               if (rotated)
                 value += along_x * a + along_code * b;
               P::set(rows[lane] + d, n, value);
@@ -216,9 +219,10 @@ Tensor vector_quantize_backward(std::optional<Tensor> grad_quantized,
   STD_TORCH_CHECK(valid.scalar_type() == ScalarType::Long && valid.numel() == 1,
                   "valid must be one int64");
   const int64_t count = std::max<int64_t>(*static_cast<const int64_t*>(valid.data_ptr()), 1);
-  const double pull = grad_mse.has_value() ? 2 * commitment_weight * get_scalar(*grad_mse) /
-                                                 (double(count) * double(x.size(1)))
-                                           : 0.0;
+  const double commitment_scale =
+      grad_mse.has_value()
+          ? 2 * commitment_weight * get_scalar(*grad_mse) / (double(count) * double(x.size(1)))
+          : 0.0;
   const Tensor rows = codebook.stride(1) == 1 ? codebook : torch::stable::contiguous(codebook);
   Tensor grad_x = torch::stable::empty_like(x);
   with_types(x, codebook, [&]<class T, class C>(T*, C*) {
@@ -228,7 +232,7 @@ Tensor vector_quantize_backward(std::optional<Tensor> grad_quantized,
       gradient.emplace(*grad_quantized);
     }
     quantize_backward(gradient ? &*gradient : nullptr, Positions<T>(x), Codes<C>(rows), index,
-                      Wide<T>(pull), rotation, Positions<T>(grad_x));
+                      OpMath<T>(commitment_scale), rotation, Positions<T>(grad_x));
   });
   return grad_x;
 }

@@ -117,6 +117,31 @@ inline void check_vector(const char* op,
                   op, ": ", name, " must hold one number of the right dtype for each sample.");
 }
 
+inline void check_positions(const char* op,
+                            const char* name,
+                            const Tensor& tensor,
+                            ScalarType dtype,
+                            const Tensor& x) {
+  check_same_device(op, name, tensor, x);
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " has the wrong dtype.");
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == x.size(0) && tensor.size(1) == x.size(2),
+                  op, ": ", name, " must have shape [outer, inner] for x [outer, D, inner].");
+}
+
+inline void check_codes(const char* op, const char* name, const Tensor& codes, const Tensor& x) {
+  check_same_device(op, name, codes, x);
+  STD_TORCH_CHECK(codes.dim() == 2 && codes.size(1) == x.size(1), op, ": ", name,
+                  " must have shape [K, D] for x [outer, D, inner].");
+}
+
+inline void check_x(const char* op, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0, op, ": x must have shape [outer, D, inner].");
+}
+
+inline void check_samples(const char* op, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 3, op, ": samples must have shape [B, rows, columns].");
+}
+
 // Noise is given, or a seed to draw it from.
 inline void check_noise(const char* op,
                         const std::optional<Tensor>& noise,
@@ -174,6 +199,40 @@ inline Tensor empty_like(const Tensor& x, ScalarType dtype) {
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// For the ops without a codebook.
+inline void check_channels(const char* op, const Tensor& x, int64_t most) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) >= 1 && x.size(1) <= most, op,
+                  ": x must have shape [outer, D, inner] and at most ", most, " channels.");
+}
+
+template <typename Params>
+void set_shape(Params& params, const Tensor& x) {
+  params.x = x.const_data_ptr();
+  params.x_strides = strides_of(x);
+  params.outer = x.size(0);
+  params.channels = x.size(1);
+  params.inner = x.size(2);
+}
+
+template <typename Params>
+Tensor quantized_of(Params& params, const Tensor& x) {
+  Tensor quantized = torch::stable::empty_like(x);
+  params.quantized = quantized.mutable_data_ptr();
+  params.quantized_strides = strides_of(quantized);
+  return quantized;
+}
+
+template <typename Params>
+Tensor gradient_of(const char* op, Params& params, const Tensor& grad_quantized, const Tensor& x) {
+  check_like(op, "grad_quantized", grad_quantized, x);
+  Tensor grad_x = torch::stable::empty_like(x);
+  params.grad_quantized = grad_quantized.const_data_ptr();
+  params.grad_quantized_strides = strides_of(grad_quantized);
+  params.grad_x = grad_x.mutable_data_ptr();
+  params.grad_x_strides = strides_of(grad_x);
+  return grad_x;
 }
 
 }  // namespace genperf

@@ -20,7 +20,7 @@ __device__ float clamp_logvar(float logvar) {
 }
 
 // As torch.clamp's gradient: zero where NaN.
-__device__ bool passes(float logvar) {
+__device__ bool inside_clamp(float logvar) {
   return logvar >= kLowestLogvar && logvar <= kHighestLogvar;
 }
 
@@ -67,10 +67,10 @@ __device__ void load_noise(const Params& p,
 template <typename T>
 __global__ void __launch_bounds__(kSampleThreads)
     gaussian_sample_kernel(GaussianSampleParams p, SamplePlan plan) {
-  const SampleSeat seat(plan);
+  const SampleThreadTile thread_tile(plan);
   const uint64_t seed = p.seed == nullptr ? 0 : static_cast<uint64_t>(*p.seed);
   float kl = 0;
-  for_units<kWidth>(plan, seat, [&](const SampleUnit& unit) {
+  for_units<kWidth>(plan, thread_tile, [&](const SampleUnit& unit) {
     float mean[kWidth], logvar[kWidth], prior_mean[kWidth], prior_logvar[kWidth];
     load<T>(p.mean, plan, unit, mean);
     load<T>(p.logvar, plan, unit, logvar);
@@ -94,17 +94,17 @@ __global__ void __launch_bounds__(kSampleThreads)
     }
     store<T>(p.sample, plan, unit, sample);
   });
-  finish_parts(plan, seat, kl, p.partials, StoreSum{p.kl});
+  finish_parts(plan, thread_tile, kl, p.partials, StoreSum{p.kl});
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kSampleThreads)
     gaussian_sample_backward_kernel(GaussianSampleBackwardParams p, SamplePlan plan) {
-  const SampleSeat seat(plan);
+  const SampleThreadTile thread_tile(plan);
   const uint64_t seed = p.seed == nullptr ? 0 : static_cast<uint64_t>(*p.seed);
-  const bool has_grad_kl = p.grad_kl != nullptr && seat.sample < plan.shape.batch;
-  const float grad_kl = has_grad_kl ? p.grad_kl[seat.sample] : 0.0f;
-  for_units<kWidth>(plan, seat, [&](const SampleUnit& unit) {
+  const bool has_grad_kl = p.grad_kl != nullptr && thread_tile.sample < plan.shape.batch;
+  const float grad_kl = has_grad_kl ? p.grad_kl[thread_tile.sample] : 0.0f;
+  for_units<kWidth>(plan, thread_tile, [&](const SampleUnit& unit) {
     float grad_mean[kWidth] = {};
     float grad_logvar[kWidth] = {};
     float logvar[kWidth];
@@ -137,12 +137,12 @@ __global__ void __launch_bounds__(kSampleThreads)
         grad_logvar[j] += counts ? grad_kl * divergence.by_logvar : 0.0f;
         prior_mean[j] = counts ? grad_kl * divergence.by_prior_mean : 0.0f;
         prior_logvar[j] =
-            counts && passes(prior_logvar[j]) ? grad_kl * divergence.by_prior_logvar : 0.0f;
+            counts && inside_clamp(prior_logvar[j]) ? grad_kl * divergence.by_prior_logvar : 0.0f;
       }
     }
 #pragma unroll
     for (int j = 0; j < kWidth; ++j)
-      grad_logvar[j] = passes(logvar[j]) ? grad_logvar[j] : 0.0f;
+      grad_logvar[j] = inside_clamp(logvar[j]) ? grad_logvar[j] : 0.0f;
     store<T>(p.grad_mean, plan, unit, grad_mean);
     store<T>(p.grad_logvar, plan, unit, grad_logvar);
     if (p.grad_prior_mean.data != nullptr)

@@ -39,14 +39,14 @@ __device__ double sum_of_squares(const float (&values)[kCount]) {
 template <typename T>
 __global__ void __launch_bounds__(kSampleThreads)
     gradient_norm_kernel(GradientNormPenaltyParams p, SamplePlan plan) {
-  const SampleSeat seat(plan);
+  const SampleThreadTile thread_tile(plan);
   double sum = 0;
-  for_units<kWidth<T>>(plan, seat, [&](const SampleUnit& unit) {
+  for_units<kWidth<T>>(plan, thread_tile, [&](const SampleUnit& unit) {
     float values[kWidth<T>];
     load<T>(p.gradients, plan, unit, values);
     sum += sum_of_squares(values);
   });
-  finish_parts(plan, seat, sum, p.partials, StoreNorm{p.norms});
+  finish_parts(plan, thread_tile, sum, p.partials, StoreNorm{p.norms});
 }
 
 __global__ void __launch_bounds__(kMeanThreads) mean_penalty_kernel(GradientNormPenaltyParams p) {
@@ -73,12 +73,12 @@ __global__ void __launch_bounds__(kMeanThreads) mean_penalty_kernel(GradientNorm
 template <typename T>
 __global__ void __launch_bounds__(kSampleThreads)
     gradient_norm_penalty_backward_kernel(GradientNormPenaltyBackwardParams p, SamplePlan plan) {
-  const SampleSeat seat(plan);
+  const SampleThreadTile thread_tile(plan);
   // grad = factor * g / norm, divided element by element as 1 / norm may overflow.
   float norm = 1;
   float factor = 0;
-  if (seat.sample < plan.shape.batch) {
-    norm = p.norms[seat.sample];
+  if (thread_tile.sample < plan.shape.batch) {
+    norm = p.norms[thread_tile.sample];
     const float distance = norm - p.center;
     factor = *p.grad_penalty * 2 / static_cast<float>(plan.shape.batch);
     if (p.center == 0) {
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kSampleThreads)
       factor *= distance;
     }
   }
-  for_units<kWidth<T>>(plan, seat, [&](const SampleUnit& unit) {
+  for_units<kWidth<T>>(plan, thread_tile, [&](const SampleUnit& unit) {
     float values[kWidth<T>];
     load<T>(p.gradients, plan, unit, values);
 #pragma unroll

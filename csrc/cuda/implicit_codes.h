@@ -1,77 +1,151 @@
 // SPDX-License-Identifier: Apache-2.0
+// What finite scalar and lookup-free quantization share.
+//
+// A block takes a tile of positions with all their channels. Its threads go through the elements in
+// the order of memory, 16 bytes at a time where the layout allows, so that warps touch whole lines
+// in both layouts however few the channels are; digits meet in shared memory, where a thread for
+// each position adds up the index.
 #pragma once
 
 #include "implicit_levels.h"
-#include "launch.h"
+#include "positions.h"
+
+#if defined(__CUDACC__) || defined(GENPERF_CUDA_ON_HOST)
 
 namespace genperf {
 
-// T is the type of x and of all that has its shape; D is at most kMaxChannels.
-struct FiniteScalarQuantizeParams {
-  const void* x;     // [outer, D, inner], T
-  void* quantized;   // [outer, D, inner], T
-  int64_t* indices;  // [outer, inner], contiguous, or null
-  int64_t outer;
-  int64_t channels;
+constexpr int kCodeThreads = 256;
+constexpr int kCodePositions = 128;  // in a tile
+constexpr unsigned kCodeBlocks = 4096;
+
+// How the elements of a tile are numbered: along channels where those lie together, else along
+// positions.
+struct CodeTiling {
+  int64_t positions;
   int64_t inner;
-  Strides x_strides;
-  Strides quantized_strides;
-  int32_t levels[kMaxChannels];
-  bool symmetric;
-  bool hard;
+  int channels;
+  bool channels_last;
 };
 
-struct FiniteScalarQuantizeBackwardParams {
-  const void* grad_quantized;  // [outer, D, inner], T
-  const void* x;               // [outer, D, inner], T
-  void* grad_x;                // [outer, D, inner], T
-  int64_t outer;
-  int64_t channels;
-  int64_t inner;
-  Strides grad_quantized_strides;
-  Strides x_strides;
-  Strides grad_x_strides;
-  int32_t levels[kMaxChannels];
-  bool symmetric;
-  bool hard;
+// Where positions lie back to back, or in rows of whole runs, a run is contiguous in a tensor of
+// these strides.
+inline bool runs_vectorizable(const void* data,
+                              const CodeTiling& tiling,
+                              int64_t outer,
+                              Strides strides,
+                              int width) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0)
+    return false;
+  if (tiling.channels_last) {
+    const int64_t distance = tiling.inner == 1 ? strides.outer : strides.inner;
+    const bool one_row =
+        tiling.inner == 1 || outer == 1 || strides.outer == tiling.inner * strides.inner;
+    return strides.channel == 1 && distance == tiling.channels && one_row;
+  }
+  return strides.inner == 1 && tiling.inner % width == 0 && strides.channel % width == 0 &&
+         (outer == 1 || strides.outer % width == 0);
+}
+
+template <typename Params>
+CodeTiling tiling_of(const Params& p) {
+  const bool last = p.inner == 1 || p.channels == 1 || p.x_strides.channel <= p.x_strides.inner;
+  return {p.outer * p.inner, p.inner, static_cast<int>(p.channels), last};
+}
+
+inline unsigned blocks_of(const CodeTiling& tiling) {
+  const int64_t tiles = (tiling.positions + kCodePositions - 1) / kCodePositions;
+  return static_cast<unsigned>(tiles < kCodeBlocks ? tiles : kCodeBlocks);
+}
+
+struct TileElement {
+  int position;  // in the tile
+  int channel;
 };
 
-struct LookupFreeQuantizeParams {
-  const void* x;     // [outer, D, inner], T
-  void* quantized;   // [outer, D, inner], T
-  int64_t* indices;  // [outer, inner], contiguous
-  int64_t outer;
-  int64_t channels;
-  int64_t inner;
-  Strides x_strides;
-  Strides quantized_strides;
-  float size;  // of a code's components
+__device__ inline TileElement element_of(int number, const CodeTiling& tiling) {
+  return tiling.channels_last ? TileElement{number / tiling.channels, number % tiling.channels}
+                              : TileElement{number % kCodePositions, number / kCodePositions};
+}
+
+__device__ inline int64_t element_offset(int64_t first,
+                                         TileElement e,
+                                         const CodeTiling& tiling,
+                                         Strides strides) {
+  return offset_of(first + e.position, tiling.inner, strides) + e.channel * strides.channel;
+}
+
+// Calls run(first position, number of positions) for the block's tiles.
+template <typename Run>
+__device__ void for_each_tile(const CodeTiling& tiling, Run run) {
+  for (int64_t first = int64_t{blockIdx.x} * kCodePositions; first < tiling.positions;
+       first += int64_t{gridDim.x} * kCodePositions) {
+    const int64_t left = tiling.positions - first;
+    run(first, static_cast<int>(left < kCodePositions ? left : kCodePositions));
+  }
+}
+
+template <typename T, int kWidth, typename Code>
+__device__ void quantize_tiles(const T* x,
+                               T* out,
+                               int64_t* indices,
+                               const CodeTiling& tiling,
+                               Strides x_strides,
+                               Strides out_strides,
+                               int32_t* digits,
+                               const int64_t* basis,
+                               Code code) {
+  for_each_tile(tiling, [&](int64_t first, int count) {
+    const int elements = (tiling.channels_last ? count : kCodePositions) * tiling.channels;
+    for (int n = threadIdx.x * kWidth; n < elements; n += kCodeThreads * kWidth) {
+      const TileElement e = element_of(n, tiling);
+      // A run never leaves the tile half way: where runs are wide, rows are whole runs.
+      if (e.position >= count)
+        continue;
+      const int64_t left = tiling.channels_last ? elements - n : count - e.position;
+      const bool whole = kWidth > 1 && left >= kWidth;
+      const auto xs =
+          load_pack<T, kWidth>(x + element_offset(first, e, tiling, x_strides), 1, left, whole);
+      Pack<T, kWidth> values;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        if (j >= left) {
+          values.values[j] = convert<T>(0.0f);
+          continue;
+        }
+        const TileElement at = element_of(tiling.channels_last ? n + j : n, tiling);
+        const int position = at.position + (tiling.channels_last ? 0 : j);
+        const Coded<Scalar> coded = code(to_float(xs.values[j]), at.channel);
+        values.values[j] = convert<T>(coded.value);
+        if (indices != nullptr)
+          digits[position * tiling.channels + at.channel] = static_cast<int32_t>(coded.digit);
+      }
+      store_pack(out + element_offset(first, e, tiling, out_strides), 1, left, whole, values);
+    }
+    if (indices == nullptr)
+      return;
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < count) {
+      int64_t index = 0;
+      for (int d = 0; d < tiling.channels; ++d)
+        index += digits[threadIdx.x * tiling.channels + d] * basis[d];
+      indices[first + threadIdx.x] = index;
+    }
+    __syncthreads();
+  });
+}
+
+struct CodeShared {
+  int64_t basis[kMaxChannels];
+  float constants[7][kMaxChannels];  // of a Level, in its order
+
+  // [kCodePositions, D], behind this.
+  __device__ int32_t* digits() { return reinterpret_cast<int32_t*>(this + 1); }
 };
 
-struct LookupFreeQuantizeBackwardParams {
-  const void* grad_quantized;  // [outer, D, inner], T
-  const void* x;               // [outer, D, inner], T
-  void* grad_x;                // [outer, D, inner], T
-  int64_t outer;
-  int64_t channels;
-  int64_t inner;
-  Strides grad_quantized_strides;
-  Strides x_strides;
-  Strides grad_x_strides;
-  float scale;
-};
-
-void launch_finite_scalar_quantize(const FiniteScalarQuantizeParams& params,
-                                   DType type,
-                                   cudaStream_t stream);
-void launch_finite_scalar_quantize_backward(const FiniteScalarQuantizeBackwardParams& params,
-                                            DType type,
-                                            cudaStream_t stream);
-void launch_lookup_free_quantize(const LookupFreeQuantizeParams& params,
-                                 DType type,
-                                 cudaStream_t stream);
-void launch_lookup_free_quantize_backward(const LookupFreeQuantizeBackwardParams& params,
-                                          DType type,
-                                          cudaStream_t stream);
+inline size_t shared_bytes(const CodeTiling& tiling, bool indexed) {
+  return sizeof(CodeShared) + (indexed ? sizeof(int32_t) * kCodePositions * tiling.channels : 0);
+}
 
 }  // namespace genperf
+
+#endif

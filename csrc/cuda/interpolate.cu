@@ -30,9 +30,9 @@ __device__ float weight_of(const Params& p, int64_t sample) {
 template <typename T>
 __global__ void __launch_bounds__(kSampleThreads)
     interpolate_kernel(InterpolateParams p, SamplePlan plan) {
-  const SampleSeat seat(plan);
-  const float weight = weight_of(p, seat.sample);
-  for_units<kWidth<T>>(plan, seat, [&](const SampleUnit& unit) {
+  const SampleThreadTile thread_tile(plan);
+  const float weight = weight_of(p, thread_tile.sample);
+  for_units<kWidth<T>>(plan, thread_tile, [&](const SampleUnit& unit) {
     float real[kWidth<T>], fake[kWidth<T>];
     load<T>(p.real, plan, unit, real);
     load<T>(p.fake, plan, unit, fake);
@@ -46,10 +46,10 @@ __global__ void __launch_bounds__(kSampleThreads)
 template <typename T>
 __global__ void __launch_bounds__(kSampleThreads)
     perturb_kernel(InterpolateParams p, SamplePlan plan) {
-  const SampleSeat seat(plan);
+  const SampleThreadTile thread_tile(plan);
   const uint64_t seed = seed_of(p.seed);
-  const float scale = (1 - weight_of(p, seat.sample)) * *p.scale;
-  for_units<kWidth<T>>(plan, seat, [&](const SampleUnit& unit) {
+  const float scale = (1 - weight_of(p, thread_tile.sample)) * *p.scale;
+  for_units<kWidth<T>>(plan, thread_tile, [&](const SampleUnit& unit) {
     float real[kWidth<T>];
     load<T>(p.real, plan, unit, real);
 #pragma unroll
@@ -66,10 +66,10 @@ __global__ void __launch_bounds__(kSampleThreads)
 template <typename T>
 __global__ void __launch_bounds__(kSampleThreads, kBackwardBlocks)
     interpolate_backward_kernel(InterpolateBackwardParams p, SamplePlan plan) {
-  const SampleSeat seat(plan);
-  const float weight = weight_of(p, seat.sample);
+  const SampleThreadTile thread_tile(plan);
+  const float weight = weight_of(p, thread_tile.sample);
   float sum = 0;
-  for_units<kWidth<T>>(plan, seat, [&](const SampleUnit& unit) {
+  for_units<kWidth<T>>(plan, thread_tile, [&](const SampleUnit& unit) {
     float grad[kWidth<T>], result[kWidth<T>];
     load<T>(p.grad_mixed, plan, unit, grad);
     if (p.grad_weight != nullptr) {
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kSampleThreads, kBackwardBlocks)
     store<T>(p.grad_fake, plan, unit, result);
   });
   if (p.grad_weight != nullptr)
-    finish_parts(plan, seat, sum, p.partials, StoreSum{p.grad_weight});
+    finish_parts(plan, thread_tile, sum, p.partials, StoreSum{p.grad_weight});
 }
 
 template <typename T>

@@ -103,8 +103,11 @@ struct alignas(kWidth * sizeof(T) < 16 ? kWidth * sizeof(T) : 16) Pack {
 };
 
 template <typename T, int kWidth>
-__device__ Pack<T, kWidth> load_pack(const T* first, int64_t stride, int64_t count, bool together) {
-  if (together)
+__device__ Pack<T, kWidth> load_pack(const T* first,
+                                     int64_t stride,
+                                     int64_t count,
+                                     bool vectorizable) {
+  if (vectorizable)
     return *reinterpret_cast<const Pack<T, kWidth>*>(first);
   Pack<T, kWidth> pack;
 #pragma unroll
@@ -118,9 +121,9 @@ template <typename T, int kWidth>
 __device__ void store_pack(T* first,
                            int64_t stride,
                            int64_t count,
-                           bool together,
+                           bool vectorizable,
                            const Pack<T, kWidth>& pack) {
-  if (together) {
+  if (vectorizable) {
     *reinterpret_cast<Pack<T, kWidth>*>(first) = pack;
     return;
   }

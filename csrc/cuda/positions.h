@@ -10,12 +10,12 @@
 namespace genperf {
 
 // Whether each group of `width` channels is aligned to 16 bytes and lies together.
-inline bool groups_together(const void* data,
-                            int64_t outer,
-                            int64_t channels,
-                            int64_t inner,
-                            Strides strides,
-                            int width) {
+inline bool channels_vectorizable(const void* data,
+                                  int64_t outer,
+                                  int64_t channels,
+                                  int64_t inner,
+                                  Strides strides,
+                                  int width) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && channels % width == 0 &&
          strides.channel == 1 && (outer == 1 || strides.outer % width == 0) &&
          (inner == 1 || strides.inner % width == 0);

@@ -24,8 +24,8 @@ struct SampleTensor {
   int64_t batch_stride;
   int64_t row_stride;
   int64_t column_stride;
-  bool float32;   // even where the op's T is narrower
-  bool together;  // units lie together and aligned; launchers find out
+  bool float32;       // even where the op's T is narrower
+  bool vectorizable;  // units lie together and aligned; launchers find out
 };
 using SampleInput = SampleTensor<const void>;
 using SampleOutput = SampleTensor<void>;
@@ -70,15 +70,15 @@ SamplePlan plan_samples(const char* op, SampleShape shape, Tensors&... tensors) 
   SamplePlan plan{};
   plan.shape = shape;
   plan.elements = shape.rows * shape.columns;
-  const auto is_together = [&](const auto& tensor) {
+  const auto is_vectorizable = [&](const auto& tensor) {
     const int64_t vector = tensor.float32 ? kVectorOf<float, kWidth> : kVectorOf<T, kWidth>;
     const size_t bytes = vector * (tensor.float32 ? sizeof(float) : sizeof(T));
     return tensor.column_stride == 1 && reinterpret_cast<uintptr_t>(tensor.data) % bytes == 0 &&
            (shape.rows == 1 || (tensor.row_stride % vector == 0 && shape.columns % kWidth == 0)) &&
            (shape.batch == 1 || tensor.batch_stride % vector == 0);
   };
-  ((tensors.together = is_together(tensors)), ...);
-  plan.rows_fast = shape.rows > 1 && ((tensors.data != nullptr && !tensors.together &&
+  ((tensors.vectorizable = is_vectorizable(tensors)), ...);
+  plan.rows_fast = shape.rows > 1 && ((tensors.data != nullptr && !tensors.vectorizable &&
                                        tensors.row_stride < tensors.column_stride) ||
                                       ...);
 
@@ -117,12 +117,12 @@ struct SampleUnit {
 };
 
 // Which part of which sample this thread works on.
-struct SampleSeat {
+struct SampleThreadTile {
   int64_t sample;
   uint32_t part;
   uint32_t lane;  // in the team
 
-  __device__ explicit SampleSeat(const SamplePlan& plan) {
+  __device__ explicit SampleThreadTile(const SamplePlan& plan) {
     const uint32_t team = plan.team;
     lane = threadIdx.x % team;
     if (plan.parts > 1) {
@@ -137,13 +137,13 @@ struct SampleSeat {
 
 // Calls body(unit) for each unit of this thread.
 template <int kWidth, typename Body>
-__device__ void for_units(const SamplePlan& plan, const SampleSeat& seat, Body body) {
-  if (seat.sample >= plan.shape.batch)
+__device__ void for_units(const SamplePlan& plan, const SampleThreadTile& thread_tile, Body body) {
+  if (thread_tile.sample >= plan.shape.batch)
     return;
-  uint32_t number = seat.part * (plan.team * plan.per_thread) + seat.lane;
+  uint32_t number = thread_tile.part * (plan.team * plan.per_thread) + thread_tile.lane;
   for (uint32_t i = 0; i < plan.per_thread && number < plan.units; ++i, number += plan.team) {
     SampleUnit unit{};
-    unit.sample = seat.sample;
+    unit.sample = thread_tile.sample;
     if (plan.rows_fast) {
       // The units that start in a row are its thread's, also where they end in a later row.
       const auto rows = static_cast<uint32_t>(plan.shape.rows);
@@ -206,7 +206,7 @@ __device__ void load_as(const SampleInput& tensor,
                         float (&values)[kWidth]) {
   const T* data = static_cast<const T*>(tensor.data);
   SampleCursor cursor(tensor, plan, unit);
-  if (tensor.together && unit.count == kWidth) {
+  if (tensor.vectorizable && unit.count == kWidth) {
     constexpr int kVector = kVectorOf<T, kWidth>;
 #pragma unroll
     for (int first = 0; first < kWidth; first += kVector) {
@@ -232,7 +232,7 @@ __device__ void store_as(const SampleOutput& tensor,
                          const float (&values)[kWidth]) {
   T* data = static_cast<T*>(tensor.data);
   SampleCursor cursor(tensor, plan, unit);
-  if (tensor.together && unit.count == kWidth) {
+  if (tensor.vectorizable && unit.count == kWidth) {
     constexpr int kVector = kVectorOf<T, kWidth>;
 #pragma unroll
     for (int first = 0; first < kWidth; first += kVector) {
@@ -307,17 +307,17 @@ constexpr size_t kTeamSumBytes = sizeof(double[kSampleThreads / kWarpSize]);
 // Hands the sums of the teams to finish(sample, sum), or leaves them for combine_parts_kernel.
 template <typename Finish>
 __device__ void finish_parts(const SamplePlan& plan,
-                             const SampleSeat& seat,
+                             const SampleThreadTile& thread_tile,
                              double sum,
                              double* partials,
                              const Finish& finish) {
   sum = team_sum(sum, plan.team);
-  if (seat.lane != 0 || seat.sample >= plan.shape.batch)
+  if (thread_tile.lane != 0 || thread_tile.sample >= plan.shape.batch)
     return;
   if (plan.parts > 1) {
     partials[blockIdx.x] = sum;
   } else {
-    finish(seat.sample, sum);
+    finish(thread_tile.sample, sum);
   }
 }
 

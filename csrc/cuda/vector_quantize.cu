@@ -45,11 +45,11 @@ unsigned blocks_of(const Tiling& tiling) {
 }
 
 // Which channels of which position of a tile this thread works on.
-struct Seat {
+struct ThreadTile {
   int lane;      // in the team
   int position;  // in the tile
 
-  __device__ explicit Seat(const Tiling& tiling) {
+  __device__ explicit ThreadTile(const Tiling& tiling) {
     const int thread = threadIdx.x;
     lane = tiling.channels_last ? thread % tiling.team : thread / tiling.positions;
     position = tiling.channels_last ? thread / tiling.team : thread % tiling.positions;
@@ -74,7 +74,9 @@ __device__ double block_sum(double value) {
 
 // The sums over each team; every thread of the block takes part and every member holds them.
 template <int kCount>
-__device__ void team_sum(float (&values)[kCount], const Tiling& tiling, const Seat& seat) {
+__device__ void team_sum(float (&values)[kCount],
+                         const Tiling& tiling,
+                         const ThreadTile& thread_tile) {
   if (tiling.channels_last) {
     for (int step = tiling.team / 2; step > 0; step /= 2) {
 #pragma unroll
@@ -93,12 +95,12 @@ __device__ void team_sum(float (&values)[kCount], const Tiling& tiling, const Se
   for (int i = 0; i < kCount; ++i) {
     values[i] = 0;
     for (int lane = 0; lane < tiling.team; ++lane) {
-      values[i] += shared[i][lane * tiling.positions + seat.position];
+      values[i] += shared[i][lane * tiling.positions + thread_tile.position];
     }
   }
 }
 
-struct Together {
+struct Vectorizable {
   bool x;
   bool code;
   bool grad;
@@ -107,30 +109,30 @@ struct Together {
 
 template <typename T, typename C>
 __global__ void __launch_bounds__(kThreads)
-    vector_quantize_kernel(VectorQuantizeParams p, Tiling tiling, Together together) {
+    vector_quantize_kernel(VectorQuantizeParams p, Tiling tiling, Vectorizable vectorizable) {
   constexpr int kWidth = kWidthOf<T>;
-  const Seat seat(tiling);
+  const ThreadTile thread_tile(tiling);
   float error = 0;
   int64_t valid = 0;
   for (int64_t tile = blockIdx.x; tile < tiling.tiles; tile += gridDim.x) {
-    const int64_t position = tile * tiling.positions + seat.position;
+    const int64_t position = tile * tiling.positions + thread_tile.position;
     if (position >= p.outer * p.inner)
       break;
     const int64_t code = p.indices[position];
     const bool kept = code >= 0 && code < p.num_codes;
-    if (kept && seat.lane == 0)
+    if (kept && thread_tile.lane == 0)
       ++valid;
     const T* x = static_cast<const T*>(p.x) + offset_of(position, p.inner, p.x_strides);
     T* out = static_cast<T*>(p.quantized) + offset_of(position, p.inner, p.quantized_strides);
     const C* row = static_cast<const C*>(p.codebook) + (kept ? code * p.code_stride : 0);
-    for (int64_t d = seat.lane * kWidth; d < p.channels; d += tiling.team * kWidth) {
+    for (int64_t d = thread_tile.lane * kWidth; d < p.channels; d += tiling.team * kWidth) {
       const int64_t count = p.channels - d;
       Pack<T, kWidth> result;
       if (kept) {
         const auto xs = load_pack<T, kWidth>(x + d * p.x_strides.channel, p.x_strides.channel,
-                                             count, together.x);
+                                             count, vectorizable.x);
         const auto codes = load_pack<C, kWidth>(row + d * p.code_channel_stride,
-                                                p.code_channel_stride, count, together.code);
+                                                p.code_channel_stride, count, vectorizable.code);
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
           const float difference = to_float(xs.values[j]) - to_float(codes.values[j]);
@@ -143,7 +145,7 @@ __global__ void __launch_bounds__(kThreads)
           result.values[j] = convert<T>(0.0f);
       }
       store_pack(out + d * p.quantized_strides.channel, p.quantized_strides.channel, count,
-                 together.out, result);
+                 vectorizable.out, result);
     }
   }
   const double block_error = block_sum(error);
@@ -178,20 +180,20 @@ template <typename T, typename C, bool kRotation>
 __global__ void __launch_bounds__(kThreads)
     vector_quantize_backward_kernel(VectorQuantizeBackwardParams p,
                                     Tiling tiling,
-                                    Together together) {
+                                    Vectorizable vectorizable) {
   constexpr int kWidth = kWidthOf<T>;
-  const Seat seat(tiling);
+  const ThreadTile thread_tile(tiling);
   const int64_t valid = *p.valid > 0 ? *p.valid : 1;
   const float factor = p.grad_mse == nullptr ? 0.0f
                                              : *p.grad_mse * p.commitment_weight * 2.0f /
                                                    static_cast<float>(valid * p.channels);
   for (int64_t tile = blockIdx.x; tile < tiling.tiles; tile += gridDim.x) {
     // Teams past the end take part in the sums of the others.
-    const int64_t position = tile * tiling.positions + seat.position;
+    const int64_t position = tile * tiling.positions + thread_tile.position;
     const bool inside = position < p.outer * p.inner;
     const int64_t code = inside ? p.indices[position] : -1;
     const bool kept = code >= 0 && code < p.num_codes;
-    const int64_t first = seat.lane * kWidth;
+    const int64_t first = thread_tile.lane * kWidth;
     const int64_t end = inside ? p.channels : 0;
 
     const T* x_row = static_cast<const T*>(p.x) + offset_of(position, p.inner, p.x_strides);
@@ -201,15 +203,16 @@ __global__ void __launch_bounds__(kThreads)
     const C* code_row = static_cast<const C*>(p.codebook) + (kept ? code * p.code_stride : 0);
     const auto load_x = [&](int64_t d) {
       return load_pack<T, kWidth>(x_row + d * p.x_strides.channel, p.x_strides.channel,
-                                  p.channels - d, together.x);
+                                  p.channels - d, vectorizable.x);
     };
     const auto load_code = [&](int64_t d) {
       return load_pack<C, kWidth>(code_row + d * p.code_channel_stride, p.code_channel_stride,
-                                  p.channels - d, together.code);
+                                  p.channels - d, vectorizable.code);
     };
     const auto load_grad = [&](int64_t d) {
       return load_pack<T, kWidth>(grad_row + d * p.grad_quantized_strides.channel,
-                                  p.grad_quantized_strides.channel, p.channels - d, together.grad);
+                                  p.grad_quantized_strides.channel, p.channels - d,
+                                  vectorizable.grad);
     };
 
     bool rotated = false;
@@ -228,7 +231,7 @@ __global__ void __launch_bounds__(kThreads)
           squares[1] += to_float(codes.values[j]) * to_float(codes.values[j]);
         }
       }
-      team_sum(squares, tiling, seat);
+      team_sum(squares, tiling, thread_tile);
       rotated = kept && squares[0] > 0 && squares[1] > 0;
       const float x_norm = sqrtf(squares[0]);
       const float code_norm = sqrtf(squares[1]);
@@ -251,7 +254,7 @@ __global__ void __launch_bounds__(kThreads)
           products[2] += code_value * grad;
         }
       }
-      team_sum(products, tiling, seat);
+      team_sum(products, tiling, thread_tile);
       rotated = rotated && sqrtf(products[0]) > 1e-3f * x_norm;
       if (rotated) {
         along_half = 2 * products[1] / products[0];
@@ -288,24 +291,24 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kWidth; ++j)
         result.values[j] = convert<T>(sums[j]);
       store_pack(out + d * p.grad_x_strides.channel, p.grad_x_strides.channel, p.channels - d,
-                 together.out, result);
+                 vectorizable.out, result);
     }
   }
 }
 
 template <typename Params>
-Together together_of(const Params& p,
-                     const void* grad,
-                     Strides grad_strides,
-                     const void* out,
-                     Strides out_strides,
-                     int width) {
+Vectorizable vectorizable_of(const Params& p,
+                             const void* grad,
+                             Strides grad_strides,
+                             const void* out,
+                             Strides out_strides,
+                             int width) {
   const auto check = [&](const void* data, Strides strides) {
-    return groups_together(data, p.outer, p.channels, p.inner, strides, width);
+    return channels_vectorizable(data, p.outer, p.channels, p.inner, strides, width);
   };
   const Strides code_strides{p.code_stride, p.code_channel_stride, 0};
   return {check(p.x, p.x_strides),
-          groups_together(p.codebook, p.num_codes, p.channels, 1, code_strides, width),
+          channels_vectorizable(p.codebook, p.num_codes, p.channels, 1, code_strides, width),
           check(grad, grad_strides), check(out, out_strides)};
 }
 
@@ -322,13 +325,13 @@ void launch_vector_quantize(const VectorQuantizeParams& params,
     constexpr int kWidth = kWidthOf<T>;
     const VectorQuantizeParams& p = params;
     const Tiling tiling = tiling_of(p.outer, p.channels, p.inner, p.x_strides, kWidth);
-    const Together together =
-        together_of(p, nullptr, Strides{}, p.quantized, p.quantized_strides, kWidth);
+    const Vectorizable vectorizable =
+        vectorizable_of(p, nullptr, Strides{}, p.quantized, p.quantized_strides, kWidth);
     blocks = blocks_of(tiling);
     if (blocks == 0)
       return;
     launch(kOp, vector_quantize_kernel<T, C>, blocks, kThreads, kShared, stream, p, tiling,
-           together);
+           vectorizable);
   });
   launch(kOp, mean_error_kernel, 1, kThreads, kShared, stream, params, static_cast<int>(blocks));
 }
@@ -342,18 +345,18 @@ void launch_vector_quantize_backward(const VectorQuantizeBackwardParams& params,
     constexpr int kWidth = kWidthOf<T>;
     const VectorQuantizeBackwardParams& p = params;
     const Tiling tiling = tiling_of(p.outer, p.channels, p.inner, p.x_strides, kWidth);
-    const Together together = together_of(p, p.grad_quantized, p.grad_quantized_strides, p.grad_x,
-                                          p.grad_x_strides, kWidth);
+    const Vectorizable vectorizable = vectorizable_of(p, p.grad_quantized, p.grad_quantized_strides,
+                                                      p.grad_x, p.grad_x_strides, kWidth);
     const unsigned blocks = blocks_of(tiling);
     if (blocks == 0)
       return;
     if (p.rotation && p.grad_quantized != nullptr) {
       constexpr size_t kShared = sizeof(float[3][kThreads]);
       launch(kOp, vector_quantize_backward_kernel<T, C, true>, blocks, kThreads, kShared, stream, p,
-             tiling, together);
+             tiling, vectorizable);
     } else {
       launch(kOp, vector_quantize_backward_kernel<T, C, false>, blocks, kThreads, 0, stream, p,
-             tiling, together);
+             tiling, vectorizable);
     }
   });
 }

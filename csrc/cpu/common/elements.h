@@ -97,7 +97,7 @@ void with_type(const Tensor& x, const F& f) {
 }
 
 // A count of elements: a whole vector of them that lie together.
-struct Whole {
+struct FullVector {
   constexpr operator int() const { return kLanes; }
 };
 
@@ -106,7 +106,7 @@ template <class T>
 struct Rows {
   char* data = nullptr;
   int64_t batch_stride = 0, row_stride = 0, stride = 0;
-  bool wide = false;
+  bool float32 = false;
 
   Rows() = default;
   explicit Rows(const std::optional<Tensor>& x) {
@@ -116,7 +116,7 @@ struct Rows {
     batch_stride = x->stride(0);
     row_stride = x->stride(1);
     stride = x->stride(2);
-    wide = x->scalar_type() == ScalarType::Float;
+    float32 = x->scalar_type() == ScalarType::Float;
   }
 
   explicit operator bool() const { return data != nullptr; }
@@ -127,36 +127,36 @@ struct Rows {
     return swapped;
   }
 
-  bool together() const { return !data || stride == 1; }
+  bool vectorizable() const { return !data || stride == 1; }
 
   // The row's elements from a column on.
   Rows at(int64_t sample, int64_t row, int64_t column) const {
     Rows moved = *this;
     if (data)
       moved.data += (sample * batch_stride + row * row_stride + column * stride) *
-                    int64_t(wide ? sizeof(float) : sizeof(T));
+                    int64_t(float32 ? sizeof(float) : sizeof(T));
     return moved;
   }
 
   // The `count` elements from number i on.
   Vec get(int64_t i, int count) const {
-    return wide ? get_as<float>(i, count) : get_as<T>(i, count);
+    return float32 ? get_as<float>(i, count) : get_as<T>(i, count);
   }
 
   void set(int64_t i, int count, Vec v) const {
-    if (wide)
+    if (float32)
       set_as<float>(i, count, v);
     else
       set_as<T>(i, count, v);
   }
 
-  Vec get(int64_t i, Whole) const {
-    return std::is_same_v<T, float> || wide ? load(reinterpret_cast<const float*>(data) + i)
-                                            : load(reinterpret_cast<const T*>(data) + i);
+  Vec get(int64_t i, FullVector) const {
+    return std::is_same_v<T, float> || float32 ? load(reinterpret_cast<const float*>(data) + i)
+                                               : load(reinterpret_cast<const T*>(data) + i);
   }
 
-  void set(int64_t i, Whole, Vec v) const {
-    if (std::is_same_v<T, float> || wide)
+  void set(int64_t i, FullVector, Vec v) const {
+    if (std::is_same_v<T, float> || float32)
       store(reinterpret_cast<float*>(data) + i, v);
     else
       store(reinterpret_cast<T*>(data) + i, v);
@@ -182,11 +182,11 @@ struct Rows {
 // Calls f(i, n) for every vector of `count` elements; n is Whole where the elements of all tensors
 // lie together, else a number.
 template <class F>
-inline void for_each_vector(int64_t count, bool together, const F& f) {
+inline void for_each_vector(int64_t count, bool vectorizable, const F& f) {
   int64_t i = 0;
-  if (together)
+  if (vectorizable)
     for (; i + kLanes <= count; i += kLanes)
-      f(i, Whole{});
+      f(i, FullVector{});
   for (; i < count; i += kLanes)
     f(i, int(count - i < kLanes ? count - i : kLanes));
 }

@@ -41,7 +41,7 @@ struct Lines {
     column_stride = x.inner == 1 ? x.outer_stride : x.inner_stride;
   }
 
-  bool back_to_back() const {
+  bool is_contiguous() const {
     return rows == 1 && (dim == 1 || stride == 1) && (columns == 1 || column_stride == dim);
   }
 
@@ -58,15 +58,15 @@ struct Lines {
 };
 
 // One vector of a tile, read from and written to each of its tensors.
-struct Place {
+struct TileVector {
   bool flat;
   int64_t row, column;
-  int vector, count;
+  int index, count;
 
   template <class T>
   T* at(const Lines<T>& x) const {
-    return flat ? x.data + column * x.dim + vector * kLanes
-                : x.data + row * x.row_stride + column * x.column_stride + vector * x.stride;
+    return flat ? x.data + column * x.dim + index * kLanes
+                : x.data + row * x.row_stride + column * x.column_stride + index * x.stride;
   }
 
   template <class T>
@@ -105,7 +105,7 @@ void for_each_tile(bool flat,
       for (int j = 0; j < int(dim); ++j) {
         const int64_t elements = flat ? count * dim - j * kLanes : count;
         if (elements > 0)
-          vector(Place{flat, row, column, j, int(std::min<int64_t>(elements, kLanes))},
+          vector(TileVector{flat, row, column, j, int(std::min<int64_t>(elements, kLanes))},
                  digits.data() + j * kLanes);
       }
       tile(row * columns + column, count, digits.data());
@@ -114,10 +114,10 @@ void for_each_tile(bool flat,
 }
 
 // A constant of each channel, as the vectors of a tile need it.
-class Table {
+class ChannelConstants {
  public:
   template <class F>
-  Table(bool flat, int64_t dim, const F& constant) : values_(dim * kLanes) {
+  ChannelConstants(bool flat, int64_t dim, const F& constant) : values_(dim * kLanes) {
     for (int64_t i = 0; i < dim * kLanes; ++i)
       values_[i] = constant(flat ? i % dim : i / kLanes);
   }
@@ -138,9 +138,9 @@ void quantize(const Lines<T>& x,
   const int64_t dim = x.dim;
   for_each_tile(
       flat, x.rows, x.columns, dim,
-      [&](const Place& place, int32_t* digits) {
-        const Coded<Simd> coded = code(place.vector, place.get(x));
-        place.set(out, coded.value);
+      [&](const TileVector& vector, int32_t* digits) {
+        const Coded<Simd> coded = code(vector.index, vector.get(x));
+        vector.set(out, coded.value);
         const IVec whole = __builtin_convertvector(coded.digit, IVec);
         std::memcpy(digits, &whole, sizeof(whole));
       },
@@ -172,13 +172,6 @@ std::pair<Lines<T>, Lines<T>> lines_of(const Tensor& a, const Tensor& b) {
   const Lines<T> x(a), y(b);
   const int64_t rows = std::max(x.rows, y.rows);
   return {x.split(rows), y.split(rows)};
-}
-
-inline void check_gradient(const Tensor& gradient, const Tensor& x) {
-  STD_TORCH_CHECK(gradient.scalar_type() == x.scalar_type() && gradient.dim() == 3 &&
-                      gradient.size(0) == x.size(0) && gradient.size(1) == x.size(1) &&
-                      gradient.size(2) == x.size(2),
-                  "grad_quantized must have the shape and dtype of x");
 }
 
 }  // namespace genperf

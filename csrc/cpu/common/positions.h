@@ -73,7 +73,7 @@ struct Codes {
 
 // Arithmetic on values of T is done in this type.
 template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+using OpMath = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Calls f with null pointers of the element types of x and codebook.
 template <class F>
@@ -141,6 +141,13 @@ inline void check_range(const int64_t* indices, int64_t count, int64_t num_codes
   for (int64_t i = 0; i < count; ++i)
     inside &= indices[i] >= -1 && indices[i] < num_codes;
   STD_TORCH_CHECK(inside, "an index lies outside -1 ... ", num_codes - 1);
+}
+
+inline void check_gradient(const Tensor& gradient, const Tensor& x) {
+  STD_TORCH_CHECK(gradient.scalar_type() == x.scalar_type() && gradient.dim() == 3 &&
+                      gradient.size(0) == x.size(0) && gradient.size(1) == x.size(1) &&
+                      gradient.size(2) == x.size(2),
+                  "grad_quantized must have the shape and dtype of x");
 }
 
 }  // namespace genperf

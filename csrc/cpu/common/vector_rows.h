@@ -25,7 +25,7 @@ struct Pack<float> {
   static constexpr int kWidth = kLanes;
 
   template <class E>
-  static V get(const E* p, Whole) {
+  static V get(const E* p, FullVector) {
     return load(p);
   }
   template <class E>
@@ -41,7 +41,7 @@ struct Pack<float> {
   }
 #endif
   template <class E>
-  static void set(E* p, Whole, V v) {
+  static void set(E* p, FullVector, V v) {
     store(p, v);
   }
   template <class E>
@@ -82,7 +82,7 @@ template <class W, class F>
 inline void for_each_pack(int64_t dim, const F& f) {
   int64_t d = 0;
   for (; d + Pack<W>::kWidth <= dim; d += Pack<W>::kWidth)
-    f(d, Whole{});
+    f(d, FullVector{});
   if (d < dim)
     f(d, int(dim - d));
 }
@@ -91,7 +91,7 @@ inline void for_each_pack(int64_t dim, const F& f) {
 template <class T>
 class Tile {
  public:
-  using W = Wide<T>;
+  using W = OpMath<T>;
 
   Tile(const Positions<T>& x, int64_t first, int count) : x_(x), count_(count) {
     for (int lane = 0; lane < count; ++lane)
@@ -130,7 +130,7 @@ class Tile {
 
   // Where to put rows: where the vectors lie, or in `buffer` [kRows, D], from where `write` brings
   // them there.
-  void place(W* buffer, W** rows) const {
+  void output_rows(W* buffer, W** rows) const {
     for (int lane = 0; lane < count_; ++lane)
       rows[lane] = in_place() ? reinterpret_cast<W*>(at_[lane]) : buffer + lane * x_.dim;
   }
@@ -190,13 +190,13 @@ class Tile {
 
 // What the gradient of a quantized vector becomes on its way to x: a sum of itself, x and the code.
 template <class W>
-struct Carry {
+struct GradientCoefficients {
   W gradient = 1, x = 0, code = 0;
 };
 
 // The rotation trick's, from five inner products.
 template <class W, class C>
-Carry<W> rotation(const W* x, const C* code, const W* gradient, int64_t dim) {
+GradientCoefficients<W> rotation(const W* x, const C* code, const W* gradient, int64_t dim) {
   using P = Pack<W>;
   typename P::V xx{}, ee{}, xe{}, gx{}, ge{};
   for_each_pack<W>(dim, [&](int64_t d, auto n) {
@@ -217,14 +217,6 @@ Carry<W> rotation(const W* x, const C* code, const W* gradient, int64_t dim) {
   const double ratio = code_norm * per_x;
   return {W(ratio), W(ratio * (2 * along_code - along_half) * per_x),
           W(-ratio * along_half * per_code)};
-}
-
-// A gradient that a backward op was given; it has x's shape and dtype.
-inline void check_gradient(const Tensor& gradient, const Tensor& x) {
-  STD_TORCH_CHECK(gradient.scalar_type() == x.scalar_type() && gradient.dim() == 3 &&
-                      gradient.size(0) == x.size(0) && gradient.size(1) == x.size(1) &&
-                      gradient.size(2) == x.size(2),
-                  "grad_quantized must have the shape and dtype of x");
 }
 
 }  // namespace genperf

@@ -17,8 +17,8 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/common/doubles.h"
 #include "cpu/common/positions.h"
+#include "cpu/common/simd.h"
 
 namespace genperf {
 

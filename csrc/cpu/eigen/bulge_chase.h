@@ -13,8 +13,8 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/common/doubles.h"
 #include "cpu/common/positions.h"
+#include "cpu/common/simd.h"
 
 namespace genperf {
 

@@ -15,7 +15,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/common/doubles.h"
+#include "cpu/common/simd.h"
 
 namespace genperf {
 

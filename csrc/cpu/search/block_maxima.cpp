@@ -97,14 +97,14 @@ template <int kTiles>
 GENPERF_AMX void maxima_of_depth(const CodePanel& panel,
                                  int64_t begin,
                                  int64_t end,
-                                 const uint16_t* halves,
+                                 const uint16_t* z,
                                  float* maxima) {
   alignas(64) float scores[2][kGroup * kGroup];
-  const uint16_t* codes = panel.halves.get() + begin * panel.block_groups * kTiles * kTileSize;
+  const uint16_t* codes = panel.bf16_values.get() + begin * panel.block_groups * kTiles * kTileSize;
   const float* bias = panel.bias.get() + begin * panel.block_groups * kGroup;
-  _tile_loadd(6, halves, kTiles * 64);
+  _tile_loadd(6, z, kTiles * 64);
   if constexpr (kTiles == 2)
-    _tile_loadd(7, halves + kDepth, kTiles * 64);
+    _tile_loadd(7, z + kDepth, kTiles * 64);
   GENPERF_SCORE(0, codes);
   for (int64_t block = begin; block < end; ++block) {
     Vec best[kGroup];
@@ -138,11 +138,11 @@ GENPERF_AMX void maxima_of_depth(const CodePanel& panel,
 GENPERF_AMX void maxima_of_any_depth(const CodePanel& panel,
                                      int64_t begin,
                                      int64_t end,
-                                     const uint16_t* halves,
+                                     const uint16_t* z,
                                      float* maxima) {
   alignas(64) float scores[2][kScores];
   const int64_t depth = panel.depth, row_bytes = depth * kDepth * sizeof(uint16_t);
-  const uint16_t* codes = panel.halves.get() + begin * panel.block_groups * depth * kTileSize;
+  const uint16_t* codes = panel.bf16_values.get() + begin * panel.block_groups * depth * kTileSize;
   const float* bias = panel.bias.get() + begin * panel.block_groups * kGroup;
   for (int64_t block = begin; block < end; ++block) {
     float* const out = maxima + block * kScores;
@@ -152,9 +152,9 @@ GENPERF_AMX void maxima_of_any_depth(const CodePanel& panel,
       _tile_zero(2);
       _tile_zero(3);
       for (int64_t t = 0; t < depth; ++t) {
-        _tile_loadd(4, halves + t * kDepth, row_bytes);
+        _tile_loadd(4, z + t * kDepth, row_bytes);
         _tile_loadd(6, codes + t * kTileSize, 64);
-        _tile_loadd(5, halves + depth * kTileSize + t * kDepth, row_bytes);
+        _tile_loadd(5, z + depth * kTileSize + t * kDepth, row_bytes);
         _tile_loadd(7, codes + (depth + t) * kTileSize, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(3, 5, 7);
@@ -182,16 +182,16 @@ GENPERF_AMX void maxima_of_any_depth(const CodePanel& panel,
 GENPERF_AMX void block_maxima_amx(const CodePanel& panel,
                                   int64_t begin,
                                   int64_t end,
-                                  const uint16_t* halves,
+                                  const uint16_t* z,
                                   float* maxima) {
   const TileConfig config;
   _tile_loadconfig(&config);
   if (panel.depth > 2) {
-    maxima_of_any_depth(panel, begin, end, halves, maxima);
+    maxima_of_any_depth(panel, begin, end, z, maxima);
   } else {
     const auto kernel = panel.depth == 1 ? maxima_of_depth<1> : maxima_of_depth<2>;
     for (int first = 0; first < kAmxTile; first += kGroup)
-      kernel(panel, begin, end, halves + first * panel.depth * kDepth, maxima + first * kGroup);
+      kernel(panel, begin, end, z + first * panel.depth * kDepth, maxima + first * kGroup);
   }
   _tile_release();
 }

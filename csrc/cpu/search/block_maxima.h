@@ -25,7 +25,7 @@ void block_maxima_fma(const CodePanel& panel,
 void block_maxima_amx(const CodePanel& panel,
                       int64_t begin,
                       int64_t end,
-                      const uint16_t* halves,
+                      const uint16_t* z,
                       float* maxima);
 #endif
 

@@ -5,8 +5,8 @@
 #include <atomic>
 #include <cmath>
 
-#include "cpu/common/doubles.h"
 #include "cpu/common/elements.h"
+#include "cpu/common/simd.h"
 #include "cpu/common/vector_rows.h"
 
 namespace genperf {
@@ -14,7 +14,8 @@ namespace {
 
 constexpr int64_t kCenterSample = 256;
 constexpr int64_t kMaxBlocks = 1024;
-constexpr int64_t kFineDim = 48;    // from here on a block is one group: scoring it again is dear
+constexpr int64_t kSingleGroupDim =
+    48;                             // from here on a block is one group: scoring it again is dear
 constexpr int64_t kMaxGroups = 64;  // ... to a block, for AMX
 
 int64_t round_up(int64_t value, int64_t multiple) {
@@ -27,11 +28,11 @@ int64_t tile_depth(int64_t dim) {
 
 // For float32, every block is scored again as a whole. For AMX, a query reads codes / groups maxima
 // and scores as many codes again as a block has groups.
-int64_t groups_to_a_block(int64_t codes, int64_t dim, bool halved) {
-  if (!halved) {
+int64_t groups_to_a_block(int64_t codes, int64_t dim, bool bf16) {
+  if (!bf16) {
     const int64_t pairs = (codes + 2 * kGroup - 1) / (2 * kGroup);
     const int64_t groups = 2 * ((pairs + kMaxBlocks - 1) / kMaxBlocks);
-    return groups == 2 && dim >= kFineDim ? 1 : groups;
+    return groups == 2 && dim >= kSingleGroupDim ? 1 : groups;
   }
   int64_t groups = 4;
   while (groups < kMaxGroups && groups * groups * (dim + 128) < codes)
@@ -59,10 +60,10 @@ void find_center(const Codes<C>& codebook, float* center) {
 
 void widen(Vec v, DVec& low, DVec& high) {
   using Half = float __attribute__((vector_size(kDoubles * sizeof(float))));
-  Half halves[2];
-  std::memcpy(halves, &v, sizeof(v));
-  low = __builtin_convertvector(halves[0], DVec);
-  high = __builtin_convertvector(halves[1], DVec);
+  Half parts[2];
+  std::memcpy(parts, &v, sizeof(v));
+  low = __builtin_convertvector(parts[0], DVec);
+  high = __builtin_convertvector(parts[1], DVec);
 }
 
 template <class C>
@@ -77,8 +78,8 @@ void load_pair(const C* p, DVec& low, DVec& high) {
 
 void store_pair(float* p, DVec low, DVec high) {
   using Half = float __attribute__((vector_size(kDoubles * sizeof(float))));
-  const Half halves[2] = {__builtin_convertvector(low, Half), __builtin_convertvector(high, Half)};
-  std::memcpy(p, halves, sizeof(halves));
+  const Half parts[2] = {__builtin_convertvector(low, Half), __builtin_convertvector(high, Half)};
+  std::memcpy(p, parts, sizeof(parts));
 }
 
 // row = (code - center) * factor, each rounded once; the squared length of code - center.
@@ -144,24 +145,24 @@ Narrow upper_halves(Vec v) {
 
 // Squares of one code or, of some codes, the largest: of what its halves hold of it beside fh, and
 // of what they leave out.
-struct Halving {
-  double low = 0, left = 0;
+struct PartSquares {
+  double low = 0, rest = 0;
 };
 
 // One code from `row`, which is padded with zeros to whole vectors.
-void halve(const float* row, int64_t dim, uint16_t* halves, Halving& most) {
+void round_to_bf16(const float* row, int64_t dim, uint16_t* bf16_row, PartSquares& largest) {
   Vec squares{};
   for (int64_t d = 0; d < dim; d += kLanes) {
     const Vec value = load(row + d), high = round_to_bfloat16(value), left = value - high;
     const Narrow bits = upper_halves(high);
-    std::memcpy(halves + d, &bits, sizeof(bits));
+    std::memcpy(bf16_row + d, &bits, sizeof(bits));
     squares = fma(left, left, squares);
   }
-  most.left = std::max(most.left, Pack<float>::total(squares));
+  largest.rest = std::max(largest.rest, Pack<float>::total(squares));
 }
 
 // The same in two parts, columns [fh, fl, fh].
-void halve_split(const float* row, int64_t dim, uint16_t* halves, Halving& most) {
+void split_to_bf16(const float* row, int64_t dim, uint16_t* bf16_row, PartSquares& largest) {
   const Vec value = load(row), high = round_to_bfloat16(value),
             low = round_to_bfloat16(value - high);
   const Vec left = value - high - low;
@@ -171,13 +172,13 @@ void halve_split(const float* row, int64_t dim, uint16_t* halves, Halving& most)
   std::memcpy(columns, &first, sizeof(first));
   std::memcpy(columns + dim, &second, sizeof(second));
   std::memcpy(columns + 2 * dim, &first, sizeof(first));
-  std::memcpy(halves, columns, kDepth * sizeof(uint16_t));
-  most.low = std::max(most.low, Pack<float>::total(low * low));
-  most.left = std::max(most.left, Pack<float>::total(left * left));
+  std::memcpy(bf16_row, columns, kDepth * sizeof(uint16_t));
+  largest.low = std::max(largest.low, Pack<float>::total(low * low));
+  largest.rest = std::max(largest.rest, Pack<float>::total(left * left));
 }
 
 // [16, depth * 32] -> [depth, 16 pairs, 16, 2]
-void interleave_pairs(const uint16_t* rows, int64_t depth, uint16_t* halves) {
+void interleave_pairs(const uint16_t* rows, int64_t depth, uint16_t* values) {
   for (int64_t t = 0; t < depth; ++t)
     for (int first = 0; first < kGroup; first += kLanes)
       for (int pair = 0; pair < kGroup; pair += kLanes) {
@@ -187,7 +188,7 @@ void interleave_pairs(const uint16_t* rows, int64_t depth, uint16_t* halves) {
                       sizeof(Vec));
         transpose(block);
         for (int i = 0; i < kLanes; ++i)
-          std::memcpy(halves + ((t * kGroup + pair + i) * kGroup + first) * 2, &block[i],
+          std::memcpy(values + ((t * kGroup + pair + i) * kGroup + first) * 2, &block[i],
                       sizeof(Vec));
       }
 }
@@ -208,13 +209,12 @@ void interleave(const float* rows, int64_t row_length, int64_t dim, float* value
 
 }  // namespace
 
-int64_t packed_code_bytes(int64_t dim, bool halved) {
-  return sizeof(float) +
-         (halved ? tile_depth(dim) * kDepth * sizeof(uint16_t) : dim * sizeof(float));
+int64_t packed_code_bytes(int64_t dim, bool bf16) {
+  return sizeof(float) + (bf16 ? tile_depth(dim) * kDepth * sizeof(uint16_t) : dim * sizeof(float));
 }
 
 int64_t CodePanel::bytes() const {
-  return capacity * packed_code_bytes(dim, halved);
+  return capacity * packed_code_bytes(dim, bf16);
 }
 
 template <class C>
@@ -222,19 +222,19 @@ CodePanel prepare_panel(const Codes<C>& codebook,
                         double largest,
                         int64_t capacity,
                         bool cosine,
-                        bool halved) {
+                        bool bf16) {
   CodePanel panel;
   panel.dim = codebook.dim;
   panel.cosine = cosine;
-  panel.halved = halved;
-  panel.split = halved && codebook.dim <= kMaxSplitDim;
+  panel.bf16 = bf16;
+  panel.split = bf16 && codebook.dim <= kMaxSplitDim;
   panel.depth = tile_depth(codebook.dim);
-  panel.block_groups = groups_to_a_block(capacity, codebook.dim, halved);
+  panel.block_groups = groups_to_a_block(capacity, codebook.dim, bf16);
   panel.capacity = round_up(capacity, std::max<int64_t>(panel.block_groups, 2) * kGroup);
   panel.center = Buffer<float>(round_up(panel.dim, kLanes));
   panel.bias = Buffer<float>(panel.capacity);
-  if (halved)
-    panel.halves = Buffer<uint16_t>(panel.capacity * panel.depth * kDepth);
+  if (bf16)
+    panel.bf16_values = Buffer<uint16_t>(panel.capacity * panel.depth * kDepth);
   else
     panel.values = Buffer<float>(panel.capacity * panel.dim);
   std::fill_n(panel.center.get(), round_up(panel.dim, kLanes), 0.0f);
@@ -257,12 +257,12 @@ void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first) {
   const auto pack_groups = [&](int64_t begin, int64_t end) {
     Buffer<float> rows(kGroup * row_length);
     std::fill_n(rows.get(), kGroup * row_length, 0.0f);
-    const int64_t half_length = panel.depth * kDepth;
-    Buffer<uint16_t> halves(panel.halved ? kGroup * half_length : 0);
-    if (panel.halved)
-      std::fill_n(halves.get(), kGroup * half_length, 0);
+    const int64_t bf16_length = panel.depth * kDepth;
+    Buffer<uint16_t> bf16_rows(panel.bf16 ? kGroup * bf16_length : 0);
+    if (panel.bf16)
+      std::fill_n(bf16_rows.get(), kGroup * bf16_length, 0);
     double longest = 0, largest_bias = 0;
-    Halving most;
+    PartSquares largest;
     for (int64_t group = begin; group < end; ++group) {
       for (int lane = 0; lane < kGroup; ++lane) {
         const int64_t k = group * kGroup + lane;
@@ -300,19 +300,20 @@ void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first) {
           longest = std::max(longest, length);
           largest_bias = std::max(largest_bias, length * length / 2);
         }
-        if (panel.halved)
-          (panel.split ? halve_split : halve)(row, dim, halves.get() + lane * half_length, most);
+        if (panel.bf16)
+          (panel.split ? split_to_bf16 : round_to_bf16)(
+              row, dim, bf16_rows.get() + lane * bf16_length, largest);
       }
-      if (panel.halved)
-        interleave_pairs(halves.get(), panel.depth,
-                         panel.halves.get() + group * kGroup * half_length);
+      if (panel.bf16)
+        interleave_pairs(bf16_rows.get(), panel.depth,
+                         panel.bf16_values.get() + group * kGroup * bf16_length);
       else
         interleave(rows.get(), row_length, dim, panel.values.get() + group * dim * kGroup);
     }
     raise_to(norm, longest);
     raise_to(max_bias, largest_bias);
-    raise_to(low_norm, std::sqrt(most.low));
-    raise_to(residual, std::sqrt(most.left));
+    raise_to(low_norm, std::sqrt(largest.low));
+    raise_to(residual, std::sqrt(largest.rest));
   };
   torch::stable::parallel_for(0, panel.groups, 16, pack_groups);
   panel.norm = norm;

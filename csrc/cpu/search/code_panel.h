@@ -35,17 +35,18 @@ struct CodePanel {
   int64_t groups = 0;        // groups in use, an even number and a multiple of block_groups
   int64_t block_groups = 2;  // groups to a block, of which only the largest scores are kept
   bool cosine = false;
-  bool halved = false;  // packed for AMX
+  bool bf16 = false;  // packed for AMX
   bool split = false;
   float scale = 1;
-  Buffer<float> center;     // [D], padded with zeros to whole vectors
-  Buffer<float> values;     // [groups, D, 16], unless halved
-  Buffer<uint16_t> halves;  // [groups, depth, 16 pairs of components, 16, 2] bfloat16, if halved
-  Buffer<float> bias;       // [groups, 16]
-  double norm = 0;          // longest f
-  double low_norm = 0;      // longest fl, if split
-  double residual = 0;      // longest part of f that bfloat16 leaves out
-  double max_bias = 0;      // largest |b|
+  Buffer<float> center;  // [D], padded with zeros to whole vectors
+  Buffer<float> values;  // [groups, D, 16], unless halved
+  Buffer<uint16_t>
+      bf16_values;      // [groups, depth, 16 pairs of components, 16, 2] bfloat16, if halved
+  Buffer<float> bias;   // [groups, 16]
+  double norm = 0;      // longest f
+  double low_norm = 0;  // longest fl, if split
+  double residual = 0;  // longest part of f that bfloat16 leaves out
+  double max_bias = 0;  // largest |b|
 
   int64_t blocks() const { return groups / block_groups; }
   int64_t bytes() const;
@@ -65,7 +66,7 @@ inline Vec centered(const T* x, Vec center, float scale) {
 }
 
 // What holds a code in a panel takes this much.
-int64_t packed_code_bytes(int64_t dim, bool halved);
+int64_t packed_code_bytes(int64_t dim, bool bf16);
 
 // Allocates a panel for `capacity` codes of the codebook, whose components are contiguous and of
 // absolute value at most `largest`, those that are finite: center and scale depend on the whole
@@ -75,7 +76,7 @@ CodePanel prepare_panel(const Codes<C>& codebook,
                         double largest,
                         int64_t capacity,
                         bool cosine,
-                        bool halved);
+                        bool bf16);
 
 // Packs the codes from `first` on, as many as there is room for.
 template <class C>

@@ -8,13 +8,13 @@
 #include <mutex>
 #include <vector>
 
-#include "cpu/common/doubles.h"
 #include "cpu/common/elements.h"
+#include "cpu/common/simd.h"
 
 namespace genperf {
 namespace {
 
-constexpr int64_t kRun = 64 << 10;  // bytes that are hashed at a time
+constexpr int64_t kRunBytes = 64 << 10;  // bytes that are hashed at a time
 
 struct Hash {
   uint64_t low = 0, high = 0;
@@ -92,20 +92,20 @@ double largest_of(const C* p, int64_t count) {
       largest = std::isfinite(p[i]) ? std::max(largest, std::abs(p[i])) : largest;
     return largest;
   } else {
-    UVec most{};  // magnitudes of floats are ordered as their bits are
-    const auto take = [&](Vec v) {
+    UVec largest_bits{};  // magnitudes of floats are ordered as their bits are
+    const auto add = [&](Vec v) {
       const UVec magnitude = UVec(v) & 0x7fffffffu;
       const UVec finite = magnitude < 0x7f800000u ? magnitude : UVec{};
-      most = finite > most ? finite : most;
+      largest_bits = finite > largest_bits ? finite : largest_bits;
     };
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes)
-      take(load(p + i));
+      add(load(p + i));
     if (i < count)
-      take(read(p + i, 1, int(count - i)));
+      add(read(p + i, 1, int(count - i)));
     float largest = 0;
     for (int lane = 0; lane < kLanes; ++lane)
-      largest = std::max(largest, Vec(most)[lane]);
+      largest = std::max(largest, Vec(largest_bits)[lane]);
     return largest;
   }
 }
@@ -113,7 +113,7 @@ double largest_of(const C* p, int64_t count) {
 template <class C>
 Content content_of(const Codes<C>& codebook) {
   const int64_t row_bytes = codebook.dim * sizeof(C);
-  const int64_t codes_per_run = std::max<int64_t>(1, kRun / row_bytes);
+  const int64_t codes_per_run = std::max<int64_t>(1, kRunBytes / row_bytes);
   const int64_t runs = (codebook.count + codes_per_run - 1) / codes_per_run;
   std::vector<Content> found(runs);
   const bool gapless = codebook.code_stride == codebook.dim;
@@ -143,17 +143,17 @@ Content content_of(const Codes<C>& codebook) {
 }
 
 // Where a codebook lies and how it is read; what is packed depends on this and on the content.
-struct Place {
+struct Key {
   const void* data;
   int64_t count, dim, code_stride;
   size_t element;
   const void* type;  // tells bfloat16 from float16
-  bool cosine, halved;
-  bool operator==(const Place&) const = default;
+  bool cosine, bf16;
+  bool operator==(const Key&) const = default;
 };
 
 struct Entry {
-  Place place;
+  Key key;
   Hash hash;
   std::shared_ptr<CodePanel> panel;
 };
@@ -172,17 +172,15 @@ double largest_component(const Codes<C>& codebook) {
 }
 
 template <class C>
-std::shared_ptr<const CodePanel> packed_codebook(const Codes<C>& codebook,
-                                                 bool cosine,
-                                                 bool halved) {
-  const Place place{codebook.data, codebook.count, codebook.dim, codebook.code_stride,
-                    sizeof(C),     &kType<C>,      cosine,       halved};
+std::shared_ptr<const CodePanel> packed_codebook(const Codes<C>& codebook, bool cosine, bool bf16) {
+  const Key key{codebook.data, codebook.count, codebook.dim, codebook.code_stride,
+                sizeof(C),     &kType<C>,      cosine,       bf16};
   const Content content = content_of(codebook);
   std::shared_ptr<CodePanel> panel;
   {
     const std::lock_guard lock(mutex);
-    const auto entry = std::find_if(entries.begin(), entries.end(),
-                                    [&](const Entry& e) { return e.place == place; });
+    const auto entry =
+        std::find_if(entries.begin(), entries.end(), [&](const Entry& e) { return e.key == key; });
     if (entry != entries.end()) {
       if (entry->hash == content.hash) {
         entries.splice(entries.begin(), entries, entry);
@@ -192,10 +190,10 @@ std::shared_ptr<const CodePanel> packed_codebook(const Codes<C>& codebook,
     }
   }
   panel = std::make_shared<CodePanel>(
-      prepare_panel(codebook, content.largest, codebook.count, cosine, halved));
+      prepare_panel(codebook, content.largest, codebook.count, cosine, bf16));
   pack_panel(*panel, codebook, 0);
   const std::lock_guard lock(mutex);
-  entries.push_front({place, content.hash, panel});
+  entries.push_front({key, content.hash, panel});
   int64_t bytes = 0;
   for (auto entry = entries.begin(); entry != entries.end();) {
     bytes += entry->panel->bytes();

@@ -20,8 +20,6 @@ double largest_component(const Codes<C>& codebook);
 
 // The codebook, whose components are contiguous, as one panel.
 template <class C>
-std::shared_ptr<const CodePanel> packed_codebook(const Codes<C>& codebook,
-                                                 bool cosine,
-                                                 bool halved);
+std::shared_ptr<const CodePanel> packed_codebook(const Codes<C>& codebook, bool cosine, bool bf16);
 
 }  // namespace genperf

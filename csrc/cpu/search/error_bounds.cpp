@@ -39,26 +39,27 @@ void ErrorBounds::set(int first, const QuerySquares& squares, const CodePanel& p
   const int64_t dim = panel.dim;
   const float slack = 1.002f + dim * 4 * kUnit;
   // Squares below 2^-126 are lost from the sums.
-  const float lost = std::sqrt(float(dim)) * 0x1p-62f;
+  const float underflow = std::sqrt(float(dim)) * 0x1p-62f;
   const float length = float(panel.norm) * slack;
   const float low_length = float(panel.low_norm) * slack;
   const float residual = float(panel.residual) * slack;
   const float max_bias = float(panel.max_bias) * slack;
-  const auto root = [&](Vec v) { return (sqrt(v) + lost) * slack; };
+  const auto root = [&](Vec v) { return (sqrt(v) + underflow) * slack; };
   const Vec norm = root(squares.whole);
-  const Vec reach = norm * length;
+  const Vec product = norm * length;
   const Vec distance = norm + length;
-  const Vec last_word = (panel.cosine ? reach : distance * distance) * ((dim + 4) * 2 * kUnit64);
-  const Vec rounding = 6 * kUnit * (reach + max_bias) + last_word + kTiny;
-  const Vec products = rounding + (dim + 2) * 2 * kUnit * reach;
+  const Vec float64_error =
+      (panel.cosine ? product : distance * distance) * ((dim + 4) * 2 * kUnit64);
+  const Vec rounding = 6 * kUnit * (product + max_bias) + float64_error + kTiny;
+  const Vec products = rounding + (dim + 2) * 2 * kUnit * product;
   Vec scores = products + dim * 2 * kUnit * max_bias;
-  if (panel.halved) {
-    const Vec left = root(squares.left);
-    scores = rounding + root(squares.low) * low_length + (norm + left) * residual + left * length +
-             (panel.depth * kDepth + 2) * 2.2f * kUnit * reach;
+  if (panel.bf16) {
+    const Vec rest = root(squares.rest);
+    scores = rounding + root(squares.low) * low_length + (norm + rest) * residual + rest * length +
+             (panel.depth * kDepth + 2) * 2.2f * kUnit * product;
   }
   const auto twice = [&](Vec bound) {
-    return reach < 1e30f ? bound * (2.001f * slack) : broadcast(INFINITY);
+    return product < 1e30f ? bound * (2.001f * slack) : broadcast(INFINITY);
   };
   store(coarse + first, twice(scores));
   store(fine + first, twice(products));

@@ -12,7 +12,7 @@ namespace genperf {
 struct QuerySquares {
   Vec whole{};
   Vec low{};   // of zl, if split
-  Vec left{};  // of what the halves leave out
+  Vec rest{};  // of what the halves leave out
 };
 
 // For a tile of queries, twice the bound of the pass over all codes, and of sums of float32

@@ -1,76 +1,71 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Queries as the matrix unit reads them: rows of z = (x - c) * scale in bfloat16.
+// Queries as the search in float32 reads them: z = (x - c) * scale with the queries along the
+// lanes.
 #pragma once
 
-#include "cpu/common/vector_rows.h"
+#include "cpu/common/elements.h"
+#include "cpu/common/positions.h"
 #include "cpu/search/block_maxima.h"
 #include "cpu/search/code_panel.h"
 #include "cpu/search/error_bounds.h"
 
 namespace genperf {
 
-static_assert(kRows == kAmxTile);
-
-template <class W>
-Vec centered(const W* x, Vec center, float scale, int count) {
-  alignas(64) W padded[kLanes] = {};
-  std::copy_n(x, count, padded);
-  return centered(padded, center, scale);
+// z [D, kTile] of the `count` vectors at `offsets`, and zeros beside them.
+template <class T>
+void pack_queries(const Positions<T>& x,
+                  const int64_t* offsets,
+                  int count,
+                  const CodePanel& panel,
+                  float* z) {
+  const float* center = panel.center.get();
+  const int64_t whole = x.dim / kLanes * kLanes;
+  const auto pack = [&](int64_t d, int lane) {
+    const OpMath<T> value = OpMath<T>(x.data[offsets[lane] + d * x.stride]);
+    z[d * kTile + lane] = float((value - OpMath<T>(center[d])) * OpMath<T>(panel.scale));
+  };
+  if (count < kTile)
+    for (int64_t d = 0; d < x.dim; ++d)
+      std::fill(z + d * kTile + count, z + (d + 1) * kTile, 0.0f);
+  if (x.channels_last()) {
+    for (int first = 0; first < count; first += kLanes)
+      for (int64_t d = 0; d < whole; d += kLanes) {
+        const Vec c = load(center + d);
+        Vec block[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+          block[i] =
+              first + i < count ? centered(x.data + offsets[first + i] + d, c, panel.scale) : Vec{};
+        transpose(block);
+        for (int i = 0; i < kLanes; ++i)
+          store(z + (d + i) * kTile + first, block[i]);
+      }
+    for (int lane = 0; lane < count; ++lane)
+      for (int64_t d = whole; d < x.dim; ++d)
+        pack(d, lane);
+  } else if (count == kTile && x.inner_stride == 1 &&
+             offsets[kTile - 1] - offsets[0] == kTile - 1) {
+    for (int64_t d = 0; d < x.dim; ++d)
+      for (int lane = 0; lane < kTile; lane += kLanes)
+        store(z + d * kTile + lane, centered(x.data + offsets[0] + lane + d * x.stride,
+                                             broadcast(center[d]), panel.scale));
+  } else {
+    for (int64_t d = 0; d < x.dim; ++d)
+      for (int lane = 0; lane < count; ++lane)
+        pack(d, lane);
+  }
 }
 
-// halves [32, depth, 32] of `count` rows, and zeros below them; columns [zh, zh, zl] if the panel
-// is split.
-template <class W>
-ErrorBounds pack_rows(const W* const* rows, int count, const CodePanel& panel, uint16_t* halves) {
-  using Narrow = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-  const int64_t length = panel.depth * kDepth;
-  const auto put = [](uint16_t* to, Vec v) {
-    const Narrow bits = __builtin_convertvector(UVec(v) >> 16, Narrow);
-    std::memcpy(to, &bits, sizeof(bits));
-  };
-  alignas(64) float whole[kRows] = {}, low[kRows] = {}, left[kRows] = {};
-  for (int i = 0; i < count; ++i) {
-    uint16_t* const half = halves + i * length;
-    uint16_t columns[kDepth + kLanes] = {};
-    Vec squares{}, low_squares{}, left_squares{};
-    const auto take = [&](int64_t d, Vec z) {
-      const Vec high = round_to_bfloat16(z);
-      Vec rest = z - high;
-      squares = fma(z, z, squares);
-      if (panel.split) {
-        const Vec second = round_to_bfloat16(rest);
-        // Each part is followed by zeros, over which the next one is written.
-        put(columns, high);
-        put(columns + panel.dim, high);
-        put(columns + 2 * panel.dim, second);
-        low_squares = fma(second, second, low_squares);
-        rest -= second;
-      } else {
-        put(half + d, high);
-      }
-      left_squares = fma(rest, rest, left_squares);
-    };
-    const float* const center = panel.center.get();
-    int64_t d = 0;
-    for (; d + kLanes <= panel.dim; d += kLanes)
-      take(d, centered(rows[i] + d, load(center + d), panel.scale));
-    if (d < panel.dim) {
-      take(d, centered(rows[i] + d, load(center + d), panel.scale, int(panel.dim - d)));
-      d += kLanes;
-    }
-    if (panel.split)
-      std::memcpy(half, columns, kDepth * sizeof(uint16_t));
-    else
-      std::fill(half + d, half + length, 0);
-    whole[i] = float(Pack<float>::total(squares));
-    low[i] = float(Pack<float>::total(low_squares));
-    left[i] = float(Pack<float>::total(left_squares));
-  }
-  std::fill(halves + count * length, halves + kRows * length, 0);
+inline ErrorBounds error_bounds(const float* z, const CodePanel& panel) {
   ErrorBounds bounds;
-  for (int first = 0; first < kRows; first += kLanes)
-    bounds.set(first, {load(whole + first), load(low + first), load(left + first)}, panel);
+  for (int first = 0; first < kTile; first += kLanes) {
+    QuerySquares squares;
+    for (int64_t d = 0; d < panel.dim; ++d) {
+      const Vec value = load(z + d * kTile + first);
+      squares.whole = fma(value, value, squares.whole);
+    }
+    bounds.set(first, squares, panel);
+  }
   return bounds;
 }
 

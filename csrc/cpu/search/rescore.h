@@ -3,22 +3,22 @@
 // How near codes are to a query by the original inputs, four codes at a time.
 #pragma once
 
-#include "cpu/common/doubles.h"
+#include "cpu/common/simd.h"
 #include "cpu/common/vector_rows.h"
 
 namespace genperf {
 
 #if defined(__AVX512F__)
 
-using Quad = float __attribute__((vector_size(4 * sizeof(float))));
+using Vec4 = float __attribute__((vector_size(4 * sizeof(float))));
 
 // Bit i is set where lane i of `a` is not below b; a NaN is not below anything.
-inline uint32_t kept(Quad a, float b) {
+inline uint32_t not_below(Vec4 a, float b) {
   return uint32_t(_mm_movemask_ps(_mm_cmpnlt_ps(__m128(a), _mm_set1_ps(b))));
 }
 
 // Sums of four vectors.
-inline Quad sums_of(const Vec (&v)[4]) {
+inline Vec4 sums_of(const Vec (&v)[4]) {
   const auto even = lanes([](int lane) { return lane % 2 * kLanes + lane / 2 * 2; });
   const auto odd = lanes([](int lane) { return lane % 2 * kLanes + lane / 2 * 2 + 1; });
   const Vec a = __builtin_shuffle(v[0], v[1], even) + __builtin_shuffle(v[0], v[1], odd);
@@ -29,7 +29,7 @@ inline Quad sums_of(const Vec (&v)[4]) {
   Vec sum = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
   sum += __builtin_shuffle(sum, lanes([](int lane) { return lane ^ 8; }));
   sum += __builtin_shuffle(sum, lanes([](int lane) { return lane ^ 4; }));
-  Quad first;
+  Vec4 first;
   std::memcpy(&first, &sum, sizeof(first));
   return first;
 }
@@ -37,7 +37,7 @@ inline Quad sums_of(const Vec (&v)[4]) {
 // How near four codes are: minus the squared distance, or the similarity times the length of x, in
 // float32 with sums in any order. NaN where a code has no usable direction.
 template <class C>
-inline Quad near(const float* x, const C* const (&codes)[4], int64_t dim, bool cosine) {
+inline Vec4 rescore(const float* x, const C* const (&codes)[4], int64_t dim, bool cosine) {
   using P = Pack<float>;
   Vec sum[4] = {}, norm[4] = {};
   if (!cosine) {
@@ -45,8 +45,8 @@ inline Quad near(const float* x, const C* const (&codes)[4], int64_t dim, bool c
       const Vec a = P::get(x + d, n);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const Vec left = a - P::get(codes[i] + d, n);
-        sum[i] = fma(left, left, sum[i]);
+        const Vec difference = a - P::get(codes[i] + d, n);
+        sum[i] = fma(difference, difference, sum[i]);
       }
     });
     return -sums_of(sum);
@@ -60,27 +60,27 @@ inline Quad near(const float* x, const C* const (&codes)[4], int64_t dim, bool c
       norm[i] = fma(b, b, norm[i]);
     }
   });
-  Quad dot = sums_of(sum), square = sums_of(norm);
+  Vec4 dot = sums_of(sum), square = sums_of(norm);
   for (int i = 0; i < 4; ++i)
     dot[i] = square[i] > 1e-30f && square[i] < 1e30f ? dot[i] / std::sqrt(square[i]) : NAN;
   return dot;
 }
 
 // In float64, rounded to float32.
-inline Quad near(const double* x, const double* const (&codes)[4], int64_t dim, bool cosine) {
-  Quad found;
+inline Vec4 rescore(const double* x, const double* const (&codes)[4], int64_t dim, bool cosine) {
+  Vec4 found;
   for (int i = 0; i < 4; ++i) {
     DVec sums{}, norms{};
     int64_t d = 0;
-    const auto take = [&](const auto& a, const auto& b, auto& sum, auto& norm) {
+    const auto add = [&](const auto& a, const auto& b, auto& sum, auto& norm) {
       sum += cosine ? a * b : (a - b) * (a - b);
       norm += b * b;
     };
     for (; d + kDoubles <= dim; d += kDoubles)
-      take(load_doubles(x + d), load_doubles(codes[i] + d), sums, norms);
+      add(load_doubles(x + d), load_doubles(codes[i] + d), sums, norms);
     double sum = genperf::sum(sums), norm = genperf::sum(norms);
     for (; d < dim; ++d)
-      take(x[d], codes[i][d], sum, norm);
+      add(x[d], codes[i][d], sum, norm);
     found[i] = float(!cosine ? -sum : norm > 1e-200 && norm < 1e200 ? sum / std::sqrt(norm) : NAN);
   }
   return found;

@@ -87,7 +87,7 @@ class SampleTensor(ctypes.Structure):
         ("data", ctypes.c_void_p),
         *((f"{name}_stride", ctypes.c_int64) for name in ("batch", "row", "column")),
         ("float32", ctypes.c_bool),
-        ("together", ctypes.c_bool),
+        ("vectorizable", ctypes.c_bool),
     ]
 
     @classmethod

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The launchers under C names, for ctypes.
-#include "implicit_codes.h"
+#include "finite_scalar_quantize.h"
+#include "lookup_free_quantize.h"
 
 using genperf::DType;
 

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The logits and the noise of gumbel_sample, and how positions are given to threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "cpu/common/draw.h"
+#include "cpu/common/elements.h"
+#include "cpu/common/positions.h"
+
+namespace genperf {
+
+constexpr int64_t kGrain = 16384;  // logits to a task
+constexpr int kTile = 512;         // positions that go through the classes together
+constexpr int kVectors = kTile / kLanes;
+constexpr int kSumLength = 32 * kLanes;  // classes to a sum in float32
+
+// What one position needs besides its logits.
+template <class T>
+struct GumbelInputs {
+  Rows<T> logits, noise;
+  int64_t outer, classes, inner;
+  uint64_t seed;
+  float inverse_tau;
+
+  int64_t position(int64_t o, int64_t i) const { return o * inner + i; }
+
+  // The perturbed logits of classes [first, first + 4) for the n positions from (o, i) on.
+  template <class N>
+  void perturb(int64_t o, int64_t i, N n, int64_t first, const Vec (&l)[4], Vec (&s)[4]) const {
+    if (noise) {
+      for (int w = 0; w < 4; ++w)
+        s[w] = l[w] + (first + w < classes ? noise.at(o, first + w, i).get(0, n) : Vec{});
+      return;
+    }
+    const Counters rows(position(o, i), lane_numbers());
+    const Words<Simd> words =
+        lane_words(split_low(first / 4), split_high(first / 4), rows.low, rows.high, seed);
+    for (int w = 0; w < 4; ++w)
+      s[w] = l[w] + gumbel<Simd>(words.word[w]);
+  }
+
+  // The perturbed logits of one position in their order; `out` holds classes + kDrawn.
+  void perturb_all(int64_t o, int64_t i, float* out) const {
+    const Rows<T> row = logits.transposed().at(o, i, 0);
+    if (!noise)
+      draw(seed, position(o, i), 0, classes, out, [](const Words<Simd>& words, Vec(&values)[4]) {
+        for (int w = 0; w < 4; ++w)
+          values[w] = gumbel<Simd>(words.word[w]);
+      });
+    const Rows<T> given = noise.transposed().at(o, i, 0);
+    for (int64_t k = 0; k < classes; k += kLanes) {
+      const int n = int(std::min<int64_t>(kLanes, classes - k));
+      store(out + k, row.get(k, n) + (noise ? given.get(k, n) : load(out + k)));
+    }
+  }
+
+  static UVec lane_numbers() {
+    UVec numbers{};
+    for (int lane = 0; lane < kLanes; ++lane)
+      numbers[lane] = uint32_t(lane);
+    return numbers;
+  }
+};
+
+// Calls classes(o, i, buffer) for every position, or positions(o, i, count) for tiles of them.
+template <class T, class Classes, class Positions>
+void for_each_position(const GumbelInputs<T>& in,
+                       const Classes& classes,
+                       const Positions& positions) {
+  const bool by_class = in.logits.row_stride == 1 || in.inner == 1;
+  const int64_t step = by_class ? 1 : std::min<int64_t>(kTile, in.inner);
+  const int64_t tiles = step ? (in.inner + step - 1) / step : 0;
+  torch::stable::parallel_for(
+      0, in.outer * tiles, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, in.classes * step)),
+      [&](int64_t begin, int64_t end) {
+        const Buffer<float> buffer(by_class ? in.classes + kDrawn : 0);
+        for (int64_t tile = begin; tile < end; ++tile) {
+          const int64_t o = tile / tiles, i = tile % tiles * step;
+          if (by_class)
+            classes(o, i, buffer.get());
+          else
+            positions(o, i, std::min(step, in.inner - i));
+        }
+      });
+}
+
+}  // namespace genperf

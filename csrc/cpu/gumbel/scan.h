@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The maxima and sums over the classes that the sample, its index and its KL are made of.
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <limits>
+
+#include "cpu/gumbel/logits.h"
+
+namespace genperf {
+
+// x - largest, kept from becoming -inf so that its product with a zero is zero.
+inline Vec relative_to(Vec x, Vec largest) {
+  const Vec difference = x - largest;
+  return difference < -88.0f ? broadcast(-88.0f) : difference;
+}
+
+// Where a is above b, or is the first NaN.
+inline IVec is_better(Vec a, Vec b) {
+  return ~(a <= b) & (b == b);
+}
+
+// What is subtracted from perturbed logits: the best of them, or the lowest finite number.
+inline Vec finite_maximum(Vec best) {
+  return best < -FLT_MAX ? broadcast(-FLT_MAX) : best;
+}
+
+struct SoftmaxSums {
+  float largest = -FLT_MAX;  // lowest finite: nothing is subtracted from an infinity
+  double sum = 0;            // of exp(logit - largest)
+  double weighted = 0;       // of exp(logit - largest) * (logit - largest)
+
+  // sum_k q_k log q_k; NaN where no logit is finite.
+  double negative_entropy() const {
+    return sum > 0 || sum != sum ? weighted / sum - std::log(sum)
+                                 : std::numeric_limits<double>::quiet_NaN();
+  }
+};
+
+struct PerturbedSums {
+  float largest = -std::numeric_limits<float>::infinity();
+  double sum = 0;  // of exp((perturbed - largest) / tau)
+  int64_t index = 0;
+};
+
+// What a tile of positions carries through the classes, a vector to each kLanes positions.
+struct TileState {
+  Vec largest[kVectors], sum[kVectors], weighted[kVectors];
+  Vec best[kVectors], soft_sum[kVectors];
+  UVec index[kVectors];
+};
+
+// Classes in blocks: one look for the maxima, one for the sums, which are rescaled when a maximum
+// grows.
+template <class T, class N>
+void scan_classes_of_tile(const GumbelInputs<T>& in,
+                          int64_t o,
+                          int64_t i,
+                          N n,
+                          int64_t first,
+                          TileState& tile,
+                          int v) {
+  constexpr int kBlock = 16;
+  const int block = int(std::min<int64_t>(kBlock, in.classes - first));
+  Vec l[kBlock / 4][4], s[kBlock / 4][4];
+  Vec largest = tile.largest[v], best = tile.best[v];
+  UVec index = tile.index[v];
+  for (int k = 0; k < block; k += 4) {
+    auto& quad = l[k / 4];
+    for (int w = 0; w < 4; ++w)
+      quad[w] = k + w < block ? in.logits.at(o, first + k + w, i).get(0, n) : Vec{};
+    in.perturb(o, i, n, first + k, quad, s[k / 4]);
+    for (int w = 0; w < std::min(4, block - k); ++w) {
+      const Vec value = s[k / 4][w];
+      const IVec better = is_better(value, best);
+      best = better ? value : best;
+      index = better ? UVec{} + uint32_t(first + k + w) : index;
+      largest = max(quad[w], largest);
+    }
+  }
+  const Vec shift = relative_to(tile.largest[v], largest), saved = exp_or_zero<Simd>(shift);
+  Vec sum{}, weighted{}, soft_sum{};  // of the block: less is rounded than in one long sum
+  for (int k = 0; k < block; ++k) {
+    const Vec relative = relative_to(l[k / 4][k % 4], largest), e = exp_or_zero<Simd>(relative);
+    sum += e;
+    weighted = fma(e, relative, weighted);
+    soft_sum += exp_or_zero<Simd>((s[k / 4][k % 4] - finite_maximum(best)) * in.inverse_tau);
+  }
+  const Vec soft_kept =
+      exp_or_zero<Simd>((finite_maximum(tile.best[v]) - finite_maximum(best)) * in.inverse_tau);
+  tile.weighted[v] = fma(saved, fma(tile.sum[v], shift, tile.weighted[v]), weighted);
+  tile.sum[v] = fma(tile.sum[v], saved, sum);
+  tile.soft_sum[v] = fma(tile.soft_sum[v], soft_kept, soft_sum);
+  tile.largest[v] = largest;
+  tile.best[v] = best;
+  tile.index[v] = index;
+}
+
+template <class T>
+void scan_positions(const GumbelInputs<T>& in,
+                    int64_t o,
+                    int64_t i,
+                    int64_t count,
+                    bool vectorizable,
+                    TileState& tile) {
+  std::fill_n(tile.largest, kVectors, broadcast(-FLT_MAX));
+  std::fill_n(tile.best, kVectors, broadcast(PerturbedSums().largest));
+  for (Vec* zeros : {tile.sum, tile.weighted, tile.soft_sum})
+    std::fill_n(zeros, kVectors, Vec{});
+  std::fill_n(tile.index, kVectors, UVec{});
+  for (int64_t first = 0; first < in.classes; first += 16)
+    for_each_vector(count, vectorizable, [&](int64_t at, auto n) {
+      scan_classes_of_tile(in, o, i + at, n, first, tile, int(at / kLanes));
+    });
+  std::transform(tile.best, tile.best + kVectors, tile.best, finite_maximum);
+}
+
+// One position whose perturbed logits are in `s`.
+template <class T>
+void scan_classes(const GumbelInputs<T>& in,
+                  int64_t o,
+                  int64_t i,
+                  const float* s,
+                  SoftmaxSums& softmax,
+                  PerturbedSums& perturbed) {
+  const Rows<T> row = in.logits.transposed().at(o, i, 0);
+  Vec largest = broadcast(-FLT_MAX), best = broadcast(perturbed.largest);
+  UVec index{};
+  for (int64_t k = 0; k < in.classes; k += kLanes) {
+    const int n = int(std::min<int64_t>(kLanes, in.classes - k));
+    const IVec inside = IVec(GumbelInputs<T>::lane_numbers()) < n;
+    const Vec value = load(s + k);
+    const IVec better = inside & is_better(value, best);
+    best = better ? value : best;
+    index = better ? UVec{} + uint32_t(k) : index;
+    largest = max(inside ? row.get(k, n) : largest, largest);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    softmax.largest = std::max(softmax.largest, largest[lane]);
+    const int64_t k = int64_t(index[lane]) + lane;
+    const bool better =
+        !(best[lane] <= perturbed.largest) && perturbed.largest == perturbed.largest;
+    const bool same = best[lane] == perturbed.largest ||
+                      (best[lane] != best[lane] && perturbed.largest != perturbed.largest);
+    if (better || (same && k < perturbed.index)) {
+      perturbed.largest = best[lane];
+      perturbed.index = k;
+    }
+  }
+  perturbed.largest = finite_maximum(broadcast(perturbed.largest))[0];
+  for (int64_t first = 0; first < in.classes; first += kSumLength) {
+    Vec sum{}, weighted{}, soft_sum{};
+    for (int64_t k = first; k < std::min(in.classes, first + kSumLength); k += kLanes) {
+      const int n = int(std::min<int64_t>(kLanes, in.classes - k));
+      const IVec inside = IVec(GumbelInputs<T>::lane_numbers()) < n;
+      const Vec relative = relative_to(row.get(k, n), broadcast(softmax.largest));
+      const Vec e = inside ? exp_or_zero<Simd>(relative) : Vec{};
+      sum += e;
+      weighted = fma(e, relative, weighted);
+      const Vec soft = exp_or_zero<Simd>((load(s + k) - perturbed.largest) * in.inverse_tau);
+      soft_sum += inside ? soft : Vec{};
+    }
+    softmax.sum += genperf::sum(sum);
+    softmax.weighted += genperf::sum(weighted);
+    perturbed.sum += genperf::sum(soft_sum);
+  }
+}
+
+}  // namespace genperf

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Both passes in float32 on the packed codes, with the queries along the lanes and one maximum for
+// each query and block.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/search/block_maxima.h"
+#include "cpu/search/fp32_queries.h"
+#include "cpu/search/panel_search.h"
+
+namespace genperf {
+namespace {
+
+// Scores of a group of codes for one query; returns the largest of each lane.
+Vec score_group(const CodePanel& panel, int64_t group, const float* z, float* scores) {
+  constexpr int kVecs = kGroup / kLanes;
+  constexpr int kSteps = 8 / kVecs;  // eight independent sums hide the multiply-add's latency
+  const float* values = panel.values.get() + group * panel.dim * kGroup;
+  Vec sum[kSteps][kVecs];
+  const auto component = [&](int64_t d, int v) {
+    return load(values + d * kGroup + v * kLanes) * broadcast(z[d * kTile]);
+  };
+#pragma GCC unroll 8
+  for (int step = 0; step < kSteps; ++step)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v)
+      sum[step][v] = step < panel.dim ? component(step, v) : Vec{};
+  int64_t d = kSteps;
+  for (; d + kSteps <= panel.dim; d += kSteps)
+#pragma GCC unroll 8
+    for (int step = 0; step < kSteps; ++step)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v)
+        sum[step][v] = fma(load(values + (d + step) * kGroup + v * kLanes),
+                           broadcast(z[(d + step) * kTile]), sum[step][v]);
+  for (; d < panel.dim; ++d)
+    for (int v = 0; v < kVecs; ++v)
+      sum[0][v] += component(d, v);
+  Vec best = broadcast(-INFINITY);
+#pragma GCC unroll 4
+  for (int v = 0; v < kVecs; ++v) {
+#pragma GCC unroll 3
+    for (int width = kSteps / 2; width > 0; width /= 2)
+#pragma GCC unroll 4
+      for (int step = 0; step < width; ++step)
+        sum[step][v] += sum[step + width][v];
+    const Vec score = sum[0][v] + load(panel.bias.get() + group * kGroup + v * kLanes);
+    store(scores + v * kLanes, score);
+    best = max(best, score);
+  }
+  return best;
+}
+
+// Scores the codes of one query's candidate blocks again, and compares those within the bound in
+// float64.
+template <class T, class C>
+void score_blocks(const PanelSearch<T, C>& search,
+                  SearchScratch& s,
+                  int query,
+                  const float* z,
+                  float bound,
+                  const int32_t* blocks,
+                  int64_t count) {
+  const CodePanel& panel = *search.panel;
+  const int64_t block_codes = panel.block_groups * kGroup;
+  Vec best = broadcast(-INFINITY);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t g = 0; g < panel.block_groups; ++g)
+      best = max(best, score_group(panel, blocks[i] * panel.block_groups + g, z,
+                                   s.scores.get() + i * block_codes + g * kGroup));
+  const Vec threshold = broadcast(largest(best) - bound);
+  typename PanelSearch<T, C>::BestCode nearest(search, s.offsets[query]);
+  const float* scores = s.scores.get();
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t k = blocks[i] * block_codes; k < (blocks[i] + 1) * block_codes;
+         k += kLanes, scores += kLanes)
+      for (uint32_t bits = not_below(load(scores), threshold); bits; bits &= bits - 1)
+        if (k + __builtin_ctz(bits) < panel.codes)
+          nearest.offer(k + __builtin_ctz(bits));
+  search.accept(s.positions[query], nearest);
+}
+
+}  // namespace
+
+template <class T, class C>
+void search_fp32(const PanelSearch<T, C>& search, int count, SearchScratch& s) {
+  const int tiles = (count + kTile - 1) / kTile;
+  const CodePanel& panel = *search.panel;
+  const auto tile_z = [&](int t) { return s.z.get() + t * kTile * panel.dim; };
+  const auto tile_maxima = [&](int t) { return s.maxima.get() + t * panel.blocks() * kTile; };
+  for (int t = 0; t < tiles; ++t)
+    pack_queries(search.x, s.offsets + t * kTile, std::min(kTile, count - t * kTile), panel,
+                 tile_z(t));
+  for_each_run(panel, panel.dim * sizeof(float), [&](int64_t block, int64_t last) {
+    for (int t = 0; t < tiles; ++t)
+      block_maxima_fma(panel, block, last, tile_z(t), tile_maxima(t));
+  });
+  for (int t = 0; t < tiles; ++t) {
+    const float* z = tile_z(t);
+    const ErrorBounds bounds = error_bounds(z, panel);
+    int64_t candidates[kTile] = {};
+    for (int first = 0; first < kTile; first += kLanes) {
+      const float* maxima = tile_maxima(t) + first;
+      Vec best = broadcast(-INFINITY);
+      for (int64_t block = 0; block < panel.blocks(); ++block)
+        best = max(best, load(maxima + block * kTile));
+      const Vec threshold = best - load(bounds.coarse + first);
+      for (int64_t block = 0; block < panel.blocks(); ++block)
+        for (uint32_t bits = not_below(load(maxima + block * kTile), threshold); bits;
+             bits &= bits - 1) {
+          const int lane = first + __builtin_ctz(bits);
+          s.candidate_blocks[lane * panel.blocks() + candidates[lane]++] = int32_t(block);
+        }
+    }
+    for (int lane = 0; lane < std::min(kTile, count - t * kTile); ++lane)
+      if (bounds.has_nan[lane])
+        search.accept_first(s.positions[t * kTile + lane]);
+      else
+        score_blocks(search, s, t * kTile + lane, z + lane, bounds.fine[lane],
+                     s.candidate_blocks.get() + lane * panel.blocks(), candidates[lane]);
+  }
+}
+
+#define INSTANTIATE(T, C) template void search_fp32(const PanelSearch<T, C>&, int, SearchScratch&);
+INSTANTIATE(float, float)
+INSTANTIATE(double, double)
+INSTANTIATE(BFloat16, BFloat16)
+INSTANTIATE(BFloat16, float)
+INSTANTIATE(Half, Half)
+INSTANTIATE(Half, float)
+#undef INSTANTIATE
+
+}  // namespace genperf

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A search of one panel: its arguments, the comparison in float64 that decides between the last
+// candidates, and the two passes before it.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/search/search.h"
+
+namespace genperf {
+
+// The arithmetic of the reference: components in ascending order, in float64, without fused
+// multiply-add. NaN counts as infinity.
+template <class T, class C>
+double exact_distance(const T* x,
+                      int64_t x_stride,
+                      const C* code,
+                      int64_t code_stride,
+                      int64_t dim,
+                      bool cosine) {
+  double sum = 0, norm = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    const double a = double(x[d * x_stride]), b = double(code[d * code_stride]);
+    if (cosine) {
+      sum -= a * b;
+      norm += b * b;
+    } else {
+      sum += (a - b) * (a - b);
+    }
+  }
+  if (cosine)
+    sum *= std::abs(sum) / (norm > 0 ? norm : 1.0);  // monotonic in the similarity
+  return std::isnan(sum) ? INFINITY : sum;
+}
+
+template <class T, class C>
+struct PanelSearch {
+  PanelSearch(const Positions<T>& x,
+              const Codes<C>& codebook,
+              const bool* mask,
+              bool cosine,
+              int64_t* indices)
+      : x(x), codebook(codebook), mask(mask), indices(indices), cosine(cosine) {}
+
+  const C* code(int64_t k) const { return codebook.data + (first_code + k) * codebook.code_stride; }
+
+  double exact(int64_t offset, int64_t k) const {
+    return exact_distance(x.data + offset, x.stride, code(k), codebook.stride, x.dim, cosine);
+  }
+
+  // The nearest of the codes that are offered, the lowest index on ties. A single code is not
+  // compared with anything, so its distance is not computed.
+  class BestCode {
+   public:
+    BestCode(const PanelSearch& search, int64_t offset) : search_(search), offset_(offset) {}
+
+    void offer(int64_t k) {
+      if (index_ < 0) {
+        index_ = k;
+        return;
+      }
+      const double best = distance(), other = search_.exact(offset_, k);
+      if (other < best || (other == best && k < index_)) {
+        index_ = k;
+        distance_ = other;
+      }
+    }
+
+    int64_t index() const { return std::max<int64_t>(index_, 0); }
+
+    double distance() {
+      if (!has_distance_)
+        distance_ = search_.exact(offset_, index());
+      has_distance_ = true;
+      return distance_;
+    }
+
+   private:
+    const PanelSearch& search_;
+    const int64_t offset_;
+    int64_t index_ = -1;
+    double distance_ = INFINITY;
+    bool has_distance_ = false;
+  };
+
+  // Writes the result of a position, unless an earlier panel has a code at least as near.
+  void accept(int64_t position, BestCode& best) const {
+    if (distances.get()) {
+      if (first_code > 0 && !(best.distance() < distances[position]))
+        return;
+      distances[position] = best.distance();
+    }
+    indices[position] = first_code + best.index();
+  }
+
+  // All distances of a query with a NaN are infinite, so the first code wins.
+  void accept_first(int64_t position) const { indices[position] = 0; }
+
+  // A squared distance in float32 is off by (D + 4) roundings of itself and by what underflows. A
+  // code whose distance exceeds distance_factor times the smallest one plus distance_offset is not
+  // the nearest.
+  static float distance_factor_of(int64_t dim) {
+    const float relative = 2.5f * float(dim + 6) * 0x1p-24f;
+    return relative < 0.2f ? 1 + relative : INFINITY;
+  }
+
+  const Positions<T> x;
+  const Codes<C> codebook;
+  const bool* mask;  // [outer, inner]
+  int64_t* indices;  // [outer, inner]
+  const bool cosine;
+  const float distance_factor = distance_factor_of(x.dim),
+              distance_offset = float(x.dim) * 0x1p-120f;
+  const CodePanel* panel = nullptr;
+  int64_t first_code = 0;    // index of the panel's first code
+  Buffer<double> distances;  // to the nearest code so far, if there are several panels
+};
+
+// Search the panel for the `count` positions whose offsets are in `scratch`.
+template <class T, class C>
+void search_fp32(const PanelSearch<T, C>& search, int count, SearchScratch& scratch);
+
+#if defined(GENPERF_HAS_AMX)
+template <class T, class C>
+void search_amx(const PanelSearch<T, C>& search, int count, SearchScratch& scratch);
+#endif
+
+// Calls f(first block, last block) for runs of blocks that stay in L2 while all tiles of queries
+// pass over them.
+template <class F>
+void for_each_run(const CodePanel& panel, int64_t code_bytes, const F& f) {
+  constexpr int64_t kRunBytes = 192 << 10;
+  const int64_t block_bytes = panel.block_groups * kGroup * code_bytes;
+  const int64_t step = std::max<int64_t>(1, kRunBytes / block_bytes);
+  for (int64_t block = 0; block < panel.blocks(); block += step)
+    f(block, std::min(block + step, panel.blocks()));
+}
+
+}  // namespace genperf

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The search has three passes, and none of them can lose the answer.
+//
+// 1. Scores s = z.f + b (code_panel.h) of all codes, in bfloat16 with AMX or in float32. Only the
+//    maximum of each block of codes is kept, with AMX one for each of its 16 columns. The error of
+//    a score has a bound that is computed per query (error_bounds.cpp), so a block whose maximum is
+//    more than twice the bound below the largest one cannot hold the nearest code.
+// 2. The codes of the remaining maxima, one or two of hundreds, are scored again in float32, under
+//    the bound of that arithmetic: from the packed codes or, with AMX, from the original inputs,
+//    which are not read otherwise.
+// 3. If more than one code remains, float64 on the original inputs decides, with components in
+//    ascending order and the lowest index on ties, as in the reference.
+//
+// AMX computes 16 to 32 scores per cycle for any D up to 32, float32 multiply-adds 32 / (D + 1).
+// Below D = 5 float32 is faster.
+#include "cpu/search/search.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "cpu/search/block_maxima.h"
+#include "cpu/search/panel_search.h"
+
+namespace genperf {
+namespace {
+
+constexpr int64_t kQueryBytes = 1 << 20;  // queries in a chunk, with their maxima
+constexpr int64_t kMinAmxDim = 5;
+
+// The positions begin ... end - 1, at most one chunk, on the calling thread.
+template <class T, class C>
+void search_positions(const PanelSearch<T, C>& search,
+                      int64_t begin,
+                      int64_t end,
+                      SearchScratch& s) {
+  const Positions<T>& x = search.x;
+  int count = 0;
+  int64_t outer = begin / x.inner, inner = begin % x.inner;
+  for (int64_t position = begin; position < end; ++position) {
+    if (search.mask && !search.mask[position]) {
+      search.indices[position] = -1;
+    } else {
+      s.positions[count] = position;
+      s.offsets[count++] = outer * x.outer_stride + inner * x.inner_stride;
+    }
+    if (++inner == x.inner) {
+      inner = 0;
+      ++outer;
+    }
+  }
+#if defined(GENPERF_HAS_AMX)
+  if (search.panel->bf16)
+    return search_amx(search, count, s);
+#endif
+  search_fp32(search, count, s);
+}
+
+template <class T, class C>
+void search_panel(PanelSearch<T, C>& search, const CodePanel& panel, int64_t first_code) {
+  search.panel = &panel;
+  search.first_code = first_code;
+  const int64_t positions = search.x.count();
+  const int64_t chunk = queries_per_chunk(panel, positions);
+  const int64_t chunks = (positions + chunk - 1) / chunk;
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    SearchScratch scratch(panel, chunk);
+    for (int64_t c = begin; c < end; ++c)
+      search_positions(search, c * chunk, std::min(positions, (c + 1) * chunk), scratch);
+  });
+}
+
+}  // namespace
+
+bool searched_with_amx(int64_t dim) {
+  return amx_allowed() && dim >= kMinAmxDim;
+}
+
+// Enough chunks to balance the threads, each small enough for the cache. Large codebooks, which are
+// read from memory once per chunk, get larger chunks.
+int64_t queries_per_chunk(const CodePanel& panel, int64_t count) {
+  const int64_t bytes = std::clamp(panel.bytes() / 2, kQueryBytes, 4 * kQueryBytes);
+  const int64_t fit = bytes / SearchScratch::query_bytes(panel);
+  const int64_t share = count / (4 * torch::stable::get_num_threads());
+  return std::clamp<int64_t>(std::min(fit, share) / kRows * kRows, kRows, kMaxQueries);
+}
+
+template <class T>
+void search_chunk(const Positions<T>& x,
+                  const Codes<T>& codebook,
+                  const CodePanel& panel,
+                  const bool* mask,
+                  bool cosine,
+                  SearchScratch& scratch,
+                  int64_t* indices) {
+  PanelSearch<T, T> search(x, codebook, mask, cosine, indices);
+  search.panel = &panel;
+  search_positions(search, 0, x.count(), scratch);
+}
+
+template <class T, class C>
+void search(const Positions<T>& x,
+            const Codes<C>& codebook,
+            const bool* mask,
+            bool cosine,
+            int64_t* indices) {
+  PanelSearch<T, C> search(x, codebook, mask, cosine, indices);
+  const bool bf16 = searched_with_amx(x.dim);
+  const int64_t most = std::max<int64_t>(kPanelBytes / packed_code_bytes(x.dim, bf16), 2 * kGroup);
+  if (codebook.count <= most) {
+    const auto packed = packed_codebook(codebook, cosine, bf16);
+    search_panel(search, *packed, 0);
+    return;
+  }
+  const int64_t panels = (codebook.count + most - 1) / most;
+  CodePanel panel = prepare_panel(codebook, largest_component(codebook),
+                                  (codebook.count + panels - 1) / panels, cosine, bf16);
+  search.distances = Buffer<double>(x.count());
+  for (int64_t first = 0; first < codebook.count; first += panel.capacity) {
+    pack_panel(panel, codebook, first);
+    search_panel(search, panel, first);
+  }
+}
+
+#define INSTANTIATE(T, C) \
+  template void search(const Positions<T>&, const Codes<C>&, const bool*, bool, int64_t*);
+INSTANTIATE(float, float)
+INSTANTIATE(double, double)
+INSTANTIATE(BFloat16, BFloat16)
+INSTANTIATE(BFloat16, float)
+INSTANTIATE(Half, Half)
+INSTANTIATE(Half, float)
+#undef INSTANTIATE
+
+#define INSTANTIATE(T)                                                                            \
+  template void search_chunk(const Positions<T>&, const Codes<T>&, const CodePanel&, const bool*, \
+                             bool, SearchScratch&, int64_t*);
+INSTANTIATE(float)
+INSTANTIATE(double)
+#undef INSTANTIATE
+
+}  // namespace genperf

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+// How threads share the positions of gumbel_sample, and what they accumulate over the classes.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "positions.h"
+
+#if defined(__CUDACC__) || defined(GENPERF_CUDA_ON_HOST)
+
+namespace genperf {
+
+constexpr int kGumbelThreads = 256;
+constexpr int kMaxGumbelThreads = 512;
+
+struct GumbelTiling {
+  int team;       // threads to a position, a power of two
+  int positions;  // of a block
+  bool classes_fast;
+  unsigned blocks;
+};
+
+inline GumbelTiling tiling_of(int64_t outer,
+                              int64_t classes,
+                              int64_t inner,
+                              Strides strides,
+                              int width) {
+  GumbelTiling tiling;
+  tiling.classes_fast = inner == 1 || classes == 1 || strides.channel <= strides.inner;
+  tiling.team = 1;
+  const auto covers = [&](int units) { return int64_t{tiling.team} * width * units >= classes; };
+  if (tiling.classes_fast) {
+    while (tiling.team < kGumbelThreads && !covers(tiling.team < kWarpSize ? 1 : 4))
+      tiling.team *= 2;
+    tiling.positions = kGumbelThreads / tiling.team;
+  } else {
+    while (tiling.team < kMaxGumbelThreads / kWarpSize && !covers(4))
+      tiling.team *= 2;
+    tiling.positions =
+        tiling.team < kGumbelThreads / kWarpSize ? kGumbelThreads / tiling.team : kWarpSize;
+  }
+  const int64_t blocks = (outer * inner + tiling.positions - 1) / tiling.positions;
+  if (blocks > INT32_MAX)
+    throw std::runtime_error("gumbel_sample: too many positions");
+  tiling.blocks = static_cast<unsigned>(blocks);
+  return tiling;
+}
+
+struct GumbelThreadTile {
+  int lane;  // in the team
+  int64_t position;
+
+  __device__ explicit GumbelThreadTile(const GumbelTiling& tiling) {
+    const int thread = threadIdx.x;
+    lane = tiling.classes_fast ? thread % tiling.team : thread / tiling.positions;
+    position = int64_t{blockIdx.x} * tiling.positions +
+               (tiling.classes_fast ? thread / tiling.team : thread % tiling.positions);
+  }
+};
+
+template <typename State>
+struct StateWords {
+  static constexpr int kCount = sizeof(State) / sizeof(uint32_t);
+  uint32_t word[kCount];
+};
+
+// What the members of a team have, merged; every member holds it, every thread takes part.
+template <typename State>
+__device__ State team_merge(State state, const GumbelTiling& tiling) {
+  using Words = StateWords<State>;
+  Words words;
+  if (tiling.classes_fast) {
+    const int lanes = tiling.team < kWarpSize ? tiling.team : kWarpSize;
+    for (int step = lanes / 2; step > 0; step /= 2) {
+      std::memcpy(&words, &state, sizeof(state));
+#pragma unroll
+      for (int i = 0; i < Words::kCount; ++i)
+        words.word[i] = __shfl_xor_sync(kFullWarp, words.word[i], step);
+      State other;
+      std::memcpy(static_cast<void*>(&other), &words, sizeof(state));
+      state.merge(other);
+    }
+    if (tiling.team <= kWarpSize)
+      return state;
+  }
+  auto& shared = shared_memory<uint32_t[Words::kCount][kMaxGumbelThreads]>();
+  std::memcpy(&words, &state, sizeof(state));
+#pragma unroll
+  for (int i = 0; i < Words::kCount; ++i)
+    shared[i][threadIdx.x] = words.word[i];
+  __syncthreads();
+  const int thread = threadIdx.x;
+  const int first = tiling.classes_fast ? thread - thread % tiling.team : thread % tiling.positions;
+  const int step = tiling.classes_fast ? kWarpSize : tiling.positions;
+  const int members = tiling.classes_fast ? tiling.team / kWarpSize : tiling.team;
+  State merged;
+  for (int member = 0; member < members; ++member) {
+#pragma unroll
+    for (int i = 0; i < Words::kCount; ++i)
+      words.word[i] = shared[i][first + member * step];
+    std::memcpy(static_cast<void*>(&state), &words, sizeof(state));
+    merged.merge(state);
+  }
+  return merged;
+}
+
+// GumbelState maxima of the logits and of the perturbed logits, with sums of exponentials relative
+// to them. Where all is -inf yet, sums are relative to 0, and empty.
+struct GumbelState {
+  float largest = -INFINITY;
+  float sum = 0;       // of e = exp(logit - largest)
+  float weighted = 0;  // of e * (logit - largest)
+  float best = -INFINITY;
+  float soft_sum = 0;  // of exp((perturbed - best) / tau)
+  int32_t index = INT32_MAX;
+  float inverse_tau = 0;
+
+  // As torch.argmax: NaN is the largest, of equals the first counts.
+  __device__ void offer(float value, int32_t at) {
+    const bool better =
+        value > best || (value != value ? best == best || at < index : value == best && at < index);
+    best = better ? value : best;
+    index = better ? at : index;
+  }
+
+  __device__ static float base(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
+
+  // With an exponential of 0 this times it is 0, also for -inf.
+  __device__ static float bounded(float exponent) { return exponent < -88.0f ? -88.0f : exponent; }
+
+  __device__ void raise_largest(float maximum) {
+    const float exponent = largest - base(maximum);
+    const float factor = expf(exponent);
+    weighted = factor * (weighted + bounded(exponent) * sum);
+    sum *= factor;
+    largest = maximum;
+  }
+
+  __device__ void raise_soft_sum(float earlier) {
+    soft_sum *= expf((earlier - base(best)) * inverse_tau);
+  }
+
+  template <int kWidth>
+  __device__ void add(const float (&logits)[kWidth], const float (&perturbed)[kWidth], int32_t at) {
+    float maximum = largest;
+    const float earlier = best;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      maximum = fmaxf(maximum, logits[j]);
+      offer(perturbed[j], at + j);
+    }
+    raise_largest(maximum);
+    raise_soft_sum(earlier);
+    const float logit_base = base(largest);
+    const float soft_base = base(best);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const float exponent = logits[j] - logit_base;
+      const float e = expf(exponent);
+      sum += e;
+      weighted += e * bounded(exponent);
+      soft_sum += expf((perturbed[j] - soft_base) * inverse_tau);
+    }
+  }
+
+  __device__ void merge(GumbelState other) {
+    const float maximum = fmaxf(largest, other.largest);
+    raise_largest(maximum);
+    other.raise_largest(maximum);
+    sum += other.sum;
+    weighted += other.weighted;
+    inverse_tau = other.inverse_tau;
+    const float earlier = best;
+    const float others = other.best;
+    offer(other.best, other.index);
+    other.best = best;
+    raise_soft_sum(earlier);
+    other.raise_soft_sum(others);
+    soft_sum += other.soft_sum;
+  }
+};
+
+struct GumbelGradientSums {
+  float soft = 0;     // of y dy
+  float entropy = 0;  // of q log q
+
+  __device__ void merge(const GumbelGradientSums& other) {
+    soft += other.soft;
+    entropy += other.entropy;
+  }
+};
+
+template <typename State>
+constexpr size_t kMergeBytes = sizeof(uint32_t[StateWords<State>::kCount][kMaxGumbelThreads]);
+
+}  // namespace genperf
+
+#endif
