@@ -9,7 +9,7 @@ from genperf.compat.diffusers import DiagonalGaussianDistribution
 
 
 def plain(parameters):
-    """mean, log variance, standard deviation and variance as diffusers documents them, in float64."""
+    """Mean, log variance, standard deviation and variance as in diffusers, in float64."""
     mean, logvar = parameters.double().chunk(2, dim=1)
     logvar = logvar.clamp(-30, 20)
     return mean, logvar, torch.exp(0.5 * logvar), torch.exp(logvar)
@@ -48,14 +48,14 @@ def test_formulas(shape, dtype, device):
     torch.testing.assert_close(sample, (mean + std * noise.double()).to(dtype))
     assert sample.dtype == dtype
     assert posterior.mode() is posterior.mean
-    # These four last, since what has been read is taken as it then stands.
+    # These four last, since values that were read are kept.
     for name, expected in zip(("mean", "logvar", "std", "var"), (mean, logvar, std, var), strict=True):
         torch.testing.assert_close(getattr(posterior, name), expected.to(dtype), msg=name)
     assert posterior.parameters is parameters
     assert posterior.deterministic is False
 
 
-def test_kl_of_video_latents_is_one_for_each_sample(device):
+def test_kl_of_video_latents_is_per_sample(device):
     """A sum over dimensions 1, 2 and 3 leaves [B, W]."""
     parameters = moments(2, 16, 5, 8, 8, device=device)
     mean, logvar, _, var = plain(parameters)
@@ -65,7 +65,7 @@ def test_kl_of_video_latents_is_one_for_each_sample(device):
     torch.testing.assert_close(kl, summed_by_diffusers.sum(1).float())
 
 
-def test_kl_of_large_bfloat16_latents_is_not_rounded_together(device):
+def test_kl_of_large_bfloat16_latents_is_accurate(device):
     parameters = torch.randn(8, 8, 64, 64, device=device).bfloat16()
     kl = DiagonalGaussianDistribution(parameters).kl()
     assert len(kl.unique()) == 8
@@ -102,8 +102,8 @@ def test_deterministic(later, device):
     assert not torch.equal(posterior.sample(), posterior.mean)
 
 
-def test_rewritten_attributes_are_what_counts(device):
-    """As a video pipeline does: normalize the latents, then rewrite all four attributes."""
+def test_assigned_attributes_are_used(device):
+    """As in a video pipeline: normalize the latents, then assign all four attributes."""
     parameters, noise = moments(2, 6, 3, 4, 5, device=device), torch.randn(2, 3, 3, 4, 5, device=device)
     shift, scale = torch.randn(2, 3, 1, 1, 1, device=device).exp()
     posterior = DiagonalGaussianDistribution(parameters)
@@ -125,7 +125,7 @@ def test_rewritten_attributes_are_what_counts(device):
 
 @pytest.mark.parametrize("name", ["mean", "std"])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_one_rewritten_attribute_changes_samples(name, in_place, device):
+def test_one_assigned_attribute_changes_samples(name, in_place, device):
     parameters, noise = moments(2, 6, 4, device=device), torch.randn(2, 3, 4, device=device)
     posterior = DiagonalGaussianDistribution(parameters.clone())
     value = getattr(posterior, name)
@@ -154,19 +154,19 @@ def test_reading_attributes_does_not_change_the_noise(dtype, device):
 @pytest.mark.parametrize("read", [False, True])
 def test_gradients(read, device):
     parameters, noise = moments(2, 6, 4, dtype=torch.float64, device=device), torch.randn(2, 3, 4, dtype=torch.float64, device=device)
-    ours, theirs = (parameters.clone().requires_grad_() for _ in range(2))
-    posterior = DiagonalGaussianDistribution(ours)
+    actual, expected = (parameters.clone().requires_grad_() for _ in range(2))
+    posterior = DiagonalGaussianDistribution(actual)
     if read:
-        with torch.no_grad():  # where logging reads them, their gradient must not be lost
+        with torch.no_grad():  # attributes read without grad, such as for logging, must keep their gradient
             assert posterior.std.isfinite().all()
             assert posterior.var.isfinite().all()
     (posterior.sample(noise=noise).square().sum() + posterior.kl().sum()).backward()
-    mean, logvar, std, var = plain(theirs)
+    mean, logvar, std, var = plain(expected)
     ((mean + std * noise).square().sum() + per_sample(mean**2 + var - 1 - logvar).sum()).backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(actual.grad, expected.grad)
 
 
-def test_sampling_is_the_fused_op_and_kl_draws_nothing(device):
+def test_sampling_is_fused_and_kl_uses_no_random_numbers(device):
     parameters = moments(2, 6, 4, 5, device=device)
     posterior = DiagonalGaussianDistribution(parameters)
     torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_sampling_is_the_fused_op_and_kl_draws_nothing(device):
     assert torch.equal(sample, genperf.gaussian_sample(parameters)[0])
 
 
-def test_seed_and_generator_decide_the_noise(device):
+def test_seed_and_generator_determine_the_noise(device):
     posterior = DiagonalGaussianDistribution(moments(2, 6, 4, 5, device=device))
     first, second, other = (posterior.sample(torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
     assert torch.equal(first, second)
@@ -188,7 +188,7 @@ def test_seed_and_generator_decide_the_noise(device):
 
 @pytest.mark.parametrize("torch_noise", [False, True])
 @pytest.mark.parametrize("rewritten", [False, True])
-def test_a_list_of_generators_has_one_for_each_sample(rewritten, torch_noise, device):
+def test_list_of_generators_has_one_per_sample(rewritten, torch_noise, device):
     parameters = moments(3, 6, 4, 5, device=device)
 
     def sample(part, seeds):
@@ -206,7 +206,7 @@ def test_a_list_of_generators_has_one_for_each_sample(rewritten, torch_noise, de
     assert sample(parameters, [1]).shape == together.shape
 
 
-def test_torch_noise_gives_the_numbers_of_torch_randn(device):
+def test_torch_noise_matches_torch_randn(device):
     parameters = moments(2, 6, 4, 5, device=device)
     posterior = DiagonalGaussianDistribution(parameters)
     posterior.torch_noise = True
@@ -231,7 +231,7 @@ def test_compiles_in_one_graph(device):
         return sample, kl, nll, posterior.sample(), posterior.mode()
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")  # which draws from torch's generator as eager does
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")  # same random numbers as eager
     parameters = moments(2, 6, 4, 5, device=device)
     results = []
     for call in (step, compiled):
@@ -249,6 +249,6 @@ def test_copies(device):
     assert not torch.equal(posterior.sample(), posterior.mean)
 
 
-def test_odd_channels_are_named():
+def test_odd_channels():
     with pytest.raises(ValueError, match=r"even number of channels in dimension 1, got shape \[2, 3, 4\]"):
         DiagonalGaussianDistribution(torch.zeros(2, 3, 4))

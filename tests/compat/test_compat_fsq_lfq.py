@@ -1,4 +1,4 @@
-"""FSQ and LFQ under the names of vector-quantize-pytorch, against that package."""
+"""FSQ and LFQ of genperf.compat against vector-quantize-pytorch."""
 
 import copy
 
@@ -8,27 +8,27 @@ from torch import nn
 
 from genperf.compat.vector_quantize_pytorch import FSQ, LFQ
 
-peer = pytest.importorskip("vector_quantize_pytorch")
+upstream = pytest.importorskip("vector_quantize_pytorch")
 
 
-def pair(ours, theirs, device, **options):
-    """Our layer and theirs, with the same parameters, loaded in both directions."""
+def pair(genperf_class, upstream_class, device, **options):
+    """A layer of genperf and one of upstream with the same parameters, loaded in both directions."""
     torch.manual_seed(0)
-    other = theirs(**options).to(device)
+    other = upstream_class(**options).to(device)
     torch.manual_seed(0)
-    layer = ours(**options).to(device)
+    layer = genperf_class(**options).to(device)
     assert {name: (value.shape, value.dtype) for name, value in layer.state_dict().items()} == {
         name: (value.shape, value.dtype) for name, value in other.state_dict().items()
     }
-    for mine, expected in zip(layer.state_dict().values(), other.state_dict().values(), strict=True):
-        torch.testing.assert_close(mine, expected)  # drawn alike
+    for found, expected in zip(layer.state_dict().values(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, expected)  # the same initial values
     layer.load_state_dict(other.state_dict())
     other.load_state_dict(copy.deepcopy(layer.state_dict()))
     return layer, other
 
 
 def run(layer, x, **options):
-    """Outputs, and gradients of the input and the parameters for a loss that weighs every output."""
+    """Outputs, and gradients of input and parameters of a loss that depends on every output."""
     x = x.detach().clone().requires_grad_()
     results = layer(x, **options)
     parts = [*results] if isinstance(results, tuple) and not isinstance(results[0], tuple) else [*results[0], *results[1]]
@@ -44,18 +44,18 @@ def run(layer, x, **options):
 
 def assert_alike(layer, other, x, atol=1e-5, **options):
     torch.manual_seed(1)
-    mine, my_gradients = run(layer, x, **options)
+    actual, gradients = run(layer, x, **options)
     torch.manual_seed(1)
-    theirs, their_gradients = run(other, x, **options)
-    for value, expected in zip(mine, theirs, strict=True):
+    reference, expected_gradients = run(other, x, **options)
+    for value, expected in zip(actual, reference, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=atol)
-    for value, expected in zip(my_gradients, their_gradients, strict=True):
+    for value, expected in zip(gradients, expected_gradients, strict=True):
         if value is None or expected is None:
             assert value is None or (value == 0).all()
             assert expected is None or (expected == 0).all()
             continue
         torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item() + 1e-7)
-    return mine
+    return actual
 
 
 FSQ_CASES = {
@@ -81,7 +81,7 @@ FSQ_CASES = {
 @pytest.mark.parametrize("case", FSQ_CASES)
 def test_fsq(case, training, device):
     options, shape = FSQ_CASES[case]
-    layer, other = pair(FSQ, peer.FSQ, device, **options)
+    layer, other = pair(FSQ, upstream.FSQ, device, **options)
     layer.train(training)
     other.train(training)
     codes, indices = assert_alike(layer, other, torch.randn(shape, device=device))
@@ -100,7 +100,7 @@ def test_fsq(case, training, device):
     assert torch.equal(layer.codes_to_indices(layer.quantize(z)), other.codes_to_indices(other.quantize(z)))
 
 
-def test_fsq_of_more_codes_than_theirs_can_count(device):
+def test_fsq_with_more_codes_than_upstream_supports(device):
     layer = FSQ([4] * 31).to(device)
     z = torch.randn(2, 300, 31, device=device)
     codes, indices = layer(z)
@@ -119,7 +119,7 @@ def test_fsq_methods_without_indices(symmetric):
     codes, indices = other(z.unsqueeze(0))
     assert torch.equal(layer.codes_to_indices(codes), indices)
     assert torch.equal(layer.indices_to_level_indices(indices), other.indices_to_level_indices(indices))
-    reference = peer.FSQ(**options)
+    reference = upstream.FSQ(**options)
     for name in ("bound", "symmetry_preserving_bound"):
         for hard in (False, True):
             torch.testing.assert_close(getattr(layer, name)(z, hard_clamp=hard), getattr(reference, name)(z, hard_clamp=hard))
@@ -159,12 +159,12 @@ LFQ_CASES = {
 @pytest.mark.parametrize("case", LFQ_CASES)
 def test_lfq(case, training, device):
     options, shape = LFQ_CASES[case]
-    layer, other = pair(LFQ, peer.LFQ, device, **options)
+    layer, other = pair(LFQ, upstream.LFQ, device, **options)
     layer.train(training)
     other.train(training)
     x = torch.randn(shape, device=device)
     for inv_temperature in (100.0, 2.0):
-        # Of theirs, the clamped logarithms of improbable codes.
+        # The tolerance is for upstream's clamped logarithms of improbable codes.
         quantized, indices, *_ = assert_alike(layer, other, x, atol=1e-4, inv_temperature=inv_temperature, return_loss_breakdown=True)
     torch.testing.assert_close(layer.indices_to_codes(indices), quantized, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(layer.indices_to_codes(indices), other.indices_to_codes(indices), rtol=1e-5, atol=1e-6)
@@ -173,15 +173,15 @@ def test_lfq(case, training, device):
     torch.testing.assert_close(layer.codebook, other.codebook)
 
 
-def test_lfq_breakdown_alone_joins_no_processes(monkeypatch):
-    """One process may ask for it and another not: none may wait."""
-    joined = []
-    monkeypatch.setattr("genperf.nn.lookup_free_quantizer.global_sum", lambda mass: joined.append(mass) or mass)
+def test_lfq_breakdown_alone_does_not_communicate(monkeypatch):
+    """Only some ranks may ask for the breakdown, so it must not communicate."""
+    all_reduced = []
+    monkeypatch.setattr("genperf.nn.lookup_free_quantizer.global_sum", lambda mass: all_reduced.append(mass) or mass)
     x = torch.randn(2, 30, 4)
     _, expected = LFQ(codebook_size=16)(x, return_loss_breakdown=True)
-    assert len(joined) == 1
+    assert len(all_reduced) == 1
     _, breakdown = LFQ(codebook_size=16, entropy_loss_weight=0.0)(x, return_loss_breakdown=True)
-    assert len(joined) == 1
+    assert len(all_reduced) == 1
     torch.testing.assert_close(breakdown, expected)
 
 
@@ -195,24 +195,24 @@ def test_lfq_spherical_float16():
 
 
 def test_lfq_mask(device):
-    """The losses are those of the vectors that are left. (Of theirs, the batch entropy with a mask is the per-sample one.)"""
-    layer, other = pair(LFQ, peer.LFQ, device, codebook_size=16, dim=6, commitment_loss_weight=0.5)
+    """Losses are those of the unmasked vectors. (In upstream, the batch entropy with a mask is the per-sample entropy.)"""
+    layer, other = pair(LFQ, upstream.LFQ, device, codebook_size=16, dim=6, commitment_loss_weight=0.5)
     x, mask = torch.randn(3, 20, 6, device=device), torch.rand(3, 20, device=device) > 0.4
     image = x.transpose(1, 2).unflatten(2, (4, 5)).contiguous()
     _, expected = layer(x[mask].unsqueeze(0), return_loss_breakdown=True)
-    (quantized, indices, _), theirs = other(x, mask=mask, return_loss_breakdown=True)
+    (quantized, indices, _), reference = other(x, mask=mask, return_loss_breakdown=True)
     for given, place in ((x, mask), (image, mask), (image, mask.reshape(3, 4, 5))):
         result, breakdown = layer(given, mask=place, return_loss_breakdown=True)
         torch.testing.assert_close(breakdown, expected)
         assert torch.equal(result.indices.flatten(), indices.flatten())
     torch.testing.assert_close(result.quantized.flatten(2).transpose(1, 2), quantized)
-    torch.testing.assert_close(breakdown.per_sample_entropy, theirs.per_sample_entropy, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(breakdown.commitment, theirs.commitment)
+    torch.testing.assert_close(breakdown.per_sample_entropy, reference.per_sample_entropy, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(breakdown.commitment, reference.commitment)
     assert layer(x, mask=torch.zeros_like(mask)).entropy_aux_loss == 0
 
 
-def test_lfq_share_of_masked_vectors(device):
-    """The share is drawn among those that the mask keeps."""
+def test_lfq_fraction_of_masked_vectors(device):
+    """The fraction is that of the unmasked vectors."""
     layer = LFQ(codebook_size=4, frac_per_sample_entropy=0.5).to(device)
     x = torch.full((1, 40, 2), 1e-3, device=device)
     mask = torch.arange(40, device=device) < 11
@@ -226,17 +226,17 @@ def test_lfq_share_of_masked_vectors(device):
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "options"),
+    ("genperf_class", "upstream_class", "options"),
     [
-        (FSQ, peer.FSQ, {"levels": [8, 5, 5], "dim": 6}),
-        (LFQ, peer.LFQ, {"codebook_size": 32, "dim": 6, "commitment_loss_weight": 0.2}),
-        (LFQ, peer.LFQ, {"codebook_size": 32, "dim": 6, "spherical": True, "commitment_loss_weight": 0.2}),
+        (FSQ, upstream.FSQ, {"levels": [8, 5, 5], "dim": 6}),
+        (LFQ, upstream.LFQ, {"codebook_size": 32, "dim": 6, "commitment_loss_weight": 0.2}),
+        (LFQ, upstream.LFQ, {"codebook_size": 32, "dim": 6, "spherical": True, "commitment_loss_weight": 0.2}),
     ],
     ids=["FSQ", "LFQ", "BSQ"],
 )
-def test_training_is_theirs_step_for_step(ours, theirs, options, device):
-    """Theirs in float64: in float32 its softmax over codes errs more than ours."""
-    layer, other = pair(ours, theirs, device, **options)
+def test_training_matches_upstream(genperf_class, upstream_class, options, device):
+    """Upstream in float64, since its softmax over codes is less accurate in float32."""
+    layer, other = pair(genperf_class, upstream_class, device, **options)
     other = other.double()
     other.force_quantization_f32 = False
     batches = torch.randn(20, 2, 40, 6, device=device)
@@ -259,7 +259,7 @@ def test_training_is_theirs_step_for_step(ours, theirs, options, device):
 
 
 @pytest.mark.parametrize("make", [lambda: FSQ([8, 5, 5], dim=6, num_codebooks=2), lambda: LFQ(codebook_size=16, dim=6, num_codebooks=2)])
-def test_compiles_as_one_graph(make, device):
+def test_compiles_in_one_graph(make, device):
     layer = make().to(device)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 6, 4, 5, device=device)

@@ -80,7 +80,7 @@ def test_codebook_entries(make):
     assert torch.equal(z_q, entries)
 
 
-def test_first_quantizer_of_taming():
+def test_taming_vector_quantizer():
     torch.manual_seed(0)
     layer, second = taming.VectorQuantizer(12, 5, 0.25), taming.VectorQuantizer2(12, 5, 0.25)
     second.load_state_dict(layer.state_dict())
@@ -95,7 +95,7 @@ def test_first_quantizer_of_taming():
     torch.testing.assert_close(perplexity, torch.exp(-(frequency * torch.log(frequency + 1e-10)).sum()))
 
 
-def test_bad_arguments_are_named():
+def test_bad_arguments():
     with pytest.raises(ValueError, match=r"VectorQuantizer: z must be \[B, 5, H, W\], got \[2, 4, 3, 3\]"):
         diffusers.VectorQuantizer(12, 5, 0.25)(torch.randn(2, 4, 3, 3))
     with pytest.raises(ValueError, match="VectorQuantizer2: temp"):
@@ -116,19 +116,19 @@ def test_compiles_in_one_graph(make):
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_same_as_diffusers(legacy, tmp_path):
-    theirs_of = pytest.importorskip("diffusers.models.autoencoders.vae").VectorQuantizer
+def test_matches_diffusers(legacy, tmp_path):
+    upstream_class = pytest.importorskip("diffusers.models.autoencoders.vae").VectorQuantizer
     torch.manual_seed(0)
     np.save(tmp_path / "used.npy", np.arange(0, 64, 2))
     for options in ({}, {"sane_index_shape": True}, {"remap": str(tmp_path / "used.npy"), "unknown_index": "extra"}):
-        theirs = theirs_of(64, 8, 0.25, legacy=legacy, **options)
-        ours = diffusers.VectorQuantizer(64, 8, 0.25, legacy=legacy, **options)
-        ours.load_state_dict(theirs.state_dict())
-        optimizers = [torch.optim.Adam(module.parameters(), 1e-2) for module in (theirs, ours)]
+        upstream = upstream_class(64, 8, 0.25, legacy=legacy, **options)
+        actual = diffusers.VectorQuantizer(64, 8, 0.25, legacy=legacy, **options)
+        actual.load_state_dict(upstream.state_dict())
+        optimizers = [torch.optim.Adam(module.parameters(), 1e-2) for module in (upstream, actual)]
         for _ in range(20):
             z, weight = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4)
             found = []
-            for module, optimizer in zip((theirs, ours), optimizers, strict=True):
+            for module, optimizer in zip((upstream, actual), optimizers, strict=True):
                 leaf = z.clone().requires_grad_()
                 z_q, loss, (_, _, indices) = module(leaf)
                 optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""genperf.compat.pytorch_fid against pytorch-fid's own function, where it and a scipy it can work with are installed, and against scipy."""
+"""genperf.compat.pytorch_fid against pytorch-fid, if it is installed with a compatible scipy, and against scipy."""
 
 import importlib
 import sys
@@ -13,7 +13,7 @@ from genperf.compat.pytorch_fid import calculate_frechet_distance
 
 
 def statistics(count, dim, seed=0, offset=0.0):
-    """Mean and covariance of `count` correlated features like those behind a ReLU."""
+    """Mean and covariance of `count` correlated features after a ReLU."""
     rng = np.random.default_rng(seed)
     features = np.maximum(rng.standard_normal((count, dim)) @ rng.standard_normal((dim, dim)) / dim**0.5 + offset, 0)
     return features.mean(0), np.cov(features, rowvar=False)
@@ -26,7 +26,7 @@ def by_scipy(mu1, sigma1, mu2, sigma2):
 
 
 def by_eigenvalues(mu1, sigma1, mu2, sigma2):
-    """With symmetric eigenvalues only, for any covariances."""
+    """The distance by symmetric eigenvalues, for any covariances."""
     values, vectors = np.linalg.eigh(sigma1)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     trace = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
@@ -34,8 +34,8 @@ def by_eigenvalues(mu1, sigma1, mu2, sigma2):
 
 
 @pytest.fixture
-def theirs(monkeypatch):
-    """The module pytorch_fid.fid_score; what it imports for images alone is left out where it is missing."""
+def upstream(monkeypatch):
+    """The module pytorch_fid.fid_score, with stubs for missing image packages."""
     pytest.importorskip("pytorch_fid")
     pytest.importorskip("scipy")
     try:
@@ -55,13 +55,13 @@ def theirs(monkeypatch):
 
 
 @pytest.mark.parametrize("dim", [2, 7, 64])
-def test_equals_pytorch_fid(theirs, dim):
-    ours = statistics(20 * dim + 2, dim), statistics(30 * dim + 2, dim, seed=1, offset=0.3)
-    arguments = [a for pair in ours for a in pair]
+def test_matches_pytorch_fid(upstream, dim):
+    inputs = statistics(20 * dim + 2, dim), statistics(30 * dim + 2, dim, seed=1, offset=0.3)
+    arguments = [a for pair in inputs for a in pair]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
-            expected = theirs.calculate_frechet_distance(*arguments)
+            expected = upstream.calculate_frechet_distance(*arguments)
         except TypeError as error:
             pytest.skip(f"pytorch-fid does not work with this scipy: {error}")
     found = calculate_frechet_distance(*arguments)
@@ -70,29 +70,29 @@ def test_equals_pytorch_fid(theirs, dim):
     assert expected > 0.01
 
 
-def test_in_the_place_of_theirs(theirs, tmp_path, monkeypatch):
-    """Under pytorch-fid's own command, from two statistics files."""
-    monkeypatch.setattr(theirs, "calculate_frechet_distance", calculate_frechet_distance)
+def test_replaces_the_function_of_pytorch_fid(upstream, tmp_path, monkeypatch):
+    """In pytorch-fid's computation from two statistics files."""
+    monkeypatch.setattr(upstream, "calculate_frechet_distance", calculate_frechet_distance)
     monkeypatch.setattr(
-        theirs, "InceptionV3", type("Untouched", (), {"BLOCK_INDEX_BY_DIM": {64: 0}, "__init__": lambda *_: None, "to": lambda *_: None})
+        upstream, "InceptionV3", type("Untouched", (), {"BLOCK_INDEX_BY_DIM": {64: 0}, "__init__": lambda *_: None, "to": lambda *_: None})
     )
     first, second = statistics(300, 8), statistics(300, 8, seed=1)
     paths = [str(tmp_path / "first.npz"), str(tmp_path / "second.npz")]
     for path, (mu, sigma) in zip(paths, (first, second), strict=True):
         np.savez(path, mu=mu, sigma=sigma)
-    found = theirs.calculate_fid_given_paths(paths, 50, "cpu", 64)
+    found = upstream.calculate_fid_given_paths(paths, 50, "cpu", 64)
     assert found == pytest.approx(by_eigenvalues(*first, *second), rel=1e-9)
 
 
 @pytest.mark.parametrize("dim", [3, 48])
-def test_equals_scipy(dim):
+def test_matches_scipy(dim):
     arguments = (*statistics(30 * dim, dim), *statistics(30 * dim, dim, seed=1, offset=0.5))
     assert calculate_frechet_distance(*arguments) == pytest.approx(by_scipy(*arguments), rel=1e-8)
 
 
 @pytest.mark.parametrize(("count1", "count2"), [(10, 2000), (2000, 10), (10, 12), (2, 3)])
 def test_fewer_samples_than_features(count1, count2):
-    """Where pytorch-fid reports an imaginary component, or another number at another scipy."""
+    """Here pytorch-fid raises an error about an imaginary component, or its value depends on the version of scipy."""
     arguments = (*statistics(count1, 40), *statistics(count2, 40, seed=1))
     found = calculate_frechet_distance(*arguments)
     assert found == pytest.approx(by_eigenvalues(*arguments), rel=1e-6)
@@ -108,7 +108,7 @@ def test_zero_covariances_and_dead_features():
 
 
 @pytest.mark.parametrize("count", [20, 500])
-def test_equal_statistics_are_at_distance_zero(count):
+def test_equal_statistics_have_distance_zero(count):
     mu, sigma = statistics(count, 40)
     distance = calculate_frechet_distance(mu, sigma, mu, sigma)
     assert 0 <= distance <= 1e-6 * np.trace(sigma)
@@ -131,7 +131,7 @@ def test_eps_is_accepted_and_unused():
     assert calculate_frechet_distance(*arguments, 1e-9) == calculate_frechet_distance(*arguments)
 
 
-def test_leaves_its_arguments_alone():
+def test_arguments_are_not_changed():
     arguments = [*statistics(50, 5), *statistics(50, 5, seed=1)]
     before = [a.copy() for a in arguments]
     for a in arguments:
@@ -151,14 +151,14 @@ def test_leaves_its_arguments_alone():
         ((np.zeros((1, 2)), np.eye(2), np.zeros((1, 2)), np.eye(2)), "means must have shape \\[d\\]"),
     ],
 )
-def test_shapes_that_do_not_fit(arguments, message):
+def test_bad_shapes(arguments, message):
     with pytest.raises(AssertionError, match=message):
         calculate_frechet_distance(*arguments)
 
 
 @pytest.mark.parametrize("position", range(4))
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_numbers_that_are_not_finite(position, value):
+def test_non_finite_statistics(position, value):
     arguments = [np.zeros(2), np.eye(2), np.zeros(2), np.eye(2)]
     arguments[position].flat[0] = value
     with pytest.raises(ValueError, match=f"{('mu1', 'sigma1', 'mu2', 'sigma2')[position]} must be finite"):

@@ -51,21 +51,21 @@ def test_forward(training, straight_through, device):
     assert len(layer(z)) == 3
 
 
-def test_gradients_are_those_of_plain_pytorch(device):
+def test_gradients_match_plain_pytorch(device):
     layer = quantizer(device, straight_through=False, temp_init=0.8).double()
     z = torch.randn(2, 6, 4, 5, dtype=torch.float64, device=device)
     torch.manual_seed(0)
     z_q, diff, _ = layer(z)
     parameters = [layer.proj.weight, layer.proj.bias, layer.embed.weight]
-    ours = torch.autograd.grad(z_q.square().sum() + 10 * diff, parameters)
+    actual = torch.autograd.grad(z_q.square().sum() + 10 * diff, parameters)
 
     logits = layer.proj(z)
     torch.manual_seed(0)
     soft = genperf.gumbel_sample(logits, tau=0.8, dim=1, impl="reference")[0]
     plain = torch.einsum("bkhw,kd->bdhw", soft, layer.embed.weight)
-    theirs = torch.autograd.grad(plain.square().sum() + 10 * plain_loss(layer, z), parameters)
-    for mine, expected in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
+    upstream = torch.autograd.grad(plain.square().sum() + 10 * plain_loss(layer, z), parameters)
+    for found, expected in zip(actual, upstream, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_evaluation_samples_with_noise(device):
@@ -88,7 +88,7 @@ def test_without_vq_interface(device):
     assert (z_q.shape, diff.shape, indices.shape) == ((2, 3, 4, 5), (), (2, 4, 5))
 
 
-def test_temperature_is_an_attribute(device):
+def test_temperature_attribute(device):
     layer = quantizer(device, straight_through=False)
     z = torch.randn(2, 6, 4, 5, device=device)
     for value in (0.5, torch.tensor(0.5, device=device)):
@@ -162,7 +162,7 @@ def test_codebook_entries(device):
         layer.get_codebook_entry(indices, (2, 4, 4, 3))
 
 
-def test_loss_at_certainty_is_the_logarithm_of_the_number_of_codes(device):
+def test_loss_of_certain_logits_is_log_num_codes(device):
     layer = quantizer(device, kl_weight=1.0)
     torch.nn.init.zeros_(layer.proj.weight)
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_compiles_once_for_all_temperatures(device):
     layer = quantizer(device)
     z = torch.randn(2, 6, 4, 5, device=device)
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")  # which draws from torch's generator as eager does
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")  # same random numbers as eager
     with torch._dynamo.config.patch(error_on_recompile=True):
         for temperature in (1.0, 0.5):
             layer.temperature = temperature
@@ -207,6 +207,6 @@ def test_compiles_once_for_all_temperatures(device):
         ({"temp_init": -1.0}, "temperature must be a finite number"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message):
+def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match="^GumbelQuantize: " + message):
         GumbelQuantize(6, 3, 8, **arguments)

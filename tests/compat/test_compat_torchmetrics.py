@@ -1,4 +1,4 @@
-"""genperf.compat.torchmetrics against torchmetrics' own class, with a small module in the place of Inception."""
+"""genperf.compat.torchmetrics against torchmetrics, with a small module in place of Inception."""
 
 import multiprocessing
 import pickle
@@ -13,16 +13,16 @@ from torch import nn
 import genperf
 
 torchmetrics = pytest.importorskip("torchmetrics")
-theirs_module = pytest.importorskip("torchmetrics.image.fid")
-ours_module = pytest.importorskip("genperf.compat.torchmetrics")
+upstream_module = pytest.importorskip("torchmetrics.image.fid")
+genperf_module = pytest.importorskip("genperf.compat.torchmetrics")
 
-Ours = ours_module.FrechetInceptionDistance
-Theirs = theirs_module.FrechetInceptionDistance
+Genperf = genperf_module.FrechetInceptionDistance
+Upstream = upstream_module.FrechetInceptionDistance
 STATES = [f"{side}_features_{state}" for side in ("real", "fake") for state in ("sum", "cov_sum", "num_samples")]
 
 
 class Features(nn.Module):
-    """The mean colors of image patches behind a fixed mixing matrix and a ReLU, plus an offset."""
+    """Mean colors of image patches, multiplied by a fixed matrix, after a ReLU, plus an offset."""
 
     def __init__(self, num_features=12, offset=0.0):
         super().__init__()
@@ -47,13 +47,13 @@ def filled(metric, real=200, fake=150, batch=64):
     return metric
 
 
-def metric(kind=Ours, **arguments):
+def metric(kind=Genperf, **arguments):
     features = arguments.pop("feature", None) or Features()
     return kind(features, normalize=True, **arguments)
 
 
 def exact(feature, real, fake):
-    """From the features themselves in float64: the trace is the nuclear norm of the product of the centered features."""
+    """The distance from the features in float64; the trace is the nuclear norm of the product of centered features."""
     with torch.no_grad():
         a, b = (feature(x).double() for x in (real, fake))
     f, g = ((x - x.mean(0)).T / (len(x) - 1) ** 0.5 for x in (a, b))
@@ -61,18 +61,18 @@ def exact(feature, real, fake):
     return (a.mean(0) - b.mean(0)).square().sum() + f.square().sum() + g.square().sum() - 2 * trace
 
 
-def test_equals_theirs(device):
-    ours, theirs = (filled(metric(kind)).compute() for kind in (Ours, Theirs))
-    assert ours.dtype == theirs.dtype == torch.float32
-    assert ours.shape == theirs.shape == ()
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
-    torch.testing.assert_close(ours.double(), exact(Features(), images(200), images(150, 1.3, seed=1)), rtol=1e-6, atol=0)
-    assert ours > 0.01
+def test_matches_upstream(device):
+    actual, upstream = (filled(metric(kind)).compute() for kind in (Genperf, Upstream))
+    assert actual.dtype == upstream.dtype == torch.float32
+    assert actual.shape == upstream.shape == ()
+    torch.testing.assert_close(actual, upstream, rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual.double(), exact(Features(), images(200), images(150, 1.3, seed=1)), rtol=1e-6, atol=0)
+    assert actual > 0.01
 
 
-def test_equals_theirs_in_float64():
+def test_matches_upstream_in_float64():
     found = []
-    for kind in (Ours, Theirs):
+    for kind in (Genperf, Upstream):
         m = metric(kind, feature=Features().double()).set_dtype(torch.float64)
         found.append(filled(m).compute())
     assert found[0].dtype == torch.float64
@@ -80,23 +80,23 @@ def test_equals_theirs_in_float64():
 
 
 def test_same_interface_and_states():
-    ours, theirs = metric(), metric(Theirs)
-    assert isinstance(ours, Theirs)
-    assert list(ours._defaults) == list(theirs._defaults) == STATES
+    actual, upstream = metric(), metric(Upstream)
+    assert isinstance(actual, Upstream)
+    assert list(actual._defaults) == list(upstream._defaults) == STATES
     for name in STATES:
-        assert getattr(ours, name).dtype == getattr(theirs, name).dtype
-        assert ours._reductions[name] is theirs._reductions[name]
-    assert (ours.higher_is_better, ours.is_differentiable, ours.full_state_update) == (False, False, False)
+        assert getattr(actual, name).dtype == getattr(upstream, name).dtype
+        assert actual._reductions[name] is upstream._reductions[name]
+    assert (actual.higher_is_better, actual.is_differentiable, actual.full_state_update) == (False, False, False)
     with pytest.raises(ValueError, match="reset_real_features"):
-        Ours(Features(), reset_real_features="no")
+        Genperf(Features(), reset_real_features="no")
     with pytest.raises(TypeError, match="feature"):
-        Ours([1, 2])
+        Genperf([1, 2])
 
 
 def test_number_of_features_from_a_dummy_image():
     features = Features(5)
     del features.num_features
-    assert Ours(features, normalize=True, input_img_size=(3, 8, 8)).real_features_sum.shape == (5,)
+    assert Genperf(features, normalize=True, input_img_size=(3, 8, 8)).real_features_sum.shape == (5,)
 
 
 def test_forward_gives_the_value_and_accumulates():
@@ -109,7 +109,7 @@ def test_forward_gives_the_value_and_accumulates():
     assert torch.isfinite(before)
 
 
-def test_reset_keeps_the_real_features_on_demand():
+def test_reset_can_keep_the_real_features():
     for keep in (True, False):
         m = filled(metric(reset_real_features=not keep))
         first = m.compute()
@@ -121,8 +121,8 @@ def test_reset_keeps_the_real_features_on_demand():
             torch.testing.assert_close(m.compute(), first)
 
 
-@pytest.mark.parametrize("kinds", [(Ours, Theirs), (Theirs, Ours), (Ours, Ours)])
-def test_states_go_from_class_to_class(kinds):
+@pytest.mark.parametrize("kinds", [(Genperf, Upstream), (Upstream, Genperf), (Genperf, Genperf)])
+def test_states_load_in_both_directions(kinds):
     source, target = (metric(kind) for kind in kinds)
     for m in (source, target):
         m.persistent(True)
@@ -134,14 +134,14 @@ def test_states_go_from_class_to_class(kinds):
         target.load_state_dict(saved)
         for name in STATES:
             assert torch.equal(getattr(target, name), getattr(source, name))
-        if kinds[1] is Ours:
+        if kinds[1] is Genperf:
             torch.testing.assert_close(target.compute(), source.compute(), rtol=1e-6, atol=0)
         else:
             with pytest.raises(AttributeError):
                 target.compute()
 
 
-def test_merged_metrics_are_one():
+def test_merged_metrics():
     whole, first, second = filled(metric(), 200, 150), metric(), metric()
     first.update(images(200)[:70], real=True)
     second.update(images(200)[70:], real=True)
@@ -150,18 +150,18 @@ def test_merged_metrics_are_one():
     torch.testing.assert_close(first.compute(), whole.compute(), rtol=1e-6, atol=0)
 
 
-def test_value_of_a_moved_metric_is_the_same(device):
+def test_moved_metric_keeps_its_value(device):
     m = metric().to(device)
     for part, real in ((images(200), True), (images(150, 1.3, seed=1), False)):
         m.update(part.to(device), real=real)
     found = m.compute()
     assert found.device.type == torch.device(device).type
     torch.testing.assert_close(found.cpu(), filled(metric()).compute(), rtol=1e-6, atol=0)
-    assert m.half().real_features_sum.dtype == torch.float64  # as in torchmetrics, half() is for other modules
+    assert m.half().real_features_sum.dtype == torch.float64  # as in torchmetrics, half() does not change states
 
 
 def test_states_in_float32():
-    """The root is float64 all the same: as exact as sums in float32 are."""
+    """The root is float64, so the error is that of float32 sums."""
     m = metric().set_dtype(torch.float32)
     assert m.real_features_cov_sum.dtype == torch.float32
     value = exact(Features(), images(300), images(200, 1.3, seed=1))
@@ -174,13 +174,13 @@ def test_fewer_samples_than_features(real, fake, offset):
     features = Features(48, offset).double()
     value = exact(Features(48).double(), images(real), images(fake, 1.3, seed=1))
     found = []
-    for kind in (Ours, Theirs):
+    for kind in (Genperf, Upstream):
         m = metric(kind, feature=features)
         found.append(filled(m, real, fake).compute())
     # Offset 1e4: features are of order 0.1, so their covariances have 16 - 2 * 5 digits.
     torch.testing.assert_close(found[0], value, rtol=1e-7 if offset == 0 else 1e-4, atol=0)
     if offset:
-        assert not abs(found[1] - value) < 10 * abs(found[0] - value), "theirs has become exact: update the docs"
+        assert not abs(found[1] - value) < 10 * abs(found[0] - value), "upstream has become accurate: update the docs"
 
 
 def test_large_means():
@@ -190,7 +190,7 @@ def test_large_means():
     torch.testing.assert_close(filled(metric(feature=features)).compute(), value, rtol=1e-2, atol=0)
 
 
-def test_equal_images_are_at_distance_zero():
+def test_equal_images_have_distance_zero():
     for count in (8, 300):
         m = metric(feature=Features().double())
         for real in (True, False):
@@ -199,20 +199,20 @@ def test_equal_images_are_at_distance_zero():
 
 
 def test_half_precision_features():
-    """The distance here is above the largest float16."""
+    """A distance above the largest float16."""
     features = Features().half()
-    m, theirs = metric(feature=features), metric(Theirs, feature=features)
-    for each in (m, theirs):
+    m, upstream = metric(feature=features), metric(Upstream, feature=features)
+    for each in (m, upstream):
         filled_with_large = ((images(100), True), (images(100, 1e4, seed=1), False))
         for part, real in filled_with_large:
             each.update(part, real=real)
     assert m.compute().dtype == torch.float32
     assert m.compute() > 65504
-    assert theirs.compute().isinf()
+    assert upstream.compute().isinf()
 
 
 @pytest.mark.parametrize("count", [5, 50])
-def test_features_that_are_not_finite(count):
+def test_non_finite_features(count):
     m = metric()
     m.update(images(count), real=True)
     m.update(images(count).fill_(float("nan")), real=False)
@@ -230,7 +230,7 @@ def test_too_few_samples():
 def test_pickle_clone_and_collection():
     m = filled(metric())
     for copy in (pickle.loads(pickle.dumps(m)), m.clone()):
-        assert type(copy) is Ours
+        assert type(copy) is Genperf
         assert torch.equal(copy.compute(), m.compute())
     collection = torchmetrics.MetricCollection({"fid": metric()})
     filled(collection)
@@ -248,7 +248,7 @@ def _half_of_the_images(rank, store, results):
     torch.distributed.destroy_process_group()
 
 
-def test_processes_are_joined(tmp_path):
+def test_ranks_are_synchronized(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     processes = [context.Process(target=_half_of_the_images, args=(rank, tmp_path / "store", results)) for rank in range(2)]
@@ -262,13 +262,13 @@ def test_processes_are_joined(tmp_path):
     assert first == pytest.approx(filled(metric()).compute().item(), rel=1e-6)
 
 
-def test_in_the_place_of_their_helper(monkeypatch):
-    value = filled(metric(Theirs)).compute()
-    monkeypatch.setattr(theirs_module, "_compute_fid", genperf.frechet_distance)
-    torch.testing.assert_close(filled(metric(Theirs)).compute(), value, rtol=1e-6, atol=0)
+def test_replaces_the_helper_of_torchmetrics(monkeypatch):
+    value = filled(metric(Upstream)).compute()
+    monkeypatch.setattr(upstream_module, "_compute_fid", genperf.frechet_distance)
+    torch.testing.assert_close(filled(metric(Upstream)).compute(), value, rtol=1e-6, atol=0)
 
 
-def test_the_package_does_not_need_torchmetrics():
+def test_genperf_does_not_need_torchmetrics():
     program = """
 import sys
 sys.modules["torchmetrics"] = None
@@ -286,4 +286,4 @@ except AttributeError:
     pass
 """
     subprocess.run([sys.executable, "-c", program], check=True)
-    assert genperf.compat.torchmetrics is ours_module
+    assert genperf.compat.torchmetrics is genperf_module

@@ -25,13 +25,13 @@ GENERATOR = {
 
 @pytest.mark.parametrize("kind", ADVERSARIAL_LOSSES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_losses_are_the_plain_formulas(kind, smoothing, device):
+def test_losses_match_plain_pytorch(kind, smoothing, device):
     if smoothing and kind in ("hinge", "wasserstein"):
         with pytest.raises(ValueError, match=f"kind='{kind}' has no targets to smooth, got label_smoothing=0.1"):
             discriminator_loss(torch.zeros(1), torch.zeros(1), kind, label_smoothing=smoothing)
         return
     real, fake = 3 * torch.randn(7, dtype=torch.float64, device=device), 3 * torch.randn(5, 2, dtype=torch.float64, device=device)
-    for ours, plain, logits in (
+    for actual, plain, logits in (
         (
             lambda r, f: discriminator_loss(r, f, kind, label_smoothing=smoothing),
             lambda r, f: DISCRIMINATOR[kind](r, f, smoothing),
@@ -40,7 +40,7 @@ def test_losses_are_the_plain_formulas(kind, smoothing, device):
         (lambda f: generator_loss(f, kind), GENERATOR[kind], (fake,)),
     ):
         found = []
-        for loss in (ours, plain):
+        for loss in (actual, plain):
             leaves = [t.clone().requires_grad_() for t in logits]
             value = loss(*leaves)
             found.append([value, *torch.autograd.grad(value, leaves)])
@@ -58,13 +58,13 @@ def test_large_logits_and_half_precision(kind, device):
     assert generator_loss(many, kind).item() == pytest.approx(GENERATOR[kind](many.double()).item(), rel=1e-5)
 
 
-def test_values_at_the_balance():
+def test_values_at_equilibrium():
     logits = torch.zeros(4)
     assert discriminator_loss(logits, logits).item() == pytest.approx(math.log(4))
     assert generator_loss(logits, "saturating").item() == pytest.approx(-math.log(2))
 
 
-def test_label_smoothing_moves_the_best_real_logit():
+def test_label_smoothing_bounds_the_optimal_real_logit():
     logit = torch.tensor([math.log(0.9 / 0.1)], requires_grad=True)
     (gradient,) = torch.autograd.grad(discriminator_loss(logit, torch.zeros(1), label_smoothing=0.1), logit)
     assert abs(gradient.item()) < 1e-6

@@ -11,7 +11,7 @@ def vectors(*shape, device="cpu"):
     return torch.rand(*shape, dtype=torch.float64, device=device).softmax(-1)
 
 
-def test_divergences_are_those_of_scipy(device):
+def test_divergences_match_scipy(device):
     p, q = vectors(3, 5, device=device), vectors(5, device=device)
     p[0, 1] = 0
     q[4] = p[2, 4] = 0
@@ -32,7 +32,7 @@ def test_exact_values():
     assert js_divergence(p, q).item() == pytest.approx(math.log(2))
     assert kl_divergence(torch.tensor([1.0, 0.0]), torch.tensor([0.25, 0.75])).item() == pytest.approx(math.log(4))
     near = torch.rand(1000, 4).softmax(-1)
-    assert (js_divergence(near, near * (1 + 1e-7 * torch.randn(4))) >= 0).all(), "its root must be a number"
+    assert (js_divergence(near, near * (1 + 1e-7 * torch.randn(4))) >= 0).all(), "its root must not be NaN"
     assert kl_divergence(p.bfloat16(), p.bfloat16()).dtype == torch.float32
 
 
@@ -49,7 +49,7 @@ def test_gradients_of_divergences():
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (6, 6), (3, 7), (12, 5), (1, 4)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_wasserstein_is_that_of_scipy(n, m, weighted, device):
+def test_wasserstein_matches_scipy(n, m, weighted, device):
     x, y = torch.randn(2, n, dtype=torch.float64, device=device), 1 + 2 * torch.randn(2, m, dtype=torch.float64, device=device)
     weights = (torch.rand_like(x), 3 * torch.rand_like(y)) if weighted else (None, None)
     if weighted and n > 1:
@@ -65,7 +65,7 @@ def test_higher_orders():
     difference = (x.sort().values - y.sort().values).abs()
     torch.testing.assert_close(wasserstein_1d(x, y, p=2), difference.square().mean(-1).sqrt())
     torch.testing.assert_close(wasserstein_1d(x, y, p=3.5), difference.pow(3.5).mean(-1).pow(1 / 3.5))
-    # Repeating every sample changes no distribution.
+    # Repeating every sample does not change the distribution.
     torch.testing.assert_close(wasserstein_1d(x.repeat(1, 2), y.repeat(1, 3), p=2), wasserstein_1d(x, y, p=2))
     torch.testing.assert_close(wasserstein_1d(x, x + 3, p=2), torch.full((4,), 3.0))
 
@@ -76,7 +76,7 @@ def test_higher_orders_at_any_scale(p):
     expected = wasserstein_1d(x, y, p=p)
     for scale in (1e30, 1e-30):
         torch.testing.assert_close(wasserstein_1d(scale * x, scale * y, p=p) / scale, expected)
-    # Samples without weight do not count, however far away.
+    # Samples of weight 0 have no effect at any distance.
     far = torch.cat([x, torch.tensor([-1e30, 1e30])])
     torch.testing.assert_close(wasserstein_1d(far, y, (far.abs() < 2).float(), p=p), expected)
     for value in (math.nan, math.inf):

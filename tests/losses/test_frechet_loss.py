@@ -30,7 +30,7 @@ def make_reference(dim=D, device="cpu"):
 
 
 def distance(rows, reference, weights=None, unbiased=True):
-    """By eigenvalues, in float64, of samples that may have weights; for values alone."""
+    """The distance by eigenvalues in float64, of samples with optional weights; not differentiable."""
     x = rows.double()
     w = torch.full((len(x),), 1 / len(x), dtype=torch.float64, device=x.device) if weights is None else weights
     mean = w @ x
@@ -61,23 +61,23 @@ def test_distance_of_a_batch(count, unbiased, device):
 
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize(("queue_size", "batch"), [(4, 3), (4, 9), (20, 3), (20, 7), (20, 20), (20, 33), (6, 6)])
-def test_queue_holds_the_last_features(queue_size, batch, unbiased, device):
-    """Across many rounds of the ring, with and without the sums, before and after it is full."""
+def test_queue_keeps_the_last_features(queue_size, batch, unbiased, device):
+    """Over several cycles of the ring buffer, with and without running sums, before and after it is full."""
     reference = make_reference(device=device)
     loss = FrechetLoss(reference, queue_size=queue_size, unbiased=unbiased)
     seen = torch.empty(0, D, dtype=torch.float64, device=device)
     for step in range(12):
         x = samples(batch, seed=step).to(device)
-        joined = torch.cat([seen, x])
-        torch.testing.assert_close(loss(x), distance(joined, reference, unbiased=unbiased), rtol=1e-6, atol=1e-7)
-        seen = joined.float().double()[-queue_size:]
+        window = torch.cat([seen, x])
+        torch.testing.assert_close(loss(x), distance(window, reference, unbiased=unbiased), rtol=1e-6, atol=1e-7)
+        seen = window.float().double()[-queue_size:]
     assert set(map(tuple, seen.float().tolist())) == set(map(tuple, loss.state_dict()["parts.0.history.features"].tolist()))
 
 
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99])
-def test_averages_weigh_batches(momentum, unbiased, device):
-    """The distance of all samples so far, the weight of a batch `momentum` times that of the next: no start value shows."""
+def test_moving_average_weights_of_batches(momentum, unbiased, device):
+    """The distance of all samples so far, where each batch has `momentum` times the weight of the next: there is no startup bias."""
     reference = make_reference(device=device)
     loss = FrechetLoss(reference, momentum=momentum, unbiased=unbiased)
     batches = [samples(8 + step, seed=step).to(device) for step in range(6)]
@@ -90,7 +90,7 @@ def test_averages_weigh_batches(momentum, unbiased, device):
 
 @pytest.mark.parametrize("count", [3, 5, 12])
 def test_gradients(count, kind, device):
-    """Against finite differences of the loss, whose history stays put in eval mode."""
+    """Against finite differences of the loss in evaluation mode, where the history does not change."""
     loss = FrechetLoss(make_reference(device=device), **kind)
     for step in range(5):
         loss.update(samples(5, seed=step).to(device))
@@ -132,7 +132,7 @@ def degenerate(device):
 
 @pytest.mark.parametrize("case", degenerate("cpu"))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_gradients_are_finite_where_eigenvalues_are_zero(case, dtype, kind, device):
+def test_gradients_are_finite_for_zero_eigenvalues(case, dtype, kind, device):
     x, loss = degenerate(device)[case].to(dtype), FrechetLoss(make_reference(device=device), **kind)
     largest = 2 * (x.abs().max().item() + 10) * D
     for _ in range(4):
@@ -143,15 +143,15 @@ def test_gradients_are_finite_where_eigenvalues_are_zero(case, dtype, kind, devi
         assert grad.any()
 
 
-def test_one_sample_is_its_distance_to_the_mean_and_the_trace(device):
+def test_distance_of_one_sample(device):
     reference, x = make_reference(device=device), samples(1).to(device)
     value, grad = gradient(FrechetLoss(reference), x)
     torch.testing.assert_close(value, (x[0] - reference.mean).square().sum() + reference.cov.trace())
     torch.testing.assert_close(grad, 2 * (x - reference.mean))
 
 
-def test_roots_of_eigenvalues_have_no_such_gradient(device):
-    """The usual way, through the roots of eigvalsh: NaN where samples coincide."""
+def test_gradient_through_eigenvalue_roots_is_nan(device):
+    """The common implementation by roots of eigvalsh has NaN gradients if samples coincide."""
     reference, x = make_reference(device=device), degenerate(device)["zeros"].requires_grad_()
     r = root(reference.cov)
     (grad,) = torch.autograd.grad(torch.linalg.eigvalsh(r @ x.T.cov() @ r).clamp(min=0).sqrt().sum(), x)
@@ -172,7 +172,7 @@ def test_dtypes(dtype, kind, device):
     assert loss.distances["0"].dtype == torch.float64
 
 
-def test_autocast_leaves_the_distance_alone(kind, device):
+def test_autocast_does_not_change_the_distance(kind, device):
     plain, cast = (FrechetLoss(make_reference(device=device), **kind) for _ in range(2))
     for step in range(3):
         x = samples(10, seed=step, dtype=torch.float32).to(device)
@@ -201,14 +201,14 @@ class Extractor(nn.Module):
         return self.layers(images)
 
 
-def test_extractor_is_frozen_and_no_part_of_the_state(device):
+def test_extractor_is_frozen_and_not_in_the_state(device):
     extractor = Extractor().to(device)
     loss = FrechetLoss(make_reference(device=device), extractor, queue_size=8).train()
     before = copy.deepcopy(extractor.state_dict())
     images = torch.rand(10, 3, 2, 2, dtype=torch.float64, device=device)
     value, grad = gradient(loss, images)
     assert grad.any()
-    extractor.train()  # by a training loop that reaches it some other way
+    extractor.train()  # as by a training loop that holds another reference to it
     assert torch.equal(FrechetLoss(make_reference(device=device), extractor)(images), value)
     assert not extractor.training
     extractor.layers[3].train()
@@ -244,7 +244,7 @@ def test_several_extractors(normalize, device):
     assert loss.names == ("inner", "outer")
 
 
-def test_eval_mode_changes_nothing(kind, device):
+def test_evaluation_mode_does_not_change_the_state(kind, device):
     loss = FrechetLoss(make_reference(device=device), **kind)
     for step in range(3):
         loss(samples(5, seed=step).to(device))
@@ -258,7 +258,7 @@ def test_eval_mode_changes_nothing(kind, device):
     assert any(not torch.equal(before[key], value) for key, value in loss.state_dict().items()) == bool(kind)
 
 
-def test_update_fills_like_training(kind, device):
+def test_update_fills_the_history_like_training(kind, device):
     trained, filled = (FrechetLoss(make_reference(device=device), **kind) for _ in range(2))
     filled.eval()
     for step in range(5):
@@ -291,7 +291,7 @@ def test_training_resumes_exactly(way, kind, device, tmp_path):
             assert torch.equal(grad, other_grad)
 
 
-def test_dtype_of_statistics_withstands_casts(kind, device):
+def test_statistics_keep_their_dtype(kind, device):
     loss, plain = (FrechetLoss(make_reference(device=device), nn.Identity(), **kind) for _ in range(2))
     for step, cast in enumerate((lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: nn.Sequential(m).float())):
         cast(loss)
@@ -310,8 +310,8 @@ def test_moves_with_its_extractor(kind):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_samples_that_are_not_finite_leave_no_trace(bad, kind, device):
-    """The loss of that step is NaN, for a GradScaler to see; those after it are as if it had not been."""
+def test_non_finite_batches_do_not_change_the_history(bad, kind, device):
+    """The loss of that step is NaN, which a GradScaler detects; later losses are not affected."""
     loss = FrechetLoss(make_reference(device=device), **kind)
     x = samples(5).to(device)
     broken = x.clone()
@@ -326,16 +326,16 @@ def test_samples_that_are_not_finite_leave_no_trace(bad, kind, device):
 
 
 @pytest.mark.parametrize("queue_size", [4, 20])
-def test_queue_leaves_out_samples_that_are_not_finite(queue_size, device):
-    """Those of a full queue stay in the place of such a sample; before, there is nothing to stand in for it."""
+def test_queue_drops_non_finite_samples(queue_size, device):
+    """A full queue keeps the old sample in place of a non-finite one; before it is full, the sample is dropped."""
     reference = make_reference(device=device)
     loss = FrechetLoss(reference, queue_size=queue_size)
     seen = torch.empty(0, D, dtype=torch.float64, device=device)
     while len(seen) < queue_size:
         x = samples(3, seed=len(seen)).to(device)
-        joined = torch.cat([seen, x])
-        torch.testing.assert_close(loss(x), distance(joined, reference), rtol=1e-6, atol=1e-7)
-        seen = joined.float().double()[-queue_size:]
+        window = torch.cat([seen, x])
+        torch.testing.assert_close(loss(x), distance(window, reference), rtol=1e-6, atol=1e-7)
+        seen = window.float().double()[-queue_size:]
         x[1] = float("nan")
         loss.update(x)
         seen = torch.cat([seen, x[::2]]).float().double()[-queue_size:]
@@ -344,18 +344,18 @@ def test_queue_leaves_out_samples_that_are_not_finite(queue_size, device):
     torch.testing.assert_close(loss(x[:1]), before)
 
 
-def test_queue_forgets_samples_far_off(device):
-    """What the subtraction of a sample leaves behind in the sums goes with the next time round."""
+def test_queue_recovers_from_outliers(device):
+    """Rounding errors from the subtraction of an outlier are removed when the sums are recomputed."""
     reference = make_reference(device=device)
     loss, x = FrechetLoss(reference, queue_size=20), samples(10).to(device)
     loss.update(1e9 * x)
     for seed in range(1, 5):
         loss.update(samples(10, seed=seed).to(device))
-    joined = torch.cat([samples(10, seed=3), samples(10, seed=4)]).to(device)
-    torch.testing.assert_close(loss(x), distance(torch.cat([joined.float().double(), x]), reference), rtol=1e-6, atol=1e-7)
+    window = torch.cat([samples(10, seed=3), samples(10, seed=4)]).to(device)
+    torch.testing.assert_close(loss(x), distance(torch.cat([window.float().double(), x]), reference), rtol=1e-6, atol=1e-7)
 
 
-def test_averages_in_float32_show_no_start_value(monkeypatch):
+def test_moving_average_has_no_startup_bias_in_float32(monkeypatch):
     """As on MPS, which has no float64: 1 - momentum has 3 digits there."""
     monkeypatch.setattr("genperf.losses._feature_distance.working_dtype", lambda device: torch.float32)
     loss = FrechetLoss(make_reference(), momentum=0.9999)
@@ -366,7 +366,7 @@ def test_averages_in_float32_show_no_start_value(monkeypatch):
 
 
 def test_large_means(kind, device):
-    """Far from the origin as near it: nothing is subtracted from sums of squares about zero."""
+    """Features far from the origin lose no precision: sums are of differences from a shift."""
     shift = 1e5
     near = make_reference(device=device)
     far = FrechetReference(near.mean + shift, near.cov, near.factor)
@@ -386,7 +386,7 @@ def _train(rank, store, results):
 
 
 def _steps(kind, rank=0, world_size=1):
-    """Values, gradients of this rank's samples and of a parameter they share, under DistributedDataParallel's rule too."""
+    """Losses, gradients of this rank's samples and of a shared parameter, with and without DistributedDataParallel."""
     loss = FrechetLoss(make_reference(), **kind)
     found = []
     for step in range(3):
@@ -404,8 +404,8 @@ def _steps(kind, rank=0, world_size=1):
     return found, layer.weight.grad.tolist()
 
 
-def test_processes_share_one_batch(tmp_path):
-    """The ranks' gradients sum to that of one process; under DistributedDataParallel a loss times the number of ranks has it too."""
+def test_ranks_match_one_process_on_the_global_batch(tmp_path):
+    """The sum of the ranks' gradients is that of one process; under DistributedDataParallel the loss is scaled by the number of ranks."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     processes = [context.Process(target=_train, args=(rank, tmp_path / "store", results)) for rank in range(2)]
@@ -466,7 +466,7 @@ def test_bad_arguments(arguments, error, message):
         (torch.rand(4, D, device="meta"), ValueError),
     ],
 )
-def test_bad_features_leave_the_state(features, error, kind):
+def test_bad_features_do_not_change_the_state(features, error, kind):
     loss = FrechetLoss(make_reference(), **kind)
     loss(samples(5))
     before = copy.deepcopy(loss.state_dict())

@@ -8,7 +8,7 @@ from genperf.losses.feature_matching import feature_matching
 from genperf.losses.historical_averaging import HistoricalAveraging
 
 
-def test_feature_matching_is_the_plain_formula(device):
+def test_feature_matching_matches_plain_pytorch(device):
     real = torch.randn(6, 4, 2, device=device, requires_grad=True)
     fake = torch.randn(9, 4, 2, device=device, requires_grad=True)
     loss = feature_matching(real, fake)
@@ -36,13 +36,13 @@ def test_feature_matching_is_the_plain_formula(device):
         (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3), TypeError, "real_features must be of a floating dtype, got torch.int64"),
     ],
 )
-def test_feature_matching_refuses(real, fake, error, message):
+def test_feature_matching_bad_arguments(real, fake, error, message):
     with pytest.raises(error, match=f"feature_matching: {message}"):
         feature_matching(real, fake)
 
 
 class Player(nn.Module):
-    """A network that owns the history of its parameters, as a system does."""
+    """A network with a HistoricalAveraging of its own parameters, like a GAN system."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ class Player(nn.Module):
         self.history = HistoricalAveraging(self.network.parameters())
 
 
-def test_historical_averaging_is_the_distance_from_the_mean_of_the_past():
+def test_historical_averaging_matches_plain_pytorch():
     player = Player()
     loss = player.history()
     assert loss.item() == 0
@@ -71,7 +71,7 @@ def test_historical_averaging_is_the_distance_from_the_mean_of_the_past():
         player.history.update()
 
 
-def test_history_belongs_to_the_state_but_parameters_to_their_owner():
+def test_means_are_in_the_state_but_parameters_are_not():
     player = Player()
     assert [name for name, _ in player.named_parameters()] == ["network.weight", "network.bias"]
     assert list(player.history.state_dict()) == ["mean_0", "mean_1", "updates"]
@@ -83,13 +83,13 @@ def test_history_belongs_to_the_state_but_parameters_to_their_owner():
     assert torch.equal(resumed.history(), player.history())
     copied = copy.deepcopy(player)
     nn.init.ones_(copied.network.weight)
-    assert copied.history() != player.history(), "a copy has the history of its own parameters"
+    assert copied.history() != player.history(), "a copy tracks its own parameters"
     moved = player.double()
     moved.history().backward()
     assert moved.network.weight.grad.dtype == torch.float64
 
 
-def test_the_mean_of_half_precision_moves_on():
+def test_mean_of_half_precision_parameters_is_updated():
     parameter = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
     history = HistoricalAveraging([parameter])
     for step in range(1000):
@@ -100,7 +100,7 @@ def test_the_mean_of_half_precision_moves_on():
     assert parameter.grad.dtype == torch.bfloat16
 
 
-def test_historical_averaging_refuses():
+def test_historical_averaging_bad_arguments():
     with pytest.raises(ValueError, match="HistoricalAveraging: there must be at least one parameter, got none"):
         HistoricalAveraging([])
     with pytest.raises(TypeError, match="must be an iterable of tensors, got Linear"):

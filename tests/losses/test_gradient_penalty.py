@@ -15,7 +15,7 @@ EXACT = [kind for kind in KINDS if kind != "finite-difference"]
 
 
 class Slopes(nn.Module):
-    """A critic that is linear in each sample, with the given norm of its gradient there: D(x_i) = norm_i * <unit, x_i>."""
+    """A linear critic with a given gradient norm for each sample: D(x_i) = norm_i * <unit, x_i>."""
 
     def __init__(self, shape, dtype=torch.float64, device="cpu"):
         super().__init__()
@@ -42,7 +42,7 @@ def samples(*shape, dtype=torch.float64, device="cpu"):
 
 
 def published_faults(g):
-    """Penalties of the gradients g as they were published; the right one is the mean over samples of (|g_i| - 1)^2."""
+    """Penalties with mistakes found in public implementations; the correct one is the mean over samples of (|g_i| - 1)^2."""
     return {
         "norm of the whole batch (torchgan)": (g.norm(2) - 1).square(),
         "norm over one axis (caogang; PyTorch-GAN's dragan)": (g.norm(2, dim=1) - 1).square().mean(),
@@ -54,7 +54,7 @@ def published_faults(g):
 @pytest.mark.parametrize("shape", [(3,), (5, 4), (1, 4, 4), (3, 4, 5), (4, 2, 3), (2, 3, 4, 5)], ids=str)
 @pytest.mark.parametrize("kind", EXACT)
 def test_known_norms(kind, shape, device):
-    """Any number of channels and dimensions; mimicry has 3 channels, StyleGAN 4 dimensions."""
+    """Any number of channels and dimensions; mimicry assumes 3 channels, StyleGAN 4 dimensions."""
     norms = torch.tensor([0.0, 0.5, 1.0, 2.0, 3.5], dtype=torch.float64, device=device)
     real, fake = samples(5, *shape, device=device)
     critic = Slopes(shape, device=device)
@@ -68,7 +68,7 @@ def test_known_norms(kind, shape, device):
 
 
 @pytest.mark.parametrize("fault", published_faults(torch.ones(1, 1)).keys())
-def test_published_norms_are_other_numbers(fault, device):
+def test_common_mistakes_give_other_values(fault, device):
     norms = torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=torch.float64, device=device)
     real, fake = samples(4, 3, 4, 4, device=device)
     critic = Slopes((3, 4, 4), device=device)
@@ -80,8 +80,8 @@ def test_published_norms_are_other_numbers(fault, device):
     assert abs(wrong - right) > 0.1 * right
 
 
-def test_norms_of_one_cost_nothing_in_a_large_batch(device):
-    """torchgan's penalty of this batch is 49."""
+def test_unit_norms_have_no_penalty_in_a_large_batch(device):
+    """torchgan's penalty for this batch is 49."""
     real, fake = samples(64, 2, 3, 3, device=device)
     critic, norms = Slopes((2, 3, 3), device=device), torch.ones(64, device=device)
     assert gradient_penalty(critic, real, fake, weight=1.0, condition=norms).abs() < 1e-20
@@ -91,7 +91,7 @@ def test_norms_of_one_cost_nothing_in_a_large_batch(device):
 
 @pytest.mark.parametrize("copies", [2, 16])
 @pytest.mark.parametrize("kind", ["wgan-gp", "r1"])
-def test_loss_does_not_grow_with_the_batch(kind, copies, device):
+def test_loss_is_independent_of_the_batch_size(kind, copies, device):
     norms = torch.tensor([0.5, 3.0], dtype=torch.float64, device=device)
     critic = Slopes((4,), device=device)
     once, often = (gradient_penalty(critic, *samples(2 * n, 4, device=device), kind=kind, condition=norms.repeat(n)) for n in (1, copies))
@@ -99,8 +99,8 @@ def test_loss_does_not_grow_with_the_batch(kind, copies, device):
 
 
 @pytest.mark.parametrize("kind", INTERPOLATING)
-def test_one_uniform_weight_for_each_sample(kind, device):
-    """Not one for the whole batch (torchgan), not one for each element (hwalsuklee), not a normal one (keras-io)."""
+def test_one_uniform_weight_per_sample(kind, device):
+    """Not one per batch (torchgan), not one per element (hwalsuklee), and not normal (keras-io)."""
     real, fake = samples(4000, 2, 3, device=device)
     critic = Slopes((2, 3), device=device)
     gradient_penalty(critic, real, fake, kind=kind, condition=torch.ones(4000, device=device))
@@ -115,7 +115,7 @@ def test_one_uniform_weight_for_each_sample(kind, device):
     assert (weight.sort().values - ranks).abs().max() < 0.04, "Kolmogorov-Smirnov, one in 10^5 by chance"
 
 
-def test_dragan_moves_real_samples_by_their_spread(device):
+def test_dragan_perturbs_real_samples(device):
     real = samples(500, 3, 4, device=device)[0] * 2 + 5
     critic = Slopes((3, 4), device=device)
     norms = torch.full((500,), 3.0, device=device)
@@ -133,10 +133,10 @@ def test_points_of_r1_and_r2(kind, expected, device):
     gradient_penalty(critic, real, fake, kind=kind, condition=torch.ones(3, device=device))
     points = {"real": [real], "fake": [fake], "both": [real, fake]}[expected]
     assert len(critic.points) == len(points)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(critic.points, points, strict=True))
+    assert all(torch.equal(actual, reference) for actual, reference in zip(critic.points, points, strict=True))
 
 
-def test_r1_and_r2_take_batches_of_two_sizes(device):
+def test_r1_and_r2_with_different_batch_sizes(device):
     critic = Smooth(device=device)
     real, fake = samples(6, 4, device=device)
     both = gradient_penalty(critic, real, fake[:4], kind="r1+r2")
@@ -159,7 +159,7 @@ def test_center_and_gamma_half(device):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_nan_where_the_gradient_is_zero(kind, device):
+def test_zero_gradients_give_no_nan(kind, device):
     """The square root of a sum of squares, (g * g).sum(1).sqrt(), has a NaN derivative at zero."""
     real, fake = samples(4, 3, dtype=torch.float32, device=device)
     critic = Slopes((3,), dtype=torch.float32, device=device)
@@ -199,7 +199,7 @@ def test_second_order_is_exact(kind, device):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_touches_no_grad_and_calls_no_hook(kind, device):
+def test_writes_no_grad_and_calls_no_hook(kind, device):
     real, fake = (t.requires_grad_() for t in samples(3, 4, device=device).unbind())
     critic = Smooth(device=device)
     calls = []
@@ -209,7 +209,7 @@ def test_touches_no_grad_and_calls_no_hook(kind, device):
     assert not calls
     assert all(t.grad is None for t in (real, fake, *critic.parameters()))
     loss.backward()
-    assert len(calls) == len(set(calls)) >= 3  # once each; the last bias has no gradient where only slopes count
+    assert len(calls) == len(set(calls)) >= 3  # once each; the last bias does not affect the slope
     assert real.grad is None
     assert fake.grad is None
 
@@ -250,7 +250,7 @@ def test_distributed_data_parallel(kind, device):
         lambda x: (x.square().sum(1), torch.ones(len(x))),
     ],
 )
-def test_every_shape_and_number_of_outputs(critic, device):
+def test_outputs_of_any_shape_and_number(critic, device):
     real = samples(3, 4, device=device)[0]
     loss = gradient_penalty(critic, real, kind="r1", weight=1.0)
     torch.testing.assert_close(loss, (2 * real).square().sum(1).mean())
@@ -283,7 +283,7 @@ def test_conditions(kind, device):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_seed_and_generator_decide_the_points(kind, device):
+def test_seed_and_generator_determine_the_points(kind, device):
     real, fake = samples(3, 4, device=device)
     critic = Smooth(device=device)
     losses = []
@@ -308,7 +308,7 @@ def test_finite_difference_is_the_documented_formula(device):
 
 
 def test_finite_difference_estimates_the_squared_norm(device):
-    """|g|^2 on average; of a quadratic critic plus step^2 / 4 * E (v' v)^2 = step^2 / 4 * d (d + 2)."""
+    """The expectation is |g|^2, and for a quadratic critic |g|^2 + step^2 / 4 * E (v' v)^2, the latter step^2 / 4 * d (d + 2)."""
     count, step = 200_000, 0.5
     x = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, device=device)
     real = x.expand(count, 3)
@@ -322,7 +322,7 @@ def test_finite_difference_estimates_the_squared_norm(device):
 
 
 class Attention(nn.Module):
-    """A critic of sequences [B, N, D] with fused attention, which has no double backward."""
+    """A critic of sequences [B, N, D] with fused attention, which does not support double backward."""
 
     def __init__(self, dim=8, recompute=False):
         super().__init__()
@@ -348,7 +348,7 @@ def finite_difference(critic, real):
 
 
 def without_constants(critic):
-    """What moves the slope: all but the last bias."""
+    """Parameters that affect the slope: all but the last bias."""
     return list(critic.parameters())[:-1]
 
 
@@ -359,8 +359,8 @@ def test_finite_difference_with_fused_attention(device):
         expected = finite_difference_step(critic, finite_difference, real, without_constants(critic))
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
         found = finite_difference_step(critic, finite_difference, real, without_constants(critic))
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    for actual, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-3, atol=1e-5)
 
 
 def test_finite_difference_with_activation_checkpointing(device):
@@ -368,23 +368,23 @@ def test_finite_difference_with_activation_checkpointing(device):
     plain, recomputing = Attention().to(device), Attention(recompute=True).to(device)
     recomputing.load_state_dict(plain.state_dict())
     results = [finite_difference_step(c, finite_difference, real, without_constants(c)) for c in (plain, recomputing)]
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_finite_difference_compiles_in_one_graph(device):
     critic = Attention().to(device)
     torch._dynamo.reset()
-    compiled = torch.compile(finite_difference, fullgraph=True, backend="aot_eager")  # which draws as eager does
+    compiled = torch.compile(finite_difference, fullgraph=True, backend="aot_eager")  # same random numbers as eager
     for shape in ((3, 7, 8), (5, 6, 8)):
         real = torch.randn(shape, device=device)
         results = [finite_difference_step(critic, call, real, without_constants(critic)) for call in (finite_difference, compiled)]
-        for ours, theirs in zip(*results, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_gradient_kinds_name_no_grad(kind):
+def test_no_grad_raises(kind):
     real, fake = samples(3, 4)
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"^gradient_penalty: .* under torch\.no_grad"):
         gradient_penalty(Smooth(), real, fake, kind=kind)
@@ -405,7 +405,7 @@ def test_autocast(kind, dtype, device):
     losses = []
     for enabled in (True, False):
         with torch.autocast(device, dtype, enabled=enabled):
-            # A generator under autocast makes samples in half precision.
+            # Generators under autocast return half-precision samples.
             generated = fake.to(dtype) if enabled else fake.to(dtype).float()
             generator = torch.Generator().manual_seed(0)
             losses.append(gradient_penalty(critic, real, generated, kind=kind, step=0.5, generator=generator))
@@ -430,8 +430,8 @@ def test_scaler_does_not_change_the_loss(kind, enabled, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("batch", [1, 3, 64])
-def test_scaler_keeps_gradients_that_half_precision_loses(batch, dtype, device):
-    def critic(x):  # in float16 the gradient of x is 1e-8, below its smallest number
+def test_scaler_prevents_underflow(batch, dtype, device):
+    def critic(x):  # the gradient of x is 1e-8, which underflows float16
         return (x.half() * 1e-4 * 1e-4).sum(1)
 
     real = torch.randn(batch, 4, dtype=dtype, device=device)
@@ -442,7 +442,7 @@ def test_scaler_keeps_gradients_that_half_precision_loses(batch, dtype, device):
 
 
 def test_scaler_scale_fits_into_float16(device):
-    """The scale that a scaler starts with, 2^16, does not."""
+    """The initial scale of a GradScaler, 2^16, overflows float16."""
     real = torch.randn(4, 3, device=device)
     loss = gradient_penalty(lambda x: x.half().sum(1), real, kind="r1", weight=1.0, scaler=torch.amp.GradScaler(device))
     torch.testing.assert_close(loss.item(), 3.0)
@@ -470,7 +470,7 @@ def test_scaler_skips_a_step_that_overflows(kind, device):
     assert critic.weight.isfinite().all()
 
 
-def test_an_empty_batch_costs_nothing(device):
+def test_empty_batch(device):
     real, fake = samples(0, 4, dtype=torch.float32, device=device)
     critic = Smooth(dtype=torch.float32, device=device)
     for kind in KINDS:
@@ -492,7 +492,7 @@ def constant(x):
         (lambda x: 3.0, TypeError, "got float"),
     ],
 )
-def test_a_critic_that_has_no_gradient_is_named(critic, error, message):
+def test_critic_without_gradient(critic, error, message):
     with pytest.raises(error, match="^gradient_penalty: .*" + message):
         gradient_penalty(critic, torch.randn(3, 4), kind="r1")
 
@@ -517,11 +517,11 @@ REAL = torch.zeros(3, 4)
         ({"center": -1.0}, ValueError, "center must be"),
     ],
 )
-def test_bad_arguments_are_named(arguments, error, message):
+def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         gradient_penalty(**{"critic": lambda x: x.square().sum(1), "real": REAL.double(), "fake": REAL.double(), **arguments})
 
 
-def test_finite_difference_names_outputs_without_a_batch():
+def test_finite_difference_needs_a_batch_dimension():
     with pytest.raises(ValueError, match=r"first dimension is the batch of 3, got shape \[\]"):
         gradient_penalty(lambda x: x.sum(), REAL.double(), kind="finite-difference")

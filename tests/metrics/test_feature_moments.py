@@ -32,7 +32,7 @@ def assert_moments(moments, features, unbiased=True, tolerance=1e-12):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("unbiased", [True, False])
-def test_batches_of_any_size_give_the_moments_of_all(dtype, unbiased, device):
+def test_moments_are_independent_of_the_batch_size(dtype, unbiased, device):
     features = (torch.randn(2 * _BLOCK_ROWS + 77, 7).abs() * torch.arange(1, 8)).to(device, dtype)
     moments = FeatureMoments(unbiased=unbiased)
     for batch in features.split([1, 0, 5, 300, _BLOCK_ROWS, 1, _BLOCK_ROWS - 250, 20]):
@@ -48,7 +48,7 @@ def test_one_batch_of_many_blocks(device):
     assert_moments(FeatureMoments(4).update(features[:10]).update(features[10:]), features)
 
 
-def test_a_large_mean_costs_no_digit_where_raw_sums_lose_all(device):
+def test_large_mean_loses_no_precision(device):
     features = 1e6 + torch.randn(3000, 5, dtype=torch.float64, device=device) + torch.linspace(0, 3, 3000, device=device)[:, None]
     moments = FeatureMoments()
     for batch in features.split(130):
@@ -60,7 +60,7 @@ def test_a_large_mean_costs_no_digit_where_raw_sums_lose_all(device):
     assert (raw.cpu().numpy() - exact.astype(np.float64)).__abs__().max() > 1e-6
 
 
-def test_reading_in_between_changes_nothing_but_rounding(device):
+def test_reading_moments_changes_them_by_rounding_only(device):
     features = torch.randn(500, 3, device=device)
     moments = FeatureMoments()
     for stop, batch in zip(range(50, 501, 50), features.split(50), strict=True):
@@ -68,7 +68,7 @@ def test_reading_in_between_changes_nothing_but_rounding(device):
         assert_moments(moments, features[:stop])
 
 
-def test_batches_are_copied_and_carry_no_gradient(device):
+def test_batches_are_copied_and_detached(device):
     features = torch.randn(20, 3, device=device)
     batch = features.clone().requires_grad_()
     moments = FeatureMoments().update(batch)
@@ -92,7 +92,7 @@ def test_mixed_dtypes(device):
     assert_moments(moments, torch.cat([*(p.double() for p in parts), parts[0].bfloat16().double()]))
 
 
-def test_merging_is_as_if_all_had_come_to_one(device):
+def test_merge(device):
     features = torch.randn(300, 4, device=device) + torch.arange(300, device=device)[:, None]
     first, second, third, empty = FeatureMoments(), FeatureMoments(unbiased=False), FeatureMoments(4), FeatureMoments()
     for moments, part in zip((first, second, third), features.split([1, 250, 49]), strict=True):
@@ -104,12 +104,12 @@ def test_merging_is_as_if_all_had_come_to_one(device):
     assert second.count == before.count == 250
     assert_moments(empty.merge(second), features[1:251])
     empty.update(features[:1])
-    assert second.count == 250, "merging into an empty one shares nothing"
+    assert second.count == 250, "merging into an empty one must copy"
     assert torch.equal(second.cov, before.cov)
     assert_moments(third.merge(third), torch.cat([features[251:]] * 2))
 
 
-def test_merging_across_far_shifts_keeps_the_digits(device):
+def test_merge_with_distant_shifts(device):
     features = 1e6 + torch.randn(400, 3, dtype=torch.float64, device=device)
     halves = [FeatureMoments().update(half) for half in features.split(200)]
     assert_moments(halves[0].merge(halves[1]), features)
@@ -139,7 +139,7 @@ def test_state_dict_resumes_exactly(dim, device):
     assert rows.count == 100
 
 
-def test_state_dict_brings_its_device_unless_one_was_given(device):
+def test_state_dict_sets_the_device_unless_given(device):
     features = torch.randn(20, 4, device=device)
     for kind in (FeatureMoments, FeatureRows):
         state = kind().update(features).state_dict()
@@ -163,7 +163,7 @@ def test_moves_keep_float64(device):
     assert_moments(FeatureMoments(device="cpu").update(features), features)
 
 
-def test_sums_made_under_inference_mode_go_on_outside(device):
+def test_sums_from_inference_mode_can_be_updated(device):
     with torch.inference_mode():
         features = torch.randn(2 * _BLOCK_ROWS, 3, device=device)
         moments = FeatureMoments().update(features[:10]).update(features[10 : _BLOCK_ROWS + 10])
@@ -174,7 +174,7 @@ def test_sums_made_under_inference_mode_go_on_outside(device):
     copy.deepcopy(moments)
 
 
-def test_reset_forgets_all_but_a_given_dimension():
+def test_reset_keeps_only_a_given_dimension():
     moments = FeatureMoments().update(torch.randn(5, 3))
     moments.reset()
     assert (moments.count, moments.dim) == (0, None)
@@ -208,7 +208,7 @@ def test_empty_batches_and_few_samples():
         (torch.tensor([[0.0, 0, 1], [0, float("nan"), 0], [float("inf"), 0, 0]]), ValueError, "NaN or infinity in 2 of 3 samples"),
     ],
 )
-def test_bad_features_leave_the_moments_alone(features, error, message):
+def test_bad_features_do_not_change_the_moments(features, error, message):
     good = torch.randn(9, 3)
     moments = FeatureMoments().update(good)
     with pytest.raises(error, match=f"FeatureMoments: .*{message}"):
@@ -225,7 +225,7 @@ def test_bad_arguments():
         FeatureMoments().merge(3)
 
 
-def test_sync_without_processes_does_nothing():
+def test_sync_without_torch_distributed():
     features = torch.randn(5, 3)
     moments = FeatureMoments().update(features)
     assert_moments(moments.sync().sync(), features)
@@ -290,7 +290,7 @@ def _synchronize(rank, path, results):
     dist.destroy_process_group()
 
 
-def test_sync_counts_uneven_processes_alike_on_each(tmp_path):
+def test_sync_of_uneven_ranks(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     processes = [context.Process(target=_synchronize, args=(rank, tmp_path / "store", results)) for rank in range(2)]

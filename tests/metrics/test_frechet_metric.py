@@ -27,7 +27,7 @@ def features(count, dim, seed, device="cpu", dtype=torch.float32):
 
 
 class Pooled(nn.Module):
-    """An extractor with a mode: in training it would return noise."""
+    """An extractor that returns noise in training mode."""
 
     def __init__(self, wrap=None):
         super().__init__()
@@ -40,12 +40,9 @@ class Pooled(nn.Module):
         return found if self.wrap is None else self.wrap(found)
 
 
-# The reference.
-
-
 @pytest.mark.parametrize("count", [12, 200])
 @pytest.mark.parametrize("unbiased", [True, False])
-def test_reference_from_features_is_that_from_moments(count, unbiased, device):
+def test_reference_from_features_matches_that_from_moments(count, unbiased, device):
     real, fake = features(count, 20, 1, device), features(90, 20, 2, device)
     reference = FrechetReference.from_features(real, unbiased=unbiased)
     moments, fakes = (FeatureMoments(unbiased=unbiased).update(x) for x in (real, fake))
@@ -61,7 +58,7 @@ def test_reference_from_features_is_that_from_moments(count, unbiased, device):
         assert float(found.distance_to_features(fake[:7], unbiased=unbiased)) == pytest.approx(distance(real, fake[:7], unbiased), rel=1e-6)
 
 
-def test_few_features_are_their_own_factor():
+def test_centered_features_serve_as_factor():
     reference = FrechetReference.from_features(features(6, 400, 1))
     assert reference.factor.shape == (400, 5)
     batch = features(5, 400, 2)
@@ -72,7 +69,7 @@ def test_few_features_are_their_own_factor():
 
 
 class Large(TorchDispatchMode):
-    """Keeps every result of at least `nbytes` that owns its memory."""
+    """Records every result of at least `nbytes` that owns its memory."""
 
     def __init__(self, nbytes):
         super().__init__()
@@ -106,7 +103,7 @@ def test_distance_to_features_has_gradients(count, shape, device):
     assert half.grad.isfinite().all()
 
 
-def test_samples_that_coincide_have_finite_gradients(device):
+def test_coinciding_samples_have_finite_gradients(device):
     reference = FrechetReference.from_features(features(60, 6, 1, device))
     for count in (1, 2, 9):
         x = torch.ones(count, 6, device=device, requires_grad=True)
@@ -124,7 +121,7 @@ def test_distance_has_gradients(device):
     assert reference.distance(mean.detach().float(), moments.cov.float()).dtype == torch.float64
 
 
-def test_reference_moves(device):
+def test_reference_to_device_and_dtype(device):
     reference = FrechetReference.from_features(features(60, 5, 1))
     moved = reference.to(device, torch.float32)
     assert (moved.dtype, moved.device.type, reference.dtype) == (torch.float32, device, torch.float64)
@@ -136,7 +133,7 @@ def test_reference_moves(device):
 
 
 @pytest.mark.parametrize("count", [4, 50])
-def test_saved_reference_loads_alike_and_is_a_statistics_file(count, tmp_path):
+def test_save_and_load(count, tmp_path):
     reference = FrechetReference.from_features(features(count, 8, 1))
     path = tmp_path / "reference.npz"
     reference.save(path)
@@ -153,7 +150,7 @@ def test_saved_reference_loads_alike_and_is_a_statistics_file(count, tmp_path):
     assert float(plain.distance_to_features(x)) == pytest.approx(float(reference.distance_to_features(x)), rel=1e-9)
 
 
-def test_a_factor_of_another_covariance_is_refused(tmp_path):
+def test_factor_of_another_covariance_raises(tmp_path):
     np.savez(tmp_path / "wrong.npz", mu=np.zeros(3), sigma=np.eye(3), factor=np.eye(3) * 1.01)
     with pytest.raises(ValueError, match=r"wrong.npz must hold a factor \[d, r\] of its sigma"):
         FrechetReference.load(tmp_path / "wrong.npz")
@@ -185,12 +182,9 @@ def test_bad_input_of_the_reference(call, error, message):
         call(FrechetReference.from_features(features(9, 3, 1)))
 
 
-# The metric.
-
-
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("fake_count", [6, 150])
-def test_metric_is_the_distance_of_all_samples(unbiased, fake_count, device):
+def test_metric_matches_the_distance_of_all_samples(unbiased, fake_count, device):
     real, fake = features(160, 12, 1, device), features(fake_count, 12, 2, device)
     metric = FrechetDistance(unbiased=unbiased)
     for batch in real.split(50):
@@ -211,7 +205,7 @@ def test_same_samples_have_distance_zero(device):
 
 
 @pytest.mark.parametrize("kind", ["object", "path"])
-def test_a_reference_takes_the_place_of_real_samples(kind, tmp_path, device):
+def test_reference_in_place_of_real_samples(kind, tmp_path, device):
     real, fake = features(160, 12, 1), features(80, 12, 2, device)
     reference = FrechetReference.from_features(real)
     reference.save(tmp_path / "reference.npz")
@@ -241,22 +235,22 @@ def test_extractor_runs_in_evaluation_mode_without_gradients(wrap, device):
     pooled = (images / (1 + extractor.norm.eps) ** 0.5).mean((2, 3))
     assert float(metric.compute()) == pytest.approx(distance(pooled, pooled + 1 / (1 + extractor.norm.eps) ** 0.5), rel=1e-5)
     assert extractor.drop.training
-    assert not extractor.norm.training, "every module is left in the mode it was in"
+    assert not extractor.norm.training, "every submodule keeps its mode"
     assert all(key.startswith(("real.", "fake.")) for key in metric.state_dict())
 
 
-def test_extractor_modes_survive_an_error_and_to_moves_it(device):
+def test_extractor_modes_after_an_error_and_device(device):
     extractor = Pooled()
     metric = FrechetDistance(extractor).to(device)
     assert extractor.norm.weight.device.type == device
     metric.eval()
-    assert extractor.training, "the mode of the metric is not that of the extractor"
+    assert extractor.training, "train() and eval() of the metric must not reach the extractor"
     with pytest.raises(RuntimeError):
         metric.update(torch.zeros(2, 5, 3, 3, device=device), real=True)
     assert extractor.drop.training
 
 
-def test_an_extractor_of_several_outputs_is_refused():
+def test_extractor_with_several_outputs_raises():
     metric = FrechetDistance(lambda x: [x, x])
     with pytest.raises(ValueError, match="must return one tensor of features, got 2 outputs"):
         metric.update(torch.zeros(2, 3), real=True)

@@ -49,12 +49,12 @@ def test_estimate_is_unbiased():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_are_taken_in_float64(dtype, device):
+def test_products_are_computed_in_float64(dtype, device):
     real, fake = ((x + 30).to(dtype) for x in samples(300, 300, device=device))
     torch.testing.assert_close(polynomial_mmd(real, fake).cpu(), plain(real, fake), rtol=1e-9, atol=0)
 
 
-def test_the_same_seed_gives_torchmetrics_value():
+def test_same_seed_matches_torchmetrics():
     kid = pytest.importorskip("torchmetrics.image.kid")
     real, fake = samples(60, 50)
     options = {"subsets": 7, "subset_size": 20, "degree": 2, "gamma": 0.2, "coef": 0.5}
@@ -65,24 +65,24 @@ def test_the_same_seed_gives_torchmetrics_value():
         def forward(self, x):
             return x
 
-    theirs = kid.KernelInceptionDistance(Features(), **options).set_dtype(torch.float64)
-    theirs.update(real, real=True)
-    theirs.update(fake, real=False)
-    ours = filled(real, fake, **options)
+    reference = kid.KernelInceptionDistance(Features(), **options).set_dtype(torch.float64)
+    reference.update(real, real=True)
+    reference.update(fake, real=False)
+    actual = filled(real, fake, **options)
     torch.manual_seed(5)
-    expected = theirs.compute()
+    expected = reference.compute()
     torch.manual_seed(5)
-    for found, value in zip(ours.compute(), expected, strict=True):
+    for found, value in zip(actual.compute(), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-14)
     generator = torch.Generator().manual_seed(5)
-    torch.testing.assert_close(ours.compute(generator=generator)[0], expected[0], rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(actual.compute(generator=generator)[0], expected[0], rtol=1e-9, atol=1e-14)
     state = torch.get_rng_state()
-    assert not torch.equal(ours.compute(generator=generator)[0], expected[0]), "the next subsets are others"
+    assert not torch.equal(actual.compute(generator=generator)[0], expected[0]), "the next call draws other subsets"
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(kid.poly_mmd(real[:50], fake), polynomial_mmd(real[:50], fake), rtol=1e-9, atol=1e-14)
 
 
-def test_no_kernel_matrix_of_all_samples_is_held(monkeypatch):
+def test_memory_is_less_than_the_kernel_matrix(monkeypatch):
     monkeypatch.setitem(polynomial_mmd.__globals__, "_BLOCK", 100)
     real, fake = samples(450, 330, 2)
     assert largest_allocation(lambda: polynomial_mmd(real, fake)) <= 100 * 100 * 8

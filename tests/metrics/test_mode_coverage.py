@@ -15,7 +15,7 @@ def test_known_shares(device):
     assert (found.modes.dtype, found.shares.dtype) == (torch.int64, torch.float64)
 
 
-def test_the_extremes_of_the_divergence(device):
+def test_extremes_of_the_divergence(device):
     even = mode_coverage(torch.arange(1000, device=device).repeat(26), 1000)  # stacked MNIST, all modes
     assert (even.modes, float(even.kl)) == (1000, pytest.approx(0, abs=1e-12))
     assert even.kl >= 0
@@ -23,7 +23,7 @@ def test_the_extremes_of_the_divergence(device):
     assert (collapsed.modes, float(collapsed.kl)) == (1, pytest.approx(math.log(1000)))
 
 
-def test_divergence_is_from_the_expected_shares(device):
+def test_divergence_from_expected_shares(device):
     classes = torch.randint(4, (500,), device=device)
     data = torch.tensor([10, 20, 30, 40], device=device)
     found = mode_coverage(classes, 4, expected=data)
@@ -36,23 +36,23 @@ def test_divergence_is_from_the_expected_shares(device):
 
 
 @pytest.mark.parametrize(("min_share", "modes"), [(0.0, 3), (0.01, 3), (0.011, 2), (0.29, 2), (0.31, 1), (0.69, 1), (1.0, 0)])
-def test_min_share_leaves_out_rare_classes(min_share, modes):
+def test_min_share_ignores_rare_classes(min_share, modes):
     classes = torch.tensor([0] * 69 + [1] * 30 + [2])
     assert mode_coverage(classes, 4, min_share=min_share).modes == modes
 
 
-def test_samples_of_no_class_are_left_out():
+def test_samples_without_class_are_ignored():
     classes = torch.tensor([0, -1, 2, 2, -1])
-    for ours, theirs in zip(mode_coverage(classes, 3), mode_coverage(classes[classes >= 0], 3), strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, expected in zip(mode_coverage(classes, 3), mode_coverage(classes[classes >= 0], 3), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_count_by_their_largest(dtype, device):
+def test_largest_score_is_the_class(dtype, device):
     scores = torch.randn(40, 6, device=device).to(dtype)
     for given in (scores, scores.softmax(1)):
-        for ours, theirs in zip(mode_coverage(given, 6), mode_coverage(scores.argmax(1), 6), strict=True):
-            torch.testing.assert_close(ours, theirs)
+        for actual, expected in zip(mode_coverage(given, 6), mode_coverage(scores.argmax(1), 6), strict=True):
+            torch.testing.assert_close(actual, expected)
 
 
 CLASSES = torch.tensor([0, 1, 2])
@@ -77,6 +77,6 @@ CLASSES = torch.tensor([0, 1, 2])
         ({"expected": torch.zeros(3)}, ValueError, "not all 0"),
     ],
 )
-def test_bad_arguments_are_named(arguments, error, message):
+def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match="^mode_coverage: .*" + message):
         mode_coverage(**{"predictions": CLASSES, "num_classes": 3, **arguments})

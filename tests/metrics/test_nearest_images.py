@@ -6,7 +6,7 @@ from genperf.metrics.nearest_images import duplicate_rate, nearest_images
 
 @pytest.mark.parametrize("shape", [(1, 6, 5), (3, 4, 4), (10,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_every_distance_is_tried(shape, dtype, device):
+def test_nearest_images_match_cdist(shape, dtype, device):
     samples, training = (torch.rand(n, *shape, device=device).to(dtype) for n in (23, 70))
     samples[3], samples[7] = training[61], training[0]
     found = nearest_images(samples, training)
@@ -17,13 +17,13 @@ def test_every_distance_is_tried(shape, dtype, device):
     assert (found.indices[3], found.distances[3], found.indices[7], found.distances[7]) == (61, 0, 0, 0)
 
 
-def test_small_distances_of_large_pixels_keep_their_digits(device):
+def test_small_distances_of_large_values_are_accurate(device):
     training = 1000 + torch.arange(4, device=device).float().view(4, 1, 1, 1).expand(4, 1, 8, 8)
     found = nearest_images(training[2:3] + 0.125, training)
     assert (found.indices, found.distances) == (2, 0.125 * 8)
 
 
-def test_many_samples_in_several_parts():
+def test_many_samples_in_chunks():
     training = torch.randn(3, 2)
     samples = training.repeat(3000, 1)
     found = nearest_images(samples, training)
@@ -31,7 +31,7 @@ def test_many_samples_in_several_parts():
     assert not found.distances.any()
 
 
-def test_duplicate_rate_counts_what_lies_within_the_threshold(device):
+def test_duplicate_rate(device):
     training = torch.zeros(2, 1, 2, 2, device=device)
     training[1] = 1
     samples = torch.stack([training[0], training[1] + 0.25, training[1] + 0.5, training[0] - 2])  # distances 0, 0.5, 1, 4
@@ -39,7 +39,7 @@ def test_duplicate_rate_counts_what_lies_within_the_threshold(device):
         assert duplicate_rate(samples, training, threshold) == rate
 
 
-def test_copies_are_told_from_new_images():
+def test_copies_have_a_high_duplicate_rate():
     training, held_out = torch.rand(50, 1, 4, 4), torch.rand(30, 1, 4, 4)
     usual = nearest_images(held_out, training).distances.quantile(0.01)
     samples = torch.cat([held_out, training[:10] + 0.001 * torch.randn(10, 1, 4, 4)])
@@ -67,11 +67,11 @@ def test_nan_and_empty():
         (torch.zeros(2, 3), None, TypeError, "nearest_images: training_images must be a"),
     ],
 )
-def test_bad_input_is_named(samples, training, error, message):
+def test_bad_input(samples, training, error, message):
     with pytest.raises(error, match=message):
         nearest_images(samples, training)
 
 
-def test_bad_threshold_is_named():
+def test_bad_threshold():
     with pytest.raises(ValueError, match="duplicate_rate: threshold must be a finite number, at least 0, got -1"):
         duplicate_rate(torch.zeros(2, 3), torch.zeros(2, 3), -1)

@@ -12,7 +12,7 @@ def square_distances(x, y):
 
 
 def plain(real, fake, k):
-    """The definition with all distances, from differences in float64."""
+    """The definition, with all pairwise distances in float64."""
     real_radius, fake_radius = (square_distances(x, x).fill_diagonal_(torch.inf).kthvalue(k).values for x in (real, fake))
     distance = square_distances(real, fake)
     in_real, in_fake = distance <= real_radius[:, None], distance <= fake_radius
@@ -42,7 +42,7 @@ KINDS = ("random", "apart", "tied", "copied", "offset", "clusters", "collapsed")
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks that the test sizes do not divide."""
+    """Small block sizes that do not divide the sizes of the tests."""
     monkeypatch.setitem(precision_recall.__globals__, "_BLOCK_ROWS", 32)
     monkeypatch.setitem(precision_recall.__globals__, "_BLOCK_COLUMNS", 50)
 
@@ -50,7 +50,7 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [1, 3, 60])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_scores_are_those_of_all_distances(kind, k, dtype, small_blocks, device):
+def test_scores_match_all_pairwise_distances(kind, k, dtype, small_blocks, device):
     real, fake = samples(kind, 131, 90, 3, dtype, device)
     found = precision_recall(real, fake, k=k)
     assert all(t.dtype == torch.float64 for t in found)
@@ -75,12 +75,12 @@ def test_known_cases(device):
     assert precision_recall(real, real) == (1, 1, *precision_recall(real, real)[2:])
 
 
-def test_no_matrix_of_all_distances_is_held(small_blocks):
+def test_memory_is_less_than_the_distance_matrix(small_blocks):
     real, fake = samples("random", 300, 200, 2, torch.float64, "cpu")
     assert largest_allocation(lambda: precision_recall(real, fake)) < 300 * 200 * 8 / 10
 
 
-def test_metric_takes_batches(small_blocks, device):
+def test_metric_in_batches(small_blocks, device):
     real, fake = samples("clusters", 131, 90, 3, torch.float32, device)
     metric = PrecisionRecall(k=5, reset_real=False)
     for x, is_real in ((real, True), (fake, False)):

@@ -15,7 +15,7 @@ def moments(dim=5, unbiased=True, seed=0, count=40):
 
 
 class Program:
-    """A pickle of this runs a command when it is loaded."""
+    """Its pickle runs a command when loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -81,13 +81,13 @@ def test_stylegan_pickles(protocol, tmp_path):
         np.testing.assert_array_equal(found, x)
 
 
-def test_sums_in_an_npz(tmp_path):
+def test_stylegan_sums_in_an_npz(tmp_path):
     _, cov, x = moments(unbiased=False)
     np.savez(tmp_path / "sums.npz", raw_mean=x.sum(0), raw_cov=x.T @ x, num_items=len(x))
     np.testing.assert_allclose(load_statistics(tmp_path / "sums.npz")[1], cov, rtol=1e-10)
 
 
-def test_dictionaries_of_dictionaries(tmp_path):
+def test_nested_dictionaries(tmp_path):
     mean, cov, _ = moments()
     other = moments(3, seed=1)
     path = tmp_path / "edm2.pkl"
@@ -100,7 +100,7 @@ def test_dictionaries_of_dictionaries(tmp_path):
         load_statistics(path, keys="mu")
 
 
-def test_nothing_in_a_pickle_is_executed(tmp_path):
+def test_pickles_execute_no_code(tmp_path):
     mean, cov, _ = moments()
     for name, content in {
         "plain.pkl": {"mu": mean, "sigma": cov, "more": Program(tmp_path / "executed")},
@@ -118,7 +118,7 @@ def test_nothing_in_a_pickle_is_executed(tmp_path):
 
 
 class Call:
-    """A pickle of this calls a function when it is loaded, and then sets a state."""
+    """Its pickle calls a function when loaded, and then sets a state."""
 
     def __init__(self, function, *arguments, state=None):
         self.function, self.arguments, self.state = function, arguments, state
@@ -128,8 +128,8 @@ class Call:
 
 
 @pytest.mark.parametrize("protocol", [2, 5])
-def test_nothing_in_a_pickle_becomes_a_pointer(protocol, tmp_path):
-    """numpy's own functions would take the eight bytes for the address of an object, or read beyond them."""
+def test_pickles_create_no_object_pointers(protocol, tmp_path):
+    """numpy's own functions would interpret the eight bytes as an object pointer, or read out of bounds."""
     path, pointer = tmp_path / "stats.pkl", b"AAAAAAAA"
     reconstruct, scalar = (x.__reduce__()[0] for x in (np.zeros(1), np.float64(1)))
 
@@ -148,7 +148,7 @@ def test_nothing_in_a_pickle_becomes_a_pointer(protocol, tmp_path):
         path.write_bytes(pickle.dumps({"mu": content, "sigma": np.eye(1)}, protocol))
         with pytest.raises(ValueError, match=r"load_statistics: .* cannot be read"):
             load_statistics(path)
-    flagged = Call(np.dtype, "f8", False, True, state=(3, "<", None, None, None, -1, -1, 63))  # as an array of objects is
+    flagged = Call(np.dtype, "f8", False, True, state=(3, "<", None, None, None, -1, -1, 63))  # flags of an array of objects
     path.write_bytes(pickle.dumps({"mu": array((1,), flagged), "sigma": np.eye(1)}, protocol))
     assert load_statistics(path)[0].item() == np.frombuffer(pointer)[0]
 
@@ -178,10 +178,10 @@ def test_features(dtype, tmp_path):
             np.testing.assert_array_equal(found.numpy(), x.astype(np.float64))
     found[0] = 7
     load_features(tmp_path / "x.npy")[0] = 7
-    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), x, "writing to the tensor does not write to the file")
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), x, "writing to the tensor must not change the file")
 
 
-def test_statistics_win_over_arrays_beside_them(tmp_path):
+def test_statistics_take_precedence_over_other_arrays(tmp_path):
     mean, cov, x = moments()
     np.savez(tmp_path / "adm.npz", mu=mean, sigma=cov, arr_0=np.zeros((4, 8, 8, 3), np.uint8), features=x)
     assert isinstance(load_moments(tmp_path / "adm.npz"), tuple)
@@ -189,7 +189,7 @@ def test_statistics_win_over_arrays_beside_them(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4"])
-def test_low_precision_files_are_made_symmetric(dtype, tmp_path):
+def test_low_precision_covariances_are_symmetrized(dtype, tmp_path):
     mean, cov, _ = moments()
     cov = cov.astype(dtype)
     cov[0, 1] = np.nextafter(cov[1, 0], np.asarray(9, dtype))
@@ -217,13 +217,13 @@ def test_low_precision_files_are_made_symmetric(dtype, tmp_path):
         ({}, "must hold 'mu' and 'sigma', got nothing"),
     ],
 )
-def test_wrong_content_is_named_with_its_file(arrays, message, tmp_path):
+def test_error_names_the_file(arrays, message, tmp_path):
     np.savez(tmp_path / "stats.npz", **arrays)
     with pytest.raises(ValueError, match=rf"load_moments: .*stats.npz.* ({message})"):
         load_moments(tmp_path / "stats.npz")
 
 
-def test_files_that_are_none(tmp_path):
+def test_unreadable_files(tmp_path):
     np.savez(tmp_path / "whole.npz", mu=np.zeros(300), sigma=np.eye(300))
     whole = (tmp_path / "whole.npz").read_bytes()
     for name, content in {
@@ -264,14 +264,14 @@ def test_files_that_are_none(tmp_path):
         ("a.npz", {"cov": np.eye(4)}, r"mean and cov must have shapes \[d\] and \[d, d\], got \[5\] and \[4, 4\]"),
     ],
 )
-def test_what_cannot_be_saved_leaves_no_file(name, options, message, tmp_path):
+def test_failed_save_leaves_no_file(name, options, message, tmp_path):
     mean, cov, _ = moments()
     with pytest.raises(ValueError, match=f"save_statistics: .*{message}"):
         save_statistics(tmp_path / name, **({"mean": mean, "cov": cov} | options))
     assert os.listdir(tmp_path) == []
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "stats.npz"
     path.write_bytes(b"before")
 

@@ -62,7 +62,7 @@ def test_learning(system):
 
 
 @pytest.mark.parametrize("noise", NOISES)
-def test_shares_of_a_batch_have_their_own_noise(noise):
+def test_noise_of_a_split_batch(noise):
     model = small(DenoisingAutoencoder, noise=noise)
     images = torch.rand(4, 1, 8, 8)
     torch.manual_seed(3)
@@ -76,7 +76,7 @@ def test_shares_of_a_batch_have_their_own_noise(noise):
     assert not torch.equal(model.corrupt(images), whole)
 
 
-def test_corrupt_is_its_formula():
+def test_corrupt_matches_its_formula():
     images = torch.rand(2, 1, 8, 8)
     torch.manual_seed(3)
     noise = standard_normal(2, 1, 8, 8, device="cpu")
@@ -85,7 +85,7 @@ def test_corrupt_is_its_formula():
 
 
 @pytest.mark.parametrize(("noise", "dark", "light"), [("masking", 0.3, 0.0), ("salt-and-pepper", 0.15, 0.15)])
-def test_shares_of_changed_pixels(noise, dark, light):
+def test_fraction_of_changed_pixels(noise, dark, light):
     images = torch.full((200, 3, 8, 8), 0.5)
     changed = small_corrupt(noise, 0.3, images)
     # 38400 pixels: 5 standard deviations are 0.012.
@@ -109,8 +109,8 @@ def test_denoise_reconstructs():
     assert torch.equal(model.denoise(images), model.reconstruct(images))
 
 
-def test_latent_plane_holds_the_principal_directions():
-    # Standard deviations 3, 2 and nearly none along the axes.
+def test_latent_plane_spans_the_principal_components():
+    # Standard deviations 3, 2 and nearly 0 along the axes.
     codes = torch.randn(500, 3)
     codes = (codes - codes.mean(0)) * torch.tensor([2.0, 0.01, 3.0]) + torch.tensor([5.0, 6.0, 7.0])
     plane = latent_plane(codes, 5).reshape(5, 5, 3)
@@ -133,7 +133,7 @@ def test_latent_grid():
 
 
 @pytest.mark.parametrize(("codes", "n", "message"), [((2, 4), 3, "at least 3"), ((5, 1), 3, "at least 3"), ((5, 2), 0, "n must be")])
-def test_latent_plane_that_does_not_fit(codes, n, message):
+def test_latent_plane_bad_arguments(codes, n, message):
     with pytest.raises(ValueError, match=message):
         latent_plane(torch.rand(codes), n)
 
@@ -170,7 +170,7 @@ def test_threshold():
     assert model.threshold == scores.max()
 
 
-def test_state_dict_carries_the_threshold():
+def test_state_dict_includes_the_threshold():
     model, images = small(AnomalyDetector), torch.rand(5, 1, 8, 8)
     model.fit_threshold(images, quantile=0.5)
     other = AnomalyDetector(model.config)
@@ -193,19 +193,19 @@ def test_state_dict_carries_the_threshold():
         (DenoisingAutoencoder, {"noise": "masking", "level": 1.5}, "at most 1"),
     ],
 )
-def test_config_that_does_not_fit(system, changes, message):
+def test_bad_config(system, changes, message):
     with pytest.raises(ValueError, match=message):
         small(system, **changes)
 
 
 @pytest.mark.parametrize("system", [Autoencoder, DenoisingAutoencoder, AnomalyDetector])
-def test_unknown_players_are_named(system):
+def test_unknown_player(system):
     with pytest.raises(ValueError, match=f"^{system.__name__}: player must be one of model, got 'prior'"):
         small(system).training_step(torch.rand(2, 1, 8, 8), player="prior")
 
 
 @pytest.mark.parametrize("method", ["training_step", "encode", "reconstruct", "corrupt", "anomaly_score"])
 @pytest.mark.parametrize("shape", [(2, 1, 8, 12), (2, 3, 8, 8), (1, 8, 8)])
-def test_images_that_do_not_fit(method, shape):
+def test_bad_images(method, shape):
     with pytest.raises(ValueError, match=r"images must have shape \[B, 1, 8, 8\], got \["):
         getattr(small(AnomalyDetector), method)(torch.rand(shape))

@@ -1,4 +1,4 @@
-"""The game and its tricks against their formulas, and what sets each GAN apart."""
+"""Losses and options of GANs against plain PyTorch, and the specifics of each GAN."""
 
 import pytest
 import torch
@@ -21,12 +21,12 @@ from genperf.nn.virtual_batch_norm import VirtualBatchNorm
 
 
 def noise(seed, *shapes):
-    """What the game draws after this seed, one batch after another."""
+    """The noise that a GAN draws with this seed, batch by batch."""
     torch.manual_seed(seed)
     return [standard_normal(*shape, device=torch.device("cpu")) for shape in shapes]
 
 
-def test_discriminator_loss_is_the_formula():
+def test_discriminator_loss_matches_plain_pytorch():
     system = small(GAN, instance_noise=0.3, label_smoothing=0.1)
     system.progress = 0.25
     images, _ = batch(system)
@@ -43,7 +43,7 @@ def test_discriminator_loss_is_the_formula():
     torch.testing.assert_close(losses["fake_score"], fake.detach().mean())
 
 
-def test_generator_loss_is_the_formula():
+def test_generator_loss_matches_plain_pytorch():
     system = small(GAN, feature_matching=0.5)
     images, _ = batch(system)
     (z,) = noise(3, (6, 5))
@@ -61,7 +61,7 @@ def test_generator_loss_is_the_formula():
     torch.testing.assert_close([p.grad for p in system.generator.parameters()], list(expected))
 
 
-def test_wgan_gp_loss_is_the_formula():
+def test_wgan_gp_loss_matches_plain_pytorch():
     system = small(WGANGP)
     images, _ = batch(system)
     real = images * 2 - 1
@@ -77,7 +77,7 @@ def test_wgan_gp_loss_is_the_formula():
     torch.testing.assert_close(losses["penalty"], penalty.detach())
 
 
-def test_historical_averaging_is_the_distance_from_the_mean_of_the_past():
+def test_historical_averaging_matches_plain_pytorch():
     system = small(GAN, historical_averaging=2.0)
     images, labels = batch(system)
     past = {player: [] for player in system.players}
@@ -95,7 +95,7 @@ def test_historical_averaging_is_the_distance_from_the_mean_of_the_past():
             past[player].append(torch.nn.utils.parameters_to_vector(getattr(system, player).parameters()).detach().clone())
 
 
-def test_instance_noise_ends_with_the_training():
+def test_instance_noise_decreases_to_zero():
     system = small(GAN, instance_noise=0.5)
     images, _ = batch(system)
     system.progress = 1.0
@@ -105,7 +105,7 @@ def test_instance_noise_ends_with_the_training():
     assert (system._noisy(many) - many).std().item() == pytest.approx(0.25, rel=0.03)
 
 
-def test_samples_come_from_the_average():
+def test_samples_come_from_averaged_weights():
     system = small(DCGAN, ema=0.5)
     images, labels = batch(system)
     assert all(not p.requires_grad for p in system.average.parameters())
@@ -120,8 +120,8 @@ def test_samples_come_from_the_average():
         now = torch.nn.utils.parameters_to_vector(system.generator.parameters()).detach()
         average = now.clone() if average is None else decay * average + (1 - decay) * now
     torch.testing.assert_close(torch.nn.utils.parameters_to_vector(system.average.parameters()), average)
-    for ours, theirs in zip(system.average.module.buffers(), system.generator.buffers(), strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, expected in zip(system.average.module.buffers(), system.generator.buffers(), strict=True):
+        assert torch.equal(actual, expected)
     (z,) = noise(4, (3, 5))
     torch.manual_seed(4)
     samples = system.sample(3)
@@ -130,23 +130,23 @@ def test_samples_come_from_the_average():
     assert not torch.allclose(samples, (system.generator.eval()(z) + 1) / 2)
 
 
-def test_averages_are_those_of_torch_bit_for_bit():
+def test_averaged_weights_match_torch_bitwise():
     def plain(average, value, count):
         return average.lerp(value, (1 - ((1 + count) / (10 + count)).clamp(max=0.3)).to(value.dtype))
 
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2).bfloat16())
-    ours, theirs = AveragedModel(network), AveragedModel(network, avg_fn=plain)
+    actual, expected = AveragedModel(network), AveragedModel(network, avg_fn=plain)
     for _ in range(5):
         with torch.no_grad():
             for value in (*network.parameters(), *network[1].buffers()):
                 value.add_(1 if value.dtype == torch.int64 else torch.randn_like(value))
-        update_average(ours, network, 0.3)
-        theirs.update_parameters(network)
-        assert ours.state_dict().keys() == theirs.state_dict().keys()
-        assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
+        update_average(actual, network, 0.3)
+        expected.update_parameters(network)
+        assert actual.state_dict().keys() == expected.state_dict().keys()
+        assert all(torch.equal(value, expected.state_dict()[name]) for name, value in actual.state_dict().items())
 
 
-def test_the_generator_rests_while_the_critic_learns():
+def test_critic_steps():
     system = small(WGANGP, critic_steps=3)
     assert [system.players_at(step) for step in range(4)] == [
         ("discriminator",),
@@ -166,7 +166,7 @@ def test_normalization(norm, penalty):
     assert VirtualBatchNorm not in found["discriminator"]
 
 
-def test_virtual_normalization_makes_samples_independent():
+def test_virtual_batch_norm_makes_samples_independent():
     system = small(DCGAN, norm="virtual").train()
     (z,) = noise(4, (6, 5))
     torch.testing.assert_close(system.generator(z)[:2], system.generator(z[:2]))
@@ -177,7 +177,7 @@ def test_virtual_normalization_makes_samples_independent():
     assert through_reference.any()
 
 
-def test_minibatch_discrimination_sees_a_collapsed_batch():
+def test_minibatch_discrimination_detects_collapse():
     system = small(DCGAN, minibatch_kernels=4, norm="none")
     layer = next(module for module in system.discriminator.modules() if isinstance(module, MinibatchDiscrimination))
     seen = []
@@ -189,7 +189,7 @@ def test_minibatch_discrimination_sees_a_collapsed_batch():
     assert (seen[1] < 5).all()
 
 
-def test_weights_of_dcgan_start_as_published():
+def test_dcgan_initialization():
     system = DCGAN(DCGAN.Config(image_shape=(1, 16, 16), width=32))
     for module in system.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
@@ -199,7 +199,7 @@ def test_weights_of_dcgan_start_as_published():
             assert 0.9 < module.weight.min() <= module.weight.max() < 1.1
 
 
-def test_wgan_clips_the_critic_alone():
+def test_wgan_clips_the_critic_only():
     system = small(WGAN, lr=0.1)
     images, labels = batch(system)
     before = [p.detach().abs().max() for p in system.generator.parameters()]
@@ -211,14 +211,14 @@ def test_wgan_clips_the_critic_alone():
         small(WGAN, clip=0.0)
 
 
-def test_two_time_scales():
+def test_two_learning_rates():
     optimizers = small(DCGAN, lr=1e-4, lr_discriminator=4e-4, beta1=0.3, beta2=0.8).optimizers()
     rates = {player: optimizer.param_groups[0]["lr"] for player, optimizer in optimizers.items()}
     assert rates == {"generator": 1e-4, "discriminator": 4e-4}
     assert optimizers["discriminator"].param_groups[0]["betas"] == (0.3, 0.8)
 
 
-def test_labels_tell_both_players_what_to_do():
+def test_labels_condition_both_players():
     system = small(ConditionalGAN)
     (z,) = noise(4, (3, 5))
     one, other = (system.condition(torch.full((3,), label)) for label in (0, 2))
@@ -231,7 +231,7 @@ def test_labels_tell_both_players_what_to_do():
     torch.testing.assert_close(logits, system.discriminator.score(features).squeeze(1) + projected)
 
 
-def test_samples_without_labels_are_of_all_classes():
+def test_samples_without_labels_cycle_through_classes():
     system = small(ConditionalGAN).eval()
     torch.manual_seed(4)
     drawn = system.sample(7)
@@ -258,7 +258,7 @@ def test_conditional_gan_learns_the_labels():
         (torch.tensor([0, 1, 2]), ValueError, "there must be a label for each of 2 images, got 3 labels"),
     ],
 )
-def test_labels_that_do_not_fit(labels, error, message):
+def test_bad_labels(labels, error, message):
     system = small(ConditionalGAN)
     with pytest.raises(error, match=message):
         system.sample(2, labels)
@@ -273,6 +273,6 @@ def test_conditional_training_needs_labels():
         system.training_step(images, labels[:5], player="generator")
 
 
-def test_conditional_config_needs_a_class():
+def test_conditional_gan_needs_a_class():
     with pytest.raises(ValueError, match=r"^ConditionalGAN: num_classes must be at least 1, got 0\."):
         small(ConditionalGAN, num_classes=0)

@@ -1,4 +1,4 @@
-"""What holds for every GAN."""
+"""Tests for all GANs."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from genperf.models.wgan_gp import WGANGP
 GANS = (GAN, DCGAN, WGAN, WGANGP, ConditionalGAN)
 CONVOLUTIONAL = (DCGAN, WGAN, WGANGP, ConditionalGAN)
 
-# Each with a field of the configuration that switches it on.
+# Each option with the field of the configuration that enables it.
 TRICKS = {
     "label_smoothing": 0.1,
     "instance_noise": 0.2,
@@ -77,7 +77,7 @@ def test_shapes(kind, image_shape):
 
 @pytest.mark.parametrize("player", ["discriminator", "generator"])
 @pytest.mark.parametrize("kind", GANS)
-def test_gradients_reach_the_player_and_nobody_else(kind, player):
+def test_gradients_reach_the_player_only(kind, player):
     system = small(kind)
     images, labels = batch(system)
     losses = system.training_step(images, labels, player=player)
@@ -106,19 +106,19 @@ def test_reference_ops_agree(kind, player):
             loss = system.training_step(images, labels, player=player)["loss"]
             loss.backward()
         results.append([loss.detach(), *(p.grad for p in getattr(system, player).parameters())])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 WITHOUT = {(GAN, "norm"), (WGAN, "label_smoothing"), (WGANGP, "label_smoothing")}
 
 
 @pytest.mark.parametrize(("kind", "trick"), [(kind, trick) for kind in GANS for trick in TRICKS if (kind, trick) not in WITHOUT])
-def test_every_trick_trains_and_survives_a_checkpoint(kind, trick):
+def test_every_option_trains_and_resumes(kind, trick):
     changes = {trick: TRICKS[trick]}
     system = small(kind, **changes)
     images, labels = batch(system)
-    # The bias of a critic's score has no gradient: it is the same for real and generated images.
+    # The bias of a critic's last layer has no gradient, since it cancels between real and generated images.
     before = {name: p.clone() for name, p in system.named_parameters() if p.requires_grad and p.dim() > 1}
     history = train(system, 2, images, labels)
     assert all(torch.tensor(value).isfinite() for _, losses in history for value in losses.values())
@@ -138,7 +138,7 @@ def test_every_trick_trains_and_survives_a_checkpoint(kind, trick):
 
 
 @pytest.mark.parametrize("kind", GANS)
-def test_sampling_leaves_mode_and_statistics_alone(kind):
+def test_sampling_does_not_change_mode_and_statistics(kind):
     system = small(kind)
     state = {name: value.clone() for name, value in system.state_dict().items()}
     for training in (True, False):
@@ -151,13 +151,13 @@ def test_sampling_leaves_mode_and_statistics_alone(kind):
     torch.manual_seed(2)
     assert torch.equal(system.sample(3), once)
     torch.manual_seed(2)
-    # Each sample by itself: statistics of a batch play no part.
+    # Samples one at a time, which do not depend on batch statistics.
     torch.testing.assert_close(system.sample(2), once[:2])
 
 
 @pytest.mark.parametrize("kind", GANS)
-def test_generator_finds_the_brightness_of_the_images(kind):
-    """All images are alike and bright, which samples at the start are not."""
+def test_generator_learns_the_brightness_of_the_images(kind):
+    """All images are equally bright, unlike the initial samples."""
     changes = {WGAN: {"clip": 0.1}, WGANGP: {"beta1": 0.0}}
     system = small(kind, lr=1e-2, **changes.get(kind, {}))
     images, labels = torch.full((8, 1, 8, 8), 0.9), torch.arange(8) % 3
@@ -184,7 +184,7 @@ def test_generator_finds_the_brightness_of_the_images(kind):
     ],
 )
 @pytest.mark.parametrize("kind", GANS)
-def test_config_that_does_not_fit(kind, changes, message):
+def test_bad_config(kind, changes, message):
     with pytest.raises(ValueError, match=f"^{kind.__name__}: {message}"):
         small(kind, **changes)
 
@@ -197,19 +197,19 @@ def test_config_that_does_not_fit(kind, changes, message):
     ],
 )
 @pytest.mark.parametrize("kind", CONVOLUTIONAL)
-def test_convolutional_config_that_does_not_fit(kind, changes, message):
+def test_bad_convolutional_config(kind, changes, message):
     with pytest.raises(ValueError, match=f"^{kind.__name__}: {message}"):
         small(kind, **changes)
 
 
 @pytest.mark.parametrize("kind", [WGAN, WGANGP])
-def test_critics_have_no_labels_to_smooth(kind):
+def test_label_smoothing_needs_targets(kind):
     with pytest.raises(ValueError, match=rf"^{kind.__name__}: label_smoothing must be 0 for loss 'wasserstein', got 0.1\.$"):
         small(kind, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("kind", GANS)
-def test_bad_calls_are_named(kind):
+def test_bad_calls(kind):
     system, name = small(kind), kind.__name__
     images, labels = batch(system)
     with pytest.raises(ValueError, match=rf"^{name}: images must have shape \[B, 1, 8, 8\], got \[6, 1, 7, 8\]"):

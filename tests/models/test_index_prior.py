@@ -20,7 +20,7 @@ def inputs(condition=False, batch=2, height=3, width=4):
 
 @pytest.mark.parametrize("condition", [False, True])
 @pytest.mark.parametrize(("height", "width"), [(3, 4), (1, 5), (4, 1)])
-def test_logits_follow_from_earlier_indices_only_and_from_all_of_them(condition, height, width):
+def test_logits_depend_on_all_previous_indices_only(condition, height, width):
     prior = make(condition).double()
     indices, condition = inputs(condition, 1, height, width)
     condition = None if condition is None else condition.double()
@@ -34,7 +34,7 @@ def test_logits_follow_from_earlier_indices_only_and_from_all_of_them(condition,
         assert (changed[t + 1 :] > 0).all()
 
 
-def test_condition_reaches_every_place():
+def test_condition_reaches_every_position():
     prior = make(True)
     indices, condition = inputs(True)
     condition.requires_grad_()
@@ -55,8 +55,8 @@ def test_loss_is_the_cross_entropy_in_nats(condition):
 
 
 @pytest.mark.parametrize("condition", [False, True])
-def test_samples_are_drawn_from_the_logits_of_forward(condition, monkeypatch):
-    """Every position's logits, made step by step, are those of `forward` on the drawn image."""
+def test_cached_sampling_matches_forward(condition, monkeypatch):
+    """The logits computed step by step are those of `forward` on the sampled map."""
     prior, seen = make(condition), []
     monkeypatch.setattr(index_prior, "gumbel_sample", lambda logits, **options: seen.append(logits) or gumbel_sample(logits, **options))
     _, condition = inputs(condition, 5)
@@ -65,7 +65,7 @@ def test_samples_are_drawn_from_the_logits_of_forward(condition, monkeypatch):
     torch.testing.assert_close(0.5 * torch.stack(seen, 2), prior(drawn, condition).flatten(2), rtol=1e-4, atol=1e-5)
 
 
-def test_samples_have_the_probabilities_of_the_model():
+def test_samples_follow_the_model_distribution():
     prior, n = make(width=16), 20_000
     with torch.no_grad():
         prior.head[1].weight *= 4
@@ -80,7 +80,7 @@ def test_samples_have_the_probabilities_of_the_model():
     assert (cold == prior(pairs)[0, :, 0, 0].argmax()).all()
 
 
-def test_processes_together_draw_what_one_draws():
+def test_samples_of_a_split_batch():
     prior = make()
     shares = []
     for first, n in ((0, 6), (0, 2), (2, 4)):
@@ -92,8 +92,8 @@ def test_processes_together_draw_what_one_draws():
     assert not torch.equal(prior.sample(6, 3, 3), shares[0])
 
 
-def test_learns_a_pattern_and_draws_it():
-    """Rows that count upwards from a random start, each beginning where the one above began."""
+def test_learns_a_pattern():
+    """Rows that count upwards from a random start, which is the same for all rows of a map."""
     torch.manual_seed(0)
     prior = make(width=16).train()
     optimizer = torch.optim.Adam(prior.parameters(), lr=1e-2)
@@ -103,7 +103,7 @@ def test_learns_a_pattern_and_draws_it():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 1.3 * torch.tensor(K).log() / 12  # only the start has to be told
+    assert loss < 1.3 * torch.tensor(K).log() / 12  # only the first index is random
     drawn = prior.sample(40, 3, 4)
     assert prior.training
     assert ((drawn == (drawn[:, :1, :1] + torch.arange(4)) % K).all((1, 2))).float().mean() > 0.8
@@ -128,6 +128,6 @@ INDICES = torch.zeros(2, 3, 4, dtype=torch.int64)
         (lambda: make().sample(1, 2, 2, temperature=0), ValueError, "temperature must be a finite number above 0, got 0"),
     ],
 )
-def test_bad_arguments_are_named(call, error, message):
+def test_bad_arguments(call, error, message):
     with pytest.raises(error, match="^IndexPrior: .*" + message):
         call()

@@ -29,7 +29,7 @@ def test_shapes(shape, levels):
         torch.testing.assert_close(losses["loss"].detach(), sum(losses[f"level{k}"] for k in range(levels + 1)))
 
 
-def test_the_pyramid_takes_images_apart_and_together():
+def test_pyramid_reconstructs_images():
     images = torch.rand(2, 3, 28, 28)
     pyramid = small(image_shape=(3, 28, 28), levels=2).pyramid
     bands = pyramid.decompose(images)
@@ -37,7 +37,7 @@ def test_the_pyramid_takes_images_apart_and_together():
     assert (pyramid.reconstruct(bands) - images).abs().max() <= 1e-6
 
 
-def test_samples_are_the_bands_of_the_games_put_together():
+def test_samples_are_reconstructed_from_bands():
     system = small(levels=2)
     system.train()
     torch.manual_seed(1)
@@ -52,10 +52,10 @@ def test_samples_are_the_bands_of_the_games_put_together():
     torch.testing.assert_close(sample, images.clamp(0, 1))
 
 
-def test_losses_are_the_plain_formula():
+def test_losses_match_plain_pytorch():
     system = small(ema=0.0)
     images = torch.rand(4, 1, 8, 8)
-    system.eval()  # the generators' batch normalization by running statistics
+    system.eval()  # batch normalization with running statistics
     band_game, coarse_game = system.games
     coarse = system.pyramid.down(images)
     low = system.pyramid.up(coarse)
@@ -75,7 +75,7 @@ def test_losses_are_the_plain_formula():
 
 
 def _score(discriminator, image, low):
-    """As published: the image and its low-pass image, side by side."""
+    """As in the paper: the image and its low-pass image, concatenated."""
     return discriminator.score(discriminator.body(torch.cat([image, low], 1) * 2 - 1)).squeeze(1)
 
 
@@ -83,7 +83,7 @@ def _score(discriminator, image, low):
     "changes",
     [{}, {"penalty": "r1", "feature_matching": 1.0, "instance_noise": 0.1}, {"minibatch_kernels": 3, "historical_averaging": 0.1}],
 )
-def test_gradients_reach_the_players_own_parameters_of_every_level(changes):
+def test_gradients_reach_the_player_at_every_level(changes):
     system = small(levels=2, **changes)
     for player in system.players:
         optimizer = system.optimizers()[player]
@@ -95,14 +95,14 @@ def test_gradients_reach_the_players_own_parameters_of_every_level(changes):
         system.step_done(player)
 
 
-def test_rates_and_order_of_the_players():
+def test_learning_rates_and_order_of_players():
     system = small(critic_steps=2, lr=1e-3, lr_discriminator=4e-3)
     assert [tuple(system.players_at(step)) for step in range(2)] == [("discriminator",), ("discriminator", "generator")]
     rates = {player: {group["lr"] for group in optimizer.param_groups} for player, optimizer in system.optimizers().items()}
     assert rates == {"discriminator": {4e-3}, "generator": {1e-3}}
 
 
-def test_schedules_follow_the_progress():
+def test_schedules_depend_on_progress():
     system = small(instance_noise=1.0)
     system.progress = 0.25
     system.training_step(torch.rand(2, 1, 8, 8), player="discriminator")
@@ -126,7 +126,7 @@ def test_state_dict_gives_the_same_samples():
 
 
 def test_learns_the_bands():
-    """Images of one vertical edge: samples come nearer to them."""
+    """Trained on images of one vertical edge, samples get closer to them."""
     images = torch.zeros(16, 1, 8, 8)
     images[..., 3:] = 1
     system = small(lr=4e-3, ema=0.0)

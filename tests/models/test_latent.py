@@ -7,7 +7,7 @@ from genperf.models.latent import attribute_vector, interpolations, lerp, slerp
 
 
 def plain_slerp(a, b, weight):
-    """The formula for one sample, in float64."""
+    """slerp of one sample, in float64."""
     a, b = a.double().flatten(), b.double().flatten()
     angle = torch.acos((a / a.norm()) @ (b / b.norm()))
     return (torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)
@@ -15,7 +15,7 @@ def plain_slerp(a, b, weight):
 
 @pytest.mark.parametrize("shape", [(5, 3), (5, 2, 3, 4)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_each_sample_follows_the_formula_with_its_own_weight(shape, dtype, device):
+def test_interpolation_matches_the_formula(shape, dtype, device):
     a, b = torch.randn(2, *shape, device=device).to(dtype)
     weights = torch.rand(5, device=device)
     straight, arc = lerp(a, b, weights), slerp(a, b, weights)
@@ -32,7 +32,7 @@ def test_each_sample_follows_the_formula_with_its_own_weight(shape, dtype, devic
         torch.testing.assert_close(way(a, b, 1.0), b)
 
 
-def test_slerp_turns_at_constant_speed_and_length(device):
+def test_slerp_has_constant_speed_and_norm(device):
     a, b = torch.tensor([[2.0, 0.0]], device=device), torch.tensor([[0.0, 2.0]], device=device)
     angles = torch.tensor([step * math.pi / 8 for step in range(5)], device=device)
     torch.testing.assert_close(interpolations(a, b, 5)[0], 2 * torch.stack([angles.cos(), angles.sin()], 1))
@@ -42,7 +42,7 @@ def test_slerp_turns_at_constant_speed_and_length(device):
 @pytest.mark.parametrize(
     ("a", "b"), [([1.0, 2], [1, 2]), ([1.0, 2], [3, 6]), ([1.0, 2], [-1, -2]), ([0.0, 0], [1, 2]), ([1.0, 2], [0, 0]), ([0.0, 0], [0, 0])]
 )
-def test_slerp_is_the_straight_line_where_there_is_no_arc(a, b, dtype):
+def test_slerp_falls_back_to_lerp(a, b, dtype):
     a, b = (torch.tensor([t], dtype=dtype, requires_grad=True) for t in (a, b))
     point = slerp(a, b, 0.25)
     torch.testing.assert_close(point, lerp(a, b, 0.25))
@@ -51,25 +51,25 @@ def test_slerp_is_the_straight_line_where_there_is_no_arc(a, b, dtype):
     assert b.grad.isfinite().all()
 
 
-def test_slerp_of_single_numbers_is_the_straight_line():
+def test_slerp_of_scalars_is_lerp():
     a, b = torch.randn(2, 4)
     torch.testing.assert_close(slerp(a, b, torch.rand(4).fill_(0.3)), lerp(a, b, 0.3))
 
 
 @pytest.mark.parametrize("turn", [1e-3, 1e-2, math.pi - 1e-2])
-def test_slerp_keeps_the_length_near_the_ends_of_its_range(turn):
+def test_slerp_keeps_the_norm_near_zero_and_pi(turn):
     a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[math.cos(turn), math.sin(turn)]])
     torch.testing.assert_close(interpolations(a, b, 9).norm(dim=2), torch.ones(1, 9), rtol=1e-4, atol=0)
 
 
-def test_slerp_differentiates():
+def test_slerp_gradients():
     a, b = torch.randn(2, 3, 4, dtype=torch.float64).requires_grad_()
     weights = torch.rand(3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x, y: slerp(x, y, weights), (a.detach().requires_grad_(), b.detach().requires_grad_()))
 
 
 @pytest.mark.parametrize("kind", ["lerp", "slerp"])
-def test_interpolations_are_rows_of_single_points(kind):
+def test_interpolations_stack_single_points(kind):
     a, b = torch.randn(2, 3, 2, 4)
     rows = interpolations(a, b, 4, kind)
     assert rows.shape == (3, 4, 2, 4)
@@ -101,6 +101,6 @@ A = torch.zeros(3, 2)
         (lambda: attribute_vector(A, A[:, :1]), ValueError, r"samples of the same shape, .* got \[3, 2\] and \[3, 1\]"),
     ],
 )
-def test_bad_arguments_are_named(call, error, message):
+def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()

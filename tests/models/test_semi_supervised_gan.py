@@ -21,7 +21,7 @@ def small(**changes):
 
 
 def data(shape=(1, 8, 8), n=24):
-    """Images of three classes, each with a bright bar of its own and noise."""
+    """Images of three classes, each with a bright bar at another place, and noise."""
     labels = torch.arange(n) % 3
     images = torch.rand(n, *shape, generator=torch.Generator().manual_seed(1)) * 0.5
     for k in range(3):
@@ -47,7 +47,7 @@ def train(system, steps, batch=12):
             system.step_done(player)
 
 
-def test_prepare_keeps_labels_evenly():
+def test_prepare_keeps_labels_per_class():
     images, labels = data()
     kept = {}
     for seed in (0, 0, 1):
@@ -65,7 +65,7 @@ def test_prepare_keeps_labels_evenly():
     assert not torch.equal(kept[0], kept[1])
 
 
-def test_a_class_without_images_is_no_error():
+def test_class_without_images():
     images, labels = data()
     system = small(num_classes=4)
     system.prepare(images, labels + (labels == 2))
@@ -82,7 +82,7 @@ def test_a_class_without_images_is_no_error():
         (torch.arange(24) // 23, "each class must have at least 2 images, got 1"),
     ],
 )
-def test_prepare_refuses(labels, message):
+def test_prepare_bad_arguments(labels, message):
     system = small()
     with pytest.raises(ValueError, match=message):
         system.prepare(data()[0], labels)
@@ -102,8 +102,8 @@ def test_shapes(shape):
         assert system.training_step(images, player=player)["loss"].shape == ()
 
 
-def test_losses_are_the_plain_formula():
-    system = prepared(labelled_batch=6).eval()  # no noise on layers, batch normalization by running statistics
+def test_losses_match_plain_pytorch():
+    system = prepared(labelled_batch=6).eval()  # no noise on layers, batch normalization with running statistics
     images, _ = data()
     real = images[:5] * 2 - 1
 
@@ -115,7 +115,7 @@ def test_losses_are_the_plain_formula():
     torch.manual_seed(2)
     d_real, d_fake = logits(real).logsumexp(1), logits(system.generator(system._noise(5))).logsumexp(1)
     cross_entropy = F.cross_entropy(logits(system.labelled_images * 2 - 1), system.labels)
-    # The K + 1 classes, the last one that of generated images with logit 0.
+    # K + 1 classes; the last one, of generated images, has logit 0.
     p_real = torch.cat([logits(real), torch.zeros(5, 1)], 1).softmax(1)[:, :-1].sum(1)
     torch.testing.assert_close(torch.sigmoid(d_real), p_real)
     torch.testing.assert_close(losses["cross_entropy"], cross_entropy.detach())
@@ -128,7 +128,7 @@ def test_losses_are_the_plain_formula():
     torch.testing.assert_close(losses["loss"], (features[0] - features[1]).square().sum())
 
 
-def test_labels_alone_train_the_discriminator_alone():
+def test_labels_only_train_the_discriminator_only():
     system = prepared(unlabelled=False)
     assert tuple(system.players_at(0)) == ("discriminator",)
     losses = system.training_step(data()[0], player="discriminator")
@@ -138,7 +138,7 @@ def test_labels_alone_train_the_discriminator_alone():
 
 @pytest.mark.parametrize("player", SemiSupervisedGAN.players)
 @pytest.mark.parametrize("changes", [{}, {"penalty": "r1", "instance_noise": 0.1, "adversarial_weight": 1.0, "label_smoothing": 0.1}])
-def test_gradients_reach_the_players_own_parameters(player, changes):
+def test_gradients_reach_the_player_only(player, changes):
     system = prepared(**changes)
     system.training_step(data()[0], player=player)["loss"].backward()
     reached = {name for name, parameter in system.named_parameters() if parameter.grad is not None}
@@ -146,7 +146,7 @@ def test_gradients_reach_the_players_own_parameters(player, changes):
     assert reached == own
 
 
-def test_every_process_draws_the_same_labelled_batch():
+def test_every_rank_draws_the_same_labeled_batch():
     system = prepared()
     drawn = []
     for first in (0, 7):

@@ -36,7 +36,7 @@ def test_shapes(shape):
 
 @pytest.mark.parametrize("player", StackGAN.players)
 @pytest.mark.parametrize("changes", [{}, {"penalty": "r1", "feature_matching": 1.0, "historical_averaging": 0.1, "minibatch_kernels": 3}])
-def test_gradients_reach_the_players_own_parameters(player, changes):
+def test_gradients_reach_the_player_only(player, changes):
     system = small(**changes)
     step(system, system.optimizers(), torch.rand(4, 1, 8, 8), LABELS, player)
     reached = {name for name, parameter in system.named_parameters() if parameter.grad is not None}
@@ -45,8 +45,8 @@ def test_gradients_reach_the_players_own_parameters(player, changes):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_losses_are_the_plain_formula(number):
-    system = small(kl_weight=0.5).eval()  # batch normalization by running statistics
+def test_losses_match_plain_pytorch(number):
+    system = small(kl_weight=0.5).eval()  # batch normalization with running statistics
     images = torch.rand(4, 1, 8, 8)
     stage = system.stages[number - 1]
     real = (F.avg_pool2d(images, 2) if number == 1 else images) * 2 - 1
@@ -82,14 +82,14 @@ def _score(stage, images, embedding):
     return stage.discriminator(images, embedding)[0]
 
 
-def test_the_wrong_label_is_always_another():
+def test_mismatched_label_is_another_class():
     system = small()
     for _ in range(20):
         wrong = system._mismatched(LABELS).argmax(1)
         assert (wrong != LABELS).all()
 
 
-def test_given_embeddings_take_the_place_of_labels():
+def test_given_embeddings():
     system = small(condition_dim=6)
     embeddings = torch.randn(4, 6)
     assert torch.equal(system._mismatched(embeddings), embeddings[[1, 2, 3, 0]])
@@ -112,7 +112,7 @@ def test_embeddings_may_have_another_dtype(dtype):
     assert small().double().embed(LABELS).dtype == torch.float64
 
 
-def test_one_embedding_alone_has_no_wrong_one():
+def test_one_embedding_has_no_mismatch():
     with pytest.raises(ValueError, match=r"^StackGAN: a batch with embeddings must have at least 2 images, .* got 1"):
         small(condition_dim=6).training_step(torch.rand(1, 1, 8, 8), torch.randn(1, 6), player="discriminator1")
 
@@ -128,7 +128,7 @@ def test_scaled_one_hot_embeddings_are_labels():
     assert not torch.equal(drawn[0], drawn[2])
 
 
-def test_stages_learn_one_after_the_other():
+def test_stages_train_in_sequence():
     system = small(stage1_share=0.25, instance_noise=1.0)
     images = torch.rand(4, 1, 8, 8)
     optimizers = system.optimizers()
@@ -158,8 +158,8 @@ def test_state_dict_gives_the_same_samples():
     assert not torch.equal(drawn[0], drawn[2])
 
 
-def test_samples_take_their_class():
-    """Dark and bright images: samples are dark and bright as their labels say."""
+def test_samples_match_their_class():
+    """Trained on dark and bright images, samples are dark or bright according to their labels."""
     labels = torch.arange(16) % 2
     images = (0.1 + 0.8 * labels.float())[:, None, None, None].expand(16, 1, 8, 8).contiguous()
     system = small(num_classes=2, lr=4e-3, ema=0.9, kl_weight=0.0)

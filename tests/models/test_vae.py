@@ -41,7 +41,7 @@ def test_shapes_and_modes(system, shape):
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_players_learn_their_own_parameters(system):
+def test_gradients_reach_the_player_only(system):
     model = small(system)
     images = torch.rand(4, 1, 8, 8)
     optimizers = model.optimizers()
@@ -89,10 +89,10 @@ def test_state_dict_gives_equal_samples(system):
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_shares_of_a_batch_train_like_the_batch(system):
+def test_split_batch_trains_like_the_batch(system):
     model = small(system)
     for module in model.modules():
-        module.train(not isinstance(module, BatchNorm))  # which joins its statistics over processes only
+        module.train(not isinstance(module, BatchNorm))  # whose statistics are global only under torch.distributed
     images = torch.rand(6, 1, 8, 8)
     results = []
     for size in (6, 3):
@@ -106,7 +106,7 @@ def test_shares_of_a_batch_train_like_the_batch(system):
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("sigma", [None, 0.1])
-def test_vae_loss_is_its_formula(likelihood, sigma):
+def test_vae_loss_matches_plain_pytorch(likelihood, sigma):
     model = small(VAE, likelihood=likelihood, sigma=sigma, beta=3.0, shift=0)
     images = torch.rand(4, 1, 8, 8)
     losses = seeded(model.training_step, images)
@@ -124,7 +124,7 @@ def test_vae_loss_is_its_formula(likelihood, sigma):
     torch.testing.assert_close(seeded(model.negative_elbo, images), (reconstruction + kl).detach())
 
 
-def test_sigma_learned_or_given():
+def test_learned_or_fixed_sigma():
     model = small(VAE, likelihood="gaussian", shift=0)
     images = torch.rand(4, 1, 8, 8)
     seeded(model.training_step, images)["loss"].backward()
@@ -134,7 +134,7 @@ def test_sigma_learned_or_given():
     assert "log_sigma" not in small(VAE, likelihood="gaussian", sigma=0.1).state_dict()
 
 
-def test_elbo_of_many_codes_is_their_mean():
+def test_elbo_is_averaged_over_samples():
     model = small(VAE)
     images = torch.rand(3, 1, 8, 8)
     torch.manual_seed(3)
@@ -144,7 +144,7 @@ def test_elbo_of_many_codes_is_their_mean():
         model.negative_elbo(images, samples=0)
 
 
-def test_shift_moves_the_batch_as_one():
+def test_shift_is_the_same_for_the_batch():
     images = torch.rand(3, 2, 8, 12)
     model = small(VAE, image_shape=(2, 8, 12), shift=2)
     seen = []
@@ -171,7 +171,7 @@ def test_vae_latent_grid():
 
 
 @pytest.mark.parametrize("hard", [False, True])
-def test_discrete_loss_is_its_formula(hard):
+def test_discrete_loss_matches_plain_pytorch(hard):
     model = small(DiscreteVAE, hard=hard, kl_weight=0.5, tau_start=2.0, tau_end=0.5)
     model.progress = 0.5
     assert model.tau == pytest.approx(1.0)
@@ -185,7 +185,7 @@ def test_discrete_loss_is_its_formula(hard):
     torch.testing.assert_close(losses["loss"].detach(), losses["reconstruction"] + 0.5 * losses["kl"])
 
 
-def test_indices_carry_the_whole_image():
+def test_reconstruction_depends_on_indices_only():
     model = small(DiscreteVAE)
     images = torch.rand(3, 1, 8, 8)
     indices = model.encode(images)
@@ -194,14 +194,14 @@ def test_indices_carry_the_whole_image():
     torch.testing.assert_close(model.decode(indices), model.decoder(codes.movedim(-1, 1)).clamp(0, 1))
 
 
-def test_prior_learns_from_encodings():
+def test_prior_trains_on_encodings():
     model = small(DiscreteVAE)
     images = torch.rand(4, 1, 8, 8)
     loss = model.training_step(images, player="prior")["loss"]
     torch.testing.assert_close(loss, model.prior.loss(model.encode(images)))
 
 
-def test_turns_of_the_prior():
+def test_prior_every():
     model = small(DiscreteVAE, prior_every=3)
     assert [step for step in range(8) if "prior" in model.players_at(step)] == [0, 3, 6]
     assert all("model" in model.players_at(step) for step in range(8))
@@ -218,7 +218,7 @@ def test_without_a_prior():
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_calls_that_do_not_fit(system):
+def test_bad_calls(system):
     model, name = small(system), system.__name__
     with pytest.raises(ValueError, match=f"^{name}: player must be one of {', '.join(model.players)}, got 'generator'"):
         model.training_step(torch.rand(2, 1, 8, 8), player="generator")
@@ -246,7 +246,7 @@ def test_calls_that_do_not_fit(system):
         (DiscreteVAE, {"kl_weight": math.nan}, "kl_weight must be a finite number"),
     ],
 )
-def test_config_that_does_not_fit(system, changes, message):
+def test_bad_config(system, changes, message):
     with pytest.raises(ValueError, match=message):
         small(system, **changes)
 
@@ -255,6 +255,6 @@ def test_config_that_does_not_fit(system, changes, message):
     ("system", "method"),
     [(VAE, "negative_elbo"), *((s, m) for s in SYSTEMS for m in ("training_step", "encode", "reconstruct"))],
 )
-def test_images_that_do_not_fit(system, method):
+def test_bad_images(system, method):
     with pytest.raises(ValueError, match=r"images must have shape \[B, 1, 8, 8\], got \[2, 1, 8, 12\]"):
         getattr(small(system), method)(torch.rand(2, 1, 8, 12))

@@ -17,12 +17,12 @@ def small(system=VQVAE, image_shape=(1, 16, 16), **changes):
 
 
 def levels(codes):
-    """Codes of one level or of two, as a tuple."""
+    """Codes of one or two levels, as a tuple."""
     return codes if isinstance(codes, tuple) else (codes,)
 
 
 def blocks(n, side=8):
-    """Images of four evenly colored quarters."""
+    """Images of four uniform quarters."""
     return torch.rand(n, 1, 2, 2).repeat_interleave(side, 2).repeat_interleave(side, 3)
 
 
@@ -44,20 +44,20 @@ def test_shapes(system, image_shape):
 
 
 @BOTH
-def test_codes_carry_the_whole_image(system):
+def test_reconstruction_depends_on_codes_only(system):
     model = small(system).eval()
     images = torch.rand(3, 1, 16, 16)
     output = model(images)
     codes = model.encode(images)
-    for ours, theirs in zip(levels(codes), levels(output[1]), strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, expected in zip(levels(codes), levels(output[1]), strict=True):
+        assert torch.equal(actual, expected)
     torch.testing.assert_close(model.decode(codes), output.reconstruction.clamp(0, 1))
     assert torch.equal(model.reconstruct(images), model.decode(codes))
     assert not model.decode(codes).requires_grad
 
 
 @BOTH
-def test_what_is_no_training_step_learns_nothing(system):
+def test_only_training_steps_update_the_codebook(system):
     model = small(system).train()
     images = torch.rand(3, 1, 16, 16)
     model.initialize(images)
@@ -96,7 +96,7 @@ def test_training_lowers_the_losses(system, decay):
 
 
 @BOTH
-def test_losses_are_what_they_are_called(system):
+def test_losses_match_their_names(system):
     model = small(system)
     images = torch.rand(3, 1, 16, 16)
     model.initialize(images)
@@ -117,14 +117,14 @@ def test_losses_are_what_they_are_called(system):
 
 
 @BOTH
-def test_priors_learn_from_every_fourth_batch(system):
+def test_priors_train_on_every_fourth_batch(system):
     model = small(system)
     assert [model.players_at(step) for step in range(5)] == [model.players, *[("model",)] * 3, model.players]
     assert small(system, prior_every=1).players_at(1) == model.players
 
 
 def test_samples_resemble_a_single_training_image():
-    """Everything learned from one image: the prior must draw its codes."""
+    """Trained on one image, the prior must sample its codes."""
     model = small(lr=1e-2, lr_prior=1e-2)
     images = blocks(1).expand(8, -1, -1, -1)
     optimizers = model.optimizers()
@@ -138,7 +138,7 @@ def test_samples_resemble_a_single_training_image():
 
 
 @BOTH
-def test_state_dict_brings_the_samples(system):
+def test_state_dict_gives_the_same_samples(system):
     source, target = small(system), small(system, decay=0.9)
     source.training_step(torch.rand(4, 1, 16, 16))
     target.load_state_dict(source.state_dict())
@@ -166,7 +166,7 @@ def test_without_a_prior_there_is_one_player(system):
 
 
 @BOTH
-def test_calls_that_do_not_fit(system):
+def test_bad_calls(system):
     model, name = small(system), system.__name__
     with pytest.raises(ValueError, match=f"^{name}: player must be one of {', '.join(system.players)}, got 'generator'"):
         model.training_step(torch.rand(2, 1, 16, 16), player="generator")
@@ -176,7 +176,7 @@ def test_calls_that_do_not_fit(system):
         model.sample(2, torch.zeros(2, dtype=torch.int64))
 
 
-def test_parts_keep_their_own_modes():
+def test_submodules_keep_their_modes():
     model = small().train()
     model.quantizer.eval()
     modes = [module.training for module in model.modules()]
@@ -185,7 +185,7 @@ def test_parts_keep_their_own_modes():
     assert not all(modes)
 
 
-def test_init_codes_takes_encodings():
+def test_initialize_sets_codes_to_encodings():
     model = small()
     images = torch.rand(4, 1, 16, 16)
     model.initialize(images)
@@ -195,7 +195,7 @@ def test_init_codes_takes_encodings():
 
 @BOTH
 @pytest.mark.parametrize("shape", [(1, 1, 16, 12), (1, 3, 16, 16), (1, 16, 16)])
-def test_images_that_do_not_fit(system, shape):
+def test_bad_images(system, shape):
     model = small(system)
     for call in (model, model.encode, model.initialize, model.training_step):
         with pytest.raises(ValueError, match=rf"^{system.__name__}: images must have shape \[B, 1, 16, 16\], got \["):
@@ -215,13 +215,13 @@ def test_images_that_do_not_fit(system, shape):
         ({"prior_every": 0}, "prior_every must be at least 1, got 0"),
     ],
 )
-def test_config_that_does_not_fit(system, changes, message):
+def test_bad_config(system, changes, message):
     with pytest.raises(ValueError, match=message):
         small(system, **changes)
 
 
 def trained(system, images, first, processes=1):
-    """The state after the start and two steps of every player, in float64; gradients are averaged over the processes."""
+    """The state after initialization and two steps of every player, in float64; gradients are averaged over ranks."""
     model = small(system).double()
     model.initialize(first)
     for _ in range(2):
@@ -237,7 +237,7 @@ def trained(system, images, first, processes=1):
 
 
 def codes_drawn(x, mask):
-    """A codebook from vectors of x, some of them masked, and after a step of its averages."""
+    """A codebook initialized from partly masked vectors of x, and after an EMA update."""
     torch.manual_seed(1)
     quantizer = VectorQuantizer(6, 4, decay=0.5).double()
     quantizer.init_codes(x, mask)
@@ -263,7 +263,7 @@ def _share(rank, path, results):
     dist.destroy_process_group()
 
 
-def test_two_processes_are_one_on_the_joined_batch(tmp_path):
+def test_two_ranks_match_one_process_on_the_global_batch(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     processes = [context.Process(target=_share, args=(rank, tmp_path / "store", results)) for rank in range(2)]
@@ -275,7 +275,7 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path):
         assert process.exitcode == 0
     images, x, mask = distributed_inputs()
     alone = [list(trained(system, images, images).values()) for system in (VQVAE, VQVAE2)] + [codes_drawn(x, mask), codes_drawn(x, None)]
-    for ours, theirs, expected in zip(first, second, alone, strict=True):
-        assert ours == theirs, "bit for bit"
-        for value, exact in zip(ours, expected, strict=True):
+    for actual, reference, expected in zip(first, second, alone, strict=True):
+        assert actual == reference, "bitwise"
+        for value, exact in zip(actual, expected, strict=True):
             torch.testing.assert_close(torch.tensor(value, dtype=exact.dtype), exact, rtol=1e-9, atol=1e-12)

@@ -4,7 +4,7 @@ from torch.nn import functional as F
 from genperf.models.vqvae import VQVAE
 from genperf.models.vqvae2 import VQVAE2, HierarchicalCodes, VQVAE2Config
 
-# What both systems do is in test_vqvae.py.
+# Tests for both VQ-VAEs are in test_vqvae.py.
 
 
 def small(**changes):
@@ -12,7 +12,7 @@ def small(**changes):
     return VQVAE2(VQVAE2Config(image_shape=(1, 16, 16), **{"hidden": 8, "dim": 4, "num_codes": 16, "prior_width": 8, **changes}))
 
 
-def test_both_levels_and_the_way_between_them_reach_the_image():
+def test_gradients_reach_both_levels():
     model = small().eval()
     model.initialize(torch.rand(4, 1, 16, 16))
     top, bottom = torch.zeros(2, 4, 4, dtype=torch.int64), torch.zeros(2, 8, 8, dtype=torch.int64)
@@ -26,8 +26,8 @@ def test_both_levels_and_the_way_between_them_reach_the_image():
     assert not torch.equal(model.encode(images).bottom, bottom_codes)
 
 
-def test_decoder_is_that_of_the_paper():
-    """Upsampled top beside bottom, and the quantizer losses of both levels."""
+def test_decoder_matches_the_paper():
+    """The decoder gets the upsampled top and the bottom level; the quantizer losses of both levels are summed."""
     model = small()
     images = torch.rand(4, 1, 16, 16)
     model.initialize(images)
@@ -43,8 +43,8 @@ def test_decoder_is_that_of_the_paper():
     torch.testing.assert_close(output.quantizer_loss, commitment)
 
 
-def test_bottom_is_drawn_given_the_top(monkeypatch):
-    """The bottom prior must see the codes of the very top that is decoded."""
+def test_bottom_is_sampled_given_the_top(monkeypatch):
+    """The condition of the bottom prior must be the top level that is decoded."""
     model = small()
     model.initialize(torch.rand(4, 1, 16, 16))
     decoded = []
@@ -61,7 +61,7 @@ def test_bottom_is_drawn_given_the_top(monkeypatch):
 
 
 def test_finer_codes_reconstruct_better():
-    """Squares of 2x2 pixels: more than a code of 4x4 pixels can tell."""
+    """Squares of 2x2 pixels, finer than a code for 4x4 pixels."""
     torch.manual_seed(0)
     images = torch.rand(16, 1, 8, 8).repeat_interleave(2, 2).repeat_interleave(2, 3)
     errors = {}

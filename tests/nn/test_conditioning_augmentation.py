@@ -5,7 +5,7 @@ import genperf
 from genperf.nn.conditioning_augmentation import ConditioningAugmentation
 
 
-def test_sample_and_kl_are_the_plain_formulas(device):
+def test_sample_and_kl_match_plain_pytorch(device):
     layer = ConditioningAugmentation(5, 3).to(device)
     condition = torch.randn(4, 5, device=device)
     mean, logvar = layer.linear(condition).chunk(2, 1)
@@ -31,7 +31,7 @@ def test_modes(deterministic, draws):
             torch.testing.assert_close(sample, layer.linear(condition)[:, :3])
 
 
-def test_a_share_of_a_batch_has_its_own_noise():
+def test_noise_of_a_split_batch():
     layer = ConditioningAugmentation(5, 3)
     condition = torch.randn(4, 5)
     torch.manual_seed(1)

@@ -15,7 +15,7 @@ def plain(moments, noise, dim=1, free_bits=0.0):
 
 @pytest.mark.parametrize(("shape", "dim"), [((3, 8), 1), ((2, 6, 5, 4), 1), ((2, 5, 8), -1), ((2, 4, 3, 2, 5), 1)])
 @pytest.mark.parametrize("free_bits", [0.0, 0.5])
-def test_training_samples_and_measures(shape, dim, free_bits, device):
+def test_training_mode_samples(shape, dim, free_bits, device):
     moments = torch.randn(shape, dtype=torch.float64, device=device)
     noise = torch.randn_like(moments.chunk(2, dim)[0])
     sample, kl = DiagonalGaussian(dim=dim, free_bits=free_bits)(moments, noise=noise)
@@ -29,24 +29,24 @@ def test_training_samples_and_measures(shape, dim, free_bits, device):
     ("deterministic", "training", "takes_mean"),
     [(None, True, False), (None, False, True), (True, True, True), (False, False, False)],
 )
-def test_which_mode_takes_the_mean(deterministic, training, takes_mean, device):
+def test_deterministic_modes(deterministic, training, takes_mean, device):
     layer = DiagonalGaussian(deterministic=deterministic).train(training)
     moments = torch.randn(4, 6, 3, device=device)
     before = torch.random.get_rng_state()
     sample, kl = layer(moments)
     assert layer.is_deterministic == torch.equal(sample, moments[:, :3]) == takes_mean
     if takes_mean and device == "cpu":
-        assert torch.equal(torch.random.get_rng_state(), before), "the mean draws nothing"
+        assert torch.equal(torch.random.get_rng_state(), before), "the mean must not use random numbers"
     torch.testing.assert_close(kl, plain(moments, 0)[1])
 
 
-def test_the_mean_has_gradients_like_a_sample_without_noise(device):
+def test_gradients_of_the_mean(device):
     moments = torch.randn(4, 6, dtype=torch.float64, device=device, requires_grad=True)
     sample, kl = DiagonalGaussian().eval()(moments)
     expected_sample, expected_kl = plain(moments, 0)
-    (ours,) = torch.autograd.grad(sample.square().sum() + kl.sum(), moments)
-    (theirs,) = torch.autograd.grad(expected_sample.square().sum() + expected_kl.sum(), moments)
-    torch.testing.assert_close(ours, theirs)
+    (actual,) = torch.autograd.grad(sample.square().sum() + kl.sum(), moments)
+    (expected,) = torch.autograd.grad(expected_sample.square().sum() + expected_kl.sum(), moments)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_half_precision_keeps_the_noise_in_a_float32_sample(device):
@@ -60,7 +60,7 @@ def test_half_precision_keeps_the_noise_in_a_float32_sample(device):
     assert (kept != 4).float().mean() > 0.9
 
 
-def test_two_tensors_and_a_prior_reach_the_op(device):
+def test_two_tensors_and_a_prior(device):
     mean, logvar, *prior = torch.randn(4, 3, 7, dtype=torch.float64, device=device)
     layer = DiagonalGaussian().eval()
     sample, kl = layer(mean, logvar, prior=tuple(prior))
@@ -70,7 +70,7 @@ def test_two_tensors_and_a_prior_reach_the_op(device):
     torch.testing.assert_close(layer(torch.cat([mean, logvar], 1), prior=torch.cat(prior, 1))[1], kl)
 
 
-def test_seed_and_generator_decide_the_noise(device):
+def test_seed_and_generator_determine_the_noise(device):
     layer, moments = DiagonalGaussian(), torch.randn(2, 8, 3, device=device)
     samples = []
     for seed in (0, 0, 1):
@@ -99,7 +99,7 @@ def test_activation_checkpointing_draws_the_same_noise(use_reentrant, device):
 def test_compiles_in_one_graph(training, device):
     layer = DiagonalGaussian(free_bits=0.1).train(training)
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")  # which draws from torch's generator as eager does
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")  # same random numbers as eager
     for shape in ((3, 8, 5), (4, 8, 7)):
         moments, results = torch.randn(shape, device=device), []
         for call in (layer, compiled):
@@ -111,11 +111,11 @@ def test_compiles_in_one_graph(training, device):
             torch.testing.assert_close(fused, eager)
 
 
-def test_has_no_state():
+def test_empty_state_dict():
     assert not DiagonalGaussian().state_dict()
 
 
-def test_bad_arguments_are_named(device):
+def test_bad_arguments(device):
     with pytest.raises(ValueError, match=r"DiagonalGaussian: free_bits must not be negative, got -1"):
         DiagonalGaussian(free_bits=-1)
     with pytest.raises(TypeError, match=r"deterministic must be None, True or False, got 'eval'"):
@@ -128,11 +128,11 @@ def test_bad_arguments_are_named(device):
             layer.__class__().train(training)(torch.randn(2, 3, device=device))
 
 
-def test_is_the_op(device):
+def test_matches_the_op(device):
     torch.manual_seed(0)
     moments = torch.randn(2, 4, 5, device=device)
     torch.manual_seed(1)
-    ours = DiagonalGaussian()(moments)
+    actual = DiagonalGaussian()(moments)
     torch.manual_seed(1)
-    for mine, theirs in zip(ours, genperf.gaussian_sample(moments), strict=True):
-        assert torch.equal(mine, theirs)
+    for found, expected in zip(actual, genperf.gaussian_sample(moments), strict=True):
+        assert torch.equal(found, expected)

@@ -13,7 +13,7 @@ def gumbel_noise(like):
 
 
 def plain(logits, codebook, tau, hard, noise):
-    """Channels last, in plain PyTorch."""
+    """GumbelQuantizer for channels-last logits in plain PyTorch."""
     soft = ((logits + noise) / tau).softmax(-1)
     one_hot = F.one_hot(soft.argmax(-1), logits.shape[-1]).to(soft)
     sample = one_hot - soft.detach() + soft if hard else soft
@@ -23,28 +23,28 @@ def plain(logits, codebook, tau, hard, noise):
 
 @pytest.mark.parametrize("channel_dim", [-1, 1])
 @pytest.mark.parametrize("hard", [False, True])
-def test_training_step_is_that_of_plain_pytorch(hard, channel_dim, device):
+def test_training_step_matches_plain_pytorch(hard, channel_dim, device):
     layer = GumbelQuantizer(7, 3, tau=0.7, hard=hard, channel_dim=channel_dim).to(device, torch.float64)
     logits = torch.randn(2, 4, 5, 7, dtype=torch.float64, device=device)
     noise = gumbel_noise(logits)
     weight = torch.randn(2, 4, 5, 3, dtype=torch.float64, device=device)
 
-    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
-    quantized, indices, kl = layer(ours.movedim(-1, channel_dim), noise=noise.movedim(-1, channel_dim))
+    actual, reference = (logits.clone().requires_grad_() for _ in range(2))
+    quantized, indices, kl = layer(actual.movedim(-1, channel_dim), noise=noise.movedim(-1, channel_dim))
     codebook = layer.codebook.detach().clone().requires_grad_()
-    expected, expected_indices, expected_kl = plain(theirs, codebook, layer.tau.double(), hard, noise)
+    expected, expected_indices, expected_kl = plain(reference, codebook, layer.tau.double(), hard, noise)
     torch.testing.assert_close(quantized.movedim(channel_dim, -1), expected)
     assert torch.equal(indices, expected_indices)
     torch.testing.assert_close(kl, expected_kl)
 
     ((quantized.movedim(channel_dim, -1) * weight).sum() + kl.sum()).backward()
     ((expected * weight).sum() + expected_kl.sum()).backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(actual.grad, reference.grad)
     torch.testing.assert_close(layer.codebook.grad, codebook.grad)
 
 
 @pytest.mark.parametrize("channel_dim", [-1, 1])
-def test_evaluation_is_decode_of_encode(channel_dim, device):
+def test_evaluation_matches_decode_of_encode(channel_dim, device):
     layer = GumbelQuantizer(7, 3, channel_dim=channel_dim).to(device).eval()
     logits = torch.randn(2, 4, 5, 7, device=device)
     laid_out = logits.movedim(-1, channel_dim)
@@ -67,14 +67,14 @@ def test_evaluation_is_decode_of_encode(channel_dim, device):
         (False, False, True, False),
     ],
 )
-def test_which_mode_draws_and_which_mixes(deterministic, training, draws, mixes, device):
+def test_sampling_and_mixing_modes(deterministic, training, draws, mixes, device):
     layer = GumbelQuantizer(5, 3, deterministic=deterministic).to(device).train(training)
     quantized, indices, _ = layer(torch.zeros(200, 5, device=device))
     assert (len(indices.unique()) > 1) == draws
     assert torch.equal(quantized, layer.codebook[indices]) != mixes
 
 
-def test_deterministic_training_passes_gradients_straight_through(device):
+def test_deterministic_training_is_straight_through(device):
     layer = GumbelQuantizer(5, 3, deterministic=True).to(device)
     logits = torch.randn(6, 5, device=device, requires_grad=True)
     layer(logits)[0].sum().backward()
@@ -82,8 +82,8 @@ def test_deterministic_training_passes_gradients_straight_through(device):
 
 
 @pytest.mark.parametrize("hard", [False, True])
-def test_kl_loss_does_not_grow_with_the_batch(hard, device):
-    """DALLE-pytorch's kl_div with reduction="batchmean" against a prior of shape [1] did: eight times the batch, eight times the loss."""
+def test_kl_loss_is_independent_of_the_batch_size(hard, device):
+    """With kl_div(reduction="batchmean") and a prior of shape [1], as in DALLE-pytorch, the loss is proportional to the batch size."""
     layer = GumbelQuantizer(7, 3, hard=hard, channel_dim=1).to(device)
     logits = torch.randn(2, 7, 4, 4, device=device)
     many = logits.repeat(8, 1, 1, 1)
@@ -98,7 +98,7 @@ def test_kl_loss_does_not_grow_with_the_batch(hard, device):
     torch.testing.assert_close(wrong, len(many) * (kl_of_many.sum() / len(kl_of_many)))
 
 
-def test_kl_is_that_from_the_uniform_prior(device):
+def test_kl_from_the_uniform_prior(device):
     layer = GumbelQuantizer(7, 3).to(device)
     logits = torch.stack([torch.zeros(7), torch.tensor([0.0] + [-math.inf] * 6)]).to(device)
     torch.testing.assert_close(layer(logits)[2], torch.tensor([0, math.log(7)], device=device))
@@ -149,13 +149,13 @@ def test_state_dict_round_trip(device):
     target.load_state_dict(source.state_dict())
     logits = torch.randn(8, 5, device=device)
     noise = gumbel_noise(logits)
-    for ours, theirs in zip(source(logits, noise=noise), target(logits, noise=noise), strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, expected in zip(source(logits, noise=noise), target(logits, noise=noise), strict=True):
+        assert torch.equal(actual, expected)
     assert target.tau.item() == pytest.approx(0.3)
     assert [name for name, _ in source.named_parameters()] == ["codebook"]
 
 
-def test_seed_and_generator_decide_the_noise(device):
+def test_seed_and_generator_determine_the_noise(device):
     layer, logits = GumbelQuantizer(5, 3).to(device), torch.randn(30, 5, device=device)
     results = []
     for seed in (0, 0, 1):
@@ -178,15 +178,15 @@ def test_activation_checkpointing_draws_the_same_noise(hard, use_reentrant, devi
         quantized, _, kl = run(x)
         (quantized.square().sum() + kl.sum()).backward()
         gradients.append((x.grad, layer.codebook.grad))
-    for ours, theirs in zip(*gradients, strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, expected in zip(*gradients, strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_in_one_graph(training, device):
     layer = GumbelQuantizer(8, 3, hard=True, channel_dim=1).to(device).train(training)
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")  # which draws from torch's generator as eager does
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")  # same random numbers as eager
     for shape in ((3, 8, 5), (4, 8, 7)):
         logits, results = torch.randn(shape, device=device), []
         for call in (layer, compiled):
@@ -221,6 +221,6 @@ def test_annealing_does_not_recompile(device):
         ({"deterministic": "eval"}, "deterministic must be None, True or False, got 'eval'"),
     ],
 )
-def test_constructor_names_the_rule(arguments, message):
+def test_bad_arguments(arguments, message):
     with pytest.raises((ValueError, TypeError), match="^GumbelQuantizer: .*" + message):
         GumbelQuantizer(**{"num_codes": 4, "dim": 2, **arguments})

@@ -1,4 +1,4 @@
-"""nn.FiniteScalarQuantizer and nn.LookupFreeQuantizer."""
+"""nn.FiniteScalarQuantizer and nn.LookupFreeQuantizer, the quantizers with implicit codebooks."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def gradients(layer, x, mask=None):
 
 @layers
 @pytest.mark.parametrize("codebooks", [1, 3])
-def test_decode_gives_what_forward_gave(make, codebooks, device):
+def test_decode_matches_forward(make, codebooks, device):
     for dim, channel_dim, shape in [(7, -1, (2, 11, 7)), (7, 1, (2, 7, 4, 5)), (7, 0, (7, 13)), (None, 1, None)]:
         layer = make(dim=dim, num_codebooks=codebooks, channel_dim=channel_dim).to(device)
         x = torch.randn(shape or (2, layer.dim, 4, 5), device=device)
@@ -38,8 +38,8 @@ def test_decode_gives_what_forward_gave(make, codebooks, device):
 
 
 @layers
-def test_channels_first_is_channels_last(make, device):
-    """Values and gradients, and of images not even a permuted copy is made of what is projected."""
+def test_channels_first_matches_channels_last(make, device):
+    """Values and gradients, for images and permuted views."""
     last = make(dim=6, num_codebooks=2).to(device)
     first = make(dim=6, num_codebooks=2, channel_dim=1).to(device)
     first.load_state_dict(last.state_dict())
@@ -58,7 +58,7 @@ def test_channels_first_is_channels_last(make, device):
 
 
 @layers
-def test_masked_vectors_take_no_part(make, device):
+def test_masked_vectors_have_no_effect(make, device):
     layer = make(dim=6, num_codebooks=2).to(device)
     x, mask = torch.randn(40, 6, device=device), torch.arange(40, device=device) % 3 > 0
     x[~mask] = torch.nan
@@ -92,8 +92,8 @@ def test_half_precision_under_autocast(make, device):
     assert (plain[1] == indices).float().mean() > 0.8
 
 
-def test_float16_vectors_of_any_length(device):
-    """A norm of zero, or one past the largest float16, which also a masked vector has under autocast."""
+def test_float16_vectors_of_any_norm(device):
+    """Norms of zero and above the largest float16, also of masked vectors under autocast."""
     layer = LookupFreeQuantizer(16, spherical=True).to(device)
     x = torch.tensor([0.0, 2e4], device=device).half().unsqueeze(1).expand(2, 16)
     quantized, indices, loss = layer(x)
@@ -123,7 +123,7 @@ def test_bad_inputs(make):
 
 
 @pytest.mark.parametrize("name", ["FSQ", "BSQ"])
-def test_compiles_as_one_graph(name, device):
+def test_compiles_in_one_graph(name, device):
     layer = LAYERS[name](dim=6, channel_dim=1).to(device)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x, mask = torch.randn(2, 6, 4, 5, device=device), torch.rand(2, 4, 5, device=device) > 0.3
@@ -143,8 +143,8 @@ def test_loss_of_lookup_free_layer(device):
     assert torch.equal(layer(x)[1], indices)
 
 
-def test_entropy_loss_spreads_the_codes(device):
-    """From vectors that all have one code, the loss alone makes use of most."""
+def test_entropy_loss_increases_codebook_usage(device):
+    """Vectors start with the same code; training on the loss alone spreads them over most codes."""
     layer = LookupFreeQuantizer(4, 4 + 1, inv_temperature=5.0, entropy_weight=1.0).to(device)
     x = torch.randn(256, 5, device=device) + 3
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.03)

@@ -25,7 +25,7 @@ def test_reconstruction_is_exact(kernel, shape, levels, device):
 
 
 def interpolated(x, size):
-    """up of Burt and Adelson along the last axis: zeros between the pixels, then twice the blur."""
+    """`up` of Burt and Adelson along the last axis: insert zeros between pixels, then blur and double."""
     padded = np.concatenate([x[..., :1], x, x[..., -1:]], -1)
     spaced = np.zeros((*padded.shape[:-1], 2 * padded.shape[-1]))
     spaced[..., ::2] = padded
@@ -33,7 +33,7 @@ def interpolated(x, size):
 
 
 @pytest.mark.parametrize("size", [(8, 6), (7, 9), (1, 2)])
-def test_binomial_is_the_blur_of_burt_and_adelson(size):
+def test_binomial_matches_burt_and_adelson(size):
     pyramid = LaplacianPyramid(1).double()
     image = torch.randn(2, *size, dtype=torch.float64)
     blurred = image.numpy()
@@ -45,7 +45,7 @@ def test_binomial_is_the_blur_of_burt_and_adelson(size):
     torch.testing.assert_close(pyramid.up(down, size), torch.from_numpy(up.copy()))
 
 
-def test_box_takes_means_and_repeats_them():
+def test_box_averages_and_repeats():
     pyramid = LaplacianPyramid(1, "box")
     images = torch.rand(2, 3, 6, 4)
     down = pyramid.down(images)
@@ -55,7 +55,7 @@ def test_box_takes_means_and_repeats_them():
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_constant_has_no_detail(kernel):
+def test_constant_image_has_zero_bands(kernel):
     *bands, coarse = LaplacianPyramid(2, kernel).decompose(torch.full((1, 1, 9, 12), 0.7))
     assert all(band.abs().max() < 1e-6 for band in bands)
     torch.testing.assert_close(coarse, torch.full((1, 1, 3, 3), 0.7))

@@ -13,17 +13,17 @@ def plain(x, weight):
 
 
 @pytest.mark.parametrize(("n", "a", "b", "c"), [(1, 3, 2, 2), (5, 4, 3, 2), (33, 7, 5, 1)])
-def test_forward_and_backward_are_those_of_plain_pytorch(n, a, b, c, device):
+def test_forward_and_backward_match_plain_pytorch(n, a, b, c, device):
     layer = MinibatchDiscrimination(a, b, c).to(device, torch.float64)
-    x, theirs = (torch.linspace(-1, 1, n * a, dtype=torch.float64, device=device).cos().reshape(n, a).requires_grad_() for _ in range(2))
+    x, reference = (torch.linspace(-1, 1, n * a, dtype=torch.float64, device=device).cos().reshape(n, a).requires_grad_() for _ in range(2))
     weight = layer.weight.detach().clone().requires_grad_()
-    actual, expected = layer(x), plain(theirs, weight)
+    actual, expected = layer(x), plain(reference, weight)
     torch.testing.assert_close(actual, expected)
     assert actual.shape == (n, layer.out_features)
     scale = torch.randn_like(expected)
     (actual * scale).sum().backward()
     (expected * scale).sum().backward()
-    torch.testing.assert_close(x.grad, theirs.grad)
+    torch.testing.assert_close(x.grad, reference.grad)
     torch.testing.assert_close(layer.weight.grad, weight.grad)
 
 
@@ -34,20 +34,20 @@ def test_similarities_alone(device):
     assert layer.out_features == 3
 
 
-def test_a_collapsed_batch_is_told_from_a_spread_one(device):
+def test_collapsed_batch_has_higher_similarity(device):
     layer = MinibatchDiscrimination(64, 5, 8, concatenate=False).to(device)
     collapsed = layer(torch.randn(1, 64, device=device).expand(32, 64))
     torch.testing.assert_close(collapsed, torch.full_like(collapsed, 31))
     spread = layer(torch.randn(32, 64, device=device)) / 31
-    assert 0.05 < spread.mean() < 0.9, "features of unit variance start where the similarity has a gradient"
+    assert 0.05 < spread.mean() < 0.9, "with features of unit variance the similarity must have a useful gradient"
 
 
-def test_one_sample_has_no_company(device):
+def test_one_sample_has_zero_similarity(device):
     layer = MinibatchDiscrimination(4, 3, 2, concatenate=False).to(device)
     assert not layer(torch.randn(1, 4, device=device)).any()
 
 
-def test_a_gradient_penalty_passes_through(device):
+def test_gradient_penalty(device):
     critic = nn.Sequential(MinibatchDiscrimination(4, 3, 2), nn.Linear(7, 1)).to(device, torch.float64)
     real = torch.randn(5, 4, dtype=torch.float64, device=device)
     loss = gradient_penalty(critic, real, kind="r1", weight=1.0)
@@ -88,7 +88,7 @@ def test_autocast(device):
     torch.testing.assert_close(y.float(), plain(x, layer.weight), rtol=0.05, atol=0.05)
 
 
-def test_bad_arguments_are_named(device):
+def test_bad_arguments(device):
     with pytest.raises(ValueError, match=r"^MinibatchDiscrimination: kernel_dim must be at least 1, got 0"):
         MinibatchDiscrimination(4, 3, 0)
     layer = MinibatchDiscrimination(4, 3, 2).to(device)

@@ -11,7 +11,7 @@ LAYERS = (ReferenceBatchNorm, VirtualBatchNorm)
 
 
 def plain(layer, x, reference):
-    """The formulas of the paper: moments of the reference, for virtual batch normalization together with each sample's."""
+    """The formulas of the paper: moments of the reference batch, for VirtualBatchNorm combined with those of each sample."""
     dims = (0, *range(2, x.dim()))
     shape = (-1, x.shape[1], *[1] * (x.dim() - 2))
     mean, square = reference.mean(dims).view(shape), reference.square().mean(dims).view(shape)
@@ -33,27 +33,27 @@ def network(layer, **options):
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 4, 2)])
-def test_outputs_and_gradients_are_those_of_the_formulas(layer, affine, shape, device):
+def test_outputs_and_gradients_match_plain_pytorch(layer, affine, shape, device):
     layer = layer(3, 0.01, affine=affine).to(device, torch.float64)
     for p in layer.parameters():
         nn.init.normal_(p)
     reference, x = (k + torch.randn(n, *shape, dtype=torch.float64, device=device) for k, n in ((2, 6), (1, 4)))
     scale = torch.randn_like(x)
     found = []
-    for ours in (True, False):
+    for actual in (True, False):
         leaves = [x.clone().requires_grad_(), reference.clone().requires_grad_(), *layer.parameters()]
-        if ours:
+        if actual:
             with reference_pass(layer, leaves[1]):
                 y = layer(leaves[0])
         else:
             y = plain(layer, *leaves[:2])
         found.append([y, *torch.autograd.grad((y * scale).sum(), leaves)])
     torch.testing.assert_close(found[0], found[1])
-    torch.testing.assert_close(layer(x), found[1][0], msg="the statistics stay")
+    torch.testing.assert_close(layer(x), found[1][0], msg="the statistics must remain")
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_the_reference_batch_is_normalized_by_itself(layer, device):
+def test_reference_batch_is_normalized_by_its_own_statistics(layer, device):
     layer = layer(3).to(device)
     seen = []
     handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -72,7 +72,7 @@ def test_statistics_do_not_cancel_far_from_zero(device):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_samples_are_apart_in_either_mode(layer, device):
+def test_samples_are_independent_in_both_modes(layer, device):
     critic = network(layer).to(device)
     set_reference_batch(critic, torch.rand(6, 1, 4, 4, device=device))
     before = copy.deepcopy(critic.state_dict())
@@ -80,11 +80,13 @@ def test_samples_are_apart_in_either_mode(layer, device):
     alone = torch.cat([critic(sample[None]) for sample in x])
     torch.testing.assert_close(critic(x), alone)
     torch.testing.assert_close(critic.eval()(x), alone)
-    assert all(torch.equal(value, before[name]) for name, value in critic.state_dict().items()), "only a reference pass changes the state"
+    assert all(torch.equal(value, before[name]) for name, value in critic.state_dict().items()), (
+        "only a reference pass may change the state"
+    )
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_reference_follows_the_weights_when_asked(layer, device):
+def test_reference_pass_uses_the_current_weights(layer, device):
     critic = network(layer).to(device)
     reference, x = torch.rand(6, 1, 4, 4, device=device), torch.rand(5, 1, 4, 4, device=device)
     set_reference_batch(critic, reference)
@@ -94,18 +96,18 @@ def test_reference_follows_the_weights_when_asked(layer, device):
     stale = critic(x)
     with reference_pass(critic, reference):
         fresh = critic(x)
-        # A second order passes through the statistics as well.
+        # Double backward also passes through the statistics.
         loss = fresh.square().mean() + gradient_penalty(critic, x, kind="r1", weight=1.0)
     assert not torch.allclose(stale, fresh)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in critic.parameters())
-    for _ in range(2):  # no graph stays behind
+    for _ in range(2):  # no graph is kept
         critic(x).sum().backward()
     set_reference_batch(critic, reference)
     torch.testing.assert_close(critic(x), fresh)
 
 
-def test_gradients_through_the_reference_are_those_of_finite_differences():
+def test_gradients_through_the_reference_match_finite_differences():
     critic = network(VirtualBatchNorm).double()
     reference, x = (torch.rand(3, 1, 4, 4, dtype=torch.float64) for _ in range(2))
     weight = critic[0].weight
@@ -122,7 +124,7 @@ def test_gradients_through_the_reference_are_those_of_finite_differences():
     torch.testing.assert_close((analytic * direction).sum(), (values[0] - values[1]) / 2e-5, rtol=1e-5, atol=1e-7)
 
 
-def test_state_dict_brings_the_reference():
+def test_state_dict_includes_the_reference():
     critic = network(VirtualBatchNorm)
     set_reference_batch(critic, torch.rand(6, 1, 4, 4))
     resumed = network(VirtualBatchNorm)
