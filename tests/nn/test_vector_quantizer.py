@@ -8,7 +8,7 @@ DECAY, EPS = 0.9, 1e-5
 
 
 def ema_step(x, codebook, counts, sums):
-    """The update of an EMA codebook as the papers write it, on x [N, D]."""
+    """Codebook, counts and sums after an EMA update, in plain PyTorch, for x [N, D]."""
     nearest = (x[:, None] - codebook).square().sum(-1).argmin(1)
     one_hot = F.one_hot(nearest, len(codebook)).to(x.dtype)
     counts = DECAY * counts + (1 - DECAY) * one_hot.sum(0)
@@ -19,7 +19,7 @@ def ema_step(x, codebook, counts, sums):
 
 @pytest.mark.parametrize("channel_dim", [-1, 1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_moving_averages_follow_the_formula(dtype, channel_dim):
+def test_ema_matches_the_formula(dtype, channel_dim):
     torch.manual_seed(0)
     quantizer = VectorQuantizer(7, 3, decay=DECAY, eps=EPS, channel_dim=channel_dim).to(dtype)
     codebook = quantizer.codebook.double().clone()
@@ -33,25 +33,25 @@ def test_moving_averages_follow_the_formula(dtype, channel_dim):
         torch.testing.assert_close(getattr(quantizer, name).double(), value, rtol=tolerance, atol=tolerance, msg=name)
 
 
-def test_masked_vectors_do_not_move_codes():
+def test_masked_vectors_do_not_affect_the_codebook():
     torch.manual_seed(0)
-    masked, short = VectorQuantizer(5, 3, decay=DECAY), VectorQuantizer(5, 3, decay=DECAY)
-    short.load_state_dict(masked.state_dict())
+    masked, kept = VectorQuantizer(5, 3, decay=DECAY), VectorQuantizer(5, 3, decay=DECAY)
+    kept.load_state_dict(masked.state_dict())
     x = torch.randn(4, 6, 3)
     mask = torch.rand(4, 6) < 0.5
     x[~mask] = float("nan")
     quantized, indices, loss = masked(x, mask)
-    short_quantized, short_indices, short_loss = short(x[mask])
+    kept_quantized, kept_indices, kept_loss = kept(x[mask])
     for name in ("codebook", "counts", "sums"):
-        assert torch.equal(getattr(masked, name), getattr(short, name)), name
-    assert torch.equal(quantized[mask], short_quantized)
+        assert torch.equal(getattr(masked, name), getattr(kept, name)), name
+    assert torch.equal(quantized[mask], kept_quantized)
     assert not quantized[~mask].any()
-    assert torch.equal(indices[mask], short_indices)
+    assert torch.equal(indices[mask], kept_indices)
     assert (indices[~mask] == -1).all()
-    torch.testing.assert_close(loss, short_loss)
+    torch.testing.assert_close(loss, kept_loss)
 
 
-def test_step_is_quantized_with_the_codes_from_before_its_update():
+def test_a_step_uses_the_codes_from_before_its_update():
     torch.manual_seed(0)
     quantizer = VectorQuantizer(5, 3, decay=DECAY, commitment_weight=0.5)
     before = quantizer.codebook.clone()
@@ -60,11 +60,11 @@ def test_step_is_quantized_with_the_codes_from_before_its_update():
     assert not torch.equal(quantizer.codebook, before)
     assert torch.equal(quantized, before[indices])
     loss.backward()
-    torch.testing.assert_close(loss, 0.5 * F.mse_loss(x, before[indices]))  # commitment alone
+    torch.testing.assert_close(loss, 0.5 * F.mse_loss(x, before[indices]))  # only the commitment loss
     torch.testing.assert_close(x.grad, 0.5 * 2 * (x.detach() - before[indices]) / x.numel())
 
 
-def test_learned_codebook_takes_the_gradient_step_of_plain_pytorch():
+def test_gradient_step_of_a_learned_codebook_matches_plain_pytorch():
     torch.manual_seed(0)
     quantizer = VectorQuantizer(6, 4, codebook_weight=0.7, commitment_weight=0.3)
     plain = quantizer.codebook.detach().clone().requires_grad_()
@@ -81,20 +81,20 @@ def test_learned_codebook_takes_the_gradient_step_of_plain_pytorch():
 
 @pytest.mark.parametrize("decay", [None, DECAY])
 @pytest.mark.parametrize("channel_dim", [-1, 1])
-def test_decode_equals_quantized_bit_for_bit(decay, channel_dim):
+def test_decode_equals_quantized_bitwise(decay, channel_dim):
     torch.manual_seed(0)
     quantizer = VectorQuantizer(6, 4, decay=decay, channel_dim=channel_dim).eval()
     x = torch.randn(2, 3, 5, 4).movedim(-1, channel_dim)
     mask = torch.rand(2, 3, 5) < 0.7
-    for given in (None, mask):
-        quantized, indices, _ = quantizer(x, given)
+    for valid in (None, mask):
+        quantized, indices, _ = quantizer(x, valid)
         assert torch.equal(quantizer.decode(indices), quantized)
     assert torch.equal(quantizer.encode(x)[mask], indices[mask])
     with pytest.raises(TypeError, match="int64"):
         quantizer.decode(indices.int())
 
 
-def test_decode_differentiates_a_learned_codebook():
+def test_decode_is_differentiable_in_a_learned_codebook():
     quantizer = VectorQuantizer(4, 2)
     quantizer.decode(torch.tensor([1, 1, 3, -1])).sum().backward()
     assert quantizer.codebook.grad.tolist() == [[0, 0], [2, 2], [0, 0], [1, 1]]
@@ -111,8 +111,8 @@ def test_state_dict_round_trip(decay, names):
     target.load_state_dict(state)
     x = torch.randn(20, 3)
     for step in range(2):
-        for ours, theirs in zip(source(x), target(x), strict=True):
-            assert torch.equal(ours, theirs), step
+        for expected, found in zip(source(x), target(x), strict=True):
+            assert torch.equal(found, expected), step
     assert {name for name, _ in source.named_parameters()} == ({"codebook"} if decay is None else set())
 
 
@@ -164,10 +164,10 @@ def test_data_initializes_the_codes_once(decay):
     torch.manual_seed(0)
     quantizer = VectorQuantizer(8, 2, decay=decay, init="data", channel_dim=1)
     x = torch.arange(60.0).reshape(2, 15, 2).movedim(-1, 1)
-    mask = torch.arange(30).reshape(2, 15) % 3 == 0  # 10 vectors, more than codes
+    mask = torch.arange(30).reshape(2, 15) % 3 == 0  # 10 vectors for 8 codes
     quantized = quantizer(x, mask)[0]
     codes = quantized.movedim(1, -1)[mask].unique(dim=0)
-    assert len(codes) == 8, "every code is drawn once, and is the nearest to where it came from"
+    assert len(codes) == 8, "the codes must be 8 different vectors of x"
     assert all((x.movedim(1, -1)[mask] == code).all(-1).any() for code in codes)
     before = quantizer.codebook.detach().clone()
     quantizer(1000 + x)
@@ -175,7 +175,7 @@ def test_data_initializes_the_codes_once(decay):
     assert moved.count_nonzero() == 0 if decay is None else moved.abs().max() < 1000
 
 
-def test_data_initialization_of_few_or_no_vectors():
+def test_init_codes_with_fewer_vectors_than_codes():
     quantizer = VectorQuantizer(5, 2)
     before = quantizer.codebook.detach().clone()
     quantizer.init_codes(torch.zeros(0, 2))
@@ -185,7 +185,7 @@ def test_data_initialization_of_few_or_no_vectors():
     assert sorted(quantizer.codebook[:, 0].tolist()) in ([1, 1, 1, 2, 2], [1, 1, 2, 2, 2])
 
 
-def test_loaded_codes_are_not_replaced_by_data():
+def test_loaded_codes_are_not_initialized_from_data():
     quantizer = VectorQuantizer(5, 3, init="data")
     codebook = torch.randn(5, 3)
     quantizer.load_state_dict({"codebook": codebook})
@@ -193,7 +193,7 @@ def test_loaded_codes_are_not_replaced_by_data():
     assert torch.equal(quantizer.codebook, codebook)
 
 
-def test_rotation_and_cosine_reach_the_op():
+def test_gradient_and_metric_options():
     torch.manual_seed(0)
     x = torch.randn(20, 3, requires_grad=True)
     quantizer = VectorQuantizer(5, 3, gradient="rotation", metric="cosine")
@@ -219,7 +219,7 @@ def test_rotation_and_cosine_reach_the_op():
         ({"init": "pca"}, "init must be one of uniform, data, kmeans, got 'pca'"),
     ],
 )
-def test_constructor_names_the_rule(arguments, message):
+def test_invalid_constructor_arguments(arguments, message):
     with pytest.raises(ValueError, match="^VectorQuantizer: .*" + message):
         VectorQuantizer(**{"num_codes": 4, "dim": 2, **arguments})
 

@@ -15,7 +15,7 @@ NAN = float("nan")
 
 
 def plain(layer, x, mask=None):
-    """The layer in a loop over heads, on x [..., D] in float64: quantized, indices, loss."""
+    """Quantized, indices and loss of the layer, in plain PyTorch with a loop over heads; x is float64, [..., D]."""
     mask = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask
     x = torch.where(mask.unsqueeze(-1), x, 0)
     projected = x if layer.project_in is None else layer.project_in(x)
@@ -39,59 +39,59 @@ def plain(layer, x, mask=None):
 
 
 OPTIONS = {
-    "shared": {"heads": 3},
-    "separate": {"heads": 3, "separate_codebooks": True},
-    "one book": {"heads": 1, "separate_codebooks": True},
+    "shared codebook": {"heads": 3},
+    "separate codebooks": {"heads": 3, "separate_codebooks": True},
+    "one head": {"heads": 1, "separate_codebooks": True},
     "projected": {"code_dim": 2},
     "projected heads": {"code_dim": 4, "heads": 2, "separate_codebooks": True},
     "cosine": {"metric": "cosine", "heads": 2, "separate_codebooks": True},
     "cosine projected": {"metric": "cosine", "heads": 2, "code_dim": 2},
-    "averages": {"heads": 3, "separate_codebooks": True, "decay": 0.9},
+    "EMA": {"heads": 3, "separate_codebooks": True, "decay": 0.9},
 }
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("channel_dim", [-1, 1])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_equals_a_loop_over_heads(options, channel_dim, masked):
+def test_matches_a_loop_over_heads(options, channel_dim, masked):
     layer = VectorQuantizer(7, 6, channel_dim=channel_dim, **options).double()
     x = torch.randn(3, 4, 5, 6, dtype=torch.float64)
     mask = torch.rand(3, 4, 5) < 0.6 if masked else None
     if masked:
         x[~mask] = NAN
-    ours, theirs = (x.clone().movedim(-1, channel_dim).requires_grad_() for _ in range(2))
-    expected = plain(layer, theirs.movedim(channel_dim, -1), mask)
+    x, plain_x = (x.clone().movedim(-1, channel_dim).requires_grad_() for _ in range(2))
+    expected = plain(layer, plain_x.movedim(channel_dim, -1), mask)
     parameters = list(layer.parameters())
-    upstream = torch.randn(3, 4, 5, 6, dtype=torch.float64)
-    (expected[0] * upstream).sum().add(expected[2]).backward()
-    expected_grads = [p.grad for p in parameters] + [theirs.grad]
+    grad_output = torch.randn(3, 4, 5, 6, dtype=torch.float64)
+    (expected[0] * grad_output).sum().add(expected[2]).backward()
+    expected_grads = [p.grad for p in parameters] + [plain_x.grad]
     layer.zero_grad(set_to_none=True)
-    quantized, indices, loss = layer(ours, mask)
+    quantized, indices, loss = layer(x, mask)
     quantized = quantized.movedim(channel_dim, -1)
-    (quantized * upstream).sum().add(loss).backward()
+    (quantized * grad_output).sum().add(loss).backward()
     assert torch.equal(indices, expected[1])
     torch.testing.assert_close(quantized, expected[0])
     torch.testing.assert_close(loss, expected[2])
-    for grad, wanted in zip([p.grad for p in parameters] + [ours.grad], expected_grads, strict=True):
+    for grad, wanted in zip([p.grad for p in parameters] + [x.grad], expected_grads, strict=True):
         torch.testing.assert_close(grad, wanted)
     layer.eval()
-    quantized, indices, _ = layer(ours, mask)
+    quantized, indices, _ = layer(x, mask)
     torch.testing.assert_close(layer.decode(indices), quantized)
     if mask is None:
-        assert torch.equal(layer.encode(ours), indices)
+        assert torch.equal(layer.encode(x), indices)
     else:
-        assert torch.equal(layer.encode(ours, mask), indices)
+        assert torch.equal(layer.encode(x, mask), indices)
         assert not layer.decode(indices).movedim(channel_dim, -1)[~mask].any()
 
 
 @pytest.mark.parametrize("channel_dim", [1, 2])
-def test_lengths_are_a_mask(channel_dim):
+def test_lengths_match_a_mask(channel_dim):
     layer = VectorQuantizer(5, 4, channel_dim=channel_dim, heads=2).eval()
     x = torch.randn(3, 6, 4).movedim(-1, channel_dim)
     lengths = torch.tensor([0, 6, 2])
     mask = torch.arange(6) < lengths.unsqueeze(1)
-    for ours, theirs in zip(layer(x, lengths=lengths), layer(x, mask), strict=True):
-        assert torch.equal(ours, theirs)
+    for found, expected in zip(layer(x, lengths=lengths), layer(x, mask), strict=True):
+        assert torch.equal(found, expected)
 
 
 IMAGES, AUDIO, VIDEO = (3, 8, 5, 7), (3, 8, 9), (2, 8, 3, 4, 5)
@@ -111,26 +111,26 @@ IMAGES, AUDIO, VIDEO = (3, 8, 5, 7), (3, 8, 9), (2, 8, 3, 4, 5)
     ],
     ids=["images", "channels-last images", "audio", "channels-last audio", "video", "channels-last video"],
 )
-def test_channels_first_is_read_and_written_where_it_lies(x, heads, separate, monkeypatch):
-    seen = []
+def test_images_are_read_and_written_without_a_copy(x, heads, separate, monkeypatch):
+    pointers = []
     layer = VectorQuantizer(5, 8, channel_dim=1, heads=heads, separate_codebooks=separate)
 
-    module = importlib.import_module("genperf.ops.vector_quantize")  # the name in genperf.ops is the function
+    module = importlib.import_module("genperf.ops.vector_quantize")  # genperf.ops.vector_quantize is the function
 
-    def watch(name, place):
+    def record(name, position):
         function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *arguments: seen.append(arguments[place].data_ptr()) or function(*arguments))
+        monkeypatch.setattr(module, name, lambda *arguments: pointers.append(arguments[position].data_ptr()) or function(*arguments))
 
-    watch("search", 0)
-    if heads == 1 or not separate:  # the vectors of a head are gathered for the lookup
-        watch("quantize", 0)
+    record("search", 0)
+    if heads == 1 or not separate:  # separate codebooks copy the vectors of each head for the lookup
+        record("quantize", 0)
     quantized, indices, _ = layer(x)
-    assert seen
-    assert seen == [x.data_ptr()] * len(seen)
+    assert pointers
+    assert pointers == [x.data_ptr()] * len(pointers)
     assert quantized.stride() == x.stride()
-    rows = layer(x.movedim(1, -1).contiguous().movedim(-1, 1))
-    assert torch.equal(quantized, rows[0])
-    assert torch.equal(indices, rows[1])
+    expected = layer(x.movedim(1, -1).contiguous().movedim(-1, 1))
+    assert torch.equal(quantized, expected[0])
+    assert torch.equal(indices, expected[1])
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (0, 4, 5), (2, 4, 0), (2, 4, 0, 3), (4,)], ids=str)
@@ -144,7 +144,7 @@ def test_channels_first_is_read_and_written_where_it_lies(x, heads, separate, mo
     ],
     ids=str,
 )
-def test_no_vector_or_one(shape, options):
+def test_empty_batch_and_single_vector(shape, options):
     layer = VectorQuantizer(5, 4, channel_dim=1 if len(shape) > 1 else 0, **options)
     x = torch.randn(shape, requires_grad=True)
     quantized, indices, loss = layer(x)
@@ -160,24 +160,24 @@ def test_no_vector_or_one(shape, options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"code_dim": 3}, {"metric": "cosine"}, {"decay": 0.9, "replace_dead_below": 0.5}], ids=str)
 def test_half_precision(options, dtype):
-    """A float32 layer takes it, a half-precision layer too, and both under autocast."""
+    """Half-precision x in a float32 and in a half-precision layer, with and without autocast."""
     full = VectorQuantizer(6, 8, channel_dim=1, **options)
     half = VectorQuantizer(6, 8, channel_dim=1, **options).to(dtype)
     x = torch.randn(4, 8, 3, 3).to(dtype)
     for layer, autocast in itertools.product((full, half), (False, True)):
-        given = x.clone().requires_grad_()
+        leaf = x.clone().requires_grad_()
         with torch.autocast("cpu", dtype, enabled=autocast):
-            quantized, _, loss = layer(given)
+            quantized, _, loss = layer(leaf)
         assert quantized.dtype == x.dtype
         assert loss.dtype == torch.float32
         (quantized.float().square().mean() + loss).backward()
-        assert given.grad.isfinite().all()
-        assert given.grad.any()
+        assert leaf.grad.isfinite().all()
+        assert leaf.grad.any()
         assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize("options", [{}, {"code_dim": 3}, {"metric": "cosine", "heads": 2}], ids=str)
-def test_autocast_stays_near_float32(options):
+def test_autocast_is_close_to_float32(options):
     layer = VectorQuantizer(6, 8, **options).eval()
     x = torch.randn(50, 8, requires_grad=True)
     quantized, indices, loss = layer(x)
@@ -192,7 +192,7 @@ def test_autocast_stays_near_float32(options):
         assert torch.equal(low, quantized)
 
 
-def test_reference_ops_reach_the_layer(caplog):
+def test_reference_ops_in_the_layer(caplog):
     layer = VectorQuantizer(6, 4, decay=0.9)
     state = {name: value.clone() for name, value in layer.state_dict().items()}
     x = torch.randn(20, 4)
@@ -226,7 +226,7 @@ def test_reference_ops_reach_the_layer(caplog):
         (ValueError, r"code_weights must have shape \[2, 5\] or \[5\], got \[2\]", {"code_weights": torch.ones(2)}),
     ],
 )
-def test_forward_names_the_rule_and_changes_nothing(error, message, arguments):
+def test_invalid_forward_arguments_change_nothing(error, message, arguments):
     layer = VectorQuantizer(5, 4, decay=0.9, heads=2, separate_codebooks=True, replace_dead_below=2.0, init="kmeans")
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     with pytest.raises(error, match="^VectorQuantizer: " + message):
@@ -252,6 +252,6 @@ def test_forward_names_the_rule_and_changes_nothing(error, message, arguments):
         ({"update": "often"}, "update must be one of step, accumulate, none, got 'often'"),
     ],
 )
-def test_constructor_names_the_rule(arguments, message):
+def test_invalid_constructor_arguments(arguments, message):
     with pytest.raises(ValueError, match="^VectorQuantizer: .*" + message):
         VectorQuantizer(5, 4, **arguments)

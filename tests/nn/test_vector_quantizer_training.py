@@ -1,4 +1,4 @@
-"""How the codebook of nn.VectorQuantizer trains: first codes, revival, regularizers, accumulation, compilation."""
+"""How the codebook of nn.VectorQuantizer trains: initialization, dead-code replacement, regularizers, accumulation, compilation."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ def assert_same(first, second, **tolerance):
 
 
 def rows_in(codes, x):
-    """Which of the codes [K, D] are rows of x [N, D], and which rows."""
+    """For each of the codes [K, D], whether it is a row of x [N, D], and which one."""
     equal = torch.isclose(codes.unsqueeze(1), x, rtol=1e-6, atol=0).all(-1)
     return equal.any(1), equal.int().argmax(1)
 
@@ -42,7 +42,7 @@ def distortion(layer, x):
     return torch.cdist(x, layer.codebook.detach()).min(1).values.square().sum()
 
 
-def test_kmeans_starts_from_centers():
+def test_kmeans_initializes_codes_with_cluster_centers():
     x = clusters(12)
     layers = {init: VectorQuantizer(12, 4, decay=0.9, init=init) for init in ("kmeans", "data")}
     for layer in layers.values():
@@ -54,7 +54,7 @@ def test_kmeans_starts_from_centers():
     assert torch.equal(layers["data"].counts, torch.ones(12))
 
 
-def test_kmeans_follows_from_the_seed():
+def test_kmeans_initialization_depends_on_the_seed():
     x = torch.randn(200, 4)
     codebooks = []
     for seed in (0, 0, 1):
@@ -64,21 +64,21 @@ def test_kmeans_follows_from_the_seed():
         codebooks.append(layer.codebook.detach().clone())
         before = layer.codebook.detach().clone()
         layer(x + 5)
-        assert torch.equal(layer.codebook, before)  # it learns by gradient, and has started
+        assert torch.equal(layer.codebook, before)  # learned by gradient, and already initialized
     assert torch.equal(codebooks[0], codebooks[1])
     assert not torch.equal(codebooks[0], codebooks[2])
 
 
-def test_kmeans_on_fewer_vectors_than_codes():
+def test_kmeans_initialization_with_fewer_vectors_than_codes():
     layer = VectorQuantizer(6, 3, decay=0.5, init="kmeans")
     x = torch.randn(2, 3)
     layer(x)
     layer(x)
     assert distortion(layer, x) < 1e-6
-    assert torch.cdist(layer.codebook, x).min(1).values.max() < 1e-3, "no code has gone to the origin"
+    assert torch.cdist(layer.codebook, x).min(1).values.max() < 1e-3, "a code moved to the origin"
 
 
-def test_loaded_codes_are_not_replaced_and_start_their_own_averages():
+def test_loading_codes_resets_the_averages():
     layer = VectorQuantizer(5, 3, decay=0.9, init="kmeans", replace_dead_below=1e-3)
     codes = torch.randn(5, 3)
     layer.load_state_dict({"codebook": codes}, strict=False)
@@ -86,7 +86,7 @@ def test_loaded_codes_are_not_replaced_and_start_their_own_averages():
     torch.testing.assert_close(layer.codebook, codes, rtol=1e-4, atol=1e-4)
 
 
-def test_averages_of_a_layer_without_revival_load():
+def test_averages_of_a_layer_without_dead_code_replacement_load():
     source, target = VectorQuantizer(5, 3, decay=0.9), VectorQuantizer(5, 3, decay=0.9, replace_dead_below=0.1)
     target.load_state_dict(source.state_dict())
     assert target.num_updates == 0
@@ -94,9 +94,9 @@ def test_averages_of_a_layer_without_revival_load():
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("decay", [None, 0.5])
-def test_dead_codes_become_vectors_of_the_batch(decay, metric):
+def test_dead_codes_are_replaced_by_vectors_of_the_batch(decay, metric):
     layer = VectorQuantizer(8, 4, decay=decay, usage_decay=0.5, metric=metric, replace_dead_below=0.9)
-    with torch.no_grad():  # all but the first out of reach
+    with torch.no_grad():  # only the first code is nearest to any vector
         layer.codebook[0] = 1
         layer.codebook[1:] = -layer.codebook[1:].abs()
     x = 5 + torch.randn(20, 4)
@@ -104,18 +104,18 @@ def test_dead_codes_become_vectors_of_the_batch(decay, metric):
     quantized, _, loss = layer(x)
     assert torch.equal(torch.get_rng_state(), random_state)
     x = F.normalize(x, dim=-1, eps=1e-6) if metric == "cosine" else x
-    revived, row = rows_in(layer.codebook.detach(), x)
-    assert revived.tolist() == [False] + [True] * 7
+    replaced, row = rows_in(layer.codebook.detach(), x)
+    assert replaced.tolist() == [False] + [True] * 7
     assert len(set(row[1:].tolist())) == 7
     assert torch.equal(layer.counts[1:], torch.full((7,), 0.9))
     assert torch.equal(layer.sums[1:], layer.codebook.detach()[1:] * 0.9)
-    if decay is None:  # backward is that of the step's own codes
+    if decay is None:  # backward uses the codes that x was quantized with
         (quantized.sum() + loss).backward()
         assert not layer.codebook.grad[1:].any()
         assert layer.codebook.grad[0].any()
 
 
-def test_revival_is_deterministic_and_moves_through_the_batch():
+def test_dead_code_replacement_is_deterministic_and_changes_position():
     x = 100 + torch.arange(50.0).unsqueeze(1).expand(50, 2)
     runs = []
     for _ in range(2):
@@ -133,23 +133,23 @@ def test_revival_is_deterministic_and_moves_through_the_batch():
     assert len({min(step) for step in runs[0]}) == 6
 
 
-def test_revival_with_fewer_vectors_than_codes():
+def test_dead_code_replacement_with_fewer_vectors_than_codes():
     layer = VectorQuantizer(9, 2, decay=0.5, replace_dead_below=0.9)
-    seen = torch.zeros(9, dtype=torch.bool)
+    ever_replaced = torch.zeros(9, dtype=torch.bool)
     for step in range(12):
         x = 50 + 10 * torch.randn(3, 2)
         before = layer.codebook.clone()
         layer(x)
-        revived, row = rows_in(layer.codebook, x)
-        revived &= (layer.codebook != before).any(-1)
-        chosen = row[revived & (layer.counts == 0.9)].tolist()
+        replaced, row = rows_in(layer.codebook, x)
+        replaced &= (layer.codebook != before).any(-1)
+        chosen = row[replaced & (layer.counts == 0.9)].tolist()
         assert len(chosen) == len(set(chosen)) <= 3, step
-        seen |= revived
-    assert seen.sum() >= 8  # each code has its turn
+        ever_replaced |= replaced
+    assert ever_replaced.sum() >= 8  # codes without a replacement wait for a later step
 
 
 @pytest.mark.parametrize("kind", ["masked", "NaN", "infinite"])
-def test_revival_draws_only_what_counts(kind):
+def test_replacements_are_valid_and_finite(kind):
     bad = torch.rand(6, 10) < 0.5
     x = 50 + torch.randn(6, 10, 2)
     x[bad] = NAN if kind != "infinite" else math.inf
@@ -157,12 +157,12 @@ def test_revival_draws_only_what_counts(kind):
     for step in range(3):
         layer(x, ~bad if kind == "masked" else None)
         assert step > 0 or rows_in(layer.codebook, x[~bad])[0].sum() >= 2
-        fine = layer.codebook.isfinite().all(-1)
-        assert fine[1:].all()  # what is not masked and no number goes to code 0
-        assert fine[0] or kind != "masked"
+        finite = layer.codebook.isfinite().all(-1)
+        assert finite[1:].all()  # unmasked vectors with NaN or infinity are assigned to code 0
+        assert finite[0] or kind != "masked"
 
 
-def test_heads_revive_from_their_own_vectors():
+def test_dead_codes_of_a_head_are_replaced_by_its_own_vectors():
     layer = VectorQuantizer(6, 4, decay=0.5, heads=2, separate_codebooks=True, replace_dead_below=0.9, channel_dim=1)
     x = torch.cat([50 + torch.randn(3, 2, 5), -50 + torch.randn(3, 2, 5)], 1)
     layer(x)
@@ -171,7 +171,7 @@ def test_heads_revive_from_their_own_vectors():
 
 
 def gram(codes):
-    """The term as the paper writes it, from all pairs of codes [n, D]."""
+    """The orthogonal term of codes [n, D] from the cosines of all pairs, as in the paper."""
     codes = F.normalize(codes, dim=-1)
     return (codes @ codes.T).square().sum() / len(codes) ** 2 - 1 / len(codes)
 
@@ -185,8 +185,8 @@ def test_orthogonal_term(used_only, separate):
     x, mask = torch.randn(4, 4, dtype=torch.float64), torch.tensor([True, True, False, True])
     _, indices, loss, terms = layer(x, mask, return_terms=True)
     codes = layer.codebook.detach().clone().requires_grad_()
-    books, found = (codes, indices[mask].T) if separate else (codes[None], indices[mask].reshape(1, -1))
-    expected = torch.stack([gram(book[i.unique()] if used_only else book) for book, i in zip(books, found, strict=True)]).mean()
+    codebooks, used = (codes, indices[mask].T) if separate else (codes[None], indices[mask].reshape(1, -1))
+    expected = torch.stack([gram(c[i.unique()] if used_only else c) for c, i in zip(codebooks, used, strict=True)]).mean()
     torch.testing.assert_close(terms.orthogonal, expected)
     torch.testing.assert_close(loss, 0.25 * terms.error + 0.3 * expected)
     loss.backward()
@@ -196,7 +196,7 @@ def test_orthogonal_term(used_only, separate):
     assert layer.eval()(x, return_terms=True)[3].orthogonal == 0
 
 
-def test_orthogonal_term_of_some_codes():
+def test_orthogonal_term_of_randomly_drawn_codes():
     layer = VectorQuantizer(3, 4, orthogonal_weight=1.0, orthogonal_max_codes=2)
     pairs = [gram(layer.codebook.detach()[list(pair)]).item() for pair in ((0, 1), (0, 2), (1, 2))]
     seen = {
@@ -209,7 +209,7 @@ def test_orthogonal_term_of_some_codes():
     assert min(abs(pair - value) for pair in pairs) < 1e-6
 
 
-def test_orthogonal_term_without_a_vector_and_in_half_precision():
+def test_orthogonal_term_of_an_empty_batch_and_under_autocast():
     layer = VectorQuantizer(500, 4, orthogonal_weight=1.0, orthogonal_used_only=True)
     loss = layer(torch.randn(3, 4), torch.zeros(3, dtype=torch.bool))[2]
     loss.backward()
@@ -218,12 +218,12 @@ def test_orthogonal_term_without_a_vector_and_in_half_precision():
     layer.orthogonal_used_only = False
     with torch.no_grad():
         layer.codebook.fill_(1.0)
-    with torch.autocast("cpu", torch.float16):  # 500 equal codes have squares beyond it
+    with torch.autocast("cpu", torch.float16):  # the sum of squares over 500 equal codes exceeds float16
         term = layer(torch.randn(3, 4), return_terms=True)[3].orthogonal
     assert term.item() == pytest.approx(1 - 1 / 500, rel=1e-5)
 
 
-def test_accumulated_steps_are_one_step():
+def test_accumulated_steps_match_one_step():
     whole, parts, mixed = (VectorQuantizer(7, 3, decay=0.9, channel_dim=1, heads=1, separate_codebooks=True) for _ in range(3))
     for layer in (parts, mixed):
         layer.load_state_dict(whole.state_dict())
@@ -241,7 +241,7 @@ def test_accumulated_steps_are_one_step():
         assert_same(state(mixed), state(whole), rtol=1e-6, atol=1e-6)
 
 
-def test_layers_without_a_step_keep_their_codes():
+def test_layers_without_statistics_keep_their_codes():
     layers = nn.ModuleList(
         VectorQuantizer(7, 3, decay=0.9, replace_dead_below=2.0, update=update) for update in ("accumulate", "none", "step")
     )
@@ -255,7 +255,7 @@ def test_layers_without_a_step_keep_their_codes():
     assert torch.equal(layers[1].codebook, before[1])
 
 
-def test_accumulated_statistics_are_copied_and_forgotten():
+def test_accumulated_statistics_are_copied_and_discarded_by_loading():
     layer = VectorQuantizer(7, 3, decay=0.9, replace_dead_below=0.99, update="accumulate")
     loaded = copy.deepcopy(layer)
     layer(torch.randn(20, 3, requires_grad=True))
@@ -264,7 +264,7 @@ def test_accumulated_statistics_are_copied_and_forgotten():
     file.seek(0)
     copies = [copy.deepcopy(layer), torch.load(file, weights_only=False)]
     loaded(torch.randn(20, 3))
-    loaded.load_state_dict(layer.state_dict())  # what it has gathered belongs to other codes
+    loaded.load_state_dict(layer.state_dict())  # its statistics belong to other codes
     update_codebooks(loaded)
     torch.testing.assert_close(loaded.codebook, layer.codebook, rtol=1e-6, atol=0)
     for module in (layer, *copies):
@@ -302,7 +302,7 @@ def test_code_weights(kind, heads):
         torch.testing.assert_close(seen[0][1], counts)
 
 
-def test_code_weights_for_several_layers_are_checked_first():
+def test_code_weights_are_checked_before_any_layer_is_updated():
     layers = nn.ModuleList([VectorQuantizer(5, 3, decay=0.9, update="accumulate"), VectorQuantizer(6, 3, decay=0.9, update="accumulate")])
     before = state(layers)
     for layer in layers:
@@ -323,7 +323,7 @@ def test_frozen_codes():
     assert not torch.equal(layer.codebook, before["codebook"])
 
 
-def test_usage_of_the_moving_averages():
+def test_usage_from_ema_counts():
     layer = VectorQuantizer(4, 2, decay=0.5, replace_dead_below=0.1)
     layer.counts.copy_(torch.tensor([2.0, 1.0, 1.0, 0.05]))
     perplexity, used, dead = layer.usage()
@@ -336,7 +336,7 @@ def test_usage_of_the_moving_averages():
 
 OPTIONS = {
     "learned": {},
-    "averages and revival": {"decay": 0.9, "replace_dead_below": 1.0},
+    "EMA and dead-code replacement": {"decay": 0.9, "replace_dead_below": 1.0},
     "separate heads": {"decay": 0.9, "replace_dead_below": 0.5, "heads": 2, "separate_codebooks": True, "gradient": "rotation"},
     "projection": {"decay": 0.9, "heads": 2, "code_dim": 3, "metric": "cosine", "replace_dead_below": 0.5},
     "orthogonal": {"replace_dead_below": 1.0, "orthogonal_weight": 1.0, "orthogonal_used_only": True, "orthogonal_max_codes": 7},
@@ -351,15 +351,15 @@ def test_compiled_steps(name):
     compiled = torch.compile(layer, fullgraph=True, backend="eager" if name == "projection" else "aot_eager")
     for step in range(3):
         x, mask = torch.randn(2, 4, 5), torch.rand(2, 5) < 0.8
-        ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+        eager_x, compiled_x = (x.clone().requires_grad_() for _ in range(2))
         torch.manual_seed(step)
-        expected = eager(theirs, mask)
+        expected = eager(eager_x, mask)
         torch.manual_seed(step)
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            outputs = compiled(ours, mask)
+            outputs = compiled(compiled_x, mask)
         for q, _, loss in (outputs, expected):
             (q.square().sum() + loss).backward()
-        for value, wanted in zip((*outputs, ours.grad), (*expected, theirs.grad), strict=True):
+        for value, wanted in zip((*outputs, compiled_x.grad), (*expected, eager_x.grad), strict=True):
             torch.testing.assert_close(value, wanted)
         assert_same(state(layer), state(eager), rtol=1e-6, atol=1e-6)
         for parameter, wanted in zip(layer.parameters(), eager.parameters(), strict=True):
@@ -374,16 +374,16 @@ def test_compiled_steps(name):
     torch.testing.assert_close(decoded, eager.decode(outputs[1]))
 
 
-def test_compiled_backward_has_the_codes_from_before_the_update():
-    """Inductor takes a clone for backward again there, when the codebook has changed."""
+def test_compiled_backward_uses_the_codes_from_before_the_update():
+    """Inductor would recompute a plain clone in backward, from the updated codebook."""
     torch._dynamo.reset()
     eager = VectorQuantizer(8, 4, decay=0.5)
     compiled = torch.compile(copy.deepcopy(eager), fullgraph=True)
-    ours = torch.randn(6, 4, requires_grad=True)
-    theirs = ours.detach().clone().requires_grad_()
-    compiled(ours)[2].backward()
-    eager(theirs)[2].backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
+    compiled_x = torch.randn(6, 4, requires_grad=True)
+    eager_x = compiled_x.detach().clone().requires_grad_()
+    compiled(compiled_x)[2].backward()
+    eager(eager_x)[2].backward()
+    torch.testing.assert_close(compiled_x.grad, eager_x.grad)
 
 
 def test_compiled_accumulation():
@@ -401,7 +401,7 @@ def test_compiled_accumulation():
         assert_same(state(layer), state(eager), rtol=1e-6, atol=1e-6)
 
 
-def test_compiled_start_from_data_says_what_to_do():
+def test_error_of_compiled_data_initialization_names_init_codes():
     torch._dynamo.reset()
     layer, x = VectorQuantizer(8, 4, decay=0.9, init="kmeans"), torch.randn(30, 4)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
@@ -412,8 +412,8 @@ def test_compiled_start_from_data_says_what_to_do():
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_nothing_waits_for_the_device(options):
-    """On fake tensors whatever looks at a value, or has a shape that depends on one, is an error."""
+def test_training_does_not_synchronize(options):
+    """On fake tensors, reading a value is an error, and so is a shape that depends on values."""
     with FakeTensorMode():
         layer = VectorQuantizer(8, 4, channel_dim=1, **options)
         model = nn.Sequential(nn.Conv1d(4, 4, 1), layer)

@@ -1,12 +1,12 @@
-"""Trains quantizers in one process, in two and in three, and saves what becomes of them, case by case.
+"""Train quantizers with one process, two and three, and save their states, case by case.
 
 python train_quantizers.py FOLDER
 
-Every process takes its share of each batch and writes FOLDER/processes-rank.pt. They are forked from one that has imported
-and compiled all that is needed, which takes longer than the training.
+Every rank takes its share of each batch and writes FOLDER/<number of processes>-<rank>.pt. The processes are forked from one
+that has imported and compiled what they need, since that takes longer than the training.
 
-All numbers are small multiples of 1/4, whose sums are exact in any order: the results of several processes must be those of
-one in every bit.
+All numbers are small multiples of 1/4, whose sums are exact in any order: the results of several ranks must equal those of one
+process bitwise, apart from the cases TO_ROUNDING.
 """
 
 import multiprocessing
@@ -29,7 +29,7 @@ def batch(seed, *shape):
 
 
 def share(x, first=0.3):
-    """The rows of x that are this process's; the first process has a share of `first`."""
+    """This rank's rows of x; rank 0 has a share of `first`."""
     inner = torch.linspace(first, 1, WORLD).mul(len(x)).long().tolist() if WORLD > 1 else [len(x)]
     start, end = ([0, *inner][rank] for rank in (RANK, RANK + 1))
     return x[start:end]
@@ -38,11 +38,11 @@ def share(x, first=0.3):
 def seeded(*arguments, **options):
     torch.manual_seed(1)
     layer = VectorQuantizer(*arguments, **options)
-    with torch.no_grad():  # exact as well
+    with torch.no_grad():  # sums of the codes are exact as well
         layer.codebook.copy_(batch(2, *layer.codebook.shape))
         if layer.has_ema:
             layer.sums.copy_(layer.codebook)
-    torch.manual_seed(RANK)  # what is drawn must not depend on the seeds of the other processes
+    torch.manual_seed(RANK)  # random choices must be the same for different seeds of the ranks
     return layer
 
 
@@ -66,10 +66,7 @@ class Collectives:
         dist.all_reduce = self.original
 
 
-built_before_the_process_group = seeded(7, 3, decay=DECAY, replace_dead_below=0.9)
-
-
-def moving_averages():
+def ema():
     layer = seeded(7, 3, decay=DECAY, channel_dim=1)
     with Collectives() as collectives:
         for step in range(3):
@@ -95,7 +92,7 @@ def code_weights():
     return state(layer)
 
 
-def kmeans():
+def kmeans_init():
     layers = [
         seeded(6, 3, decay=DECAY, init="kmeans"),
         seeded(6, 4, decay=DECAY, init="kmeans", heads=2, separate_codebooks=True),
@@ -108,14 +105,14 @@ def kmeans():
 
 
 def cosine():
-    """To rounding: unit vectors have no exact sums."""
+    """To rounding, since unit vectors have no exact sums."""
     layer = seeded(6, 3, decay=DECAY, init="kmeans", metric="cosine", replace_dead_below=0.5)
     for step in range(4):
         layer(share(batch(step, 12, 3)))
     return state(layer)
 
 
-def kmeans_on_some_vectors():
+def kmeans_init_on_a_subset():
     _codebook_init.KMEANS_VECTORS, before = 4, _codebook_init.KMEANS_VECTORS
     layer = seeded(6, 3, init="kmeans")
     layer(share(batch(0, 100, 3)))
@@ -123,7 +120,7 @@ def kmeans_on_some_vectors():
     return state(layer)
 
 
-def data():
+def data_init():
     layers = [seeded(6, 3, decay=DECAY, init="data"), seeded(30, 4, init="data", heads=2, separate_codebooks=True)]
     for step in range(2):
         x, mask = batch(step, 12, 3, 4), batch(step + 50, 12, 3) > 0
@@ -133,7 +130,7 @@ def data():
     return state(*layers)
 
 
-def revival():
+def dead_code_replacement():
     layers = [
         seeded(7, 3, decay=DECAY, replace_dead_below=2.0),
         seeded(40, 3, decay=DECAY, replace_dead_below=0.9),
@@ -142,14 +139,14 @@ def revival():
     with Collectives() as collectives:
         for step in range(5):
             for layer in layers:
-                layer(share(10 + batch(step, 9, 3)))  # out of reach of all codes but one
+                layer(share(10 + batch(step, 9, 3)))  # only one code is nearest to any vector
     assert collectives.calls == (2 * 5 * len(layers) if WORLD > 1 else 0)
     return state(*layers)
 
 
 def accumulation():
     plain = nn.ModuleList(seeded(7, 3, decay=DECAY, update="accumulate") for _ in range(3))
-    reviving = nn.ModuleList(
+    replacing = nn.ModuleList(
         [
             *plain,
             seeded(9, 2, decay=DECAY, update="accumulate", replace_dead_below=1.0),
@@ -157,18 +154,18 @@ def accumulation():
         ]
     )
     unused = seeded(5, 3, decay=DECAY, update="accumulate", replace_dead_below=1.0)
-    for layers, calls in ((plain, 1), (reviving, 2)):
+    for layers, calls in ((plain, 1), (replacing, 2)):
         for step in range(2):
             for micro in range(3):
                 for layer in layers:
                     layer(share(batch(3 * step + micro, 11, layer.dim)))
             with Collectives() as collectives:
-                update_codebooks(nn.ModuleList([*layers, unused]) if layers is reviving else layers)
+                update_codebooks(nn.ModuleList([*layers, unused]) if layers is replacing else layers)
             assert collectives.calls == (calls if WORLD > 1 else 0)
-    return state(*reviving, unused)
+    return state(*replacing, unused)
 
 
-def first_process_has_no_vector():
+def rank_0_has_no_vectors():
     layers = [seeded(7, 3, decay=DECAY, replace_dead_below=1.0, init=init) for init in ("uniform", "data", "kmeans")]
     for step in range(3):
         for layer in layers:
@@ -176,7 +173,7 @@ def first_process_has_no_vector():
     return state(*layers)
 
 
-def first_process_is_masked():
+def rank_0_is_masked():
     layers = [seeded(7, 3, decay=DECAY, replace_dead_below=1.0, init=init) for init in ("uniform", "data", "kmeans")]
     for step in range(3):
         x, mask = batch(step, 8, 2, 3), torch.arange(8) >= 3
@@ -186,7 +183,7 @@ def first_process_is_masked():
     return state(*layers)
 
 
-def first_process_takes_no_step():
+def rank_0_takes_no_step():
     layers = nn.ModuleList(
         [
             seeded(7, 3, decay=DECAY, replace_dead_below=1.0, update="accumulate"),
@@ -199,11 +196,11 @@ def first_process_takes_no_step():
             x = share(batch(step, 8, 3), first=0).to(layer.codebook.dtype)
             if len(x):
                 layer(x)
-            update_codebooks(layer)  # by itself: each dtype has to be the same everywhere
+            update_codebooks(layer)  # one by one: every rank must use the same dtype for each
     return state(*layers)
 
 
-def no_process_has_a_vector():
+def no_rank_has_vectors():
     layer = seeded(7, 3, decay=DECAY, replace_dead_below=2.0, init="kmeans")
     before = state(layer)
     layer(share(batch(0, 8, 3)[:0]))
@@ -229,7 +226,7 @@ def compiled():
 
 
 def behind_identity(layer):
-    """With parameters, as DistributedDataParallel asks for, that change no number."""
+    """The layer behind an identity with parameters, which DistributedDataParallel requires."""
     linear = nn.Linear(layer.dim, layer.dim, bias=False)
     nn.init.eye_(linear.weight)
     return nn.Sequential(linear, layer)
@@ -239,8 +236,8 @@ def parallel(model):
     return nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
 
-def learned_under_data_parallel():
-    """To rounding: gradients are divided."""
+def learned_under_ddp():
+    """To rounding, since gradients are divided."""
     model = behind_identity(seeded(12, 3, replace_dead_below=0.5, usage_decay=0.5))
     trained = parallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -253,7 +250,7 @@ def learned_under_data_parallel():
     return state(model)
 
 
-def codes_loaded_by_the_first_process():
+def codes_loaded_on_rank_0():
     model = behind_identity(seeded(7, 3, decay=DECAY, init="kmeans", replace_dead_below=0.9))
     if RANK == 0:
         model.load_state_dict({name: value + 1 if name == "1.codebook" else value for name, value in model.state_dict().items()})
@@ -263,8 +260,8 @@ def codes_loaded_by_the_first_process():
     return state(model)
 
 
-def lookup_free_under_data_parallel():
-    """To rounding. The codebook entropy is that of all processes' codes, and so is its gradient."""
+def lookup_free_under_ddp():
+    """To rounding. The codebook entropy and its gradient are those of the global batch."""
     torch.manual_seed(1)
     model = LookupFreeQuantizer(4, 3, num_codebooks=2, inv_temperature=0.5, entropy_weight=1.0)
     trained = parallel(model)
@@ -278,7 +275,7 @@ def lookup_free_under_data_parallel():
     return state(model)
 
 
-def entropy_without_vectors_of_the_first_process():
+def entropy_without_vectors_on_rank_0():
     """To rounding."""
     x = share(batch(0, 10, 4), first=0).requires_grad_()
     mask = torch.ones(len(x), dtype=torch.bool)
@@ -288,7 +285,7 @@ def entropy_without_vectors_of_the_first_process():
     return {"codebook": codebook.detach(), "masked": masked.detach()}
 
 
-def residual_levels():
+def residual():
     torch.manual_seed(1)
     options = {"quantizer_dropout": True, "init": "kmeans", "init_iterations": 3, "replace_dead_below": 0.9, "decay": DECAY}
     separate = ResidualVectorQuantizer(3, 7, 4, groups=2, **options)
@@ -298,42 +295,40 @@ def residual_levels():
         with Collectives() as collectives:
             for layer in (separate, shared):
                 layer(share(batch(step, 40, 4), first=0.0 if step == 2 else 0.3))
-        assert WORLD == 1 or step == 0 or collectives.calls == 4, "the vectors' number and the statistics, of each layer"
+        assert WORLD == 1 or step == 0 or collectives.calls == 4, "two for each layer: the number of vectors, and the statistics"
     return state(separate, shared)
 
 
-CASES = [
-    moving_averages,
+EXACT = [
+    ema,
     heads_and_mask,
     code_weights,
-    kmeans,
-    cosine,
-    kmeans_on_some_vectors,
-    data,
-    revival,
+    kmeans_init,
+    kmeans_init_on_a_subset,
+    data_init,
+    dead_code_replacement,
     accumulation,
-    first_process_has_no_vector,
-    first_process_is_masked,
-    first_process_takes_no_step,
-    no_process_has_a_vector,
+    rank_0_has_no_vectors,
+    rank_0_is_masked,
+    rank_0_takes_no_step,
+    no_rank_has_vectors,
     process_group_after_the_layer,
     compiled,
-    learned_under_data_parallel,
-    codes_loaded_by_the_first_process,
-    lookup_free_under_data_parallel,
-    entropy_without_vectors_of_the_first_process,
-    residual_levels,
+    codes_loaded_on_rank_0,
 ]
+TO_ROUNDING = [cosine, learned_under_ddp, lookup_free_under_ddp, entropy_without_vectors_on_rank_0, residual]
+CASES = {case.__name__: case for case in (*EXACT, *TO_ROUNDING)}
 
 
 def train(folder, world, rank):
-    global WORLD, RANK
+    global WORLD, RANK, built_before_the_process_group
     WORLD, RANK = world, rank
     torch.set_num_threads(1)
+    built_before_the_process_group = seeded(7, 3, decay=DECAY, replace_dead_below=0.9)
     if world > 1:
         group = f"file://{folder}/group-{world}"
         dist.init_process_group("gloo", init_method=group, rank=rank, world_size=world, timeout=timedelta(seconds=40))
-    torch.save({case.__name__: case() for case in CASES}, f"{folder}/{world}-{rank}.pt")
+    torch.save({name: case() for name, case in CASES.items()}, f"{folder}/{world}-{rank}.pt")
     if world > 1:
         dist.destroy_process_group()
 
@@ -343,7 +338,7 @@ if __name__ == "__main__":
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=train, args=(sys.argv[1], world, rank)) for world in (1, 2, 3) for rank in range(world)]
     for process in processes:
-        process.daemon = True  # ends with this one
+        process.daemon = True  # ends with this process
         process.start()
     for process in processes:
         process.join()

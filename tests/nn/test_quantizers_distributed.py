@@ -1,0 +1,46 @@
+"""Quantizers trained on several ranks: the same state on every rank, and that of one process on the global batch."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import train_quantizers
+from train_quantizers import CASES, TO_ROUNDING
+
+# Seconds for all processes; one that waits for a collective alone fails after 40.
+TIMEOUT = 180
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Results of every case, by number of processes and rank."""
+    folder = tmp_path_factory.mktemp("quantizers")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    run = subprocess.Popen(
+        [sys.executable, train_quantizers.__file__, folder], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        errors = run.communicate(timeout=TIMEOUT)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        pytest.fail(f"the processes hang:\n{run.communicate()[1][-5000:]}")
+    assert run.returncode == 0, errors[-5000:]
+    return {world: [torch.load(folder / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)] for world in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_match_one_process_on_the_global_batch(trained, world, case):
+    (one,), many = trained[1], trained[world]
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if CASES[case] in TO_ROUNDING else {"rtol": 0, "atol": 0}
+    for name, value in one[case].items():
+        for rank, results in enumerate(many):
+            assert torch.equal(results[case][name], many[0][case][name]), f"{name} of rank {rank} differs from that of rank 0"
+        torch.testing.assert_close(many[0][case][name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_every_rank_runs_every_case(trained):
+    assert all(list(results) == list(CASES) for ranks in trained.values() for results in ranks)
