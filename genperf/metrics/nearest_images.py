@@ -81,7 +81,9 @@ def _nearest(name: str, samples: Tensor, training_images: Tensor) -> NearestImag
         check_float(name, what, images)
     if samples.dim() < 2 or samples.shape[1:] != training_images.shape[1:] or not len(training_images):
         got = f"{list(samples.shape)} and {list(training_images.shape)}"
-        raise ValueError(f"{name}: samples [N, ...] and training_images [M, ...] must be alike in shape, M at least 1, got {got}.")
+        raise ValueError(
+            f"{name}: samples [N, ...] and training_images [M, ...] must have the same shape but for N and M, M at least 1, got {got}."
+        )
     mixed = samples.dtype in HALF_DTYPES and training_images.dtype == torch.float32
     if training_images.dtype != samples.dtype and not mixed:
         raise TypeError(

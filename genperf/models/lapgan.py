@@ -176,7 +176,7 @@ class BandGenerator(nn.Module):
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         height, width = condition.shape[-2:]
-        return self.body(torch.cat([condition * 2 - 1, z], 1))[..., :height, :width]  # odd sizes come back one larger
+        return self.body(torch.cat([condition * 2 - 1, z], 1))[..., :height, :width]  # odd sizes come out one too large
 
 
 class BandDiscriminator(nn.Module):

@@ -59,8 +59,8 @@ def test_nan_and_empty():
     ("samples", "training", "error", "message"),
     [
         (torch.zeros(2, 3), torch.zeros(0, 3), ValueError, r"M at least 1, got \[2, 3\] and \[0, 3\]"),
-        (torch.zeros(2, 3), torch.zeros(2, 4), ValueError, r"alike in shape, .* got \[2, 3\] and \[2, 4\]"),
-        (torch.zeros(3), torch.zeros(3), ValueError, "alike in shape"),
+        (torch.zeros(2, 3), torch.zeros(2, 4), ValueError, r"the same shape but for N and M, .* got \[2, 3\] and \[2, 4\]"),
+        (torch.zeros(3), torch.zeros(3), ValueError, "the same shape but for N and M"),
         (torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(2, 3), TypeError, "nearest_images: samples must .* torch.uint8"),
         (torch.zeros(2, 3), torch.zeros(2, 3).double(), TypeError, "^nearest_images: training_images must .* got torch.float64"),
         (torch.zeros(2, 3).half(), torch.zeros(2, 3).bfloat16(), TypeError, "^nearest_images: training_images must"),
