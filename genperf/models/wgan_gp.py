@@ -14,7 +14,7 @@ class WGANGPConfig(DCGANConfig):
 
     loss: str = option("wasserstein", "adversarial loss", choices=ADVERSARIAL_LOSSES)
     critic_steps: int = option(5, "critic steps per generator step")
-    beta2: float = option(0.9, "of Adam")
+    beta2: float = option(0.9, "decay of the squared-gradient mean in Adam")
     penalty: str = option("wgan-gp", "gradient penalty of the critic", choices=tuple(CENTERS))
 
 
