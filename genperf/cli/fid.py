@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("b", metavar="B", nargs="?", help="statistics, features or images; by convention the generated ones")
     add("--extractor", default="inception", metavar="NAME", help="inception or module.path:callable, see below (%(default)s)")
     add("--weights", type=Path, metavar="PATH", help="weights of Inception (those in the cache of torch.hub)")
-    add("--pixels", choices=PIXELS, help="input of the extractor: float32 in [0, 1] (unit, the default), float32 in [-1, 1] (signed), or uint8")
+    add("--pixels", choices=PIXELS, help="input of the extractor: float32 in [0, 1] (unit, the default) or [-1, 1] (signed), or uint8")
     add("--channels", type=int, choices=(1, 3), default=3, help="convert images to RGB (3) or grayscale (1), without alpha (%(default)s)")
     size = "resize all images, with Pillow's antialiased bicubic filter; without it all images of an input must have one size"
     add("--size", type=_size, metavar="N|WxH", help=size)
