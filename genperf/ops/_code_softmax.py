@@ -1,6 +1,7 @@
 """What `code_entropy`, `code_cross_entropy` and `sample_code` share: the softmax over all codes, without the positions x codes matrix."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,18 +83,20 @@ def code_softmax(
 
 class _CodeSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(x, codebook, mask, indices, logits, temperature):
+    def forward(
+        x: Tensor, codebook: Tensor, mask: Tensor | None, indices: Tensor | None, logits: str, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.genperf.code_softmax(x, codebook, mask, indices, logits, temperature)
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
         x, codebook, mask, indices, ctx.logits, ctx.temperature = inputs
         ctx.save_for_backward(x, codebook, mask, indices, outputs[2])
         ctx.mark_non_differentiable(outputs[2])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_value, grad_usage, _statistics):
+    def backward(ctx: Any, grad_value: Tensor | None, grad_usage: Tensor | None, _statistics: None) -> tuple[Tensor | None, ...]:
         x, codebook, mask, indices, statistics = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         if grad_value is None and grad_usage is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _library
-from ._dispatch import register_fake
+from ._dispatch import Implementation, register_fake
 from ._noise import gumbel_noise
 from ._precision import accumulator_dtype, full_float32
 
@@ -87,10 +87,10 @@ def _heads(x: Tensor, codebook: Tensor, valid: Tensor | None, logits: str) -> It
         yield head, chunks
 
 
-def _implement(op: str) -> Callable[[Callable], Callable]:
+def _implement(op: str) -> Callable[[Implementation], Implementation]:
     """Decorator: registers the implementation of `op` on every device."""
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Implementation) -> Implementation:
         def run(*arguments: object) -> object:
             device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
             with torch.no_grad(), torch.autocast(device.type, enabled=False), full_float32():

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch.autograd import forward_ad
 log = logging.getLogger("genperf")
 IMPLEMENTATIONS = ("reference", "native", "triton", "eigen", "polar")
 _only_reference = False
+
+# A Python function that stands in for a compiled op.
+Implementation = TypeVar("Implementation", bound=Callable[..., object])
 
 
 @contextmanager
@@ -82,19 +86,25 @@ def streaming_unavailable(op: str, device: torch.device, dtype: torch.dtype) -> 
     return {"native": native, "reference": None}
 
 
-def register_fake(op: str) -> Callable[[Callable], Callable]:
+def register_fake(op: str) -> Callable[[Implementation], Implementation]:
     """Decorator: shapes, dtypes and strides of the compiled `op` without its data, for torch.compile and FakeTensors."""
     from genperf import _library
 
-    if _library.cpu_failure is not None:
-        return lambda function: function
-    return torch.library.register_fake(f"genperf::{op}")
+    def decorate(function: Implementation) -> Implementation:
+        if _library.cpu_failure is None:
+            torch.library.register_fake(f"genperf::{op}", function)
+        return function
+
+    return decorate
 
 
-def implement_on_cuda(op: str) -> Callable[[Callable], Callable]:
+def implement_on_cuda(op: str) -> Callable[[Implementation], Implementation]:
     """Decorator: a Python launcher as the CUDA implementation of `op`, for ops whose kernel is Triton."""
     from genperf import _library
 
-    if _library.cpu_failure is not None:
-        return lambda function: function
-    return torch.library.impl(f"genperf::{op}", "CUDA")
+    def decorate(function: Implementation) -> Implementation:
+        if _library.cpu_failure is None:
+            torch.library.impl(f"genperf::{op}", "CUDA")(function)
+        return function
+
+    return decorate

@@ -26,11 +26,23 @@ def forward(x: Tensor, codebooks: Tensor, mask: Tensor | None, num_quantizers: T
         valid = number if valid is None else valid
         found.append(index)
         errors.append(error)
+    assert total is not None  # there is at least one codebook
+    assert valid is not None
     quantized = torch.empty_like(x).copy_(total)
     return quantized, torch.stack(found, -1), torch.stack(errors), valid
 
 
-def backward(grad_quantized, grad_mse, x, codebooks, indices, valid, commitment_weight, rotation, per_quantizer) -> Tensor:
+def backward(
+    grad_quantized: Tensor | None,
+    grad_mse: Tensor | None,
+    x: Tensor,
+    codebooks: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+    commitment_weight: float,
+    rotation: bool,
+    per_quantizer: bool,
+) -> Tensor:
     ops = torch.ops.genperf
     dtype = codebooks.dtype
     residual = x.to(dtype)

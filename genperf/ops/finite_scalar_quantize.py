@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,18 +160,18 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | Non
 
 class _FiniteScalarQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(x, levels, symmetric, hard, indexed):
+    def forward(x: Tensor, levels: list[int], symmetric: bool, hard: bool, indexed: bool) -> tuple[Tensor, Tensor]:
         return torch.ops.genperf.finite_scalar_quantize(x, levels, symmetric, hard, indexed)
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
         x, *ctx.options = inputs
         ctx.save_for_backward(x)
         ctx.mark_non_differentiable(outputs[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_quantized, _indices):
+    def backward(ctx: Any, grad_quantized: Tensor | None, _indices: None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         levels, symmetric, hard, _ = ctx.options
         if grad_quantized is None:

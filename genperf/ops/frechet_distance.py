@@ -1,5 +1,7 @@
 """The Frechet distance of two Gaussians."""
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from ._dispatch import choose_impl
@@ -8,6 +10,32 @@ from .covariance_factor import working_dtype
 from .trace_sqrt_product import Side, check_precision, check_side, check_sides, result_dtype, trace_of_sides, unavailable
 
 
+@overload
+def frechet_distance(
+    mean1: Tensor,
+    cov1: Tensor | None,
+    mean2: Tensor,
+    cov2: Tensor | None,
+    *,
+    factor1: Tensor | None = None,
+    factor2: Tensor | None = None,
+    precision: str = "float64",
+    return_error: Literal[False] = False,
+    impl: str | None = None,
+) -> Tensor: ...
+@overload
+def frechet_distance(
+    mean1: Tensor,
+    cov1: Tensor | None,
+    mean2: Tensor,
+    cov2: Tensor | None,
+    *,
+    factor1: Tensor | None = None,
+    factor2: Tensor | None = None,
+    precision: str = "float64",
+    return_error: Literal[True],
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def frechet_distance(
     mean1: Tensor,  # [..., d]
     cov1: Tensor | None,  # [..., d, d]

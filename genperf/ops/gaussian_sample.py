@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -204,17 +205,27 @@ def _forward(
 
 class _GaussianSample(torch.autograd.Function):
     @staticmethod
-    def forward(mean, logvar, prior_mean, prior_logvar, noise, seed, dim, free_bits, float32_sample):
+    def forward(
+        mean: Tensor,
+        logvar: Tensor | None,
+        prior_mean: Tensor | None,
+        prior_logvar: Tensor | None,
+        noise: Tensor | None,
+        seed: Tensor | None,
+        dim: int,
+        free_bits: float,
+        float32_sample: bool,
+    ) -> tuple[Tensor, Tensor]:
         return _forward(mean, logvar, prior_mean, prior_logvar, noise, seed, dim, free_bits, float32_sample)
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.dim, ctx.free_bits, ctx.float32_sample = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_sample, grad_kl):
+    def backward(ctx: Any, grad_sample: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
         mean, logvar, prior_mean, prior_logvar, noise, seed = ctx.saved_tensors
         inputs: Moments = (mean, logvar, prior_mean, prior_logvar)
         if grad_sample is None and grad_kl is None:

@@ -1,6 +1,7 @@
 """The penalty on the gradient norms of a critic."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,18 +68,18 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | Non
 
 class _GradientNormPenalty(torch.autograd.Function):
     @staticmethod
-    def forward(gradients, center, one_sided):
+    def forward(gradients: Tensor, center: float, one_sided: bool) -> tuple[Tensor, Tensor]:
         return torch.ops.genperf.gradient_norm_penalty(gradients, center, one_sided)
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
         gradients, ctx.center, ctx.one_sided = inputs
         norms = outputs[1]
         ctx.mark_non_differentiable(norms)
         ctx.save_for_backward(gradients, norms)
 
     @staticmethod
-    def backward(ctx, grad_penalty, _norms):
+    def backward(ctx: Any, grad_penalty: Tensor, _norms: Tensor) -> tuple[Tensor | None, ...]:
         gradients, norms = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             penalty = gradient_norm_penalty_reference(gradients, ctx.center, ctx.one_sided)

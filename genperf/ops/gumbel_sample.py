@@ -1,6 +1,7 @@
 """Gumbel-softmax sampling with the KL divergence to the uniform prior, of categories or of codes."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -162,11 +163,19 @@ def _multiply_positions(soft: Tensor, grad: Tensor) -> Tensor:
 
 class _GumbelSample(torch.autograd.Function):
     @staticmethod
-    def forward(logits, codebook, temperature, tau, noise, seed, hard):
+    def forward(
+        logits: Tensor,
+        codebook: Tensor | None,
+        temperature: Tensor | None,
+        tau: float,
+        noise: Tensor | None,
+        seed: Tensor | None,
+        hard: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return _forward(logits, codebook, temperature, tau, noise, seed, hard)
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
         logits, codebook, temperature, ctx.tau, noise, seed, ctx.hard = inputs
         _, indices, _, statistics = outputs
         ctx.save_for_backward(logits, codebook, temperature, noise, seed, indices, statistics)
@@ -174,7 +183,9 @@ class _GumbelSample(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_sample, _indices, grad_kl, _statistics):
+    def backward(
+        ctx: Any, grad_sample: Tensor | None, _indices: None, grad_kl: Tensor | None, _statistics: None
+    ) -> tuple[Tensor | None, ...]:
         logits, codebook, temperature, noise, seed, indices, statistics = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         rest = (None,) * 5

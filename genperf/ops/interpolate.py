@@ -1,6 +1,7 @@
 """Random points between real and fake samples, and around real samples, for gradient penalties."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,18 +157,18 @@ def _forward(real: Tensor, fake: Tensor | None, scale: Tensor | None, weight: Te
 
 class _Interpolate(torch.autograd.Function):
     @staticmethod
-    def forward(real, fake, weight, seed):
+    def forward(real: Tensor, fake: Tensor, weight: Tensor | None, seed: Tensor | None) -> Tensor:
         return _forward(real, fake, None, weight, seed)
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: Tensor) -> None:
         real, fake, weight, seed = inputs
         # Only the gradient of the weight depends on the samples.
         samples = (real, fake) if weight is not None and weight.requires_grad else (None, None)
         ctx.save_for_backward(*samples, weight, seed)
 
     @staticmethod
-    def backward(ctx, grad_mixed):
+    def backward(ctx: Any, grad_mixed: Tensor) -> tuple[Tensor | None, ...]:
         real, fake, weight, seed = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             of_real = uniform_weights(seed, grad_mixed.shape[0]) if weight is None else weight

@@ -1,6 +1,7 @@
 """Entropies of soft lookup-free codes, computed from the bits without the positions x codes matrix."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,17 +133,17 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | Non
 
 class _CodeMass(torch.autograd.Function):
     @staticmethod
-    def forward(x, mask, sharpness, group):
+    def forward(x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> tuple[Tensor, Tensor]:
         return torch.ops.genperf.lookup_free_mass(x, mask, sharpness, group)
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
         x, mask, ctx.sharpness, ctx.group = inputs
         ctx.save_for_backward(x, mask)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_entropy, grad_mass):
+    def backward(ctx: Any, grad_entropy: Tensor | None, grad_mass: Tensor | None) -> tuple[Tensor | None, ...]:
         x, mask = ctx.saved_tensors
         if grad_entropy is None and grad_mass is None:
             grad_x = None
@@ -165,7 +166,7 @@ def code_mass_reference(x: Tensor, mask: Tensor | None, sharpness: float, group:
     return -(p * log_p).sum(), p.sum(0)
 
 
-def _chunks(x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> Iterator[tuple[Tensor, Tensor | None, tuple]]:
+def _chunks(x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> Iterator[tuple[Tensor, Tensor | None, tuple[Any, ...]]]:
     """Yields, chunk by chunk, the logits of the bits [n, D], the mask [n, 1] and the index into x."""
     outer, dim, inner = x.shape
     size = max(64, CHUNK.get(x.device.type, 2**20) // (dim // group * (2 ** (group // 2) + 2 ** (group - group // 2))))

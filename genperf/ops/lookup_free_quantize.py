@@ -1,5 +1,7 @@
 """Lookup-free quantization: the sign of each channel is one bit of the code."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -127,11 +129,11 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | Non
 
 class _LookupFreeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(x, scale, spherical):
+    def forward(x: Tensor, scale: float, spherical: bool) -> tuple[Tensor, Tensor]:
         return torch.ops.genperf.lookup_free_quantize(x, scale, spherical)
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
         x, ctx.scale, ctx.spherical = inputs
         if ctx.spherical:
             ctx.save_for_backward(x)
@@ -139,7 +141,7 @@ class _LookupFreeQuantize(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_quantized, _indices):
+    def backward(ctx: Any, grad_quantized: Tensor | None, _indices: None) -> tuple[Tensor | None, ...]:
         if grad_quantized is None or not ctx.spherical:
             return grad_quantized, None, None
         (x,) = ctx.saved_tensors

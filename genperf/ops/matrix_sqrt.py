@@ -1,5 +1,7 @@
 """The square root of a symmetric positive semi-definite matrix."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,18 +55,18 @@ def matrix_sqrt_reference(a: Tensor) -> Tensor:
 
 class _MatrixSqrt(torch.autograd.Function):
     @staticmethod
-    def forward(a, impl):
+    def forward(a: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
         return (torch.ops.genperf.matrix_sqrt if torch.compiler.is_compiling() else _forward)(a, impl)
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
         a, ctx.impl = inputs
         root, roots, vectors = outputs
         ctx.mark_non_differentiable(roots, vectors)
         ctx.save_for_backward(a, root, roots, vectors)
 
     @staticmethod
-    def backward(ctx, grad, _roots, _vectors):
+    def backward(ctx: Any, grad: Tensor, _roots: Tensor, _vectors: Tensor) -> tuple[Tensor, None]:
         a, root, roots, vectors = ctx.saved_tensors
         backward = torch.ops.genperf.matrix_sqrt_backward if torch.compiler.is_compiling() else _backward
         found = backward(grad.detach(), root.detach(), roots, vectors, ctx.impl)
@@ -109,11 +111,11 @@ torch.library.custom_op("genperf::matrix_sqrt_backward", _backward, mutates_args
 
 
 @torch.library.register_fake("genperf::matrix_sqrt")
-def _(a, impl):
+def _(a: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     eigen = impl == "eigen"
     return a.new_empty(a.shape), a.new_empty(a.shape[:-1] if eigen else 0), a.new_empty(a.shape if eigen else 0)
 
 
 @torch.library.register_fake("genperf::matrix_sqrt_backward")
-def _(grad, root, roots, vectors, impl):
+def _(grad: Tensor, root: Tensor, roots: Tensor, vectors: Tensor, impl: str) -> Tensor:
     return root.new_empty(root.shape)

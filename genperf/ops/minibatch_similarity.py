@@ -1,6 +1,7 @@
 """Similarity of each sample to the rest of the batch, for minibatch discrimination."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,15 +59,15 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | Non
 
 class _MinibatchSimilarity(torch.autograd.Function):
     @staticmethod
-    def forward(features):
+    def forward(features: Tensor) -> Tensor:
         return torch.ops.genperf.minibatch_similarity(features)
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Tensor], outputs: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad_similarity):
+    def backward(ctx: Any, grad_similarity: Tensor) -> Tensor | None:
         (features,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             return differentiate([minibatch_similarity_reference(features)], [grad_similarity], [features], [True])[0]

@@ -1,6 +1,6 @@
 """Residual vector quantization: each quantizer codes the residual of those before it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -222,14 +222,24 @@ def check_num_quantizers(op: str, num_quantizers: int | Tensor | None, total: in
 
 class _ResidualVectorQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(x, codebooks, mask, num_quantizers, metric, codebook_weight, commitment_weight, rotation, per_quantizer):
+    def forward(
+        x: Tensor,
+        codebooks: Tensor,
+        mask: Tensor | None,
+        num_quantizers: Tensor | None,
+        metric: str,
+        codebook_weight: float,
+        commitment_weight: float,
+        rotation: bool,
+        per_quantizer: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         quantized, indices, error, valid = torch.ops.genperf.residual_vector_quantize(
             x, codebooks, mask, num_quantizers, metric == "cosine"
         )
         return quantized, indices, error * (codebook_weight + commitment_weight), valid
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
         x, codebooks, _, _, _, *ctx.options = inputs
         _, indices, _, valid = outputs
         ctx.save_for_backward(x, codebooks, indices, valid)
@@ -237,7 +247,9 @@ class _ResidualVectorQuantize(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_quantized, _indices, grad_losses, _valid):
+    def backward(
+        ctx: Any, grad_quantized: Tensor | None, _indices: None, grad_losses: Tensor | None, _valid: None
+    ) -> tuple[Tensor | None, ...]:
         x, codebooks, indices, valid = ctx.saved_tensors
         codebook_weight, commitment_weight, rotation, per_quantizer = ctx.options
         rest = (None,) * 7
@@ -283,7 +295,8 @@ def _quantize_reference(
     """Quantized and losses in plain PyTorch, differentiated by autograd."""
     wide = x.to(codebooks.dtype)
     elements = ((indices[..., 0] >= 0).sum() * x.shape[1]).clamp(min=1)
-    residual, total, carried, losses = wide, torch.zeros_like(wide), 0, []
+    residual, total, losses = wide, torch.zeros_like(wide), []
+    carried = total
     for q, codebook in enumerate(codebooks):
         index = indices[..., q]
         valid = (index >= 0).unsqueeze(1)
@@ -321,7 +334,17 @@ def _(x: Tensor, codebooks: Tensor, mask: Tensor | None, num_quantizers: Tensor 
 
 
 @register_fake("residual_vector_quantize_backward")
-def _(grad_quantized, grad_mse, x, codebooks, indices, valid, commitment_weight, rotation, per_quantizer) -> Tensor:
+def _(
+    grad_quantized: Tensor | None,
+    grad_mse: Tensor | None,
+    x: Tensor,
+    codebooks: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+    commitment_weight: float,
+    rotation: bool,
+    per_quantizer: bool,
+) -> Tensor:
     return torch.empty_like(x)
 
 

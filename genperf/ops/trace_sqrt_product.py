@@ -1,5 +1,7 @@
 """The trace of the square root of a product of two covariances, the cross term of the Frechet distance."""
 
+from typing import Any, Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,28 @@ from .covariance_factor import check_covariance, working_dtype
 PRECISIONS = ("float64", "mixed")
 
 
+@overload
+def trace_sqrt_product(
+    cov1: Tensor | None,
+    cov2: Tensor | None,
+    *,
+    factor1: Tensor | None = None,
+    factor2: Tensor | None = None,
+    precision: str = "float64",
+    return_error: Literal[False] = False,
+    impl: str | None = None,
+) -> Tensor: ...
+@overload
+def trace_sqrt_product(
+    cov1: Tensor | None,
+    cov2: Tensor | None,
+    *,
+    factor1: Tensor | None = None,
+    factor2: Tensor | None = None,
+    precision: str = "float64",
+    return_error: Literal[True],
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def trace_sqrt_product(
     cov1: Tensor | None,  # [..., d, d]
     cov2: Tensor | None,  # [..., d, d]
@@ -141,19 +165,29 @@ class _TraceSqrtProduct(torch.autograd.Function):
     """Forward computes the gradients as well, from the same decomposition; backward scales them."""
 
     @staticmethod
-    def forward(first, second, first_is_factor, second_is_factor, need_first, need_second, precision, with_error, impl):
+    def forward(
+        first: Tensor,
+        second: Tensor,
+        first_is_factor: bool,
+        second_is_factor: bool,
+        need_first: bool,
+        need_second: bool,
+        precision: str,
+        with_error: bool,
+        impl: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         compute = torch.ops.genperf.trace_sqrt_product if torch.compiler.is_compiling() else _compute
         return compute(first, second, first_is_factor, second_is_factor, need_first, need_second, precision, with_error, impl)
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
         first, second, *ctx.are_factors, ctx.need_first, ctx.need_second, _precision, _with_error, _impl = inputs
         _trace, error, grad_first, grad_second = outputs
         ctx.mark_non_differentiable(error, grad_first, grad_second)
         ctx.save_for_backward(first, second, grad_first, grad_second)
 
     @staticmethod
-    def backward(ctx, grad, _error, _grad_first, _grad_second):
+    def backward(ctx: Any, grad: Tensor, _error: Tensor, _grad_first: Tensor, _grad_second: Tensor) -> tuple[Tensor | None, ...]:
         first, second, grad_first, grad_second = ctx.saved_tensors
         needed = (ctx.need_first, ctx.need_second)
         found = [grad * g if need else None for g, need in zip((grad_first, grad_second), needed, strict=True)]
@@ -188,6 +222,16 @@ torch.library.custom_op("genperf::trace_sqrt_product", _compute, mutates_args=()
 
 
 @torch.library.register_fake("genperf::trace_sqrt_product")
-def _(first, second, first_is_factor, second_is_factor, need_first, need_second, precision, with_error, impl):
-    gradients = (t.new_empty(t.shape if need else 0) for t, need in ((first, need_first), (second, need_second)))
-    return first.new_empty(()), first.new_empty(()), *gradients
+def _(
+    first: Tensor,
+    second: Tensor,
+    first_is_factor: bool,
+    second_is_factor: bool,
+    need_first: bool,
+    need_second: bool,
+    precision: str,
+    with_error: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_first, grad_second = (t.new_empty(t.shape if need else 0) for t, need in ((first, need_first), (second, need_second)))
+    return first.new_empty(()), first.new_empty(()), grad_first, grad_second

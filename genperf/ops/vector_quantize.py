@@ -1,5 +1,7 @@
 """Vector quantization: nearest code, straight-through or rotated gradient, and the loss that trains both sides."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -136,12 +138,14 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | Non
 
 class _VectorQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(x, codebook, indices, codebook_weight, commitment_weight, rotation):
+    def forward(
+        x: Tensor, codebook: Tensor, indices: Tensor, codebook_weight: float, commitment_weight: float, rotation: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         quantized, error, valid = torch.ops.genperf.vector_quantize(x, codebook, indices)
         return quantized, error * (codebook_weight + commitment_weight), valid
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
         x, codebook, indices, ctx.codebook_weight, ctx.commitment_weight, ctx.rotation = inputs
         valid = outputs[2]
         ctx.save_for_backward(x, codebook, indices, valid)
@@ -149,7 +153,7 @@ class _VectorQuantize(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_quantized, grad_loss, _valid):
+    def backward(ctx: Any, grad_quantized: Tensor | None, grad_loss: Tensor | None, _valid: None) -> tuple[Tensor | None, ...]:
         x, codebook, indices, valid = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
             return (*_differentiable_backward(ctx, grad_quantized, grad_loss), None, None, None, None)
@@ -166,7 +170,7 @@ class _VectorQuantize(torch.autograd.Function):
         return grad_x, grad_codebook, None, None, None, None
 
 
-def _differentiable_backward(ctx, grad_quantized: Tensor | None, grad_loss: Tensor | None) -> list[Tensor | None]:
+def _differentiable_backward(ctx: Any, grad_quantized: Tensor | None, grad_loss: Tensor | None) -> list[Tensor | None]:
     x, codebook, indices, _ = ctx.saved_tensors
     gradient = "rotation" if ctx.rotation else "straight_through"
     outputs = _quantize_reference(x, codebook, indices, ctx.codebook_weight, ctx.commitment_weight, gradient)
@@ -228,5 +232,14 @@ def _(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 @register_fake("vector_quantize_backward")
-def _(grad_quantized, grad_mse, x, codebook, indices, valid, commitment_weight, rotation) -> Tensor:
+def _(
+    grad_quantized: Tensor | None,
+    grad_mse: Tensor | None,
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+    commitment_weight: float,
+    rotation: bool,
+) -> Tensor:
     return torch.empty_like(x)
