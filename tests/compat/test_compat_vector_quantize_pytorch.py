@@ -1,4 +1,4 @@
-"""genperf.compat.vector_quantize_pytorch against the classes of vector-quantize-pytorch, on the same inputs and weights."""
+"""VectorQuantize, ResidualVQ, GroupedResidualVQ and SimVQ of genperf.compat against vector-quantize-pytorch."""
 
 import copy
 import importlib
@@ -11,41 +11,43 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from genperf.compat import vector_quantize_pytorch as ours
+from genperf.compat import vector_quantize_pytorch as compat
 from genperf.nn import _ema, code_usage, update_codebooks
 
-peer = pytest.importorskip("vector_quantize_pytorch")
+upstream = pytest.importorskip("vector_quantize_pytorch")
 
 DIM, CODES, STEPS = 8, 12, 20
 
 
 def pair(name, *arguments, **options):
-    """Their layer and ours, both made with the same seed."""
+    """A layer of upstream and one of genperf, made with the same seed."""
     layers = []
-    for module in (peer, ours):
+    for module in (upstream, compat):
         torch.manual_seed(0)
         layers.append(getattr(module, name)(*arguments, **options))
     assert_equal_states(*layers, exact=True)
     return layers
 
 
-def assert_equal_states(theirs, mine, exact=False):
-    expected, state = theirs.state_dict(), mine.state_dict()
+def assert_equal_states(reference, layer, exact=False):
+    expected, state = reference.state_dict(), layer.state_dict()
     assert state.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(state[name], value, msg=lambda m, name=name: f"{name}: {m}", **({"rtol": 0, "atol": 0} if exact else {}))
-    assert {n for n, _ in mine.named_parameters()} == {n for n, _ in theirs.named_parameters()}
+    assert {n for n, _ in layer.named_parameters()} == {n for n, _ in reference.named_parameters()}
 
 
-def train_together(theirs, mine, shape, forward=lambda step: {}, steps=STEPS, lr=0.5):
-    """Train both, and vectors that go in, with SGD, and compare all there is in each step."""
+def train_both(upstream_layer, genperf_layer, shape, forward=lambda step: {}, steps=STEPS, lr=0.5):
+    """Train both layers and their inputs with SGD, and compare outputs, gradients and states in each step."""
     torch.manual_seed(1)
     start, targets = torch.randn(shape), torch.randn(steps, *shape)
     inputs = [nn.Parameter(start.clone()) for _ in range(2)]
-    optimizers = [torch.optim.SGD([x, *layer.parameters()], lr=lr) for x, layer in zip(inputs, (theirs, mine), strict=True)]
+    optimizers = [
+        torch.optim.SGD([x, *layer.parameters()], lr=lr) for x, layer in zip(inputs, (upstream_layer, genperf_layer), strict=True)
+    ]
     for step in range(steps):
         results = []
-        for layer, x, optimizer in zip((theirs, mine), inputs, optimizers, strict=True):
+        for layer, x, optimizer in zip((upstream_layer, genperf_layer), inputs, optimizers, strict=True):
             optimizer.zero_grad()
             quantized, *others = layer(x, **forward(step))
             (F.mse_loss(quantized, targets[step], reduction="sum") / 8 + others[1].sum()).backward()
@@ -54,13 +56,13 @@ def train_together(theirs, mine, shape, forward=lambda step: {}, steps=STEPS, lr
             results.append([quantized, *flat, *(p.grad for group in optimizer.param_groups for p in group["params"])])
         for number, (expected, value) in enumerate(zip(*results, strict=True)):
             assert_near(value, expected, f"step {step}, result {number}")
-        state = mine.state_dict()
-        for name, expected in theirs.state_dict().items():
+        state = genperf_layer.state_dict()
+        for name, expected in upstream_layer.state_dict().items():
             assert_near(state[name], expected, f"step {step}, {name}")
 
 
 def assert_near(value, expected, where):
-    """Equal up to rounding, of which a rotation has more where vector and code point in opposite directions."""
+    """Equal up to rounding, which the rotation amplifies where vector and code point in opposite directions."""
     if value is None or expected is None:
         assert value is None or not value.any(), where
         return
@@ -90,8 +92,8 @@ TRAINED = {
     "learnable, synchronous": (SEQUENCE, {"learnable_codebook": True, "ema_update": False, "sync_update_v": 0.3}),
     "learnable, image": (IMAGE, {"learnable_codebook": True, "ema_update": False, "accept_image_fmap": True, "commitment_weight": 0.3}),
     "no update": (SEQUENCE, {"ema_update": False}),
-    "averages alone": (SEQUENCE, {"manual_ema_update": True}),
-    "averages for revival": (SEQUENCE, {"ema_update": False, "threshold_ema_dead_code": 1e-9}),
+    "manual update": (SEQUENCE, {"manual_ema_update": True}),
+    "EMA for dead-code replacement": (SEQUENCE, {"ema_update": False, "threshold_ema_dead_code": 1e-9}),
     "frozen": (SEQUENCE, {"freeze_codebook": True}),
     "frozen learnable": (SEQUENCE, {"freeze_codebook": True, "learnable_codebook": True, "ema_update": False}),
     "orthogonal": (SEQUENCE, {"orthogonal_reg_weight": 3.0}),
@@ -105,48 +107,48 @@ TRAINED = {
 
 
 @pytest.mark.parametrize("case", TRAINED)
-def test_training_steps_are_theirs(case):
+def test_training_steps_match_upstream(case):
     shape, options = TRAINED[case]
-    theirs, mine = pair("VectorQuantize", DIM, CODES, **options)
+    upstream_layer, genperf_layer = pair("VectorQuantize", DIM, CODES, **options)
     lr = 0.01 if options.get("layernorm_after_project_in") else 0.1
-    train_together(theirs, mine, shape, lambda step: {"return_loss_breakdown": True}, lr=lr)
+    train_both(upstream_layer, genperf_layer, shape, lambda step: {"return_loss_breakdown": True}, lr=lr)
 
 
 LEARNED = {"learnable_codebook": True, "ema_update": False}
-FIXED = {"ema_update": False}  # With moving averages theirs differentiates these losses at the codes after the update.
+FIXED = {"ema_update": False}  # With an EMA, upstream differentiates these losses at the codes after the update.
 
 
 @pytest.mark.parametrize(
     ("shape", "options"),
     [((30, DIM), FIXED), ((30, 1, DIM), LEARNED), ((30, DIM), {"use_cosine_sim": True, **FIXED}), ((30, DIM), {"freeze_codebook": True})],
 )
-def test_diversity_loss_is_theirs(shape, options):
+def test_diversity_loss_matches_upstream(shape, options):
     weights = {"codebook_diversity_loss_weight": 0.5, "codebook_diversity_temperature": 10.0}
     layers = pair("VectorQuantize", DIM, CODES, **weights, **options)
-    train_together(*layers, shape, lambda step: {"return_loss_breakdown": True}, lr=0.1)
+    train_both(*layers, shape, lambda step: {"return_loss_breakdown": True}, lr=0.1)
 
 
 @pytest.mark.parametrize("options", [FIXED, LEARNED, {"use_cosine_sim": True, **FIXED}, {"heads": 2, "codebook_dim": 4, **FIXED}])
-def test_cross_entropies_are_theirs(options):
+def test_cross_entropies_match_upstream(options):
     torch.manual_seed(0)
     targets = torch.randint(-1, CODES, SEQUENCE[:2] + ((2,) if "heads" in options else ()))
-    theirs, mine = pair("VectorQuantize", DIM, CODES, **options)
+    upstream_layer, genperf_layer = pair("VectorQuantize", DIM, CODES, **options)
     results = []
-    for layer in (theirs, mine):
+    for layer in (upstream_layer, genperf_layer):
         x = torch.randn(SEQUENCE, generator=torch.Generator().manual_seed(2)).requires_grad_()
         quantized, loss = layer(x, indices=targets)
         loss.backward()
         results.append((loss, x.grad, *(p.grad for p in layer.parameters())))
-        assert quantized.shape[-1] == (DIM if layer is mine or layer.heads == 1 else DIM // 2)
+        assert quantized.shape[-1] == (DIM if layer is genperf_layer or layer.heads == 1 else DIM // 2)
     for expected, value in zip(*results, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
     layers = pair("VectorQuantize", DIM, CODES, commitment_use_cross_entropy_loss=True, **options)
-    train_together(*layers, SEQUENCE, lambda step: {"return_loss_breakdown": True}, lr=0.1, steps=5)
+    train_both(*layers, SEQUENCE, lambda step: {"return_loss_breakdown": True}, lr=0.1, steps=5)
 
 
-def test_codes_are_sampled():
+def test_codes_are_sampled_by_distance():
     torch.manual_seed(0)
-    layer = ours.VectorQuantize(2, 4, stochastic_sample_codes=True, freeze_codebook=True, commitment_weight=0.0)
+    layer = compat.VectorQuantize(2, 4, stochastic_sample_codes=True, freeze_codebook=True, commitment_weight=0.0)
     x = torch.zeros(20_000, 2)
     for temperature, options in ((1.0, {}), (0.3, {"sample_codebook_temp": 0.3})):
         p = (-layer.codebook.norm(dim=1) / temperature).softmax(0)
@@ -171,35 +173,35 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_arguments_of_forward_are_theirs(call):
-    theirs, mine = pair("VectorQuantize", DIM, CODES)
-    train_together(theirs, mine, SEQUENCE, CALLS[call], lr=0.1)
+def test_forward_arguments_match_upstream(call):
+    upstream_layer, genperf_layer = pair("VectorQuantize", DIM, CODES)
+    train_both(upstream_layer, genperf_layer, SEQUENCE, CALLS[call], lr=0.1)
 
 
-def test_update_can_be_asked_for():
-    theirs, mine = pair("VectorQuantize", DIM, CODES, ema_update=False)
-    train_together(theirs, mine, SEQUENCE, lambda step: {"ema_update": step % 2 == 0}, lr=0.1)
+def test_ema_update_in_forward_overrides_the_constructor():
+    upstream_layer, genperf_layer = pair("VectorQuantize", DIM, CODES, ema_update=False)
+    train_both(upstream_layer, genperf_layer, SEQUENCE, lambda step: {"ema_update": step % 2 == 0}, lr=0.1)
 
 
 @pytest.mark.parametrize("zeros", [True, False])
-def test_padding_has_no_part(zeros):
-    """Projected, by head and normalized, where theirs fails; the reference is the layer on the valid vectors alone."""
+def test_padding_is_ignored(zeros):
+    """With projection, heads and cosine, where upstream fails; the reference is the layer on the valid vectors only."""
     torch.manual_seed(0)
     options = {"heads": 2, "codebook_dim": 3, "use_cosine_sim": True, "return_zeros_for_masked_padding": zeros}
-    masked = ours.VectorQuantize(DIM, CODES, **options)
-    short = copy.deepcopy(masked)
+    masked = compat.VectorQuantize(DIM, CODES, **options)
+    kept = copy.deepcopy(masked)
     x = torch.randn(SEQUENCE)
     x[~MASK] = float("nan") if zeros else 5.0
     quantized, indices, loss = masked(x, lens=torch.tensor([10, 3, 6]))
-    expected = short(x[MASK])
+    expected = kept(x[MASK])
     torch.testing.assert_close((quantized[MASK], indices[MASK], loss), expected)
     assert torch.equal(quantized[~MASK], torch.full_like(x[~MASK], 0.0 if zeros else 5.0))
     (quantized.sum() + loss).backward()
     (expected[0].sum() + expected[2]).backward()
     if zeros:
-        torch.testing.assert_close(masked.project_in.weight.grad, short.project_in.weight.grad)
+        torch.testing.assert_close(masked.project_in.weight.grad, kept.project_in.weight.grad)
     assert (indices[~MASK] == -1).all()
-    assert_equal_states(short, masked)
+    assert_equal_states(kept, masked)
     if zeros:
         torch.testing.assert_close(masked.eval().get_output_from_indices(indices)[~MASK], quantized[~MASK])
     assert masked.train()(x, mask=torch.zeros_like(MASK))[2] == 0
@@ -208,20 +210,20 @@ def test_padding_has_no_part(zeros):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("learnable", [False, True])
 def test_dtypes(dtype, learnable):
-    theirs, mine = pair("VectorQuantize", DIM, CODES, learnable_codebook=learnable, ema_update=not learnable)
+    upstream_layer, genperf_layer = pair("VectorQuantize", DIM, CODES, learnable_codebook=learnable, ema_update=not learnable)
     torch.manual_seed(1)
     x = torch.randn(SEQUENCE, dtype=dtype)
     results = []
-    for layer in (theirs, mine):
-        given = x.clone().requires_grad_()
-        quantized, indices, loss = layer(given)
+    for layer in (upstream_layer, genperf_layer):
+        leaf = x.clone().requires_grad_()
+        quantized, indices, loss = layer(leaf)
         (quantized.sum() + loss).backward()
-        results.append((quantized, indices, loss, given.grad))
+        results.append((quantized, indices, loss, leaf.grad))
         assert quantized.dtype == dtype
     for value, expected in zip(*reversed(results), strict=True):
         tolerance = {torch.float64: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
         torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
-    assert_equal_states(theirs, mine)
+    assert_equal_states(upstream_layer, genperf_layer)
 
 
 def trained(layer, *shape):
@@ -249,9 +251,9 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS)
-def test_checkpoints_load_both_ways(case):
+def test_checkpoints_load_in_both_directions(case):
     name, options = CHECKPOINTS[case]
-    for source, target in ((peer, ours), (ours, peer)):
+    for source, target in ((upstream, compat), (compat, upstream)):
         saved, loaded = (nn.ModuleDict({"quantizer": getattr(module, name)(**options)}) for module in (source, target))
         trained(saved["quantizer"], 4, 20, DIM)
         loaded.load_state_dict(saved.state_dict(), strict=True)
@@ -264,9 +266,9 @@ def test_checkpoints_load_both_ways(case):
         assert_equal_states(saved, loaded)
 
 
-def test_an_uninitialized_checkpoint_awaits_data():
-    new = ours.VectorQuantize(DIM, CODES, kmeans_init=True)
-    other = ours.VectorQuantize(DIM, CODES, kmeans_init=True)
+def test_loading_an_uninitialized_checkpoint():
+    new = compat.VectorQuantize(DIM, CODES, kmeans_init=True)
+    other = compat.VectorQuantize(DIM, CODES, kmeans_init=True)
     trained(other, 50, DIM)
     assert other._codebook.initted
     other.load_state_dict(new.state_dict())
@@ -276,7 +278,7 @@ def test_an_uninitialized_checkpoint_awaits_data():
     assert other.codebook.norm(dim=1).min() > 0
 
 
-def test_kmeans_starts_as_well_as_theirs():
+def test_kmeans_error_is_near_that_of_upstream():
     torch.manual_seed(0)
     centers = 10 * torch.randn(CODES, DIM)
     x = centers[torch.randint(CODES, (2000,))] + torch.randn(2000, DIM)
@@ -290,7 +292,7 @@ def test_kmeans_starts_as_well_as_theirs():
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}, {"learnable_codebook": True, "ema_update": False}])
-def test_dead_codes_become_vectors_of_the_batch(options):
+def test_dead_codes_are_replaced_by_vectors_of_the_batch(options):
     layers = pair("VectorQuantize", DIM, CODES, threshold_ema_dead_code=0.9, **options)
     x = 5 + torch.randn(2, 40, DIM, generator=torch.Generator().manual_seed(5))
     for layer in layers:
@@ -308,7 +310,7 @@ def test_dead_codes_become_vectors_of_the_batch(options):
 
 
 def test_expire_codes():
-    layer = ours.VectorQuantize(DIM, CODES, threshold_ema_dead_code=0.5)
+    layer = compat.VectorQuantize(DIM, CODES, threshold_ema_dead_code=0.5)
     layer._codebook.cluster_size[0, ::2] = 0.1
     before = layer.codebook.clone()
     x = torch.randn(2, 10, DIM)
@@ -322,7 +324,7 @@ def test_expire_codes():
 @pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}, {"heads": 2, "codebook_dim": 3}, {"accept_image_fmap": True}])
 def test_indices_and_outputs(options):
     torch.manual_seed(0)
-    layer = ours.VectorQuantize(DIM, CODES, **options).eval()
+    layer = compat.VectorQuantize(DIM, CODES, **options).eval()
     shape = IMAGE if "accept_image_fmap" in options else SEQUENCE
     x = torch.randn(shape)
     quantized, indices, loss = layer(x)
@@ -338,20 +340,20 @@ def test_indices_and_outputs(options):
     empty = torch.full_like(indices, -1)
     assert not layer.get_output_from_indices(empty).any()
 
-    # A step taken by hand.
+    # update_ema_indices is the update of a training step.
     fused, manual = copy.deepcopy(layer).train(), copy.deepcopy(layer).train()
     fused(x)
     manual.update_ema_indices(x, indices)
     assert_equal_states(fused, manual)
 
 
-def test_codebook_can_be_set():
+def test_setting_the_codebook():
     for options in (
         {},
         {"learnable_codebook": True, "ema_update": False},
         {"separate_codebook_per_head": True, "heads": 2, "codebook_dim": 4},
     ):
-        layer = ours.VectorQuantize(DIM, CODES, **options)
+        layer = compat.VectorQuantize(DIM, CODES, **options)
         codes = torch.randn_like(layer.codebook)
         assert codes.shape == ((2, CODES, 4) if "heads" in options else (CODES, DIM))
         layer.codebook = codes
@@ -368,8 +370,8 @@ def test_manual_updates():
         layer._codebook.update_ema()
         assert not torch.equal(layer.codebook, before)
     assert_equal_states(*layers)
-    # Several layers at once; what has no moving averages keeps its codes.
-    both = nn.ModuleList([ours.VectorQuantize(DIM, CODES), ours.VectorQuantize(DIM, CODES, learnable_codebook=True, ema_update=False)])
+    # Several layers in one update; a layer without an EMA keeps its codes.
+    both = nn.ModuleList([compat.VectorQuantize(DIM, CODES), compat.VectorQuantize(DIM, CODES, learnable_codebook=True, ema_update=False)])
     before = [layer.codebook.detach().clone() for layer in both]
     for layer in both:
         layer(x, accum_ema_update=True)
@@ -378,8 +380,8 @@ def test_manual_updates():
     assert torch.equal(both[1].codebook, before[1])
 
 
-def test_copies_and_dtypes_of_the_module():
-    layer = trained(ours.VectorQuantize(DIM, CODES, threshold_ema_dead_code=0.5), 30, DIM)
+def test_copies_and_dtypes_of_a_layer():
+    layer = trained(compat.VectorQuantize(DIM, CODES, threshold_ema_dead_code=0.5), 30, DIM)
     x = torch.randn(30, DIM)
     expected = layer(x)[1]
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -390,23 +392,23 @@ def test_copies_and_dtypes_of_the_module():
     assert code_usage(expected, CODES).used > 1
 
 
-def test_a_loss_that_nothing_learns_from_can_be_differentiated():
-    quantized, _, loss = ours.VectorQuantize(DIM, CODES)(torch.randn(4, DIM))
+def test_backward_of_a_loss_without_parameters():
+    quantized, _, loss = compat.VectorQuantize(DIM, CODES)(torch.randn(4, DIM))
     loss.backward()
     assert not quantized.requires_grad
     with torch.no_grad():
-        assert not ours.VectorQuantize(DIM, CODES)(torch.randn(4, DIM))[2].requires_grad
+        assert not compat.VectorQuantize(DIM, CODES)(torch.randn(4, DIM))[2].requires_grad
 
 
 RESIDUAL = {
     "residual": {},
     "straight-through": {"rotation_trick": False, "commitment_weight": 0.3},
     "frozen": {"ema_update": False},
-    "averages alone": {"manual_ema_update": True},
+    "manual update": {"manual_ema_update": True},
     "cosine": {"use_cosine_sim": True},
     "projection": {"codebook_dim": 4},
     "shared": {"shared_codebook": True},
-    "shared, revival": {"shared_codebook": True, "threshold_ema_dead_code": 1e-9},
+    "shared, dead-code replacement": {"shared_codebook": True, "threshold_ema_dead_code": 1e-9},
     "shared, learnable": {"shared_codebook": True, "learnable_codebook": True, "ema_update": False},
     "gradient of the quantized": {"quant_grad_frac": 0.3},
     "full gradient": {"quant_grad_frac": 1.0},
@@ -416,33 +418,33 @@ RESIDUAL = {
 
 
 @pytest.mark.parametrize("case", RESIDUAL)
-def test_residual_training_steps_are_theirs(case):
+def test_residual_training_steps_match_upstream(case):
     layers = pair("ResidualVQ", **{"dim": DIM, "codebook_size": CODES, "num_quantizers": 3, **RESIDUAL[case]})
-    train_together(*layers, SEQUENCE, lambda step: {"return_all_codes": True}, lr=0.05, steps=12)
+    train_both(*layers, SEQUENCE, lambda step: {"return_all_codes": True}, lr=0.05, steps=12)
 
 
-def test_residual_mask_is_theirs():
+def test_residual_mask_matches_upstream():
     layers = pair("ResidualVQ", dim=DIM, codebook_size=CODES, num_quantizers=3)
-    train_together(*layers, SEQUENCE, lambda step: {"mask": MASK.roll(step, 0)}, lr=0.05, steps=5)
+    train_both(*layers, SEQUENCE, lambda step: {"mask": MASK.roll(step, 0)}, lr=0.05, steps=5)
 
 
 @pytest.mark.parametrize("options", [{}, {"quantize_dropout_multiple_of": 3}, {"quantize_dropout_cutoff_index": 2}])
-def test_quantize_dropout_stops_where_theirs_does(options):
+def test_quantize_dropout_matches_upstream(options):
     layers = pair("ResidualVQ", dim=DIM, codebook_size=CODES, num_quantizers=4, quantize_dropout=True, **options)
-    train_together(*layers, SEQUENCE, lambda step: {"rand_quantize_dropout_fixed_seed": step}, lr=0.05, steps=8)
+    train_both(*layers, SEQUENCE, lambda step: {"rand_quantize_dropout_fixed_seed": step}, lr=0.05, steps=8)
     x, found = torch.randn(SEQUENCE), []
     for layer in layers:
         torch.manual_seed(7)
         found.append([(layer(x)[1] == -1).all((0, 1)).tolist() for _ in range(6)])
     assert found[0] == found[1]
-    assert len({str(levels) for levels in found[1]}) > 1
+    assert len({str(dropped) for dropped in found[1]}) > 1
 
 
 @pytest.mark.parametrize("options", [{}, {"shared_codebook": True}, {"codebook_dim": 4}])
 @pytest.mark.parametrize("image", [False, True])
 def test_residual_outputs_from_indices(options, image):
     torch.manual_seed(0)
-    layer = ours.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=4, accept_image_fmap=image, **options).eval()
+    layer = compat.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=4, accept_image_fmap=image, **options).eval()
     x = torch.randn(IMAGE if image else SEQUENCE)
     quantized, indices, losses, codes = layer(x, return_all_codes=True)
     last = quantized.movedim(1, -1) if image else quantized
@@ -455,15 +457,17 @@ def test_residual_outputs_from_indices(options, image):
         layer.get_codes_from_indices(indices[..., :2]), codes * torch.tensor([1, 1, 0, 0]).reshape(4, *[1] * (codes.dim() - 1))
     )
     if not image:
-        theirs = peer.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=4, quantize_dropout=True, **options).eval()
-        theirs.load_state_dict(layer.state_dict())
-        torch.testing.assert_close(theirs.get_output_from_indices(indices[..., :2]), layer.get_output_from_indices(indices[..., :2]))
+        upstream_layer = upstream.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=4, quantize_dropout=True, **options).eval()
+        upstream_layer.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(
+            upstream_layer.get_output_from_indices(indices[..., :2]), layer.get_output_from_indices(indices[..., :2])
+        )
     assert layer.codebooks.shape == (4, CODES, layer.codebook_dim)
 
 
 def test_residual_cross_entropy_of_its_own_indices():
     torch.manual_seed(0)
-    layer = ours.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=2).eval()
+    layer = compat.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=2).eval()
     x = torch.randn(SEQUENCE)
     indices = layer(x)[1]
     quantized, loss = layer(x, indices=indices)
@@ -478,13 +482,13 @@ def test_residual_cross_entropy_of_its_own_indices():
 @pytest.mark.parametrize("image", [False, True])
 def test_grouped(image):
     options = {"dim": DIM, "groups": 2, "codebook_size": CODES, "num_quantizers": 3}
-    if not image:  # theirs fails on images
+    if not image:  # upstream fails on images
         layers = pair("GroupedResidualVQ", **options)
-        train_together(*layers, SEQUENCE, lambda step: {"return_all_codes": True}, lr=0.05, steps=5)
-    layer = ours.GroupedResidualVQ(**options, accept_image_fmap=image, quantize_dropout=True)
+        train_both(*layers, SEQUENCE, lambda step: {"return_all_codes": True}, lr=0.05, steps=5)
+    layer = compat.GroupedResidualVQ(**options, accept_image_fmap=image, quantize_dropout=True)
     x = torch.randn(IMAGE if image else SEQUENCE)
     _, indices, losses = layer(x)
-    assert torch.equal(indices[0] == -1, indices[1] == -1), "one level for all groups"
+    assert torch.equal(indices[0] == -1, indices[1] == -1), "all groups must run the same quantizers"
     assert losses.shape == (2, 3)
     quantized, indices, _ = layer.eval()(x)
     last = quantized.movedim(1, -1) if image else quantized
@@ -495,7 +499,7 @@ def test_grouped(image):
 
 def test_diveq_learns_the_codes():
     torch.manual_seed(0)
-    layer = ours.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=2, diveq=True)
+    layer = compat.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=2, diveq=True)
     x = torch.randn(SEQUENCE, requires_grad=True)
     quantized, _, losses = layer(x)
     assert not losses.any()
@@ -514,19 +518,19 @@ def test_diveq_learns_the_codes():
         {"codebook_transform": nn.Sequential(nn.Linear(DIM, 6), nn.ReLU(), nn.Linear(6, DIM))},
     ],
 )
-def test_sim_vq_training_steps_are_theirs(options):
-    theirs, mine = (module.SimVQ(DIM, CODES, **copy.deepcopy(options)) for module in (peer, ours))
-    mine.load_state_dict(theirs.state_dict())
+def test_sim_vq_training_steps_match_upstream(options):
+    upstream_layer, genperf_layer = (module.SimVQ(DIM, CODES, **copy.deepcopy(options)) for module in (upstream, compat))
+    genperf_layer.load_state_dict(upstream_layer.state_dict())
     shape = IMAGE if options.get("channel_first") else SEQUENCE
-    train_together(theirs, mine, shape, lr=0.05)
+    train_both(upstream_layer, genperf_layer, shape, lr=0.05)
     x = torch.randn(shape)
-    quantized, indices, _ = mine.eval()(x)
-    torch.testing.assert_close(mine.indices_to_codes(indices), quantized)
-    torch.testing.assert_close(mine.codebook, theirs.codebook, rtol=2e-4, atol=2e-5)
+    quantized, indices, _ = genperf_layer.eval()(x)
+    torch.testing.assert_close(genperf_layer.indices_to_codes(indices), quantized)
+    torch.testing.assert_close(genperf_layer.codebook, upstream_layer.codebook, rtol=2e-4, atol=2e-5)
 
 
 def test_sim_vq_under_autocast():
-    layer = ours.SimVQ(DIM, CODES)
+    layer = compat.SimVQ(DIM, CODES)
     with torch.autocast("cpu", torch.bfloat16):
         quantized, _, loss = layer(torch.randn(SEQUENCE, requires_grad=True))
     loss.backward()
@@ -542,10 +546,10 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("case", COMPILED)
-def test_compiles_without_a_break(case):
+def test_compiles_without_a_graph_break(case):
     backend, name, options = COMPILED[case]
     torch.manual_seed(0)
-    eager = getattr(ours, name)(**{"dim": DIM, "codebook_size": CODES, "threshold_ema_dead_code": 0.5, **options})
+    eager = getattr(compat, name)(**{"dim": DIM, "codebook_size": CODES, "threshold_ema_dead_code": 0.5, **options})
     other = copy.deepcopy(eager)
     x = torch.randn(IMAGE if "accept_image_fmap" in options else SEQUENCE)
     torch._dynamo.reset()
@@ -554,19 +558,19 @@ def test_compiles_without_a_break(case):
         results = []
         for layer, call in ((eager, eager), (other, compiled)):
             layer.train(mode)
-            given = x.clone().requires_grad_()
-            quantized, indices, loss = call(given)
+            leaf = x.clone().requires_grad_()
+            quantized, indices, loss = call(leaf)
             if mode:
                 (quantized.square().sum() + loss.sum()).backward()
-            results.append((quantized, indices, loss, given.grad))
+            results.append((quantized, indices, loss, leaf.grad))
         torch.testing.assert_close(*reversed(results))
         assert_equal_states(eager, other)
 
 
-def test_compiled_backward_has_the_codes_from_before_the_update():
+def test_compiled_backward_uses_the_codes_from_before_the_update():
     torch._dynamo.reset()
     torch.manual_seed(0)
-    eager = ours.VectorQuantize(4, 8, decay=0.5, threshold_ema_dead_code=0.5)
+    eager = compat.VectorQuantize(4, 8, decay=0.5, threshold_ema_dead_code=0.5)
     compiled = torch.compile(copy.deepcopy(eager), fullgraph=True)
     inputs = [torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2)]
     for layer, x in zip((eager, compiled), inputs, strict=True):
@@ -592,19 +596,19 @@ UNSUPPORTED = [
 
 
 @pytest.mark.parametrize(("name", "options", "option"), UNSUPPORTED)
-def test_what_is_not_supported_is_named(name, options, option):
+def test_unsupported_options(name, options, option):
     sizes = {"dim": DIM, "codebook_size": CODES} | ({} if name == "VectorQuantize" else {"num_quantizers": 2})
     with pytest.raises(NotImplementedError, match=f": {option} is not supported, got {option}="):
-        getattr(ours, name)(**sizes, **options)
+        getattr(compat, name)(**sizes, **options)
 
 
-def test_calls_that_are_not_supported_are_named():
+def test_unsupported_forward_arguments():
     x = torch.randn(SEQUENCE)
     for options in ({"topk": 2}, {"codebook_transform_fn": nn.Identity()}):
         with pytest.raises(NotImplementedError, match=f"VectorQuantize: {next(iter(options))} is not supported"):
-            ours.VectorQuantize(DIM, CODES)(x, **options)
+            compat.VectorQuantize(DIM, CODES)(x, **options)
     with pytest.raises(NotImplementedError, match="ResidualVQ: beam_size is not supported"):
-        ours.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=2)(x, beam_size=2)
+        compat.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=2)(x, beam_size=2)
 
 
 @pytest.mark.parametrize(
@@ -621,38 +625,38 @@ def test_calls_that_are_not_supported_are_named():
         ("GroupedResidualVQ", {"groups": 3, "num_quantizers": 2}, "divisible by groups, got 8 and 3"),
     ],
 )
-def test_bad_arguments_are_named(name, options, message):
+def test_invalid_arguments(name, options, message):
     with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
-        getattr(ours, name)(**{"dim": DIM, "codebook_size": CODES, **options})
+        getattr(compat, name)(**{"dim": DIM, "codebook_size": CODES, **options})
 
 
 @pytest.mark.parametrize("name", ["GroupedResidualVQ", "ResidualVQ", "SimVQ", "VectorQuantize"])
 @pytest.mark.parametrize("method", ["__init__", "forward"])
-def test_signatures_are_theirs(name, method):
-    theirs, mine = (inspect.signature(getattr(getattr(module, name), method)).parameters for module in (peer, ours))
-    assert list(mine) == list(theirs)
-    for parameter in mine:
-        if parameter not in ("init_fn", "mlp_kwargs"):  # a function, and a dict that nobody may change
-            assert (mine[parameter].default, mine[parameter].kind) == (theirs[parameter].default, theirs[parameter].kind), parameter
+def test_signatures_match_upstream(name, method):
+    expected, found = (inspect.signature(getattr(getattr(module, name), method)).parameters for module in (upstream, compat))
+    assert list(found) == list(expected)
+    for parameter in found:
+        if parameter not in ("init_fn", "mlp_kwargs"):  # a function, and a mutable default
+            assert (found[parameter].default, found[parameter].kind) == (expected[parameter].default, expected[parameter].kind), parameter
 
 
-@pytest.mark.parametrize(("sync_codebook", "joined"), [(None, True), (True, True), (False, False)])
-def test_processes_are_joined_unless_told_otherwise(sync_codebook, joined, monkeypatch):
+@pytest.mark.parametrize(("sync_codebook", "synchronized"), [(None, True), (True, True), (False, False)])
+def test_codebooks_are_synchronized_by_default(sync_codebook, synchronized, monkeypatch):
     sums = []
     monkeypatch.setattr(_ema, "world_size", lambda: 2)
     monkeypatch.setattr(_ema, "all_reduce_sum", lambda value: sums.append(value) or 2 * value)
     torch.manual_seed(0)
-    layer = ours.VectorQuantize(DIM, CODES, sync_codebook=sync_codebook)
+    layer = compat.VectorQuantize(DIM, CODES, sync_codebook=sync_codebook)
     layer(torch.randn(SEQUENCE))
-    assert len(sums) == joined
-    expected = 0.8 * CODES + 0.2 * 30 * (1 + joined)
+    assert len(sums) == synchronized
+    expected = 0.8 * CODES + 0.2 * 30 * (1 + synchronized)
     assert layer._codebook.cluster_size.sum().item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("shape", [(2, 0, DIM), (0, 5, DIM), (0, DIM)])
 @pytest.mark.parametrize("options", [{}, {"heads": 2, "codebook_dim": 3}, {"kmeans_init": True, "threshold_ema_dead_code": 2}])
 def test_empty_batches(shape, options):
-    layer = ours.VectorQuantize(DIM, CODES, **options)
+    layer = compat.VectorQuantize(DIM, CODES, **options)
     x = torch.zeros(shape, requires_grad=True)
     quantized, indices, loss = layer(x)
     (quantized.sum() + loss).backward()
@@ -663,25 +667,25 @@ def test_empty_batches(shape, options):
     layer.update_indices(x, indices)
     assert layer.codebook.isfinite().all()
     if not options:
-        residual = ours.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=2)
+        residual = compat.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=2)
         quantized, indices, losses = residual(x)
         (quantized.sum() + losses.sum()).backward()
         assert (quantized.shape, indices.shape, losses.tolist()) == (x.shape, (*shape[:-1], 2), [0, 0])
 
 
-def test_one_training_with_either_package(monkeypatch):
+def test_training_curves_of_the_benchmark_match(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     lines = importlib.import_module("ratios").training_lines(steps=10, batch_size=4, codes=16)
     curves = [(float(line["vector-quantize-pytorch"]), float(line["genperf"])) for line in lines[:10]]
     assert curves[-1][0] < curves[0][0]
-    for upstream, genperf_loss in curves:
-        assert genperf_loss == pytest.approx(upstream, rel=0.02)
+    for upstream_loss, genperf_loss in curves:
+        assert genperf_loss == pytest.approx(upstream_loss, rel=0.02)
     assert lines[-1][""] == "step, median ms"
 
 
-def test_all_levels_in_one_op_are_the_levels_one_by_one(monkeypatch):
+def test_fused_quantizers_match_quantizers_one_by_one(monkeypatch):
     torch.manual_seed(0)
-    fused = ours.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=3, quantize_dropout=True)
+    fused = compat.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=3, quantize_dropout=True)
     single = copy.deepcopy(fused)
     monkeypatch.setattr(single, "_can_fuse", lambda: False)
     monkeypatch.setattr(fused, "_one_by_one", None)
@@ -698,18 +702,18 @@ def test_all_levels_in_one_op_are_the_levels_one_by_one(monkeypatch):
     x = torch.randn(SEQUENCE, requires_grad=True)
     torch.testing.assert_close(fused.eval()(x), single.eval()(x))
     assert not fused(x)[0].requires_grad
-    fused.train()(x.detach())[2].sum().backward()  # nothing learns from it
+    fused.train()(x.detach())[2].sum().backward()  # no parameter needs the gradient
 
 
 @pytest.mark.parametrize(
     "layer",
     [
-        lambda: ours.ResidualVQ(dim=4, codebook_dim=2, codebook_size=8, num_quantizers=3),
-        lambda: ours.ResidualVQ(dim=4, codebook_size=8, num_quantizers=3, diveq=True),
-        lambda: ours.VectorQuantize(4, 8, directional_reparam=True, threshold_ema_dead_code=1),
+        lambda: compat.ResidualVQ(dim=4, codebook_dim=2, codebook_size=8, num_quantizers=3),
+        lambda: compat.ResidualVQ(dim=4, codebook_size=8, num_quantizers=3, diveq=True),
+        lambda: compat.VectorQuantize(4, 8, directional_reparam=True, threshold_ema_dead_code=1),
     ],
 )
-def test_padding_of_nan_reaches_no_gradient(layer):
+def test_nan_padding_does_not_reach_the_gradients(layer):
     layer, x = layer(), torch.randn(2, 5, 4)
     mask = torch.arange(5).expand(2, 5) < torch.tensor([[3], [5]])
     x[~mask] = float("nan")
@@ -719,41 +723,41 @@ def test_padding_of_nan_reaches_no_gradient(layer):
     assert all(t.grad is None or t.grad.isfinite().all() for t in (x, *layer.parameters()))
 
 
-def test_attributes_that_are_set_count():
+def test_changed_attributes_take_effect():
     torch.manual_seed(0)
-    a, b = ours.VectorQuantize(4, 8), peer.VectorQuantize(4, 8)
-    a.load_state_dict(b.state_dict())
+    layer, reference = compat.VectorQuantize(4, 8), upstream.VectorQuantize(4, 8)
+    layer.load_state_dict(reference.state_dict())
     x, weight = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
     gradients = []
-    for layer in (a, b):
-        layer._codebook.decay = 0.0
-        layer.rotation_trick = False
+    for module in (layer, reference):
+        module._codebook.decay = 0.0
+        module.rotation_trick = False
         leaf = x.clone().requires_grad_()
-        (layer(leaf)[0] * weight).sum().backward()
+        (module(leaf)[0] * weight).sum().backward()
         gradients.append(leaf.grad)
-    torch.testing.assert_close(a.codebook, b.codebook)
+    torch.testing.assert_close(layer.codebook, reference.codebook)
     assert torch.equal(gradients[0], weight)
     torch.testing.assert_close(*gradients)
 
 
-def test_a_layer_in_evaluation_mode_is_not_run_with_the_others():
+def test_one_quantizer_in_evaluation_mode():
     torch.manual_seed(0)
-    a, b = (package.ResidualVQ(dim=4, codebook_size=8, num_quantizers=3) for package in (ours, peer))
-    a.load_state_dict(b.state_dict())
+    layer, reference = (module.ResidualVQ(dim=4, codebook_size=8, num_quantizers=3) for module in (compat, upstream))
+    layer.load_state_dict(reference.state_dict())
     x = torch.randn(2, 5, 4)
-    for residual in (a, b):
+    for residual in (layer, reference):
         residual.layers[1].eval()
-    torch.testing.assert_close(a(x), b(x))
-    torch.testing.assert_close(a.codebooks, b.codebooks)
+    torch.testing.assert_close(layer(x), reference(x))
+    torch.testing.assert_close(layer.codebooks, reference.codebooks)
     with pytest.raises(ValueError, match="there are 3 quantizers, got indices of 4"):
-        a.get_output_from_indices(torch.zeros(2, 5, 4, dtype=torch.int64))
+        layer.get_output_from_indices(torch.zeros(2, 5, 4, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("options", [{"threshold_ema_dead_code": 2}, {"learnable_codebook": True, "ema_update": False}])
-def test_update_indices_outside_training_and_without_averages(options):
-    a, b = (package.VectorQuantize(4, 8, **options).eval() for package in (ours, peer))
-    a.load_state_dict(b.state_dict())
+def test_update_indices_in_evaluation_mode_and_without_ema(options):
+    layer, reference = (module.VectorQuantize(4, 8, **options).eval() for module in (compat, upstream))
+    layer.load_state_dict(reference.state_dict())
     x, indices = torch.randn(2, 5, 4), torch.randint(8, (2, 5))
-    for layer in (a, b):
-        layer.update_indices(x, indices)
-    torch.testing.assert_close(a.state_dict(), b.state_dict())
+    for module in (layer, reference):
+        module.update_indices(x, indices)
+    torch.testing.assert_close(layer.state_dict(), reference.state_dict())

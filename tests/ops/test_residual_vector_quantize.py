@@ -10,11 +10,11 @@ from genperf.ops.residual_vector_quantize import ResidualOptions, quantize_resid
 GRADIENTS = ("straight_through", "rotation")
 
 
-def case(n, k, d, levels, dtype=torch.float32, device="cpu", kind="random"):
-    """x [N, D] and codebooks [Q, K, D], each finer than the one before."""
+def case(n, k, d, q, dtype=torch.float32, device="cpu", kind="random"):
+    """x [N, D] and codebooks [Q, K, D], each with smaller codes than the one before."""
     x, _ = testing.vectors(kind, n, 1, d, dtype, device)
-    _, codes = testing.vectors("random", 1, levels * k, d, torch.float32, "cpu", seed=1)
-    codebooks = codes.view(levels, k, d) * 0.7 ** torch.arange(levels).view(-1, 1, 1)
+    _, codes = testing.vectors("random", 1, q * k, d, torch.float32, "cpu", seed=1)
+    codebooks = codes.view(q, k, d) * 0.7 ** torch.arange(q).view(-1, 1, 1)
     if kind == "offset":
         codebooks[0] += 1000
     return x, codebooks.to(x)
@@ -33,14 +33,14 @@ def chain(x, codebooks, impl="reference"):
 
 
 def plain(x, codebooks, indices, dtype, codebook_weight=1.0, commitment_weight=0.25, gradient="straight_through", per_quantizer=False):
-    """Losses, and gradients of a loss with a weight for every output element, by autograd in `dtype` from given indices."""
+    """Losses of given indices, and gradients of a weighted sum of all outputs by autograd, in `dtype`."""
     x, codebooks = x.detach().to(dtype).requires_grad_(), codebooks.detach().to(dtype).requires_grad_()
     valid = (indices[..., :1] >= 0).to(dtype)
     elements = (valid.sum() * x.shape[1]).clamp(min=1)
     residual, total, passed, losses = x, 0, 0, []
-    for level, codebook in enumerate(codebooks):
-        run = (indices[:, level, None] >= 0).to(dtype)
-        code = codebook[indices[:, level].clamp(min=0)] * run
+    for q, codebook in enumerate(codebooks):
+        run = (indices[:, q, None] >= 0).to(dtype)
+        code = codebook[indices[:, q].clamp(min=0)] * run
         both = ((residual.detach() - code).square() * run).sum() / elements, ((residual - code.detach()).square() * run).sum() / elements
         losses.append(codebook_weight * both[0] + commitment_weight * both[1])
         passed = passed + run * carried(residual, code.detach(), gradient)
@@ -72,16 +72,16 @@ def slopes(losses):
 
 
 def quantize(x, codebooks, *, per_quantizer=False, gradient="straight_through", impl=None, channel_dim=-1, mask=None, **options):
-    """The op, or the same with a gradient through each quantizer, which layers use."""
+    """The op, or with per_quantizer its variant for layers that passes the gradient through each quantizer."""
     if not per_quantizer:
         return genperf.residual_vector_quantize(x, codebooks, gradient=gradient, impl=impl, channel_dim=channel_dim, mask=mask, **options)
     positions = Positions(x, channel_dim % x.dim())
     weights = options.pop("codebook_weight", 1.0), options.pop("commitment_weight", 0.25)
     residual_options = ResidualOptions(*weights, gradient == "rotation", per_quantizer=True)
-    metric, number = options.pop("metric", "euclidean"), options.pop("num_quantizers", None)
+    metric, num_quantizers = options.pop("metric", "euclidean"), options.pop("num_quantizers", None)
     assert not options
     valid = positions.view_mask(mask)
-    found = quantize_residual(positions.vectors, codebooks, valid, number, metric, residual_options, impl or "native")
+    found = quantize_residual(positions.vectors, codebooks, valid, num_quantizers, metric, residual_options, impl or "native")
     return positions.restore(found[0]), positions.restore_indices(found[1], len(codebooks)), found[2]
 
 
@@ -96,13 +96,13 @@ def run(x, codebooks, **options):
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_accuracy(dtype, gradient, per_quantizer, device):
-    for kind, n, k, d, levels in [
+    for kind, n, k, d, q in [
         ("random", 1, 1, 2, 1),
         ("random", 70, 31, 33, 3),
         ("offset", 300, 40, 16, 4),
         ("clustered", 33, 7, 130, 2),
     ]:
-        x, codebooks = case(n, k, d, levels, dtype, device, kind)
+        x, codebooks = case(n, k, d, q, dtype, device, kind)
         found = run(x, codebooks, gradient=gradient, per_quantizer=per_quantizer)
         total, indices = chain(x, codebooks)
         assert torch.equal(found["indices"], indices)
@@ -133,9 +133,9 @@ def test_composition_equals_the_kernel(dtype, device):
     x, codebooks = x.view(2, 45, 12).transpose(1, 2).contiguous(), codebooks.float()
     mask = torch.arange(90, device=device).view(2, 45) % 5 > 0
     ops = torch.ops.genperf
-    for levels in (None, torch.tensor([2], device=device)):
-        expected = ops.residual_vector_quantize(x, codebooks, mask, levels, False)
-        found = _residual_on_cuda.forward(x, codebooks, mask, levels, False)
+    for num_quantizers in (None, torch.tensor([2], device=device)):
+        expected = ops.residual_vector_quantize(x, codebooks, mask, num_quantizers, False)
+        found = _residual_on_cuda.forward(x, codebooks, mask, num_quantizers, False)
         for i in (0, 1, 3):
             assert torch.equal(found[i], expected[i])
         torch.testing.assert_close(found[2], expected[2])
@@ -153,7 +153,7 @@ def test_composition_equals_the_kernel(dtype, device):
 
 
 def test_gradient_of_the_losses_is_their_derivative(device):
-    """gradcheck in float64, one weight at a time, since the other side is detached."""
+    """gradcheck in float64, one loss term at a time, since each detaches one of its sides."""
     x, codebooks = case(9, 5, 3, 3, torch.float64, device)
     x.requires_grad_()
     codebooks.requires_grad_()
@@ -310,11 +310,11 @@ def test_statistics_of_every_quantizer(impl, device):
     _, indices, _ = genperf.residual_vector_quantize(x, codebooks, mask=mask)
     counts, sums = genperf.residual_code_statistics(x, codebooks, indices, impl=impl)
     residual = x.float()
-    for level in range(3):
-        expected = genperf.code_statistics(residual, indices[:, level], 12)
-        assert torch.equal(counts[level], expected[0])
-        assert torch.equal(sums[level], expected[1])
-        residual = residual - codebooks[level].float()[indices[:, level].clamp(min=0)]
+    for q in range(3):
+        expected = genperf.code_statistics(residual, indices[:, q], 12)
+        assert torch.equal(counts[q], expected[0])
+        assert torch.equal(sums[q], expected[1])
+        residual = residual - codebooks[q].float()[indices[:, q].clamp(min=0)]
 
 
 def test_threads_have_no_effect(device):
@@ -350,7 +350,7 @@ def test_second_derivatives(device):
 
 def test_poisoned_memory(device):
     x, codebooks = case(130, 17, 21, 3, device=device)
-    options = {"mask": torch.arange(130, device=device) % 3 > 0, "levels": torch.tensor(2, device=device)}
+    options = {"mask": torch.arange(130, device=device) % 3 > 0, "num_quantizers": torch.tensor(2, device=device)}
     clean = run(x, codebooks, **options)
     with testing.poisoned_memory():
         for name, value in run(x, codebooks, **options).items():
@@ -376,9 +376,9 @@ def test_residuals_are_not_stored(device):
 def test_contract(device):
     x, codebooks = torch.randn(2, 6, 35, device=device), torch.randn(3, 9, 6, device=device)
     permuted = x.transpose(1, 2).contiguous().transpose(1, 2)
-    mask, levels = torch.rand(2, 35, device=device) > 0.5, torch.tensor(2, device=device)
-    testing.check_op("residual_vector_quantize", [(x, codebooks, None, None, False), (permuted, codebooks, mask, levels, True)])
-    _, indices, mse, valid = torch.ops.genperf.residual_vector_quantize(x, codebooks, mask, levels, False)
+    mask, num_quantizers = torch.rand(2, 35, device=device) > 0.5, torch.tensor(2, device=device)
+    testing.check_op("residual_vector_quantize", [(x, codebooks, None, None, False), (permuted, codebooks, mask, num_quantizers, True)])
+    _, indices, mse, valid = torch.ops.genperf.residual_vector_quantize(x, codebooks, mask, num_quantizers, False)
     testing.check_op(
         "residual_vector_quantize_backward",
         [
