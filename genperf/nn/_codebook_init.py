@@ -11,7 +11,7 @@ from ..ops.kmeans import kmeans
 
 INITS = ("uniform", "data", "kmeans")
 
-# Vectors per code that k-means runs on at most; more of them change its result little.
+# k-means runs on at most this many vectors per code; more change its result little.
 KMEANS_VECTORS = 256
 
 
@@ -31,12 +31,12 @@ def codes_from_data(
     metric: str = "euclidean",
     synchronized: bool = True,
 ) -> tuple[Tensor, Tensor] | None:  # [codebooks, K, D], [codebooks, K]
-    """Codes for each codebook, and how many vectors each stands for; None where there is no vector.
+    """Codes for each codebook, and the number of vectors that each represents; None if there is no vector.
 
     Args:
         init: "kmeans" for k-means centers, otherwise random vectors, each drawn once before any is drawn twice.
         iterations, metric: of k-means.
-        synchronized: draw from the vectors of all ranks; every rank must then call it, and gets the same codes.
+        synchronized: use the vectors of all ranks. Every rank must then call this, and all get the same codes.
     """
     rows = vectors.detach().movedim(2, -1).flatten(1, 2)
     rows = rows if valid is None else rows[:, valid[0].flatten()]
@@ -59,7 +59,7 @@ def codes_from_data(
 
 
 def _global_rows(rows: Tensor, limit: int | None, synchronized: bool) -> tuple[Tensor, int]:
-    """The rows [codebooks, N, D] of all ranks, evenly spaced ones where there are more than `limit`, and a seed common to them."""
+    """Rows [codebooks, N, D] of all ranks, at most `limit`, evenly spaced; and a seed that all ranks share."""
     seed = int(torch.randint(2**62, ()))
     counts = [rows.shape[1]]
     if synchronized:
@@ -68,7 +68,7 @@ def _global_rows(rows: Tensor, limit: int | None, synchronized: bool) -> tuple[T
     total, rank = sum(counts), dist.get_rank() if len(counts) > 1 else 0
     if limit is not None and total > limit:
         starts = [sum(counts[:r]) for r in range(len(counts))]
-        # Rows i * total // limit for i < limit; of those, the ones between a rank's start and end.
+        # Rows i * total // limit for i < limit, of which this rank takes those between its start and end.
         first = [-(-start * limit // total) for start in [*starts, total]]
         picked = torch.arange(first[rank], first[rank + 1], device=rows.device) * total // limit - starts[rank]
         rows, counts = rows[:, picked], [b - a for a, b in itertools.pairwise(first)]

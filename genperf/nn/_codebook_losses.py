@@ -1,4 +1,4 @@
-"""Loss terms of a codebook beside the quantization error: diversity and orthogonality."""
+"""Loss terms of a codebook besides the quantization error: diversity and orthogonality."""
 
 import torch
 from torch import Tensor
@@ -60,5 +60,5 @@ def orthogonal_loss(
     number = counted.sum(1)
     with torch.autocast(codebook.device.type, enabled=False):  # sums of up to K squares exceed float16
         gram = codes.transpose(1, 2) @ codes
-    squares = gram.square().sum((1, 2)) - number  # less the square of each code with itself
+    squares = gram.square().sum((1, 2)) - number  # without the cosine of each code with itself
     return (squares / number.clamp(min=1).square()).mean()

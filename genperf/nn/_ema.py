@@ -1,7 +1,7 @@
 """The EMA of a codebook as functions of tensors: moving averages, codes from them, dead-code replacement, all-reduce.
 
-A layer owns its buffers under its own names. For an update it hands them over as a `CodebookUpdate`, together with the
-statistics that its training steps have gathered. Shapes: [..., K] and [..., K, D], where ... is empty or the number of codebooks.
+A layer owns its buffers under its own names. For an update it passes them as a `CodebookUpdate`, together with the statistics
+of its training steps. Shapes: [..., K] and [..., K, D], where ... is empty or the number of codebooks.
 """
 
 import math
@@ -51,7 +51,7 @@ def ema_update_(
 
 @torch.no_grad()
 def codebook_from_ema(counts: Tensor, sums: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
-    """The codes that the averages stand for: sums / counts, with Laplace-smoothed counts."""
+    """Codes from the averages: sums / counts, with Laplace-smoothed counts."""
     total = counts.sum(-1, keepdim=True)
     smoothed = (counts + eps) / (total + counts.shape[-1] * eps) * total
     return torch.div(sums, smoothed.unsqueeze(-1), out=out)
@@ -63,7 +63,7 @@ def replace_dead_codes_(codebook: Tensor, counts: Tensor, sums: Tensor, replacem
 
     Args:
         replacements: [..., K, D], a vector for each code.
-        found: bool, [..., K]; where False there is no vector, and the code stays.
+        found: bool, [..., K]; where False there is no replacement, and the code stays.
     """
     dead = (counts < threshold) & found
     counts.masked_fill_(dead, threshold)
@@ -85,7 +85,7 @@ def set_codes_(
 
 
 def add_statistics(pending: tuple[Tensor, Tensor] | None, counts: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """The counts and sums of the training steps since the last update, with those of one more."""
+    """Add the counts and sums of a training step to those since the last update."""
     return (counts, sums) if pending is None else (pending[0] + counts, pending[1] + sums)
 
 
@@ -100,13 +100,13 @@ def draw_replacements(
 ) -> tuple[Tensor, Tensor]:  # [codebooks, K, D], [codebooks, K]
     """A vector of the global batch for every code, and whether this rank holds it; zeros where it does not.
 
-    The positions are evenly spaced in the global batch, with a new offset at each update, and follow from `num_updates`
-    alone: every rank draws the same ones, and each at most once. Where there are fewer vectors than codes, some codes get none.
+    Positions are evenly spaced in the global batch, with a new offset at each update. They depend on `num_updates` only, so
+    every rank draws the same ones, each at most once. With fewer vectors than codes, some codes get none.
 
     Args:
         valid: which of this rank's vectors may be drawn.
         vectors_at: this rank's vectors at given positions.
-        before, total: int64, how many valid vectors the ranks before this one hold, and all ranks.
+        before, total: int64, the number of valid vectors on the ranks before this one, and on all ranks.
     """
     k = torch.arange(num_codes, device=valid.device)
     step = num_updates.double()
@@ -127,12 +127,12 @@ class CodebookUpdate:
 
     Attributes:
         codebook, counts, sums: the layer's buffers, [..., K, D], [..., K] and [..., K, D].
-        batch_counts, batch_sums: statistics of the training steps since the last update, or None where there was none.
+        batch_counts, batch_sums: statistics of the training steps since the last update, or None if there was none.
         normalize: make codes unit vectors.
         writes_codebook: set the codes from the averages; otherwise only the averages move.
-        replace_below: threshold of dead-code replacement, 0 for none. With it:
+        replace_below: threshold of dead-code replacement, 0 for none. The attributes below are for replacement only.
         num_updates: int64 scalar, the buffer that counts the updates.
-        valid: [codebooks, N], which vectors of the last training step may replace a code, or None where there was no step.
+        valid: [codebooks, N], which vectors of the last training step may replace a code, or None if there was no step.
         vectors_at: the vectors [codebooks, K, D] at positions [codebooks, K] of that step.
     """
 
@@ -155,7 +155,7 @@ class CodebookUpdate:
         return self.counts.shape[0] if self.counts.dim() > 1 else 1
 
     def num_valid(self) -> Tensor:
-        """[codebooks], int64: how many vectors of this rank may replace a code."""
+        """[codebooks], int64: the number of this rank's vectors that may replace a code."""
         if self.valid is None:
             return torch.zeros(self.num_codebooks, dtype=torch.int64, device=self.counts.device)
         return self.valid.sum(1)
@@ -182,7 +182,7 @@ class CodebookUpdate:
                 self.codebook.copy_(normalize_codes(self.codebook))
 
     def replace_(self, drawn: Tensor, found: Tensor) -> None:
-        """Replace dead codes by what all ranks have drawn."""
+        """Replace dead codes by the vectors that all ranks have drawn."""
         drawn, found = drawn.reshape(self.sums.shape), found.reshape(self.counts.shape) > 0
         drawn = normalize_codes(drawn) if self.normalize else drawn
         replace_dead_codes_(self.codebook, self.counts, self.sums, drawn, found, self.replace_below)
@@ -204,14 +204,14 @@ class HasCodebook(Protocol):
     update: str
 
     def take_update(self) -> CodebookUpdate:
-        """The update that is due; the layer forgets its statistics."""
+        """The pending update. Clears the layer's statistics."""
         ...
 
     def check_code_weights(self, code_weights: CodeWeights | None) -> None: ...
 
 
 def update_codebooks(module: nn.Module, *, code_weights: CodeWeights | None = None) -> None:
-    """Update all codebooks in a module from the statistics that its training steps have gathered with update="accumulate".
+    """Update all codebooks in a module from the statistics gathered by training steps with update="accumulate".
 
     Call it after backward, which needs the codes that the step was quantized with. Under torch.distributed every rank must
     call it on the same module: the statistics of all layers are summed in one all-reduce. Layers with dead-code replacement
@@ -220,8 +220,8 @@ def update_codebooks(module: nn.Module, *, code_weights: CodeWeights | None = No
 
     Args:
         module: contains VectorQuantizer or ResidualVectorQuantizer layers, or is one.
-        code_weights: [K] or [codebooks, K], multiplies 1 - decay for each code; or a function of the sums and counts of the
-            global batch that returns it.
+        code_weights: [K] or [codebooks, K], factors of 1 - decay for each code; or a function of the sums and counts of the
+            global batch that returns them.
     """
     modules = (layer for layer in module.modules() if hasattr(layer, "take_update"))
     layers = [layer for layer in modules if layer.has_ema and layer.update != "none"]
@@ -258,7 +258,7 @@ def apply_replacement(update: CodebookUpdate, synchronized: bool) -> None:
 
 def sync_statistics(updates: Sequence[CodebookUpdate], parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """Sum over ranks, in one all-reduce, a pair of tensors for each update."""
-    # Of one dtype on every rank, whether it has seen a vector or not.
+    # The same dtype on every rank, whether or not it has seen a vector.
     dtypes = [accumulator_dtype(update.sums.dtype) for update in updates]
     flat = [part.reshape(-1).to(dtype) for pair, dtype in zip(parts, dtypes, strict=True) for part in pair]
     summed = iter(all_reduce_sum(torch.cat(flat)).split([len(part) for part in flat]))
@@ -266,7 +266,7 @@ def sync_statistics(updates: Sequence[CodebookUpdate], parts: list[tuple[Tensor,
 
 
 def _places(updates: Sequence[CodebookUpdate], synchronized: bool) -> list[tuple[Tensor, Tensor]]:
-    """For each update, how many vectors [codebooks] the ranks before this one hold, and all ranks."""
+    """For each update, the number of vectors [codebooks] on the ranks before this one, and on all ranks."""
     numbers = [update.num_valid() for update in updates]
     if not synchronized or not numbers:
         return [(torch.zeros_like(number), number) for number in numbers]
@@ -311,7 +311,7 @@ def normalize_codes(codes: Tensor) -> Tensor:
 
 
 def check_step(name: str, update: str, code_weights: CodeWeights | None, codebook: Tensor) -> None:
-    """Check what a training step is told about the update."""
+    """Check the arguments of a training step that concern the update."""
     if update not in UPDATES:
         raise ValueError(f"{name}: update must be one of {', '.join(UPDATES)}, got {update!r}.")
     check_code_weights(name, code_weights, codebook)
@@ -326,13 +326,13 @@ def check_code_weights(name: str, code_weights: CodeWeights | None, codebook: Te
 
 
 def saved_copy(codebook: Tensor) -> Tensor:
-    """A copy of the codebook for backward, which needs the codes from before an update in place."""
+    """A copy of the codebook for backward, which needs the codes from before the in-place update."""
     return _saved_copy(codebook) if torch.compiler.is_compiling() else codebook.clone()
 
 
 @torch.library.custom_op("genperf::saved_copy", mutates_args=())
 def _saved_copy(t: Tensor) -> Tensor:
-    """A clone that torch.compile saves for backward. A plain clone is recomputed there, from what the codebook has become."""
+    """A clone that torch.compile saves for backward. A plain clone would be recomputed from the updated codebook."""
     return t.clone()
 
 

@@ -1,7 +1,7 @@
-"""From the input of a quantizer layer to the vectors that are searched, and back.
+"""Views of the input of a quantizer layer as the vectors to search, and back.
 
-The search takes [codebooks, outer, D, inner], the quantizer all codebooks folded into one, [outer * codebooks, D, inner]. Heads
-with a codebook each are codebooks; heads that share one are counted in `outer`.
+The search takes [codebooks, outer, D, inner]; the lookup takes all codebooks folded into one, [outer * codebooks, D, inner].
+Heads with separate codebooks are the dimension `codebooks`; heads that share a codebook are part of `outer`.
 """
 
 import torch
@@ -30,7 +30,7 @@ def split_heads(
     heads: int,
     codebooks: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """View vectors as [codebooks, outer * heads / codebooks, D, inner], and the mask, the same for every head, without D."""
+    """View vectors as [codebooks, outer * heads / codebooks, D, inner], and the mask, expanded over heads, without D."""
     if heads == 1:
         return vectors.unsqueeze(0), None if mask is None else mask.unsqueeze(0)
     outer, channels, inner = vectors.shape

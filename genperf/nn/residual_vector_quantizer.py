@@ -1,4 +1,4 @@
-"""Residual vector quantization layer: several quantizers, each on the residual of those before.
+"""Residual vector quantization layer: several quantizers, each on the residual of the previous ones.
 
 Above 400 lines: a layer reads from top to bottom in one file, and a third of it is documentation.
 """
@@ -39,12 +39,12 @@ from ._vectors import mask_from_lengths
 
 
 class ResidualVectorQuantizer(nn.Module):
-    """Quantizes every vector as a sum of codes, one of each quantizer; Zeghidour et al., "SoundStream" (2021).
+    """Quantizes every vector as a sum of codes, one from each quantizer; Zeghidour et al., "SoundStream" (2021).
 
-    Quantizer i codes the residual of quantizer i - 1 (`genperf.residual_vector_quantize`, all fused into one op). The codebooks
-    learn as those of `VectorQuantizer` do: by gradient, or with a `decay` by EMA of the residuals assigned to each code. A step
-    is quantized with the codes from before its update. Nothing synchronizes with the device. Under torch.distributed one
-    all-reduce serves all codebooks.
+    Quantizer i quantizes the residual of quantizer i - 1, all fused into one op (`genperf.residual_vector_quantize`). The
+    codebooks learn as in `VectorQuantizer`: by gradient, or with a `decay` by EMA of the residuals assigned to each code. A step
+    is quantized with the codes from before its update. Training does not synchronize with the device. Under torch.distributed
+    the statistics of all codebooks are summed in one all-reduce.
 
     Args:
         num_quantizers: Q.
@@ -52,7 +52,7 @@ class ResidualVectorQuantizer(nn.Module):
         dim: length of the channel dimension of x.
         code_dim: D, the length of a code; None for dim / groups. Where groups * D is not dim, linear layers before the first
             quantizer and after the last change the dimension.
-        groups: number of parts that a vector is cut into, each with Q quantizers of its own (Yang et al., "HiFi-Codec", 2023).
+        groups: number of parts that a vector is split into, each with its own Q quantizers (Yang et al., "HiFi-Codec", 2023).
         shared_codebook: one codebook for all quantizers (of a group).
         quantizer_dropout: in every training step, run only the first n quantizers, with n uniformly random, so that a decoder
             can work from a prefix of the codes. A quantizer that does not run is not updated.
@@ -60,9 +60,9 @@ class ResidualVectorQuantizer(nn.Module):
         dropout_multiple_of: round n up to a multiple of this, or to Q.
         dropout_seed: n is a function of it and of the number of training steps, so it is the same on all ranks.
         decay, usage_decay, eps, codebook_weight, commitment_weight, replace_dead_below, update: as `VectorQuantizer`. A dead
-            code is replaced by a residual that its quantizer was given.
+            code is replaced by one of its quantizer's residuals.
         gradient: "straight_through" or "rotation", once from x to the sum of the codes.
-        metric: "euclidean"; or "cosine": a residual takes the code of the most similar direction, and codes are unit vectors.
+        metric: "euclidean"; or "cosine": a residual is assigned the code of highest cosine similarity, and codes are unit vectors.
         channel_dim: the dimension of x that holds a vector.
         init, init_iterations: as `VectorQuantizer`, quantizer by quantizer on the residuals; a shared codebook on the vectors.
 
@@ -76,7 +76,7 @@ class ResidualVectorQuantizer(nn.Module):
         project_in, project_out: the linear layers, or None.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an invalid argument.
     """
 
     # Whether statistics are summed over ranks.
@@ -220,8 +220,8 @@ class ResidualVectorQuantizer(nn.Module):
 
         Args:
             x, mask, lengths, update, code_weights: as `VectorQuantizer.forward`.
-            num_quantizers: run the first so many quantizers, as in `genperf.residual_vector_quantize`; None for all, or in
-                training with quantizer_dropout for a random number.
+            num_quantizers: run only this many quantizers, the first ones, as in `genperf.residual_vector_quantize`; None for all, or
+                for a random number in training with quantizer_dropout.
 
         Returns:
             quantized, of x's shape and dtype; indices, int64, x's shape without channel_dim and with a last dimension of
@@ -273,13 +273,13 @@ class ResidualVectorQuantizer(nn.Module):
             return self._merge_indices(indices, positions)
 
     def decode(self, indices: Tensor) -> Tensor:
-        """What `forward` returns as `quantized` for these indices, of the codebook's dtype.
+        """The `quantized` that `forward` returns for these indices, in the codebook's dtype.
 
         Differentiable in learned codebooks and in the projection.
 
         Args:
-            indices: int64, [..., q] or with groups [..., groups, q], of the first q <= Q quantizers. From the first -1 on,
-                quantizers add nothing; where the first one's index is -1, the result is zero.
+            indices: int64, [..., q] or with groups [..., groups, q], of the first q <= Q quantizers. Quantizers from the first
+                index of -1 on add nothing; where the first index is -1, the result is zero.
 
         Raises:
             TypeError: indices that are not int64.
@@ -313,13 +313,13 @@ class ResidualVectorQuantizer(nn.Module):
         self._mark_initialized()
 
     def usage(self) -> CodeUsage:
-        """How the training steps use the codebooks, as `VectorQuantizer.usage`; over all codebooks together."""
+        """Usage of the codebooks in training, as `VectorQuantizer.usage`; over all codebooks together."""
         rule = "usage of the codes needs a decay or replace_dead_below"
         check("ResidualVectorQuantizer", rule, self.decay, self.has_ema)
         return usage_from_counts(self.counts.double().flatten(), max(self.replace_dead_below, torch.finfo(torch.float32).tiny))
 
     def take_update(self) -> CodebookUpdate:
-        """The update that is due by the statistics gathered since the last one, which are forgotten here."""
+        """The update from the statistics gathered since the last one. Clears them."""
         counts, sums = self._pending or (None, None)
         valid = vectors_at = None
         if self._last_step is not None:
@@ -349,7 +349,7 @@ class ResidualVectorQuantizer(nn.Module):
         check_code_weights("ResidualVectorQuantizer", code_weights, self.codebook)
 
     def _check_input(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None = None) -> tuple[Positions, Tensor | None]:
-        """Check x and view it as [outer, dim, inner]; the mask of its positions."""
+        """Check x, mask and lengths. Returns x as positions, and the mask."""
         if lengths is not None:
             mask = mask_from_lengths("ResidualVectorQuantizer", x, mask, lengths, self.channel_dim)
         dtype = self.codebook.dtype
@@ -380,7 +380,7 @@ class ResidualVectorQuantizer(nn.Module):
         return positions.restore_indices(torch.stack(list(indices), 2), self.groups, self.num_quantizers)
 
     def _search_codebooks(self, codebook: Tensor) -> Tensor:
-        """The codes that are searched, [groups, Q, K, D]; for "cosine" a buffer holds unit vectors, a parameter need not."""
+        """The codes to search, [groups, Q, K, D]; a parameter is normalized for "cosine", a buffer holds unit vectors."""
         if self.metric == "cosine" and isinstance(self.codebook, nn.Parameter):
             codebook = normalize_codes(codebook)
         if self.shared_codebook:
@@ -388,7 +388,7 @@ class ResidualVectorQuantizer(nn.Module):
         return codebook.unflatten(0, (self.groups, self.num_quantizers))
 
     def _random_num_quantizers(self) -> Tensor:
-        """How many quantizers this step runs, on the device: a hash of the number of steps and the seed."""
+        """Number of quantizers that this step runs, a tensor on the device: a hash of the number of steps and the seed."""
         bits = (self.num_steps + (0x9E3779B1 * (self.dropout_seed + 1) & 0x7FFFFFFF)) & 0x7FFFFFFF
         for multiplier in (0x2C1B3C6D, 0x297A2D39):
             bits = ((bits ^ (bits >> 15)) * multiplier) & 0x7FFFFFFF
@@ -407,7 +407,7 @@ class ResidualVectorQuantizer(nn.Module):
     def _residuals_at(self, vectors: Tensor, indices: Tensor, row: Tensor) -> Tensor:
         """The residuals [codebooks, K, D] at positions `row` [codebooks, K] of a step.
 
-        They are those of the codebook's quantizer; of a shared codebook, code k gets one of quantizer k % Q.
+        They are residuals of the codebook's quantizer; with a shared codebook, code k gets one of quantizer k % Q.
 
         Args:
             vectors: [groups, outer, D, inner].
@@ -435,7 +435,7 @@ class ResidualVectorQuantizer(nn.Module):
             self._init_from(vectors, valid)
 
     def _init_from(self, vectors: Tensor, valid: Tensor | None) -> None:
-        """Set the codes of one quantizer after the other; vectors [groups, outer, D, inner], valid [outer, inner]."""
+        """Set the codes of one quantizer after another; vectors [groups, outer, D, inner], valid [outer, inner]."""
         valid = None if valid is None else valid.expand(self.groups, *valid.shape)
         options = {"init": self.init, "iterations": self.init_iterations, "metric": self.metric, "synchronized": self.synchronized}
         residual, found = vectors.detach().to(accumulator_dtype(vectors.dtype)), []
@@ -461,13 +461,13 @@ class ResidualVectorQuantizer(nn.Module):
         super().__setstate__(quantizer_state(state))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        if self.replace_dead_below > 0 and prefix + "counts" in state_dict:  # of a layer without dead-code replacement
+        if self.replace_dead_below > 0 and prefix + "counts" in state_dict:  # possibly saved without dead-code replacement
             state_dict.setdefault(prefix + "num_updates", torch.zeros_like(self.num_updates))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "codebook" in state_dict:
             self._mark_initialized()
             self._pending = self._last_step = None
-            if self.has_ema and prefix + "sums" not in state_dict:  # the averages are of other codes
+            if self.has_ema and prefix + "sums" not in state_dict:  # the averages belong to other codes
                 self.counts.fill_(1)
                 self.sums.copy_(self.codebook.detach())
 

@@ -45,11 +45,11 @@ class LossTerms(NamedTuple):
     """The terms of a quantizer's loss before their weights; scalars."""
 
     error: Tensor
-    """Mean squared difference of the vectors and their codes, as in the commitment and codebook losses; 0 where both have no weight."""
+    """Mean squared difference of vectors and codes, as in the commitment and codebook losses; 0 if both weights are 0."""
     diversity: Tensor
-    """Negative entropy of the batch mean of the code probabilities, in nats; 0 where it has no weight."""
+    """Negative entropy of the batch mean of the code probabilities, in nats; 0 if its weight is 0."""
     orthogonal: Tensor
-    """Mean squared cosine between two different codes; 0 where it has no weight."""
+    """Mean squared cosine between two different codes; 0 if its weight is 0."""
 
 
 class VectorQuantizer(nn.Module):
@@ -63,23 +63,23 @@ class VectorQuantizer(nn.Module):
         smoothed = (counts + eps) / (counts.sum() + K * eps) * counts.sum()
         codebook = sums / smoothed[:, None]
 
-    A step is quantized with the codebook from before its update. Nothing synchronizes with the device.
+    A step is quantized with the codebook from before its update. Training does not synchronize with the device.
 
     Under torch.distributed n and s are summed over ranks, so the codebooks match single-process training on the global batch.
-    Every rank must take part in every training step, if only with an empty batch. A codebook that learns by gradient stays
-    equal through its averaged gradients (DistributedDataParallel).
+    Every rank must run every training step, with an empty batch if it has no data. A codebook that learns by gradient is kept
+    equal by DistributedDataParallel, which averages its gradients.
 
     Args:
         num_codes: K.
         dim: length of the channel dimension of x.
         code_dim: D, the length of a code; None for dim / heads. Where heads * D is not dim, linear layers before and after
             the quantizer change the dimension.
-        heads: number of parts that a vector is cut into, each quantized on its own.
-        separate_codebooks: give each head a codebook of its own; otherwise all share one.
+        heads: number of parts that a vector is split into, each quantized separately.
+        separate_codebooks: one codebook for each head; otherwise all heads share one.
         decay: of the EMA, 0 <= decay < 1; None for a codebook that learns by gradient.
-        usage_decay: of the counts that `replace_dead_below` looks at, where decay is None.
+        usage_decay: decay of the counts for `replace_dead_below` if decay is None.
         eps: Laplace smoothing of the counts, positive; only with a decay.
-        codebook_weight: weight of the loss term that moves codes to vectors; that term is left out with a decay.
+        codebook_weight: weight of the loss term that moves codes to vectors; not used with a decay.
         commitment_weight: weight of the commitment loss, which moves vectors to codes.
         diversity_weight: weight of the negative entropy, in nats, of the batch mean of softmax(-diversity_temperature *
             distance) over the codes, which keeps many codes in use; distance is Euclidean, or minus the cosine
@@ -91,16 +91,16 @@ class VectorQuantizer(nn.Module):
         orthogonal_used_only: count only the codes that the batch uses.
         orthogonal_max_codes: count at most this many codes, drawn at random in every step; None for all.
         gradient: "straight_through" or "rotation", as in `genperf.vector_quantize`.
-        metric: "euclidean", or "cosine": vectors and codes are divided by their norms, and quantized are unit vectors.
+        metric: "euclidean", or "cosine": vectors and codes are divided by their norms, and quantized vectors have unit norm.
         channel_dim: the dimension of x that holds a vector; 1 for images [B, D, H, W].
         init: "uniform" draws codes from (-1/K, 1/K), made unit vectors for "cosine". "data" and "kmeans" start the same way and
             replace the codes in the first training step (`init_codes`), unless codes were loaded before: "data" by random
-            vectors of the batch, "kmeans" by the centers that `genperf.kmeans` finds in it. That step synchronizes with the
-            device; under torch.compile(fullgraph=True) call `init_codes` before it.
+            vectors of the batch, "kmeans" by the cluster centers of `genperf.kmeans`. That step synchronizes with the device;
+            under torch.compile(fullgraph=True) call `init_codes` before it.
         init_iterations: of k-means.
         replace_dead_below: dead-code replacement: a code whose EMA count falls below this is replaced by a vector of the batch;
             0 for never. Replacements are taken at evenly spaced positions of the global batch, with a new offset each step;
-            where there are fewer vectors than codes, some codes wait for a later step.
+            with fewer vectors than codes, some dead codes wait for a later step.
         sample_temperature: in training, draw the codes from softmax(-distance / temperature) instead of taking the nearest
             (`genperf.sample_code`); 0 for the nearest.
         update: "step": every training step updates the codebook. "accumulate": `update_codebooks` does, once for many
@@ -108,13 +108,13 @@ class VectorQuantizer(nn.Module):
 
     Attributes:
         codebook: [K, D], or with separate codebooks [heads, K, D]; a parameter, or with a decay a buffer.
-        counts, sums: [K] and [K, D], or with heads, the averages; buffers that exist with a decay or dead-code replacement.
-            They start as ones and as the codebook.
+        counts, sums: the averages, [K] and [K, D], or with separate codebooks [heads, K] and [heads, K, D]; buffers that exist
+            with a decay or dead-code replacement. Initially ones and the codebook.
         num_updates: int64, the number of updates; a buffer that exists with dead-code replacement.
         project_in, project_out: the linear layers, or None.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an invalid argument.
     """
 
     # Whether statistics are summed over ranks.
@@ -219,8 +219,8 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("sums", codebook.clone())
         if replace_dead_below > 0:
             self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-        # Asked on the host, which costs no synchronization. The buffer is for DistributedDataParallel, which broadcasts it with
-        # codes that one rank alone may have loaded.
+        # Read on the host, without a synchronization. The buffer is for DistributedDataParallel, which broadcasts it together
+        # with codes that only one rank may have loaded.
         self._needs_init = init != "uniform"
         if self._needs_init:
             self.register_buffer("initialized", torch.tensor(False), persistent=False)
@@ -252,20 +252,20 @@ class VectorQuantizer(nn.Module):
         Args:
             x: [..., D, ...], of the codebook's dtype, or half precision with a float32 codebook; the linear layers then
                 compute in x's dtype.
-            mask: bool, x's shape without channel_dim; where False a vector is left out: quantized 0, index -1, no part
-                in loss, gradients and averages.
-            lengths: int64 or int32, [B], in place of a mask: of row i of x [B, T, D] (or [B, D, T]) the first lengths[i] vectors count.
+            mask: bool, x's shape without channel_dim; where False, quantized is 0, the index is -1, and the vector has no effect
+                on loss, gradients and averages.
+            lengths: int64 or int32, [B], instead of a mask: the first lengths[i] vectors of row i of x [B, T, D] or [B, D, T] are valid.
             update: overrides the attribute `update`.
             code_weights: as in `update_codebooks`.
             return_terms: also return the terms of the loss.
 
         Returns:
             quantized, of x's shape and dtype; indices, int64, x's shape without channel_dim, with a last dimension of heads
-            where there are several; loss, a scalar (see `genperf.vector_quantize`, plus the weighted diversity and
+            if there are several; loss, a scalar (see `genperf.vector_quantize`, plus the weighted diversity and
             orthogonal terms); with return_terms, `LossTerms`.
 
         Raises:
-            ValueError, TypeError: arguments that do not fit; the codebook has not changed then.
+            ValueError, TypeError: an invalid argument; the codebook is unchanged.
         """
         positions, mask = self._check_input(x, mask, lengths)
         update = self.update if update is None else update
@@ -312,7 +312,7 @@ class VectorQuantizer(nn.Module):
             return merge_indices(indices, positions.sizes, self.heads)
 
     def decode(self, indices: Tensor) -> Tensor:
-        """What `forward` returns as `quantized` for these indices, of the codebook's dtype; zeros where an index is -1.
+        """The `quantized` that `forward` returns for these indices, in the codebook's dtype; zeros where an index is -1.
 
         Differentiable in a learned codebook and in the projection.
 
@@ -331,9 +331,8 @@ class VectorQuantizer(nn.Module):
     def init_codes(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Set the codes from the vectors of x as `init` says ("uniform": as "data"), seeded from torch's default generator.
 
-        "data": random vectors, each drawn once before any is drawn twice. Where x has no vector (the mask is False
-        everywhere) the codes stay. Under torch.distributed every rank must call it; the codes are those of the global batch
-        with the seed of rank 0.
+        "data": random vectors, each drawn once before any is drawn twice. If x has no valid vector, the codes stay. Under
+        torch.distributed every rank must call it; the codes are drawn from the global batch with the seed of rank 0.
         """
         self._init_from(*self._to_vectors(*self._check_input(x, mask)))
 
@@ -345,15 +344,15 @@ class VectorQuantizer(nn.Module):
         self._mark_initialized()
 
     def usage(self) -> CodeUsage:
-        """How the training steps use the codebook, from the EMA counts; over all codebooks where there are several.
+        """Usage of the codebook in training, from the EMA counts; over all codebooks if there are several.
 
-        A code is used where its averaged count reaches replace_dead_below, or without replacement is not 0.
+        A code is used if its EMA count is at least replace_dead_below, or without dead-code replacement if it is not 0.
         """
         check("VectorQuantizer", "usage of the codes needs a decay or replace_dead_below", self.decay, self.has_ema)
         return usage_from_counts(self.counts.double().flatten(), max(self.replace_dead_below, torch.finfo(torch.float32).tiny))
 
     def take_update(self) -> CodebookUpdate:
-        """The update that is due by the statistics gathered since the last one, which are forgotten here."""
+        """The update from the statistics gathered since the last one. Clears them."""
         counts, sums = self._pending or (None, None)
         valid = vectors_at = None
         if self._last_step is not None:
@@ -381,7 +380,7 @@ class VectorQuantizer(nn.Module):
         check_code_weights("VectorQuantizer", code_weights, self.codebook)
 
     def _check_input(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None = None) -> tuple[Positions, Tensor | None]:
-        """Check x and view it as [outer, dim, inner]; the mask of its positions."""
+        """Check x, mask and lengths. Returns x as positions, and the mask."""
         if lengths is not None:
             mask = mask_from_lengths("VectorQuantizer", x, mask, lengths, self.channel_dim)
         dtype = self.codebook.dtype
@@ -391,11 +390,11 @@ class VectorQuantizer(nn.Module):
         return Positions(x, channel), mask
 
     def _to_vectors(self, positions: Positions, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The vectors that are searched, [codebooks, outer, D, inner], and which of them are valid, [codebooks, outer, inner]."""
+        """The vectors to search, [codebooks, outer, D, inner], and which are valid, [codebooks, outer, inner]."""
         vectors = positions.vectors
         mask = None if mask is None else positions.view_mask(mask)
         if self.project_in is not None or self.heads > 1:
-            if vectors.stride(1) == 1:  # no copy to project or to cut heads
+            if vectors.stride(1) == 1:  # then projecting or splitting heads needs no copy
                 vectors = vectors.transpose(1, 2).flatten(0, 1).unsqueeze(2)
                 mask = None if mask is None else mask.reshape(-1, 1)
             if self.project_in is not None:
@@ -414,12 +413,12 @@ class VectorQuantizer(nn.Module):
         return quantized if mask is None else torch.where(mask.unsqueeze(positions.channel), quantized, 0)
 
     def _search_codebook(self, codebook: Tensor) -> Tensor:
-        """The codes that are searched, [codebooks, K, D]; for "cosine" a buffer holds unit vectors, a parameter need not."""
+        """The codes to search, [codebooks, K, D]; a parameter is normalized for "cosine", a buffer holds unit vectors."""
         codebook = codebook if codebook.dim() == 3 else codebook.unsqueeze(0)
         return normalize_codes(codebook) if self.metric == "cosine" and isinstance(self.codebook, nn.Parameter) else codebook
 
     def _sample(self, vectors: Tensor, codebook: Tensor, valid: Tensor | None, x: Tensor) -> Tensor:
-        """Draw codes [codebooks, outer, inner]; `genperf.sample_offset` says which part of a larger batch x is."""
+        """Draw codes [codebooks, outer, inner]; `genperf.sample_offset` gives the position of x in a larger batch."""
         batch = 0 if self.channel_dim % x.dim() == 0 else x.shape[0]
         first = first_sample() * (vectors.shape[1] * vectors.shape[3] // batch) if batch > 0 else 0
         logits = "dot" if self.metric == "cosine" else "distance"
@@ -455,13 +454,13 @@ class VectorQuantizer(nn.Module):
         super().__setstate__(quantizer_state(state))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        if self.replace_dead_below > 0 and prefix + "counts" in state_dict:  # of a layer without dead-code replacement
+        if self.replace_dead_below > 0 and prefix + "counts" in state_dict:  # possibly saved without dead-code replacement
             state_dict.setdefault(prefix + "num_updates", torch.zeros_like(self.num_updates))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "codebook" in state_dict:
             self._mark_initialized()
             self._pending = self._last_step = None
-            if self.has_ema and prefix + "sums" not in state_dict:  # the averages are of other codes
+            if self.has_ema and prefix + "sums" not in state_dict:  # the averages belong to other codes
                 self.counts.fill_(1)
                 self.sums.copy_(self.codebook.detach())
 
