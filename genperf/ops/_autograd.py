@@ -29,7 +29,7 @@ def differentiate(
 
 
 class ValueOf(torch.autograd.Function):
-    """`ValueOf.apply(value, carrier)` has the value of one tensor and the gradient of the other, without the rounding of a + (b - a)."""
+    """`ValueOf.apply(value, carrier)` has the value of `value` and the gradient of `carrier`, without the rounding of a + (b - a)."""
 
     @staticmethod
     def forward(value: Tensor, carrier: Tensor) -> Tensor:

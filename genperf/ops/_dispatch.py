@@ -19,9 +19,9 @@ Implementation = TypeVar("Implementation", bound=Callable[..., object])
 
 @contextmanager
 def reference_ops() -> Iterator[None]:
-    """Within this context every op without an `impl` of its own runs its reference, in plain PyTorch, in layers and losses too.
+    """Within this context, every op called without `impl` runs its reference in plain PyTorch, also inside layers and losses.
 
-    For comparisons, and to find out whether a kernel is to blame. It holds for the whole process, all threads.
+    For comparisons, and to find out whether a kernel is the cause of a problem. It applies to all threads of the process.
     """
     global _only_reference
     before, _only_reference = _only_reference, True
@@ -36,7 +36,7 @@ def choose_impl(op: str, impl: str | None, unavailable: dict[str, str | None], *
 
     Args:
         unavailable: each implementation, best first, with None where it can run and otherwise a sentence that says why not.
-        inputs: arguments that may carry a forward-mode tangent, which the reference alone propagates.
+        inputs: arguments that may carry a forward-mode tangent, which only the reference propagates.
 
     Raises:
         ValueError: an unknown `impl`.

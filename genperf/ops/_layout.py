@@ -14,12 +14,12 @@ def positions_shape(x: Tensor, channel: int) -> list[int]:
 
 
 class Positions:
-    """A tensor x [..., D, ...] viewed as vectors at positions, and the way back to x's shape.
+    """A tensor x [..., D, ...] viewed as vectors at positions, with methods that restore x's shape.
 
     Attributes:
         vectors: [outer, D, inner], a view of x; a copy only where no such view exists. outer * inner counts the positions in
-            row-major order of x's other dimensions. A channels-last tensor has inner = 1; a channels-first tensor, permuted
-            ones among them, has its pixels in `inner`.
+            row-major order of x's other dimensions. A channels-last tensor has inner = 1; a channels-first tensor, even a
+            permuted one, has its pixels in `inner`.
         channel: the dimension of x that holds a vector, not negative.
         sizes: shape of x without its channel dimension.
         split: how many of those dimensions `outer` covers.
@@ -84,7 +84,7 @@ def as_one_codebook(vectors: Tensor, indices: Tensor, num_codes: int) -> tuple[T
 
 
 def like_positions(t: Tensor, positions: Tensor, x: Tensor, channel: int) -> Tensor:
-    """View t, of x's shape, as [outer, D, inner] with the outer and inner of x's `positions`; a copy where it must be."""
+    """View t, of x's shape, as [outer, D, inner] with the outer and inner of x's `positions`; a copy only where no such view exists."""
     split = position_split(positions, x, channel)
     return t.movedim(channel, split).reshape(positions.shape)
 
@@ -107,7 +107,7 @@ def position_split(positions: Tensor, x: Tensor, channel: int) -> int:
 def as_rows(read: Sequence[Tensor | None], written: Sequence[Tensor | None] = ()) -> list[Tensor | None]:
     """View tensors of one shape [B, ...] as [B, rows, columns], elements in row-major order.
 
-    Where no one view fits all, what is only read is copied; what is written must be dense.
+    If no view fits all tensors, those that are only read are copied. Tensors that are written must be dense.
     """
     tensors = [t for t in (*read, *written) if t is not None]
     shape = tensors[0].shape

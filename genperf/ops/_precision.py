@@ -27,7 +27,7 @@ def normalized(x: Tensor, dim: int) -> Tensor:
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Within this context float32 matrix products run in full precision, whatever torch.backends allows (TF32, bf16)."""
-    mkldnn: Any = torch.backends.mkldnn  # replaces itself at import, unseen by type checkers
+    mkldnn: Any = torch.backends.mkldnn  # type checkers do not know the module that replaces it at import
     backends = torch.backends.cuda.matmul, mkldnn.matmul
     reduced = [(backend, backend.fp32_precision) for backend in backends if backend.fp32_precision not in ("ieee", "none")]
     try:
@@ -37,5 +37,5 @@ def full_float32() -> Iterator[None]:
     finally:
         for backend, precision in reduced:
             backend.fp32_precision = "none"
-            if backend.fp32_precision != precision:  # otherwise the precision was inherited from a global setting, and is again
+            if backend.fp32_precision != precision:  # it had been set here, not inherited from a global setting
                 backend.fp32_precision = precision

@@ -56,7 +56,7 @@ def backward(
             gradient += ops.vector_quantize_backward(passed, slope, residual, codebook, index, valid, commitment_weight, rotation)
         code, _, _ = ops.vector_quantize(residual, codebook, index)
         residual, total = residual - code, total + code
-    if upstream is not None and not per_quantizer:  # as of one quantizer whose codes are the sums
+    if upstream is not None and not per_quantizer:  # as for one quantizer whose codes are the sums
         sums = total.transpose(1, 2).reshape(-1, x.shape[1])
         own = torch.arange(sums.shape[0], device=x.device).view(x.shape[0], x.shape[2])
         own = torch.where(indices[..., 0] >= 0, own, -1)

@@ -1,4 +1,4 @@
-"""Checks of arguments, each of which raises a sentence that names the op, the rule and what it got."""
+"""Checks of arguments. Each error names the op, the rule and the value."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ def check_tensor(op: str, name: str, value: object) -> None:
 
 
 def check_channel_dim(op: str, x: Tensor, channel_dim: int) -> int:
-    """The channel dimension as a non-negative number."""
+    """Check channel_dim. Returns it as a non-negative number."""
     if x.dim() == 0 or not -x.dim() <= channel_dim < x.dim():
         raise ValueError(f"{op}: channel_dim must be a dimension of x, got channel_dim={channel_dim} for x of shape {list(x.shape)}.")
     return channel_dim % x.dim()
@@ -31,7 +31,7 @@ def check_positions(op: str, name: str, value: Tensor, x: Tensor, channel: int) 
 
 
 def check_vectors(op: str, x: Tensor, codebook: Tensor, channel_dim: int) -> int:
-    """Check x against the codebook; the channel dimension as a non-negative number."""
+    """Check x against the codebook. Returns the channel dimension as a non-negative number."""
     check_tensor(op, "x", x)
     check_tensor(op, "codebook", codebook)
     channel = check_channel_dim(op, x, channel_dim)
@@ -53,7 +53,7 @@ def check_vectors(op: str, x: Tensor, codebook: Tensor, channel_dim: int) -> int
 
 
 def check_layer_input(name: str, x: Tensor, mask: Tensor | None, *, dim: int, channel_dim: int, dtype: torch.dtype) -> int:
-    """Check the input of a layer whose codebook has `dtype`, and its mask; the channel dimension as a non-negative number."""
+    """Check the input of a layer whose codebook has `dtype`, and its mask. Returns the channel dimension as a non-negative number."""
     check_tensor(name, "x", x)
     channel = check_channel_dim(name, x, channel_dim)
     check_float(name, "x", x)
@@ -83,7 +83,7 @@ def check_noise(op: str, noise: Tensor, name: str, x: Tensor, shape: Sequence[in
 
 
 def check_mask(op: str, mask: Tensor | None, x: Tensor, channel: int) -> None:
-    """`mask`, where there is one, must hold a bool for each position of x."""
+    """`mask`, if given, must hold a bool for each position of x."""
     if mask is None:
         return
     check_tensor(op, "mask", mask)

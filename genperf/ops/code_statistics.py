@@ -19,31 +19,31 @@ def code_statistics(
     weights: Tensor | None = None,  # [...]
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # [K], [K, D]
-    """How many vectors each code was given, and their sum: what EMA codebooks and k-means are updated from.
+    """Number and sum of the vectors assigned to each code, from which EMA codebooks and k-means are updated.
 
     Equivalent to:
         one_hot = F.one_hot(indices, num_codes).to(x.dtype)                 # without the [N, K] matrix
         counts, sums = one_hot.sum(0), one_hot.T @ x
 
-    The sums are added in the order of the positions in float64, so that they are the same in every run, for every
-    layout and number of threads.
+    Sums are accumulated in float64 in the order of the positions, so they are the same for every run, layout and number of
+    threads.
 
     Args:
         x: float32, bfloat16, float16 or float64; any strides.
-        indices: int64, x's shape without channel_dim, as returned by `nearest_code`; -1 leaves a vector out.
+        indices: int64, x's shape without channel_dim, as returned by `nearest_code`; -1 excludes a vector.
         num_codes: K.
         weights: of x's shape without channel_dim, a floating dtype; each vector and its count are multiplied by it.
         channel_dim: the dimension of x that holds a vector.
-        impl: None picks; "native" and "reference" insist.
+        impl: "native", "reference", or None to choose automatically.
 
     Returns:
-        counts [K] and sums [K, D], float32 (float64 for a float64 x). NaN in x or weights reaches only the codes that
-        it was assigned to. Not differentiable.
+        counts [K] and sums [K, D], float32 (float64 for a float64 x). NaN in x or weights affects only the codes
+        that it is assigned to. Not differentiable.
 
     Raises:
-        ValueError: shapes that do not fit, tensors on two devices, num_codes < 1.
-        TypeError: an unsupported dtype.
-        IndexError: an index outside -1 ... num_codes - 1 (on CUDA such a vector is left out: looking would synchronize).
+        ValueError, TypeError: an invalid argument.
+        NotImplementedError: an `impl` that cannot run here.
+        IndexError: an index outside -1 ... num_codes - 1 (on CUDA such a vector is excluded, since a check would synchronize).
     """
     op = "code_statistics"
     check_tensor(op, "x", x)
@@ -94,7 +94,7 @@ def codebook_statistics(
 
 
 def check_indices(op: str, indices: Tensor, x: Tensor, channel: int, num_codes: int) -> None:
-    """`indices` must hold a code, or -1, for each position of x; on CUDA the values are not looked at."""
+    """`indices` must hold a code, or -1, for each position of x; on CUDA the values are not checked."""
     check_tensor(op, "indices", indices)
     if indices.dtype != torch.int64:
         raise TypeError(f"{op}: indices must be int64, got {indices.dtype}.")
@@ -107,7 +107,7 @@ def check_indices(op: str, indices: Tensor, x: Tensor, channel: int, num_codes: 
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """Implementations of the statistics, best first, and why each cannot run on this device and dtype."""
+    """Why each implementation cannot run on this device and dtype, or None; best first."""
     return {"native": native_unavailable("code_statistics", device, dtype), "reference": None}
 
 

@@ -29,33 +29,31 @@ def nearest_code(
         distance = -(x @ F.normalize(codebook.double(), dim=-1).T)                 # cosine
         return distance.argmin(-1)
 
-    without the [..., K] distances: a pass in low precision finds, under a proven error bound, the few codes that can
-    be nearest, and float64 decides between them. So the result does not depend on device, instruction set, layout or
-    the split into batches, and data far from the origin costs no accuracy.
+    without storing the [..., K] distances: a low-precision pass with a proven error bound finds the few codes that can be
+    nearest, and float64 decides between them. The result therefore does not depend on device, instruction set, layout or batch
+    split, and data far from the origin costs no accuracy.
 
-    With a codebook [heads, K, D], dimension 0 of x and of the result is the heads, each with a codebook of its own, all
-    searched in one call. Equivalent to (channel_dim=-1):
+    With a codebook [heads, K, D], dimension 0 of x and of the result is the heads, each with its own codebook, all searched in
+    one call. Equivalent to (channel_dim=-1):
         torch.stack([nearest_code(x[i], codebook[i], metric=metric) for i in range(heads)])
 
-    A multi-head layer views its tensor so without a copy: x [B, heads * D, H, W] as
+    A multi-head layer can view its tensor this way without a copy: x [B, heads * D, H, W] as
     `x.unflatten(1, (heads, D)).movedim(1, 0)` with channel_dim=2, x [B, T, heads * D] as
     `x.unflatten(-1, (heads, D)).movedim(-2, 0)`.
 
     Args:
-        x: float32, bfloat16, float16 or float64; any strides, read where it lies.
+        x: float32, bfloat16, float16 or float64; any strides, read in place.
         codebook: K >= 1 codes, or K >= 1 for each of at least one head; of x's dtype, or float32 with a half-precision x.
         metric: "euclidean", or "cosine" (a code of zeros has similarity 0 to everything).
         channel_dim: the dimension of x that holds a vector; 1 for images [B, D, H, W]. Heads count as a dimension of x.
-        impl: None picks; "native" (CPU), "triton" (CUDA) and "reference" insist.
+        impl: "native" (CPU), "triton" (CUDA), "reference", or None to choose automatically.
 
     Returns:
-        int64 indices of x's shape without channel_dim. The lowest index wins a tie. A distance that is NaN counts as
-        infinite: a vector with a NaN gets index 0, a code with a NaN is never preferred. Not differentiable.
+        int64 indices of x's shape without channel_dim. The lowest index wins a tie. A NaN distance counts as infinite: a
+        vector with a NaN gets index 0, and a code with a NaN is never nearer than another. Not differentiable.
 
     Raises:
-        ValueError: shapes that do not fit, an empty codebook, tensors on two devices, an unknown metric or impl, or
-            channel_dim=0 with heads.
-        TypeError: an unsupported dtype.
+        ValueError, TypeError: an invalid argument.
         NotImplementedError: an `impl` that cannot run here.
     """
     op = "nearest_code"
@@ -79,7 +77,7 @@ def search(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, impl: 
 
 
 def _check_search(op: str, x: Tensor, codebook: Tensor, channel_dim: int) -> int:
-    """Check x against the codebook, of one head or several; the channel dimension as a non-negative number."""
+    """Check x against a codebook of one or several heads. Returns the channel dimension as a non-negative number."""
     check_tensor(op, "x", x)
     check_tensor(op, "codebook", codebook)
     if codebook.dim() == 2:
@@ -113,7 +111,7 @@ def check_metric(op: str, metric: str) -> None:
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """Implementations of the search, best first, and why each cannot run on this device and dtype."""
+    """Why each implementation cannot run on this device and dtype, or None; best first."""
     native = native_unavailable("nearest_code", device, dtype) if device.type != "cuda" else "on CUDA the search is a Triton kernel."
     return {"native": native, "triton": _triton_unavailable(device, dtype), "reference": None}
 
@@ -131,7 +129,7 @@ def _triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 def nearest_code_reference(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
     """The search in plain PyTorch: x [..., D], codebook [K, D] -> [...], or x [heads, ..., D], codebook [heads, K, D].
 
-    Components are added one after the other, so that the sums, and with them every near-tie, are those of the kernels.
+    Components are added in order, so that the sums, and the result of every near-tie, equal those of the kernels.
     """
     if codebook.dim() == 3:
         return torch.stack([nearest_code_reference(head, codes, metric) for head, codes in zip(x, codebook, strict=True)])
@@ -152,7 +150,7 @@ def _nearest_in_order(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
             distance -= rows[:, d, None] * codes[:, d]
             norm += codes[:, d].square()
     if metric == "cosine":
-        # The signed square orders as the similarity does, and is the same everywhere: square roots are not.
+        # The signed square has the order of the similarity and, unlike a square root, is the same on every device.
         distance *= distance.abs() / torch.where(norm > 0, norm, 1.0)
     return distance.nan_to_num_(nan=float("inf"), posinf=float("inf"), neginf=float("-inf")).argmin(-1)
 

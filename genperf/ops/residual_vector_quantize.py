@@ -1,4 +1,4 @@
-"""Residual vector quantization: each quantizer codes the residual of those before it."""
+"""Residual vector quantization: each quantizer quantizes the residual of the previous ones."""
 
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ def residual_vector_quantize(
     num_quantizers: int | Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize each vector by Q quantizers in turn; Zeghidour et al., "SoundStream" (2021), algorithm 1.
+    """Quantize each vector with Q quantizers in turn; Zeghidour et al., "SoundStream" (2021), algorithm 1.
 
     Equivalent to (channel_dim=-1, no mask):
         residual, quantized, indices, losses = x.float(), 0, [], []
@@ -43,13 +43,13 @@ def residual_vector_quantize(
             losses.append(codebook_weight * F.mse_loss(code, residual.detach()) + commitment_weight * F.mse_loss(residual, code.detach()))
             residual, quantized = residual - code.detach(), quantized + code.detach()
             indices.append(index)
-        quantized = x + (quantized - x).detach()                            # but equal to the sum bit for bit
+        quantized = x + (quantized - x).detach()                            # but bitwise equal to the sum
         return quantized, torch.stack(indices, -1), torch.stack(losses)
 
     The residual is float32 (float64 for a float64 x), rounded after each subtraction; every index is the exact nearest code of
     that residual. On the CPU a block of vectors runs through all quantizers while its residual stays in cache, forward and
-    backward. Nothing of size positions x K or positions x Q x D exists, and images [B, D, H, W] (channel_dim=1) are read and
-    written in place.
+    backward. No tensor of size positions x K or positions x Q x D is stored, and images [B, D, H, W] (channel_dim=1) are read
+    and written in place.
 
     Args:
         x: float32, bfloat16, float16 or float64; any strides.
@@ -62,22 +62,22 @@ def residual_vector_quantize(
         metric: of the search, as in `nearest_code`; the losses are squared distances in either case.
         channel_dim: the dimension of x that holds a vector.
         mask: bool, x's shape without channel_dim; where False, quantized and the gradients are 0, the indices are -1, and
-            the losses leave the vector out.
-        num_quantizers: run only the first so many quantizers, 1 ... Q: an int, or an int64 tensor of one element on x's device,
-            which is clamped to that range and never read by the host.
-        impl: None picks; "native" and "reference" insist.
+            the losses exclude the vector.
+        num_quantizers: run only this many quantizers, the first ones: an int in 1 ... Q, or an int64 tensor of one element on x's
+            device, which is clamped to that range and never read by the host.
+        impl: "native", "reference", or None to choose automatically.
 
     Returns:
         quantized, of x's shape and dtype;
         indices, int64, x's shape without channel_dim and with the quantizers as its last dimension, [..., Q]; -1 for quantizers
             that did not run;
-        losses [Q], float32 (float64 for a float64 x): a mean over all valid elements, 0 where there is none.
-        NaN and infinity propagate into losses and gradients; the index then follows `nearest_code`. Deterministic.
+        losses [Q], float32 (float64 for a float64 x): a mean over all valid elements, 0 if there are none.
+        NaN and infinity propagate into losses and gradients; the index is that of `nearest_code`. Deterministic.
         Differentiable in x and codebooks; the second derivative (create_graph=True) runs in plain PyTorch.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `vector_quantize`, and for codebooks that are not [Q, K, D] or a
-            num_quantizers outside 1 ... Q.
+        ValueError, TypeError: an invalid argument.
+        NotImplementedError: an `impl` that cannot run here.
     """
     op = "residual_vector_quantize"
     channel = _check_codebooks(op, x, codebooks, channel_dim)
@@ -146,7 +146,7 @@ def residual_code_statistics(
     channel_dim: int = -1,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # [Q, K], [Q, K, D]
-    """`code_statistics` of every quantizer: how many residuals each of its codes was given, and their sum.
+    """`code_statistics` of every quantizer: number and sum of the residuals assigned to each code.
 
     Equivalent to (channel_dim=-1):
         residual = x.float()
@@ -157,13 +157,14 @@ def residual_code_statistics(
     Args:
         x, codebooks, channel_dim: as given to `residual_vector_quantize`.
         indices: as returned by it.
-        impl: None picks; "native" and "reference" insist.
+        impl: "native", "reference", or None to choose automatically.
 
     Returns:
         counts and sums, float32 (float64 for a float64 x), deterministic. Not differentiable.
 
     Raises:
-        ValueError, TypeError: shapes and dtypes that do not fit.
+        ValueError, TypeError: an invalid argument.
+        NotImplementedError: an `impl` that cannot run here.
     """
     op = "residual_code_statistics"
     channel = _check_codebooks(op, x, codebooks, channel_dim)
@@ -193,7 +194,7 @@ def residual_statistics(
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """Implementations of the quantizer, best first, and why each cannot run on this device and dtype."""
+    """Why each implementation cannot run on this device and dtype, or None; best first."""
     native = native_unavailable("residual_vector_quantize", device, dtype)
     if native is None and device.type == "cuda":
         native = search_unavailable(device, dtype)["triton"]
@@ -201,7 +202,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | Non
 
 
 def _check_codebooks(op: str, x: Tensor, codebooks: Tensor, channel_dim: int) -> int:
-    """Check x against the codebooks; the channel dimension as a non-negative number."""
+    """Check x against the codebooks. Returns the channel dimension as a non-negative number."""
     check_tensor(op, "codebooks", codebooks)
     if codebooks.dim() != 3 or codebooks.shape[0] == 0:
         raise ValueError(f"{op}: codebooks must have shape [Q, K, D] with at least one codebook, got {list(codebooks.shape)}.")

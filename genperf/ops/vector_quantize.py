@@ -1,4 +1,4 @@
-"""Vector quantization: nearest code, straight-through or rotated gradient, and the loss that trains both sides."""
+"""Vector quantization: nearest code, straight-through or rotated gradient, and the loss of vectors and codes."""
 
 from typing import Any
 
@@ -36,38 +36,38 @@ def vector_quantize(
         indices = nearest_code(x, codebook, metric=metric)
         code = codebook[indices]
         loss = codebook_weight * F.mse_loss(code, x.detach()) + commitment_weight * F.mse_loss(x, code.detach())
-        quantized = x + (code - x).detach()                                 # but equal to the code bit for bit
+        quantized = x + (code - x).detach()                                 # but bitwise equal to the code
 
-    Nothing of size positions x K exists in forward or backward, images [B, D, H, W] (channel_dim=1) are read and
-    written where they lie, and half-precision inputs are not copied to float32. The codebook's gradient is summed in a
-    fixed order.
+    No tensor of size positions x K is stored in forward or backward, images [B, D, H, W] (channel_dim=1) are read and written
+    in place, and half-precision inputs are not copied to float32. The codebook's gradient is summed in a fixed order.
 
-    gradient="rotation" passes the gradient through the rotation and scaling that carry x to its code, taken as constant
-    (Fifty et al., "Restructuring Vector Quantization with the Rotation Trick", 2024); where x or the code is zero, or
+    gradient="rotation" passes the gradient through the rotation and scaling that map x to its code, which are treated as
+    constants (Fifty et al., "Restructuring Vector Quantization with the Rotation Trick", 2024). Where x or the code is zero, or
     they point in opposite directions, it is the straight-through gradient.
 
     Args:
         x: float32, bfloat16, float16 or float64; any strides.
         codebook: K >= 1 codes, of x's dtype, or float32 with a half-precision x.
-        codebook_weight: weight of the term that moves codes to vectors; 0 for codebooks that learn by moving averages.
-        commitment_weight: weight of the term that moves vectors to codes.
+        codebook_weight: weight of the term that moves codes to vectors; 0 for EMA codebooks.
+        commitment_weight: weight of the commitment loss, which moves vectors to codes.
         metric: of the search, as in `nearest_code`; the loss is the squared distance in either case.
         channel_dim: the dimension of x that holds a vector.
         mask: bool, x's shape without channel_dim; where False, quantized and the gradients are 0, the index is -1, and
-            the loss leaves the vector out.
-        indices: int64, x's shape without channel_dim: the codes to take in place of the nearest ones, -1 as by the mask.
-        impl: None picks; "native" and "reference" insist.
+            the loss excludes the vector.
+        indices: int64, x's shape without channel_dim: codes to use instead of the nearest ones; -1 excludes a vector like the mask.
+        impl: "native", "reference", or None to choose automatically.
 
     Returns:
         quantized, of x's shape and dtype (a float32 code is rounded to a half-precision x's dtype);
         indices, int64, x's shape without channel_dim;
-        loss, a float32 scalar (float64 for a float64 x): a mean over all valid elements, 0 where there is none.
-        NaN and infinity propagate into the loss and the gradients; the index then follows `nearest_code`.
+        loss, a float32 scalar (float64 for a float64 x): a mean over all valid elements, 0 if there are none.
+        NaN and infinity propagate into the loss and the gradients; the index is that of `nearest_code`.
         Differentiable in x and codebook; the second derivative (create_graph=True) runs in plain PyTorch.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `nearest_code`, and for a mask or indices that do not fit.
-        IndexError: an index outside -1 ... K - 1 (on CUDA such an index is not looked for: looking would synchronize).
+        ValueError, TypeError: an invalid argument.
+        NotImplementedError: an `impl` that cannot run here.
+        IndexError: an index outside -1 ... K - 1 (on CUDA indices are not checked, since that would synchronize).
     """
     op = "vector_quantize"
     channel = check_vectors(op, x, codebook, channel_dim)
@@ -99,7 +99,7 @@ def quantize(
     gradient: str,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Quantized and loss of `vector_quantize` for the codes that were found; arguments already checked."""
+    """Quantized and loss of `vector_quantize` for given indices; arguments already checked."""
     if impl == "reference":
         return _quantize_reference(x, codebook, indices, codebook_weight, commitment_weight, gradient)
     if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
@@ -119,7 +119,7 @@ def quantize_codebooks(
     gradient: str,
     metric: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [outer * codebooks, D, inner], [codebooks, outer, inner], []
-    """`vector_quantize` of checked arguments with several codebooks and one loss; with `indices`, of those codes."""
+    """`vector_quantize` of checked arguments with several codebooks and one loss; `indices` replace the search."""
     impl = choose_impl("vector_quantize", None, unavailable(x.device, x.dtype), x, codebook)
     if indices is None:
         indices = search(x.detach(), codebook.detach(), mask, metric, impl)
@@ -129,7 +129,7 @@ def quantize_codebooks(
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """Implementations of the quantizer, best first, and why each cannot run on this device and dtype."""
+    """Why each implementation cannot run on this device and dtype, or None; best first."""
     native = native_unavailable("vector_quantize", device, dtype)
     if native is None and device.type == "cuda":
         native = search_unavailable(device, dtype)["triton"]
@@ -163,7 +163,7 @@ class _VectorQuantize(torch.autograd.Function):
                 grad_quantized, grad_loss, x, codebook, indices, valid, ctx.commitment_weight, ctx.rotation
             )
         if ctx.needs_input_grad[1] and grad_loss is not None:
-            # Sums of x - code, not sums of x less count * code: nothing cancels when the data lie far from the origin.
+            # Sums of x - code; sums of x minus count * code would cancel for data far from the origin.
             _, offsets = torch.ops.genperf.code_statistics(x, indices, codebook.shape[0], None, codebook)
             scale = grad_loss * (-2 * ctx.codebook_weight) / (valid * x.shape[1]).clamp(min=1)
             grad_codebook = (offsets * scale).to(codebook.dtype)
@@ -186,7 +186,7 @@ def vector_quantize_reference(
     metric: str,
     mask: Tensor | None,  # [outer, inner]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The quantizer in plain PyTorch, differentiated by autograd; results laid out as `vector_quantize` does."""
+    """The quantizer in plain PyTorch, differentiated by autograd."""
     indices = search(x.detach(), codebook.detach(), mask, metric, "reference")
     quantized, loss = _quantize_reference(x, codebook, indices, codebook_weight, commitment_weight, gradient)
     return quantized, indices, loss
@@ -212,7 +212,7 @@ def _quantize_reference(
 
 
 def rotate(x: Tensor, code: Tensor) -> Tensor:
-    """x under the constant rotation and scaling that carry it to its code (dim 1), or x where there is none."""
+    """Apply the constant rotation and scaling that map x to its code along dim 1; x is unchanged where they are undefined."""
     with torch.no_grad():
         x_norm, code_norm = x.norm(dim=1, keepdim=True), code.norm(dim=1, keepdim=True)
         half = x / x_norm + code / code_norm
