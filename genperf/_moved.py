@@ -1,4 +1,4 @@
-"""Modules that have moved: importing one by its old name gives the module at its new place, and a DeprecationWarning."""
+"""Modules that have moved: their old names import the module at its new place, with a DeprecationWarning."""
 
 import importlib
 import sys
@@ -22,7 +22,7 @@ RENAMED = {"genperf.nn.joint": {"joint_mean": "global_mean", "joint_sum": "globa
 
 
 class _MovedModules:
-    """Finder and loader of the names in MOVED. It is the last on sys.meta_path, so that it shadows no module."""
+    """Finder and loader of the names in MOVED. It is last on sys.meta_path, so it shadows no module."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         return ModuleSpec(name, self) if name in MOVED else None

@@ -1,4 +1,4 @@
-"""State of layers pickled by earlier releases, with the attributes that have other names now; for `__setstate__`."""
+"""State of layers pickled by earlier releases, with attributes renamed as they are now; for `__setstate__`."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ _LAYER = {
     "dropout_min_levels": "dropout_min_quantizers",
     "_awaits_data": "_needs_init",
 }
-# Attributes of the drop-in VectorQuantize that were those of its codebook.
+# Attributes of the drop-in VectorQuantize that used to belong to its codebook.
 _HELD_BY_CODEBOOK = {
     "learnable_codebook": "learnable_codebook",
     "commitment_weight": "commitment_weight",
@@ -62,7 +62,7 @@ def codebook_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def vector_quantize_state(state: dict[str, Any]) -> dict[str, Any]:
-    """State of a drop-in `VectorQuantize`; its codebook has been unpickled before it."""
+    """State of a drop-in `VectorQuantize`, whose codebook is unpickled first."""
     if "commitment_weight" in state:
         return state
     held = vars(state["_modules"]["_codebook"])

@@ -1,4 +1,4 @@
-"""Classes of vector-quantize-pytorch with their arguments, returned values and state_dicts; that package need not be installed.
+"""Classes of vector-quantize-pytorch with the same arguments, returned values and state_dicts; upstream need not be installed.
 
     from genperf.compat.vector_quantize_pytorch import VectorQuantize
 

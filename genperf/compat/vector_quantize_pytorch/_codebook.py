@@ -36,7 +36,7 @@ class Codebook(nn.Module):
         embed: [h, K, d], a parameter if the codes learn by gradient, otherwise a buffer.
         cluster_size, embed_avg: [h, K] and [h, K, d], averages of each code's count and sum; buffers.
         initted: a buffer; False until k-means has set the codes.
-        num_updates: the number of updates, by which replacements are drawn; a buffer that upstream's state_dict does not have.
+        num_updates: the number of updates, which determines the replacements; a buffer that is not part of the state_dict.
     """
 
     cluster_size: Tensor
@@ -44,7 +44,7 @@ class Codebook(nn.Module):
     initted: Tensor
     num_updates: Tensor
 
-    # What `genperf.nn.update_codebooks` asks of a layer.
+    # Read by `genperf.nn.update_codebooks`.
     update = "step"
 
     def __init__(
@@ -90,7 +90,7 @@ class Codebook(nn.Module):
             self.register_buffer("embed", codes)
         if threshold_ema_dead_code > 0:
             self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64), persistent=False)
-        # Asked on the host, which costs no synchronization.
+        # Read on the host, without a synchronization.
         self.needs_init = kmeans_init
         self._pending: tuple[Tensor, Tensor] | None = None
         self._last_step: tuple[Tensor, Tensor] | None = None
@@ -102,7 +102,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def init_in_first_step(self, vectors: Tensor, valid: Tensor | None) -> None:
-        """Set the codes by k-means unless they are set; vectors [h, outer, d, inner], valid [h, outer, inner]."""
+        """Set the codes by k-means, unless they are initialized; vectors [h, outer, d, inner], valid [h, outer, inner]."""
         if self.initted:
             self.needs_init = False
             return
@@ -114,14 +114,14 @@ class Codebook(nn.Module):
             self.initted.fill_(True)
 
     def search_codes(self, dtype: torch.dtype, *, copy: bool) -> Tensor:
-        """The codes that vectors of `dtype` are compared with, [h, K, d]; a copy for backward if an update follows."""
+        """The codes to search for vectors of `dtype`, [h, K, d]; a copy for backward if an update follows."""
         codes = saved_copy(self.embed) if copy else self.embed
         if self.metric == "cosine" and isinstance(self.embed, nn.Parameter):
             codes = normalize_codes(codes)
         return codes.to(accumulator_dtype(dtype))
 
     def assign(self, vectors: Tensor, codes: Tensor, valid: Tensor | None, temperature: float, first: int) -> Tensor:
-        """Indices [h, outer, inner] of the nearest codes, or drawn at a temperature with the noise of vectors first, first + 1, ..."""
+        """Indices [h, outer, inner] of the nearest codes; with a temperature, sampled with the noise of vectors first, first + 1, ..."""
         vectors, codes = vectors.detach(), codes.detach()
         if temperature > 0:
             logits = "dot" if self.metric == "cosine" else "distance"
@@ -145,7 +145,7 @@ class Codebook(nn.Module):
         apply_updates([update], code_weights, self.synchronized)
 
     def take_update(self) -> CodebookUpdate:
-        """The update that is due by the statistics gathered since the last one, which are forgotten here."""
+        """The update from the statistics gathered since the last one. Clears them."""
         pending, last_step = self._pending, self._last_step
         self._pending = self._last_step = None
         return self._update_of(pending, last_step)
