@@ -1,4 +1,4 @@
-"""vector-quantize-pytorch's ResidualVQ and GroupedResidualVQ over its VectorQuantize here."""
+"""vector-quantize-pytorch's ResidualVQ and GroupedResidualVQ over the drop-in VectorQuantize."""
 
 import random
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .vector_quantize import VectorQuantize, loss_to_differentiate
 
 
 class ResidualVQ(nn.Module):
-    """Quantizes a vector, then its residual, quantizer by quantizer; Zeghidour et al., "SoundStream" (2021).
+    """Quantizes each vector, then its residual, quantizer by quantizer; Zeghidour et al., "SoundStream" (2021).
 
     Equal to vector-quantize-pytorch 1.32 in arguments, returned values, state_dict, the initial codes of a seed, and for each
     quantizer in what `VectorQuantize` does.
@@ -28,20 +28,20 @@ class ResidualVQ(nn.Module):
       - accept_image_fmap with `indices` works; upstream raises an error. The cross-entropies are of each quantizer's residual.
       - freeze_codebook=True in the constructor takes effect; upstream overrides it by forward's default. A frozen shared
         codebook is not updated at the end either.
-      - Half precision: the residual stays float32 between quantizers where all of them are fused into one op, which they are
-        unless an option needs them one by one.
+      - In half precision, the residual stays float32 between quantizers that are fused into one op, as they are unless an
+        option requires running them one by one.
       - diveq adds noise in training only; upstream also in evaluation.
       - Indices of fewer quantizers can be decoded with or without quantize_dropout.
-      - The quantizer after which quantize_dropout stops is drawn on the host; only under torch.distributed, where ranks have to
-        agree, does the host wait for it. Such a step does not compile with fullgraph=True (`nn.ResidualVectorQuantizer` with
-        quantizer_dropout does).
+      - quantize_dropout draws the number of quantizers on the host. This synchronizes with the device only under
+        torch.distributed, where the ranks have to agree. Such a step does not compile with fullgraph=True
+        (`nn.ResidualVectorQuantizer` with quantizer_dropout does).
 
     Not supported (NotImplementedError): implicit_neural_codebook, mlp_kwargs, beam_size, eval_beam_size,
     beam_score_quantizer_weights, channel_last=False and accept_3d_fmap (which fail upstream too), and what `VectorQuantize`
     does not support.
 
     Raises:
-        ValueError: arguments that do not fit together.
+        ValueError: an invalid argument, or arguments that exclude each other.
     """
 
     def __init__(
@@ -124,12 +124,12 @@ class ResidualVQ(nn.Module):
         return torch.stack(codebooks) if self.uniform_codebook_size else codebooks
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes [num_quantizers, ..., d] of indices [..., q] of the first q quantizers; zeros for -1 and for the other ones."""
+        """The codes [num_quantizers, ..., d] of indices [..., q] of the first q quantizers; zeros for -1 and the remaining quantizers."""
         indices = F.pad(self._checked(indices), (0, self.num_quantizers - indices.shape[-1]), value=-1)
         return torch.stack([layer.get_codes_from_indices(i) for layer, i in zip(self.layers, indices.unbind(-1), strict=True)])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What forward returns as quantized for the indices [..., q] of the first q quantizers, with channels last."""
+        """The quantized that forward returns for the indices [..., q] of the first q quantizers, with channels last."""
         codes = (layer.get_codes_from_indices(i) for layer, i in zip(self.layers, self._checked(indices).unbind(-1), strict=False))
         return self.project_out(sum(codes))
 
@@ -165,7 +165,7 @@ class ResidualVQ(nn.Module):
         used = self.num_quantizers
         if self.training and self.quantize_dropout and indices is None:
             used = self._random_num_quantizers(rand_quantize_dropout_fixed_seed)
-        # Padding may hold anything: it must not make gradients NaN.
+        # Padding may be NaN, which must not reach the gradients.
         clean = mask is not None and (self.has_projections or self.diveq)
         projected = self.project_in(torch.where(mask.unsqueeze(-1), x, 0) if clean else x)
         if indices is None and self._can_fuse():
@@ -266,7 +266,7 @@ class ResidualVQ(nn.Module):
         return quantized, indices, loss_to_differentiate(losses) if self.training else torch.zeros_like(losses)
 
     def _random_num_quantizers(self, seed: int | None) -> int:
-        """How many quantizers a training step runs; the same on all ranks."""
+        """Number of quantizers that a training step runs; the same on all ranks."""
         seed = common_seed() if seed is None else seed
         last = random.Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
         multiple = self.quantize_dropout_multiple_of
@@ -274,9 +274,9 @@ class ResidualVQ(nn.Module):
 
 
 class GroupedResidualVQ(nn.Module):
-    """A `ResidualVQ` for each of the groups that the channels are cut into; Yang et al., "HiFi-Codec" (2023).
+    """A `ResidualVQ` for each of the groups that the channels are split into; Yang et al., "HiFi-Codec" (2023).
 
-    Takes `dim`, `groups` and the arguments of `ResidualVQ`, and returns what it does: indices [groups, ..., num_quantizers],
+    Takes `dim`, `groups` and the arguments of `ResidualVQ`, and returns the same, by group: indices [groups, ..., num_quantizers],
     losses [groups, num_quantizers], codes as a tuple over the groups. `indices` of forward are a list or tensor over the groups.
     """
 

@@ -24,8 +24,9 @@ class SimVQ(nn.Module):
             gradient="rotation" if rotation_trick else "straight_through",
         )
 
-    The same as in vector-quantize-pytorch 1.32: arguments, returned values, state_dict, loss and gradients. What differs:
-    nearest is meant exactly, and quantized equals the code bit for bit.
+    Equal to vector-quantize-pytorch 1.32 in arguments, returned values, state_dict, loss and gradients.
+
+    Differences from upstream: the nearest code is exact, and quantized equals the code bitwise.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """vector-quantize-pytorch's VectorQuantize over genperf's search and quantizer.
 
-Above 400 lines: upstream has 40 arguments, and what differs from it is listed here.
+Above 400 lines: upstream has 40 arguments, and the differences from it are listed here.
 """
 
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ class LossBreakdown(NamedTuple):
 
 
 def loss_to_differentiate(loss: Tensor) -> Tensor:
-    """The loss of a training step; as upstream, backward is no error where nothing learns from it."""
+    """The loss of a training step. As in upstream, its backward raises no error if nothing requires a gradient."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not loss.requires_grad:
         loss.requires_grad_()
     return loss
@@ -48,40 +48,40 @@ class VectorQuantize(nn.Module):
 
     Differences from upstream, where upstream is at fault:
       - The commitment loss with a mask compares codes with what was quantized (projected, normalized, by head). Upstream
-        compares with the input, which fails where a projection or heads change its shape. It is 0, not NaN, where nothing is
-        valid.
+        compares with the input, which fails where a projection or heads change its shape. It is 0, not NaN, if no vector
+        is valid.
       - The diversity loss takes the mean distribution over all valid vectors of a codebook. Upstream averages over the batch
-        for each position of a sequence, across codebooks, and counts padding (for x [B, D] or [B, 1, D] they are equal). In the
-        same way, the orthogonal loss does not count codes as active to which only padding is assigned.
-      - Index -1 means no code: zeros in get_codes_from_indices, no effect in update_indices. Upstream takes it for the last
-        code in the one and the first in the other.
+        for each position of a sequence, across codebooks, and counts padding (for x [B, D] or [B, 1, D] they are equal).
+        Likewise, a code with only padding assigned to it is not active in the orthogonal loss.
+      - Index -1 means no code: zeros in get_codes_from_indices, no effect in update_indices. Upstream takes it as the last
+        code in the former and as the first in the latter.
       - get_codes_from_indices joins the codes of heads that share a codebook; get_output_from_indices projects channels
-        wherever they are.
+        in any dimension.
       - Diversity and cross-entropy losses are differentiated at the codes that they were computed from; upstream, with EMA, at
         the codes after the update.
       - A step without a valid vector leaves the averages unchanged, and a code that k-means assigns no vector to stays in place.
         Upstream decays the averages, and moves the code to the origin.
-      - A function given as `ema_update_weight` sees the accumulated statistics, not those of the last batch alone.
+      - A function given as `ema_update_weight` receives the accumulated statistics, not only those of the last batch.
       - The gradient reaches project_in even if x needs none.
-      - `lens` counts positions for channels-first sequences too; masks work for images, volumes and single vectors.
+      - `lens` also works for channels-first sequences; masks work for images, volumes and single vectors.
       - Setting `codebook` works for a learnable one.
-      - use_cosine_sim with an orthogonal loss: the codes, which the optimizer then moves, are normalized before they are
+      - With use_cosine_sim and an orthogonal loss, where the optimizer changes the codes, they are normalized before they are
         searched and returned.
-      - float64 is not cast to float32. The nearest code is exact, and quantized equals the code bit for bit.
-      - With `indices`, quantized is projected and laid out as without.
+      - float64 is not cast to float32. The nearest code is exact, and quantized equals the code bitwise.
+      - With `indices`, quantized is projected and has the same layout as without.
 
     Differences by design: synchronization over ranks is decided at each step, not by whether torch.distributed was initialized
     before the constructor (sync_codebook=None means True), and k-means is synchronized whenever the codebook is
     (sync_kmeans=False would leave ranks with different codes). Replacements of dead codes, the vectors that k-means starts from,
-    and the noise of sample_codebook_temp are drawn from other random numbers.
+    and the noise of sample_codebook_temp are drawn with different random numbers.
 
-    torch.compile(fullgraph=True) needs codes: with kmeans_init take the first step without it.
+    torch.compile(fullgraph=True) needs initialized codes: with kmeans_init, run the first step without it.
 
     Not supported (NotImplementedError): straight_through, vq_bridge, in_place_codebook_optimizer,
     manual_in_place_optimizer_update, affine_param and sync_affine_param; in forward, topk and codebook_transform_fn.
 
     Raises:
-        ValueError: arguments outside their range, or that exclude each other.
+        ValueError: an invalid argument, or arguments that exclude each other.
     """
 
     def __init__(
@@ -260,11 +260,11 @@ class VectorQuantize(nn.Module):
         self._codebook.embed.copy_(codes if self.separate_codebook_per_head else codes.unsqueeze(0))
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes of indices as forward returns them, before project_out, channels where x has them; zeros for -1."""
+        """The codes of indices as forward returns them, before project_out, in the layout of x; zeros for -1."""
         return self._restore(self._look_up(indices))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What forward returns as quantized for these indices; zeros for -1."""
+        """The quantized that forward returns for these indices; zeros for -1."""
         output = self.project_out(self._look_up(indices))
         if self.has_projections:
             present = indices if self.heads == 1 else indices[..., 0]
@@ -278,7 +278,7 @@ class VectorQuantize(nn.Module):
 
     @torch.no_grad()
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
-        """Update averages and codes as a training step does in which x has these indices."""
+        """Update averages and codes as a training step that assigns these indices to x."""
         codebook = self._codebook
         if codebook.has_ema:
             _, vectors, valid = self._to_vectors(self.project_in(self._channels_last(x)), mask)
@@ -307,9 +307,9 @@ class VectorQuantize(nn.Module):
 
         Args:
             x: [..., dim], or [B, dim, ...] with accept_image_fmap, accept_3d_fmap or channel_last=False.
-            indices: codes whose cross-entropy under softmax(-distance) is returned in place of the loss.
-            mask: bool, x's shape without channels; False for padding. lens: int64 [B], lengths in place of a mask.
-            ema_update_weight: [K] or [h, K], multiplies each code's step in the EMA; or a function of the sums and counts.
+            indices: codes whose cross-entropy under softmax(-distance) is returned instead of the loss.
+            mask: bool, x's shape without channels; False for padding. lens: int64 [B], lengths instead of a mask.
+            ema_update_weight: [K] or [h, K], factors of each code's EMA step; or a function of the sums and counts that returns them.
             accum_ema_update: keep the statistics of this batch for the next step that updates.
             sample_codebook_temp, freeze_codebook, ema_update: override the constructor's.
 
@@ -325,7 +325,7 @@ class VectorQuantize(nn.Module):
             mask = torch.arange(x.shape[1], device=x.device) < lens.unsqueeze(1)
         codebook.check_code_weights(ema_update_weight)
 
-        # Padding may hold anything: it must not make gradients of the projection NaN.
+        # Padding may be NaN, which must not reach the gradients of the projection.
         projected = self.project_in(torch.where(mask.unsqueeze(-1), x, 0) if mask is not None and self.has_projections else x)
         positions, vectors, valid = self._to_vectors(projected, mask)
         if codebook.needs_init:
@@ -370,7 +370,7 @@ class VectorQuantize(nn.Module):
             x = torch.where(mask.unsqueeze(-1), x, 0)  # otherwise a masked NaN could reach the gradients
         positions = Positions(x, channel)
         vectors, valid = positions.vectors, positions.view_mask(mask)
-        if self.heads > 1 and vectors.stride(1) == 1:  # no copy to cut heads
+        if self.heads > 1 and vectors.stride(1) == 1:  # then splitting heads needs no copy
             vectors = vectors.transpose(1, 2).flatten(0, 1).unsqueeze(2)
             valid = None if valid is None else valid.reshape(-1, 1)
         vectors, valid = split_heads(vectors, valid, self.heads, self._codebook.num_codebooks)
@@ -396,7 +396,7 @@ class VectorQuantize(nn.Module):
         return self.sample_codebook_temp if override is None else override
 
     def _first_vector(self, vectors: Tensor, x: Tensor) -> int:
-        """The number, in each codebook, of the first vector of the sample that `genperf.sample_offset` names."""
+        """Position, in each codebook, of the first vector of the batch's first sample (see `genperf.sample_offset`)."""
         batch = 0 if x.dim() == 1 else x.shape[0]
         return first_sample() * (vectors.shape[1] * vectors.shape[3] // batch) if batch > 0 else 0
 
@@ -410,7 +410,7 @@ class VectorQuantize(nn.Module):
         error = error - error.detach() / 2 if moves_codes else error
         if routed and self.directional_reparam:
             valid = (indices >= 0).unsqueeze(1)
-            x = torch.where(valid, x, 0)  # padding may hold anything, and must pass no gradient
+            x = torch.where(valid, x, 0)  # padding may be NaN, and passes no gradient
             offset = codes_at(codes, indices) - x
             direction = offset + self.directional_reparam_variance**0.5 * torch.randn_like(offset)
             quantized = x + F.normalize(direction, dim=1, eps=1e-6).detach() * offset.norm(dim=1, keepdim=True)
