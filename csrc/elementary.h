@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// log, exp, sin and cos in float32: one source for the threads of the CUDA kernels and the vectors
-// of the CPU kernels, so that noise is the same on every device, bit for bit where the processor
-// has a fused multiply-add. The template parameter A names the arithmetic: Scalar here, Simd in
-// cpu/simd.h. Polynomials are minimax fits of the function's relative error.
+// log, exp, sin and cos in float32, from one source for the threads of the CUDA kernels and the
+// vectors of the CPU kernels, so that noise is the same on every device: bitwise, if the processor
+// has fused multiply-add. The template parameter A is the arithmetic: Scalar here, Simd in
+// cpu/common/simd.h. Polynomials are minimax fits of the relative error.
 #pragma once
 
 #include <cmath>
@@ -37,7 +37,7 @@ struct Scalar {
     std::memcpy(&result, &a, sizeof(a));
     return result;
   }
-  // The low and the high half of a product.
+  // The low and the high half of the product.
   static GENPERF_DEVICE void multiply(uint32_t a, uint32_t b, uint32_t& low, uint32_t& high) {
     const uint64_t product = uint64_t{a} * b;
     low = static_cast<uint32_t>(product);
@@ -64,12 +64,12 @@ GENPERF_DEVICE typename A::F log_of_parts(typename A::F exponent, typename A::F 
   using F = typename A::F;
   const F square = f * f;
   const F tail = A::fma(polynomial<A>(f, coefficients), f, A::constant(-0.5f)) * square;
-  // log(2) in two parts, of which the first times any exponent is exact.
+  // log(2) in two parts; the product of the first with any exponent is exact.
   return A::fma(exponent, A::constant(0.693359375f),
                 f + A::fma(exponent, A::constant(-2.12194440e-4f), tail));
 }
 
-// Of a positive, finite, normal number.
+// For positive, finite, normal x.
 template <class A>
 GENPERF_DEVICE typename A::F log(typename A::F x) {
   using U = typename A::U;
@@ -79,8 +79,8 @@ GENPERF_DEVICE typename A::F log(typename A::F x) {
                          A::from_bits(bits - (exponent << 23)) - 1.0f);
 }
 
-// e^x = scale * (1 + rest): scale a power of two, rest = e^r - 1 for |r| <= log(2) / 2. Below
-// e^-87 it is e^-87; x must not exceed 88. NaN stays.
+// e^x = scale * (1 + rest), where scale is a power of two and rest = e^r - 1 with |r| <= log(2) /
+// 2. x must not exceed 88, and is raised to at least -87. NaN is kept.
 template <class A>
 struct ExpParts {
   typename A::F scale, rest;
@@ -90,7 +90,7 @@ struct ExpParts {
     const float coefficients[] = {0.00019845886f, 0.001394072f, 0.00833338965f,
                                   0.0416663587f,  0.166666657f, 0.5f};
     x = x < -87.0f ? A::constant(-87.0f) : x;
-    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+    // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
     const F shifted = A::fma(x, A::constant(1.44269504f), A::constant(12582912.0f));
     const F whole = shifted - 12582912.0f;
     F r = A::fma(whole, A::constant(-0.693359375f), x);
@@ -108,15 +108,15 @@ GENPERF_DEVICE typename A::F exp(typename A::F x) {
   return ExpParts<A>(x).exp();
 }
 
-// e^x, exactly 0 where it would be below e^-87.
+// e^x, or exactly 0 if x < -87.
 template <class A>
 GENPERF_DEVICE typename A::F exp_or_zero(typename A::F x) {
   const typename A::F value = exp<A>(x);
   return x < -87.0f ? A::constant(0.0f) : value;
 }
 
-// e^x - 1 and e^(x/2) from one polynomial, for |x| <= 80. The polynomial is that of e^(r/2), whose
-// square is then near enough to 1 to lose nothing.
+// e^x - 1 and e^(x/2) from one polynomial, for |x| <= 80. It is the polynomial of e^(r/2), whose
+// square is close enough to 1 to be accurate.
 template <class A>
 struct ExpAndRoot {
   typename A::F expm1, root;

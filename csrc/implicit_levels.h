@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Codes without a codebook: one source for the threads of the CUDA kernels and the vectors of the
-// CPU kernels, so that both choose the same codes. The template parameter A is that of
-// elementary.h.
+// Finite scalar and lookup-free quantization of one element, from one source for the threads of the
+// CUDA kernels and the vectors of the CPU kernels, so that both give the same codes. The template
+// parameter A is that of elementary.h.
 #pragma once
 
 #include <cmath>
@@ -14,12 +14,12 @@ namespace genperf {
 
 constexpr int kMaxChannels = 64;
 
-// The grid of one channel. Digits 0 ... top stand for the values (digit - middle) / divisor.
+// The grid of one channel. Digits 0 ... top represent the values (digit - middle) / divisor.
 struct ChannelGrid {
   float shift, half, offset;  // the digit is round(tanh(x + shift) * half - offset) + middle
   float middle, divisor, top;
-  float slope;    // of the value, for a tanh of slope 1
-  int64_t basis;  // what the digit counts in the index
+  float slope;    // of the value, for tanh with slope 1
+  int64_t basis;  // weight of the digit in the index
 };
 
 inline ChannelGrid channel_grid(int64_t levels, bool symmetric, bool hard, int64_t basis) {
@@ -32,7 +32,7 @@ inline ChannelGrid channel_grid(int64_t levels, bool symmetric, bool hard, int64
           float(width), float(top),  float(half / width), basis};
 }
 
-// Both for |x| up to 40, and as there beyond. NaN stays.
+// tanh and its derivative for |x| up to 40, constant beyond. NaN is kept.
 template <class A>
 struct Tanh {
   using F = typename A::F;
@@ -50,9 +50,9 @@ struct Tanh {
   GENPERF_DEVICE F value() const { return A::from_bits(A::bits(magnitude) | sign); }
 };
 
-// To nearest even, for |x| below 2^22.
+// Rounds to nearest even, for |x| below 2^22.
 template <class A>
-GENPERF_DEVICE typename A::F round_to_whole(typename A::F x) {
+GENPERF_DEVICE typename A::F round_to_integer(typename A::F x) {
   return (x + 12582912.0f) - 12582912.0f;
 }
 
@@ -62,7 +62,7 @@ GENPERF_DEVICE typename A::F between(typename A::F x, typename A::F low, typenam
   return x > high ? high : x;
 }
 
-// The constants of a Level as numbers of A.
+// The constants of a ChannelGrid as numbers of A.
 template <class A>
 struct GridConstants {
   typename A::F shift, half, offset, middle, divisor, top;
@@ -73,7 +73,7 @@ struct Coded {
   typename A::F value, digit;
 };
 
-// NaN becomes digit 0 with the value NaN.
+// NaN gives digit 0 and the value NaN.
 template <class A>
 GENPERF_DEVICE Coded<A> quantize_channel(typename A::F x,
                                          const GridConstants<A>& grid,
@@ -85,11 +85,11 @@ GENPERF_DEVICE Coded<A> quantize_channel(typename A::F x,
       hard ? between<A>(x, A::constant(-1.0f), A::constant(1.0f)) : Tanh<A>(x).value();
   F digit;
   if (symmetric) {
-    const F place = grid.half * (bounded + 1.0f) * 0.5f + 0.5f;
-    const F nearest = round_to_whole<A>(place);
-    digit = nearest > place ? nearest - 1.0f : nearest;
+    const F level = grid.half * (bounded + 1.0f) * 0.5f + 0.5f;
+    const F rounded = round_to_integer<A>(level);
+    digit = rounded > level ? rounded - 1.0f : rounded;
   } else {
-    digit = round_to_whole<A>(A::fma(bounded, grid.half, A::constant(0.0f) - grid.offset)) +
+    digit = round_to_integer<A>(A::fma(bounded, grid.half, A::constant(0.0f) - grid.offset)) +
             grid.middle;
   }
   digit = between<A>(digit, A::constant(0.0f), grid.top);
@@ -105,7 +105,7 @@ GENPERF_DEVICE Coded<A> quantize_sign(typename A::F x, float scale) {
   return {x == x ? value : x, x > 0.0f ? A::constant(1.0f) : A::constant(0.0f)};
 }
 
-// The derivative of a channel's value, the rounding left out.
+// The derivative of a channel's value without the rounding.
 template <class A>
 GENPERF_DEVICE typename A::F channel_slope(typename A::F x,
                                            typename A::F shift,

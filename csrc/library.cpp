@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Every op of the library.
+// The schemas of all ops.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(genperf, m) {
   // Vector quantization. x is [outer, D, inner] with any strides (inner is 1 for channels-last
-  // data), indices are [outer, inner], and an index of -1 marks a position that is masked out.
+  // data), and indices are [outer, inner]. An index of -1 marks a masked position.
   //
-  // nearest_code also takes heads: x [heads, outer, D, inner], codebook [heads, K, D]. On the CPU
-  // it keeps the codebooks that it packed last.
+  // nearest_code also takes heads: x [heads, outer, D, inner] and codebook [heads, K, D]. On the
+  // CPU it caches the packed codebooks.
   m.def("nearest_code(Tensor x, Tensor codebook, Tensor? mask, bool cosine) -> Tensor");
   m.def("forget_codebooks() -> ()");
   m.def(
@@ -23,13 +23,12 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "origins) "
       "-> (Tensor counts, Tensor sums)");
 
-  // Softmax over all codes: x is [heads, outer, D, inner], codebook [heads, K, D], mask and indices
+  // Softmax over all codes. x is [heads, outer, D, inner], codebook [heads, K, D]; mask and indices
   // are [heads, outer, inner]. `logits` is "distance", "squared_distance" or "dot". value is the
-  // entropy of each position or, with indices, its cross-entropy; usage is the sum of the
-  // probabilities over the positions, float64, without elements where there are indices. statistics
-  // is [3, heads, outer, inner]: the largest logit and, of (logit - largest) / temperature, the log
-  // of the sum of the exponentials and the mean under the softmax. A gradient that is not asked for
-  // has no elements.
+  // entropy of each position or, with indices, its cross-entropy. usage is the sum of the
+  // probabilities over the positions in float64, and empty with indices. statistics is [3, heads,
+  // outer, inner]: the largest logit and, of (logit - largest) / temperature, the log of the sum of
+  // the exponentials and the mean under the softmax. Gradients that are not wanted are empty.
   m.def(
       "code_softmax(Tensor x, Tensor codebook, Tensor? mask, Tensor? indices, str logits, float "
       "temperature) -> (Tensor value, Tensor usage, Tensor statistics)");
@@ -37,14 +36,14 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "code_softmax_backward(Tensor? grad_value, Tensor? grad_usage, Tensor x, Tensor codebook, "
       "Tensor? mask, Tensor? indices, Tensor statistics, str logits, float temperature, bool of_x, "
       "bool of_codebook) -> (Tensor grad_x, Tensor grad_codebook)");
-  // Class k of position p of head h is perturbed by Gumbel number k of row first + p of seed + h;
-  // without a seed by nothing.
+  // Class k of position p of head h is perturbed by Gumbel number k of row first + p with seed + h,
+  // or not perturbed without a seed.
   m.def(
       "sample_code(Tensor x, Tensor codebook, Tensor? mask, Tensor? seed, SymInt first, str "
       "logits, float temperature) -> Tensor");
-  // Their steps on the CPU, on contiguous float32 logits [rows, K], or squared distances where the
-  // logit is minus their `root`. The first leaves exp(logit - largest) behind and adds to usage,
-  // float64; the second leaves the gradient.
+  // The CPU steps of these ops, on contiguous float32 logits [rows, K], or on squared distances
+  // with `root`, where the logit is minus the root. The first overwrites logits with exp(logit -
+  // largest) and adds to usage, in float64. The second overwrites them with the gradient.
   m.def(
       "code_softmax_rows(Tensor(a!) logits, bool root, float temperature, Tensor? valid, Tensor? "
       "indices, Tensor(b!) largest, Tensor(c!) log_sum, Tensor(d!) mean, Tensor(e!) value, "
@@ -56,8 +55,9 @@ STABLE_TORCH_LIBRARY(genperf, m) {
   m.def(
       "sample_code_rows(Tensor logits, bool root, float temperature, Tensor? seed, int first, "
       "Tensor(a!) indices) -> ()");
-  // Codes without a codebook, on x [outer, D, inner] with any strides; indices are [outer, inner],
-  // or empty where they are not asked for. The second backward is that of the spherical form.
+  // Finite scalar and lookup-free quantization, on x [outer, D, inner] with any strides. indices
+  // are [outer, inner], or empty if not wanted. lookup_free_quantize_backward is that of the
+  // spherical form.
   m.def(
       "finite_scalar_quantize(Tensor x, int[] levels, bool symmetric, bool hard, bool indexed) -> "
       "(Tensor quantized, Tensor indices)");
@@ -69,11 +69,12 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "indices)");
   m.def("lookup_free_quantize_backward(Tensor grad_quantized, Tensor x, float scale) -> Tensor");
 
-  // Residual quantization: level i quantizes what the levels before it leave. codebooks are [Q, K,
-  // D] of the arithmetic's dtype: float64 for a float64 x, else float32. indices are [outer, inner,
-  // Q], -1 where the mask is False and in the levels from number `levels` on, an int64 of one
-  // element, 1 ... Q. mse is [Q]. The gradient of `quantized` passes once, or with per_level once
-  // through every level. Statistics are of the residuals that the levels see, or that they leave.
+  // Residual quantization: each codebook quantizes the residual of the previous one. codebooks are
+  // [Q, K, D], in float64 for a float64 x, else float32. indices are [outer, inner, Q], with -1
+  // where the mask is False and for codebooks from `num_quantizers` on, an int64 of one element in
+  // 1 ... Q. mse is [Q]. The gradient of `quantized` is passed on once, or with per_quantizer once
+  // through every quantizer. Statistics are of the residuals that a quantizer gets or, with
+  // `after`, of those that it leaves.
   m.def(
       "residual_vector_quantize(Tensor x, Tensor codebooks, Tensor? mask, Tensor? num_quantizers, "
       "bool "
@@ -86,12 +87,12 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "residual_code_statistics(Tensor x, Tensor codebooks, Tensor indices, bool after) -> (Tensor "
       "counts, Tensor sums)");
 
-  // Sampling. Noise is either given or a function of `seed`, an int64 of one element on the op's
-  // device; noise.h says how. An output that is not asked for has no elements.
+  // Sampling. Noise is given, or a function of `seed`, an int64 of one element on the op's device
+  // (noise.h). Outputs that are not wanted are empty.
   //
-  // mean and all that has its shape are [B, rows, columns] with any strides; element (r, c) of
-  // sample b is normal number r * columns + c of row b. The prior is absent or whole. Gradients are
-  // written to where they are wanted, so that two of them can share a packed tensor.
+  // mean and all tensors of its shape are [B, rows, columns] with any strides. Element (r, c) of
+  // sample b is normal number r * columns + c of row b. Both moments of the prior are given, or
+  // neither. Gradients are written to given tensors, so that two of them can share a packed tensor.
   m.def(
       "gaussian_sample(Tensor mean, Tensor logvar, Tensor? prior_mean, Tensor? prior_logvar, "
       "Tensor? noise, Tensor? seed, float free_bits, bool float32_sample) -> (Tensor sample, "
@@ -101,10 +102,10 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "grad_prior_mean, Tensor(d!)? grad_prior_logvar, Tensor? grad_sample, Tensor? grad_kl, "
       "Tensor mean, Tensor logvar, Tensor? prior_mean, Tensor? prior_logvar, Tensor? noise, "
       "Tensor? seed, float free_bits) -> ()");
-  // logits and noise are [outer, K, inner] with any strides; class k at position p = outer * inner
-  // is Gumbel number k of row p. temperature, a float32 of one element, goes before tau. statistics
-  // is [4, outer, inner]: the largest logit, the log of the sum of exp(logit - largest), and the
-  // same two of the perturbed logits, the second with the temperature in it.
+  // logits and noise are [outer, K, inner] with any strides. Class k at position p = outer * inner
+  // is Gumbel number k of row p. temperature, a float32 of one element, replaces tau. statistics is
+  // [4, outer, inner]: the largest logit, the log of the sum of exp(logit - largest), and the same
+  // two of the perturbed logits divided by tau.
   m.def(
       "gumbel_sample(Tensor logits, Tensor? temperature, float tau, Tensor? noise, Tensor? seed, "
       "bool hard, bool dense) -> (Tensor sample, Tensor indices, Tensor kl, Tensor statistics)");
@@ -114,9 +115,9 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "logits, Tensor statistics, Tensor? temperature, float tau, Tensor? noise, Tensor? seed) -> "
       "()");
 
-  // Gradient penalties. real, fake and gradients are [B, rows, columns] with any strides, weight is
-  // [B]. Without fake, real is perturbed by scale times a uniform variate, number r * columns + c
-  // of row b; the weight of sample b is the first word of quad 2^63 of row b.
+  // Gradient penalties. real, fake and gradients are [B, rows, columns] with any strides, and
+  // weight is [B]. Without fake, real is perturbed by scale times uniform number r * columns + c of
+  // row b. A drawn weight of sample b is the first word of quad 2^63 of row b.
   m.def(
       "interpolate(Tensor real, Tensor? fake, Tensor? scale, Tensor? weight, Tensor? seed) -> "
       "Tensor");
@@ -134,6 +135,7 @@ STABLE_TORCH_LIBRARY(genperf, m) {
   m.def("minibatch_similarity(Tensor features) -> Tensor");
   m.def("minibatch_similarity_backward(Tensor grad_similarity, Tensor features) -> Tensor");
 
-  // Frechet distance. a is [n, n] with any strides, of which the lower triangle is read; ascending.
+  // Frechet distance. a is [n, n] with any strides, and its lower triangle is read. The eigenvalues
+  // are ascending.
   m.def("symmetric_eigenvalues(Tensor a) -> Tensor");
 }

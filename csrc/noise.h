@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Random numbers that are functions of a 64-bit seed and a position, so that a backward pass draws
-// them again instead of reading them back. One source for CUDA and the CPU, see elementary.h; in
-// plain PyTorch the same numbers come from genperf/ops/_noise.py.
+// Random numbers as functions of a 64-bit seed and a position, so that a backward pass draws them
+// again and does not read them from memory. One source serves CUDA and the CPU, see elementary.h;
+// genperf/ops/_noise.py computes the same numbers in plain PyTorch.
 #pragma once
 
 #include "elementary.h"
@@ -34,7 +34,7 @@ GENPERF_DEVICE Words<A> philox(Words<A> counter, uint64_t seed) {
   return counter;
 }
 
-// The four words of quad number `quad` of the stream of row number `row`.
+// The four words of quad number `quad` in the stream of row number `row`.
 template <class A>
 GENPERF_DEVICE Words<A> random_words(typename A::U quad_low,
                                      typename A::U quad_high,
@@ -50,8 +50,8 @@ GENPERF_DEVICE typename A::F uniform(typename A::U word) {
   return A::from_int(typename A::I(word >> 8)) * 0x1p-24f;
 }
 
-// -log((word + 1/2) / 2^32), a standard exponential variate, to a few ulp at both ends: what lies
-// above 1/2 is reached from its complement, which is small and so not rounded to 1.
+// -log((word + 1/2) / 2^32), a standard exponential variate, accurate to a few ulp at both ends:
+// above 1/2 it is computed from the complement, which is small and therefore not rounded to 1.
 template <class A>
 GENPERF_DEVICE typename A::F exponential(typename A::U word) {
   using F = typename A::F;
@@ -74,7 +74,7 @@ GENPERF_DEVICE typename A::F gumbel(typename A::U word) {
   return -log<A>(exponential<A>(word));
 }
 
-// Two independent standard normal variates, by Box and Muller's method; at most 6.8 in magnitude.
+// Two independent standard normal variates by the Box-Muller method, at most 6.8 in magnitude.
 template <class A>
 GENPERF_DEVICE void normal_pair(typename A::U radius,
                                 typename A::U angle,
@@ -86,7 +86,7 @@ GENPERF_DEVICE void normal_pair(typename A::U radius,
   second *= length;
 }
 
-// The words as four independent standard normal variates.
+// Four independent standard normal variates from the words.
 template <class A>
 GENPERF_DEVICE void normals(const Words<A>& words, typename A::F (&values)[4]) {
   normal_pair<A>(words.word[0], words.word[1], values[0], values[1]);

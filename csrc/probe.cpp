@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// genperf._probe: what this processor can do and what this build holds. It is imported before an
-// instruction set is chosen, so it is compiled for the baseline and knows nothing of torch.
+// genperf._probe: the features of this processor and the contents of this build. It is imported
+// before an instruction set is chosen, so it is compiled for the baseline and does not depend on
+// torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -18,7 +19,7 @@ namespace {
 
 #if defined(__x86_64__) && defined(__linux__)
 
-// Linux hands out the 8 KB of tile state only to processes that ask, once for all threads.
+// Linux grants the 8 KB of tile state only on request, once for all threads.
 bool tile_state_granted() {
   constexpr int kRequestPermission = 0x1023;
   constexpr int kTileData = 18;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Softmax over the codes, a chunk of rows at a time, in place in the chunk that a matrix product
-// has written: squared distances where the logit is minus their root, else logits. A row stays in
-// cache between its passes. What is summed over rows is summed column by column, in their order, so
-// that the number of threads does not matter.
+// Softmax over the codes, one chunk of rows at a time, in the buffer of the matrix product that
+// computed the chunk: squared distances where the logit is minus their root, else logits. A row
+// stays in cache between its passes. Sums over rows are taken column by column in row order, so
+// they do not depend on the number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -19,12 +19,12 @@
 namespace genperf {
 namespace {
 
-constexpr int64_t kGrain = 16384;            // logits to a task
-constexpr int64_t kSumLength = 32 * kLanes;  // codes to a sum in float32
-constexpr int kColumns = 8;                  // vectors of columns that are summed together
-constexpr int64_t kRows = 32;                // rows to a sum in float32
-constexpr int64_t kNoise = 1024;             // codes whose noise is drawn at a time
-constexpr float kSmallest = 1e-8f;           // a squared distance; below it, the gradient is 0
+constexpr int64_t kGrain = 16384;            // logits per task
+constexpr int64_t kSumLength = 32 * kLanes;  // codes per float32 partial sum
+constexpr int kColumns = 8;                  // vectors of columns that are summed at a time
+constexpr int64_t kRows = 32;                // rows per float32 partial sum
+constexpr int64_t kNoise = 1024;             // codes per draw of noise
+constexpr float kSmallest = 1e-8f;  // smallest squared distance; the gradient is 0 below it
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 template <class N>
@@ -45,23 +45,23 @@ inline void put(float* p, N n, Vec v) {
     write(p, 1, n, v);
 }
 
-// The logits of a product; NaN stays.
+// The logits of a matrix product. NaN is kept.
 template <bool kRoot>
 inline Vec logit(Vec product) {
   return kRoot ? -sqrt(product < kSmallest ? broadcast(kSmallest) : product) : product;
 }
 
-// Kept from becoming -inf, so that its product with a zero is zero.
+// Bounds y from below, so that -inf times a zero probability does not give NaN.
 inline Vec bounded(Vec y) {
   return y < -88.0f ? broadcast(-88.0f) : y;
 }
 
-// [rows, K] and what belongs to its rows.
+// Logits [rows, K] with the mask and the indices of the rows.
 struct Chunk {
   float* data;
   int64_t rows, codes;
   float inverse_temperature;
-  const bool* valid;       // [rows], or null: all
+  const bool* valid;       // [rows], or null for all
   const int64_t* indices;  // [rows], or null
 
   Chunk(const Tensor& logits,
@@ -105,7 +105,7 @@ struct Chunk {
   }
 };
 
-// Calls f with a constant that says whether the logits are roots.
+// Calls f with a compile-time constant for `root`.
 template <class F>
 void with_root(bool root, const F& f) {
   if (root)
@@ -119,13 +119,13 @@ float* floats(const Tensor& t, int64_t length, const char* name) {
   return static_cast<float*>(t.data_ptr());
 }
 
-// What is kept of a row: the largest logit, and of the rest, relative to it and divided by the
-// temperature, the log of the sum of the exponentials and the mean.
+// Of one row: the largest logit and, for y = (logit - largest) / temperature, the log-sum-exp of y
+// and its mean under the softmax.
 struct Statistics {
   float largest = 0, log_sum = 0, mean = 0;
 };
 
-// Where the statistics of all rows are.
+// The statistics of all rows.
 struct SavedStatistics {
   float *largest, *log_sum, *mean;
 
@@ -142,7 +142,7 @@ struct SavedStatistics {
   }
 };
 
-// Leaves exp(logit - largest) in the row; returns their sum.
+// Replaces the logits of a row with exp(y), and returns the sum.
 template <bool kRoot>
 double exponentials(const Chunk& chunk, int64_t r, Statistics& statistics, float& value) {
   float* const row = chunk.row(r);
@@ -227,8 +227,8 @@ void code_softmax_rows(Tensor logits,
       });
 }
 
-// The gradient of what the matrix product has to be multiplied by: twice that of the squared
-// distance where the logit is a root, else that of the logit.
+// The gradient with respect to the matrix product: twice that of the squared distance where the
+// logit is a root, else that of the logit.
 template <bool kRoot>
 void gradient_row(const Chunk& chunk,
                   int64_t r,
@@ -300,7 +300,7 @@ void code_softmax_rows_backward(Tensor logits,
   });
 }
 
-// The largest logit + temperature * noise, the lowest index on ties; a NaN is never preferred.
+// Index of the largest logit + temperature * noise, the lowest on ties; a NaN never wins.
 template <bool kRoot>
 int64_t sample_row(const Chunk& chunk,
                    int64_t r,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Counts and sums per code, in float64 and in ascending order of the positions whatever the layout
-// and the number of threads. Channels-last data are sorted by code (a counting sort) and summed
-// code by code; channels-first data are summed channel by channel, where each thread owns some
-// channels and scatters into their columns.
+// Counts and sums per code, in float64 and in ascending order of the positions, for every layout
+// and number of threads. Channels-last data are sorted by code (a counting sort) and summed code by
+// code. Channels-first data are summed channel by channel: each thread owns some channels and
+// scatters into their columns.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -21,8 +21,8 @@ struct Statistics {
   const Positions<T> x;
   const int64_t* indices;  // [outer, inner]
   int64_t num_codes;
-  const OpMath<T>* weights;  // [outer, inner], or null: 1
-  const Codes<C>* origins;   // [K, D], or null: 0
+  const OpMath<T>* weights;  // [outer, inner], or null for ones
+  const Codes<C>* origins;   // [K, D], or null for zeros
   OpMath<T>* counts;         // [K]
   OpMath<T>* sums;           // [K, D]
 
@@ -77,7 +77,7 @@ struct Statistics {
         });
   }
 
-  // total[(d - first) * stride] += weight * (x - origin) for the channels first ... last - 1 of one
+  // total[(d - first) * stride] += weight * (x - origin) for channels first ... last - 1 of a
   // position.
   void add(int64_t position,
            int64_t code,

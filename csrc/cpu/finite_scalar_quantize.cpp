@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Finite scalar quantization: channels bounded and rounded to grids, and the gradient of the bound.
+// Finite scalar quantization: bounds each channel and rounds it to a grid; backward is the gradient
+// of the bound.
 #include "cpu/common/implicit_codes.h"
 
 #include <torch/csrc/stable/library.h>
@@ -16,7 +17,7 @@ std::vector<ChannelGrid> channel_grids(const std::vector<int64_t>& levels,
                                        bool hard) {
   STD_TORCH_CHECK(int64_t(levels.size()) == x.size(1), "levels must name every channel");
   std::vector<ChannelGrid> grids;
-  uint64_t basis = 1;  // wraps where no index is asked for
+  uint64_t basis = 1;  // may wrap if no indices are wanted
   for (const int64_t count : levels) {
     STD_TORCH_CHECK(count >= 2 && count <= 1 << 20, "a channel must have 2 to 2^20 levels");
     grids.push_back(channel_grid(count, symmetric, hard, int64_t(basis)));

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One pass over the moments: noise is drawn into a buffer that stays in the first cache, and read
-// from there. Samples are cut into blocks that do not depend on the number of threads; the KL is
-// summed in float32 over a segment of a block and in float64 above, so it is the same in every run.
+// One pass over the moments, with the noise drawn into a buffer that stays in the L1 cache. Samples
+// are cut into blocks that do not depend on the number of threads. The KL is summed in float32
+// within a segment and in float64 above, so it is the same in every run.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -16,25 +16,25 @@
 namespace genperf {
 namespace {
 
-constexpr int64_t kSegment = 512;  // elements of one row that are worked on together
-constexpr int64_t kBlock = 4096;   // about as many elements to a unit of work
+constexpr int64_t kSegment = 512;  // elements of one row that are processed at a time
+constexpr int64_t kBlock = 4096;   // elements per block, approximately
 
-// How [B, rows, columns] is cut into blocks.
+// The partition of [B, rows, columns] into blocks.
 struct Blocks {
   int64_t samples, rows, columns;
   int64_t block_rows, block_columns;
   int64_t per_row, per_sample;  // blocks
 
   explicit Blocks(const Tensor& x) : samples(x.size(0)), rows(x.size(1)), columns(x.size(2)) {
-    // Where rows lie closer together than columns, a block is narrow, so that all its rows are read
-    // while their shared cache lines are there.
+    // If rows are closer in memory than columns, blocks are narrow, so that all rows are read while
+    // their shared cache lines are in cache.
     block_columns = std::min(columns, x.stride(1) < x.stride(2) ? kSegment / 4 : kBlock);
     block_rows = std::min(rows, std::max<int64_t>(1, kBlock / std::max<int64_t>(block_columns, 1)));
     per_row = block_columns ? (columns + block_columns - 1) / block_columns : 0;
     per_sample = block_rows ? (rows + block_rows - 1) / block_rows * per_row : 0;
   }
 
-  // Calls f(block, sample, row, column, count) for every segment, those of a block in order.
+  // Calls f(block, sample, row, column, count) for every segment, in order within a block.
   template <class F>
   void for_each_segment(const F& f) const {
     const int64_t elements = block_rows * block_columns;
@@ -53,7 +53,7 @@ struct Blocks {
   }
 };
 
-// What both passes read.
+// The inputs of both passes, or the gradients.
 template <class T>
 struct Moments {
   Rows<T> mean, logvar, prior_mean, prior_logvar, noise;
@@ -79,12 +79,13 @@ inline Vec where_inside(Vec logvar, Vec value) {
   return (logvar >= -30.0f) & (logvar <= 20.0f) ? value : Vec{};
 }
 
-// The KL of a few elements and its derivatives.
+// The KL of a vector of elements and its derivatives.
 template <bool kPrior>
 struct Divergence {
-  Vec value, mean, logvar, prior_logvar;  // the derivative in the prior's mean is -mean
+  Vec value, mean, logvar,
+      prior_logvar;  // the derivative with respect to the prior's mean is -mean
 
-  // lv_expm1 is the variance less 1, without cancellation where it is near 1.
+  // lv_expm1 is the variance minus 1, without cancellation where the variance is near 1.
   Divergence(Vec m, Vec lv, Vec lv_expm1, Vec prior_m, Vec prior_lv) {
     if constexpr (kPrior) {
       const Vec difference = m - prior_m, ratio = lv - prior_lv;
@@ -183,7 +184,8 @@ void check_inputs(const Tensor& mean,
                   const std::optional<Tensor>& seed) {
   check_rows(mean, mean, true, "mean");
   check_rows(logvar, mean, true, "logvar");
-  STD_TORCH_CHECK(prior_mean.has_value() == prior_logvar.has_value(), "the prior must be whole");
+  STD_TORCH_CHECK(prior_mean.has_value() == prior_logvar.has_value(),
+                  "prior_mean and prior_logvar must both be given, or neither");
   if (prior_mean.has_value()) {
     check_rows(*prior_mean, mean, true, "prior_mean");
     check_rows(*prior_logvar, mean, true, "prior_logvar");
@@ -251,7 +253,7 @@ void gaussian_sample_backward(Tensor grad_mean,
   check_rows(grad_logvar, mean, true, "grad_logvar");
   STD_TORCH_CHECK(grad_prior_mean.has_value() == prior_mean.has_value() &&
                       grad_prior_logvar.has_value() == prior_mean.has_value(),
-                  "a prior needs both its gradients");
+                  "the gradients of both moments of the prior must be given, or neither");
   if (prior_mean.has_value()) {
     check_rows(*grad_prior_mean, mean, true, "grad_prior_mean");
     check_rows(*grad_prior_logvar, mean, true, "grad_prior_logvar");

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Norms of the samples of a gradient, summed in float64 so that no square overflows, and the
-// penalty on them.
+// The gradient norm of each sample and the penalty on it. Squares are summed in float64, so they
+// cannot overflow.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -76,16 +76,16 @@ Tensor gradient_norm_penalty_backward(const Tensor& grad_penalty,
   with_type(gradients, [&]<class T>(T*) {
     FlatRows<T, 2> rows({Rows<T>(gradients), Rows<T>(out)}, gradients, false);
     rows.for_each([&](int64_t b, int64_t, int64_t, int64_t count, const auto& at) {
-      // At a norm of 0 every direction is as good as any other, and none is taken.
+      // The gradient of the norm at 0 is taken as 0.
       const double excess = norm[b] == 0 ? 0 : excess_of(norm[b], center, one_sided);
       const double factor = 2 * upstream / double(samples) * (center == 0 ? 1 : excess);
       const double divisor = center == 0 || norm[b] == 0 ? 1 : norm[b];
-      const Vec both = broadcast(float(factor / divisor));
-      // Below about 1e-38 a norm has no inverse.
-      const bool apart = std::isinf(both[0]) && !std::isinf(factor);
+      const Vec ratio = broadcast(float(factor / divisor));
+      // A norm below about 1e-38 has no float32 inverse.
+      const bool divide = std::isinf(ratio[0]) && !std::isinf(factor);
       for_each_vector(count, at[0].vectorizable() && at[1].vectorizable(), [&](int64_t i, auto n) {
         const Vec g = at[0].get(i, n);
-        at[1].set(i, n, apart ? float(factor) * (g / float(divisor)) : both * g);
+        at[1].set(i, n, divide ? float(factor) * (g / float(divisor)) : ratio * g);
       });
     });
   });

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Gumbel-softmax over logits [outer, K, inner]. Where the classes of a position lie together, lanes
-// are classes, and a position's perturbed logits stay in a buffer. Else lanes are neighboring
-// positions: a quad of a position's noise falls into one lane of four vectors, and a tile of
-// positions is carried through the classes, so that memory is read in runs.
+// Gumbel-softmax over logits [outer, K, inner]. If the classes of a position are contiguous, the
+// lanes are classes and the perturbed logits of a position stay in a buffer. Otherwise the lanes
+// are adjacent positions: a quad of a position's noise fills one lane of four vectors, and a tile
+// of positions passes over the classes, so that memory is read in runs.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -36,7 +36,7 @@ GumbelInputs<T> inputs_of(const Tensor& logits,
                     "temperature must be one float32");
     divisor = *static_cast<const float*>(temperature->const_data_ptr());
   }
-  // At tau = 0 the largest keeps 0 = 0 * FLT_MAX, and everything else falls to -inf.
+  // At tau = 0 the largest logit gives 0 * FLT_MAX = 0, and all others -inf.
   const float inverse = divisor == 0 ? FLT_MAX : std::min(1 / divisor, FLT_MAX);
   return {Rows<T>(logits),
           Rows<T>(noise),
@@ -128,8 +128,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
   return {sample, indices, kl, statistics};
 }
 
-// With y = softmax(perturbed / tau): y (dy - sum y dy) / tau + grad_kl q (log q - sum q log q).
-// grad_logits may be grad_sample: an element is written after it was read for the last time.
+// With y = softmax(perturbed / tau) the gradient is y (dy - sum y dy) / tau + grad_kl q (log q -
+// sum q log q). grad_logits may be grad_sample: each element is read for the last time before it is
+// written.
 void gumbel_sample_backward(Tensor grad_logits,
                             std::optional<Tensor> grad_sample,
                             std::optional<Tensor> grad_kl,
@@ -212,8 +213,8 @@ void gumbel_sample_backward(Tensor grad_logits,
                                     upstream.vectorizable() && out.vectorizable();
           const Rows<float> own(statistics);
           Vec product[kVectors] = {}, entropy[kVectors] = {};
-          // Calls f(vector, lanes, class, soft sample, log q) for all; the first pass sums what the
-          // second subtracts, and drawing the noise again is cheaper than keeping it.
+          // Calls f(position, lanes, class, y, log q) for all elements. The first pass computes the
+          // sums that the second subtracts. Drawing the noise again is cheaper than storing it.
           const auto for_all = [&](const auto& f) {
             for (int64_t k = 0; k < in.classes; k += 4)
               for_each_vector(n, vectorizable, [&](int64_t at, auto lanes) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Mixtures of two tensors, and of a tensor with noise, with one weight to a sample.
+// Interpolation between two tensors, or between a tensor and its noisy version, with one weight per
+// sample.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -36,7 +37,7 @@ std::vector<float> weights_of(const std::optional<Tensor>& weight,
   return weights;
 }
 
-// Exact at a weight of 0 and 1, and within the range of a and b.
+// Exact for weights 0 and 1, and never outside the range of a and b.
 inline Vec interpolated(Vec weight, Vec a, Vec b) {
   return fma(weight, a, (1.0f - weight) * b);
 }
@@ -103,7 +104,8 @@ std::tuple<Tensor, Tensor, Tensor> interpolate_backward(const Tensor& grad_mixed
                                                         std::optional<Tensor> weight,
                                                         std::optional<Tensor> seed) {
   check_rows(grad_mixed, grad_mixed, true, "grad_mixed");
-  STD_TORCH_CHECK(real.has_value() == fake.has_value(), "real and fake are given together");
+  STD_TORCH_CHECK(real.has_value() == fake.has_value(),
+                  "real and fake must both be given, or neither");
   if (real.has_value()) {
     check_rows(*real, grad_mixed, true, "real");
     check_rows(*fake, grad_mixed, true, "fake");

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Lookup-free quantization: the signs of channels, and the gradient through a normalization.
+// Lookup-free quantization: the sign of each channel; backward is the gradient of the
+// normalization.
 #include "cpu/common/implicit_codes.h"
 
 #include <torch/csrc/stable/library.h>
@@ -32,13 +33,13 @@ std::tuple<Tensor, Tensor> lookup_free_quantize(const Tensor& x, double scale, b
   return {quantized, indices};
 }
 
-// The gradient through x / |x|, which loses its part along x.
+// The gradient through x / |x|, which is orthogonal to x.
 template <class T>
 void normalize_backward(const Positions<T>& gradient,
                         const Positions<T>& x,
                         double scale,
                         const Positions<T>& out) {
-  constexpr double kLeast = 1e-12;  // as torch.nn.functional.normalize
+  constexpr double kLeast = 1e-12;  // as in torch.nn.functional.normalize
   const auto one = [&](int64_t position) {
     const T* const a = x.data + x.offset(position);
     const T* const g = gradient.data + gradient.offset(position);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Similarities exp(-|f_i - f_j|_1) of all pairs of samples, kernel by kernel. Features are laid out
-// with lanes over samples; every pair is met once and counts for both its members, four rows at a
-// time so that what is loaded is used four times.
+// Similarities exp(-|f_i - f_j|_1) of all pairs of samples, one kernel at a time. The lanes are
+// samples. Every pair is computed once and counts for both samples, four rows at a time to reuse
+// what is loaded.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kRows = 4;
 
-// One kernel's features as [C, padded N].
+// Features of one kernel, as [C, padded N].
 struct Columns {
   int64_t samples, dims, padded;
   Buffer<float> values;
@@ -45,9 +45,9 @@ inline Vec magnitude(Vec v) {
   return Vec(UVec(v) & 0x7fffffffu);
 }
 
-// Calls f(j, similarities of samples i + r to samples j ... j + kLanes - 1) for r < kRows, with
-// zero where the column does not come after the row or either is not there; first begin(i), at last
-// end(i) for the same rows.
+// Calls f(j, similarities of samples i + r to samples j ... j + kLanes - 1), r < kRows, with zeros
+// where the column is not after the row or either is past the end; begin(i) before and end(i) after
+// the calls for the same rows.
 template <class Begin, class F, class End>
 void for_each_pair(const Columns& features, const Begin& begin, const F& f, const End& end) {
   UVec lanes{};
@@ -157,12 +157,12 @@ Tensor minibatch_similarity_backward(const Tensor& grad_similarity, const Tensor
                 const Vec column = load(row + j);
                 Vec other = load(gradient);
                 for (int r = 0; r < kRows; ++r) {
-                  // The similarity falls as the two move apart.
+                  // The similarity decreases with the distance.
                   const Vec difference = column - row[i + r];
-                  const Vec apart = Vec(UVec(slope[r]) ^ (UVec(difference) & 0x80000000u));
-                  const Vec moved = difference == 0.0f ? Vec{} : apart;
-                  other -= moved;
-                  own[c * kRows + r] += moved;
+                  const Vec signed_slope = Vec(UVec(slope[r]) ^ (UVec(difference) & 0x80000000u));
+                  const Vec step = difference == 0.0f ? Vec{} : signed_slope;
+                  other -= step;
+                  own[c * kRows + r] += step;
                 }
                 store(gradient, other);
               }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Index of the nearest code of each vector, exact as float64 arithmetic gives it; cpu/search does
-// the work.
+// The index of the nearest code of each vector, exactly as float64 arithmetic gives it. The search
+// itself is in cpu/search.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -28,7 +28,7 @@ Tensor nearest_code(const Tensor& x,
                     "mask must be bool, one for each position");
     contiguous_mask = torch::stable::contiguous(*mask);
   }
-  // Packing and rescoring read whole codes.
+  // Packing and rescoring read the components of a code contiguously.
   const Tensor rows =
       codebook.stride(codebook.dim() - 1) == 1 ? codebook : torch::stable::contiguous(codebook);
   for (int64_t head = 0; head < count; ++head) {

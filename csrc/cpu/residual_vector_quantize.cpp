@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Residual quantization: every level searches what the levels before it leave of a vector.
+// Residual vector quantization: every stage quantizes the residual of the stage before.
 //
-// A block of positions goes through all levels on one thread while its residual, in float32
-// whatever the dtype and layout of x, stays in L2: a megabyte of it, so that the codes of a level,
-// which every block reads again, serve many positions. Against passes over the whole tensor that
-// saves a quarter where the search is short (65536 positions, K = 64), nothing where it is long (K
-// = 1024), and a barrier for every level. Codebooks that do not stay packed in cache together are
-// passed over level by level instead, each once, by all threads. In either case the residual is
-// rounded after every level, c_0 first, and a level's index is the exact one for it.
+// A block of positions passes through all stages on one thread while its residual, in float32 for
+// every dtype and layout of x, stays in L2. A block is a megabyte, so that many positions share the
+// codes of a stage, which every block reads again. Compared with one pass over the whole tensor per
+// stage this saves a barrier per stage, and a quarter of the time where the search is short (65536
+// positions, K = 64), but nothing where it is long (K = 1024). Codebooks that do not fit in cache
+// together when packed are searched stage by stage by all threads. In either case the residual is
+// rounded after every stage, and a stage's index is exact for its residual.
 //
-// Backward and statistics find the residuals again from x and the indices: a chain of subtractions
-// costs less than reading what has been written to memory. The statistics need the vectors of a
-// code one after the other, so theirs is a chain over one residual for all positions, of which
-// every level adds up and updates the rows code by code.
+// Backward and statistics recompute the residuals from x and the indices, because a chain of
+// subtractions costs less than reading stored residuals. The statistics read the vectors of a code
+// one after another, so they keep one residual for all positions, which every stage sums and
+// updates code by code.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -28,8 +28,8 @@
 namespace genperf {
 namespace {
 
-// The gradient of one vector, from the residuals that the levels leave and that of the quantized
-// vector. residual, a row of its own, starts as x.
+// The gradient of one vector, from the residuals after each stage and the gradient of the quantized
+// vector. `residual` starts as x and is overwritten.
 template <class W>
 class ResidualGradient {
  public:
@@ -87,7 +87,7 @@ class ResidualGradient {
     });
   }
 
-  // Subtracts the codes of the levels begin ... end - 1, with every level's pull on what it leaves.
+  // Subtracts the codes of stages begin ... end - 1 and adds each stage's commitment gradient.
   void subtract_codes(const int64_t* indices,
                       int64_t begin,
                       int64_t end,

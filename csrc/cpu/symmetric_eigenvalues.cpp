@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Eigenvalues of a dense symmetric matrix in two stages: to a band by products of matrices, from
-// the band to tridiagonal in cache; then by bisection. A one-stage reduction spends half its flops
-// on products of the matrix with single vectors, at the speed of memory.
+// Eigenvalues of a dense symmetric matrix: reduction to a band with matrix products, from the band
+// to tridiagonal form in cache, then bisection. A one-stage reduction spends half its flops on
+// matrix-vector products, which are limited by memory bandwidth.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -18,7 +18,7 @@
 namespace genperf {
 namespace {
 
-// The largest magnitude in the lower triangle; NaN if there is one.
+// The largest magnitude in the lower triangle; NaN if there is a NaN.
 double largest_entry(const double* a, int64_t n, int64_t row_stride, int64_t column_stride) {
   std::vector<double> largest(n);
   torch::stable::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
@@ -26,7 +26,7 @@ double largest_entry(const double* a, int64_t n, int64_t row_stride, int64_t col
       double found = 0;
       for (int64_t j = 0; j <= i; ++j) {
         const double value = std::abs(a[i * row_stride + j * column_stride]);
-        found = value <= found || found != found ? found : value;  // a NaN is taken and then kept
+        found = value <= found || found != found ? found : value;  // keeps a NaN
       }
       largest[i] = found;
     }
@@ -51,7 +51,7 @@ Tensor symmetric_eigenvalues(const Tensor& a) {
     std::fill_n(eigenvalues, n, largest == 0 ? 0 : std::numeric_limits<double>::quiet_NaN());
     return out;
   }
-  // The largest entry becomes about 1, unless it is subnormal.
+  // Scales the largest entry to about 1, unless it is subnormal.
   const int exponent = std::clamp(std::ilogb(largest), -1000, 1023);
   std::vector<double> d(n), e(n);
   {

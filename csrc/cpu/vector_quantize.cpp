@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Gather of the codes with the squared error, and the gradient of the input. Positions are taken 16
-// at a time, so that both layouts are read and written along their contiguous dimension. The error
-// is summed in float64 over chunks of positions that do not depend on the number of threads, so it
-// is the same in every run.
+// Gathers the codes with the squared error, and computes the gradient of the input. Positions are
+// taken 32 at a time, so that both layouts are read and written along their contiguous dimension.
+// The error is summed in float64 over chunks that do not depend on the number of threads, so it is
+// the same in every run.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -18,12 +18,12 @@
 namespace genperf {
 namespace {
 
-constexpr int64_t kChunk = 1024;  // positions to a partial sum
+constexpr int64_t kChunk = 1024;  // positions per partial sum
 
-// Copies a code over a vector's place and returns their squared distance; everything contiguous.
+// Copies a code to `out` and returns its squared distance to x; all are contiguous.
 template <class T, class C>
 double copy_code(const T* x, const C* code, int64_t dim, T* out) {
-  constexpr int kSums = 16;  // independent sums, so that the compiler can use vectors
+  constexpr int kSums = 16;  // independent sums, so that the compiler can vectorize
   double sums[kSums] = {};
   const auto add = [&](int64_t d, int i) {
     const C value = code[d];
@@ -43,7 +43,7 @@ double copy_code(const T* x, const C* code, int64_t dim, T* out) {
   return total;
 }
 
-// The same for a tile of vectors with any strides; a null code leaves zeros.
+// The same for a tile of vectors with any strides. A null code gives zeros.
 template <class T, class C>
 double copy_codes(const T* const* x,
                   int64_t stride,

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the files that give the CUDA kernels to torch share: there, what memory safety needs is
-// checked, outputs are allocated and params filled. The schemas are in library.cpp.
+//
+// Shared by the bindings of the CUDA kernels, which check what memory safety requires, allocate the
+// outputs and fill the params. The schemas are in library.cpp.
 //
 // Only the LibTorch stable ABI is used, so one binary serves every torch from 2.11 on. The library
-// also loads beside a torch without CUDA: its one CUDA symbol, the current stream, is weak.
+// also loads with a torch without CUDA, because its only CUDA symbol, the current stream, is weak.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -27,7 +28,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
-// Makes x's device current for as long as it lives.
+// Makes x's device current during its lifetime, and holds the current stream.
 class Launch {
  public:
   explicit Launch(const Tensor& x) : guard_(x.get_device_index()) {
@@ -94,7 +95,7 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
          a.size(2) == b.size(2);
 }
 
-// x's shape, and its dtype or, where that is allowed, float32.
+// Checks for x's shape and dtype, or float32 if allowed.
 inline void check_like(const char* op,
                        const char* name,
                        const Tensor& tensor,
@@ -142,7 +143,7 @@ inline void check_samples(const char* op, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 3, op, ": samples must have shape [B, rows, columns].");
 }
 
-// Noise is given, or a seed to draw it from.
+// Checks that the noise is given or a seed to draw it from.
 inline void check_noise(const char* op,
                         const std::optional<Tensor>& noise,
                         const std::optional<Tensor>& seed,
@@ -201,7 +202,7 @@ inline Tensor empty_like(const Tensor& x, ScalarType dtype) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// For the ops without a codebook.
+// For finite scalar and lookup-free quantization.
 inline void check_channels(const char* op, const Tensor& x, int64_t most) {
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) >= 1 && x.size(1) <= most, op,
                   ": x must have shape [outer, D, inner] and at most ", most, " channels.");

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Counts and sums per code in O(N D), without one-hot and without float atomics.
 //
-// The positions come stably sorted by code. Blocks add up fixed chunks of 256 sorted rows, a thread
-// to a channel, in double; a run of one code that lies within a chunk goes straight to the result,
-// and the pieces of one that crosses chunks are added in a last step, in order. The sums are thus
-// those of a sequential loop up to its grouping by chunks, however skewed the codes are, and the
-// same in every run.
+// Counts and sums per code in O(N D), without one-hot vectors and without float atomics.
+//
+// The positions are sorted by code, stably. Blocks sum fixed chunks of 256 sorted rows in double,
+// one thread per channel. A run of one code within a chunk is written directly to the result; the
+// pieces of a run that crosses chunks are added in a last step, in order. The sums equal those of a
+// sequential loop up to grouping by chunks, for any distribution of the codes, and are the same in
+// every run.
 #include "code_statistics.h"
 
 namespace genperf {
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kChunk = kCodeStatisticsChunk;
-constexpr int kBatch = 8;  // rows in flight
+constexpr int kBatch = 8;  // rows loaded at a time
 
 __device__ bool is_code(int64_t index, int64_t num_codes) {
   return index >= 0 && index < num_codes;
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) code_offsets_kernel(CodeStatisticsPa
 
 struct ChunkRows {
   int64_t code[kChunk];
-  int64_t offset[kChunk];  // in x
+  int64_t offset[kChunk];  // into x
   float weight[kChunk];
 };
 
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) code_chunks_kernel(CodeStatisticsPar
     int64_t current = -1;
     double origin = 0;
     double sum = 0;
-    double mass = 0;  // of the thread of channel 0
+    double mass = 0;  // used by the thread of channel 0
     const auto finish_run = [&] {
       if (current < 0)
         return;
@@ -128,8 +129,8 @@ __global__ void __launch_bounds__(kThreads) code_chunks_kernel(CodeStatisticsPar
   }
 }
 
-// Codes without a row, and those whose rows lie in several chunks: the first piece is its chunk's
-// last run (slot 1), each later piece its chunk's first (slot 0).
+// Codes without rows, and codes whose rows are in several chunks: the first piece is the last run
+// of its chunk (slot 1), each later piece is the first run of its chunk (slot 0).
 __global__ void __launch_bounds__(kThreads) code_combine_kernel(CodeStatisticsParams p) {
   const int64_t columns = p.channels + 1;
   const int64_t item = thread_index();
@@ -182,8 +183,8 @@ void launch_code_statistics(const CodeStatisticsParams& params,
 
   const int64_t positions = params.outer * params.inner;
   if (positions > 0) {
-    // Where channels do not lie together, few of them at a time: neighboring positions share cache
-    // lines, and those last in L2 while all blocks read the same channels.
+    // If channels are not contiguous, few are processed at a time: adjacent positions share cache
+    // lines, which stay in L2 while all blocks read the same channels.
     const bool channels_last = params.inner == 1 || params.x_strides.channel == 1;
     const int64_t warps = (params.channels + kWarpSize - 1) / kWarpSize;
     const int64_t widest = channels_last ? kThreads / kWarpSize : 1;

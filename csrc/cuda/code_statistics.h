@@ -5,30 +5,30 @@
 
 namespace genperf {
 
-// Rows of the sorted order that one block adds up.
+// Sorted rows that one block sums.
 constexpr int kCodeStatisticsChunk = 256;
 
-// The largest K whose sort keys are int16; above it they are int32.
+// The largest K with int16 sort keys; larger ones use int32.
 constexpr int64_t kMaxShortCodes = 32767;
 
-// Narrow keys halve or quarter the passes of the radix sort.
+// Narrow keys need half or a quarter of the radix sort's passes.
 struct CodeKeysParams {
   const int64_t* indices;  // [N]
-  void* keys;              // [N], int16 or int32: the index, or -1 outside 0 ... K-1
+  void* keys;              // [N], int16 or int32: the index, or -1 if outside 0 ... K-1
   int64_t positions;       // N
   int64_t num_codes;
 };
 
-// T is the type of x, C that of the origins; N = outer * inner.
+// T is the dtype of x and C that of the origins; N = outer * inner.
 struct CodeStatisticsParams {
   const void* x;           // [outer, D, inner], T
-  const int64_t* indices;  // [outer, inner], contiguous; outside 0 ... K-1 is left out
+  const int64_t* indices;  // [outer, inner], contiguous; indices outside 0 ... K-1 are ignored
   const float* weights;    // [outer, inner], contiguous, or null for ones
   const void* origins;     // [K, D], C, or null for zeros
   const void* keys;        // [N], sorted
-  const int64_t* order;    // [N], the position of each key, stable
-  int64_t* offsets;        // [K + 1], scratch: where each code begins in the sorted order
-  double* partials;        // [chunks, 2, D + 1], scratch: sums and mass of runs that cross chunks
+  const int64_t* order;    // [N], the position of each key
+  int64_t* offsets;        // [K + 1], scratch: the start of each code in the sorted order
+  double* partials;        // [chunks, 2, D + 1], scratch: sums and weight of runs that cross chunks
   float* counts;           // [K]
   float* sums;             // [K, D]
   int64_t outer;

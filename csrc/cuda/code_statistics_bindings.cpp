@@ -6,7 +6,7 @@
 namespace genperf {
 namespace {
 
-// (sorted keys, their positions), the positions of one key in ascending order.
+// Returns the sorted keys and their positions, in ascending order for equal keys.
 std::tuple<Tensor, Tensor> stable_sort(const Tensor& keys) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor> code_statistics(Tensor x,
   check_x(kOp, x);
   check_positions(kOp, "indices", indices, ScalarType::Long, x);
   STD_TORCH_CHECK(num_codes >= 0 && num_codes <= INT32_MAX, kOp,
-                  ": num_codes must lie between 0 and 2^31 - 1.");
+                  ": num_codes must be between 0 and 2^31 - 1.");
   if (weights)
     check_positions(kOp, "weights", *weights, ScalarType::Float, x);
   if (origins) {

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Finite scalar quantization: channels bounded and rounded to grids, and the gradient of the bound.
+//
+// Finite scalar quantization: bounds each channel and rounds it to a grid; backward is the gradient
+// of the bound.
 #include "finite_scalar_quantize.h"
 
 #include "implicit_codes.h"
@@ -14,7 +16,7 @@ struct Table {
 template <typename Params>
 Table table_of(const Params& p) {
   Table table{};
-  uint64_t basis = 1;  // wraps where no index is asked for
+  uint64_t basis = 1;  // may wrap if no indices are wanted
   for (int64_t d = 0; d < p.channels; ++d) {
     table.levels[d] = channel_grid(p.levels[d], p.symmetric, p.hard, static_cast<int64_t>(basis));
     basis *= static_cast<uint64_t>(p.levels[d]);
@@ -69,11 +71,11 @@ __global__ void __launch_bounds__(kCodeThreads)
       if (e.position >= count)
         continue;
       const int64_t left = tiling.channels_last ? elements - n : count - e.position;
-      const bool whole = kWidth > 1 && left >= kWidth;
+      const bool full = kWidth > 1 && left >= kWidth;
       const auto xs =
-          load_pack<T, kWidth>(x + element_offset(first, e, tiling, p.x_strides), 1, left, whole);
+          load_pack<T, kWidth>(x + element_offset(first, e, tiling, p.x_strides), 1, left, full);
       const auto grads = load_pack<T, kWidth>(
-          grad + element_offset(first, e, tiling, p.grad_quantized_strides), 1, left, whole);
+          grad + element_offset(first, e, tiling, p.grad_quantized_strides), 1, left, full);
       Pack<T, kWidth> values;
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
@@ -82,7 +84,7 @@ __global__ void __launch_bounds__(kCodeThreads)
                                                   shared.constants[6][d], p.hard);
         values.values[j] = convert<T>(to_float(grads.values[j]) * slope);
       }
-      store_pack(out + element_offset(first, e, tiling, p.grad_x_strides), 1, left, whole, values);
+      store_pack(out + element_offset(first, e, tiling, p.grad_x_strides), 1, left, full, values);
     }
   });
 }

@@ -6,7 +6,7 @@
 
 namespace genperf {
 
-// T is the type of x and of all that has its shape; D is at most kMaxChannels.
+// T is the dtype of x; D is at most kMaxChannels.
 struct FiniteScalarQuantizeParams {
   const void* x;     // [outer, D, inner], T
   void* quantized;   // [outer, D, inner], T

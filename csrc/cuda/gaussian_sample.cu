@@ -1,36 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0
+//
 // Samples of diagonal Gaussians with their KL divergence, and the gradients of both.
 //
-// One pass each way reads the moments, draws the noise where it is needed and writes the result;
-// nothing but a seed is kept for the backward pass.
+// Each direction is one pass that reads the moments, draws the noise in registers and writes the
+// result. Only a seed is saved for backward.
 #include "gaussian_sample.h"
 
 namespace genperf {
 namespace {
 
-// One quad of noise: arithmetic takes longer than memory, and two would halve the threads in
-// flight.
+// One quad of noise. The kernel is limited by arithmetic, and two quads would halve the number of
+// threads in flight.
 constexpr int kWidth = 4;
 constexpr float kLowestLogvar = -30.0f;
 constexpr float kHighestLogvar = 20.0f;
 
-// As torch.clamp: NaN stays.
+// Like torch.clamp, keeps NaN.
 __device__ float clamp_logvar(float logvar) {
   return logvar < kLowestLogvar ? kLowestLogvar : logvar > kHighestLogvar ? kHighestLogvar : logvar;
 }
 
-// As torch.clamp's gradient: zero where NaN.
+// Like the gradient of torch.clamp, false for NaN.
 __device__ bool inside_clamp(float logvar) {
   return logvar >= kLowestLogvar && logvar <= kHighestLogvar;
 }
 
-// KL divergence of one element, and its derivatives. expm1 keeps what cancels near a variance of 1.
+// KL divergence of one element and its derivatives. expm1 avoids cancellation near a variance of 1.
 struct Divergence {
   float value, by_mean, by_logvar;
   float by_prior_mean = 0;
   float by_prior_logvar = 0;
 
-  // Against N(0, 1), from the variance less 1.
+  // Against N(0, 1), from the variance minus 1.
   __device__ Divergence(float mean, float logvar, float expm1) {
     value = 0.5f * (mean * mean + (expm1 - logvar));
     by_mean = mean;
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(kSampleThreads)
       for (int j = 0; j < kWidth; ++j)
         grad_logvar[j] *= 0.5f * sqrtf(exp<Scalar>(clamp_logvar(logvar[j]))) * grad_mean[j];
     }
-    float prior_mean[kWidth] = {};  // the prior's gradients in the end
+    float prior_mean[kWidth] = {};  // finally the prior's gradients
     float prior_logvar[kWidth] = {};
     if (has_grad_kl) {
       float mean[kWidth];
@@ -166,7 +167,7 @@ int64_t gaussian_sample_partials(GaussianSampleParams p, DType type) {
 
 void launch_gaussian_sample(GaussianSampleParams p, DType type, cudaStream_t stream) {
   constexpr const char* kOp = "gaussian_sample";
-  // Rounding may leave an element's KL a little below zero, which is not meant to count as free.
+  // Rounding can make the KL of an element slightly negative; free_bits = 0 must not clamp it.
   if (!(p.free_bits > 0))
     p.free_bits = -1;
   dispatch(kOp, type, [&]<typename T>() {

@@ -5,14 +5,15 @@
 
 namespace genperf {
 
-// T is the type of mean and of all that is not float32; the prior is absent or whole.
+// T is the dtype of mean and of everything that is not float32. Both moments of the prior are
+// given, or neither.
 struct GaussianSampleParams {
   SampleInput mean;
   SampleInput logvar;
   SampleInput prior_mean;
   SampleInput prior_logvar;
-  SampleInput noise;    // T or float32; absent if drawn
-  const int64_t* seed;  // [], or null if noise is given
+  SampleInput noise;    // T or float32; absent if the noise is drawn
+  const int64_t* seed;  // [], or null if the noise is given
   SampleOutput sample;  // T or float32
   double* partials;     // [gaussian_sample_partials()]
   float* kl;            // [B]

@@ -14,7 +14,7 @@ void check_gaussian(const char* op,
   STD_TORCH_CHECK(mean.dim() == 3, op, ": mean must have shape [B, rows, columns].");
   check_like(op, "logvar", logvar, mean);
   STD_TORCH_CHECK(prior_mean.has_value() == prior_logvar.has_value(), op,
-                  ": the prior must be absent or whole.");
+                  ": prior_mean and prior_logvar must both be given, or neither.");
   if (prior_mean) {
     check_like(op, "prior_mean", *prior_mean, mean);
     check_like(op, "prior_logvar", *prior_logvar, mean);

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Norms of each sample's gradient with the mean of their squared distance from a center, and the
-// gradient of that. One streaming pass each way; the mean is one block's work on B numbers.
+//
+// The gradient norm of each sample with the mean squared distance of the norms from a center, and
+// its gradient. Each direction is one streaming pass; one block computes the mean of the B norms.
 #include "gradient_norm_penalty.h"
 
 namespace genperf {
 namespace {
 
-// An access of 16 bytes.
+// A 16-byte access.
 template <typename T>
 constexpr int kWidth = 16 / sizeof(T);
 
@@ -20,7 +21,7 @@ struct StoreNorm {
   }
 };
 
-// In float where squares neither overflow nor lose bits, which spares most conversions to double.
+// In float where squares neither overflow nor lose bits, which avoids most conversions to double.
 template <int kCount>
 __device__ double sum_of_squares(const float (&values)[kCount]) {
   float sum = 0;
@@ -74,7 +75,7 @@ template <typename T>
 __global__ void __launch_bounds__(kSampleThreads)
     gradient_norm_penalty_backward_kernel(GradientNormPenaltyBackwardParams p, SamplePlan plan) {
   const SampleThreadTile thread_tile(plan);
-  // grad = factor * g / norm, divided element by element as 1 / norm may overflow.
+  // grad = factor * g / norm, with a division per element because 1 / norm may overflow.
   float norm = 1;
   float factor = 0;
   if (thread_tile.sample < plan.shape.batch) {

@@ -5,7 +5,7 @@
 
 namespace genperf {
 
-// T is the type of the gradients.
+// T is the dtype of the gradients.
 struct GradientNormPenaltyParams {
   SampleInput gradients;
   double* partials;  // [gradient_norm_penalty_partials()]

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Samples of categorical distributions by Gumbel noise, their KL divergence, and the gradients.
 //
-// A team of threads works on a position: neighboring threads where classes lie together in memory,
-// else one of each warp while lanes are neighboring positions. Forward is one pass with state
-// maxima and sums, of the logits and of the perturbed logits at once; the noise is drawn again
-// where a pass over the soft sample follows and in the backward pass, never stored.
+// Gumbel-softmax samples of categorical distributions, their KL divergence, and the gradients.
+//
+// A team of threads processes a position: adjacent threads if classes are contiguous in memory,
+// otherwise one thread of each warp, with the lanes of a warp on adjacent positions. Forward is one
+// pass with running maxima and sums of the logits and of the perturbed logits. The noise is never
+// stored: the pass that writes a soft sample and the backward pass draw it again.
 #include "gumbel_sample.h"
 
 #include <cfloat>
@@ -17,17 +18,18 @@
 namespace genperf {
 namespace {
 
-// Classes that a thread works on at a time.
+// Classes per thread and step.
 template <typename T>
 constexpr int kForwardWidth = 16 / sizeof(T);
-constexpr int kBackwardWidth = 4;  // with 8 registers would leave half as many threads
+constexpr int kBackwardWidth = 4;  // 8 registers would halve the number of threads in flight
 
 template <typename Params>
 __device__ float tau_of(const Params& p) {
   return p.temperature == nullptr ? p.tau : *p.temperature;
 }
 
-// Finite, so that times 0 it is 0: at a tau of 0 the soft sample is the one-hot of the maximum.
+// Finite, so that its product with 0 is 0: at tau = 0 the soft sample is the one-hot of the
+// maximum.
 __device__ float inverse_of(float tau) {
   return tau == 0 ? FLT_MAX : fminf(1 / tau, FLT_MAX);
 }
@@ -70,7 +72,7 @@ struct Row {
   }
 };
 
-// The noise of a position: given, or drawn.
+// The noise of a position, given or drawn.
 template <typename T>
 struct Noise {
   const T* values = nullptr;
@@ -96,7 +98,7 @@ struct Noise {
     }
   }
 
-  // Adds the noise of classes k and on to the logits.
+  // Adds the noise of classes k, k + 1, ... to the logits.
   template <int kWidth>
   __device__ void perturb(int64_t k,
                           int64_t count,
@@ -137,7 +139,7 @@ __global__ void __launch_bounds__(kMaxGumbelThreads)
   constexpr int kWidth = kForwardWidth<T>;
   const GumbelThreadTile thread_tile(tiling);
   const int64_t positions = p.outer * p.inner;
-  // Teams past the end take part in the merging of the others.
+  // Teams past the end take part in the merges of the others.
   const bool inside = thread_tile.position < positions;
   const int64_t position = inside ? thread_tile.position : 0;
   const int64_t first = thread_tile.lane * kWidth;
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(kMaxGumbelThreads)
   }
 }
 
-// Two passes: the sums that every class's gradient needs, then the gradients.
+// One pass for the sums over the classes, one for the gradients.
 template <typename T>
 __global__ void __launch_bounds__(kMaxGumbelThreads)
     gumbel_sample_backward_kernel(GumbelSampleBackwardParams p,
@@ -268,7 +270,8 @@ __global__ void __launch_bounds__(kMaxGumbelThreads)
       load_soft(k, count, logits, result, grad);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j)
-        result[j] = result[j] * (grad[j] - sums.soft) * inverse_tau;  // in this order 0 where y is
+        result[j] = result[j] * (grad[j] - sums.soft) *
+                    inverse_tau;  // 0 where y is 0, because of the order
     }
     if (p.grad_kl != nullptr) {
 #pragma unroll

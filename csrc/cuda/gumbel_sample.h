@@ -5,8 +5,8 @@
 
 namespace genperf {
 
-// T is the type of logits. Noise is T or float32, and null if drawn. temperature, if not null, goes
-// before tau.
+// T is the dtype of logits. Noise is T or float32, and null if it is drawn. temperature, if not
+// null, replaces tau.
 struct GumbelSampleParams {
   const void* logits;        // [outer, K, inner], T
   const void* noise;         // [outer, K, inner]

@@ -13,7 +13,7 @@ void check_gumbel(const char* op, const Tensor& logits, const std::optional<Tens
     check_scalar(op, "temperature", *temperature, ScalarType::Float, logits);
 }
 
-// What both directions' params have.
+// Fills the fields that both directions share.
 template <typename Params>
 void fill_gumbel(Params& params,
                  const Tensor& logits,

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// How threads share the positions of gumbel_sample, and what they accumulate over the classes.
+//
+// The assignment of threads to positions in gumbel_sample, and the state that a team accumulates
+// over the classes.
 #pragma once
 
 #include <cmath>
@@ -15,8 +17,8 @@ constexpr int kGumbelThreads = 256;
 constexpr int kMaxGumbelThreads = 512;
 
 struct GumbelTiling {
-  int team;       // threads to a position, a power of two
-  int positions;  // of a block
+  int team;       // threads per position, a power of two
+  int positions;  // per block
   bool classes_fast;
   unsigned blocks;
 };
@@ -65,7 +67,8 @@ struct StateWords {
   uint32_t word[kCount];
 };
 
-// What the members of a team have, merged; every member holds it, every thread takes part.
+// The merged states of a team. Every thread of the block takes part, and every member of a team
+// gets the result.
 template <typename State>
 __device__ State team_merge(State state, const GumbelTiling& tiling) {
   using Words = StateWords<State>;
@@ -105,8 +108,8 @@ __device__ State team_merge(State state, const GumbelTiling& tiling) {
   return merged;
 }
 
-// GumbelState maxima of the logits and of the perturbed logits, with sums of exponentials relative
-// to them. Where all is -inf yet, sums are relative to 0, and empty.
+// Running maxima of the logits and of the perturbed logits, with sums of exponentials relative to
+// them. While all values are -inf, the sums are empty and relative to 0.
 struct GumbelState {
   float largest = -INFINITY;
   float sum = 0;       // of e = exp(logit - largest)
@@ -116,7 +119,7 @@ struct GumbelState {
   int32_t index = INT32_MAX;
   float inverse_tau = 0;
 
-  // As torch.argmax: NaN is the largest, of equals the first counts.
+  // Like torch.argmax: NaN is the largest, and the first of equals wins.
   __device__ void offer(float value, int32_t at) {
     const bool better =
         value > best || (value != value ? best == best || at < index : value == best && at < index);
@@ -126,7 +129,7 @@ struct GumbelState {
 
   __device__ static float base(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
 
-  // With an exponential of 0 this times it is 0, also for -inf.
+  // Bounded from below, so that its product with a zero exponential is 0, for -inf too.
   __device__ static float bounded(float exponent) { return exponent < -88.0f ? -88.0f : exponent; }
 
   __device__ void raise_largest(float maximum) {

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What finite scalar and lookup-free quantization share.
 //
-// A block takes a tile of positions with all their channels. Its threads go through the elements in
-// the order of memory, 16 bytes at a time where the layout allows, so that warps touch whole lines
-// in both layouts however few the channels are; digits meet in shared memory, where a thread for
-// each position adds up the index.
+// Shared by finite scalar and lookup-free quantization.
+//
+// A block processes a tile of positions with all their channels. Its threads visit the elements in
+// memory order, 16 bytes at a time where the layout allows, so that warps access full cache lines
+// in both layouts for any number of channels. The digits are collected in shared memory, and one
+// thread per position adds up the index.
 #pragma once
 
 #include "implicit_levels.h"
@@ -15,10 +16,10 @@
 namespace genperf {
 
 constexpr int kCodeThreads = 256;
-constexpr int kCodePositions = 128;  // in a tile
+constexpr int kCodePositions = 128;  // per tile
 constexpr unsigned kCodeBlocks = 4096;
 
-// How the elements of a tile are numbered: along channels where those lie together, else along
+// The order of the elements of a tile: along channels if those are contiguous, else along
 // positions.
 struct CodeTiling {
   int64_t positions;
@@ -27,8 +28,8 @@ struct CodeTiling {
   bool channels_last;
 };
 
-// Where positions lie back to back, or in rows of whole runs, a run is contiguous in a tensor of
-// these strides.
+// Whether each run of `width` elements of a tile is contiguous and aligned in a tensor of these
+// strides.
 inline bool runs_vectorizable(const void* data,
                               const CodeTiling& tiling,
                               int64_t outer,
@@ -74,7 +75,7 @@ __device__ inline int64_t element_offset(int64_t first,
   return offset_of(first + e.position, tiling.inner, strides) + e.channel * strides.channel;
 }
 
-// Calls run(first position, number of positions) for the block's tiles.
+// Calls run(first position, number of positions) for each tile of the block.
 template <typename Run>
 __device__ void for_each_tile(const CodeTiling& tiling, Run run) {
   for (int64_t first = int64_t{blockIdx.x} * kCodePositions; first < tiling.positions;
@@ -98,13 +99,13 @@ __device__ void quantize_tiles(const T* x,
     const int elements = (tiling.channels_last ? count : kCodePositions) * tiling.channels;
     for (int n = threadIdx.x * kWidth; n < elements; n += kCodeThreads * kWidth) {
       const TileElement e = element_of(n, tiling);
-      // A run never leaves the tile half way: where runs are wide, rows are whole runs.
+      // A run does not cross the end of a tile: with wide runs, rows consist of full runs.
       if (e.position >= count)
         continue;
       const int64_t left = tiling.channels_last ? elements - n : count - e.position;
-      const bool whole = kWidth > 1 && left >= kWidth;
+      const bool full = kWidth > 1 && left >= kWidth;
       const auto xs =
-          load_pack<T, kWidth>(x + element_offset(first, e, tiling, x_strides), 1, left, whole);
+          load_pack<T, kWidth>(x + element_offset(first, e, tiling, x_strides), 1, left, full);
       Pack<T, kWidth> values;
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
@@ -119,7 +120,7 @@ __device__ void quantize_tiles(const T* x,
         if (indices != nullptr)
           digits[position * tiling.channels + at.channel] = static_cast<int32_t>(coded.digit);
       }
-      store_pack(out + element_offset(first, e, tiling, out_strides), 1, left, whole, values);
+      store_pack(out + element_offset(first, e, tiling, out_strides), 1, left, full, values);
     }
     if (indices == nullptr)
       return;
@@ -136,9 +137,9 @@ __device__ void quantize_tiles(const T* x,
 
 struct CodeShared {
   int64_t basis[kMaxChannels];
-  float constants[7][kMaxChannels];  // of a Level, in its order
+  float constants[7][kMaxChannels];  // the members of a ChannelGrid, in order
 
-  // [kCodePositions, D], behind this.
+  // [kCodePositions, D], after this struct.
   __device__ int32_t* digits() { return reinterpret_cast<int32_t*>(this + 1); }
 };
 

@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Points between real and fake samples, or around real ones, with one weight per sample that is
-// given or drawn; and their gradients. One streaming pass each way.
+//
+// Interpolation between real and fake samples, or between real samples and their noisy versions,
+// with one weight per sample that is given or drawn; and the gradients. Each direction is one
+// streaming pass.
 #include "interpolate.h"
 
 namespace genperf {
 namespace {
 
-// An access of 16 bytes.
+// A 16-byte access.
 template <typename T>
 constexpr int kWidth = 16 / sizeof(T);
 
-// Of a multiprocessor, at least; asked for more, the compiler spills.
+// Minimum number of blocks per multiprocessor; with more the compiler spills registers.
 constexpr int kBackwardBlocks = 3;
 
 constexpr int64_t kWeightQuad = INT64_MIN;  // 2^63 as an unsigned number

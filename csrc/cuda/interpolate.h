@@ -5,11 +5,11 @@
 
 namespace genperf {
 
-// T is the type of real, fake and mixed.
+// T is the dtype of real, fake and mixed.
 struct InterpolateParams {
   SampleInput real;
-  SampleInput fake;     // absent: real is perturbed by uniform noise
-  const float* scale;   // [], of that noise, else null
+  SampleInput fake;     // if absent, real is perturbed by uniform noise
+  const float* scale;   // [], of the noise, or null
   const float* weight;  // [B], or null if drawn
   const int64_t* seed;  // [], or null if nothing is drawn
   SampleOutput mixed;
@@ -18,7 +18,7 @@ struct InterpolateParams {
 
 struct InterpolateBackwardParams {
   SampleInput grad_mixed;
-  SampleInput real;  // with fake for the gradient of the weight, else absent
+  SampleInput real;  // given with fake for the gradient of the weight, else absent
   SampleInput fake;
   const float* weight;  // [B], or null if drawn
   const int64_t* seed;  // [], or null if weight is given

@@ -55,7 +55,8 @@ std::tuple<Tensor, Tensor, Tensor> interpolate_backward(Tensor grad_mixed,
   constexpr const char* kOp = "interpolate_backward";
   check_samples(kOp, grad_mixed);
   check_weight(kOp, weight, seed, grad_mixed);
-  STD_TORCH_CHECK(real.has_value() == fake.has_value(), kOp, ": real and fake must come together.");
+  STD_TORCH_CHECK(real.has_value() == fake.has_value(), kOp,
+                  ": real and fake must both be given, or neither.");
   if (real) {
     check_like(kOp, "real", *real, grad_mixed);
     check_like(kOp, "fake", *fake, grad_mixed);

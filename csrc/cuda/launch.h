@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CUDA kernels share. The first part is for every compiler: the types of the launchers'
-// parameters. The second is for those that compile kernels: nvcc, or a plain C++ compiler with
-// GENPERF_CUDA_ON_HOST, where cuda_on_host.h stands in for CUDA and runs the kernels on the CPU.
-// For its sake kernels start through launch() and take shared memory from shared_memory().
+//
+// Shared by the CUDA kernels. The first part is for every compiler: the types of the launchers'
+// parameters. The second part is for compilers of kernels: nvcc, or a C++ compiler with
+// GENPERF_CUDA_ON_HOST, where cuda_on_host.h replaces CUDA and runs the kernels on the CPU.
+// Therefore kernels are started with launch() and get shared memory from shared_memory().
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,7 @@ namespace genperf {
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 
-// Of a tensor [outer, D, inner], in elements.
+// Strides of a tensor [outer, D, inner], in elements.
 struct Strides {
   int64_t outer;
   int64_t channel;
@@ -57,7 +58,7 @@ void launch(const char* op,
   }
 }
 
-// The block's dynamic shared memory, of the size that launch() was given.
+// The dynamic shared memory of the block, of the size given to launch().
 template <typename T>
 __device__ T& shared_memory() {
   extern __shared__ __align__(16) unsigned char genperf_shared_memory[];
@@ -82,7 +83,7 @@ __device__ inline float to_float(__half value) {
   return __half2float(value);
 }
 
-// Rounds to nearest, and returns a value that is of type T already bit for bit.
+// Rounds to nearest. A value of type T is returned unchanged.
 template <typename T, typename From>
 __device__ T convert(From value) {
   if constexpr (std::is_same_v<T, From>) {
@@ -96,7 +97,7 @@ __device__ T convert(From value) {
   }
 }
 
-// kWidth elements, moved at once, or in pieces of 16 bytes, where they lie together.
+// kWidth elements, loaded and stored at once, or in pieces of 16 bytes.
 template <typename T, int kWidth>
 struct alignas(kWidth * sizeof(T) < 16 ? kWidth * sizeof(T) : 16) Pack {
   T values[kWidth];

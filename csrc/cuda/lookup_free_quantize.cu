@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Lookup-free quantization: the signs of the channels, and the gradient through a normalization.
+//
+// Lookup-free quantization: the sign of each channel; backward is the gradient of the
+// normalization.
 #include "lookup_free_quantize.h"
 
 #include "implicit_codes.h"
@@ -19,11 +21,11 @@ __global__ void __launch_bounds__(kCodeThreads)
                             [&](float x, int) { return quantize_sign<Scalar>(x, p.size); });
 }
 
-// The gradient through x / |x|, which loses its part along x; a thread for each position.
+// The gradient through x / |x|, which is orthogonal to x. One thread per position.
 template <typename T>
 __global__ void __launch_bounds__(kCodeThreads)
     lookup_free_quantize_backward_kernel(LookupFreeQuantizeBackwardParams p) {
-  constexpr float kLeast = 1e-12f;  // as torch.nn.functional.normalize
+  constexpr float kLeast = 1e-12f;  // as in torch.nn.functional.normalize
   const int64_t positions = p.outer * p.inner;
   for (int64_t position = int64_t{blockIdx.x} * kCodeThreads + threadIdx.x; position < positions;
        position += int64_t{gridDim.x} * kCodeThreads) {
@@ -31,7 +33,7 @@ __global__ void __launch_bounds__(kCodeThreads)
     const T* grad = static_cast<const T*>(p.grad_quantized) +
                     offset_of(position, p.inner, p.grad_quantized_strides);
     T* out = static_cast<T*>(p.grad_x) + offset_of(position, p.inner, p.grad_x_strides);
-    // In double: the square of what is not yet too short would be too small for a float.
+    // In double, because the square of a length above kLeast can underflow in float.
     double square = 0;
     double product = 0;
     for (int64_t d = 0; d < p.channels; ++d) {

@@ -5,7 +5,7 @@
 
 namespace genperf {
 
-// T is the type of x and of all that has its shape; D is below kMaxChannels.
+// T is the dtype of x; D is less than kMaxChannels.
 struct LookupFreeQuantizeParams {
   const void* x;     // [outer, D, inner], T
   void* quantized;   // [outer, D, inner], T
@@ -15,7 +15,7 @@ struct LookupFreeQuantizeParams {
   int64_t inner;
   Strides x_strides;
   Strides quantized_strides;
-  float size;  // of a code's components
+  float size;  // absolute value of a code's components
 };
 
 struct LookupFreeQuantizeBackwardParams {

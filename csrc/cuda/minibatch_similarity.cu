@@ -1,22 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
+//
 // Sums of exp(-L1 distance) over all pairs of a batch, and their gradient.
 //
-// As in a matrix product, a block compares a tile of samples with each tile in turn from shared
-// memory, a thread 4 by 4 pairs in registers. Each result is one block's, in a fixed order, so
-// there are no atomics; nothing of size N^2 is stored, backward computes the similarities again.
+// As in a matrix product, a block compares a tile of samples with every tile in turn from shared
+// memory, and a thread holds 4 by 4 pairs in registers. Each result is computed by one block in a
+// fixed order, without atomics. Nothing of size N^2 is stored; backward recomputes the
+// similarities.
 #include "minibatch_similarity.h"
 
 namespace genperf {
 namespace {
 
-constexpr int kTile = 32;              // samples of a block
-constexpr int kPairs = 4;              // samples of a thread, and what it compares them with
-constexpr int kSide = kTile / kPairs;  // threads along either
+constexpr int kTile = 32;              // samples per block
+constexpr int kPairs = 4;              // samples per thread, on both sides
+constexpr int kSide = kTile / kPairs;  // threads along each side
 constexpr int kThreads = kSide * kSide;
-constexpr int kBlocksPerProcessor = 8;     // at least; asked for more, the compiler spills
-constexpr int kChunk = 32;                 // channels at a time
-constexpr int kRow = kTile + kPairs;       // spreads columns over banks, keeps alignment
-constexpr int kChannels = kChunk / kSide;  // of a thread, in the backward pass
+constexpr int kBlocksPerProcessor = 8;     // minimum; with more the compiler spills registers
+constexpr int kChunk = 32;                 // channels per step
+constexpr int kRow = kTile + kPairs;       // padded to spread columns over banks and keep alignment
+constexpr int kChannels = kChunk / kSide;  // per thread, in the backward pass
 
 struct Tiles {
   float own[kChunk][kRow];
@@ -40,7 +42,7 @@ __device__ int width_of(int64_t channels, int64_t first) {
   return channels - first < kChunk ? static_cast<int>(channels - first) : kChunk;
 }
 
-// A chunk of the channels of kTile samples, zeros past the last sample.
+// Loads a chunk of the channels of kTile samples, with zeros past the last sample.
 template <typename T, typename Params>
 __device__ void load_tile(const Params& p,
                           int64_t kernel,
@@ -56,8 +58,8 @@ __device__ void load_tile(const Params& p,
   }
 }
 
-// The similarities of this thread's pairs, 0 for pairs of one and the same sample and past the end.
-// The caller has a barrier before the tiles are written next.
+// The similarities of this thread's pairs, with 0 for a sample and itself and past the end. The
+// caller synchronizes before the tiles are written again.
 template <typename T, typename Params>
 __device__ void compare(const Params& p,
                         int64_t kernel,
@@ -145,7 +147,7 @@ __device__ void load_grads(const MinibatchSimilarityBackwardParams& p,
   }
 }
 
-// A block's channels are one chunk: a thread adds up kPairs samples by kChannels channels.
+// A block has one chunk of channels; a thread sums kPairs samples by kChannels channels.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     minibatch_similarity_backward_kernel(MinibatchSimilarityBackwardParams p) {
@@ -176,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       *reinterpret_cast<Quad*>(&shared.weight[column][own_quad * kPairs]) = weight;
     }
     __syncthreads();
-    if (p.channels > kChunk) {  // else the tiles hold the chunk already
+    if (p.channels > kChunk) {  // otherwise the tiles already hold the chunk
       load_tile<T>(p, kernel, own, first, tiles.own);
       load_tile<T>(p, kernel, other, first, tiles.other);
       __syncthreads();

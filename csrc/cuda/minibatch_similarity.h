@@ -5,7 +5,7 @@
 
 namespace genperf {
 
-// T is the type of features and of all that is not a size.
+// T is the dtype of all tensors.
 struct MinibatchSimilarityParams {
   const void* features;  // [N, B, C], contiguous
   void* similarity;      // [N, B], contiguous

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What kernels over positions share: their tensors are [outer, channels, inner] with any strides,
-// and a position is a pair (outer, inner).
+//
+// Shared by the kernels over positions. Their tensors are [outer, channels, inner] with any
+// strides, and a position is a pair (outer, inner).
 #pragma once
 
 #include "launch.h"
@@ -9,7 +10,7 @@
 
 namespace genperf {
 
-// Whether each group of `width` channels is aligned to 16 bytes and lies together.
+// Whether each group of `width` channels is contiguous and aligned to 16 bytes.
 inline bool channels_vectorizable(const void* data,
                                   int64_t outer,
                                   int64_t channels,

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the ops over samples share: their tensors are [B, rows, columns] with any strides, and
-// element (r, c) of a sample is number r * columns + c of it.
 //
-// A thread works on units of 4 or 8 consecutive elements, a team of threads on a part of a sample,
-// and a part leaves one partial sum in double. How samples are cut depends on their shape and
-// strides alone, so that sums are the same on every device and in every run.
+// Shared by the ops over samples. Their tensors are [B, rows, columns] with any strides, and
+// element (r, c) of a sample has number r * columns + c.
+//
+// A thread processes units of 4 or 8 consecutive elements, a team of threads processes a part of a
+// sample, and each part gives one partial sum in double. The partition depends only on the shape
+// and the strides, so sums are the same on every device and in every run.
 #pragma once
 
 #include "launch.h"
@@ -24,8 +25,8 @@ struct SampleTensor {
   int64_t batch_stride;
   int64_t row_stride;
   int64_t column_stride;
-  bool float32;       // even where the op's T is narrower
-  bool vectorizable;  // units lie together and aligned; launchers find out
+  bool float32;       // even if T is narrower
+  bool vectorizable;  // units are contiguous and aligned; set by plan_samples()
 };
 using SampleInput = SampleTensor<const void>;
 using SampleOutput = SampleTensor<void>;
@@ -40,23 +41,23 @@ namespace genperf {
 
 constexpr int kSampleThreads = 256;
 
-// Elements that one access moves, of a unit of kWidth elements.
+// Elements per access, for units of kWidth elements.
 template <typename T, int kWidth>
 constexpr int kVectorOf = kWidth * sizeof(T) < 16 ? kWidth : 16 / sizeof(T);
 
 struct SamplePlan {
   SampleShape shape;
-  int64_t elements;     // of a sample
-  uint32_t units;       // numbers that a sample's threads count through, one unit for most of them
-  uint32_t parts;       // of a sample
+  int64_t elements;  // per sample
+  uint32_t units;    // per sample; the range of the threads' counter, with some numbers unused if
+                     // rows_fast
+  uint32_t parts;    // per sample
   uint32_t per_thread;  // units
-  int team;             // threads to a part, a power of two
-  bool rows_fast;       // neighboring threads work on neighboring rows
+  int team;             // threads per part, a power of two
+  bool rows_fast;       // adjacent threads process adjacent rows
   unsigned blocks;
 };
 
-// Plans for the tensors given and changes them to match: dimensions that are one in memory become
-// one.
+// Plans the kernel for the given tensors, and merges dimensions that are one in memory.
 template <typename T, int kWidth, typename... Tensors>
 SamplePlan plan_samples(const char* op, SampleShape shape, Tensors&... tensors) {
   const bool one_row = ((tensors.data == nullptr || shape.rows <= 1 ||
@@ -87,7 +88,7 @@ SamplePlan plan_samples(const char* op, SampleShape shape, Tensors&... tensors) 
   if (units > INT32_MAX)
     throw std::runtime_error(std::string(op) + ": a sample is too large");
   plan.units = static_cast<uint32_t>(units);
-  // Enough blocks to fill a GPU come first, then threads that share their fixed costs out.
+  // First enough blocks to fill a GPU, then more units per thread to amortize the fixed costs.
   const int64_t spare = units * shape.batch / (int64_t{1024} * kSampleThreads);
   plan.per_thread = static_cast<uint32_t>(spare < 1 ? 1 : spare > 8 ? 8 : spare);
   plan.team = 1;
@@ -107,7 +108,7 @@ inline int64_t partials_of(const SamplePlan& plan) {
   return plan.parts > 1 ? plan.shape.batch * plan.parts : 0;
 }
 
-// `count` consecutive elements from number `first` on, which is at (row, column).
+// `count` consecutive elements starting at number `first`, which is element (row, column).
 struct SampleUnit {
   int64_t sample;
   int64_t first;
@@ -116,7 +117,7 @@ struct SampleUnit {
   int count;
 };
 
-// Which part of which sample this thread works on.
+// The part of a sample that this thread processes.
 struct SampleThreadTile {
   int64_t sample;
   uint32_t part;
@@ -145,7 +146,7 @@ __device__ void for_units(const SamplePlan& plan, const SampleThreadTile& thread
     SampleUnit unit{};
     unit.sample = thread_tile.sample;
     if (plan.rows_fast) {
-      // The units that start in a row are its thread's, also where they end in a later row.
+      // A unit belongs to the row in which it starts, even if it ends in a later row.
       const auto rows = static_cast<uint32_t>(plan.shape.rows);
       unit.row = number % rows;
       const int64_t begin = unit.row * plan.shape.columns;
@@ -168,7 +169,7 @@ __device__ void for_units(const SamplePlan& plan, const SampleThreadTile& thread
   }
 }
 
-// Where in memory the elements of a unit are, one after another.
+// The memory offsets of the elements of a unit, one after another.
 class SampleCursor {
  public:
   template <typename Data>
@@ -193,7 +194,7 @@ class SampleCursor {
 
  private:
   int64_t offset_;
-  int64_t left_;  // columns in this row
+  int64_t left_;  // columns left in this row
   int64_t columns_;
   int64_t step_;
   int64_t wrap_;
@@ -252,7 +253,7 @@ __device__ void store_as(const SampleOutput& tensor,
   }
 }
 
-// The elements of a unit in float32, zeros past its end.
+// The elements of a unit in float32, with zeros past the end.
 template <typename T, int kWidth>
 __device__ void load(const SampleInput& tensor,
                      const SamplePlan& plan,
@@ -283,7 +284,7 @@ __device__ inline Words<Scalar> draw(uint64_t seed, int64_t row, int64_t quad) {
                               static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), seed);
 }
 
-// The sum over each team, in a fixed order; its lane 0 holds it. Every thread of the block takes
+// The sum over each team in a fixed order, held by its lane 0. Every thread of the block takes
 // part.
 __device__ inline double team_sum(double value, int team) {
   for (int step = (team < kWarpSize ? team : kWarpSize) / 2; step > 0; step /= 2)
@@ -304,7 +305,7 @@ __device__ inline double team_sum(double value, int team) {
 }
 constexpr size_t kTeamSumBytes = sizeof(double[kSampleThreads / kWarpSize]);
 
-// Hands the sums of the teams to finish(sample, sum), or leaves them for combine_parts_kernel.
+// Passes the sums of the teams to finish(sample, sum), or stores them for combine_parts_kernel.
 template <typename Finish>
 __device__ void finish_parts(const SamplePlan& plan,
                              const SampleThreadTile& thread_tile,
@@ -321,7 +322,7 @@ __device__ void finish_parts(const SamplePlan& plan,
   }
 }
 
-// A block to a sample.
+// One block per sample.
 template <typename Finish>
 __global__ void __launch_bounds__(kSampleThreads)
     combine_parts_kernel(const double* partials, uint32_t parts, Finish finish) {

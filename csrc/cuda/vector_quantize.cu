@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gathers codes, sums the squared error, and passes the gradient back.
 //
-// A position is worked on by a team of 1 to 32 threads, each taking 16 bytes of x at a time. One
-// kernel serves both layouts, because only the arrangement of teams differs: where channels lie
-// together a team is a run of lanes in one warp; where positions do, the lanes of a warp are 32
-// neighboring positions and a team is spread over the warps. Either way a warp touches whole lines
-// of x, and codes are read as vectors from a codebook that L2 holds. Blocks cover the same
-// positions whatever the device and add up in double, so the loss is the same in every run.
+// Gathers codes, sums the squared error, and computes the gradient of the input.
+//
+// A team of 1 to 32 threads processes a position, each thread 16 bytes of x at a time. One kernel
+// serves both layouts, because only the arrangement of the teams differs: if channels are
+// contiguous, a team is a run of lanes in one warp; if positions are, the lanes of a warp are 32
+// adjacent positions and a team has one thread in each of several warps. In both cases a warp
+// accesses full cache lines of x, and codes are read as vectors from L2. Blocks cover the same
+// positions on every device and sum in double, so the loss is the same in every run.
 #include "vector_quantize.h"
 
 #include "positions.h"
@@ -22,8 +23,8 @@ constexpr int kWidthOf = 16 / sizeof(T);
 
 struct Tiling {
   int64_t tiles;
-  int team;       // threads to a position, a power of two
-  int positions;  // in a tile
+  int team;       // threads per position, a power of two
+  int positions;  // per tile
   bool channels_last;
 };
 
@@ -44,7 +45,7 @@ unsigned blocks_of(const Tiling& tiling) {
                                                                     : kVectorQuantizeBlocks);
 }
 
-// Which channels of which position of a tile this thread works on.
+// The channels and the position of a tile that this thread processes.
 struct ThreadTile {
   int lane;      // in the team
   int position;  // in the tile
@@ -56,13 +57,13 @@ struct ThreadTile {
   }
 };
 
-// The sum over the block, in a fixed order; thread 0 holds it.
+// The sum over the block in a fixed order, held by thread 0.
 __device__ double block_sum(double value) {
   auto& warp_sums = shared_memory<double[kWarps]>();
   for (int step = kWarpSize / 2; step > 0; step /= 2) {
     value += __shfl_down_sync(kFullWarp, value, step);
   }
-  __syncthreads();  // an earlier sum may still be read
+  __syncthreads();  // the previous sum may still be read
   if (threadIdx.x % kWarpSize == 0)
     warp_sums[threadIdx.x / kWarpSize] = value;
   __syncthreads();
@@ -72,7 +73,7 @@ __device__ double block_sum(double value) {
   return value;
 }
 
-// The sums over each team; every thread of the block takes part and every member holds them.
+// The sums over each team, held by every member. Every thread of the block takes part.
 template <int kCount>
 __device__ void team_sum(float (&values)[kCount],
                          const Tiling& tiling,
@@ -86,7 +87,7 @@ __device__ void team_sum(float (&values)[kCount],
     return;
   }
   auto& shared = shared_memory<float[kCount][kThreads]>();
-  __syncthreads();  // an earlier sum may still be read
+  __syncthreads();  // the previous sum may still be read
 #pragma unroll
   for (int i = 0; i < kCount; ++i)
     shared[i][threadIdx.x] = values[i];
@@ -173,9 +174,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// With h = x + e |x|/|e|, the gradient goes through |e|/|x| (1 - 2 h h'/|h|^2 + 2 x e'/(|x||e|)).
-// Three passes over the position, the last two from cache: h cancels where x and its code nearly
-// oppose, so its norm is summed from h itself and not found from x.e.
+// With h = x + e |x|/|e|, the gradient is multiplied by |e|/|x| (1 - 2 h h'/|h|^2 + 2 x
+// e'/(|x||e|)). There are three passes over the position, the last two from cache: h cancels where
+// x and its code are nearly opposite, so its norm is summed from h and not derived from x.e.
 template <typename T, typename C, bool kRotation>
 __global__ void __launch_bounds__(kThreads)
     vector_quantize_backward_kernel(VectorQuantizeBackwardParams p,

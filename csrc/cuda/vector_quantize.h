@@ -5,11 +5,12 @@
 
 namespace genperf {
 
-// The grid never exceeds this many blocks, whatever the device, so that sums over it are the same
-// on every device; each block leaves one partial sum.
+// The largest grid, on every device, so that sums over it are the same everywhere. Each block gives
+// one partial sum.
 constexpr int kVectorQuantizeBlocks = 4096;
 
-// T is the type of x, C that of the codebook; an index outside 0 ... K-1 marks a masked position.
+// T is the dtype of x and C that of the codebook. An index outside 0 ... K-1 marks a masked
+// position.
 struct VectorQuantizeParams {
   const void* x;           // [outer, D, inner], T
   const void* codebook;    // [K, D], C

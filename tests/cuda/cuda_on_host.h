@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs CUDA kernels on the CPU, so that a machine without a GPU can check their values and their
-// memory accesses. Compile a .cu file as C++20 with -DGENPERF_CUDA_ON_HOST, best under
-// -fsanitize=address,undefined; launch.h then includes this header in place of CUDA's own.
 //
-// The threads of a block are fibers, resumed in turn until all wait at the same barrier; blocks run
-// one after another. Shared memory holds 0xff bytes (NaN) when a block starts, and what lies past
-// the size given to launch() may not be touched. A barrier or shuffle that only some threads reach
-// ends the process with a message. Not modeled: races between blocks or between barriers, memory
-// order, timing, shuffles among part of a warp.
+// Runs CUDA kernels on the CPU, to check their values and memory accesses on a machine without a
+// GPU. Compile a .cu file as C++20 with -DGENPERF_CUDA_ON_HOST, preferably with
+// -fsanitize=address,undefined; launch.h then includes this header instead of CUDA's.
+//
+// The threads of a block are fibers, resumed in turn until all wait at the same barrier. Blocks run
+// one after another. Shared memory is filled with 0xff bytes (NaN) at the start of a block, and
+// accesses past the size given to launch() are errors. A barrier or shuffle that only some threads
+// reach ends the process with a message. Not modeled: races between blocks or between barriers,
+// memory order, timing, shuffles within part of a warp.
 #pragma once
 
 #include <ucontext.h>
@@ -72,7 +73,7 @@ inline float __half2float(__half value) {
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00)
     return std::bit_cast<float>(sign | 0x7f800000 | magnitude << 13);
-  // Places the exponent 112 too low, which the product corrects, for subnormal numbers too.
+  // The exponent is 112 too small, which the product corrects, for subnormal numbers too.
   const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(scaled));
 }
@@ -99,7 +100,7 @@ constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStackBytes = 128 << 10;
 constexpr size_t kSharedBytes = 48 << 10;
 
-// Where a thread last stopped.
+// Where a thread stopped last.
 enum class State { kAtWarp, kAtBlock, kReturned };
 
 struct Fiber {
@@ -122,7 +123,8 @@ struct Machine {
   unsigned threads = 0;
   Fiber scheduler;
   Fiber* current = nullptr;
-  // What each thread offers in a shuffle; two sets, as some lanes are one shuffle ahead of others.
+  // The value that each thread offers in a shuffle. There are two sets, because some lanes may be
+  // one shuffle ahead of others.
   uint64_t offers[2][kMaxThreads] = {};
 };
 
@@ -178,7 +180,7 @@ inline void add_fiber() {
   machine.fibers.push_back(std::move(fiber));
 }
 
-// The state that threads begin ... end-1 share.
+// The common state of threads begin ... end-1.
 inline State common_state(unsigned begin, unsigned end) {
   const State state = machine.fibers[begin]->state;
   for (unsigned i = begin + 1; i < end; ++i) {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of vector quantization, run on the CPU by cuda_on_host.h, and what that reports."""
+"""vector_quantize and code_statistics for CUDA, run on the CPU by cuda_on_host.h; and the faults that it reports."""
 
 import ctypes
 import importlib
@@ -21,8 +21,8 @@ PAIRS = [
 ]
 LAYOUTS = ("channels_last", "channels_first", "permuted", "sliced")
 
-# (outer, D, inner, K): one channel, odd widths, widths of one and several vectors, teams of 1 to 32 threads, tiles that
-# positions do not fill, runs that end on a chunk's border, no position at all.
+# (outer, D, inner, K): one channel, odd widths, widths of one and several vectors, teams of 1 to 32 threads, partial tiles,
+# runs that end at the end of a chunk, no positions.
 SHAPES = [
     (1, 1, 257, 7),
     (4, 3, 250, 300),
@@ -72,7 +72,7 @@ CodeStatisticsParams = _structure("x indices weights origins keys order offsets 
 
 
 def call(function, params: type[ctypes.Structure], types: tuple[Tensor, ...], **fields: object) -> None:
-    """Call a launcher with the tensors among `fields` as pointers, and their strides where the struct has them."""
+    """Call a launcher, passing tensors as pointers, with their strides if the struct has them."""
     filled = params()
     names = [name for name, _ in params._fields_]
     for name, value in fields.items():
@@ -94,7 +94,7 @@ def sizes_of(x: Tensor, num_codes: int) -> dict[str, int]:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """x [outer, D, inner] with the strides of a layout; channels_last has its positions in `outer`."""
+    """x [outer, D, inner] in a layout; channels_last has all positions in `outer`."""
     outer, channels, inner = x.shape
     if layout == "channels_last":
         return x.transpose(1, 2).reshape(outer * inner, channels, 1)
@@ -107,9 +107,9 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 
 
 def assert_accurate(name: str, actual: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """At most twice the error of plain PyTorch in the same dtype, plus one rounding.
+    """The mean error is at most twice that of plain PyTorch in the same dtype, plus one rounding.
 
-    The mean error: the largest is that of the one vector that opposes its code best, and a matter of luck.
+    The largest error is not compared: it is that of the vector most nearly opposite to its code.
     """
     assert actual.shape == exact.shape, name
     assert not actual.isnan().any(), f"{name}: unwritten elements"
@@ -181,7 +181,7 @@ def reference_gradient(
 def check_backward(library: ctypes.CDLL, rotation: bool) -> None:
     for number, (name, x, codebook, mask, generator) in enumerate(cases()):
         if rotation and x.numel() > 0 and number % 2 == 0:
-            # Vectors that are zero, or nearly oppose their code.
+            # Vectors that are zero or nearly opposite to their code.
             codebook[:-1] = 10
             x.copy_(-0.6 * codebook[-1:, :, None] + 0.1 * torch.randn(x.shape, generator=generator))
             x[0] = 0
@@ -291,7 +291,7 @@ def check_nan_stays_with_its_code(library: ctypes.CDLL) -> None:
 
 
 def check_conversions(library: ctypes.CDLL) -> None:
-    """The emulation's half types round as torch's do."""
+    """The half-precision types of the emulation round like torch's."""
     ties = torch.tensor([1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 65519.9, 65520.0, 2.0**-25, 3 * 2.0**-25])
     special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-7, 6.1e-5, 3.4e38])
     x = torch.cat([ties, -ties, special, torch.randn(900) * torch.logspace(-9, 6, 900)])

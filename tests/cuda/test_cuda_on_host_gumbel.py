@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of gumbel_sample, run on the CPU by cuda_on_host.h."""
+"""gumbel_sample for CUDA, run on the CPU by cuda_on_host.h."""
 
 import ctypes
 import itertools
@@ -25,7 +25,7 @@ from torch import Tensor
 SEED = 0x7654321089ABCDE
 LAYOUTS = ("channels_first", "channels_last", "sliced")
 
-# (outer, K, inner): one class, one position, teams within and beyond a warp both ways, tiles that positions do not fill.
+# (outer, K, inner): one class, one position, teams within and beyond a warp in both layouts, partial tiles.
 SHAPES = [(1, 1, 3), (2, 5, 37), (3, 4, 1), (5, 70, 7), (1, 1030, 33), (2, 1500, 3), (0, 5, 4), (2, 8, 40), (300, 8, 1)]
 
 POINTER = ctypes.c_void_p
@@ -151,7 +151,7 @@ def check_backward(library: ctypes.CDLL) -> None:
         grad_kl = None if number % 4 == 2 else torch.randn(logits.shape[0], logits.shape[2], generator=generator)
         actual = run_backward(library, grad, grad_kl, logits, statistics, tau, noise)
         leaf = logits.double().requires_grad_()
-        # Without -inf, whose gradient autograd would make NaN.
+        # Clamped, because the gradient of -inf is NaN in autograd.
         soft, kl = soft_and_kl(leaf.clamp(min=-1e3), exact_noise(logits, noise), float(tau))
         total = 0 * leaf.clamp(min=0).sum()
         if grad is not None:
@@ -166,7 +166,7 @@ def check_backward(library: ctypes.CDLL) -> None:
 
 
 def check_nan_and_infinity(library: ctypes.CDLL) -> None:
-    """By torch.argmax's rules; a row with NaN or without a finite logit has no KL."""
+    """NaN and infinity are ordered as in torch.argmax; the KL is NaN for a row with NaN or without a finite logit."""
     for layout, noise_dtype in itertools.product(LAYOUTS, (torch.float32, torch.float16)):
         logits = torch.zeros(3, 600, 5)
         logits[0, 400:, 1] = math.nan
@@ -184,7 +184,7 @@ def check_tau_of_zero(library: ctypes.CDLL) -> None:
         logits = lay_out(60000 * torch.randn(2, 37, 5), "channels_last").clamp(-60000, 60000).to(dtype)
         logits[:, 3:] *= 0.1
         sample, indices, _, statistics = run(library, logits, tau, torch.zeros(2, 37, 5))
-        # Logits that tie for the largest share, but at 0 the lowest of them has it all.
+        # The largest logits share the mass if they tie, except at tau = 0, where the lowest index gets all of it.
         largest = (logits == logits.amax(1, keepdim=True)).float()
         if tau == 0:
             largest = torch.zeros_like(largest).scatter_(1, largest.argmax(1, keepdim=True), 1)

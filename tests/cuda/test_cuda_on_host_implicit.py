@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of finite scalar and lookup-free quantization, run on the CPU by cuda_on_host.h."""
+"""Finite scalar and lookup-free quantization for CUDA, run on the CPU by cuda_on_host.h."""
 
 import ctypes
 import itertools
@@ -12,8 +12,8 @@ from torch import Tensor
 
 import genperf
 
-# (outer, levels, inner): one channel, tiles that positions do not fill, several tiles, rows of whole runs and not, many
-# channels, many codes, no position.
+# (outer, levels, inner): one channel, partial tiles, several tiles, rows of full and of partial runs, many channels, many
+# codes, no positions.
 SHAPES = [
     (1, [5], 300),
     (3, [8, 5, 5, 5], 40),
@@ -45,7 +45,7 @@ def call(function, params: type[ctypes.Structure], x: Tensor, levels: list[int] 
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """x [outer, D, inner] with the strides of a layout; channels_last has its positions in `outer`."""
+    """x [outer, D, inner] in a layout; channels_last has all positions in `outer`."""
     outer, channels, inner = x.shape
     if layout == "channels_last":
         return x.transpose(1, 2).reshape(outer * inner, channels, 1)
@@ -75,7 +75,7 @@ def check_finite_scalar(library: ctypes.CDLL) -> None:
             quantized = nan_like(x)
             indices = torch.full((x.shape[0], x.shape[2]), -7) if indexed else None
             call(library.finite_scalar_quantize, FiniteParams, x, levels, quantized=quantized, indices=indices, **options)
-            # The CPU kernel computes the same, bit for bit.
+            # Bitwise equal to the CPU kernel.
             expected, places = torch.ops.genperf.finite_scalar_quantize(x, levels, symmetric, hard, True)
             assert torch.equal(quantized, expected), name
             assert not indexed or torch.equal(indices, places), name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels over samples [B, rows, columns], run on the CPU by cuda_on_host.h."""
+"""The ops over samples [B, rows, columns] for CUDA, run on the CPU by cuda_on_host.h."""
 
 import ctypes
 import itertools
@@ -28,8 +28,8 @@ OPS = ("gaussian_sample", "interpolate", "gradient_norm_penalty")
 SEED = 0x7654321089ABCDE
 LAYOUTS = ("contiguous", "packed", "channels_last", "columns_apart", "sliced")
 
-# (B, rows, columns): one element, teams of 1 to 256 threads, samples in several parts, units that cross rows, rows
-# shorter than a unit, whole units only, nothing.
+# (B, rows, columns): one element, teams of 1 to 256 threads, samples in several parts, units that cross rows, rows shorter
+# than a unit, full units only, empty tensors.
 SHAPES = [
     (1, 1, 1),
     (300, 1, 3),
@@ -94,7 +94,7 @@ GradientNormPenaltyBackwardParams = structure(
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """x [B, rows, columns] with the strides of a layout."""
+    """x [B, rows, columns] in a layout."""
     batch, rows, columns = x.shape
     if layout == "packed":
         return torch.empty(batch, 2 * rows, columns, dtype=x.dtype)[:, rows:].copy_(x)
@@ -108,7 +108,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 
 
 def cases(shapes=SHAPES):
-    """(name, number, function that makes a random tensor of the case, dtype, layout, shape)."""
+    """(name, number, function that returns a random tensor of the case, dtype, shape)."""
     for number, (dtype, layout, shape) in enumerate(itertools.product(DTYPES, LAYOUTS, shapes)):
         if dtype != torch.float32 and number % 2:
             continue
@@ -199,7 +199,7 @@ def check_gaussian_sample_backward(library: ctypes.CDLL) -> None:
         grad_sample = None if number % 4 == 1 else make(to=torch.float32 if number % 3 == 1 else dtype)
         grad_kl = None if number % 4 == 2 else torch.randn(mean.shape[0], generator=torch.Generator().manual_seed(number))
         inputs = [mean, logvar, *(prior or ())]
-        # Two gradients share a packed tensor.
+        # The first two gradients share a packed tensor.
         packed = nan_like(torch.cat([mean, mean], 1))
         gradients = [packed[:, : mean.shape[1]], packed[:, mean.shape[1] :], *(nan_like(t) for t in prior or ())]
         padded = [*gradients, None, None][:4]
@@ -230,7 +230,7 @@ def check_gaussian_sample_backward(library: ctypes.CDLL) -> None:
         from_kl = zero if grad_kl is None else zero + (kl * grad_kl.double()[:, None, None]).sum()
         parts = [torch.autograd.grad(total, leaves, retain_graph=True) for total in (from_sample, from_kl)]
         for actual, first, second in zip(gradients, *parts, strict=True):
-            # Where noise is near zero its error is that of a number near one, and so is that of a KL near zero.
+            # Noise near zero has the absolute error of a number near one, and so does a KL near zero.
             magnitude = first.abs() + second.abs() + (0 if grad_kl is None else grad_kl.double().abs()[:, None, None] * (second != 0))
             if grad_sample is not None:
                 magnitude = magnitude + grad_sample.double().abs() * torch.exp(0.5 * wide[1].clamp(-30, 20)) * (first != 0)
@@ -247,7 +247,7 @@ def check_gaussian_nan(library: ctypes.CDLL) -> None:
 
 
 def check_gaussian_small_kl(library: ctypes.CDLL) -> None:
-    """A KL so small that it is what remains of canceling terms."""
+    """A KL so small that its terms nearly cancel."""
     mean, logvar = torch.zeros(2, 1, 4001), torch.full((2, 1, 4001), 0.01)
     sample, kl = run_gaussian(library, mean, logvar, None, torch.zeros_like(mean), 0.0, False)
     assert (sample == 0).all()
@@ -256,7 +256,7 @@ def check_gaussian_small_kl(library: ctypes.CDLL) -> None:
 
 
 def weights_of(number: int, batch: int) -> tuple[Tensor | None, Tensor]:
-    """Weights to give, or None, and what they are."""
+    """The weights to pass, or None to draw them, and their values."""
     if number % 3 == 0:
         return None, uniform_noise(SEED, batch, 1, first_quad=1 << 63)[:, 0]
     weight = torch.rand(batch, generator=torch.Generator().manual_seed(number))
@@ -353,7 +353,7 @@ def check_gradient_norm_penalty(library: ctypes.CDLL) -> None:
 
 
 def check_gradient_norm_extremes(library: ctypes.CDLL) -> None:
-    """No overflow, no underflow, no NaN where a norm is zero, NaN where a gradient is."""
+    """Norms neither overflow nor underflow; a zero norm gives no NaN, and a NaN gradient does."""
     for dtype, scale in ((torch.float32, 1e30), (torch.float32, 1e-30), (torch.float32, 1e-42), (torch.bfloat16, 1e30)):
         gradients = (torch.randn(3, 5, 700) * scale).to(dtype)
         gradients[1] = 0
@@ -376,14 +376,14 @@ def check_gradient_norm_extremes(library: ctypes.CDLL) -> None:
 
 
 def check_many_units(library: ctypes.CDLL) -> None:
-    """Samples so large that a thread works on several units."""
+    """Samples so large that a thread processes several units."""
     gradients = torch.randn(5, 1, 460001)
     norms = run_penalty(library, gradients)[1]
     assert_close("norms", norms, torch.linalg.vector_norm(gradients[:, 0].double(), dim=1), norms.double(), 1e-6)
 
 
 def check_random_words(library: ctypes.CDLL) -> None:
-    """The known answer that comes with Philox."""
+    """The published test vector of Philox."""
     counter = torch.tensor([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], dtype=torch.uint32)
     words = torch.zeros(4, dtype=torch.uint32)
     library.random_words(POINTER(counter.data_ptr()), ctypes.c_uint64(0x299F31D0A4093822), POINTER(words.data_ptr()))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of minibatch_similarity, run on the CPU by cuda_on_host.h."""
+"""minibatch_similarity for CUDA, run on the CPU by cuda_on_host.h."""
 
 import ctypes
 import itertools
@@ -9,7 +9,7 @@ import torch
 from cuda_on_host.harness import DTYPES, assert_close, compile_kernels, fill, nan_like, run_checks, run_in_child, structure
 from torch import Tensor
 
-# (N, B, C): less than a tile, several tiles, several chunks of channels that they do not fill, nothing.
+# (N, B, C): less than a tile, several tiles, several chunks of channels with a partial one, empty tensors.
 SHAPES = [(1, 2, 3), (5, 3, 8), (40, 2, 5), (33, 1, 32), (70, 2, 33), (35, 1, 130), (0, 3, 4), (3, 0, 4), (3, 4, 0)]
 
 SIZES = ("samples kernels channels", ctypes.c_int64)
@@ -33,7 +33,7 @@ def cases():
         generator = torch.Generator().manual_seed(number)
         features = torch.randn(shape, generator=generator) / max(1, shape[2]) ** 0.5
         if shape[0] > 2:
-            features[2] = features[0]  # a distance of zero, where there is no gradient
+            features[2] = features[0]  # a distance of zero, with a gradient of zero
         yield f"{dtype} {shape}", features.to(dtype), generator
 
 

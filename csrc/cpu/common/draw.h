@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Runs of the random numbers of noise.h.
+// Vectors and runs of the random numbers of noise.h.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -14,7 +14,7 @@
 
 namespace genperf {
 
-// Numbers drawn at a time: one quad to each lane.
+// Numbers per step of draw(): one quad in each lane.
 constexpr int kDrawn = 4 * kLanes;
 
 inline UVec split_low(int64_t value) {
@@ -32,8 +32,8 @@ inline uint64_t seed_of(const std::optional<torch::stable::Tensor>& seed) {
   return *static_cast<const uint64_t*>(seed->const_data_ptr());
 }
 
-// From rows of words (lane 4 i + j of words[w] is word w of quad j * kLanes / 4 + i) to the order
-// of the quads.
+// Stores the words of kLanes quads in the order of the quads. Lane 4 i + j of words[w] holds word w
+// of quad j * kLanes / 4 + i.
 inline void in_order(const Vec (&words)[4], float* out) {
 #if defined(__SSE2__)
 #if defined(__AVX512F__)
@@ -64,7 +64,7 @@ inline void in_order(const Vec (&words)[4], float* out) {
 #endif
 }
 
-// The quad of each lane, counted from the first, as in_order() wants them.
+// The quad that in_order() expects in each lane, relative to the first.
 inline UVec quad_of_lane() {
   UVec quads{};
   for (int lane = 0; lane < kLanes; ++lane)
@@ -94,7 +94,7 @@ inline UVec quad_of_lane() {
   return words;
 }
 
-// first + offset in every lane, as 64-bit numbers in two halves.
+// first + offset in every lane, as the low and the high half of a 64-bit number.
 struct Counters {
   UVec low, high;
 
@@ -103,14 +103,14 @@ struct Counters {
         high(split_high(first) + (low < split_low(first) ? UVec{} + 1u : UVec{})) {}
 };
 
-// The words of kLanes quads from `quad` on, in the order of quad_of_lane().
+// The words of kLanes quads starting at `quad`, in the order of quad_of_lane().
 [[gnu::always_inline]] inline Words<Simd> draw_words(uint64_t seed, int64_t row, int64_t quad) {
   const Counters quads(quad, quad_of_lane());
   return lane_words(quads.low, quads.high, split_low(row), split_high(row), seed);
 }
 
-// Writes at least the `count` numbers of a row from number `first` on; returns where they begin in
-// `out`, which must hold count + kDrawn + 4.
+// Writes at least `count` numbers of a row, starting at number `first`, and returns a pointer to
+// number `first`. `out` holds count + kDrawn + 4 numbers.
 template <class Transform>
 const float* draw(uint64_t seed,
                   int64_t row,
@@ -148,7 +148,7 @@ inline const float* draw_uniforms(uint64_t seed,
   });
 }
 
-// The weight of a sample.
+// The interpolation weight of a sample.
 inline float draw_weight(uint64_t seed, int64_t row) {
   const Words<Scalar> words = random_words<Scalar>(0, 0x80000000u, uint32_t(uint64_t(row)),
                                                    uint32_t(uint64_t(row) >> 32), seed);

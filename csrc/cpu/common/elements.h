@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Elements of any type and stride as float vectors.
+// Tensor elements of any dtype and stride as float vectors.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -22,7 +22,7 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Elements past `count` are zero.
+// Loads `count` elements; the rest of the vector is zero.
 template <class T>
 inline Vec read(const T* p, int64_t stride, int count) {
   Vec v{};
@@ -81,7 +81,7 @@ inline double sum(Vec v) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Calls f with a null pointer of x's element type.
+// Calls f with a null pointer to x's element type.
 template <class F>
 void with_type(const Tensor& x, const F& f) {
   switch (x.scalar_type()) {
@@ -96,12 +96,13 @@ void with_type(const Tensor& x, const F& f) {
   }
 }
 
-// A count of elements: a whole vector of them that lie together.
+// The element count of a full vector whose elements are contiguous.
 struct FullVector {
   constexpr operator int() const { return kLanes; }
 };
 
-// A tensor [B, rows, columns] of T or, where `wide`, of float; null if absent.
+// A tensor [B, rows, columns] of T, or of float32 if that flag is set. The data is null if the
+// tensor is absent.
 template <class T>
 struct Rows {
   char* data = nullptr;
@@ -129,7 +130,7 @@ struct Rows {
 
   bool vectorizable() const { return !data || stride == 1; }
 
-  // The row's elements from a column on.
+  // The elements of a row, starting at a column.
   Rows at(int64_t sample, int64_t row, int64_t column) const {
     Rows moved = *this;
     if (data)
@@ -138,7 +139,7 @@ struct Rows {
     return moved;
   }
 
-  // The `count` elements from number i on.
+  // Elements i ... i + count - 1.
   Vec get(int64_t i, int count) const {
     return float32 ? get_as<float>(i, count) : get_as<T>(i, count);
   }
@@ -179,8 +180,8 @@ struct Rows {
   }
 };
 
-// Calls f(i, n) for every vector of `count` elements; n is Whole where the elements of all tensors
-// lie together, else a number.
+// Calls f(i, n) for every vector of `count` elements. n is a FullVector if all tensors are
+// vectorizable, else an int.
 template <class F>
 inline void for_each_vector(int64_t count, bool vectorizable, const F& f) {
   int64_t i = 0;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tensors [B, rows, columns] of one shape, for work that is the same for every element of a sample:
-// in the order of memory, as long runs as their strides allow, cut into blocks that do not depend
-// on the number of threads.
+// Tensors [B, rows, columns] of one shape, for elementwise work on each sample. Elements are taken
+// in memory order, in runs as long as the strides allow, cut into blocks that do not depend on the
+// number of threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -18,12 +18,12 @@ namespace genperf {
 
 template <class T, int kCount>
 struct FlatRows {
-  static constexpr int64_t kBlock = 8192;  // elements of a run to a unit of work
+  static constexpr int64_t kBlock = 8192;  // elements per block
 
   std::array<Rows<T>, kCount> operands;
   int64_t samples, rows, columns;
 
-  // `keep_order` leaves rows and columns as they are, for work that needs to know them.
+  // `keep_order` keeps rows and columns as they are, for work that depends on them.
   FlatRows(std::array<Rows<T>, kCount> tensors, const Tensor& shape, bool keep_order)
       : operands(tensors), samples(shape.size(0)), rows(shape.size(1)), columns(shape.size(2)) {
     if (keep_order)
@@ -46,7 +46,7 @@ struct FlatRows {
     return (sample * rows + row) * blocks_per_row() + column / kBlock;
   }
 
-  // Calls f(sample, row, column, count, operands there) for every block.
+  // Calls f(sample, row, column, count, operands at that element) for every block.
   template <class F>
   void for_each(const F& f) const {
     const int64_t grain =

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the kernels of codes without a codebook share. A tile is as many positions as a vector has
-// lanes, and so as many vectors as there are channels. Where positions lie back to back, channels
-// innermost, a tile is read as it lies, and every vector has the constants of its own mixture of
-// channels; else lanes are positions.
+// Shared by finite scalar and lookup-free quantization on the CPU. A tile has kLanes positions,
+// hence as many vectors as there are channels. If the positions are contiguous with channels
+// innermost, a tile is read in memory order and each vector mixes channels, with matching
+// constants; otherwise the lanes are positions.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -19,9 +19,9 @@
 
 namespace genperf {
 
-constexpr int64_t kGrain = 16384;  // elements to a task
+constexpr int64_t kGrain = 16384;  // elements per task
 
-// Positions in rows of one distance; a tile never spans two rows.
+// Positions in rows with a constant stride. A tile does not cross rows.
 template <class T>
 struct Lines {
   T* data;
@@ -45,7 +45,7 @@ struct Lines {
     return rows == 1 && (dim == 1 || stride == 1) && (columns == 1 || column_stride == dim);
   }
 
-  // The same positions in at least as many rows.
+  // The same positions in `into` rows, at least as many as now.
   Lines split(int64_t into) const {
     Lines lines = *this;
     if (rows != into) {
@@ -57,7 +57,7 @@ struct Lines {
   }
 };
 
-// One vector of a tile, read from and written to each of its tensors.
+// One vector of a tile, to be read from or written to any tensor of the tile's shape.
 struct TileVector {
   bool flat;
   int64_t row, column;
@@ -85,7 +85,8 @@ struct TileVector {
   }
 };
 
-// Calls vector(Place) for every vector of a tile, and tile(first position, count) after each.
+// Calls vector(TileVector, digits) for every vector of a tile, then tile(first position, count,
+// digits).
 template <class F, class G>
 void for_each_tile(bool flat,
                    int64_t rows,
@@ -113,7 +114,7 @@ void for_each_tile(bool flat,
   });
 }
 
-// A constant of each channel, as the vectors of a tile need it.
+// A constant of every channel, laid out like the vectors of a tile.
 class ChannelConstants {
  public:
   template <class F>
@@ -127,7 +128,7 @@ class ChannelConstants {
   Buffer<float> values_;
 };
 
-// Runs code(vector, x), which gives a Coded, over all elements.
+// Applies code(vector index, x), which returns a Coded, to all elements.
 template <class T, class F>
 void quantize(const Lines<T>& x,
               const Lines<T>& out,
@@ -141,8 +142,8 @@ void quantize(const Lines<T>& x,
       [&](const TileVector& vector, int32_t* digits) {
         const Coded<Simd> coded = code(vector.index, vector.get(x));
         vector.set(out, coded.value);
-        const IVec whole = __builtin_convertvector(coded.digit, IVec);
-        std::memcpy(digits, &whole, sizeof(whole));
+        const IVec integers = __builtin_convertvector(coded.digit, IVec);
+        std::memcpy(digits, &integers, sizeof(integers));
       },
       [&](int64_t first, int count, const int32_t* digits) {
         if (!indices)
@@ -166,7 +167,7 @@ inline void check_channels(const Tensor& x) {
                   "x must be [outer, D, inner] with 1 to 64 channels");
 }
 
-// Both with as many rows as the one that needs more.
+// Both tensors with the larger number of rows of the two.
 template <class T>
 std::pair<Lines<T>, Lines<T>> lines_of(const Tensor& a, const Tensor& b) {
   const Lines<T> x(a), y(b);

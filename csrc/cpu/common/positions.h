@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How the CPU kernels see tensors: vectors at positions, their components a fixed stride apart.
+// Tensors as vectors at positions, with a constant stride between the components of a vector; and a
+// codebook as codes.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -52,7 +53,7 @@ struct Positions {
     return position / inner * outer_stride + position % inner * inner_stride;
   }
 
-  // Whether the components of one vector lie closer together than neighboring vectors.
+  // Whether the components of a vector are contiguous.
   bool channels_last() const { return stride == 1; }
 };
 
@@ -71,11 +72,11 @@ struct Codes {
         stride(codebook.stride(1)) {}
 };
 
-// Arithmetic on values of T is done in this type.
+// The dtype of arithmetic on values of T.
 template <class T>
 using OpMath = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Calls f with null pointers of the element types of x and codebook.
+// Calls f with null pointers to the element types of x and the codebook.
 template <class F>
 auto with_types(const Tensor& x, const Tensor& codebook, const F& f) {
   using torch::headeronly::BFloat16;
@@ -96,12 +97,12 @@ auto with_types(const Tensor& x, const Tensor& codebook, const F& f) {
   STD_TORCH_CHECK(false, "unsupported pair of dtypes for x and codebook");
 }
 
-// The type of losses and sums over tensors of x's type.
+// The dtype of losses and sums for an input of x's dtype.
 inline ScalarType accumulator_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Uninitialized memory on a cache-line boundary.
+// Uninitialized memory, aligned to cache lines.
 template <class T>
 class Buffer {
  public:
@@ -140,7 +141,7 @@ inline void check_range(const int64_t* indices, int64_t count, int64_t num_codes
   bool inside = true;
   for (int64_t i = 0; i < count; ++i)
     inside &= indices[i] >= -1 && indices[i] < num_codes;
-  STD_TORCH_CHECK(inside, "an index lies outside -1 ... ", num_codes - 1);
+  STD_TORCH_CHECK(inside, "indices must be in -1 ... ", num_codes - 1);
 }
 
 inline void check_gradient(const Tensor& gradient, const Tensor& x) {

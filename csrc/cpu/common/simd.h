@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The widest float vector of the instruction set that a file is compiled for.
+// The widest float and double vectors of the instruction set that a file is compiled for.
 #pragma once
 
 #if defined(__x86_64__)
@@ -41,7 +41,7 @@ inline void store(float* p, Vec v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// x - 0 is x for every x, which x + 0 is not, and costs nothing.
+// x - 0 equals x for every x, unlike x + 0, so the compiler removes the subtraction.
 inline Vec broadcast(float value) {
   return value - Vec{};
 }
@@ -60,7 +60,7 @@ inline Vec max(Vec a, Vec b) {
   return a > b ? a : b;
 }
 
-// Bit i is set where lane i of `a` is not below lane i of `b`; a NaN is not below anything.
+// Bit i is set where a[i] is not below b[i], as for NaN.
 inline uint32_t not_below(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask(__m512(a), __m512(b), _CMP_NLT_UQ);
@@ -76,13 +76,13 @@ inline uint32_t not_below(Vec a, Vec b) {
 #endif
 }
 
-// The value rounded to bfloat16 (to nearest even), still as a float.
+// Rounds to bfloat16, to nearest even; the result is a float.
 inline Vec round_to_bfloat16(Vec v) {
   const UVec bits = UVec(v);
   return Vec((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
 }
 
-// A vector of f(0), f(1), ... that is a constant to the compiler, as shuffles need it.
+// A vector of f(0), f(1), ... that is a compile-time constant, as shuffles require.
 template <class F>
 inline IVec lanes(const F&) {
   struct Values {
@@ -129,7 +129,7 @@ inline float largest(Vec v) {
   return v[0];
 }
 
-// Square roots, correctly rounded.
+// Correctly rounded square roots.
 inline Vec sqrt(Vec v) {
 #if defined(__AVX512F__)
   return Vec(_mm512_maskz_sqrt_ps(0xffff, __m512(v)));
@@ -154,7 +154,7 @@ inline void store(double* p, DVec v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// x - 0 is x for every x, which x + 0 is not, and costs nothing.
+// As above.
 inline DVec broadcast(double value) {
   return value - DVec{};
 }
@@ -174,7 +174,7 @@ inline DVec fnma(DVec a, DVec b, DVec c) {
   return fma(-a, b, c);
 }
 
-// Sums of each of kDoubles vectors, as one vector.
+// The sums of kDoubles vectors, as one vector.
 inline DVec sums_of(const DVec (&v)[kDoubles]) {
   DMask even{}, odd{};
   for (int i = 0; i < kDoubles; ++i) {
@@ -215,14 +215,14 @@ struct Simd {
   static Vec from_bits(UVec a) { return Vec(a); }
 };
 
-// What philox() needs, on 64-bit lanes of which only the lower half counts: products come as pairs,
-// and nothing has to be put together between the rounds.
+// Arithmetic of philox() on 64-bit lanes whose lower half holds the word. Products then come as
+// pairs, without shuffles between the rounds.
 struct SimdPairs {
   using U = uint64_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
   static void multiply(U a, uint32_t b, U& low, U& high) {
 #if defined(__AVX512F__)
-    // The masked form, because GCC warns of the operand that the plain one leaves undefined.
+    // The masked form avoids a GCC warning about the undefined operand of the plain one.
     low = U(_mm512_maskz_mul_epu32(0xff, __m512i(a), _mm512_set1_epi32(int(b))));
 #elif defined(__AVX2__)
     low = U(_mm256_mul_epu32(__m256i(a), _mm256_set1_epi32(int(b))));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Vectors as rows of contiguous components, whatever the layout and dtype that they come from, and
-// what the quantizers compute on a row.
+// Vectors as rows of contiguous components, for any layout and dtype of the tensor, and the
+// arithmetic of the quantizers on rows.
 #pragma once
 
 #include <algorithm>
@@ -13,9 +13,9 @@
 
 namespace genperf {
 
-constexpr int kRows = 32;  // vectors to a tile: two cache lines of floats in channels-first data
+constexpr int kRows = 32;  // vectors per tile: two cache lines of floats in channels-first data
 
-// The vector type for arithmetic in W; components past `count` are zero, and are not written.
+// Vectors for arithmetic in W. Components past `count` are read as zero and not written.
 template <class W>
 struct Pack;
 
@@ -77,7 +77,8 @@ struct Pack<double> {
   static double total(V v) { return v; }
 };
 
-// Calls f(d, n) for the components of a row, a vector at a time; n is Whole, or the number left.
+// Calls f(d, n) for every vector of a row's components; n is a FullVector, or the number of
+// remaining components.
 template <class W, class F>
 inline void for_each_pack(int64_t dim, const F& f) {
   int64_t d = 0;
@@ -87,7 +88,7 @@ inline void for_each_pack(int64_t dim, const F& f) {
     f(d, int(dim - d));
 }
 
-// A tile of at most kRows vectors of a tensor, at positions that follow one another, or anywhere.
+// A tile of at most kRows vectors of a tensor, at consecutive or arbitrary positions.
 template <class T>
 class Tile {
  public:
@@ -103,7 +104,8 @@ class Tile {
       at_[lane] = x.data + offsets[lane];
   }
 
-  // The vectors as rows: where they lie if they are such rows, else copied to `buffer` [kRows, D].
+  // Pointers to the vectors as rows: in place if they are rows already, else copied to `buffer`
+  // [kRows, D].
   void read(W* buffer, const W** rows) const {
     for (int lane = 0; lane < count_; ++lane)
       rows[lane] = in_place() ? reinterpret_cast<const W*>(at_[lane]) : buffer + lane * x_.dim;
@@ -128,8 +130,8 @@ class Tile {
                    [&](T* p, int64_t lane, int64_t d) { rows[lane * x_.dim + d] = W(*p); });
   }
 
-  // Where to put rows: where the vectors lie, or in `buffer` [kRows, D], from where `write` brings
-  // them there.
+  // Pointers to the rows for results: in place, or in `buffer` [kRows, D], from which write()
+  // copies them to the tensor.
   void output_rows(W* buffer, W** rows) const {
     for (int lane = 0; lane < count_; ++lane)
       rows[lane] = in_place() ? reinterpret_cast<W*>(at_[lane]) : buffer + lane * x_.dim;
@@ -157,9 +159,9 @@ class Tile {
  private:
   bool in_place() const { return std::is_same_v<T, W> && x_.stride == 1; }
 
-  // Covers the tile with calls, each with where it starts in the tensor, of along(p, lane, d, n)
-  // for components that lie together, square(p, lane, d) for kLanes components of kLanes vectors
-  // side by side, and one(p, lane, d).
+  // Covers the tile with calls of along(p, lane, d, n) for contiguous components, square(p, lane,
+  // d) for kLanes components of kLanes adjacent vectors, and one(p, lane, d) for single elements; p
+  // points into the tensor.
   template <class Along, class Square, class One>
   void for_each_block(const Along& along, const Square& square, const One& one) const {
     if (x_.stride == 1) {
@@ -188,13 +190,14 @@ class Tile {
   T* at_[kRows];
 };
 
-// What the gradient of a quantized vector becomes on its way to x: a sum of itself, x and the code.
+// The gradient of x is a linear combination of the gradient of the quantized vector, x and the
+// code.
 template <class W>
 struct GradientCoefficients {
   W gradient = 1, x = 0, code = 0;
 };
 
-// The rotation trick's, from five inner products.
+// Coefficients of the rotation trick, from five inner products.
 template <class W, class C>
 GradientCoefficients<W> rotation(const W* x, const C* code, const W* gradient, int64_t dim) {
   using P = Pack<W>;

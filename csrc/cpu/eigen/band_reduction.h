@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A dense symmetric matrix reduced to a band by orthogonal similarities: 32 columns at a time by
-// Householder QR of what is below the band, applied to the trailing matrix from both sides as one
-// block reflection (Bischof, Lang and Sun, "The SBR toolbox", 2000). Every flop but those of the
-// narrow QR is a product of matrices.
+// Reduces a dense symmetric matrix to a band by orthogonal similarity transformations: Householder
+// QR of 32 columns below the band at a time, applied to the trailing matrix from both sides as one
+// block reflection (Bischof, Lang and Sun, "The SBR toolbox", 2000). All flops except those of the
+// narrow QR are matrix products.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -29,15 +29,15 @@ class BandReduction {
   explicit BandReduction(int64_t n)
       : n_(n),
         rows_((n + B - 1) / B * B),
-        stride_(rows_ + 8),  // rows of a tile fall into different cache sets
+        stride_(rows_ + 8),  // so that the rows of a tile fall into different cache sets
         a_(rows_ * stride_),
         v_(rows_ * B),
         y_(rows_ * B),
         parts_(rows_ > B ? kParts * rows_ * B : 0),
-        both_(rows_ * 2 * B),
-        packed_(rows_ * 2 * B) {
+        vw_(rows_ * 2 * B),
+        wv_(rows_ * 2 * B) {
 #if defined(__linux__)
-    // Tiles take a piece of many rows, each on its own page unless pages are large.
+    // A tile reads a piece of many rows, each on its own page unless pages are large.
     constexpr uintptr_t kPage = 1 << 21;
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(a_.get()) + kPage - 1) / kPage * kPage;
     const uintptr_t end = reinterpret_cast<uintptr_t>(a_.get() + rows_ * stride_) / kPage * kPage;
@@ -46,7 +46,7 @@ class BandReduction {
 #endif
   }
 
-  // Reads the lower triangle of a, times scale.
+  // Copies the lower triangle of a, times scale.
   void copy(const double* a, int64_t row_stride, int64_t column_stride, double scale) {
     torch::stable::parallel_for(0, rows_, 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -59,7 +59,7 @@ class BandReduction {
     });
   }
 
-  // Afterwards band(i, j) is entry (i, j) of the band, j <= i <= j + B.
+  // Afterwards band(i, j) returns entry (i, j), j <= i <= j + B.
   void run() {
     for (int64_t first = 0;; first += B) {
       if (first)
@@ -76,15 +76,15 @@ class BandReduction {
 
  private:
   static constexpr int64_t kTile = 64;
-  // Partial sums of a product, whose number does not depend on the number of threads.
+  // Number of partial sums of a product, independent of the number of threads.
   static constexpr int64_t kParts = 8;
   static constexpr double kNegligible = 4 * std::numeric_limits<double>::epsilon();
-  static constexpr int64_t kRows = 256;  // per task where rows are independent
+  static constexpr int64_t kRows = 256;  // per task, where rows are independent
 
   double* at(int64_t i, int64_t j) const { return a_.get() + i * stride_ + j; }
 
-  // f(begin, end) on ranges of tasks for the matrix from row `first` on. Where a task takes less
-  // time than waking a thread one thread runs them all.
+  // Calls f(begin, end) on ranges of tasks for the matrix starting at row `first`. Below 512 rows a
+  // task takes less time than waking a thread, so the calling thread runs all of them.
   template <class F>
   void share(int64_t tasks, int64_t first, const F& f) const {
     if (rows_ - first <= 512)
@@ -102,8 +102,8 @@ class BandReduction {
     });
   }
 
-  // c [4, B], of row stride `c_stride`, += a [4, count] b [count, B], a(r, k) = a[r a_row + k
-  // a_column].
+  // c += a b with c [4, B] of row stride c_stride, a [4, count] and b [count, B]; a(r, k) is a[r *
+  // a_row + k * a_column].
   static void multiply_add(const double* a,
                            int64_t a_row,
                            int64_t a_column,
@@ -146,24 +146,24 @@ class BandReduction {
     }
   }
 
-  // Takes the last block reflection to rows begin ... end of columns from ... to.
+  // Applies the last block reflection to rows begin ... end - 1 of columns from ... to - 1.
   void update(int64_t begin, int64_t end, int64_t from, int64_t to) const {
     for (int64_t i = begin; i < end; i += 4)
       for (int64_t j = from; j < std::min(to, i / B * B + B); j += B)
-        multiply_add(both_.get() + i * 2 * B, 2 * B, 1, packed_.get() + j * 2 * B, 2 * B, at(i, j),
+        multiply_add(vw_.get() + i * 2 * B, 2 * B, 1, wv_.get() + j * 2 * B, 2 * B, at(i, j),
                      stride_);
   }
 
-  // QR of the columns first ... first + B - 1 below the band: R stays in the matrix, and the
-  // reflection is I - v t v' with v in v_ and t upper triangular.
+  // QR of columns first ... first + B - 1 below the band. R stays in the matrix; the reflection is
+  // I - v t v' with v in v_ and t upper triangular.
   void annihilate(int64_t first) {
     const int64_t count = rows_ - first - B;
     double* const v = v_.get() + (first + B) * B;
     for (int64_t i = 0; i < count; ++i)
       std::copy_n(at(first + B + i, first), B, v + i * B);
     std::fill_n(&t_[0][0], B * B, 0.0);
-    // The products of column c with all columns, from row c down, come with the update of the
-    // columns before; those with columns that are done give t.
+    // The products of column c with all columns, from row c down, are computed during the update
+    // for the previous column. Those with finished columns give t.
     double products[B], weights[B], squares[B];
     project<false>(v, count, 0, 0, nullptr, products);
     squares_of(v, count, squares);
@@ -171,9 +171,9 @@ class BandReduction {
       double* const row = v + c * B;
       const double diagonal = row[c];
       double image = diagonal, scale = 0, inverse = 0;
-      // What is left of a column that depends on those before is its own rounding. Reflections made
-      // of that are alike, and so are the errors they add up to. The matrix is about 1 in size or
-      // more; 1e-145 is nothing beside it.
+      // A column that depends on the previous ones leaves only its rounding error. Reflections made
+      // of such columns are alike and their errors accumulate. The entries of the matrix are about
+      // 1 or larger, so 1e-145 is negligible.
       if (!(products[c] < std::max(kNegligible * kNegligible * squares[c], 1e-290))) {
         image = -std::copysign(std::sqrt(products[c]), diagonal);
         scale = (image - diagonal) / image;
@@ -201,7 +201,7 @@ class BandReduction {
     }
   }
 
-  // Sums of squares of the columns.
+  // Sums of the squares of the columns.
   static void squares_of(const double* panel, int64_t count, double* squares) {
     std::fill_n(squares, B, 0.0);
     for (int64_t i = 0; i < count; ++i)
@@ -209,8 +209,9 @@ class BandReduction {
         squares[j] += panel[i * B + j] * panel[i * B + j];
   }
 
-  // With kUpdate: column c of the rows past c becomes `inverse` of it, v, and the rows lose v *
-  // weights. products = the products of the next column (without kUpdate, of column c) with all.
+  // With kUpdate, scales column c below row c by `inverse`, which gives v, and subtracts v *
+  // weights from the rows. Returns the products of the next column (without kUpdate, of column c)
+  // with all columns.
   template <bool kUpdate>
   static void project(double* panel,
                       int64_t count,
@@ -254,10 +255,11 @@ class BandReduction {
     for (int q = 0; q < Q; ++q)
       store(products + q * kDoubles, total[q]);
     if constexpr (kUpdate)
-      products[c] *= inverse;  // the sum held column c before it became v
+      products[c] *= inverse;  // the sum was taken before column c became v
   }
 
-  // parts_ = shares of A v_, with A the matrix from row `first` on after the last block reflection.
+  // Partial sums of A v_ in parts_, where A is the matrix starting at row `first` after the last
+  // block reflection.
   void multiply(int64_t first, bool pending) const {
     constexpr int64_t kOrder[kParts] = {0, 4, 2, 6, 1, 5, 3, 7};
     const int64_t last = (rows_ - 1) / kTile;
@@ -265,7 +267,7 @@ class BandReduction {
       for (int64_t part = begin; part < end; ++part) {
         double* const y = parts_.get() + part * rows_ * B;
         std::fill(y + first * B, y + rows_ * B, 0.0);
-        // Stripes of rows are dealt longest first, to and fro.
+        // Stripes are dealt longest first, in alternating order.
         for (int64_t stripe = last, dealt = 0; stripe >= first / kTile; --stripe, ++dealt) {
           const int64_t turn = dealt % (2 * kParts);
           if (kOrder[turn < kParts ? turn : 2 * kParts - 1 - turn] == part)
@@ -297,15 +299,15 @@ class BandReduction {
     }
   }
 
-  // Makes the block of rows and columns i ... i + B - 1 whole.
+  // Fills the upper triangle of the diagonal block at i.
   void mirror(int64_t i) const {
     for (int64_t j = 0; j < B; ++j)
       for (int64_t k = 0; k < j; ++k)
         *at(i + k, i + j) = *at(i + j, i + k);
   }
 
-  // The update that is due, A - v w' - w v' with w = A v t - v t' (v' A v) t / 2, as [v w] in both_
-  // and -[w v] in packed_, transposed in blocks of B rows.
+  // The pending update A - v w' - w v' with w = A v t - v t' (v' A v) t / 2, stored as [v w] in
+  // vw_ and -[w v] in wv_, transposed in blocks of B rows.
   void finish(int64_t first) {
     const int64_t tasks = (rows_ - first + kRows - 1) / kRows;
     std::vector<double> grams(tasks * B * B);
@@ -335,29 +337,29 @@ class BandReduction {
     for_rows(first, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i += 4) {
         for (int64_t r = i; r < i + 4; ++r) {
-          std::copy_n(v_.get() + r * B, B, both_.get() + r * 2 * B);
-          std::fill_n(both_.get() + r * 2 * B + B, B, 0.0);
+          std::copy_n(v_.get() + r * B, B, vw_.get() + r * 2 * B);
+          std::fill_n(vw_.get() + r * 2 * B + B, B, 0.0);
         }
-        double* const w = both_.get() + i * 2 * B + B;
+        double* const w = vw_.get() + i * 2 * B + B;
         multiply_add(y_.get() + i * B, B, 1, &t_[0][0], B, w, 2 * B);
         multiply_add(v_.get() + i * B, B, 1, &inner[0][0], B, w, 2 * B);
       }
       for (int64_t i = begin; i < end; ++i) {
-        double* const block = packed_.get() + i / B * B * 2 * B + i % B;
+        double* const block = wv_.get() + i / B * B * 2 * B + i % B;
         for (int64_t k = 0; k < B; ++k) {
-          block[k * B] = -both_[i * 2 * B + B + k];
-          block[(B + k) * B] = -both_[i * 2 * B + k];
+          block[k * B] = -vw_[i * 2 * B + B + k];
+          block[(B + k) * B] = -vw_[i * 2 * B + k];
         }
       }
     });
   }
 
   int64_t n_, rows_, stride_;
-  Buffer<double> a_;       // [rows, stride], the lower triangle
-  Buffer<double> v_, y_;   // [rows, B]
-  Buffer<double> parts_;   // [kParts, rows, B]
-  Buffer<double> both_;    // [rows, 2 B]
-  Buffer<double> packed_;  // [rows / B, 2 B, B]
+  Buffer<double> a_;      // [rows, stride], the lower triangle
+  Buffer<double> v_, y_;  // [rows, B]
+  Buffer<double> parts_;  // [kParts, rows, B]
+  Buffer<double> vw_;     // [rows, 2 B]
+  Buffer<double> wv_;     // [rows / B, 2 B, B]
   double t_[B][B];
 };
 

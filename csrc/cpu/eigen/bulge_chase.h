@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A symmetric band matrix reduced to tridiagonal by chasing bulges down the diagonal (Schwarz 1968;
-// in blocks, Lang, "A parallel algorithm for reducing symmetric banded matrices to tridiagonal
-// form", 1993).
+// Reduces a symmetric band matrix to tridiagonal form by chasing bulges down the diagonal (Schwarz
+// 1968; in blocks, Lang, "A parallel algorithm for reducing symmetric banded matrices to
+// tridiagonal form", 1993).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -18,19 +18,18 @@
 
 namespace genperf {
 
-// A band of half-bandwidth B on its way to tridiagonal form.
+// A band of half-bandwidth B during the reduction.
 //
 // Sweep s annihilates column s below its first off-diagonal entry by a reflection of rows s + 1 ...
 // s + B. Step k of the sweep applies the reflection of rows r ... r + B - 1, r = s + 1 + k B, from
-// both sides to the diagonal block of those rows and from the right to the block below it, then
-// annihilates the first column of that block by the reflection of the next step and applies it to
+// both sides to the diagonal block of those rows and from the right to the block below it. It then
+// annihilates the first column of that block by the reflection of the next step, and applies it to
 // the rest of the block from the left.
 //
-// Column j holds rows j - B ... j + 2 B - 1: diagonal blocks are whole, and below them there is
-// room for the bulge. Rows that are multiples of kDoubles are aligned; vectors of a block start at
-// such a row, and what they hold of rows outside the block is left as it is by zeros in the
-// reflections. Past row n the matrix is zero, so every block is whole and reflections there do
-// nothing.
+// Column j holds rows j - B ... j + 2 B - 1: full diagonal blocks, and room for the bulge below
+// them. Rows that are multiples of kDoubles are aligned, and the vectors of a block start at such a
+// row; zeros in the reflections leave their rows outside the block unchanged. The matrix is zero
+// past row n, so every block is full and reflections there have no effect.
 class BulgeChase {
  public:
   static constexpr int B = 32;
@@ -46,13 +45,13 @@ class BulgeChase {
       *at(j, i) = value;
   }
 
-  // Leaves the diagonal in d [n] and the off-diagonal in e [n - 1].
+  // Writes the diagonal to d [n] and the off-diagonal to e [n - 1].
   void run(double* d, double* e) {
     const int64_t sweeps = std::max<int64_t>(n_ - 2, 0);
     const int64_t groups = (sweeps + kSweeps - 1) / kSweeps;
     std::vector<Progress> done(groups);
     std::atomic<int64_t> next{0};
-    // Whoever takes a group waits for the one before, which has been taken by somebody who runs.
+    // A worker waits for the group before its own, which another running worker has taken.
     const int64_t workers = n_ <= 512 ? 1 : torch::stable::get_num_threads();
     torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
       for (int64_t group; (group = next++) < groups;)
@@ -67,19 +66,20 @@ class BulgeChase {
 
  private:
   static constexpr int L = kDoubles;
-  static constexpr int kHalf = B / L;          // vectors from a block to the one below
-  static constexpr int kOwn = kHalf + 1;       // vectors that meet a block
-  static constexpr int kBoth = 2 * kHalf + 1;  // that meet a diagonal block or the one below
+  static constexpr int kHalf = B / L;     // vectors between a block and the one below
+  static constexpr int kOwn = kHalf + 1;  // vectors that overlap a block
+  static constexpr int kBoth =
+      2 * kHalf + 1;  // vectors that overlap a diagonal block or the one below
   static constexpr int64_t kStride = 3 * B + 16;
-  static constexpr int64_t kSweeps = 8;  // run by one thread together, to reuse what is cached
+  static constexpr int64_t kSweeps = 8;  // sweeps of a group, run by one thread to reuse the cache
   static constexpr int64_t kFinished = int64_t{1} << 62;
 
-  // Steps done by the last sweep of a group; on a cache line of its own.
+  // Steps that the last sweep of a group has finished, on a cache line of its own.
   struct alignas(64) Progress {
     std::atomic<int64_t> steps{0};
   };
 
-  // I - scale v v' on rows from `row` on; v is zero outside of them.
+  // I - scale v v' on rows starting at `row`; v is zero in the rest of its vectors.
   struct Reflection {
     alignas(64) double v[kOwn * L];
     double scale;
@@ -121,7 +121,7 @@ class BulgeChase {
   }
 
   // The reflection that maps x, which starts at lane `offset` of its first vector, to a multiple of
-  // the first unit vector; that multiple.
+  // the first unit vector. Returns that multiple.
   static double reflect(const DVec (&x)[kOwn], int64_t offset, Reflection& out) {
     const double first = x[0][offset];
     DVec rest[kOwn];
@@ -132,7 +132,7 @@ class BulgeChase {
     }
     const double square = sum(squares);
     double image = first, scale = 0, inverse = 0;
-    // Entries are at most about n in size; what is below 1e-145 is nothing beside a rounding.
+    // Entries are at most about n in size, so 1e-145 is far below a rounding error.
     if (!(square < 1e-290)) {
       image = -std::copysign(std::sqrt(first * first + square), first);
       scale = (image - first) / image;
@@ -159,15 +159,14 @@ class BulgeChase {
 
   void step(Reflection& reflection) const {
     const int64_t row = reflection.row, offset = row % L;
-    // The last column above the diagonal was not part of this block in the sweep before.
+    // The last column above the diagonal was not part of this block in the previous sweep.
     double* const diagonal = at(row, row);
     for (int j = 0; j < B - 1; ++j)
       diagonal[j + (B - 1) * kStride] = diagonal[B - 1 + j * kStride];
 
     double* const block = at(row - offset, row);
     const double* const v = reflection.v + offset;
-    // both: the columns of rank-one updates from the right, of the diagonal block and of the one
-    // below; below its part of rows of the latter.
+    // Columns of the rank-one updates from the right, for the diagonal block and the block below.
     alignas(64) double both[kBoth * L];
     multiply(block, v, both);
     for (int q = 0; q < kBoth; ++q) {
@@ -193,7 +192,7 @@ class BulgeChase {
     const double image = reflect(x, offset, next);
     next.row = row + B;
 
-    // rows: what times next.v is taken from the block below, column by column.
+    // Factors of next.v in the update of the block below, one per column.
     alignas(64) double rows[B];
     DVec overlap{};
     for (int q = 0; q < kOwn; ++q)
@@ -217,7 +216,7 @@ class BulgeChase {
     reflection = next;
   }
 
-  // out = the B columns from `block` on, times v.
+  // out = the B columns starting at `block`, times v.
   static void multiply(const double* block, const double* v, double* out) {
 #if defined(__AVX512F__)
     constexpr int kChunk = kBoth <= 17 ? kBoth : 8;
@@ -246,7 +245,8 @@ class BulgeChase {
       store(out + q * L, y[q]);
   }
 
-  // Column j loses both * v[j], and v * both[j] in the diagonal block, next * rows[j] below it.
+  // Column j minus both * v[j], minus v * both[j] in the diagonal block and next * rows[j] below
+  // it.
   static void update(double* block,
                      const double* both,
                      const double* v,

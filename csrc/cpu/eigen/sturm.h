@@ -2,10 +2,11 @@
 //
 // Eigenvalues of a symmetric tridiagonal matrix by bisection on Sturm counts: the number of
 // eigenvalues below x is the number of sign changes between successive leading principal minors of
-// T - x. Minors follow a recurrence of three terms without a division (Givens 1954; Wilkinson, "The
+// T - x. The minors follow a three-term recurrence without division (Givens 1954; Wilkinson, "The
 // Algebraic Eigenvalue Problem", 5.39: each count is exact for a matrix within a few roundings of
-// |T|), so vectors of shifts run at the rate of multiplications; rescaling every few rows keeps the
-// minors in range. Each eigenvalue is found by itself: clusters cost no more, nothing can diverge.
+// |T|), so vectors of shifts run at multiplication throughput; rescaling every few rows keeps the
+// minors in range. Each eigenvalue is found independently, so clusters cost no more and nothing can
+// diverge.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -26,7 +27,7 @@ class Sturm {
     double bound = 0;
     for (int64_t i = 0; i < n; ++i) {
       const double radius = (i ? std::abs(e[i - 1]) : 0) + (i + 1 < n ? std::abs(e[i]) : 0);
-      // A NaN is kept, which max(bound, NaN) would not.
+      // Keeps a NaN, unlike max(bound, NaN).
       const double reach = std::abs(d[i]) + radius;
       bound = reach > bound || std::isnan(reach) ? reach : bound;
       if (std::isnan(bound))
@@ -35,19 +36,19 @@ class Sturm {
     finite_ = std::isfinite(bound);
     if (!finite_ || bound == 0)
       return;
-    // |T| <= 1 with a margin for what lies a rounding outside of Gershgorin's disks.
+    // Scales to |T| <= 1, with a margin for rounding in Gershgorin's disks.
     std::frexp(bound, &exponent_);
     ++exponent_;
     for (int64_t i = 0; i < n; ++i) {
       const double off = i ? std::ldexp(e[i - 1], -exponent_) : 0;
-      // At a square of zero the minors would all be zero from there on; an entry of 2^-60 is far
-      // below a rounding of |T|.
+      // If a square were zero, all following minors would be zero; an entry of 2^-60 is far below a
+      // rounding of |T|.
       rows_[i] = {std::ldexp(d[i], -exponent_), std::max(off * off, 0x1p-120)};
     }
     scaled_ = true;
   }
 
-  // All n eigenvalues, ascending; NaN if the matrix is not finite.
+  // All n eigenvalues in ascending order; NaN if the matrix is not finite.
   void eigenvalues(double* out) const {
     if (!scaled_) {
       std::fill_n(out, n_, finite_ ? 0.0 : std::numeric_limits<double>::quiet_NaN());
@@ -106,10 +107,10 @@ class Sturm {
     double diagonal = 0, square = 0x1p-120;
   };
 
-  // Vectors that run together; their recurrences hide each other's latency.
+  // Independent recurrences that hide each other's latency.
   static constexpr int kVectors = 4;
   static constexpr int64_t kGroup = kVectors * kDoubles;
-  // Two successive minors can shrink by 2^-120 a row and grow threefold.
+  // Two successive minors can shrink by 2^-120 per row and grow threefold.
   static constexpr int64_t kRescale = 8;
 
   void count_below(const DVec (&x)[kVectors], DBits (&count)[kVectors]) const {
@@ -132,7 +133,7 @@ class Sturm {
         }
       }
       for (int v = 0; v < kVectors; ++v) {
-        // A power of two that makes the exponent of the larger one zero.
+        // A power of two that makes the exponent of the larger minor zero.
         const DBits a = DBits(last[v]) & kExponent, b = DBits(before[v]) & kExponent;
         const DVec scale = DVec((uint64_t{2046} << 52) - (a > b ? a : b));
         last[v] *= scale;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The logits and the noise of gumbel_sample, and how positions are given to threads.
+// Logits and noise of gumbel_sample, and the loop over positions.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -13,12 +13,12 @@
 
 namespace genperf {
 
-constexpr int64_t kGrain = 16384;  // logits to a task
-constexpr int kTile = 512;         // positions that go through the classes together
+constexpr int64_t kGrain = 16384;  // logits per task
+constexpr int kTile = 512;         // positions per tile
 constexpr int kVectors = kTile / kLanes;
-constexpr int kSumLength = 32 * kLanes;  // classes to a sum in float32
+constexpr int kSumLength = 32 * kLanes;  // classes per float32 partial sum
 
-// What one position needs besides its logits.
+// The inputs, and tau in the form that the kernels use.
 template <class T>
 struct GumbelInputs {
   Rows<T> logits, noise;
@@ -28,7 +28,7 @@ struct GumbelInputs {
 
   int64_t position(int64_t o, int64_t i) const { return o * inner + i; }
 
-  // The perturbed logits of classes [first, first + 4) for the n positions from (o, i) on.
+  // Perturbed logits of classes first ... first + 3 for n positions starting at (o, i).
   template <class N>
   void perturb(int64_t o, int64_t i, N n, int64_t first, const Vec (&l)[4], Vec (&s)[4]) const {
     if (noise) {
@@ -43,7 +43,7 @@ struct GumbelInputs {
       s[w] = l[w] + gumbel<Simd>(words.word[w]);
   }
 
-  // The perturbed logits of one position in their order; `out` holds classes + kDrawn.
+  // Perturbed logits of one position, in order; `out` holds classes + kDrawn.
   void perturb_all(int64_t o, int64_t i, float* out) const {
     const Rows<T> row = logits.transposed().at(o, i, 0);
     if (!noise)
@@ -66,7 +66,8 @@ struct GumbelInputs {
   }
 };
 
-// Calls classes(o, i, buffer) for every position, or positions(o, i, count) for tiles of them.
+// Calls classes(o, i, buffer) for every position if its classes are contiguous, else positions(o,
+// i, count) for every tile of positions.
 template <class T, class Classes, class Positions>
 void for_each_position(const GumbelInputs<T>& in,
                        const Classes& classes,

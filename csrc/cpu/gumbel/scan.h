@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The maxima and sums over the classes that the sample, its index and its KL are made of.
+// Maxima and sums over the classes, from which the sample, its index and the KL are computed.
 #pragma once
 
 #include <algorithm>
@@ -12,28 +12,28 @@
 
 namespace genperf {
 
-// x - largest, kept from becoming -inf so that its product with a zero is zero.
+// x - largest, bounded from below so that -inf times a zero probability does not give NaN.
 inline Vec relative_to(Vec x, Vec largest) {
   const Vec difference = x - largest;
   return difference < -88.0f ? broadcast(-88.0f) : difference;
 }
 
-// Where a is above b, or is the first NaN.
+// Where a is larger than b, or is the first NaN.
 inline IVec is_better(Vec a, Vec b) {
   return ~(a <= b) & (b == b);
 }
 
-// What is subtracted from perturbed logits: the best of them, or the lowest finite number.
+// The maximum that is subtracted from perturbed logits; finite, so that -inf - maximum is not NaN.
 inline Vec finite_maximum(Vec best) {
   return best < -FLT_MAX ? broadcast(-FLT_MAX) : best;
 }
 
 struct SoftmaxSums {
-  float largest = -FLT_MAX;  // lowest finite: nothing is subtracted from an infinity
+  float largest = -FLT_MAX;  // the lowest finite number, so that -inf is never subtracted
   double sum = 0;            // of exp(logit - largest)
   double weighted = 0;       // of exp(logit - largest) * (logit - largest)
 
-  // sum_k q_k log q_k; NaN where no logit is finite.
+  // sum_k q_k log q_k; NaN if no logit is finite.
   double negative_entropy() const {
     return sum > 0 || sum != sum ? weighted / sum - std::log(sum)
                                  : std::numeric_limits<double>::quiet_NaN();
@@ -46,15 +46,15 @@ struct PerturbedSums {
   int64_t index = 0;
 };
 
-// What a tile of positions carries through the classes, a vector to each kLanes positions.
+// Maxima and sums of a tile of positions, one vector for every kLanes positions.
 struct TileState {
   Vec largest[kVectors], sum[kVectors], weighted[kVectors];
   Vec best[kVectors], soft_sum[kVectors];
   UVec index[kVectors];
 };
 
-// Classes in blocks: one look for the maxima, one for the sums, which are rescaled when a maximum
-// grows.
+// Adds up to 16 classes: one pass for the maxima, one for the sums, which are rescaled when a
+// maximum grows.
 template <class T, class N>
 void scan_classes_of_tile(const GumbelInputs<T>& in,
                           int64_t o,
@@ -81,19 +81,19 @@ void scan_classes_of_tile(const GumbelInputs<T>& in,
       largest = max(quad[w], largest);
     }
   }
-  const Vec shift = relative_to(tile.largest[v], largest), saved = exp_or_zero<Simd>(shift);
-  Vec sum{}, weighted{}, soft_sum{};  // of the block: less is rounded than in one long sum
+  const Vec shift = relative_to(tile.largest[v], largest), factor = exp_or_zero<Simd>(shift);
+  Vec sum{}, weighted{}, soft_sum{};  // sums of the block, which round less than one long sum
   for (int k = 0; k < block; ++k) {
     const Vec relative = relative_to(l[k / 4][k % 4], largest), e = exp_or_zero<Simd>(relative);
     sum += e;
     weighted = fma(e, relative, weighted);
     soft_sum += exp_or_zero<Simd>((s[k / 4][k % 4] - finite_maximum(best)) * in.inverse_tau);
   }
-  const Vec soft_kept =
+  const Vec soft_factor =
       exp_or_zero<Simd>((finite_maximum(tile.best[v]) - finite_maximum(best)) * in.inverse_tau);
-  tile.weighted[v] = fma(saved, fma(tile.sum[v], shift, tile.weighted[v]), weighted);
-  tile.sum[v] = fma(tile.sum[v], saved, sum);
-  tile.soft_sum[v] = fma(tile.soft_sum[v], soft_kept, soft_sum);
+  tile.weighted[v] = fma(factor, fma(tile.sum[v], shift, tile.weighted[v]), weighted);
+  tile.sum[v] = fma(tile.sum[v], factor, sum);
+  tile.soft_sum[v] = fma(tile.soft_sum[v], soft_factor, soft_sum);
   tile.largest[v] = largest;
   tile.best[v] = best;
   tile.index[v] = index;
@@ -118,7 +118,7 @@ void scan_positions(const GumbelInputs<T>& in,
   std::transform(tile.best, tile.best + kVectors, tile.best, finite_maximum);
 }
 
-// One position whose perturbed logits are in `s`.
+// Maxima and sums of one position with perturbed logits s.
 template <class T>
 void scan_classes(const GumbelInputs<T>& in,
                   int64_t o,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The codebooks of a residual quantizer, and the residuals that they leave of a vector.
+// The codebooks of a residual quantizer, and the arithmetic on residuals.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,7 +11,7 @@
 
 namespace genperf {
 
-// [Q, K, D], components contiguous.
+// Codebooks [Q, K, D] with contiguous components.
 template <class W>
 struct Codebooks {
   explicit Codebooks(const Tensor& codebooks)
@@ -46,7 +46,7 @@ double subtract(W* residual, const W* code, int64_t dim) {
   return P::total(square);
 }
 
-// Sum of a position's codes, the first level's first.
+// The sum of a position's codes, in the order of the stages.
 template <class W>
 void add_codes(const Codebooks<W>& codebooks,
                const int64_t* indices,
@@ -62,7 +62,7 @@ void add_codes(const Codebooks<W>& codebooks,
   });
 }
 
-// How many levels a position went through.
+// The number of stages that a position was quantized with.
 inline int64_t stages_of(const int64_t* indices, int64_t num_codebooks) {
   int64_t stages = 0;
   while (stages < num_codebooks && indices[stages] >= 0)
@@ -74,7 +74,7 @@ inline int64_t tiles_of(int64_t positions) {
   return (positions + kRows - 1) / kRows;
 }
 
-// Calls f(first, count) for every tile of the positions first ... last - 1.
+// Calls f(first, count) for every tile of positions first ... last - 1.
 template <class F>
 void for_each_tile(int64_t first, int64_t last, const F& f) {
   for (; first < last; first += kRows)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// All stages of residual quantization.
+// The search and subtraction of all stages.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -14,7 +14,7 @@
 
 namespace genperf {
 
-constexpr int64_t kBlockBytes = 1 << 20;  // residual that goes through all levels in L2
+constexpr int64_t kBlockBytes = 1 << 20;  // residuals that stay in L2 across the stages
 
 template <class T>
 class ResidualForward {
@@ -50,7 +50,7 @@ class ResidualForward {
     by_block(panels);
   }
 
-  // Squared residuals after a level, in a sum that does not depend on the number of threads.
+  // Sum of the squared residuals after a stage, independent of the number of threads.
   double error(int64_t stage) const {
     double total = 0;
     for (int64_t tile = 0; tile < tiles_of(x_.count()); ++tile)
@@ -69,7 +69,7 @@ class ResidualForward {
         0, (x_.count() + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
           SearchScratch scratch(*panels[0], chunk);
           Buffer<W> rows(block * x_.dim);
-          Buffer<int64_t> found(stages_ * block);  // [levels, block]
+          Buffer<int64_t> found(stages_ * block);  // [stages, block]
           for (int64_t b = begin; b < end; ++b) {
             const int64_t first = b * block, last = std::min(x_.count(), first + block);
             load(first, last, rows.get());
@@ -91,7 +91,7 @@ class ResidualForward {
   void by_stage() {
     const int64_t count = x_.count();
     Buffer<W> rows(count * x_.dim);
-    Buffer<int64_t> found(stages_ * count);  // [levels, positions]
+    Buffer<int64_t> found(stages_ * count);  // [stages, positions]
     const auto in_parallel = [&](const auto& f) {
       torch::stable::parallel_for(0, tiles_of(count), 8, [&](int64_t begin, int64_t end) {
         const int64_t first = begin * kRows;
@@ -112,7 +112,7 @@ class ResidualForward {
     });
   }
 
-  // Rows [last - first, D] of the positions.
+  // Copies positions first ... last - 1 to rows [last - first, D].
   void load(int64_t first, int64_t last, W* rows) const {
     for_each_tile(first, last, [&](int64_t position, int count) {
       Tile(x_, position, count).copy(rows + (position - first) * x_.dim);
@@ -129,7 +129,7 @@ class ResidualForward {
     });
   }
 
-  // Writes the results, found [levels, stride], in place of the rows.
+  // Writes indices and quantized vectors from found [stages, stride]. Overwrites the rows.
   void finish(int64_t first, int64_t last, const int64_t* found, int64_t stride, W* rows) const {
     for_each_tile(first, last, [&](int64_t position, int count) {
       W* const buffer = rows + (position - first) * x_.dim;
@@ -156,7 +156,7 @@ class ResidualForward {
   const bool cosine_;
   const Positions<T> quantized_;
   int64_t* const indices_;  // [outer, inner, Q]
-  Buffer<double> errors_;   // [tiles, levels]
+  Buffer<double> errors_;   // [tiles, stages]
 };
 
 }  // namespace genperf

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Counts and sums of the residuals of each code.
+// Counts and sums of the residuals that are assigned to each code.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,7 +12,7 @@
 
 namespace genperf {
 
-// The positions of every level, sorted by code.
+// The positions sorted by code, for every stage.
 struct PositionsByCode {
   PositionsByCode(const int64_t* indices, int64_t positions, int64_t num_codebooks, int64_t codes)
       : starts(num_codebooks * (codes + 1)), order(num_codebooks * positions) {

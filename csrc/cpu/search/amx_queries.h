@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Queries as the matrix unit reads them: rows of z = (x - c) * scale in bfloat16.
+// Packs queries for AMX: rows of z = (x - c) * scale in bfloat16.
 #pragma once
 
 #include "cpu/common/vector_rows.h"
@@ -19,8 +19,8 @@ Vec centered(const W* x, Vec center, float scale, int count) {
   return centered(padded, center, scale);
 }
 
-// halves [32, depth, 32] of `count` rows, and zeros below them; columns [zh, zh, zl] if the panel
-// is split.
+// Packs `count` rows to out [32, depth, 32], with zeros below. The columns are [zh, zh, zl] if the
+// panel is split.
 template <class W>
 ErrorBounds pack_rows(const W* const* rows, int count, const CodePanel& panel, uint16_t* out) {
   using Narrow = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
@@ -40,7 +40,7 @@ ErrorBounds pack_rows(const W* const* rows, int count, const CodePanel& panel, u
       squares = fma(z, z, squares);
       if (panel.split) {
         const Vec second = round_to_bfloat16(rest);
-        // Each part is followed by zeros, over which the next one is written.
+        // The next part overwrites the zeros after this one.
         put(columns, high);
         put(columns + panel.dim, high);
         put(columns + 2 * panel.dim, second);

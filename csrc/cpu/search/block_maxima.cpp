@@ -7,13 +7,13 @@
 namespace genperf {
 namespace {
 
-// Codes scored at a time: with two vectors of queries, 16 accumulators of AVX-512's 32 registers, 8
-// of the 16 elsewhere.
+// Codes scored at a time. With two vectors of queries they need 16 of the 32 registers of AVX-512,
+// or 8 of 16 elsewhere.
 constexpr int kCodes = kLanes == 16 ? 8 : 4;
 
 bool amx = false;
 
-// With D known to the compiler, short loops over it are unrolled and the queries stay in registers.
+// A compile-time D unrolls short loops and keeps the queries in registers.
 template <int kKnownDim>
 void maxima_fma(const CodePanel& panel, int64_t begin, int64_t end, const float* z, float* maxima) {
   const int64_t dim = kKnownDim ? kKnownDim : panel.dim;
@@ -79,9 +79,9 @@ struct alignas(64) TileConfig {
 constexpr int64_t kTileSize = kGroup * kDepth;
 constexpr int kScores = kAmxTile * kGroup;
 
-// Queries are on the rows and codes on the columns of a product, as either lies in memory.
+// The rows of a product are queries and its columns are codes, as both are packed.
 
-// Scores of a group for 16 queries in tiles 6 and 7.
+// Scores of a group of codes for the 16 queries in tiles 6 and 7.
 #define GENPERF_SCORE(product, codes)      \
   _tile_zero(product);                     \
   _tile_loadd(4, codes, 64);               \
@@ -91,8 +91,8 @@ constexpr int kScores = kAmxTile * kGroup;
     _tile_dpbf16ps(product, 7, 5);         \
   }
 
-// The queries stay in tiles and their maxima in vectors. Two products take turns: while the matrix
-// unit fills one, the maxima of the other are taken.
+// The queries stay in tiles and their maxima in vectors. There are two products: while AMX computes
+// one, the maxima of the other are taken.
 template <int kTiles>
 GENPERF_AMX void maxima_of_depth(const CodePanel& panel,
                                  int64_t begin,
@@ -133,8 +133,8 @@ GENPERF_AMX void maxima_of_depth(const CodePanel& panel,
   }
 }
 
-// Queries in tiles 4 and 5, two groups of codes in 6 and 7, loaded anew for each step in depth, all
-// before the products: where another process shares the core, that is worth 8 %.
+// Queries in tiles 4 and 5, two groups of codes in tiles 6 and 7, reloaded for every step in depth.
+// Loading all tiles before the products is 8 % faster when another process shares the core.
 GENPERF_AMX void maxima_of_any_depth(const CodePanel& panel,
                                      int64_t begin,
                                      int64_t end,
@@ -210,7 +210,7 @@ bool amx_allowed() {
 
 }  // namespace genperf
 
-// Called by the loader once the operating system has granted the tile state.
+// Called by the loader after the operating system has granted the tile state.
 extern "C" __attribute__((visibility("default"))) void genperf_allow_amx() {
   genperf::amx = true;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The low-precision pass of the search: the largest scores of each block of codes, for a tile of
-// queries. No index is tracked, so the epilogue is one addition and one maximum per 16 scores.
+// queries. Indices are not tracked, so the epilogue is one addition and one maximum per 16 scores.
 #pragma once
 
 #include "cpu/common/simd.h"
@@ -9,10 +9,10 @@
 
 namespace genperf {
 
-constexpr int kTile = 2 * kLanes;  // queries to a tile
+constexpr int kTile = 2 * kLanes;  // queries per tile
 constexpr int kAmxTile = 32;
 
-// z [D, kTile] -> maxima [blocks, kTile], for the blocks begin ... end - 1.
+// Computes maxima [blocks, kTile] of blocks begin ... end - 1 from z [D, kTile].
 void block_maxima_fma(const CodePanel& panel,
                       int64_t begin,
                       int64_t end,
@@ -20,8 +20,8 @@ void block_maxima_fma(const CodePanel& panel,
                       float* maxima);
 
 #if defined(GENPERF_HAS_AMX)
-// halves [32, depth, 32], a query to a row -> maxima [blocks, 32, 16]: number i of the 16 is the
-// maximum over the codes i of the block's groups, an even number.
+// Computes maxima [blocks, 32, 16] from z [32, depth, 32], one query per row. Maximum i of the 16
+// is over code i of each of the block's groups, whose number is even.
 void block_maxima_amx(const CodePanel& panel,
                       int64_t begin,
                       int64_t end,
@@ -29,7 +29,7 @@ void block_maxima_amx(const CodePanel& panel,
                       float* maxima);
 #endif
 
-// Whether the process may use AMX; off until the loader allows it.
+// Whether AMX may be used; false until the loader allows it.
 bool amx_allowed();
 
 }  // namespace genperf

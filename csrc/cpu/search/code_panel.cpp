@@ -15,8 +15,8 @@ namespace {
 constexpr int64_t kCenterSample = 256;
 constexpr int64_t kMaxBlocks = 1024;
 constexpr int64_t kSingleGroupDim =
-    48;                             // from here on a block is one group: scoring it again is dear
-constexpr int64_t kMaxGroups = 64;  // ... to a block, for AMX
+    48;  // blocks have one group from this D on, because rescoring a block is expensive
+constexpr int64_t kMaxGroups = 64;  // per block, for AMX
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -26,8 +26,8 @@ int64_t tile_depth(int64_t dim) {
   return (dim <= kMaxSplitDim ? 3 * dim + kDepth - 1 : dim + kDepth - 1) / kDepth;
 }
 
-// For float32, every block is scored again as a whole. For AMX, a query reads codes / groups maxima
-// and scores as many codes again as a block has groups.
+// In float32 every candidate block is rescored as a whole. With AMX a query reads codes / groups
+// maxima, and rescores as many codes per candidate as a block has groups.
 int64_t groups_to_a_block(int64_t codes, int64_t dim, bool bf16) {
   if (!bf16) {
     const int64_t pairs = (codes + 2 * kGroup - 1) / (2 * kGroup);
@@ -40,7 +40,7 @@ int64_t groups_to_a_block(int64_t codes, int64_t dim, bool bf16) {
   return groups;
 }
 
-// Any center gives a right answer; the mean of a sample of the codes gives a fast one.
+// Every center gives a correct result; the mean of a sample of the codes makes the search fast.
 template <class C>
 void find_center(const Codes<C>& codebook, float* center) {
   const int64_t step = (codebook.count + kCenterSample - 1) / kCenterSample;
@@ -82,7 +82,7 @@ void store_pair(float* p, DVec low, DVec high) {
   std::memcpy(p, parts, sizeof(parts));
 }
 
-// row = (code - center) * factor, each rounded once; the squared length of code - center.
+// row = (code - center) * factor, each rounded once. Returns |code - center|^2.
 template <class C>
 double pack_code(const C* code, const float* center, double factor, int64_t dim, float* row) {
   DVec squares[2] = {};
@@ -107,8 +107,8 @@ double pack_code(const C* code, const float* center, double factor, int64_t dim,
   return square;
 }
 
-// The same for a factor that is a power of two and codes of less than float64, at half the cost;
-// the squared length is that of the rounded difference.
+// The same at half the cost, for a factor that is a power of two and codes below float64. The
+// result is the squared length of the rounded difference.
 template <class C>
 double pack_code(const C* code, const float* center, float scale, int64_t dim, float* row) {
   DVec squares[2] = {};
@@ -143,13 +143,12 @@ Narrow upper_halves(Vec v) {
   return __builtin_convertvector(UVec(v) >> 16, Narrow);
 }
 
-// Squares of one code or, of some codes, the largest: of what its halves hold of it beside fh, and
-// of what they leave out.
+// Squared lengths, or the largest of several codes: of fl, and of what bfloat16 leaves out.
 struct PartSquares {
   double low = 0, rest = 0;
 };
 
-// One code from `row`, which is padded with zeros to whole vectors.
+// Rounds one code from `row`, which is padded with zeros to full vectors.
 void round_to_bf16(const float* row, int64_t dim, uint16_t* bf16_row, PartSquares& largest) {
   Vec squares{};
   for (int64_t d = 0; d < dim; d += kLanes) {
@@ -161,13 +160,13 @@ void round_to_bf16(const float* row, int64_t dim, uint16_t* bf16_row, PartSquare
   largest.rest = std::max(largest.rest, Pack<float>::total(squares));
 }
 
-// The same in two parts, columns [fh, fl, fh].
+// The same in two parts, with columns [fh, fl, fh].
 void split_to_bf16(const float* row, int64_t dim, uint16_t* bf16_row, PartSquares& largest) {
   const Vec value = load(row), high = round_to_bfloat16(value),
             low = round_to_bfloat16(value - high);
   const Vec left = value - high - low;
   const Narrow first = upper_halves(high), second = upper_halves(low);
-  // Each part is followed by the zeros that pad the row, over which the next one is written.
+  // The next part overwrites the zeros after this one.
   uint16_t columns[kDepth + kLanes] = {};
   std::memcpy(columns, &first, sizeof(first));
   std::memcpy(columns + dim, &second, sizeof(second));
@@ -277,16 +276,16 @@ void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first) {
             square = pack_code(code, panel.center.get(), panel.scale, dim, row);
         }
         if (!std::isfinite(square)) {
-          // Padding, or a code with NaN or infinity, which only a query that is not finite either
-          // can choose: such queries are searched in float64. A finite code too long for float64
-          // makes every query so.
+          // Padding, or a code with NaN or infinity, which can only be the nearest of a query that
+          // is not finite; such queries are searched in float64. A finite code whose length
+          // overflows float64 makes all queries use float64.
           panel.bias[k] = -INFINITY;
           std::fill_n(row, dim, 0.0f);
           const auto finite = [](double value) { return std::isfinite(value); };
           if (k < panel.codes && every(code, dim, finite))
             longest = INFINITY;
         } else if (panel.cosine) {
-          // A code whose square is below float64's normal range has no usable direction: the same.
+          // A square below float64's normal range gives no usable direction, with the same result.
           const auto zero = [](double value) { return value == 0; };
           if (square < 1e-290 && !every(code, dim, zero))
             longest = INFINITY;

@@ -14,7 +14,7 @@
 namespace genperf {
 namespace {
 
-constexpr int64_t kRunBytes = 64 << 10;  // bytes that are hashed at a time
+constexpr int64_t kRunBytes = 64 << 10;  // bytes per hash
 
 struct Hash {
   uint64_t low = 0, high = 0;
@@ -32,8 +32,8 @@ uint64_t mixed(uint64_t h) {
   return h ^ h >> 32;
 }
 
-// Two independent sums of products of the words with keys that change with every word, which any
-// change but one in 2^128 moves.
+// Two independent sums of products of the words with keys that change with every word. A change of
+// the content goes undetected with probability 2^-128.
 class Hasher {
  public:
   explicit Hasher(uint64_t seed) {
@@ -83,7 +83,7 @@ class Hasher {
   Words key_[2], sum_[2] = {};
 };
 
-// Largest absolute value of the finite ones among them.
+// Largest absolute value of the finite elements.
 template <class C>
 double largest_of(const C* p, int64_t count) {
   if constexpr (std::is_same_v<C, double>) {
@@ -92,7 +92,7 @@ double largest_of(const C* p, int64_t count) {
       largest = std::isfinite(p[i]) ? std::max(largest, std::abs(p[i])) : largest;
     return largest;
   } else {
-    UVec largest_bits{};  // magnitudes of floats are ordered as their bits are
+    UVec largest_bits{};  // the bits of magnitudes are ordered like the magnitudes
     const auto add = [&](Vec v) {
       const UVec magnitude = UVec(v) & 0x7fffffffu;
       const UVec finite = magnitude < 0x7f800000u ? magnitude : UVec{};
@@ -132,22 +132,22 @@ Content content_of(const Codes<C>& codebook) {
       content.hash = hasher.hash();
     }
   });
-  Content whole;
+  Content total;
   Hasher hasher(~uint64_t{0});
   for (const Content& content : found) {
     hasher.add(&content.hash, sizeof(Hash));
-    whole.largest = std::max(whole.largest, content.largest);
+    total.largest = std::max(total.largest, content.largest);
   }
-  whole.hash = hasher.hash();
-  return whole;
+  total.hash = hasher.hash();
+  return total;
 }
 
-// Where a codebook lies and how it is read; what is packed depends on this and on the content.
+// The codebook's memory and layout. A packed panel depends on these and on the content.
 struct Key {
   const void* data;
   int64_t count, dim, code_stride;
   size_t element;
-  const void* type;  // tells bfloat16 from float16
+  const void* type;  // distinguishes bfloat16 from float16
   bool cosine, bf16;
   bool operator==(const Key&) const = default;
 };
@@ -159,7 +159,7 @@ struct Entry {
 };
 
 std::mutex mutex;
-std::list<Entry> entries;  // the last used first
+std::list<Entry> entries;  // most recently used first
 
 template <class C>
 constexpr char kType = 0;

@@ -7,34 +7,35 @@ namespace genperf {
 namespace {
 
 constexpr float kUnit = 0x1p-24f;    // half an ulp of 1 in float32
-constexpr float kUnit64 = 0x1p-53f;  // ... in float64
+constexpr float kUnit64 = 0x1p-53f;  // half an ulp of 1 in float64
 constexpr float kTiny = 0x1p-100f;   // covers underflow
 
 }  // namespace
 
-// The derivation. Let f be a code and z a query as they are packed, |f| <= F (panel.norm), B the
-// largest |b|, u = 2^-24.
+// Derivation. Let f be a packed code and z a packed query, |f| <= F (panel.norm), B the largest |b|
+// and u = 2^-24.
 //
-// Packing. z and f are off by u of their lengths at most, b by u B and what |f|^2 / 2 is off
-// itself, 2 u B: in all 2 u |z| F + 3 u B, and adding b rounds once more, u (|z| F + B).
+// Packing: the errors of z and f are at most u times their lengths. The error of b is at most u B,
+// plus 2 u B from |f|^2 / 2. Together that is 2 u |z| F + 3 u B; adding b rounds once more, u (|z|
+// F + B).
 //
-// Products in float32, in any order: n terms are off by n u |z| F; where the sum starts at b, every
-// addition rounds at that magnitude, D u B more.
+// Products in float32, in any order: the error of n terms is at most n u |z| F. If the sum starts
+// at b, every addition rounds at that magnitude, another D u B.
 //
-// Products in bfloat16. With z = zh + zl + zr and f = fh + fl + fr (zl = fl = 0 unless split),
-//   z.f = (zh.fh + zh.fl + zl.fh) + zl.fl + (zh + zl).fr + zr.f,
-// and with the lengths that were measured when packing the last three are at most
+// Products in bfloat16: with z = zh + zl + zr and f = fh + fl + fr (zl = fl = 0 unless split),
+//   z.f = (zh.fh + zh.fl + zl.fh) + zl.fl + (zh + zl).fr + zr.f.
+// With the lengths measured during packing, the last three terms are at most
 //   |zl| max|fl| + (|z| + |zr|) max|fr| + |zr| F.
-// A sum of n of the products is off by 2 u n |z| F (1 + 2^-6) for any order and for the matrix
-// unit's separate roundings.
+// A sum of n products has an error of at most 2 u n |z| F (1 + 2^-6), in any order and with AMX's
+// separate roundings.
 //
-// The last word is the float64 distances', which are off by (D + 4) 2^-53 |x - code|^2 at most, so
-// that codes closer than that may be told apart by them alone.
+// The float64 distances that decide in the end have an error of at most (D + 4) 2^-53 |x - code|^2,
+// and may order codes closer than that either way.
 //
-// A block is left out if its maximum is below the largest one less twice the sum of all that: its
-// codes' true scores are then below that of the code with the largest, by more than float64 can
-// confuse. Norms and bounds are themselves computed in float32, for which `slack` makes up.
-// Anything that is not finite makes the bound infinite; no comparison then excludes a code.
+// A block is dropped if its maximum is below the largest one by more than twice the sum of these
+// errors: the true scores of its codes are then below that of the best code by more than the error
+// of float64. Norms and bounds are computed in float32, for which `slack` compensates. Anything
+// that is not finite makes the bound infinite, and no comparison then drops a code.
 void ErrorBounds::set(int first, const QuerySquares& squares, const CodePanel& panel) {
   const int64_t dim = panel.dim;
   const float slack = 1.002f + dim * 4 * kUnit;
@@ -45,7 +46,7 @@ void ErrorBounds::set(int first, const QuerySquares& squares, const CodePanel& p
   const float residual = float(panel.residual) * slack;
   const float max_bias = float(panel.max_bias) * slack;
   const auto root = [&](Vec v) { return (sqrt(v) + underflow) * slack; };
-  const Vec norm = root(squares.whole);
+  const Vec norm = root(squares.total);
   const Vec product = norm * length;
   const Vec distance = norm + length;
   const Vec float64_error =
@@ -64,7 +65,7 @@ void ErrorBounds::set(int first, const QuerySquares& squares, const CodePanel& p
   store(coarse + first, twice(scores));
   store(fine + first, twice(products));
   for (int lane = 0; lane < kLanes; ++lane)
-    has_nan[first + lane] = std::isnan(squares.whole[lane]);
+    has_nan[first + lane] = std::isnan(squares.total[lane]);
 }
 
 }  // namespace genperf

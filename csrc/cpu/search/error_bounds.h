@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How far the scores of a panel can be off for a query.
+// Bounds on the errors of a query's scores.
 #pragma once
 
 #include "cpu/common/simd.h"
@@ -8,21 +8,21 @@
 
 namespace genperf {
 
-// Squared lengths of some queries z, and of their parts if the panel is halved.
+// Squared lengths of kLanes queries z, and of their parts if the panel is bf16.
 struct QuerySquares {
-  Vec whole{};
+  Vec total{};
   Vec low{};   // of zl, if split
-  Vec rest{};  // of what the halves leave out
+  Vec rest{};  // of what bfloat16 leaves out
 };
 
-// For a tile of queries, twice the bound of the pass over all codes, and of sums of float32
-// products in any order; and which of the queries have a NaN.
+// For a tile of queries: twice the error bounds of the pass over all codes and of float32 sums in
+// any order, and which queries have a NaN.
 struct ErrorBounds {
   float coarse[32];
   float fine[32];
   bool has_nan[32];
 
-  // Those of kLanes queries.
+  // Sets the bounds of kLanes queries.
   void set(int first, const QuerySquares& squares, const CodePanel& panel);
 };
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Queries as the search in float32 reads them: z = (x - c) * scale with the queries along the
-// lanes.
+// Packs queries for the search in float32: z = (x - c) * scale with the queries along the lanes.
 #pragma once
 
 #include "cpu/common/elements.h"
@@ -12,7 +11,7 @@
 
 namespace genperf {
 
-// z [D, kTile] of the `count` vectors at `offsets`, and zeros beside them.
+// Packs the `count` vectors at `offsets` to z [D, kTile], with zeros in the remaining lanes.
 template <class T>
 void pack_queries(const Positions<T>& x,
                   const int64_t* offsets,
@@ -20,7 +19,7 @@ void pack_queries(const Positions<T>& x,
                   const CodePanel& panel,
                   float* z) {
   const float* center = panel.center.get();
-  const int64_t whole = x.dim / kLanes * kLanes;
+  const int64_t full = x.dim / kLanes * kLanes;
   const auto pack = [&](int64_t d, int lane) {
     const OpMath<T> value = OpMath<T>(x.data[offsets[lane] + d * x.stride]);
     z[d * kTile + lane] = float((value - OpMath<T>(center[d])) * OpMath<T>(panel.scale));
@@ -30,7 +29,7 @@ void pack_queries(const Positions<T>& x,
       std::fill(z + d * kTile + count, z + (d + 1) * kTile, 0.0f);
   if (x.channels_last()) {
     for (int first = 0; first < count; first += kLanes)
-      for (int64_t d = 0; d < whole; d += kLanes) {
+      for (int64_t d = 0; d < full; d += kLanes) {
         const Vec c = load(center + d);
         Vec block[kLanes];
         for (int i = 0; i < kLanes; ++i)
@@ -41,7 +40,7 @@ void pack_queries(const Positions<T>& x,
           store(z + (d + i) * kTile + first, block[i]);
       }
     for (int lane = 0; lane < count; ++lane)
-      for (int64_t d = whole; d < x.dim; ++d)
+      for (int64_t d = full; d < x.dim; ++d)
         pack(d, lane);
   } else if (count == kTile && x.inner_stride == 1 &&
              offsets[kTile - 1] - offsets[0] == kTile - 1) {
@@ -62,7 +61,7 @@ inline ErrorBounds error_bounds(const float* z, const CodePanel& panel) {
     QuerySquares squares;
     for (int64_t d = 0; d < panel.dim; ++d) {
       const Vec value = load(z + d * kTile + first);
-      squares.whole = fma(value, value, squares.whole);
+      squares.total = fma(value, value, squares.total);
     }
     bounds.set(first, squares, panel);
   }

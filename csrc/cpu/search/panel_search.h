@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A search of one panel: its arguments, the comparison in float64 that decides between the last
-// candidates, and the two passes before it.
+// The search of one panel: its arguments, its two passes, and the float64 comparison of the
+// remaining candidates.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How near codes are to a query by the original inputs, four codes at a time.
+// Scores of codes from the original inputs, four codes at a time.
 #pragma once
 
 #include "cpu/common/simd.h"
@@ -12,12 +12,12 @@ namespace genperf {
 
 using Vec4 = float __attribute__((vector_size(4 * sizeof(float))));
 
-// Bit i is set where lane i of `a` is not below b; a NaN is not below anything.
+// Bit i is set where a[i] is not below b, as for NaN.
 inline uint32_t not_below(Vec4 a, float b) {
   return uint32_t(_mm_movemask_ps(_mm_cmpnlt_ps(__m128(a), _mm_set1_ps(b))));
 }
 
-// Sums of four vectors.
+// The sums of four vectors.
 inline Vec4 sums_of(const Vec (&v)[4]) {
   const auto even = lanes([](int lane) { return lane % 2 * kLanes + lane / 2 * 2; });
   const auto odd = lanes([](int lane) { return lane % 2 * kLanes + lane / 2 * 2 + 1; });
@@ -34,8 +34,8 @@ inline Vec4 sums_of(const Vec (&v)[4]) {
   return first;
 }
 
-// How near four codes are: minus the squared distance, or the similarity times the length of x, in
-// float32 with sums in any order. NaN where a code has no usable direction.
+// Scores of four codes in float32, with sums in any order: minus the squared distance, or the
+// cosine similarity times |x|. NaN if a code has no usable direction.
 template <class C>
 inline Vec4 rescore(const float* x, const C* const (&codes)[4], int64_t dim, bool cosine) {
   using P = Pack<float>;

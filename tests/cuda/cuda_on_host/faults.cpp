@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A program that runs the kernel it is told, each with a fault that the emulation must report.
+// Runs the named kernel; each has a fault that the emulation must report.
 #include <cmath>
 #include <cstdio>
 #include <string>

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds kernels for the CPU and runs checks of them under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""Builds CUDA kernels for the CPU, and runs checks of them under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-The sanitizers must be in the process before Python is, so checks run in a child: a test file runs itself as a program.
+The sanitizers must be loaded before Python, so the checks run in a child process: a test file runs itself as a program.
 """
 
 import ctypes
@@ -43,13 +43,13 @@ def compile_kernels(ops: tuple[str, ...], launchers: str, folder: Path) -> Path:
 
 
 def preloads() -> list[str]:
-    # libstdc++ as well: the sanitizer looks for the function that throws when it starts.
+    # libstdc++ too, because the sanitizer looks up the function that throws when it starts.
     names = ("libasan.so", "libubsan.so", "libstdc++.so")
     return [subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in names]
 
 
 def run_in_child(test_file: str, library: Path, checks: list[str]) -> str:
-    """What the child printed: a line for each check that passed, else its traceback or the sanitizer's report."""
+    """Return the output of the child: a line for each check that passed, tracebacks, and the sanitizer's report."""
     environment = {
         **os.environ,
         "LD_PRELOAD": " ".join(preloads()),
@@ -62,7 +62,7 @@ def run_in_child(test_file: str, library: Path, checks: list[str]) -> str:
 
 
 def run_checks(checks: dict[str, Callable]) -> None:
-    """The child's part: its arguments are the library and the names of the checks."""
+    """Run the checks in the child, whose arguments are the library and the names of the checks."""
     torch.set_num_threads(1)
     library = ctypes.CDLL(sys.argv[1])
     for check in sys.argv[2:]:
@@ -100,7 +100,7 @@ class Shape(ctypes.Structure):
 
 
 def structure(*fields: tuple[str, type]) -> type[ctypes.Structure]:
-    """A struct of C++, from the names of its members in order and their types."""
+    """A C++ struct with the given members, in order."""
 
     class Params(ctypes.Structure):
         _fields_ = [(name, kind) for names, kind in fields for name in names.split()]
@@ -109,11 +109,11 @@ def structure(*fields: tuple[str, type]) -> type[ctypes.Structure]:
 
 
 def fill(params: type[ctypes.Structure], **fields: object) -> ctypes.Structure:
-    """The struct with tensors as pointers, with their strides where it has them, or as SampleTensors; None stays null."""
+    """Fill the struct, passing tensors as pointers with their strides or as SampleTensors; None leaves a member null."""
     filled, kinds = params(), dict(params._fields_)
     for name, value in fields.items():
         if isinstance(value, Tensor):
-            filled._tensors = (*getattr(filled, "_tensors", ()), value)  # they live as long as the struct
+            filled._tensors = (*getattr(filled, "_tensors", ()), value)  # keeps them alive as long as the struct
             if f"{name}_strides" in kinds:
                 setattr(filled, f"{name}_strides", Strides.of(value))
             value = SampleTensor.of(value) if kinds[name] is SampleTensor else value.data_ptr() if value.numel() else None
@@ -131,7 +131,7 @@ def nans(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def assert_close(name: str, actual: Tensor, exact: Tensor, scale: Tensor, tolerance: float = 2e-6) -> None:
-    """One rounding to the result's dtype, plus `tolerance` times the magnitude of what was added up."""
+    """The error is at most one rounding to the result's dtype plus `tolerance` times the magnitude of the summands."""
     assert actual.shape == exact.shape, name
     assert not actual.isnan().any(), f"{name}: unwritten elements"
     error = torch.where(actual == exact.to(actual.dtype), 0, (actual.double() - exact).abs())  # 0 too where both overflow
@@ -140,7 +140,7 @@ def assert_close(name: str, actual: Tensor, exact: Tensor, scale: Tensor, tolera
 
 
 def philox(words: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Philox 4x32-10 of counters [..., 4], uint64 that hold 32 bits."""
+    """Philox 4x32-10 of counters [..., 4], 32-bit values in uint64."""
     low = np.uint64(0xFFFFFFFF)
     c0, c1, c2, c3 = (words[..., i].astype(np.uint64) for i in range(4))
     k0, k1 = key

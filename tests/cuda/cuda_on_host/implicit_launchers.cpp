@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launchers under C names, for ctypes.
+// The launchers of finite scalar and lookup-free quantization under C names, for ctypes.
 #include "finite_scalar_quantize.h"
 #include "lookup_free_quantize.h"
 

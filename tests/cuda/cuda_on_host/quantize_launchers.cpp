@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launchers under C names, for ctypes, and a kernel that shows the emulation's conversions.
+// The launchers of vector_quantize and code_statistics under C names, for ctypes, and a kernel that
+// tests the emulation's conversions.
 #include "code_statistics.h"
 #include "vector_quantize.h"
 
