@@ -1,9 +1,12 @@
 """The image quantizer behind VectorQuantizer2 of taming-transformers and VectorQuantizer of diffusers."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._typing import signature_of
 from ..ops.vector_quantize import vector_quantize
 from ._used_codes import UsedCodes
 
@@ -75,6 +78,11 @@ class ImageQuantizer(UsedCodes):
         if self.remap is not None:
             indices = self.remap_to_used(indices)
         return z_q, loss, (None, None, indices.reshape(shape))
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int] | None) -> Tensor:
         """Codes [B, D, H, W] of indices, given shape (B, H, W, D); with shape=None, codes [..., D] of indices [...]."""

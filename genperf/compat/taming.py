@@ -28,13 +28,14 @@ For new code, see `genperf.nn.GumbelQuantizer`, which has no convolution and is 
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._typing import signature_of
 from ..nn.vector_quantizer import code_usage
 from ..ops.gumbel_sample import gumbel_sample
 from ._image_quantizer import ImageQuantizer
@@ -76,6 +77,11 @@ class VectorQuantizer2(ImageQuantizer):
             raise ValueError("VectorQuantizer2: temp, rescale_logits and return_logits are supported by GumbelQuantize only.")
         return super().forward(z)
 
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
+
 
 class VectorQuantizer(ImageQuantizer):
     """VectorQuantizer of taming-transformers: `VectorQuantizer2` with legacy=True, which also returns the perplexity.
@@ -96,6 +102,11 @@ class VectorQuantizer(ImageQuantizer):
         """
         z_q, loss, indices = self.quantize(z)
         return z_q, loss, (code_usage(indices, self.n_e).perplexity.float(), None, indices.reshape(-1, 1))
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
 
 class GumbelQuantize(UsedCodes):
@@ -192,6 +203,11 @@ class GumbelQuantize(UsedCodes):
         if return_logits:
             return z_q, diff, (None, None, indices), logits
         return z_q, diff, (None, None, indices)
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
         """Codes [B, D, H, W] of indices [B * H * W], given shape (B, H, W, D)."""

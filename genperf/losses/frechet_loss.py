@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from .._distributed import world_size
+from .._typing import signature_of
 from ..metrics._features import feature_matrix, whole_number
 from ..metrics.frechet_reference import FrechetReference
 from ._feature_distance import FeatureDistance, FeatureQueue, MovingMoments
@@ -148,6 +149,11 @@ class FrechetLoss(nn.Module):
                 self._part(name).commit(step)
         return sum(terms[1:], terms[0]).to(dtype)
 
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
+
     @torch.no_grad()
     def update(self, images: Tensor) -> None:
         """Add `images` (or features) to queue or moving average without computing a distance, in any mode; use it before training."""
@@ -195,6 +201,11 @@ class _AllGather(torch.autograd.Function):
         parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
         distributed.all_gather(parts, rows)
         return torch.cat(parts)
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
 """Historical averaging: a penalty on the distance of parameters from their mean over time."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from .._typing import signature_of
 
 
 class HistoricalAveraging(nn.Module):
@@ -55,6 +58,11 @@ class HistoricalAveraging(nn.Module):
         """The squared distance, a scalar, differentiable in the parameters; 0 with gradient 0 before the first update."""
         distances = [(p - mean).square().sum() for p, mean in zip(self._parameters_of_player, self.means, strict=True)]
         return sum(distances[1:], distances[0]) * (self.updates > 0)
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     @torch.no_grad()
     def update(self) -> None:

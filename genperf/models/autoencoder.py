@@ -1,11 +1,13 @@
 """Deterministic autoencoder."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._typing import signature_of
 from ._convolutional import check_convolutional, vector_decoder, vector_encoder
 from .system import System, SystemConfig, evaluating, option
 
@@ -51,6 +53,11 @@ class Autoencoder(System):
         """Reconstructions of the images, differentiable and not clamped to [0, 1]."""
         self.check_images(images)
         return self.decoder(self.encoder(images))
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
         self.check_player(player)

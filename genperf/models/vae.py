@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._typing import signature_of
 from ..ops.gaussian_sample import gaussian_sample
 from ._convolutional import check_convolutional, vector_decoder, vector_encoder
 from .autoencoder import latent_plane
@@ -80,6 +82,11 @@ class VAE(System):
         self.check_images(images)
         sample, kl = gaussian_sample(self.encoder(images))
         return self._reconstruction_nats(self.decoder(sample), images), kl
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
         self.check_player(player)

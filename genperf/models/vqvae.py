@@ -1,12 +1,13 @@
 """VQ-VAE."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._typing import signature_of
 from ..nn.vector_quantizer import VectorQuantizer
 from ._code_autoencoder import CodeAutoencoder
 from ._convolutional import DOWNSAMPLING, check_convolutional, image_decoder, image_encoder
@@ -75,6 +76,11 @@ class VQVAE(CodeAutoencoder):
         self.check_images(images)
         quantized, indices, loss = self.quantizer(self.encoder(images))
         return VQVAEOutput(self.decoder(quantized), indices, loss)
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
         """The losses of a player for a batch, by name: reconstruction and quantizer loss for "model", nats per code for "prior"."""

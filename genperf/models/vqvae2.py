@@ -1,12 +1,13 @@
 """VQ-VAE-2: a hierarchy of codes at two resolutions."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._typing import signature_of
 from ..nn.batch_norm import BatchNorm
 from ._code_autoencoder import CodeAutoencoder
 from ._convolutional import ResidualBlock, check_convolutional
@@ -107,6 +108,11 @@ class VQVAE2(CodeAutoencoder):
         top, top_indices, top_loss = self.top_quantizer(self.top_encoder(fine))
         bottom, bottom_indices, bottom_loss = self.bottom_quantizer(self._bottom_latents(fine, top))
         return VQVAE2Output(self._decode(top, bottom), HierarchicalCodes(top_indices, bottom_indices), top_loss + bottom_loss)
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
         """The losses of a player for a batch, by name: reconstruction and quantizer loss for "model", nats per code for the priors."""

@@ -7,7 +7,7 @@ of its training steps. Shapes: [..., K] and [..., K, D], where ... is empty or t
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -210,6 +210,10 @@ class HasCodebook(Protocol):
     def check_code_weights(self, code_weights: CodeWeights | None) -> None: ...
 
 
+def _has_codebook(layer: nn.Module) -> TypeGuard[HasCodebook]:
+    return hasattr(layer, "take_update")
+
+
 def update_codebooks(module: nn.Module, *, code_weights: CodeWeights | None = None) -> None:
     """Update all codebooks in a module from the statistics gathered by training steps with update="accumulate".
 
@@ -223,8 +227,7 @@ def update_codebooks(module: nn.Module, *, code_weights: CodeWeights | None = No
         code_weights: [K] or [codebooks, K], factors of 1 - decay for each code; or a function of the sums and counts of the
             global batch that returns them.
     """
-    modules = (layer for layer in module.modules() if hasattr(layer, "take_update"))
-    layers = [layer for layer in modules if layer.has_ema and layer.update != "none"]
+    layers = [layer for layer in module.modules() if _has_codebook(layer) and layer.has_ema and layer.update != "none"]
     for layer in layers:
         layer.check_code_weights(code_weights)
     for synchronized in (True, False):

@@ -1,10 +1,13 @@
 """Batch normalization by the statistics of the global batch."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._distributed import global_mean, world_size
+from .._typing import signature_of
 from ..ops._validate import check
 
 
@@ -84,6 +87,11 @@ class BatchNorm(_BatchNorm):
         if self.affine:
             y = y + self.bias.view(shape)
         return y.to(x.dtype)
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2 or x.shape[1] != self.num_features:

@@ -1,7 +1,10 @@
 """Conditioning augmentation: a condition sampled around an embedding, and its KL divergence."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
+from .._typing import signature_of
 from .diagonal_gaussian import DiagonalGaussian
 
 
@@ -52,6 +55,11 @@ class ConditioningAugmentation(nn.Module):
         if condition.dim() != 2 or condition.shape[1] != self.condition_dim:
             raise ValueError(f"ConditioningAugmentation: condition must be [B, {self.condition_dim}], got {list(condition.shape)}.")
         return self.gaussian(self.linear(condition))
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     def extra_repr(self) -> str:
         return f"{self.condition_dim}, {self.dim}"

@@ -1,8 +1,11 @@
 """Gaussian bottleneck layer: a reparameterized sample from an encoder's moments, and its KL divergence."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
+from .._typing import signature_of
 from ..ops.gaussian_sample import gaussian_sample
 
 
@@ -72,6 +75,11 @@ class DiagonalGaussian(nn.Module):
         return gaussian_sample(
             moments, logvar, dim=self.dim, prior=prior, free_bits=self.free_bits, dtype=self.dtype, generator=generator, noise=noise
         )
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     @property
     def is_deterministic(self) -> bool:

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from .._typing import signature_of
 from ..ops.finite_scalar_quantize import check_levels, finite_scalar_decode, finite_scalar_quantize
 from ._channels import check_input, codebooks_last, decode_codebooks, linear
 
@@ -89,6 +91,11 @@ class FiniteScalarQuantizer(nn.Module):
             quantized = torch.where(mask.unsqueeze(channel), quantized, 0)
             indices = torch.where(mask.unsqueeze(-1) if self.num_codebooks > 1 else mask, indices, -1)
         return quantized, indices
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     def encode(self, x: Tensor) -> Tensor:
         """Indices of the codes of x, as returned by `forward`, without gradients."""

@@ -1,11 +1,13 @@
 """Gumbel-softmax quantization layer: samples codes of a learned codebook from logits."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._typing import signature_of
 from ..ops._validate import check
 from ..ops.gumbel_sample import gumbel_sample
 
@@ -93,6 +95,11 @@ class GumbelQuantizer(nn.Module):
             noise = logits.new_zeros(()).expand(logits.shape)
         hard = self.hard or not self.training or self.is_deterministic
         return gumbel_sample(logits, self.codebook, tau=self.tau, hard=hard, dim=self.channel_dim, generator=generator, noise=noise)
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     @property
     def is_deterministic(self) -> bool:

@@ -1,9 +1,12 @@
 """Lookup-free quantization layer: codes are signs, and an entropy loss favors confident assignments and full codebook use."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from .._distributed import global_sum
+from .._typing import signature_of
 from ..ops._precision import accumulator_dtype, normalized
 from ..ops._validate import check
 from ..ops.lookup_free_entropy import check_group, code_mass, entropy_of
@@ -118,6 +121,11 @@ class LookupFreeQuantizer(nn.Module):
             quantized = torch.where(mask.unsqueeze(channel), quantized, 0)
             indices = torch.where(mask.unsqueeze(-1) if self.num_codebooks > 1 else mask, indices, -1)
         return quantized, indices, x.new_zeros((), dtype=accumulator_dtype(x.dtype)) if loss is None else loss
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     def _loss(self, bits: Tensor, codes: Tensor, size: float, channel: int, mask: Tensor | None) -> Tensor:
         loss = bits.new_zeros((), dtype=accumulator_dtype(bits.dtype))

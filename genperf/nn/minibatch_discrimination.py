@@ -1,8 +1,11 @@
 """Minibatch discrimination layer: similarities between the samples of a batch, as features for a critic."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
+from .._typing import signature_of
 from ..ops.minibatch_similarity import minibatch_similarity
 
 
@@ -65,6 +68,11 @@ class MinibatchDiscrimination(nn.Module):
         features = x @ self.weight.flatten(1)
         similarity = minibatch_similarity(features.unflatten(1, (self.num_kernels, self.kernel_dim)))
         return torch.cat([x, similarity], 1) if self.concatenate else similarity
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.num_kernels}, {self.kernel_dim}, concatenate={self.concatenate}"

@@ -4,7 +4,7 @@ Above 400 lines: a layer reads from top to bottom in one file, and a third of it
 """
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .._deprecation import RenamedAttribute, renamed_arguments
 from .._pickled import quantizer_state
+from .._typing import signature_of
 from ..ops._dispatch import choose_impl
 from ..ops._layout import Positions
 from ..ops._precision import accumulator_dtype
@@ -259,6 +260,11 @@ class ResidualVectorQuantizer(nn.Module):
                 apply_updates([self.take_update()], code_weights, self.synchronized)
         return self._from_vectors(quantized, positions, mask), self._merge_indices(indices, positions), torch.stack(losses).mean(0)
 
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
+
     @renamed_arguments("ResidualVectorQuantizer", levels="num_quantizers")
     def encode(self, x: Tensor, mask: Tensor | None = None, *, num_quantizers: int | Tensor | None = None) -> Tensor:
         """Indices of x as `forward` returns them, without losses, gradients or an update of the codebooks."""
@@ -460,7 +466,7 @@ class ResidualVectorQuantizer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(quantizer_state(state))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.replace_dead_below > 0 and prefix + "counts" in state_dict:  # possibly saved without dead-code replacement
             state_dict.setdefault(prefix + "num_updates", torch.zeros_like(self.num_updates))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -4,7 +4,7 @@ Above 400 lines: a layer reads from top to bottom in one file, and a third of it
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .._deprecation import RenamedAttribute, renamed_arguments
 from .._pickled import quantizer_state
+from .._typing import signature_of
 from ..ops._dispatch import choose_impl
 from ..ops._layout import Positions
 from ..ops._noise import first_sample
@@ -237,6 +238,28 @@ class VectorQuantizer(nn.Module):
         """Whether training steps gather statistics: for codes that learn by EMA, or for dead-code replacement."""
         return self.decay is not None or self.replace_dead_below > 0
 
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        update: str | None = None,
+        code_weights: CodeWeights | None = None,
+        return_terms: Literal[False] = False,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        update: str | None = None,
+        code_weights: CodeWeights | None = None,
+        return_terms: Literal[True],
+    ) -> tuple[Tensor, Tensor, Tensor, LossTerms]: ...
     def forward(
         self,
         x: Tensor,
@@ -301,6 +324,11 @@ class VectorQuantizer(nn.Module):
 
         outputs = self._from_vectors(quantized, positions, mask), merge_indices(indices, positions.sizes, self.heads), loss
         return (*outputs, LossTerms(error / (sum(weights) or 1.0), diversity, orthogonal)) if return_terms else outputs
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Indices of the nearest codes of x as `forward` returns them, without loss, gradients or an update of the codebook."""
@@ -453,7 +481,7 @@ class VectorQuantizer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(quantizer_state(state))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.replace_dead_below > 0 and prefix + "counts" in state_dict:  # possibly saved without dead-code replacement
             state_dict.setdefault(prefix + "num_updates", torch.zeros_like(self.num_updates))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .._typing import signature_of
 from ..ops._validate import check
 
 
@@ -99,6 +100,11 @@ class ReferenceBatchNorm(nn.Module):
         if self.bias is not None:
             y = y + self.bias.view(shape)
         return y.to(x.dtype)
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, affine={self.weight is not None}"

@@ -192,7 +192,7 @@ class Codebook(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(codebook_state(state))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "embed" in state_dict:
             self.needs_init = self.kmeans_init and not self.initted

@@ -17,10 +17,12 @@ For new code, see `genperf.nn.FiniteScalarQuantizer`, which supports masks and a
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..._typing import signature_of
 from ...nn._channels import codebooks_last, linear, project
 from ...ops._validate import check
 from ...ops.finite_scalar_quantize import basis_of, check_levels, finite_scalar_decode, quantize_levels
@@ -140,6 +142,11 @@ class FSQ(nn.Module):
         if indices is not None:
             indices = self._narrow(indices.movedim(channel, -1) if self.keep_num_codebooks_dim else codebooks_last(indices, channel))
         return out, indices
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     def quantize(self, z: Tensor) -> Tensor:
         """The codes of vectors [..., len(levels)], without projection and rotation."""

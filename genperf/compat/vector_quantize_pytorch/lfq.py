@@ -23,11 +23,13 @@ For new code, see `genperf.nn.LookupFreeQuantizer`, which computes entropies ove
 
 from collections import namedtuple
 from math import ceil, log2
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..._typing import signature_of
 from ...nn._channels import codebooks_last, linear, project
 from ...nn.lookup_free_quantizer import commitment, mean_entropies
 from ...ops._autograd import ValueOf
@@ -53,6 +55,11 @@ class CosineSimLinear(nn.Module):
     def forward(self, x: Tensor, channel: int = -1) -> Tensor:
         directions = normalized(x, channel).to(x.dtype)
         return project(directions, channel, F.normalize(self.weight, dim=0).T) * self.scale
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
 
 class LFQ(nn.Module):
@@ -242,6 +249,11 @@ class LFQ(nn.Module):
         indices = indices.movedim(channel, -1) if self.keep_num_codebooks_dim else codebooks_last(indices, channel)
         result = Return(quantized, indices, aux_loss)
         return (result, LossBreakdown(*entropies, commit_loss)) if return_loss_breakdown else result
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     def _entropies(
         self, bits: Tensor, size: float, channel: int, mask: Tensor | None, inv_temperature: float, wanted: bool

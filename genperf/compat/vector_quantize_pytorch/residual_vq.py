@@ -2,12 +2,14 @@
 
 import random
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._distributed import all_reduce_sum, world_size
+from ..._typing import signature_of
 from ...nn._ema import apply_updates, normalize_codes, saved_copy
 from ...ops._dispatch import choose_impl
 from ...ops._layout import Positions
@@ -192,6 +194,11 @@ class ResidualVQ(nn.Module):
             return quantized_out, all_indices, all_losses
         return quantized_out, all_indices, all_losses, self.get_codes_from_indices(all_indices)
 
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
+
     def _one_by_one(self, x: Tensor, targets: Sequence[Tensor | None], options: dict) -> tuple[Tensor, Tensor | None, Tensor]:
         """The sum of the codes of as many quantizers as there are targets; their indices, None where targets are given; losses."""
         first = self.layers[0]._codebook
@@ -332,6 +339,11 @@ class GroupedResidualVQ(nn.Module):
             return quantized, sum(others[0])
         indices, losses, *codes = others
         return quantized, torch.stack(indices), torch.stack(losses), *codes
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
 
 def common_seed() -> int:

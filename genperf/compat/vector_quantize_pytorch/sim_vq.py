@@ -1,11 +1,13 @@
 """vector-quantize-pytorch's SimVQ over genperf.vector_quantize."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..._typing import signature_of
 from ...ops._precision import accumulator_dtype
 from ...ops.vector_quantize import vector_quantize
 
@@ -72,3 +74,8 @@ class SimVQ(nn.Module):
             gradient="rotation" if self.rotation_trick else "straight_through",
             channel_dim=1 if self.channel_first else -1,
         )
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...

@@ -3,13 +3,14 @@
 Above 400 lines: upstream has 40 arguments, and the differences from it are listed here.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._pickled import vector_quantize_state
+from ..._typing import signature_of
 from ...nn._codebook_losses import diversity_loss, orthogonal_loss
 from ...nn._ema import CodeWeights, saved_copy
 from ...nn._vectors import look_up, merge_heads, merge_indices, split_heads, split_indices
@@ -362,6 +363,11 @@ class VectorQuantize(nn.Module):
         loss = loss_to_differentiate(loss) if self.training else loss
         outputs = quantized, merge_indices(found, positions.sizes, self.heads), loss
         return (*outputs, LossBreakdown(commitment, diversity, orthogonal, zero)) if return_loss_breakdown else outputs
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self) -> None: ...
 
     def _to_vectors(self, x: Tensor, mask: Tensor | None) -> tuple[Positions, Tensor, Tensor | None]:
         """Projected x [..., heads * d] as vectors [h, outer, d, inner], and which are valid, [h, outer, inner]."""
