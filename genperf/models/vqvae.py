@@ -89,7 +89,8 @@ class VQVAE(CodeAutoencoder):
             assert self.prior is not None
             loss = self.prior.loss(self.encode(images))
             return {"loss": loss, "nats_per_code": loss.detach()}
-        return quantized_losses(self(images), images)
+        output = self(images)
+        return quantized_losses(output.reconstruction, images, output.quantizer_loss)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -124,14 +125,10 @@ class VQVAE(CodeAutoencoder):
         self.quantizer.init_codes(self.encoder(share(images)))
 
 
-def quantized_losses(output: VQVAEOutput, images: Tensor) -> dict[str, Tensor]:
-    """The losses of a `VQVAE` or `VQVAE2` from its output."""
-    reconstruction = F.mse_loss(output.reconstruction, images)
-    return {
-        "loss": reconstruction + output.quantizer_loss,
-        "reconstruction": reconstruction.detach(),
-        "quantizer": output.quantizer_loss.detach(),
-    }
+def quantized_losses(reconstruction: Tensor, images: Tensor, quantizer_loss: Tensor) -> dict[str, Tensor]:
+    """The losses of a `VQVAE` or `VQVAE2`."""
+    error = F.mse_loss(reconstruction, images)
+    return {"loss": error + quantizer_loss, "reconstruction": error.detach(), "quantizer": quantizer_loss.detach()}
 
 
 def image_quantizer(config: VQVAEConfig) -> VectorQuantizer:

@@ -88,6 +88,7 @@ class ResidualVectorQuantizer(nn.Module):
     dropout_min_levels = RenamedAttribute("dropout_min_quantizers")
     revive_below = RenamedAttribute("replace_dead_below")
 
+    codebook: Tensor
     counts: Tensor
     sums: Tensor
     num_updates: Tensor

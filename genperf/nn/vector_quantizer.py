@@ -123,6 +123,7 @@ class VectorQuantizer(nn.Module):
 
     revive_below = RenamedAttribute("replace_dead_below")
 
+    codebook: Tensor
     counts: Tensor
     sums: Tensor
     num_updates: Tensor

@@ -39,6 +39,7 @@ class Codebook(nn.Module):
         num_updates: the number of updates, which determines the replacements; a buffer that is not part of the state_dict.
     """
 
+    embed: Tensor
     cluster_size: Tensor
     embed_avg: Tensor
     initted: Tensor

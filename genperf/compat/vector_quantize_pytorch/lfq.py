@@ -21,9 +21,8 @@ Differences from upstream:
 For new code, see `genperf.nn.LookupFreeQuantizer`, which computes entropies over groups of bits for codebooks of any size.
 """
 
-from collections import namedtuple
 from math import ceil, log2
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +37,23 @@ from ...ops._validate import check
 from ...ops.lookup_free_entropy import MAX_GROUP
 from ...ops.lookup_free_quantize import check_bits, code_size, lookup_free_decode, lookup_free_quantize
 
-Return = namedtuple("Return", ["quantized", "indices", "entropy_aux_loss"])
-LossBreakdown = namedtuple("LossBreakdown", ["per_sample_entropy", "batch_entropy", "commitment"])
-
 LOG_FLOOR = 1e-5
+
+
+class Return(NamedTuple):
+    """What `LFQ` returns."""
+
+    quantized: Tensor
+    indices: Tensor
+    entropy_aux_loss: Tensor
+
+
+class LossBreakdown(NamedTuple):
+    """The terms of the loss before their weights; scalars."""
+
+    per_sample_entropy: Tensor
+    batch_entropy: Tensor
+    commitment: Tensor
 
 
 class CosineSimLinear(nn.Module):
@@ -201,9 +213,21 @@ class LFQ(nn.Module):
             codes = self.project_out(codes)
         return codes.movedim(-1, 1) if channel_first else codes
 
+    @overload
+    def forward(
+        self, x: Tensor, inv_temperature: float = 100.0, return_loss_breakdown: Literal[False] = False, mask: Tensor | None = None
+    ) -> Return: ...
+    @overload
+    def forward(
+        self, x: Tensor, inv_temperature: float = 100.0, *, return_loss_breakdown: Literal[True], mask: Tensor | None = None
+    ) -> tuple[Return, LossBreakdown]: ...
+    @overload
     def forward(
         self, x: Tensor, inv_temperature: float = 100.0, return_loss_breakdown: bool = False, mask: Tensor | None = None
-    ) -> Return | tuple[Return, LossBreakdown]:
+    ) -> tuple[Any, ...]: ...
+    def forward(
+        self, x: Tensor, inv_temperature: float = 100.0, return_loss_breakdown: bool = False, mask: Tensor | None = None
+    ) -> tuple[Any, ...]:
         """Quantize x.
 
         Args:

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class ResidualVQ(nn.Module):
         ValueError: an invalid argument, or arguments that exclude each other.
     """
 
+    layers: Sequence[VectorQuantize]  # an nn.ModuleList
+
     def __init__(
         self,
         *,
@@ -61,13 +63,13 @@ class ResidualVQ(nn.Module):
         quantize_dropout_multiple_of: int = 1,
         accept_image_fmap: bool = False,
         implicit_neural_codebook: bool = False,
-        mlp_kwargs: dict | None = None,
+        mlp_kwargs: dict[str, Any] | None = None,
         beam_size: int | None = None,
         eval_beam_size: int | None = None,
         beam_score_quantizer_weights: list[float] | None = None,
         quant_grad_frac: float = 0.0,
         return_zeros_for_masked_padding: bool = True,
-        **vq_kwargs,
+        **vq_kwargs: Any,
     ) -> None:
         super().__init__()
         check_unsupported(
@@ -110,7 +112,8 @@ class ResidualVQ(nn.Module):
             vq_kwargs |= {"manual_ema_update": True}
         if diveq:
             vq_kwargs |= {"ema_update": False, "learnable_codebook": True, "route_gradients_to_input": False, "commitment_weight": 0.0}
-        self.layers = nn.ModuleList(VectorQuantize(codebook_dim, size, **vq_kwargs) for size in sizes)
+        layers = (VectorQuantize(codebook_dim, size, **vq_kwargs) for size in sizes)
+        self.layers = nn.ModuleList(layers)  # pyright: ignore[reportAttributeAccessIssue]
         if shared_codebook:
             for layer in self.layers[1:]:
                 layer._codebook = self.layers[0]._codebook
@@ -140,6 +143,30 @@ class ResidualVQ(nn.Module):
             raise ValueError(f"ResidualVQ: there are {self.num_quantizers} quantizers, got indices of {indices.shape[-1]}.")
         return indices
 
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        indices: None = None,
+        return_all_codes: Literal[False] = False,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool = False,
+        beam_size: int | None = None,
+        rand_quantize_dropout_fixed_seed: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        indices: Tensor | list[Tensor] | None = None,
+        return_all_codes: bool = False,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool = False,
+        beam_size: int | None = None,
+        rand_quantize_dropout_fixed_seed: int | None = None,
+    ) -> tuple[Tensor, ...]: ...
     def forward(
         self,
         x: Tensor,
@@ -168,8 +195,10 @@ class ResidualVQ(nn.Module):
         if self.training and self.quantize_dropout and indices is None:
             used = self._random_num_quantizers(rand_quantize_dropout_fixed_seed)
         # Padding may be NaN, which must not reach the gradients.
-        clean = mask is not None and (self.has_projections or self.diveq)
-        projected = self.project_in(torch.where(mask.unsqueeze(-1), x, 0) if clean else x)
+        clean = x
+        if mask is not None and (self.has_projections or self.diveq):
+            clean = torch.where(mask.unsqueeze(-1), x, 0)
+        projected = self.project_in(clean)
         if indices is None and self._can_fuse():
             quantized_out, found, losses = self._fused(projected, mask, used, frozen)
         else:
@@ -188,6 +217,7 @@ class ResidualVQ(nn.Module):
         if indices is not None:
             return quantized_out, losses.sum()
 
+        assert found is not None  # as no indices are given
         dropped = self.num_quantizers - used
         all_indices, all_losses = F.pad(found, (0, dropped), value=-1), F.pad(losses, (0, dropped))
         if not return_all_codes:
@@ -199,7 +229,7 @@ class ResidualVQ(nn.Module):
         @signature_of(forward)
         def __call__(self) -> None: ...
 
-    def _one_by_one(self, x: Tensor, targets: Sequence[Tensor | None], options: dict) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _one_by_one(self, x: Tensor, targets: Sequence[Tensor | None], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
         """The sum of the codes of as many quantizers as there are targets; their indices, None where targets are given; losses."""
         first = self.layers[0]._codebook
         shared = self.training and self.shared_codebook and not options["freeze_codebook"]
@@ -287,14 +317,17 @@ class GroupedResidualVQ(nn.Module):
     losses [groups, num_quantizers], codes as a tuple over the groups. `indices` of forward are a list or tensor over the groups.
     """
 
-    def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs) -> None:
+    rvqs: Sequence[ResidualVQ]  # an nn.ModuleList
+
+    def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: Any) -> None:
         super().__init__()
         if dim % groups:
             raise ValueError(f"GroupedResidualVQ: dim must be divisible by groups, got {dim} and {groups}.")
         self.dim = dim
         self.groups = groups
         self.accept_image_fmap = accept_image_fmap
-        self.rvqs = nn.ModuleList(ResidualVQ(dim=dim // groups, accept_image_fmap=accept_image_fmap, **kwargs) for _ in range(groups))
+        rvqs = (ResidualVQ(dim=dim // groups, accept_image_fmap=accept_image_fmap, **kwargs) for _ in range(groups))
+        self.rvqs = nn.ModuleList(rvqs)  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def split_dim(self) -> int:
@@ -303,7 +336,7 @@ class GroupedResidualVQ(nn.Module):
     @property
     def codebooks(self) -> Tensor:
         """[groups, num_quantizers, K, d]"""
-        return torch.stack([rvq.codebooks for rvq in self.rvqs])
+        return torch.stack([cast(Tensor, rvq.codebooks) for rvq in self.rvqs])
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         return torch.stack([rvq.get_codes_from_indices(i) for rvq, i in zip(self.rvqs, indices, strict=True)])
@@ -320,7 +353,7 @@ class GroupedResidualVQ(nn.Module):
         sample_codebook_temp: float | None = None,
         freeze_codebook: bool = False,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Any, ...]:
         if x.shape[self.split_dim] != self.dim:
             raise ValueError(f"GroupedResidualVQ: x must have {self.dim} channels in dimension {self.split_dim}, got {list(x.shape)}.")
         options = {
@@ -337,8 +370,8 @@ class GroupedResidualVQ(nn.Module):
         quantized = torch.cat(quantized, self.split_dim)
         if targets[0] is not None:
             return quantized, sum(others[0])
-        indices, losses, *codes = others
-        return quantized, torch.stack(indices), torch.stack(losses), *codes
+        all_indices, all_losses, *codes = others
+        return quantized, torch.stack(all_indices), torch.stack(all_losses), *codes
 
     if TYPE_CHECKING:
 

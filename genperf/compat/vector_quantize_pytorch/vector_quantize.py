@@ -3,7 +3,8 @@
 Above 400 lines: upstream has 40 arguments, and the differences from it are listed here.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -87,50 +88,50 @@ class VectorQuantize(nn.Module):
 
     def __init__(
         self,
-        dim,
-        codebook_size,
-        codebook_dim=None,
-        heads=1,
-        separate_codebook_per_head=False,
-        decay=0.8,
-        eps=1e-5,
-        freeze_codebook=False,
-        kmeans_init=False,
-        kmeans_iters=10,
-        sync_kmeans=True,
-        use_cosine_sim=False,
-        layernorm_after_project_in=False,
-        threshold_ema_dead_code=0,
-        channel_last=True,
-        accept_image_fmap=False,
-        accept_3d_fmap=False,
-        commitment_weight=1.0,
-        commitment_use_cross_entropy_loss=False,
-        orthogonal_reg_weight=0.0,
-        orthogonal_reg_active_codes_only=False,
-        orthogonal_reg_max_codes=None,
-        codebook_diversity_loss_weight=0.0,
-        codebook_diversity_temperature=100.0,
-        stochastic_sample_codes=False,
-        sample_codebook_temp=1.0,
-        straight_through=False,
-        rotation_trick=None,
-        directional_reparam=False,
-        directional_reparam_variance=5e-3,
-        sync_codebook=None,
-        sync_affine_param=False,
-        ema_update=None,
-        vq_bridge=None,
-        manual_ema_update=False,
-        learnable_codebook=None,
-        in_place_codebook_optimizer=None,
-        manual_in_place_optimizer_update=False,
-        affine_param=False,
-        affine_param_batch_decay=0.99,
-        affine_param_codebook_decay=0.9,
-        sync_update_v=0.0,
-        return_zeros_for_masked_padding=True,
-        route_gradients_to_input=True,
+        dim: int,
+        codebook_size: int,
+        codebook_dim: int | None = None,
+        heads: int = 1,
+        separate_codebook_per_head: bool = False,
+        decay: float = 0.8,
+        eps: float = 1e-5,
+        freeze_codebook: bool = False,
+        kmeans_init: bool = False,
+        kmeans_iters: int = 10,
+        sync_kmeans: bool = True,
+        use_cosine_sim: bool = False,
+        layernorm_after_project_in: bool = False,
+        threshold_ema_dead_code: float = 0,
+        channel_last: bool = True,
+        accept_image_fmap: bool = False,
+        accept_3d_fmap: bool = False,
+        commitment_weight: float = 1.0,
+        commitment_use_cross_entropy_loss: bool = False,
+        orthogonal_reg_weight: float = 0.0,
+        orthogonal_reg_active_codes_only: bool = False,
+        orthogonal_reg_max_codes: int | None = None,
+        codebook_diversity_loss_weight: float = 0.0,
+        codebook_diversity_temperature: float = 100.0,
+        stochastic_sample_codes: bool = False,
+        sample_codebook_temp: float = 1.0,
+        straight_through: bool = False,
+        rotation_trick: bool | None = None,
+        directional_reparam: bool = False,
+        directional_reparam_variance: float = 5e-3,
+        sync_codebook: bool | None = None,
+        sync_affine_param: bool = False,
+        ema_update: bool | None = None,
+        vq_bridge: nn.Module | None = None,
+        manual_ema_update: bool = False,
+        learnable_codebook: bool | None = None,
+        in_place_codebook_optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+        manual_in_place_optimizer_update: bool = False,
+        affine_param: bool = False,
+        affine_param_batch_decay: float = 0.99,
+        affine_param_codebook_decay: float = 0.9,
+        sync_update_v: float = 0.0,
+        return_zeros_for_masked_padding: bool = True,
+        route_gradients_to_input: bool = True,
     ) -> None:
         super().__init__()
         check_unsupported(
@@ -289,21 +290,53 @@ class VectorQuantize(nn.Module):
 
     update_ema_indices = update_indices
 
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        indices: None = None,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+        topk: int | None = None,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool | None = None,
+        return_loss_breakdown: Literal[False] = False,
+        codebook_transform_fn: Callable[[Tensor], Tensor] | None = None,
+        ema_update_weight: CodeWeights | None = None,
+        accum_ema_update: bool = False,
+        ema_update: bool | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    @overload
     def forward(
         self,
         x: Tensor,
         indices: Tensor | None = None,
         mask: Tensor | None = None,
         lens: Tensor | None = None,
-        topk=None,
+        topk: int | None = None,
         sample_codebook_temp: float | None = None,
         freeze_codebook: bool | None = None,
         return_loss_breakdown: bool = False,
-        codebook_transform_fn=None,
+        codebook_transform_fn: Callable[[Tensor], Tensor] | None = None,
         ema_update_weight: CodeWeights | None = None,
         accum_ema_update: bool = False,
         ema_update: bool | None = None,
-    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, LossBreakdown]:
+    ) -> tuple[Any, ...]: ...
+    def forward(
+        self,
+        x: Tensor,
+        indices: Tensor | None = None,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+        topk: int | None = None,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool | None = None,
+        return_loss_breakdown: bool = False,
+        codebook_transform_fn: Callable[[Tensor], Tensor] | None = None,
+        ema_update_weight: CodeWeights | None = None,
+        accum_ema_update: bool = False,
+        ema_update: bool | None = None,
+    ) -> tuple[Any, ...]:
         """Quantize x.
 
         Args:
