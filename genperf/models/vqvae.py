@@ -14,6 +14,9 @@ from ._convolutional import DOWNSAMPLING, check_convolutional, image_decoder, im
 from .index_prior import IndexPrior
 from .system import SystemConfig, evaluating, option, share
 
+if TYPE_CHECKING:
+    from .vqvae2 import VQVAE2Output
+
 
 @dataclass(frozen=True)
 class VQVAEConfig(SystemConfig):
@@ -89,8 +92,7 @@ class VQVAE(CodeAutoencoder):
             assert self.prior is not None
             loss = self.prior.loss(self.encode(images))
             return {"loss": loss, "nats_per_code": loss.detach()}
-        output = self(images)
-        return quantized_losses(output.reconstruction, images, output.quantizer_loss)
+        return quantized_losses(self(images), images)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -125,10 +127,14 @@ class VQVAE(CodeAutoencoder):
         self.quantizer.init_codes(self.encoder(share(images)))
 
 
-def quantized_losses(reconstruction: Tensor, images: Tensor, quantizer_loss: Tensor) -> dict[str, Tensor]:
-    """The losses of a `VQVAE` or `VQVAE2`."""
-    error = F.mse_loss(reconstruction, images)
-    return {"loss": error + quantizer_loss, "reconstruction": error.detach(), "quantizer": quantizer_loss.detach()}
+def quantized_losses(output: "VQVAEOutput | VQVAE2Output", images: Tensor) -> dict[str, Tensor]:
+    """The losses of a `VQVAE` or `VQVAE2` from its output."""
+    reconstruction = F.mse_loss(output.reconstruction, images)
+    return {
+        "loss": reconstruction + output.quantizer_loss,
+        "reconstruction": reconstruction.detach(),
+        "quantizer": output.quantizer_loss.detach(),
+    }
 
 
 def image_quantizer(config: VQVAEConfig) -> VectorQuantizer:

@@ -123,8 +123,7 @@ class VQVAE2(CodeAutoencoder):
             top, bottom = self.encode(images)
             loss = self.top_prior.loss(top) if player == "top_prior" else self.bottom_prior.loss(bottom, self._condition(top))
             return {"loss": loss, "nats_per_code": loss.detach()}
-        output = self(images)
-        return quantized_losses(output.reconstruction, images, output.quantizer_loss)
+        return quantized_losses(self(images), images)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> HierarchicalCodes:
