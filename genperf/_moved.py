@@ -3,6 +3,7 @@
 import importlib
 import sys
 import warnings
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -21,7 +22,7 @@ MOVED = {
 RENAMED = {"genperf.nn.joint": {"joint_mean": "global_mean", "joint_sum": "global_sum"}}
 
 
-class _MovedModules:
+class _MovedModules(Loader):
     """Finder and loader of the names in MOVED. It is last on sys.meta_path, so it shadows no module."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -81,7 +83,7 @@ def poisoned_memory() -> Iterator[None]:
     """Fill new tensors with NaN (integers with their largest value), so that elements which a kernel fails to write are found."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
@@ -129,12 +131,12 @@ def largest_allocation(function: Callable[[], object]) -> int:
     """Return the size in bytes of the largest single CPU allocation in `function`."""
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
-    allocated = [event.cpu_memory_usage for event in profile.events() if event.cpu_memory_usage > 0]
+    allocated = [event.cpu_memory_usage for event in profile.events() or () if event.cpu_memory_usage > 0]
     assert allocated, "the profiler saw no allocation"
     return max(allocated)
 
 
-def check_op(name: str, samples: Sequence[tuple]) -> None:
+def check_op(name: str, samples: Sequence[tuple[Any, ...]]) -> None:
     """Run torch.library.opcheck on sample arguments: schema, fake implementation, aliasing, dynamic shapes."""
     op = getattr(torch.ops.genperf, name).default
     for sample in samples:
@@ -189,7 +191,7 @@ def check_checkpoint(function: Callable[..., Tensor], *inputs: Tensor) -> None:
     for checkpointed in (False, True):
         leaves = [t.detach().requires_grad_() for t in inputs]
         torch.manual_seed(11)
-        value = torch.utils.checkpoint.checkpoint(function, *leaves, use_reentrant=False) if checkpointed else function(*leaves)
+        value = checkpoint(function, *leaves, use_reentrant=False) if checkpointed else function(*leaves)
         torch.rand(3, device=value.device)  # advances the generator between forward and backward
         results.append([value, *torch.autograd.grad(value, leaves)])
     for plain, recomputed in zip(*results, strict=True):

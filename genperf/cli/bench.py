@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from .._errors import UserError, import_extra
 from . import options
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     mode = next((mode for mode in _MODES if getattr(arguments, mode)), None)
-    module, packages = _MODES.get(mode, (None, {"matplotlib": "matplotlib"}))
+    module, packages = _MODES[mode] if mode is not None else (None, {"matplotlib": "matplotlib"})
     for needed, package in {"pytest_benchmark": "pytest-benchmark", **packages}.items():
         import_extra(needed, package, "bench")
     if mode in ("in_turn", "accuracy") and arguments.device == "cuda":
@@ -109,7 +110,7 @@ def benchmarks() -> Path:
     return installed if installed.is_dir() else _PACKAGE.parent / "benchmarks"
 
 
-def _entries(measured: Path) -> list[dict]:
+def _entries(measured: Path) -> list[dict[str, Any]]:
     """The measurements that pytest-benchmark wrote; its file is empty where nothing was measured."""
     text = measured.read_text() if measured.exists() else ""
     return json.loads(text)["benchmarks"] if text else []

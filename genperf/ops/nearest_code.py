@@ -162,7 +162,8 @@ def _(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
 
 @implement_on_cuda("nearest_code")
 def _(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
-    from genperf.kernels.nearest_code import nearest_code as launch
+    # A checkout has these files in kernels/.
+    from genperf.kernels.nearest_code import nearest_code as launch  # pyright: ignore[reportMissingImports]
 
     with torch.cuda.device_of(x):
         return launch(x, codebook, mask, cosine)

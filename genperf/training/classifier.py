@@ -1,8 +1,8 @@
 """A small classifier trained on the data set itself, to score samples where Inception features are not meaningful."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._errors import UserError
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint, using_checkpoint
 from .data import LabeledImages, fingerprint
 from .seeding import seeded
 
@@ -73,20 +73,20 @@ def train_classifier(training: LabeledImages, held_out: LabeledImages, device: t
     Raises:
         ValueError: no labels, or fewer than two classes.
     """
-    reason = classifier_unavailable(training)
-    if reason is not None:
+    reason, labels = classifier_unavailable(training), training.labels
+    if reason is not None or labels is None:
         raise ValueError(f"train_classifier: images of at least two classes are needed, but {reason}.")
     classes = max(training.num_classes, held_out.num_classes)
     with seeded(0, device):
-        classifier = Classifier(tuple(training.images.shape[1:]), classes).to(device)
+        classifier = Classifier(_image_shape(training.images), classes).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=_STEPS)
     draws = np.random.default_rng(0)
     # cuDNN's default algorithms are not deterministic.
     with torch.enable_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         for batch in _batch_indices(len(training.images), draws):
-            images, labels = training.images[batch].to(device), training.labels[batch].to(device)
-            loss = F.cross_entropy(classifier(_shift(images, draws)), labels, label_smoothing=0.1)
+            logits = classifier(_shift(training.images[batch].to(device), draws))
+            loss = F.cross_entropy(logits, labels[batch].to(device), label_smoothing=0.1)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -99,20 +99,16 @@ def train_classifier(training: LabeledImages, held_out: LabeledImages, device: t
 def trained_classifier(training: LabeledImages, held_out: LabeledImages, *, folder: Path, device: torch.device) -> Classifier:
     """Load the classifier of this data from classifier.pt in the folder; if there is none, train it and write it there.
 
-    Raises:
-        OSError: the file cannot be written.
+    A folder that cannot be written to is left as it is.
     """
     path = folder / "classifier.pt"
     key = " ".join(fingerprint(part) for data in (training, held_out) for part in data)
-    state = _load(path, key)
-    if state is None:
+    classifier = _load(path, key, tuple(training.images.shape[1:]))
+    if classifier is None:
         classifier = train_classifier(training, held_out, device)
         weights = {name: value.cpu() for name, value in classifier.state_dict().items()}
-        save_checkpoint(path, {"format": _FORMAT, "data": key, "accuracy": classifier.accuracy, "model": weights})
-        return classifier
-    classifier = Classifier(tuple(training.images.shape[1:]), len(state["model"]["output.bias"]))
-    classifier.load_state_dict(state["model"])
-    classifier.accuracy = state["accuracy"]
+        with suppress(OSError):
+            save_checkpoint(path, {"format": _FORMAT, "data": key, "accuracy": classifier.accuracy, "model": weights})
     return classifier.to(device).requires_grad_(False).eval()
 
 
@@ -123,14 +119,19 @@ def predict(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Te
     return torch.cat([classifier(batch.to(device)).argmax(1).cpu() for batch in images.split(batch_size)])
 
 
-def _load(path: Path, key: str) -> dict[str, Any] | None:
-    """The state in the file, or None if there is none for this data."""
+def _load(path: Path, key: str, image_shape: tuple[int, int, int]) -> Classifier | None:
+    """The classifier in the file, or None if there is none for this data and this version."""
     try:
         state = load_checkpoint(path)
+        with using_checkpoint(path):
+            if state["format"] != _FORMAT or state["data"] != key:
+                return None
+            classifier = Classifier(image_shape, len(state["model"]["output.bias"]))
+            classifier.load_state_dict(state["model"])
+            classifier.accuracy = float(state["accuracy"])
     except UserError:
         return None
-    matches = isinstance(state, dict) and state.get("format") == _FORMAT and state.get("data") == key
-    return state if matches else None
+    return classifier
 
 
 def _batch_indices(count: int, draws: np.random.Generator) -> list[Tensor]:

@@ -139,8 +139,9 @@ def evaluate(
         batches = normal_images(system, held_out).split(batch_size)
         if batches[0].numel():
             scores |= _reconstruction(system, batches) | _denoising(system, batches)
-            if hasattr(system, "negative_elbo"):
-                scores["negative_elbo"] = _mean(system.negative_elbo(batch.to(device)) for batch in batches)
+            negative_elbo = getattr(system, "negative_elbo", None)
+            if negative_elbo is not None:
+                scores["negative_elbo"] = _mean(negative_elbo(batch.to(device)) for batch in batches)
         scores |= _codes(system, held_out, batch_size) | _anomalies(system, held_out, batch_size) | _classes(system, held_out, batch_size)
         if samples and sampling_unavailable(system) is None:
             scores |= _samples(system, training, held_out, samples, extractor, classifier, batch_size)
@@ -209,24 +210,27 @@ def normal_images(system: System, held_out: LabeledImages) -> Tensor:
 
 
 def _reconstruction(system: System, batches: tuple[Tensor, ...]) -> dict[str, float]:
-    if not hasattr(system, "reconstruct"):
+    reconstruct = getattr(system, "reconstruct", None)
+    if reconstruct is None:
         return {}
-    mse = _mse(batches, (system.reconstruct(batch.to(system.device)) for batch in batches))
+    mse = _mse(batches, (reconstruct(batch.to(system.device)) for batch in batches))
     return {"mse": mse, "psnr": _psnr(mse)}
 
 
 def _denoising(system: System, batches: tuple[Tensor, ...]) -> dict[str, float]:
-    if not (hasattr(system, "corrupt") and hasattr(system, "denoise")):
+    corrupt, denoise = getattr(system, "corrupt", None), getattr(system, "denoise", None)
+    if corrupt is None or denoise is None:
         return {}
-    noisy = [system.corrupt(batch.to(system.device)) for batch in batches]
-    before, after = _psnr(_mse(batches, noisy)), _psnr(_mse(batches, (system.denoise(batch) for batch in noisy)))
+    noisy = [corrupt(batch.to(system.device)) for batch in batches]
+    before, after = _psnr(_mse(batches, noisy)), _psnr(_mse(batches, (denoise(batch) for batch in noisy)))
     return {"psnr_noisy": before, "psnr_denoised": after, "psnr_gain": after - before}
 
 
 def _codes(system: System, held_out: LabeledImages, batch_size: int) -> dict[str, float]:
-    if not (hasattr(system, "encode") and hasattr(system.config, "num_codes")):
+    encode = getattr(system, "encode", None)
+    if encode is None or not hasattr(system.config, "num_codes"):
         return {}
-    encoded = [system.encode(batch.to(system.device)) for batch in held_out.images.split(batch_size)]
+    encoded = [encode(batch.to(system.device)) for batch in held_out.images.split(batch_size)]
     if isinstance(encoded[0], Tensor):
         levels = {"": encoded}
     else:
@@ -240,20 +244,21 @@ def _codes(system: System, held_out: LabeledImages, batch_size: int) -> dict[str
 
 
 def _anomalies(system: System, held_out: LabeledImages, batch_size: int) -> dict[str, float]:
-    normal = getattr(system.config, "normal_class", None)
-    if not hasattr(system, "anomaly_score") or normal is None or held_out.labels is None:
+    anomaly_score, normal = getattr(system, "anomaly_score", None), getattr(system.config, "normal_class", None)
+    if anomaly_score is None or normal is None or held_out.labels is None:
         return {}
     positive = held_out.labels != normal
     if positive.all() or not positive.any():
         return {}
-    anomaly_scores = [system.anomaly_score(batch.to(system.device)).cpu() for batch in held_out.images.split(batch_size)]
+    anomaly_scores = [anomaly_score(batch.to(system.device)).cpu() for batch in held_out.images.split(batch_size)]
     return {"auroc": area_under_roc(torch.cat(anomaly_scores), positive)}
 
 
 def _classes(system: System, held_out: LabeledImages, batch_size: int) -> dict[str, float]:
-    if not hasattr(system, "classify") or held_out.labels is None:
+    classify = getattr(system, "classify", None)
+    if classify is None or held_out.labels is None:
         return {}
-    predicted = [system.classify(batch.to(system.device)).argmax(1).cpu() for batch in held_out.images.split(batch_size)]
+    predicted = [classify(batch.to(system.device)).argmax(1).cpu() for batch in held_out.images.split(batch_size)]
     accuracy = (torch.cat(predicted) == held_out.labels).double().mean().item()
     return {"accuracy": accuracy, "error": 1 - accuracy}
 
@@ -267,20 +272,20 @@ def _samples(
     classifier: Classifier | None,
     batch_size: int,
 ) -> dict[str, float]:
-    conditional = num_conditions(system) > 0 and training.labels is not None
-    labels = class_labels(samples, training.labels) if conditional else None
+    labels = class_labels(samples, training.labels) if num_conditions(system) > 0 and training.labels is not None else None
     features = _feature_function(extractor, classifier) if len(held_out.images) > 1 else None
     distance = None if features is None else _distance_to(held_out.images.split(batch_size), features)
     training_images = training.images.to(system.device)
     distances, classes = [], []
     for batch in sample_batches(system, samples, labels, batch_size):
         distances.append(nearest_images(batch, training_images).distances.cpu())
-        if distance is not None:
+        if distance is not None and features is not None:
             distance.update(features(batch), real=False)
         if classifier is not None:
             classes.append(predict(classifier, batch))
     scores = {} if distance is None else {"fid": distance.compute().item()}
     if classifier is not None:
+        assert training.labels is not None  # which the classifier was trained on
         predicted = torch.cat(classes)
         shares = training.labels.bincount(minlength=classifier.num_classes).double() / len(training.labels)
         modes = mode_coverage(predicted, classifier.num_classes, expected=shares)

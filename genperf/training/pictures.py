@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._errors import import_extra
+from .._files import write_atomically
 from .._modes import evaluating
 from ..models.latent import interpolations
 from ..models.system import System, standard_normal
@@ -52,27 +53,31 @@ def write_pictures(
     with seeded(seed, device), evaluating(system):
         if sampling_unavailable(system) is None:
             _write_samples(path("samples.png"), system)
-        if hasattr(system, "reconstruct"):
-            write_comparison(path("reconstructions.png"), shown, system.reconstruct(shown))
-        if hasattr(system, "corrupt") and hasattr(system, "denoise"):
-            noisy = system.corrupt(shown)
-            write_comparison(path("denoised.png"), shown, noisy, system.denoise(noisy))
+        reconstruct = getattr(system, "reconstruct", None)
+        if reconstruct is not None:
+            write_comparison(path("reconstructions.png"), shown, reconstruct(shown))
+        corrupt, denoise = getattr(system, "corrupt", None), getattr(system, "denoise", None)
+        if corrupt is not None and denoise is not None:
+            noisy = corrupt(shown)
+            write_comparison(path("denoised.png"), shown, noisy, denoise(noisy))
         rows = _interpolations(system, held_out.images[: 2 * _ROWS].to(device))
         if rows is not None:
-            write_rows(path("interpolations.png"), rows)
-        if hasattr(system, "latent_grid") and len(held_out.images) >= 3:
-            write_images(path("latent_grid.png"), system.latent_grid(_GRID, held_out.images.to(device)), _GRID)
+            write_rows(path("interpolations.png"), list(rows))
+        latent_grid = getattr(system, "latent_grid", None)
+        if latent_grid is not None and len(held_out.images) >= 3:
+            write_images(path("latent_grid.png"), latent_grid(_GRID, held_out.images.to(device)), _GRID)
     if history:
         write_curves(path("losses.png"), history)
     return written
 
 
 def write_image(path: Path, image: Tensor) -> None:
-    """Write one image [C, H, W], clamped to [0, 1], at its own size."""
+    """Write one image [C, H, W], clamped to [0, 1], at its own size, as .png."""
     from PIL import Image
 
     pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().movedim(0, -1)
-    Image.fromarray(pixels.squeeze(-1).numpy() if pixels.shape[-1] == 1 else pixels.numpy()).save(path)
+    picture = Image.fromarray(pixels.squeeze(-1).numpy() if pixels.shape[-1] == 1 else pixels.numpy())
+    write_atomically(path, lambda file: picture.save(file, "PNG"))
 
 
 def write_images(path: Path, images: Tensor, columns: int) -> None:
@@ -118,7 +123,7 @@ def write_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
         panel.grid(alpha=0.3)
     for panel in list(figure.axes)[len(names) :]:
         panel.set_axis_off()
-    figure.savefig(path)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
 def _write_samples(path: Path, system: System) -> None:
@@ -132,20 +137,22 @@ def _write_samples(path: Path, system: System) -> None:
 
 def _interpolations(system: System, images: Tensor) -> Tensor | None:
     """Images [rows, columns, C, H, W] interpolated in the latent space, or None if the latents are not vectors."""
-    if hasattr(system, "encode") and hasattr(system, "decode"):
-        codes = system.encode(images)
+    encode, decode = getattr(system, "encode", None), getattr(system, "decode", None)
+    if encode is not None and decode is not None:
+        codes = encode(images)
         if len(images) < 2 or not isinstance(codes, Tensor) or not codes.is_floating_point():
             return None
         half = len(codes) // 2
         latents = interpolations(codes[:half], codes[half : 2 * half], _COLUMNS, "lerp")
-        return system.decode(latents.flatten(0, 1)).unflatten(0, (-1, _COLUMNS))
-    if not hasattr(system, "sampler") or not hasattr(system.config, "latent_dim"):
+        return decode(latents.flatten(0, 1)).unflatten(0, (-1, _COLUMNS))
+    sampler, condition = getattr(system, "sampler", None), getattr(system, "condition", None)
+    if sampler is None or condition is None or not hasattr(system.config, "latent_dim"):
         return None
-    ends = [standard_normal(_ROWS, system.config.latent_dim, device=images.device) for _ in range(2)]
-    latents = interpolations(*ends, _COLUMNS, "slerp").flatten(0, 1)
+    start, end = (standard_normal(_ROWS, system.config.latent_dim, device=images.device) for _ in range(2))
+    latents = interpolations(start, end, _COLUMNS, "slerp").flatten(0, 1)
     classes = num_conditions(system)
     labels = torch.arange(_ROWS, device=images.device).remainder(classes).repeat_interleave(_COLUMNS) if classes else None
-    return system.sampler(latents, system.condition(labels)).add(1).div(2).unflatten(0, (-1, _COLUMNS))
+    return sampler(latents, condition(labels)).add(1).div(2).unflatten(0, (-1, _COLUMNS))
 
 
 def _row(images: Tensor, columns: int) -> Tensor:

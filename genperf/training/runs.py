@@ -1,6 +1,7 @@
 """Runs of `genperf train`: settings, checkpoint, and the trained system."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 
 from .._errors import UserError, value_error_as_user_error
 from ..models import SYSTEMS, System
-from .checkpoint import load_checkpoint
+from .checkpoint import load_checkpoint, using_checkpoint
 from .data import LabeledImages, fingerprint, load_images, split_held_out
 
 FORMAT = "genperf train, 1"
@@ -43,7 +44,7 @@ def build_system(name: str, settings: Settings, config: dict[str, Any], images: 
     """Build a system for these images, with the options `config` and weights initialized from the seed."""
     system_class = SYSTEMS[name]
     fields = {field.name for field in dataclasses.fields(system_class.Config)}
-    from_data = {"image_shape": tuple(images.images.shape[1:])}
+    from_data: dict[str, Any] = {"image_shape": tuple(images.images.shape[1:])}
     if "num_classes" in fields:
         if images.labels is None:
             raise UserError(
@@ -62,16 +63,21 @@ def build_system(name: str, settings: Settings, config: dict[str, Any], images: 
 def load_state(folder: Path, purpose: str) -> dict[str, Any]:
     """Load the checkpoint of the run in the folder; error messages start with `purpose`, which needs it."""
     path = folder / CHECKPOINT
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{purpose} needs the checkpoint of an earlier run, got {str(path)!r}, which does not exist.")
     state = load_checkpoint(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{purpose} needs a checkpoint of `genperf train`, got another kind of file, {str(path)!r}.")
-    if state["system"] not in SYSTEMS:
-        raise UserError(f"{purpose} needs a run of a system that genperf.models.SYSTEMS names, got one of {state['system']!r}.")
-    unknown = {*state["config"]} - {field.name for field in dataclasses.fields(SYSTEMS[state["system"]].Config)}
-    if unknown:
-        raise UserError(f"{purpose} needs a run whose options are known, got one with {', '.join(sorted(unknown))}.")
+    with using_checkpoint(path):
+        missing = [part for part in ("system", "settings", "config", "data", "training") if part not in state]
+        if missing:
+            raise UserError(f"{purpose} needs a whole checkpoint, got {str(path)!r} without {', '.join(missing)}.")
+        if state["system"] not in SYSTEMS:
+            raise UserError(f"{purpose} needs a run of a system that genperf.models.SYSTEMS names, got one of {state['system']!r}.")
+        known = [field.name for options in (Settings, SYSTEMS[state["system"]].Config) for field in dataclasses.fields(options)]
+        unknown = {*state["settings"], *state["config"]}.difference(known)
+        if unknown:
+            raise UserError(f"{purpose} needs a run whose options are known, got one with {', '.join(sorted(unknown))}.")
     return state
 
 
@@ -82,14 +88,15 @@ def load_run(folder: Path, device: torch.device, *, data: str | None = None) -> 
         data: location of the images, if it has changed since training.
 
     Raises:
-        UserError: the folder holds no run, or the images are not those of the run.
+        UserError: the folder holds no run, or one of another version of genperf, or the images are not those of the run.
     """
     state = load_state(folder, str(folder))
-    settings = Settings(**state["settings"])
-    images = load_images(data if data is not None else settings.data)
-    check_fingerprint(images, state, "--data")
-    system = build_system(state["system"], settings, state["config"], images)
-    system.load_state_dict(state["training"]["model"])
+    with using_checkpoint(folder / CHECKPOINT):
+        settings = Settings(**state["settings"])
+        images = load_images(data if data is not None else settings.data)
+        check_fingerprint(images, state, "--data")
+        system = build_system(state["system"], settings, state["config"], images)
+        system.load_state_dict(state["training"]["model"])
     return Run(state["system"], system.to(device).eval(), settings, *split_held_out(images))
 
 

@@ -1,6 +1,7 @@
 """Files of samples: one picture, a folder of pictures, or an .npz file."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -38,7 +39,7 @@ def write_samples(path: Path, images: Tensor, labels: Tensor | None, columns: in
         if path.suffix == ".png":
             write_images(path, images, columns)
         elif path.suffix == ".npz":
-            arrays = {"images": (images * 255).round().byte().movedim(1, -1).numpy()}
+            arrays: dict[str, Any] = {"images": (images * 255).round().byte().movedim(1, -1).numpy()}
             if labels is not None:
                 arrays["labels"] = labels.numpy()
             write_atomically(path, lambda file: np.savez(file, **arrays))

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ def sampling_unavailable(system: System) -> str | None:
 
 def num_conditions(system: System) -> int:
     """Number of classes that the system can be conditioned on; 0 if it samples unconditionally."""
-    if not hasattr(system, "sample") or "labels" not in inspect.signature(system.sample).parameters:
+    sample = getattr(system, "sample", None)
+    if sample is None or "labels" not in inspect.signature(sample).parameters:
         return 0
     # A system that classifies has classes, but samples unconditionally.
     return 0 if hasattr(system, "classify") else getattr(system.config, "num_classes", 0)
@@ -56,10 +58,11 @@ def sample_batches(system: System, n: int, labels: Tensor | None, batch_size: in
     Raises:
         UserError: samples with NaN or infinity.
     """
+    sample: Any = system.sample
     for start in range(0, n, batch_size):
         size = min(batch_size, n - start)
         batch_labels = None if labels is None else labels[start : start + size].to(system.device)
-        samples = system.sample(size, batch_labels)
+        samples = sample(size, batch_labels)
         if not samples.isfinite().all():
             raise UserError("the system's samples must be finite, got NaN or infinity; its training may have diverged.")
         yield samples.float().clamp(0, 1)

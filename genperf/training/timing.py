@@ -24,7 +24,7 @@ class StepTimes(NamedTuple):
 
 
 def time_steps(
-    system: System, images: Tensor, labels: Tensor | None, *, autocast: Callable[[], AbstractContextManager] = nullcontext
+    system: System, images: Tensor, labels: Tensor | None, *, autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 ) -> StepTimes:
     """Time a training step on one batch with both implementations.
 
@@ -48,7 +48,9 @@ def time_steps(
 class _Step:
     """A training step of a copy of the system."""
 
-    def __init__(self, system: System, images: Tensor, labels: Tensor | None, autocast: Callable[[], AbstractContextManager]) -> None:
+    def __init__(
+        self, system: System, images: Tensor, labels: Tensor | None, autocast: Callable[[], AbstractContextManager[object]]
+    ) -> None:
         self.system = copy.deepcopy(system).train()
         self.optimizers = self.system.optimizers()
         self.batch = images, labels

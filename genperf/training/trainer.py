@@ -9,12 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -29,6 +29,9 @@ from .runs import Settings
 
 _SECONDS_BETWEEN_CHECKPOINTS = 600
 
+# Fabric's names of the precisions of `genperf train`.
+_PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"32": "32-true", "bf16": "bf16-mixed"}
+
 
 def make_fabric(device: torch.device, precision: str) -> Fabric:
     """Set up a single process on the device, or under torchrun a DDP rank on the GPU of its local rank (or on the CPU)."""
@@ -42,7 +45,7 @@ def make_fabric(device: torch.device, precision: str) -> Fabric:
         devices=devices,
         num_nodes=world // local,
         strategy=strategy,
-        precision={"32": "32-true", "bf16": "bf16-mixed"}[precision],
+        precision=_PRECISIONS[precision],
     )
     fabric.launch()
     return fabric
@@ -119,7 +122,7 @@ class Training:
                 for batch in self.batches()[self.step :]:
                     self._train_on(batch, epochs)
                     bar.update()
-                    if single_process and interrupt.requested:
+                    if interrupt is not None and interrupt.requested:
                         save()
                         raise KeyboardInterrupt
                     if time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
@@ -159,10 +162,18 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a state of an earlier run, including its random state."""
+        """Continue from a state of an earlier run, including its random state.
+
+        Raises:
+            Exception: of any class, for the state of another system or version.
+        """
         self.system.load_state_dict(state["model"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+            for parameter, moments in optimizer.state.items():
+                for moment in moments.values():
+                    if isinstance(moment, Tensor) and moment.dim() and moment.shape != parameter.shape:
+                        raise ValueError(f"the optimizer has a state {list(moment.shape)} for a parameter {list(parameter.shape)}")
         restore_random_state(state["random"], self.fabric.device)
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.totals = {name: total.to(self.fabric.device) for name, total in state["totals"].items()}
@@ -199,7 +210,7 @@ class Training:
             group["lr"] = rate * factor
 
     def _finish_epoch(self) -> None:
-        totals = {name: self.fabric.all_reduce(total, reduce_op="mean") for name, total in self.totals.items()}
+        totals: dict[str, Any] = {name: self.fabric.all_reduce(total, reduce_op="mean") for name, total in self.totals.items()}
         losses = {name: total.item() / self.counts[name] for name, total in totals.items()}
         for name, loss in losses.items():
             if name.endswith("loss") and not math.isfinite(loss):
