@@ -18,33 +18,75 @@ def check_input(name: str, x: Tensor, channel_dim: int, mask: Tensor | None) -> 
     return channel
 
 
+def linear(layer: nn.Module, x: Tensor, channel: int) -> Tensor:
+    """Call a layer that maps the last dimension, such as a Linear, over the dimension `channel` of x.
+
+    The layer is called, so hooks, adapters, parametrizations and replaced modules take effect. It sees [..., C].
+    """
+    channel %= x.dim()
+    if isinstance(layer, nn.Identity) or channel == x.dim() - 1:
+        return layer(x)
+    positions = as_positions(x, channel)
+    return from_positions(_apply(layer, positions), x, channel)
+
+
 def project(
     x: Tensor,  # [..., I, ...]
     channel: int,
     weight: Tensor,  # [O, I]
-    bias: Tensor | None = None,  # [O]
 ) -> Tensor:
     """torch.nn.functional.linear over the dimension `channel` of x, without moving it to the end."""
-    if channel % x.dim() == x.dim() - 1:
-        return F.linear(x, weight, bias)
-    positions = as_positions(x, channel % x.dim())
-    if positions.stride(1) == 1 or positions.shape[2] == 1:
-        projected = F.linear(positions.transpose(1, 2), weight, bias).transpose(1, 2)
-    else:
-        weights = weight.expand(positions.shape[0], -1, -1)
-        projected = torch.bmm(weights, positions) if bias is None else torch.baddbmm(bias.unsqueeze(1), weights, positions)
-    return from_positions(projected, x, channel % x.dim())
+    channel %= x.dim()
+    if channel == x.dim() - 1:
+        return F.linear(x, weight)
+    positions = as_positions(x, channel)
+    return from_positions(_matmul(positions, weight, None), x, channel)
 
 
-def project_vectors(layer: nn.Linear, vectors: Tensor) -> Tensor:
-    """Apply a Linear layer to vectors [outer, C, inner], in their dtype."""
-    bias = None if layer.bias is None else layer.bias.to(vectors.dtype)
-    return project(vectors, 1, layer.weight.to(vectors.dtype), bias)
+def project_vectors(layer: nn.Module, vectors: Tensor) -> Tensor:
+    """Call a layer that maps the last dimension over the channels of vectors [outer, C, inner], and compute in their dtype.
+
+    With parameters of another dtype, half-precision vectors are processed under autocast, others in the dtype of the parameters.
+    """
+    dtype = parameter_dtype(layer)
+    if dtype is None or dtype == vectors.dtype:
+        return _apply(layer, vectors)
+    if vectors.dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(vectors.device.type, vectors.dtype):
+            return _apply(layer, vectors).to(vectors.dtype)
+    return _apply(layer, vectors.to(dtype)).to(vectors.dtype)
 
 
-def linear(layer: nn.Module, x: Tensor, channel: int) -> Tensor:
-    """Apply a Linear layer over the dimension `channel` of x, or any other layer to x as it is."""
-    return project(x, channel, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(x)
+def parameter_dtype(layer: nn.Module) -> torch.dtype | None:
+    """The dtype that a layer computes in; None for one without floating-point parameters, as Identity or a quantized Linear."""
+    weight = getattr(layer, "weight", None)  # of a DataParallel replica, which has no parameters
+    tensors = [weight] if isinstance(weight, Tensor) else layer.parameters()
+    return next((t.dtype for t in tensors if t.is_floating_point()), None)
+
+
+def _apply(layer: nn.Module, vectors: Tensor) -> Tensor:
+    if _is_plain_linear(layer):
+        return _matmul(vectors, layer.weight, layer.bias)
+    return layer(vectors.transpose(1, 2)).transpose(1, 2)
+
+
+def _is_plain_linear(layer: nn.Module) -> bool:
+    """Whether calling the layer is F.linear of its tensors and nothing else, so that the operands may be swapped."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) in (Tensor, nn.Parameter)
+        and "forward" not in layer.__dict__
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        and not torch.nn.modules.module._has_any_global_hook()
+    )
+
+
+def _matmul(vectors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """weight @ vectors + bias for vectors [outer, I, inner], without a copy of them."""
+    if vectors.stride(1) == 1 or vectors.shape[2] == 1:
+        return F.linear(vectors.transpose(1, 2), weight, bias).transpose(1, 2)
+    weights = weight.expand(vectors.shape[0], -1, -1)
+    return torch.bmm(weights, vectors) if bias is None else torch.baddbmm(bias.unsqueeze(1), weights, vectors)
 
 
 def codebooks_last(indices: Tensor, channel: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._typing import signature_of
 from ..ops.finite_scalar_quantize import check_levels, finite_scalar_decode, finite_scalar_quantize
-from ._channels import check_input, codebooks_last, decode_codebooks, linear
+from ._channels import check_input, codebooks_last, decode_codebooks, linear, parameter_dtype
 
 
 class FiniteScalarQuantizer(nn.Module):
@@ -108,7 +108,7 @@ class FiniteScalarQuantizer(nn.Module):
         Raises:
             TypeError: indices that are not integers.
         """
-        dtype = self.project_out.weight.dtype if isinstance(self.project_out, nn.Linear) else None
+        dtype = parameter_dtype(self.project_out)
         return decode_codebooks(
             indices,
             self.num_codebooks,

@@ -11,7 +11,7 @@ from ..ops._precision import accumulator_dtype, normalized
 from ..ops._validate import check
 from ..ops.lookup_free_entropy import check_group, code_mass, entropy_of
 from ..ops.lookup_free_quantize import check_bits, check_scale, code_size, lookup_free_decode, lookup_free_quantize
-from ._channels import check_input, codebooks_last, decode_codebooks, linear
+from ._channels import check_input, codebooks_last, decode_codebooks, linear, parameter_dtype
 
 
 class LookupFreeQuantizer(nn.Module):
@@ -151,7 +151,7 @@ class LookupFreeQuantizer(nn.Module):
         Raises:
             TypeError: indices that are not integers.
         """
-        dtype = self.project_out.weight.dtype if isinstance(self.project_out, nn.Linear) else None
+        dtype = parameter_dtype(self.project_out)
         return decode_codebooks(
             indices,
             self.num_codebooks,

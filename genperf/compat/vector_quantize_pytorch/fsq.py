@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._typing import signature_of
-from ...nn._channels import codebooks_last, linear, project
+from ...nn._channels import codebooks_last, linear, parameter_dtype, project
 from ...ops._validate import check
 from ...ops.finite_scalar_quantize import basis_of, check_levels, finite_scalar_decode, quantize_levels
 
@@ -185,7 +185,7 @@ class FSQ(nn.Module):
         return codes.movedim(-1, 1) if channel_first else codes
 
     def _indices_to_codes(self, indices: Tensor) -> Tensor:
-        dtype = self.project_out.weight.dtype if isinstance(self.project_out, nn.Linear) else torch.float32
+        dtype = parameter_dtype(self.project_out) or torch.float32
         return finite_scalar_decode(indices, self._counts, symmetric=self.preserve_symmetry, dtype=dtype)
 
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
