@@ -12,6 +12,8 @@ from genperf import testing
 from genperf.ops import _code_softmax_chunks
 from genperf.ops._noise import gumbel_noise
 
+pytestmark = pytest.mark.compiled
+
 LOGITS = ("distance", "squared_distance", "dot")
 SIZES = [(300, 7, 31), (33, 300, 7)]
 
@@ -128,6 +130,7 @@ def test_losses_of_vector_quantize_pytorch(cosine, device):
             torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3 * gradients[1].abs().max().item())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("logits", LOGITS)
 def test_derivatives(logits, device):
     x = torch.randn(2, 4, 2, dtype=torch.float64, device=device, requires_grad=True)
@@ -387,6 +390,7 @@ def test_nan_is_never_chosen(kernel, monkeypatch, device):
         assert 7 not in genperf.sample_code(x[3:], codebook, logits="dot")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("with_indices", [False, True])
 def test_contract_of_the_ops(with_indices, device):
     x = torch.randn(2, 3, 4, 5, device=device)
@@ -402,6 +406,7 @@ def test_contract_of_the_ops(with_indices, device):
     testing.check_op("sample_code", [(x, codebook, mask, seed, 3, "squared_distance", 0.5), (x, codebook, mask, None, 0, "dot", 0.0)])
 
 
+@pytest.mark.once
 def test_compile(device):
     def step(x, codebook, indices):
         sample, batch = genperf.code_entropy(x, codebook, temperature=0.5, mask=indices >= 0)

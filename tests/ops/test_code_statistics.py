@@ -4,6 +4,8 @@ import torch
 import genperf
 from genperf import testing
 
+pytestmark = pytest.mark.compiled
+
 
 def one_hot_statistics(x, indices, num_codes, weights=None):
     one_hot = torch.nn.functional.one_hot(indices.clamp(min=0), num_codes) * (indices >= 0).unsqueeze(-1)
@@ -101,6 +103,7 @@ def test_poisoned_memory(device):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.once
 def test_contract(device):
     x, indices = torch.randn(2, 6, 35, device=device), torch.randint(-1, 9, (2, 35), device=device)
     weights, origins = torch.rand(2, 35, device=device), torch.randn(9, 6, device=device)

@@ -7,6 +7,8 @@ import torch
 import genperf
 from genperf import testing
 
+pytestmark = pytest.mark.compiled
+
 LEVELS = [[8, 5, 5, 5], [8, 6, 5], [3], [4] * 31, [2, 3, 1000, 4000]]
 FORMS = [{"symmetric": symmetric, "hard_clamp": hard} for symmetric in (False, True) for hard in (False, True)]
 
@@ -162,6 +164,7 @@ def test_poisoned_memory_and_saved_bytes(device):
     assert testing.saved_bytes(lambda: genperf.finite_scalar_quantize(leaf, [8, 6, 5])) == x.numel() * 4
 
 
+@pytest.mark.once
 def test_contract(device):
     x = torch.randn(2, 3, 35, device=device)
     permuted = x.transpose(1, 2).contiguous().transpose(1, 2)

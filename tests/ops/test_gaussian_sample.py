@@ -4,6 +4,8 @@ import torch
 import genperf
 from genperf import testing
 
+pytestmark = pytest.mark.compiled
+
 # Enough samples that the largest error of plain PyTorch's KL is not small by chance.
 SHAPES = [(7, 31), (5, 5, 33), (6, 3, 7, 5), (5, 2, 3, 5, 7), (33, 2), (9, 1000)]
 
@@ -315,6 +317,7 @@ def test_output_gradients_of_any_strides(device):
                 torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("free_bits", [0.0, 0.2])
 @pytest.mark.parametrize("form", ["two", "packed", "prior"])
 def test_derivatives_of_both_orders(form, free_bits, device):
@@ -418,6 +421,7 @@ def test_poisoned_memory(device):
                     assert torch.equal(value, clean[name]), name
 
 
+@pytest.mark.once
 def test_contract(device):
     mean, logvar, noise, prior = torch.randn(4, 2, 3, 35, device=device)
     channels_last = torch.randn(2, 35, 3, device=device).transpose(1, 2)
@@ -442,6 +446,7 @@ def test_contract(device):
     )
 
 
+@pytest.mark.once
 def test_compiles(device):
     sizes = [tuple(torch.randn(3, b, 8, h, 3, device=device)) for b, h in [(2, 5), (3, 7)]]
     testing.check_compile(lambda mean, logvar, noise: genperf.gaussian_sample(mean, logvar, noise=noise.detach()), *sizes)
@@ -449,6 +454,7 @@ def test_compiles(device):
     testing.check_compile(lambda x, noise: genperf.gaussian_sample(x, noise=noise.detach(), free_bits=0.1), *sizes)
 
 
+@pytest.mark.once
 def test_compiled_noise(device):
     torch._dynamo.reset()
     compiled = torch.compile(lambda mean, logvar: genperf.gaussian_sample(mean, logvar), fullgraph=True)

@@ -6,6 +6,8 @@ import torch
 import genperf
 from genperf import testing
 
+pytestmark = pytest.mark.compiled
+
 SHAPES = [(1, 1), (7, 31), (5, 3, 33), (6, 3, 7, 5), (5, 2, 3, 5, 7), (33, 2), (9, 5000), (4000,)]
 OPTIONS = [{}, {"center": 0.0}, {"center": 2.5}, {"one_sided": True}, {"center": 0.0, "one_sided": True}]
 
@@ -139,6 +141,7 @@ def test_frozen_input(device):
         assert not genperf.gradient_norm_penalty(gradients.requires_grad_()).requires_grad
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_derivatives_of_both_orders(options, device):
     gradients = gradients_of((5, 3, 2), torch.float64, device).requires_grad_()
@@ -213,6 +216,7 @@ def test_poisoned_memory(device):
                 assert torch.equal(value, clean[name]), name
 
 
+@pytest.mark.once
 def test_contract(device):
     gradients = torch.randn(4, 3, 35, device=device)
     channels_last = torch.randn(4, 35, 3, device=device).transpose(1, 2)

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 import genperf
 from genperf import testing
 
+pytestmark = pytest.mark.compiled
+
 # Shape and dimension of the categories; enough positions that the largest error of plain PyTorch is not small by chance.
 SHAPES = [((37, 31), -1), ((5, 33, 7), 1), ((3, 9, 5, 4), 1), ((20, 3, 5, 3, 1), 1), ((2, 3, 4, 5, 7), -1), ((1000,), 0), ((9, 1000), 1)]
 
@@ -347,6 +349,7 @@ def test_output_gradients_of_any_strides(device):
                     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("with_codes", [False, True], ids=["probabilities", "codes"])
 def test_derivatives_of_both_orders(with_codes, device):
     logits = torch.randn(3, 4, 2, dtype=torch.float64, device=device, requires_grad=True)
@@ -457,6 +460,7 @@ def test_poisoned_memory(device):
                     assert torch.equal(value, clean[name]), name
 
 
+@pytest.mark.once
 def test_contract(device):
     logits, noise, upstream = torch.randn(3, 2, 6, 35, device=device)
     channels_last = logits.transpose(1, 2).contiguous().transpose(1, 2)
@@ -481,6 +485,7 @@ def test_contract(device):
     )
 
 
+@pytest.mark.once
 def test_compiles(device):
     """Hard with codes and soft without codes: this covers every kernel without products that take long to compile."""
     sizes = [(*torch.randn(2, b, 8, h, device=device), torch.randn(8, 5, device=device)) for b, h in [(2, 5), (3, 7)]]
@@ -492,6 +497,7 @@ def test_compiles(device):
     testing.check_compile(both, *sizes)
 
 
+@pytest.mark.once
 def test_compiled_noise(device):
     """Drawn noise in a full graph is correct and new in every call; annealing a tensor tau does not recompile."""
     torch._dynamo.reset()

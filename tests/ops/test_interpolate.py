@@ -6,6 +6,8 @@ import torch
 import genperf
 from genperf import testing
 
+pytestmark = pytest.mark.compiled
+
 SHAPES = [(33,), (7, 31), (5, 3, 33), (6, 3, 7, 5), (5, 2, 3, 5, 7), (9, 5000)]
 
 
@@ -178,6 +180,7 @@ def test_output_gradients_of_any_strides(device):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
 def test_derivatives_of_both_orders(given, device):
     real, fake = (torch.randn(3, 4, 2, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
@@ -320,6 +323,7 @@ def test_poisoned_memory(device):
                 assert torch.equal(value, clean[name]), name
 
 
+@pytest.mark.once
 def test_contract(device):
     real, fake = torch.randn(2, 4, 3, 35, device=device)
     channels_last = torch.randn(4, 35, 3, device=device).transpose(1, 2)
@@ -339,11 +343,13 @@ def test_contract(device):
     )
 
 
+@pytest.mark.once
 def test_compiles(device):
     sizes = [(*torch.randn(2, b, 5, h, device=device), torch.rand(b, device=device)) for b, h in ((6, 4), (9, 7))]
     testing.check_compile(lambda real, fake, weight: (genperf.interpolate(real, fake, weight=weight),), *sizes)
 
 
+@pytest.mark.once
 def test_compiled_noise(device):
     torch._dynamo.reset()
     compiled = torch.compile(lambda real, fake: (genperf.interpolate(real, fake), genperf.perturb(real)), fullgraph=True)

@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import genperf
 from genperf import testing
 
+pytestmark = [pytest.mark.compiled, pytest.mark.search]
+
 # genperf.ops.kmeans is the function.
 module = importlib.import_module("genperf.ops.kmeans")
 

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 import genperf
 from genperf import testing
 
+pytestmark = pytest.mark.compiled
+
 
 def quantize(x, impl=None, **options):
     x = x.detach().requires_grad_()
@@ -188,6 +190,7 @@ def test_entropy_memory_does_not_grow_with_positions_times_codes(device):
     assert largest <= 4 * 2**20  # the positions x codes matrix: 2 GB
 
 
+@pytest.mark.once
 def test_contract(device):
     x = torch.randn(2, 4, 35, device=device)
     permuted = x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -199,6 +202,7 @@ def test_contract(device):
     testing.check_op("lookup_free_mass_backward", [(one, mass, permuted, mask, 3.0, 2)])
 
 
+@pytest.mark.once
 def test_compiles_as_one_graph(device):
     def function(x):
         quantized, indices = genperf.lookup_free_quantize(x, spherical=True, channel_dim=1)

@@ -4,6 +4,8 @@ import torch
 import genperf
 from genperf import testing
 
+pytestmark = pytest.mark.compiled
+
 SHAPES = [(2, 3, 4), (7, 31, 5), (33, 5, 16), (65, 3, 1), (31, 1, 33), (130, 7, 3)]
 
 
@@ -130,6 +132,7 @@ def test_frozen_input(device):
         assert not genperf.minibatch_similarity(features.requires_grad_()).requires_grad
 
 
+@pytest.mark.once
 def test_derivatives_of_both_orders(device):
     features = torch.randn(5, 3, 2, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(genperf.minibatch_similarity, features)
@@ -188,6 +191,7 @@ def test_poisoned_memory(device):
             assert torch.equal(value, clean[name]), name
 
 
+@pytest.mark.once
 def test_contract(device):
     features = torch.randn(9, 3, 4, device=device)
     testing.check_op("minibatch_similarity", [(features,), (features.bfloat16(),), (features[:0],)])

@@ -7,6 +7,8 @@ import torch
 import genperf
 from genperf import testing
 
+pytestmark = [pytest.mark.compiled, pytest.mark.search]
+
 KINDS = ("random", "clustered", "offset", "tied", "near_ties")
 
 
@@ -14,6 +16,7 @@ def exact(x, codebook, metric="euclidean"):
     return genperf.nearest_code(x, codebook, metric=metric, impl="reference")
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_row_is_the_float64_argmin(kind, dtype, device):
@@ -76,6 +79,7 @@ def test_batches_and_threads_have_no_effect(device):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.unsanitized
 def test_codebook_larger_than_a_panel(device):
     """Enough codes for several panels, with ties across their borders."""
     _, codebook = testing.vectors("random", 1, 30000, 256, torch.float32, device)
@@ -197,6 +201,7 @@ def test_inputs_are_not_changed_or_differentiated(device):
     assert torch.equal(codebook, before[1])
 
 
+@pytest.mark.once
 def test_contract(device):
     image, codebook = torch.randn(2, 6, 35, device=device), torch.randn(9, 6, device=device)
     mask = torch.rand(2, 35, device=device) > 0.3

@@ -10,6 +10,8 @@ from torch.nn.functional import normalize
 import genperf
 from genperf import testing
 
+pytestmark = [pytest.mark.compiled, pytest.mark.search]
+
 DIMS = (1, 2, 3, 5, 8, 9, 10, 20, 32, 33, 64, 300)
 METRICS = ("euclidean", "cosine")
 

@@ -9,6 +9,8 @@ import genperf
 from genperf import _library, testing
 from genperf.ops.nearest_code import _as_head_positions
 
+pytestmark = [pytest.mark.compiled, pytest.mark.search]
+
 
 def head_by_head(x, codebook, metric="euclidean"):
     """Search x [heads, ..., D] with the reference, head by head."""
@@ -141,6 +143,7 @@ def test_threads_have_no_effect(device):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.once
 def test_contract(device):
     x, codebook = torch.randn(3, 2, 6, 35, device=device), torch.randn(3, 9, 6, device=device)
     mask = torch.rand(3, 2, 35, device=device) > 0.3
@@ -152,6 +155,7 @@ def test_contract(device):
     testing.check_compile(lambda x, codebook: (genperf.nearest_code(x, codebook),), *sizes)
 
 
+@pytest.mark.once
 def test_compiled_view_of_a_layer(device):
     def layer(x, codebook):
         return genperf.nearest_code(x.unflatten(1, (2, 4)).movedim(1, 0), codebook, channel_dim=2)

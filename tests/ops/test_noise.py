@@ -16,6 +16,8 @@ import genperf
 from genperf import testing
 from genperf.ops import _noise
 
+pytestmark = pytest.mark.compiled
+
 ROOT = Path(__file__).parents[2]
 SEED = 0x299F31D0A4093822
 SIGMAS = 4.5
@@ -140,6 +142,7 @@ def test_native_noise_equals_the_reference_in_long_rows(device):
     assert torch.equal(found, _noise.uniform_weights(_seed(SEED, device), 100_003))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", DRAWS)
 def test_moments_and_distribution(name, device):
     native, _, moments, cdf = DRAWS[name]
@@ -166,6 +169,7 @@ def test_weights_are_uniform_and_distinct(device):
     assert_uncorrelated(weights, native_uniform(SEED, MILLION, 1, device), "weight and noise")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", DRAWS)
 def test_no_correlation(name, device):
     """Between neighbors in a row, in a column, and for seeds that differ in one bit of either half."""
@@ -328,6 +332,7 @@ def ulps(found, exact):
     return ((found - exact).abs() / spacing).max().item()
 
 
+@pytest.mark.once
 def test_host_words_and_uniforms_are_bitwise_equal(host_noise):
     counters, seeds, words, uniform, *_ = host_noise
     quad, row = (counters[:, i] | counters[:, i + 1] << 32 for i in (0, 2))
@@ -337,6 +342,7 @@ def test_host_words_and_uniforms_are_bitwise_equal(host_noise):
     assert torch.equal(uniform, _noise._uniform(words).double())
 
 
+@pytest.mark.once
 def test_host_variates_are_within_a_few_ulps(host_noise):
     """exponential, its log and the normal pairs in float32 against float64."""
     counters, _, words, _, exponential, gumbel, normal = host_noise

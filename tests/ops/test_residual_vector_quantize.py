@@ -7,6 +7,8 @@ from genperf.ops import _residual_on_cuda
 from genperf.ops._layout import Positions
 from genperf.ops.residual_vector_quantize import ResidualOptions, quantize_residual
 
+pytestmark = [pytest.mark.compiled, pytest.mark.search]
+
 GRADIENTS = ("straight_through", "rotation")
 
 
@@ -373,6 +375,7 @@ def test_residuals_are_not_stored(device):
     assert testing.largest_allocation(step) <= 2 * x.numel() * x.element_size()
 
 
+@pytest.mark.once
 def test_contract(device):
     x, codebooks = torch.randn(2, 6, 35, device=device), torch.randn(3, 9, 6, device=device)
     permuted = x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -389,6 +392,7 @@ def test_contract(device):
     testing.check_op("residual_code_statistics", [(x, codebooks, indices, False), (permuted, codebooks, indices, True)])
 
 
+@pytest.mark.once
 def test_compile(device):
     sizes = [(torch.randn(b, 8, h, 3, device=device), torch.randn(q, k, 8, device=device)) for b, h, q, k in [(2, 5, 3, 9), (3, 7, 4, 20)]]
     testing.check_compile(lambda x, codebooks: genperf.residual_vector_quantize(x, codebooks, channel_dim=1, gradient="rotation"), *sizes)

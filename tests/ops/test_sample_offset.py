@@ -7,6 +7,8 @@ import torch
 
 import genperf
 
+pytestmark = pytest.mark.compiled
+
 BATCH, SHARE = 6, 2
 
 

@@ -6,6 +6,8 @@ import torch
 from genperf import testing
 from genperf.ops import _symmetric_eigenvalues
 
+pytestmark = pytest.mark.compiled
+
 SIZES = [1, 2, 3, 31, 32, 33, 34, 64, 65, 97, 127, 200]
 EPS = torch.finfo(torch.float64).eps
 
@@ -173,6 +175,7 @@ def test_unsupported_shapes(shape):
         eigenvalues(torch.zeros(3, 3))
 
 
+@pytest.mark.once
 def test_contract():
     testing.check_op("symmetric_eigenvalues", [(symmetric(n),) for n in (0, 1, 40)])
     function = _symmetric_eigenvalues.symmetric_eigenvalues

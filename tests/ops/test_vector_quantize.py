@@ -4,6 +4,8 @@ import torch
 import genperf
 from genperf import testing
 
+pytestmark = [pytest.mark.compiled, pytest.mark.search]
+
 
 def quantize(x, codebook, impl=None, **options):
     """Outputs and gradients of a loss with a weight for every output element."""
@@ -234,6 +236,7 @@ def test_no_tensor_of_size_positions_times_codes(device):
     assert max(allocated) <= 4 * x.numel() * x.element_size()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
 def test_contract(gradient, device):
     x, codebook = torch.randn(2, 6, 35, device=device), torch.randn(9, 6, device=device)
