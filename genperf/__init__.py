@@ -1,5 +1,10 @@
 """Compiled kernels for VQ-VAEs, VAEs and GANs on PyTorch, each validated against plain PyTorch."""
 
+from . import _program
+
+if _program.is_program():  # before torch is imported, which takes seconds
+    _program.exit_on_interrupt()
+
 from . import _library, _moved
 from ._version import __version__
 

@@ -5,9 +5,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+import torch
+
 
 class UserError(Exception):
     """An invalid input or option. The message is a full sentence; the command line prints it and exits with code 2."""
+
+
+def reason(error: BaseException) -> str:
+    """Why an operation failed: the first line of the exception's message, without a period, or else the name of its class."""
+    message = (error.strerror if isinstance(error, OSError) else None) or str(error).strip() or type(error).__name__
+    return message.splitlines()[0].rstrip(".")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, or was too large to be tried. torch raises RuntimeError on the CPU."""
+    sentences = (
+        "can't allocate memory",
+        "not enough memory",
+        "Storage size calculation overflowed",
+        "numel: integer multiplication overflow",
+    )
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sentence in str(error) for sentence in sentences)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 from .._errors import UserError, import_extra
 from ..fid.extractors import PIXELS
 from . import options
+from .streams import print_result
 
 HELP = "score a trained system on held-out images"
 
@@ -17,7 +18,8 @@ Score a trained system on the images that were held out of its training, with ev
 Generated images are scored by the Frechet distance (FID) of their features to those of the held-out images. The features are those of a
 small classifier, which is trained on the labels of the training images (half a minute for the digits) and kept in the folder as
 classifier.pt; with --extractor they are computed as in `genperf fid`, with grayscale images repeated to three channels. Distances of
-different extractors or classifiers are not comparable. The scores are written to evaluation.json in the folder.
+different extractors or classifiers are not comparable. The scores are written to evaluation.json in the folder; if it cannot be written to,
+they are printed, with exit code 2.
 """
 
 # Unit and meaning of each score. Scores per level of codes have the level's name appended.
@@ -47,15 +49,15 @@ _MEANINGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = _DESCRIPTION
-    parser.add_argument("folder", metavar="RUN_FOLDER", type=Path, help="folder written by `genperf train`")
+    parser.add_argument("folder", metavar="RUN_FOLDER", type=options.path, help="folder written by `genperf train`")
     parser.add_argument("--samples", type=options.number(int, 2), default=2500, metavar="N", help="generated images (%(default)s)")
     extractor = "features for FID: inception or module.path:callable, see `genperf fid --help` (those of a classifier)"
     parser.add_argument("--extractor", metavar="NAME", help=extractor)
     pixels = "input of the extractor: float32 in [0, 1] (unit, the default), float32 in [-1, 1] (signed), or uint8"
     parser.add_argument("--pixels", choices=PIXELS, help=pixels)
-    parser.add_argument("--weights", type=Path, metavar="PATH", help="weights of Inception (those in the cache of torch.hub)")
-    parser.add_argument("--data", help="location of the run's images, if it has changed since training")
-    parser.add_argument("--seed", type=options.number(int, 0), default=0, help="seed of all noise (%(default)s)")
+    parser.add_argument("--weights", type=options.path, metavar="PATH", help="weights of Inception (those in the cache of torch.hub)")
+    parser.add_argument("--data", type=options.path_text, help="location of the run's images, if it has changed since training")
+    parser.add_argument("--seed", type=options.seed, default=0, help="seed of all noise (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (cuda if available)")
     parser.add_argument("--json", action="store_true", help="print the content of evaluation.json")
 
@@ -63,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     for module, package in (("numpy", "numpy"), ("PIL", "pillow")):
         import_extra(module, package, "train")
-    from ..training.evaluation import evaluate_run
+    from ..training.evaluation import evaluate_run, write_evaluation
     from ..training.runs import EVALUATION, load_run
 
     if arguments.extractor is None and (arguments.pixels is not None or arguments.weights is not None):
@@ -71,14 +73,22 @@ def run(arguments: argparse.Namespace) -> int:
     device = options.device(arguments.device)
     chosen = {name: getattr(arguments, name) for name in ("samples", "extractor", "pixels", "weights", "seed")}
     results = evaluate_run(load_run(arguments.folder, device, data=arguments.data), arguments.folder, device, **chosen)
-    print(json.dumps(results, indent=2) if arguments.json else _table(results, arguments.folder / EVALUATION))
-    return 0
+    failure = None
+    try:
+        write_evaluation(results, arguments.folder)
+    except UserError as error:
+        failure = error
+    path = None if failure is not None else arguments.folder / EVALUATION
+    code = print_result(json.dumps(results, indent=2) if arguments.json else _table(results, path))
+    if failure is not None:
+        raise failure
+    return code
 
 
-def _table(results: dict[str, Any], path: Path) -> str:
+def _table(results: dict[str, Any], path: Path | None) -> str:
     lines = [f"{results['system']}, {results['held_out_images']} held-out images"]
     for name, value in {**results["scores"], **results["anchors"]}.items():
         shown = "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
         meaning = _MEANINGS.get(name) or next(text for key, text in _MEANINGS.items() if name.startswith(f"{key}_"))
         lines.append(f"  {name.replace('_', ' '):<20}{shown:>9}  {meaning.format(**results)}")
-    return "\n".join([*lines, *results["notes"], f"written: {path}"])
+    return "\n".join([*lines, *results["notes"], *([] if path is None else [f"written: {path}"])])

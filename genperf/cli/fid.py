@@ -6,13 +6,13 @@ import json
 import os
 import re
 import time
-from pathlib import Path
 from typing import Any
 
 from .._errors import UserError
 from ..fid.extractors import PIXELS
 from ..fid.scores import ScoreOptions, compare, save_statistics
 from . import options
+from .streams import print_result
 
 HELP = "Frechet distance (FID) between images, features or statistics"
 
@@ -20,9 +20,12 @@ _DESCRIPTION = """\
 Frechet distance between two distributions of features (Heusel et al., 2017). With Inception features it is the FID.
 
 A and B are each one of
-  statistics            .npz with mu [d] and sigma [d, d], as written by pytorch-fid, EDM or ADM; .pkl of StyleGAN or EDM2
-  an array of features  .npy, or .npz with one array or an array named features or feats; floats [N, d]
-  a folder of images    including its subfolders, in the formats that Pillow reads, 8 bits per channel
+  statistics            .npz with mu [d] and sigma [d, d], as written by pytorch-fid, EDM or ADM; .pkl of StyleGAN or EDM2; .pt of
+                        torch-fidelity; .npy of a dictionary
+  an array of features  .npy, or .npz or .pt with one array or an array named features, feats or reps; floats [N, d]
+  a folder of images    including its subfolders, in the formats that Pillow reads, 8 bits per channel; links are followed, and files
+                        and folders whose names begin with a dot are left out
+  a zip of images       chosen in the same way
   an array of images    .npy, or .npz with one array or an array named images or arr_0; uint8 [N, H, W] or [N, H, W, 1 or 3]
 
   genperf fid A B                        prints the distance
@@ -41,7 +44,11 @@ extractors:
                         and W, or a tuple or list with one such tensor, as from pytorch_fid.inception:InceptionV3. The extractor runs
                         without gradients and without TF32.
 
-exit codes: 0; 2 after an error, with a message on stderr and no file written; 130 after Ctrl-C.
+Photos are turned upright as their EXIF orientation says, as viewers and `genperf train` do. pytorch-fid, clean-fid and torch-fidelity
+ignore it: --no-exif gives their distance.
+
+exit codes: 0; 2 after an error, with a message on stderr and no file written; 130 after Ctrl-C; 141 if the reader of stdout is gone. A
+result that cannot be written to stdout is written to stderr; statistics that cannot be written to PATH, to the folder of temporary files.
 """
 
 
@@ -50,27 +57,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     count = options.number(int, 1)
     add = parser.add_argument
-    add("a", metavar="A", help="statistics, features or images; by convention the real ones")
-    add("b", metavar="B", nargs="?", help="statistics, features or images; by convention the generated ones")
+    add("a", metavar="A", type=options.path_text, help="statistics, features or images; by convention the real ones")
+    add("b", metavar="B", nargs="?", type=options.path_text, help="statistics, features or images; by convention the generated ones")
     add("--extractor", default="inception", metavar="NAME", help="inception or module.path:callable, see below (%(default)s)")
-    add("--weights", type=Path, metavar="PATH", help="weights of Inception (those in the cache of torch.hub)")
+    add("--weights", type=options.path, metavar="PATH", help="weights of Inception (those in the cache of torch.hub)")
     add("--pixels", choices=PIXELS, help="input of the extractor: float32 in [0, 1] (unit, the default) or [-1, 1] (signed), or uint8")
     add("--channels", type=int, choices=(1, 3), default=3, help="convert images to RGB (3) or grayscale (1), without alpha (%(default)s)")
     size = "resize all images, with Pillow's antialiased bicubic filter; without it all images of an input must have one size"
     add("--size", type=_size, metavar="N|WxH", help=size)
+    add("--exif", action=argparse.BooleanOptionalAction, default=True, help="turn images upright by their EXIF orientation (yes)")
     add("--batch-size", type=count, default=64, help="images per call of the extractor (%(default)s)")
-    add("--workers", type=count, default=min(8, os.cpu_count() or 1), help="threads that read images (%(default)s)")
+    add("--workers", type=options.number(int, 1, 1024), default=min(8, os.cpu_count() or 1), help="threads that read images (%(default)s)")
     add("--device", help="cpu, cuda or cuda:N (cuda if available)")
     add("--biased", action="store_true", help="divide covariances by N, like StyleGAN, instead of N - 1; not in statistics files")
     add("--kid", action="store_true", help="also print the kernel inception distance; A and B must be features or images")
     add("--kid-subsets", type=count, default=100, metavar="N", help="number of random subsets for KID (%(default)s)")
     subset_size = "samples per subset (%(default)s, or the size of the smaller input)"
     add("--kid-subset-size", type=options.number(int, 2), default=1000, metavar="N", help=subset_size)
-    add("--seed", type=options.number(int, 0), default=0, help="seed of the random subsets (%(default)s)")
+    add("--seed", type=options.seed, default=0, help="seed of the random subsets (%(default)s)")
     precision_recall = "also print precision, recall, density and coverage, with A as the real images; A and B must be features or images"
     add("--precision-recall", action="store_true", help=precision_recall)
     add("--neighbors", type=count, default=3, metavar="K", help="k of the k-nearest-neighbor radii for --precision-recall (%(default)s)")
-    add("--save-stats", type=Path, metavar="PATH", help="write mu and sigma of A to this new .npz file instead of printing a distance")
+    add(
+        "--save-stats",
+        type=options.path,
+        metavar="PATH",
+        help="write mu and sigma of A to this new .npz file instead of printing a distance",
+    )
     add("--json", action="store_true", help="print one JSON object")
 
 
@@ -84,8 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         results = save_statistics(arguments.a, arguments.save_stats, chosen)
     results["seconds"] = time.perf_counter() - start
-    print(json.dumps(results) if arguments.json else _text(results))
-    return 0
+    return print_result(json.dumps(results) if arguments.json else _text(results))
 
 
 def _check_inputs(arguments: argparse.Namespace, chosen: ScoreOptions) -> None:
@@ -133,5 +145,7 @@ def _size(text: str) -> tuple[int, int]:
     sizes = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
     if sizes is None:
         raise argparse.ArgumentTypeError(f"must be N or WxH in pixels, got {text!r}")
+    if max(map(len, sizes.groups(""))) > 5:
+        raise argparse.ArgumentTypeError(f"must be below 100000 pixels a side, got {text!r}")
     width, height = sizes.groups()
     return int(width), int(height or width)

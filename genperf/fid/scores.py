@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import math
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import metrics
-from .._errors import UserError, import_extra
+from .._errors import UserError, import_extra, reason
 from ..ops.frechet_distance import frechet_distance
 from .extractors import Extractor, load_extractor
 from .sources import Features, Images, Source, Statistics, open_source
@@ -31,6 +33,7 @@ class ScoreOptions:
     channels: int = 3  # of the extractor's input; as in `read_batches`, and `size` and `workers`
     size: tuple[int, int] | None = None
     workers: int = 1
+    exif: bool = True  # turn images upright, as in `image_files.open_image`
     batch_size: int = 64  # images per call of the extractor
     biased: bool = False  # divide covariances by N instead of N - 1
     kid: bool = False  # also compute the kernel inception distance
@@ -97,11 +100,22 @@ def save_statistics(path: str, out: Path, options: ScoreOptions) -> dict[str, An
     try:
         metrics.save_statistics(out, sides[0].mean, sides[0].cov)
     except OSError as error:
-        raise UserError(f"--save-stats {str(out)!r} cannot be written: {error}.") from error
+        kept = _save_elsewhere(out, sides[0])
+        raise UserError(f"--save-stats {str(out)!r} cannot be written: {reason(error)}{kept}.") from error
     except ValueError as error:
-        reason = str(error).removeprefix("save_statistics: ").rstrip(".")
-        raise UserError(f"--save-stats {str(out)!r} cannot be written: {reason}.") from error
+        rule = str(error).removeprefix("save_statistics: ").rstrip(".")
+        raise UserError(f"--save-stats {str(out)!r} cannot be written: {rule}.") from error
     return _facts([path], sides, extractor, options) | {"saved": str(out)}
+
+
+def _save_elsewhere(out: Path, side: _Side) -> str:
+    """Write the statistics, which may have taken hours, to the folder of temporary files; where to, for an error message."""
+    path = Path(tempfile.gettempdir(), f"{out.stem}-{os.getpid()}.npz")
+    try:
+        metrics.save_statistics(path, side.mean, side.cov)
+    except OSError:
+        return ""
+    return f"; the statistics are in {str(path)!r} instead"
 
 
 def _facts(paths: list[str], sides: list[_Side], extractor: Extractor | None, options: ScoreOptions) -> dict[str, Any]:
@@ -169,8 +183,8 @@ def _measure_source(source: Source, known: _Dimension | None, extractor: Extract
             try:
                 moments.update(batch.to(options.device))
             except ValueError as error:
-                reason = str(error).removeprefix("FeatureMoments: ").rstrip(".")
-                raise UserError(f"the features of {source.path!r} cannot be used: {reason}.") from error
+                rule = str(error).removeprefix("FeatureMoments: ").rstrip(".")
+                raise UserError(f"the features of {source.path!r} cannot be used: {rule}.") from error
             if options.needing_features:
                 kept.append(batch)
     if moments.count <= moments.mean.numel():
@@ -191,7 +205,7 @@ def _feature_batches(source: Features | Images, extractor: Extractor | None, opt
 
     from .images import read_batches
 
-    reading = {name: getattr(options, name) for name in ("batch_size", "channels", "size", "workers")}
+    reading = {name: getattr(options, name) for name in ("batch_size", "channels", "size", "workers", "exif")}
     bar = tqdm(total=len(source.images), unit="image", desc=source.path, mininterval=0.1 if sys.stderr.isatty() else 10)
     with bar, contextlib.closing(read_batches(source.images, source.path, **reading)) as batches:
         for batch in batches:

@@ -1,6 +1,7 @@
 """Inputs of `genperf fid`: a file of statistics or features, or images."""
 
 import dataclasses
+import os
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .._errors import UserError, import_extra
 from ..metrics import FrechetReference, load_moments
-from .zipped_array import ERRORS, ZippedArray
+from .zipped_array import ZippedArray, is_image_archive
 
 if TYPE_CHECKING:
     from .images import ImageSequence
@@ -34,7 +35,7 @@ class Features:
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """A folder or an array of images, from which an extractor computes features."""
+    """A folder, a zip archive or an array of images, from which an extractor computes features."""
 
     path: str
     images: "ImageSequence"
@@ -49,19 +50,28 @@ def open_source(path: str) -> Source:
     Raises:
         UserError: the input does not exist, or is none of the supported kinds.
     """
-    if Path(path).is_dir():
+    if not path:
+        raise UserError("an input must be the path of a file or folder, got ''.")
+    if os.path.isdir(path):
         import_extra("PIL", "pillow", "fid")
-        from .images import image_paths
+        from .image_files import image_paths
 
         return Images(path, image_paths(Path(path)))
-    if not Path(path).exists():
-        raise UserError(f"an input must be a file of statistics or features, or a folder of images, got {path!r}, which does not exist.")
+    if not os.path.exists(path):
+        raise UserError(
+            f"an input must be a file of statistics or features, or a folder or archive of images, got {path!r}, which does not exist."
+        )
     # Before load_moments, which would read a whole array of images only to reject it.
     images = _image_array(path, only_array=True)
+    if images is None and is_image_archive(path):
+        import_extra("PIL", "pillow", "fid")
+        from .image_files import zipped_images
+
+        return Images(path, zipped_images(Path(path)))
     if images is None:
         try:
             content = load_moments(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             images = _image_array(path, only_array=False)
             if images is None:
                 raise UserError(str(error).removeprefix("load_moments: ")) from error
@@ -98,11 +108,15 @@ def _image_array(path: str, *, only_array: bool) -> np.ndarray | ZippedArray | N
                 return None
             loaded = ZippedArray(path, names[0])
         shape = loaded.shape
-        if loaded.dtype != np.uint8 or 0 in shape or not (len(shape) == 3 or (len(shape) == 4 and shape[-1] in (1, 3))):
+        if loaded.dtype != np.uint8 or 0 in shape or len(shape) not in (3, 4):
             return None
+        if len(shape) == 4 and shape[-1] not in (1, 3):
+            raise UserError(f"{path} must hold images [N, H, W] or [N, H, W, 1 or 3], with the channels last, got {list(shape)}.")
         if isinstance(loaded, ZippedArray) and loaded.fortran_order:
             with np.load(path, allow_pickle=False) as arrays:
                 return arrays[names[0]]
         return loaded
-    except ERRORS:
+    except UserError:
+        raise
+    except Exception:  # another kind of file, or a damaged one: load_moments says what is wrong
         return None

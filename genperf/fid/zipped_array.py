@@ -1,19 +1,26 @@
-"""Row-by-row reading of arrays in .npz files that may be larger than memory."""
+"""Zip archives: of images, or of arrays that may be larger than memory and are read row by row."""
 
 import math
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
 import numpy as np
 
-from .._errors import UserError
-
-ERRORS = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)  # RuntimeError: encrypted
+from .._errors import UserError, reason
+from ..metrics._plain_pickle import torch_pickle
 
 _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def is_image_archive(path: str) -> bool:
+    """Whether a file is a zip archive without arrays of numpy or torch, and so can only hold images."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return torch_pickle(archive) is None and not any(name.endswith(".npy") for name in archive.namelist())
+    except Exception:  # another kind of file, or a damaged one
+        return False
 
 
 class ZippedArray:
@@ -24,13 +31,14 @@ class ZippedArray:
         fortran_order: whether the first index varies fastest; rows are then not contiguous and cannot be iterated over.
 
     Raises:
-        one of ERRORS: the array does not exist or cannot be read.
+        Exception: of any class, if the array does not exist or cannot be read.
     """
 
     def __init__(self, path: str, name: str) -> None:
         self._path, self._name = path, name
         with self._open():
-            pass
+            if math.prod(self.shape) * self.dtype.itemsize > self._size:
+                raise EOFError("it is cut short")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -44,8 +52,8 @@ class ZippedArray:
                     if len(row) < size:
                         raise EOFError("it is cut short")
                     yield np.frombuffer(row, self.dtype).reshape(self.shape[1:])
-        except ERRORS as error:
-            raise UserError(f"the array {self._name!r} in {self._path!r} cannot be read: {str(error).rstrip('.')}.") from error
+        except Exception as error:  # damaged archives raise exceptions of many classes
+            raise UserError(f"the array {self._name!r} in {self._path!r} cannot be read: {reason(error)}.") from error
 
     @contextmanager
     def _open(self) -> Iterator[IO[bytes]]:
@@ -55,4 +63,5 @@ class ZippedArray:
             if version not in _READ_HEADER:
                 raise ValueError(f"its format has version {version}")
             self.shape, self.fortran_order, self.dtype = _READ_HEADER[version](file)
+            self._size = archive.getinfo(f"{self._name}.npy").file_size
             yield file

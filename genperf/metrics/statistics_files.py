@@ -1,23 +1,22 @@
 """Files of features and feature statistics, in the layouts of common evaluators."""
 
-import io
 import os
 import pickle
-import uuid
-import zipfile
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .._files import write_atomically
+from ._array_file import ArrayFile
+
 # Names of mean and covariance, in order of precedence.
 _STATISTICS_KEYS = (("mu", "sigma"), ("fid/mu", "fid/sigma"))
 _STYLEGAN_KEYS = ("raw_mean", "raw_cov", "num_items")
-_FEATURE_KEYS = ("features", "feats", "all_features")
+_FEATURE_KEYS = ("features", "feats", "reps", "all_features")
 
 # Names of a layout's second pair of mean and covariance.
 _SECOND_KEYS = {"adm": ("mu_s", "sigma_s"), "fd-loss": ("avg_mu", "avg_sigma")}
@@ -37,9 +36,11 @@ def load_statistics(path: str | os.PathLike[str], *, keys: Sequence[str] | None 
     FD-Loss                    .npz     mu, sigma; avg_mu, avg_sigma
     StyleGAN2-ADA, StyleGAN3   .pkl     raw_mean, raw_cov, num_items: sums; the covariance is divided by N, not N - 1
     EDM2                       .pkl     fid/mu, fid/sigma, and others: a dictionary of dictionaries
+    torch-fidelity             .pt      mu, sigma, as it caches them
+    a dictionary               .npy     mu, sigma
 
     The format is detected from the first bytes, not from the name. Files cannot execute code: of pickles, only plain
-    containers and numpy arrays of numbers are loaded.
+    containers, numpy arrays of numbers and tensors are loaded.
 
     Args:
         path: path of the file.
@@ -59,7 +60,7 @@ def load_statistics(path: str | os.PathLike[str], *, keys: Sequence[str] | None 
 
 
 def load_features(path: str | os.PathLike[str]) -> Tensor:
-    """Load features [N, d] from .npy, from .npz with one array or an array "features" or "feats", or from StyleGAN's .pkl.
+    """Load features [N, d] from .npy, .npz or .pt with one array or an array "features", "feats" or "reps", or from StyleGAN's .pkl.
 
     Returns:
         A tensor on the CPU, of the file's dtype. A .npy file is memory-mapped copy-on-write: pages are read when they are used,
@@ -170,19 +171,6 @@ def check_statistics(owner: str, mean: Any, cov: Any, mean_name: str, cov_name: 
     return mean, (cov + cov.T) / 2
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write(file)` on a temporary file in the folder of `path`, then rename it to `path`; errors leave no file behind."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _as_float64(owner: str, name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         value = np.asarray(value)
@@ -193,10 +181,10 @@ def _as_float64(owner: str, name: str, value: Any) -> Tensor:
     return (value.cpu() if value.device.type == "mps" else value).to(torch.float64)
 
 
-def read_statistics(name: str, path: Path, arrays: "ArrayFile", keys: Sequence[str] | None) -> tuple[Tensor, Tensor]:
+def read_statistics(name: str, path: Path, arrays: ArrayFile, keys: Sequence[str] | None) -> tuple[Tensor, Tensor]:
     """Mean and covariance from an open file; see `load_statistics`."""
     if keys is not None:
-        if isinstance(keys, str) or len(keys) != 2:
+        if isinstance(keys, str) or not isinstance(keys, Sequence) or len(keys) != 2:
             raise ValueError(f"{name}: keys must be the two names of mean and covariance, got {keys!r}.")
         candidates = [tuple(keys)]
     else:
@@ -210,7 +198,7 @@ def read_statistics(name: str, path: Path, arrays: "ArrayFile", keys: Sequence[s
     raise ValueError(f"{name}: {path} must hold {wanted}, got {arrays.describe()}.")
 
 
-def _has_statistics(arrays: "ArrayFile") -> bool:
+def _has_statistics(arrays: ArrayFile) -> bool:
     if any(arrays.has(*pair) for pair in _STATISTICS_KEYS):
         return True
     # A StyleGAN file of features only has sums as well, all zero.
@@ -227,7 +215,7 @@ def _from_sums(name: str, path: Path, raw_mean: Any, raw_cov: Any, num_items: An
     return check_statistics(f"{name}: {path}", mean, cov, "raw_mean", "raw_cov")
 
 
-def _features(name: str, path: Path, arrays: "ArrayFile") -> Tensor | None:
+def _features(name: str, path: Path, arrays: ArrayFile) -> Tensor | None:
     """The features in a file, or None if no array can be identified as features."""
     key = next((key for key in _FEATURE_KEYS if arrays.has(key)), arrays.names[0] if len(arrays.names) == 1 else None)
     if key is None:
@@ -240,151 +228,3 @@ def _features(name: str, path: Path, arrays: "ArrayFile") -> Tensor | None:
     if array.dtype.itemsize > 8 or not array.dtype.isnative:  # unsupported by torch
         array = array.astype(f"=f{min(8, array.dtype.itemsize)}")
     return torch.from_numpy(array)
-
-
-class ArrayFile:
-    """The named arrays of an .npz, .npy or .pkl file; arrays of an .npz are read when they are accessed."""
-
-    def __init__(self, owner: str, path: Path) -> None:
-        self.owner, self.path = owner, path
-        if not path.exists():
-            raise FileNotFoundError(f"{owner}: there is no file {path}.")
-        try:
-            self.content = self._open()
-        except _FILE_ERRORS as error:
-            raise self._unreadable(error) from error
-        self.names = list(_leaves(self.content))
-
-    def _open(self) -> Mapping[str, Any]:
-        with open(self.path, "rb") as file:
-            start = file.read(6)
-            if start.startswith(b"PK"):
-                return np.load(self.path, allow_pickle=False)
-            if start == b"\x93NUMPY":
-                # Copy-on-write, since torch warns about read-only arrays.
-                return {"array": np.load(self.path, mmap_mode="c", allow_pickle=False)}
-            file.seek(0)
-            content = _PlainUnpickler(file).load()
-        if not isinstance(content, Mapping):
-            raise ValueError(f"it must hold a dictionary, got a {type(content).__name__}")
-        return content
-
-    def has(self, *keys: str) -> bool:
-        return all(key in self.names for key in keys)
-
-    def __getitem__(self, key: str) -> Any:
-        value = self.content
-        try:
-            for part in [key] if key in value else key.split("/"):
-                value = value[part]
-        except _FILE_ERRORS as error:
-            raise self._unreadable(error) from error
-        return value
-
-    def describe(self) -> str:
-        return f"the names {', '.join(sorted(self.names))}" if self.names else "nothing"
-
-    def _unreadable(self, error: Exception) -> ValueError:
-        return ValueError(f"{self.owner}: {self.path} must be an .npz, .npy or .pkl file of arrays, got one that cannot be read: {error}.")
-
-    def __enter__(self) -> "ArrayFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if isinstance(self.content, np.lib.npyio.NpzFile):
-            self.content.close()
-
-
-_FILE_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    UnicodeDecodeError,
-    zipfile.BadZipFile,
-    zlib.error,
-    pickle.UnpicklingError,
-)
-
-
-def _leaves(content: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Names of the entries in nested dictionaries."""
-    if isinstance(content, np.lib.npyio.NpzFile):
-        return list(content.files)
-    names = []
-    for key, value in content.items():
-        names += _leaves(value, f"{prefix}{key}/") if isinstance(value, Mapping) else [f"{prefix}{key}"]
-    return names
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Loads containers, numbers, strings and numpy arrays of numbers; other globals in a pickle raise UnpicklingError.
-
-    The globals that a pickle names are never called: functions and classes below replace them. numpy's own classes are unsafe, since
-    a pickled state can make an array interpret bytes of the file as object pointers.
-    """
-
-    def __init__(self, file: io.BufferedReader) -> None:
-        super().__init__(file, encoding="latin1")
-        # Bound methods, since a pickle could set the defaults of a function.
-        self._replacements: dict[str, Any] = {
-            "numpy.ndarray": None,  # only an argument of _reconstruct
-            "numpy.dtype": _Dtype,
-            "numpy.core.multiarray._reconstruct": self._empty,
-            "numpy.core.multiarray.scalar": self._scalar,
-            "numpy.core.numeric._frombuffer": self._array,
-            "_codecs.encode": self._bytes,
-        }
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
-        if known not in self._replacements:
-            raise pickle.UnpicklingError(f"the pickle names {module}.{name}, but only arrays in plain containers are supported")
-        return self._replacements[known]
-
-    def persistent_load(self, pid: object) -> Any:
-        raise pickle.UnpicklingError("the pickle refers to external objects")
-
-    def _empty(self, cls: None, shape: tuple, typecode: bytes) -> np.ndarray:
-        return _Array(0)
-
-    def _scalar(self, dtype: "_Dtype", data: bytes | str) -> Any:
-        return _numbers(data, dtype, (), "C")[()]
-
-    def _array(self, data: bytes, dtype: "_Dtype", shape: tuple[int, ...], order: Literal["C", "F"]) -> np.ndarray:
-        return _numbers(data, dtype, shape, order)
-
-    def _bytes(self, text: str, encoding: str) -> bytes:
-        return text.encode("latin1")
-
-
-class _Dtype:
-    """A numpy.dtype of numbers; a pickle can set its byte order only."""
-
-    def __init__(self, name: Any, align: bool = False, copy: bool = False) -> None:
-        self.dtype = np.dtype(str(name))
-        if self.dtype.kind not in "biuf":
-            raise pickle.UnpicklingError(f"the pickle holds an array of {self.dtype}, but only numbers are supported")
-
-    def __setstate__(self, state: tuple) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _Array(np.ndarray):
-    """An array whose content is set after its creation, from a checked state."""
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, is_fortran, data = state
-        array = _numbers(data, dtype, shape, "F" if is_fortran else "C")
-        checked: Any = (1, array.shape, array.dtype, False, array.tobytes())
-        super().__setstate__(checked)
-
-
-def _numbers(data: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order: Literal["C", "F"]) -> np.ndarray:
-    """An array of a copy of the data, which the pickle may still change; Python 2 wrote bytes as strings."""
-    data = data.encode("latin1") if isinstance(data, str) else data
-    return np.frombuffer(bytearray(data), dtype.dtype).reshape(shape, order=order)

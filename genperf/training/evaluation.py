@@ -3,20 +3,19 @@
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._errors import UserError
+from .._errors import UserError, reason
+from .._files import write_atomically
 from .._modes import evaluating
 from ..fid.extractors import load_extractor
 from ..metrics.frechet_distance import FrechetDistance
 from ..metrics.mode_coverage import mode_coverage
 from ..metrics.nearest_images import nearest_images
-from ..metrics.statistics_files import write_atomically
 from ..models.system import System
 from ..nn.vector_quantizer import code_usage
 from .classifier import Classifier, classifier_unavailable, predict, trained_classifier
@@ -43,10 +42,10 @@ def evaluate_run(
     weights: Path | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Evaluate the system of a run and write the results to evaluation.json in its folder.
+    """Evaluate the system of a run; `write_evaluation` writes the results.
 
     FID uses the features of `extractor`, or else those of a classifier, which is trained on the labels of the training images and kept in
-    the folder as classifier.pt.
+    the folder as classifier.pt, if it can be written to.
 
     Args:
         extractor, pixels, weights: as in `genperf.fid.extractors.load_extractor`.
@@ -55,7 +54,7 @@ def evaluate_run(
         what evaluation.json holds: scores, reference values for FID ("anchors"), counts, and notes on the scores that are left out.
 
     Raises:
-        UserError: the extractor fails, samples with NaN or infinity, or the folder cannot be written to.
+        UserError: the extractor fails, or samples with NaN or infinity.
     """
     system, training, held_out = run.system, run.training, run.held_out
     features = classifier = None
@@ -66,8 +65,7 @@ def evaluate_run(
             features = _expand_channels(load_extractor(extractor, pixels=pixels, weights=weights, device=device))
         no_classifier = classifier_unavailable(training)
         if no_classifier is None:
-            with _writing_to(folder):
-                classifier = trained_classifier(training, held_out, folder=folder, device=device)
+            classifier = trained_classifier(training, held_out, folder=folder, device=device)
             notes.append(f"The classifier is right on {classifier.accuracy:.1%} of the held-out images.")
         elif features is None:
             notes.append(f"Without FID: {no_classifier} to train a classifier with; --extractor computes features without one.")
@@ -77,7 +75,7 @@ def evaluate_run(
         notes.append(f"Without samples: {no_samples}.")
     options = {"samples": samples, "extractor": features, "classifier": classifier, "seed": seed}
     scores = evaluate(system, training, held_out, **options)
-    results = {
+    return {
         "system": run.name,
         "scores": _finite_or_none(scores),
         "anchors": _finite_or_none(anchors(training, held_out, **options)) if "fid" in scores else {},
@@ -89,9 +87,19 @@ def evaluate_run(
         "seed": seed,
         "notes": notes,
     }
-    with _writing_to(folder):
-        write_atomically(folder / EVALUATION, lambda file: file.write(f"{json.dumps(results, indent=2)}\n".encode()))
-    return results
+
+
+def write_evaluation(results: dict[str, Any], folder: Path) -> None:
+    """Write the results of `evaluate_run` to evaluation.json in the folder of the run.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = folder / EVALUATION
+    try:
+        write_atomically(path, lambda file: file.write(f"{json.dumps(results, indent=2)}\n".encode()))
+    except OSError as error:
+        raise UserError(f"the folder of the run must be one that can be written to, got {str(folder)!r}: {reason(error)}.") from error
 
 
 @torch.no_grad()
@@ -338,12 +346,3 @@ def _expand_channels(extractor: FeatureFunction) -> FeatureFunction:
 def _finite_or_none(scores: dict[str, float]) -> dict[str, float | None]:
     """Replace infinity, which JSON does not support, with None."""
     return {name: value if math.isfinite(value) else None for name, value in scores.items()}
-
-
-@contextmanager
-def _writing_to(folder: Path) -> Iterator[None]:
-    """Re-raise OSError as UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"the folder of the run must be one that can be written to, got {str(folder)!r}: {error}.") from error

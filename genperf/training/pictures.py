@@ -77,7 +77,7 @@ def write_image(path: Path, image: Tensor) -> None:
 
     pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().movedim(0, -1)
     picture = Image.fromarray(pixels.squeeze(-1).numpy() if pixels.shape[-1] == 1 else pixels.numpy())
-    write_atomically(path, lambda file: picture.save(file, "PNG"))
+    write_atomically(path, lambda file: picture.save(file, "PNG"), sync=False)
 
 
 def write_images(path: Path, images: Tensor, columns: int) -> None:
@@ -123,7 +123,7 @@ def write_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
         panel.grid(alpha=0.3)
     for panel in list(figure.axes)[len(names) :]:
         panel.set_axis_off()
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    write_atomically(path, lambda file: figure.savefig(file, format="png"), sync=False)
 
 
 def _write_samples(path: Path, system: System) -> None:

@@ -2,14 +2,17 @@
 
 import csv
 import dataclasses
+import io
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from .._errors import UserError, value_error_as_user_error
-from .checkpoint import save_checkpoint
+from .._errors import UserError, reason, value_error_as_user_error
+from .._files import write_atomically
+from .checkpoint import save_checkpoint, using_checkpoint
 from .data import LabeledImages, load_images, split_held_out
 from .evaluation import evaluate, normal_images
 from .pictures import write_pictures
@@ -23,6 +26,7 @@ class TrainingResults(NamedTuple):
 
     metrics: dict[str, Any]  # the content of metrics.json
     written: list[Path]
+    failure: str | None = None  # a sentence, if the results could not be written
 
 
 class TrainingSession:
@@ -57,23 +61,24 @@ class TrainingSession:
             raise UserError(
                 f"--out must be a folder without a run, got {str(folder)!r}; --resume continues that run, --overwrite replaces it."
             )
-        self.settings, config = merge_options(name, settings, config, state)
-        self.fabric = make_fabric(device, self.settings.precision)
-        data = load_images(self.settings.data)
-        if state is not None:
-            check_fingerprint(data, state, "--resume")
-        images, self.held_out = split_held_out(data)
+        with nullcontext() if state is None else using_checkpoint(folder / CHECKPOINT):
+            self.settings, config = merge_options(name, settings, config, state)
+            self.fabric = make_fabric(device, self.settings.precision)
+            data = load_images(self.settings.data)
+            if state is not None:
+                check_fingerprint(data, state, "--resume")
+            images, self.held_out = split_held_out(data)
 
-        # cuDNN's default algorithms are not deterministic.
-        torch.backends.cudnn.deterministic = True
-        self.system = build_system(name, self.settings, config, data)
-        with value_error_as_user_error():
-            images = LabeledImages(*self.system.prepare(*images))
-        self.training = Training(self.fabric, self.system, images, self.settings)
-        if state is None:
-            self.system.initialize(images.images[self.training.batches()[0]].to(self.fabric.device))
-        else:
-            self.training.restore(state["training"])
+            # cuDNN's default algorithms are not deterministic.
+            torch.backends.cudnn.deterministic = True
+            self.system = build_system(name, self.settings, config, data)
+            with value_error_as_user_error():
+                images = LabeledImages(*self.system.prepare(*images))
+            self.training = Training(self.fabric, self.system, images, self.settings)
+            if state is None:
+                self.system.initialize(images.images[self.training.batches()[0]].to(self.fabric.device))
+            else:
+                self.training.restore(state["training"])
         self._header = {
             "format": FORMAT,
             "system": name,
@@ -86,23 +91,28 @@ class TrainingSession:
             self._save()
             (folder / EVALUATION).unlink(missing_ok=True)  # of the replaced weights
         except OSError as error:
-            raise UserError(f"--out must be a folder that can be written to, got {str(folder)!r}: {error}.") from error
+            raise UserError(f"--out must be a folder that can be written to, got {str(folder)!r}: {reason(error)}.") from error
 
     def run(self) -> TrainingResults | None:
         """Train, evaluate on the held-out images and write the results; None on ranks other than 0.
 
         Raises:
-            UserError: a loss becomes NaN or infinite.
+            UserError: a loss becomes NaN or infinite, or a checkpoint cannot be written during training; the last one stays whole.
             KeyboardInterrupt: after Ctrl-C; the run can be resumed.
         """
         with value_error_as_user_error():
-            self.training.run(self.settings.epochs, self._save)
+            try:
+                self.training.run(self.settings.epochs, self._save)
+            except OSError as error:
+                raise UserError(
+                    f"the checkpoint in {str(self.folder)!r} cannot be written: {reason(error)}; the last one is whole, and --resume "
+                    "continues from it."
+                ) from error
             batch = self.training.local_batch(self.training.batches()[0])
             times = time_steps(self.system, *batch, autocast=self.fabric.autocast)
             self.system.progress = 1.0
             self.system.eval()
             self.system.finish(normal_images(self.system, self.held_out).to(self.fabric.device))
-            self._save()
             return self._write_results(times) if self.is_global_zero else None
 
     @property
@@ -116,11 +126,9 @@ class TrainingSession:
 
     def _write_results(self, times: StepTimes) -> TrainingResults:
         training, system = self.training, self.system
-        scores = evaluate(system, training.images, self.held_out, samples=0)
-        pictures = write_pictures(self.folder, system, self.held_out, history=training.history)
         images_seen = training.epoch * training.steps_per_epoch * training.batch_size
         metrics = {
-            "scores": scores,
+            "scores": evaluate(system, training.images, self.held_out, samples=0),
             "held_out_images": len(self.held_out.images),
             "training_seconds": training.seconds,
             "images_per_second": images_seen / training.seconds,
@@ -130,15 +138,21 @@ class TrainingSession:
             "config": dataclasses.asdict(system.config),
             "history": training.history,
         }
-        json_path, csv_path = self.folder / "metrics.json", self.folder / "metrics.csv"
-        json_path.write_text(json.dumps(metrics, indent=2) + "\n")
-        _write_history(csv_path, training.history)
-        return TrainingResults(metrics, [*pictures, json_path, csv_path, self.folder / CHECKPOINT])
+        written = [self.folder / name for name in ("metrics.json", "metrics.csv", CHECKPOINT)]
+        try:
+            self._save()
+            write_atomically(written[0], lambda file: file.write(f"{json.dumps(metrics, indent=2)}\n".encode()))
+            write_atomically(written[1], lambda file: file.write(_history_table(training.history).encode()))
+            pictures = write_pictures(self.folder, system, self.held_out, history=training.history)
+        except OSError as error:
+            return TrainingResults(metrics, [], f"the results cannot be written to {str(self.folder)!r}: {reason(error)}.")
+        return TrainingResults(metrics, [*pictures, *written])
 
 
-def _write_history(path: Path, history: list[dict[str, float]]) -> None:
-    names = list(dict.fromkeys(name for losses in history for name in losses))
-    with open(path, "w", newline="") as file:
-        table = csv.DictWriter(file, ["epoch", *names])
-        table.writeheader()
-        table.writerows({"epoch": epoch, **losses} for epoch, losses in enumerate(history, start=1))
+def _history_table(history: list[dict[str, float]]) -> str:
+    """The losses as CSV, one row per epoch."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, ["epoch", *dict.fromkeys(name for losses in history for name in losses)])
+    table.writeheader()
+    table.writerows({"epoch": epoch, **losses} for epoch, losses in enumerate(history, start=1))
+    return text.getvalue()

@@ -229,7 +229,7 @@ def test_invalid_data(tmp_path, capsys):
     Image.fromarray(np.zeros((8, 12), np.uint16)).save(folder / "broken.png")
     fails(folder, "8 bits per channel")
     (tmp_path / "text.txt").write_text("no")
-    fails(tmp_path / "text.txt", "folder of images or an .npz file")
+    fails(tmp_path / "text.txt", "folder or zip archive of images, or an .npz file")
     (tmp_path / "text.npz").write_text("no")
     fails(tmp_path / "text.npz", "cannot be read as .npz")
     fails(arrays("two.npz", a=np.zeros(2), b=np.zeros(2)), "array named 'images' or a single array, got a, b")

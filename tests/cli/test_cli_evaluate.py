@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import errno
 import json
 import re
 import sys
@@ -451,10 +452,19 @@ def test_evaluate_with_invalid_options(run, data):
         run(evaluate_command, Generating(), data, "--extractor", "no:thing")
 
 
-def test_evaluate_in_a_read_only_folder(run, data, tmp_path):
-    (tmp_path / "classifier.partial").mkdir()
-    with pytest.raises(UserError, match="the folder of the run must be one that can be written to"):
-        run(evaluate_command, Generating(), data)
+def test_evaluate_in_a_read_only_folder(run, data, tmp_path, capsys, monkeypatch):
+    def fail(path, write, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for module in ("checkpoint", "evaluation"):
+        monkeypatch.setattr(f"genperf.training.{module}.write_atomically", fail)
+    for options in ((), ("--json",)):
+        with pytest.raises(UserError, match=r"the folder of the run must be one that can be written to, got .*: Read-only file system"):
+            run(evaluate_command, Generating(), data, *options)
+        printed = capsys.readouterr().out
+        assert json.loads(printed)["scores"]["fid"] >= 0 if options else re.search("^  fid +[0-9]", printed, re.M)
+        assert "written" not in printed
+    assert not list(tmp_path.iterdir())
 
 
 def test_sample_writes_a_picture(run, data, tmp_path, capsys):

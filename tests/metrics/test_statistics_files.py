@@ -110,7 +110,7 @@ def test_pickles_execute_no_code(tmp_path):
         with pytest.raises(ValueError, match=r"the pickle (names \w+.mkdir|holds an array of object)"):
             load_statistics(tmp_path / name)
     np.savez(tmp_path / "object.npz", mu=mean, sigma=np.array([Program(tmp_path / "executed")], dtype=object))
-    np.save(tmp_path / "object.npy", {"mu": mean, "sigma": cov})
+    np.save(tmp_path / "object.npy", {"mu": mean, "sigma": cov, "more": Program(tmp_path / "executed")})
     for name in ("object.npz", "object.npy"):
         with pytest.raises(ValueError, match=f"{name} must be .* cannot be read"):
             load_statistics(tmp_path / name)
@@ -233,7 +233,7 @@ def test_unreadable_files(tmp_path):
         "list.pkl": pickle.dumps([1]),
     }.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"load_statistics: .*{name} must be an .npz, .npy or .pkl file of arrays"):
+        with pytest.raises(ValueError, match=rf"load_statistics: .*{name} must be an .npz, .npy, .pkl or .pt file of arrays"):
             load_statistics(tmp_path / name)
     damaged = bytearray(whole)
     damaged[len(whole) // 2] ^= 255
@@ -242,7 +242,7 @@ def test_unreadable_files(tmp_path):
         load_statistics(tmp_path / "damaged.npz")
     with pytest.raises(FileNotFoundError, match=r"load_features: there is no file .*none.npy"):
         load_features(tmp_path / "none.npy")
-    with pytest.raises(ValueError, match=r"must be an .npz, .npy or .pkl file"):
+    with pytest.raises(ValueError, match=r"must be an .npz, .npy, .pkl or .pt file"):
         load_statistics(tmp_path)
     mean, cov, _ = moments()
     save_statistics(tmp_path / "stats.npz", mean, cov)
