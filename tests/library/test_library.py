@@ -1,4 +1,4 @@
-"""Loading: the right library for the processor, overrides, and failures that are not hidden."""
+"""Loading the library that suits the processor, its override, and the errors where it cannot be loaded."""
 
 import os
 import subprocess
@@ -9,9 +9,8 @@ import pytest
 
 from genperf import _library, _probe
 
-# The tests of everything that is compiled, csrc/cpu/<op>.cpp.
-COMPILED = sorted(path.stem for path in (Path(__file__).parents[2] / "csrc" / "cpu").glob("*.cpp"))
-OP_TESTS = [str(path) for op in (*COMPILED, "noise") if (path := Path(__file__).parents[1] / "ops" / f"test_{op}.py").exists()]
+OPS = Path(__file__).parents[1] / "ops"
+KERNELS = Path(__file__).parents[2] / "csrc" / "cpu"
 
 
 def run(code, **environment):
@@ -29,25 +28,21 @@ def test_every_built_library_is_listed():
         assert (isa in _library.runnable_isas()) == features.get(isa, True)
 
 
+def test_every_kernel_has_compiled_tests():
+    kernels = [path.stem for path in KERNELS.glob("*.cpp")]
+    assert kernels
+    for kernel in kernels:
+        assert any("pytest.mark.compiled" in path.read_text() for path in OPS.glob(f"test_{kernel}*.py")), kernel
+
+
 @pytest.mark.parametrize("isa", _library.runnable_isas()[1:])
-def test_op_tests_pass_on(isa):
-    """Every instruction set below the best one, which the rest of the run has used."""
+def test_compiled_tests_pass_on(isa):
+    """Every instruction set below the best one, on which the tests run anyway."""
     if os.environ.get("GENPERF_ISA"):
         pytest.skip("this run is already for one instruction set")
-    # AMX is code of the search within the library of x86-64-v4.
-    same_library = (isa, _library.isa) == ("x86-64-v4", "amx")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "not contract and not compile and not derivatives and not host",
-        *(path for path in OP_TESTS if not same_library or "nearest_code" in path or "vector_quantize" in path),
-    ]
+    # The library of x86-64-v4 also holds the AMX kernels, which only the search has.
+    tests = "search" if (isa, _library.isa) == ("x86-64-v4", "amx") else "compiled"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", f"{tests} and not once", str(OPS)]
     result = subprocess.run(command, env={**os.environ, "GENPERF_ISA": isa}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:]
 

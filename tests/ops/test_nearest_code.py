@@ -79,7 +79,6 @@ def test_batches_and_threads_have_no_effect(device):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.unsanitized
 def test_codebook_larger_than_a_panel(device):
     """Enough codes for several panels, with ties across their borders."""
     _, codebook = testing.vectors("random", 1, 30000, 256, torch.float32, device)
