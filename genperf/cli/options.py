@@ -70,13 +70,13 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
-def add_field(group: argparse._ArgumentGroup, flag: str, field: dataclasses.Field) -> None:
+def add_field(group: argparse._ArgumentGroup, flag: str, field: dataclasses.Field[typing.Any]) -> None:
     """Add an option for a field of a system's configuration, without a default; "none" is None if the field allows it.
 
     Raises:
         TypeError: the field's type is not supported.
     """
-    types = typing.get_args(field.type) or (field.type,)
+    types: tuple[typing.Any, ...] = typing.get_args(field.type) or (field.type,)
     kind = next(t for t in types if t is not type(None))
     shown = "none" if field.default is None else str(field.default)
     meaning = f"{field.metadata['help']} ({shown})".replace("%", "%%")

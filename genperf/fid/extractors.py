@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,7 @@ def _import_callable(name: str) -> Callable[[Tensor], object]:
     if os.getcwd() not in sys.path and "" not in sys.path:  # `python -m` adds it, the installed script does not
         sys.path.insert(0, os.getcwd())
     try:
-        function = importlib.import_module(module_name)
+        function: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             function = getattr(function, part)
     except Exception as error:

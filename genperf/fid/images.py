@@ -1,7 +1,7 @@
 """Reading of images for a feature extractor: decoded and resized in threads, batch by batch."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ def read_batches(
     size: tuple[int, int] | None,
     workers: int,
     exif: bool = True,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Read images in order as batches, uint8 [B, channels, H, W]; the last one may be smaller.
 
     Args:

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,10 +81,10 @@ def compare(a: str, b: str, options: ScoreOptions) -> dict[str, Any]:
     Raises:
         UserError: an input or option is invalid, or a score is not finite.
     """
-    sides, extractor = _measure([a, b], options, features_needed_for=options.needing_features)
-    scores = _scores(*sides, options)
+    (real, fake), extractor = _measure([a, b], options, features_needed_for=options.needing_features)
+    scores = _scores(real, fake, options)
     _check_finite(scores, a, b)
-    return _facts([a, b], sides, extractor, options) | scores
+    return _facts([a, b], [real, fake], extractor, options) | scores
 
 
 def save_statistics(path: str, out: Path, options: ScoreOptions) -> dict[str, Any]:
@@ -196,11 +196,12 @@ def _measure_source(source: Source, known: _Dimension | None, extractor: Extract
     return _Side(moments.mean, moments.cov, moments.count, torch.cat(kept).to(options.device) if kept else None)
 
 
-def _feature_batches(source: Features | Images, extractor: Extractor | None, options: ScoreOptions) -> Iterator[Tensor]:
+def _feature_batches(source: Features | Images, extractor: Extractor | None, options: ScoreOptions) -> Generator[Tensor, None, None]:
     """Features [B, d]."""
     if isinstance(source, Features):
         yield from source.rows.split(_CHUNK)
         return
+    assert extractor is not None  # loaded wherever there are images
     from tqdm import tqdm
 
     from .images import read_batches
@@ -216,7 +217,11 @@ def _feature_batches(source: Features | Images, extractor: Extractor | None, opt
 def _scores(a: _Side, b: _Side, options: ScoreOptions) -> dict[str, Any]:
     mean_term = (a.mean - b.mean).square().sum().item()
     trace_term = _trace_term(a, b)
-    scores = {"distance": mean_term + trace_term, "mean_term": mean_term, "trace_term": trace_term}
+    scores: dict[str, Any] = {"distance": mean_term + trace_term, "mean_term": mean_term, "trace_term": trace_term}
+    if not options.needing_features:
+        return scores
+    assert a.features is not None
+    assert b.features is not None
     if options.kid:
         scores["kid"] = _kid(a.features, b.features, options)
     if options.precision_recall:

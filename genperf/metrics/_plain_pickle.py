@@ -57,7 +57,7 @@ def load_plain_torch(archive: zipfile.ZipFile, pickle_name: str) -> Any:
 
 
 # The implementation in Python: that in C allocates as many entries of its memo as a damaged file asks for.
-class _PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+class _PlainUnpickler(pickle._Unpickler):
     """Unpickler of plain data.
 
     The globals that a pickle names are never called: functions and classes below replace them. numpy's own classes are unsafe, since

@@ -1,6 +1,7 @@
 """Helpers for layers whose channel dimension can be anywhere: inputs are not permuted."""
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def _apply(layer: nn.Module, vectors: Tensor) -> Tensor:
     return layer(vectors.transpose(1, 2)).transpose(1, 2)
 
 
-def _is_plain_linear(layer: nn.Module) -> bool:
+def _is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling the layer is F.linear of its tensors and nothing else, so that the operands may be swapped."""
     return (
         type(layer) is nn.Linear

@@ -102,7 +102,7 @@ def trained_classifier(training: LabeledImages, held_out: LabeledImages, *, fold
     A folder that cannot be written to is left as it is.
     """
     path = folder / "classifier.pt"
-    key = " ".join(fingerprint(part) for data in (training, held_out) for part in data)
+    key = " ".join(fingerprint(part) for data in (training, held_out) for part in data if part is not None)
     classifier = _load(path, key, _image_shape(training.images))
     if classifier is None:
         classifier = train_classifier(training, held_out, device)
