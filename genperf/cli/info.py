@@ -11,6 +11,7 @@ import torch
 from .. import _library
 from .._version import __version__
 from ..ops import OPS
+from .streams import print_page
 
 HELP = "show versions, hardware, and the implementation that each op selects"
 
@@ -20,8 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    print("\n".join(info_lines()))
-    return 0
+    return print_page("\n".join(info_lines()))
 
 
 def info_lines() -> list[str]:

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import sys
+from typing import Any
 
 from .._errors import reason
 
@@ -23,7 +24,7 @@ class _Absent(io.RawIOBase):
 class _Lossy(io.FileIO):
     """Standard error that may be closed, full or without a reader. What cannot be written is dropped: no work is lost to a message."""
 
-    def write(self, data: bytes) -> int:  # type: ignore[override]
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError:
@@ -39,20 +40,28 @@ def prepare_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
     if sys.stdout is None:
         sys.stdout = io.TextIOWrapper(io.BufferedWriter(_Absent()), encoding="utf-8")
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     encoding = "utf-8" if sys.stderr is None else sys.stderr.encoding
     raw = io.BufferedWriter(_Lossy(2, "w", closefd=False))
     sys.stderr = io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace", line_buffering=True)
 
 
-def print_result(text: str) -> int:
-    """Print the result of long work to stdout, or to stderr with the reason if stdout fails; returns the exit code."""
+def print_page(text: str) -> int:
+    """Print to stdout; returns the exit code, which is not 0 if stdout fails."""
     try:
         print(text, flush=True)
     except OSError as error:
-        print(text, file=sys.stderr)
         return stdout_failed(error)
     return 0
+
+
+def print_result(text: str) -> int:
+    """Print the result of long work to stdout, or to stderr if stdout fails; returns the exit code."""
+    code = print_page(text)
+    if code:
+        print(text, file=sys.stderr)
+    return code
 
 
 def stdout_failed(error: OSError) -> int:

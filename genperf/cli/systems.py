@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 
 from ..models import SYSTEMS, System
+from .streams import print_page
 
 HELP = "list the systems that can be trained, with their methods and options"
 
@@ -18,13 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.system is not None:
-        print("\n".join(_page(arguments.system, SYSTEMS[arguments.system])))
-        return 0
+        return print_page("\n".join(_page(arguments.system, SYSTEMS[arguments.system])))
     width = max(map(len, SYSTEMS)) + 2
-    for name, system in SYSTEMS.items():
-        print(f"{name:<{width}}{summary(system)}")
-        print(f"{'':<{width}}{abilities(system)}")
-    return 0
+    lines = [f"{name:<{width}}{summary(system)}\n{'':<{width}}{abilities(system)}" for name, system in SYSTEMS.items()]
+    return print_page("\n".join(lines))
 
 
 def abilities(system: type[System]) -> str:
