@@ -96,6 +96,7 @@ def _image_array(path: str, *, only_array: bool) -> np.ndarray | ZippedArray | N
         only_array: whether the images must be the only array in the file.
     """
     try:
+        names: list[str] = []
         if not zipfile.is_zipfile(path):
             loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
