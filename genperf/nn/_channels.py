@@ -90,6 +90,13 @@ def _matmul(vectors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.bmm(weights, vectors) if bias is None else torch.baddbmm(bias.unsqueeze(1), weights, vectors)
 
 
+def split_codebooks(x: Tensor, channel: int, num_codebooks: int) -> Tensor:
+    """View the channels [num_codebooks * D] at `channel` of x as two dimensions [num_codebooks, D]."""
+    # Not `unflatten`, after which torch.onnx.export(dynamo=False) takes every size for a constant.
+    sizes = x.shape
+    return x.reshape(*sizes[:channel], num_codebooks, sizes[channel] // num_codebooks, *sizes[channel + 1 :])
+
+
 def codebooks_last(indices: Tensor, channel: int) -> Tensor:
     """Move the codebook dimension of indices, which is where the channels were, to the end; drop it if there is one codebook."""
     return indices.movedim(channel, -1) if indices.shape[channel] > 1 else indices.squeeze(channel)

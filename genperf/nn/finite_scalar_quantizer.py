@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._typing import signature_of
 from ..ops.finite_scalar_quantize import check_levels, finite_scalar_decode, finite_scalar_quantize
-from ._channels import check_input, codebooks_last, decode_codebooks, linear, parameter_dtype
+from ._channels import check_input, codebooks_last, decode_codebooks, linear, parameter_dtype, split_codebooks
 
 
 class FiniteScalarQuantizer(nn.Module):
@@ -81,7 +81,7 @@ class FiniteScalarQuantizer(nn.Module):
         channel = check_input(type(self).__name__, x, self.channel_dim, mask)
         if mask is not None:
             x = torch.where(mask.unsqueeze(channel), x, 0)
-        codes = linear(self.project_in, x, channel).unflatten(channel, (self.num_codebooks, -1))
+        codes = split_codebooks(linear(self.project_in, x, channel), channel, self.num_codebooks)
         codes, indices = finite_scalar_quantize(
             codes, self.levels, symmetric=self.symmetric, hard_clamp=self.hard_clamp, channel_dim=channel + 1
         )

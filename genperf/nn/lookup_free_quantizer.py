@@ -11,7 +11,7 @@ from ..ops._precision import accumulator_dtype, normalized
 from ..ops._validate import check
 from ..ops.lookup_free_entropy import check_group, code_mass, entropy_of
 from ..ops.lookup_free_quantize import check_bits, check_scale, code_size, lookup_free_decode, lookup_free_quantize
-from ._channels import check_input, codebooks_last, decode_codebooks, linear, parameter_dtype
+from ._channels import check_input, codebooks_last, decode_codebooks, linear, parameter_dtype, split_codebooks
 
 
 class LookupFreeQuantizer(nn.Module):
@@ -107,7 +107,7 @@ class LookupFreeQuantizer(nn.Module):
         channel = check_input(type(self).__name__, x, self.channel_dim, mask)
         if mask is not None:
             x = torch.where(mask.unsqueeze(channel), x, 0)
-        bits = linear(self.project_in, x, channel).unflatten(channel, (self.num_codebooks, -1))
+        bits = split_codebooks(linear(self.project_in, x, channel), channel, self.num_codebooks)
         dtype = bits.dtype
         if self.spherical:
             bits = self.scale * normalized(bits, channel + 1)
@@ -142,7 +142,7 @@ class LookupFreeQuantizer(nn.Module):
         """Indices of the codes of x, as returned by `forward`, without gradients."""
         channel = check_input(type(self).__name__, x, self.channel_dim, None)
         with torch.no_grad():
-            bits = linear(self.project_in, x, channel).unflatten(channel, (self.num_codebooks, -1))
+            bits = split_codebooks(linear(self.project_in, x, channel), channel, self.num_codebooks)
             return codebooks_last(lookup_free_quantize(bits, channel_dim=channel + 1)[1], channel)
 
     def decode(self, indices: Tensor) -> Tensor:

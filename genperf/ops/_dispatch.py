@@ -42,8 +42,12 @@ def choose_impl(op: str, impl: str | None, unavailable: dict[str, str | None], *
         ValueError: an unknown `impl`.
         NotImplementedError: a named `impl` that cannot run; it never falls back.
     """
-    if _has_tangent(inputs):
+    reference_only = None
+    if exporting_to_onnx():
+        reference_only = "an ONNX graph holds operators of PyTorch only."
+    elif _has_tangent(inputs):
         reference_only = "forward-mode gradients are computed by the reference only."
+    if reference_only is not None:
         unavailable = {name: reason if name == "reference" else reason or reference_only for name, reason in unavailable.items()}
     if impl is None:
         chosen = "reference" if _only_reference else next(name for name, reason in unavailable.items() if reason is None)
@@ -57,6 +61,12 @@ def choose_impl(op: str, impl: str | None, unavailable: dict[str, str | None], *
         reason = unavailable.get(impl) or "this op has no such implementation."
         raise NotImplementedError(f"{op}: impl={impl!r} cannot run here: {reason}")
     return impl
+
+
+def exporting_to_onnx() -> bool:
+    """Whether torch.onnx.export traces the call. torch.export and AOTInductor keep the compiled kernels."""
+    tracing = torch.compiler.is_exporting() or torch.jit.is_tracing()  # `is_in_onnx_export` takes longer
+    return tracing and torch.onnx.is_in_onnx_export()
 
 
 def _has_tangent(inputs: tuple[object, ...]) -> bool:

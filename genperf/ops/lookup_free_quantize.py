@@ -102,7 +102,7 @@ def lookup_free_decode(
     check_bits(op, bits)
     check_scale(op, scale)
     places = torch.arange(bits - 1, -1, -1, device=indices.device)
-    signs = (indices.long().unsqueeze(-1) >> places & 1).to(dtype or torch.get_default_dtype()) * 2 - 1
+    signs = (indices.long().unsqueeze(-1) // 2**places % 2).to(dtype or torch.get_default_dtype()) * 2 - 1
     codes = signs * code_size(scale, spherical, bits)
     return torch.where(indices.unsqueeze(-1) >= 0, codes, 0).movedim(-1, channel_dim).contiguous()
 
@@ -165,7 +165,7 @@ def lookup_free_quantize_reference(
     value = torch.where(x.isnan(), x, value)
     carried = scale * F.normalize(x, dim=1) if spherical else x
     places = torch.arange(bits - 1, -1, -1, device=x.device).reshape(1, -1, 1)
-    return ValueOf.apply(value, carried), (positive.long() << places).sum(1)
+    return ValueOf.apply(value, carried), (positive * 2**places).sum(1)
 
 
 @register_fake("lookup_free_quantize")

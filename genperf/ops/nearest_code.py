@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._dispatch import choose_impl, implement_on_cuda, native_unavailable, register_fake
+from ._dispatch import choose_impl, exporting_to_onnx, implement_on_cuda, native_unavailable, register_fake
 from ._layout import Positions, as_positions, positions_shape
 from ._validate import check_channel_dim, check_tensor, check_vectors
 
@@ -135,6 +135,8 @@ def nearest_code_reference(x: Tensor, codebook: Tensor, metric: str = "euclidean
         return torch.stack([nearest_code_reference(head, codes, metric) for head, codes in zip(x, codebook, strict=True)])
     codes = codebook.double()
     rows = x.reshape(-1, x.shape[-1]).double()
+    if exporting_to_onnx():
+        return _nearest_by_matmul(rows, codes, metric).reshape(x.shape[:-1])
     chunk = max(1, _REFERENCE_CHUNK // codes.shape[0])
     found = [_nearest_in_order(part, codes, metric) for part in rows.split(chunk)]
     return torch.cat(found).reshape(x.shape[:-1])
@@ -153,6 +155,20 @@ def _nearest_in_order(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
         # The signed square has the order of the similarity and, unlike a square root, is the same on every device.
         distance *= distance.abs() / torch.where(norm > 0, norm, 1.0)
     return distance.nan_to_num_(nan=float("inf"), posinf=float("inf"), neginf=float("-inf")).argmin(-1)
+
+
+def _nearest_by_matmul(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
+    """`_nearest_in_order` as a graph of a few nodes for any number of rows. Near-ties closer than float64 resolves may differ."""
+    if metric == "euclidean":
+        # The difference of two floats is usually exact in float64, and small where the data is far from the origin.
+        shift = torch.where(codes[:1].isfinite(), codes[:1], 0)
+        rows, codes = rows - shift, codes - shift
+        distance = codes.square().sum(-1) - 2 * (rows @ codes.T)  # plus the squared norm of the row
+        return distance.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("inf")).argmin(-1)
+    similarity = rows @ codes.T
+    norm = codes.square().sum(-1)
+    similarity = similarity * similarity.abs() / torch.where(norm > 0, norm, 1.0)
+    return (-similarity).nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf")).argmin(-1)
 
 
 @register_fake("nearest_code")

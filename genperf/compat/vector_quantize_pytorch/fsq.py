@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._typing import signature_of
-from ...nn._channels import codebooks_last, linear, parameter_dtype, project
+from ...nn._channels import codebooks_last, linear, parameter_dtype, project, split_codebooks
 from ...ops._validate import check
 from ...ops.finite_scalar_quantize import basis_of, check_levels, finite_scalar_decode, quantize_levels
 
@@ -131,7 +131,7 @@ class FSQ(nn.Module):
         """
         channel = 1 if self.channel_first or z.ndim >= 4 else z.ndim - 1
         check("FSQ", f"the channels of z must be {self.dim}", list(z.shape), z.shape[channel] == self.dim)
-        z = linear(self.project_in, z, channel).unflatten(channel, (self.num_codebooks, self.codebook_dim))
+        z = split_codebooks(linear(self.project_in, z, channel), channel, self.num_codebooks)
         if self.orthogonal_rotation:
             z = project(z, channel + 1, self.orthogonal_rot.T.to(z.dtype))
         codes, indices = self._quantize(z, channel + 1, self.return_indices)

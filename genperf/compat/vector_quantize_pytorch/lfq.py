@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._typing import signature_of
-from ...nn._channels import codebooks_last, linear, project
+from ...nn._channels import codebooks_last, linear, project, split_codebooks
 from ...nn.lookup_free_quantizer import commitment, mean_entropies
 from ...ops._autograd import ValueOf
 from ...ops._precision import normalized
@@ -249,7 +249,7 @@ class LFQ(nn.Module):
         x = self.project_in(x, channel) if isinstance(self.project_in, CosineSimLinear) else linear(self.project_in, x, channel)
         if self.soft_clamp_input_value is not None:
             x = (x / self.soft_clamp_input_value).tanh() * self.soft_clamp_input_value
-        x = x.unflatten(channel, (self.num_codebooks, self.codebook_dim))
+        x = split_codebooks(x, channel, self.num_codebooks)
         if self.orthogonal_rotation:
             x = project(x, channel + 1, self.orthogonal_rot.T.to(x.dtype))
         dtype = x.dtype
