@@ -9,7 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_host.harness import DTYPES, HERE, Strides, compile_kernels, compile_on_host, nan_like, nans, run_checks, run_in_child
+from cuda_on_host.harness import (
+    CSRC,
+    DTYPES,
+    HERE,
+    Strides,
+    compile_kernels,
+    compile_on_host,
+    kernels,
+    nan_like,
+    nans,
+    run_checks,
+    run_in_child,
+)
 from torch import Tensor
 
 PAIRS = [
@@ -304,7 +316,7 @@ def check_conversions(library: ctypes.CDLL) -> None:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_kernels(("vector_quantize", "code_statistics"), "quantize_launchers.cpp", tmp_path_factory.mktemp("kernels"))
+    return compile_kernels("quantize_launchers.cpp", tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(scope="module")
@@ -318,6 +330,11 @@ CHECKS = [name for name in dir() if name.startswith("check_") and name != "check
 @pytest.fixture(scope="module")
 def outcome(library: Path) -> str:
     return run_in_child(__file__, library, CHECKS)
+
+
+def test_every_kernel_is_run_on_the_host() -> None:
+    run = {kernel for launchers in HERE.glob("*_launchers.cpp") for kernel in kernels(launchers)}
+    assert run == set((CSRC / "cuda").glob("*.cu"))
 
 
 @pytest.mark.parametrize("check", CHECKS)

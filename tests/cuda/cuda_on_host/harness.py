@@ -6,6 +6,7 @@ The sanitizers must be loaded before Python, so the checks run in a child proces
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,9 +38,14 @@ def compile_on_host(sources: list[Path], output: Path, *flags: str) -> Path:
     return output
 
 
-def compile_kernels(ops: tuple[str, ...], launchers: str, folder: Path) -> Path:
-    sources = [*(CSRC / "cuda" / f"{op}.cu" for op in ops), HERE / launchers]
-    return compile_on_host(sources, folder / "kernels.so", "-fPIC", "-shared")
+def kernels(launchers: Path) -> list[Path]:
+    """The .cu files of the headers that a file of launchers includes."""
+    headers = re.findall(r'^#include "(\w+)\.h"', launchers.read_text(), re.MULTILINE)
+    return [path for header in headers if (path := CSRC / "cuda" / f"{header}.cu").exists()]
+
+
+def compile_kernels(launchers: str, folder: Path) -> Path:
+    return compile_on_host([*kernels(HERE / launchers), HERE / launchers], folder / "kernels.so", "-fPIC", "-shared")
 
 
 def preloads() -> list[str]:
