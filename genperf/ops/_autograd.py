@@ -1,31 +1,33 @@
-"""Helpers for autograd Functions."""
+"""Helpers for autograd Functions, which also run under the transforms of torch.func."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 
-def apply(function: type[torch.autograd.Function], *arguments: object) -> Any:
-    """`function.apply(*arguments)` without its inspection of forward's signature, which takes longer than a small kernel."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*arguments)
-    c_function: Any = super(torch.autograd.Function, function)
-    return c_function.apply(*arguments)
+class Function(torch.autograd.Function):
+    """Base class of the ops' Functions. Within torch.vmap, forward runs once for each sample of the batch."""
 
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+        batched = [isinstance(t, Tensor) and dim is not None for t, dim in zip(arguments, in_dims, strict=True)]
 
-def differentiate(
-    outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None], needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """Differentiable gradients of the needed inputs (create_graph=True); None for an input that no output depends on."""
-    wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
-    pairs = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if grad is not None and out.requires_grad]
-    if not pairs or not wanted:
-        return [None] * len(inputs)
-    used, upstream = ([pair[side] for pair in pairs] for side in (0, 1))
-    found = iter(torch.autograd.grad(used, wanted, upstream, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needed]
+        def run(sample: Callable[[Tensor, int], Tensor]) -> Any:
+            return cls.apply(*(sample(t, dim) if on else t for t, dim, on in zip(arguments, in_dims, batched, strict=True)))
+
+        def stack(found: list[Any]) -> Any:
+            return torch.stack(found)[: info.batch_size]
+
+        if info.batch_size:
+            found = [run(lambda t, dim, i=i: t.select(dim, i)) for i in range(info.batch_size)]
+        else:  # a sample of zeros gives the shapes of the results
+            found = [run(lambda t, dim: t.sum(dim, dtype=t.dtype))]
+        if isinstance(found[0], tuple):
+            return tuple(map(stack, zip(*found, strict=True))), (0,) * len(found[0])
+        return stack(found), 0
 
 
 class ValueOf(torch.autograd.Function):
@@ -42,3 +44,135 @@ class ValueOf(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, grad
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, int | None], *pair: Tensor) -> tuple[Tensor, int]:
+        return cls.apply(
+            *(t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in zip(pair, in_dims, strict=True))
+        ), 0
+
+
+class _Call(Function):
+    @staticmethod
+    def forward(op: Callable[..., Any], *arguments: Any) -> Any:
+        return op(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
+        ctx.mark_non_differentiable(*(outputs if isinstance(outputs, tuple) else (outputs,)))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
+
+
+def call(op: Callable[..., Any], *arguments: object) -> Any:
+    """`op(*arguments)` of a compiled op, without a gradient, also within the transforms of torch.func."""
+    return _Call.apply(op, *arguments) if transformed() else op(*arguments)
+
+
+def apply(function: type[torch.autograd.Function], *arguments: object) -> Any:
+    """`function.apply(*arguments)` without its inspection of forward's signature, which takes longer than a small kernel."""
+    if torch.compiler.is_compiling() or transformed():
+        return function.apply(*arguments)
+    c_function: Any = super(torch.autograd.Function, function)
+    return c_function.apply(*arguments)
+
+
+# Whether a transform of torch.func is active (vmap, grad, vjp, jvp, ...).
+transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def need_function(*tensors: Tensor | None) -> bool:
+    """Whether an op must run as a Function: an input requires a gradient, or a transform of torch.func is active.
+
+    Within torch.vmap no tensor requires a gradient, even if one passes through the transform.
+    """
+    if transformed():
+        return True
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def requires_grad(value: object) -> bool:
+    """Whether a gradient of `value` is needed, also by an outer transform of torch.func."""
+    if not isinstance(value, Tensor) or not torch.is_grad_enabled():
+        return False
+    if transformed():
+        while not value.requires_grad and _functorch.is_functorch_wrapped_tensor(value):
+            value = _functorch.get_unwrapped(value)
+    return value.requires_grad
+
+
+def values_of(t: Tensor) -> Tensor:
+    """The tensor beneath the transforms of torch.func, whose values can be read. Within torch.vmap it holds the whole batch."""
+    if transformed():
+        while _functorch.is_functorch_wrapped_tensor(t):
+            t = _functorch.get_unwrapped(t)
+    return t
+
+
+def need_graph(*tensors: Tensor | None) -> bool:
+    """Whether backward, called with these gradients and saved tensors, must run in plain PyTorch.
+
+    That is with create_graph=True, for gradients that can be differentiated again, under a transform of torch.func, and for the batched
+    gradients of `torch.autograd.grad(..., is_grads_batched=True)`.
+    """
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    if transformed():
+        return True
+    for t in tensors:
+        if t is not None and _functorch.is_legacy_batchedtensor(t):
+            return True
+    # The function that torch.func.vjp returns calls backward in grad mode, on tensors of a transform that has ended.
+    return torch.is_grad_enabled() and any(t is not None and _functorch.unwrap_if_dead(t).requires_grad for t in tensors)
+
+
+def differentiate(
+    function: Callable[..., Sequence[Tensor]],
+    gradients: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of `function(*inputs)` in the needed inputs, which can be differentiated again if grad mode is on.
+
+    Args:
+        function: returns a tensor for each of `gradients`.
+        gradients: those of its outputs; None for an output that does not count.
+
+    Returns:
+        a gradient for each input; None for one that is not needed, or that no output depends on.
+    """
+    wanted = [(place, t) for place, (t, need) in enumerate(zip(inputs, needed, strict=True)) if need and t is not None]
+    found: list[Tensor | None] = [None] * len(inputs)
+    if not wanted or all(gradient is None for gradient in gradients):
+        return found
+
+    def outputs_of(*tensors: Tensor) -> tuple[Tensor, ...]:
+        arguments = list(inputs)
+        for (place, _), t in zip(wanted, tensors, strict=True):
+            arguments[place] = t
+        return tuple(out for out, gradient in zip(function(*arguments), gradients, strict=True) if gradient is not None)
+
+    upstream = tuple(gradient for gradient in gradients if gradient is not None)
+    if transformed():
+        _, pull_back = torch.func.vjp(outputs_of, *(t for _, t in wanted))
+        values = pull_back(upstream)
+    else:
+        # Views, so that no gradient passes from one input to another that it was computed from.
+        with torch.enable_grad():
+            views = [t.view_as(t) for _, t in wanted]
+            views = [t if t.requires_grad else t.detach().requires_grad_() for t in views]
+            outputs = outputs_of(*views)
+        pairs = [(out, gradient) for out, gradient in zip(outputs, upstream, strict=True) if out.requires_grad]
+        if not pairs:
+            return found
+        used, upstream = zip(*pairs, strict=True)
+        values = torch.autograd.grad(used, views, upstream, create_graph=torch.is_grad_enabled(), allow_unused=True)
+    for (place, _), value in zip(wanted, values, strict=True):
+        found[place] = value
+    return found

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _library
-from ._autograd import apply, differentiate
+from ._autograd import Function, apply, differentiate, need_function, need_graph
 from ._code_softmax_chunks import MIN_SQUARED_DISTANCE
 from ._dispatch import choose_impl
 from ._layout import as_positions
@@ -72,7 +72,7 @@ def code_softmax(
     arguments = (positions, codes, mask, indices, logits, float(temperature))
     if chosen == "reference":
         value, usage = code_softmax_reference(*arguments)
-    elif torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
+    elif need_function(x, codebook):
         value, usage, _ = apply(_CodeSoftmax, *arguments)
     else:
         value, usage, _ = torch.ops.genperf.code_softmax(*arguments)
@@ -81,7 +81,7 @@ def code_softmax(
     return value, usage, count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
-class _CodeSoftmax(torch.autograd.Function):
+class _CodeSoftmax(Function):
     @staticmethod
     def forward(
         x: Tensor, codebook: Tensor, mask: Tensor | None, indices: Tensor | None, logits: str, temperature: float
@@ -101,9 +101,12 @@ class _CodeSoftmax(torch.autograd.Function):
         needed = ctx.needs_input_grad[:2]
         if grad_value is None and grad_usage is None:
             return (None,) * 6
-        if torch.is_grad_enabled():  # create_graph=True
-            outputs = code_softmax_reference(x, codebook, mask, indices, ctx.logits, ctx.temperature)
-            return (*differentiate(outputs, (grad_value, grad_usage), (x, codebook), needed), None, None, None, None)
+        if need_graph(grad_value, grad_usage, x, codebook):
+
+            def reference(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+                return code_softmax_reference(x, codebook, mask, indices, ctx.logits, ctx.temperature)
+
+            return (*differentiate(reference, (grad_value, grad_usage), (x, codebook), needed), None, None, None, None)
         grad_x, grad_codebook = torch.ops.genperf.code_softmax_backward(
             grad_value, grad_usage, x, codebook, mask, indices, statistics, ctx.logits, ctx.temperature, *needed
         )

@@ -7,7 +7,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
+
+from ._autograd import transformed
 
 log = logging.getLogger("genperf")
 IMPLEMENTATIONS = ("reference", "native", "triton", "eigen", "polar")
@@ -72,6 +75,9 @@ def exporting_to_onnx() -> bool:
 def _has_tangent(inputs: tuple[object, ...]) -> bool:
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
+    # A tangent is hidden if torch.func.jvp is not the innermost transform.
+    if transformed() and any(level.key() == _functorch.TransformType.Jvp for level in _functorch.get_interpreter_stack()):
+        return True
     return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in inputs)
 
 

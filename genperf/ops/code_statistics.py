@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ._autograd import call, values_of
 from ._dispatch import choose_impl, native_unavailable, register_fake
 from ._layout import as_one_codebook, as_positions
 from ._precision import accumulator_dtype
@@ -76,7 +77,7 @@ def statistics(
     """`code_statistics` of checked arguments; with `origins`, the sums are of x - origins[indices]."""
     if impl == "reference":
         return code_statistics_reference(x.transpose(1, 2), indices, num_codes, weights, origins)
-    return torch.ops.genperf.code_statistics(x, indices, num_codes, weights, origins)
+    return call(torch.ops.genperf.code_statistics, x, indices, num_codes, weights, origins)
 
 
 @torch.no_grad()
@@ -101,7 +102,7 @@ def check_indices(op: str, indices: Tensor, x: Tensor, channel: int, num_codes: 
     check_positions(op, "indices", indices, x, channel)
     if x.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(indices, FakeTensor) or indices.numel() == 0:
         return
-    low, high = (int(bound) for bound in indices.aminmax())
+    low, high = (int(bound) for bound in values_of(indices).aminmax())
     if low < -1 or high >= num_codes:
         raise IndexError(f"{op}: indices must lie between -1 and {num_codes - 1}, got {low} ... {high}.")
 
@@ -118,16 +119,16 @@ def code_statistics_reference(
     dtype = accumulator_dtype(x.dtype)
     assigned = indices.reshape(-1)
     valid = assigned >= 0
-    assigned = assigned[valid]
-    rows = x.reshape(-1, x.shape[-1])[valid].double()
+    assigned = assigned.clamp(min=0)
+    rows = x.reshape(-1, x.shape[-1]).double()
     if origins is not None:
         rows = rows - origins.double()[assigned]
-    mass = rows.new_ones(assigned.shape)
+    mass = valid.double()
     if weights is not None:
-        mass = weights.reshape(-1)[valid].double()
-        rows = rows * mass[:, None]
-    counts = rows.new_zeros(num_codes).index_add_(0, assigned, mass)
-    sums = rows.new_zeros(num_codes, x.shape[-1]).index_add_(0, assigned, rows)
+        mass = torch.where(valid, weights.reshape(-1).double(), 0)
+    rows = torch.where(valid[:, None], rows * mass[:, None], 0)
+    counts = mass.new_zeros(num_codes).index_add(0, assigned, mass)
+    sums = rows.new_zeros(num_codes, x.shape[-1]).index_add(0, assigned, rows)
     return counts.to(dtype), sums.to(dtype)
 
 

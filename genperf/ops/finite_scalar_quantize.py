@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import ValueOf, apply, differentiate
+from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph
 from ._dispatch import choose_impl, register_fake, streaming_unavailable
 from ._layout import as_positions, from_positions, positions_shape
 from ._precision import accumulator_dtype
@@ -146,7 +146,7 @@ def quantize_levels(
     positions = as_positions(x, channel)
     if choose_impl(op, impl, unavailable(x.device, x.dtype), x) == "reference":
         quantized, indices = finite_scalar_quantize_reference(positions, levels, symmetric, hard, indexed)
-    elif torch.is_grad_enabled() and x.requires_grad:
+    elif need_function(x):
         quantized, indices = apply(_FiniteScalarQuantize, positions, levels, symmetric, hard, indexed)
     else:
         quantized, indices = torch.ops.genperf.finite_scalar_quantize(positions, levels, symmetric, hard, indexed)
@@ -158,7 +158,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | Non
     return streaming_unavailable("finite_scalar_quantize", device, dtype)
 
 
-class _FiniteScalarQuantize(torch.autograd.Function):
+class _FiniteScalarQuantize(Function):
     @staticmethod
     def forward(x: Tensor, levels: list[int], symmetric: bool, hard: bool, indexed: bool) -> tuple[Tensor, Tensor]:
         return torch.ops.genperf.finite_scalar_quantize(x, levels, symmetric, hard, indexed)
@@ -176,9 +176,12 @@ class _FiniteScalarQuantize(torch.autograd.Function):
         levels, symmetric, hard, _ = ctx.options
         if grad_quantized is None:
             grad_x = None
-        elif torch.is_grad_enabled():  # create_graph=True
-            quantized, _ = finite_scalar_quantize_reference(x, levels, symmetric, hard, False)
-            (grad_x,) = differentiate((quantized,), (grad_quantized,), (x,), (True,))
+        elif need_graph(grad_quantized, x):
+
+            def reference(x: Tensor) -> tuple[Tensor]:
+                return (finite_scalar_quantize_reference(x, levels, symmetric, hard, False)[0],)
+
+            (grad_x,) = differentiate(reference, (grad_quantized,), (x,), (True,))
         else:
             grad_x = torch.ops.genperf.finite_scalar_quantize_backward(grad_quantized, x, levels, symmetric, hard)
         return grad_x, None, None, None, None

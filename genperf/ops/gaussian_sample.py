@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import apply, differentiate
+from ._autograd import Function, apply, differentiate, need_function, need_graph, requires_grad
 from ._dispatch import choose_impl, register_fake, streaming_unavailable
 from ._layout import as_rows, rows_fit
 from ._noise import draw_seed, first_sample, normal_noise
@@ -81,7 +81,7 @@ def gaussian_sample(
     if dtype not in (None, mean.dtype) and not (dtype == torch.float32 and mean.dtype in HALF_DTYPES):
         raise TypeError(f"{op}: dtype must be None, mean's dtype, or float32 with half-precision moments, got {dtype} for {mean.dtype}.")
     reasons = unavailable(mean.device, mean.dtype)
-    if noise is not None and noise.requires_grad and torch.is_grad_enabled():
+    if requires_grad(noise):
         reasons["native"] = reasons["native"] or "noise requires a gradient, which the kernels do not compute."
     chosen = choose_impl(op, impl, reasons, mean, logvar, prior_mean, prior_logvar, noise)
 
@@ -92,7 +92,7 @@ def gaussian_sample(
     float32_sample = dtype == torch.float32 and mean.dtype != torch.float32
     if chosen == "reference":
         return gaussian_sample_reference(*inputs, noise, seed, dim, free_bits, float32_sample)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if need_function(*inputs):
         return apply(_GaussianSample, *inputs, noise, seed, dim, free_bits, float32_sample)
     return _forward(*inputs, noise, seed, dim, free_bits, float32_sample)
 
@@ -203,7 +203,7 @@ def _forward(
     return sample.view(shape), kl
 
 
-class _GaussianSample(torch.autograd.Function):
+class _GaussianSample(Function):
     @staticmethod
     def forward(
         mean: Tensor,
@@ -230,9 +230,12 @@ class _GaussianSample(torch.autograd.Function):
         inputs: Moments = (mean, logvar, prior_mean, prior_logvar)
         if grad_sample is None and grad_kl is None:
             return (None,) * 9
-        if torch.is_grad_enabled():  # create_graph=True
-            outputs = gaussian_sample_reference(*inputs, noise, seed, ctx.dim, ctx.free_bits, ctx.float32_sample)
-            return (*differentiate(outputs, (grad_sample, grad_kl), inputs, ctx.needs_input_grad[:4]), *(None,) * 5)
+        if need_graph(grad_sample, grad_kl, *inputs):
+
+            def reference(*moments: Any) -> tuple[Tensor, Tensor]:
+                return gaussian_sample_reference(*moments, noise, seed, ctx.dim, ctx.free_bits, ctx.float32_sample)
+
+            return (*differentiate(reference, (grad_sample, grad_kl), inputs, ctx.needs_input_grad[:4]), *(None,) * 5)
         gradients = _empty_like(inputs, torch.preserve_format)
         if not _rows_fit(gradients, ctx.dim):  # a memory format that the kernel cannot write
             gradients = _empty_like(inputs, torch.contiguous_format)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import apply, differentiate
+from ._autograd import Function, apply, differentiate, need_function, need_graph
 from ._dispatch import choose_impl, register_fake, streaming_unavailable
 from ._layout import as_rows
 from ._precision import accumulator_dtype
@@ -56,7 +56,7 @@ def gradient_norm_penalty(
     if chosen == "reference":
         return gradient_norm_penalty_reference(gradients, center, one_sided)
     (rows,) = as_rows([gradients])
-    if torch.is_grad_enabled() and gradients.requires_grad:
+    if need_function(gradients):
         return apply(_GradientNormPenalty, rows, center, one_sided)[0]
     return torch.ops.genperf.gradient_norm_penalty(rows, center, one_sided)[0]
 
@@ -66,7 +66,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | Non
     return streaming_unavailable("gradient_norm_penalty", device, dtype)
 
 
-class _GradientNormPenalty(torch.autograd.Function):
+class _GradientNormPenalty(Function):
     @staticmethod
     def forward(gradients: Tensor, center: float, one_sided: bool) -> tuple[Tensor, Tensor]:
         return torch.ops.genperf.gradient_norm_penalty(gradients, center, one_sided)
@@ -81,9 +81,12 @@ class _GradientNormPenalty(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_penalty: Tensor, _norms: Tensor) -> tuple[Tensor | None, ...]:
         gradients, norms = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
-            penalty = gradient_norm_penalty_reference(gradients, ctx.center, ctx.one_sided)
-            return (*differentiate([penalty], [grad_penalty], [gradients], [True]), None, None)
+        if need_graph(grad_penalty, gradients):
+
+            def reference(gradients: Tensor) -> tuple[Tensor]:
+                return (gradient_norm_penalty_reference(gradients, ctx.center, ctx.one_sided),)
+
+            return (*differentiate(reference, (grad_penalty,), (gradients,), (True,)), None, None)
         return torch.ops.genperf.gradient_norm_penalty_backward(grad_penalty, gradients, norms, ctx.center, ctx.one_sided), None, None
 
 

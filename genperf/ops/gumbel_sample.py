@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import ValueOf, apply, differentiate
+from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph, requires_grad
 from ._dispatch import choose_impl, register_fake, streaming_unavailable
 from ._layout import as_positions, from_positions, like_positions, positions_shape
 from ._noise import draw_seed, first_sample, gumbel_noise
@@ -84,7 +84,7 @@ def gumbel_sample(
         raise ValueError(f"{op}: tau must not be negative, got {tau!r}.")
     reasons = unavailable(logits.device, logits.dtype)
     for name, value in (("tau", tau), ("noise", noise)):
-        if torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
+        if requires_grad(value):
             reasons["native"] = reasons["native"] or f"{name} requires a gradient, which the kernels do not compute."
     chosen = choose_impl(op, impl, reasons, logits, codebook, tau, noise)
 
@@ -101,7 +101,7 @@ def gumbel_sample(
     arguments = (positions, codebook, temperature, tau, noise, seed, hard)
     if chosen == "reference":
         sample, indices, kl = gumbel_sample_reference(*arguments)
-    elif torch.is_grad_enabled() and (logits.requires_grad or (codebook is not None and codebook.requires_grad)):
+    elif need_function(logits, codebook):
         sample, indices, kl, _ = apply(_GumbelSample, *arguments)
     else:
         sample, indices, kl, _ = _forward(*arguments)
@@ -161,7 +161,7 @@ def _multiply_positions(soft: Tensor, grad: Tensor) -> Tensor:
         return torch.einsum("oki,odi->kd", soft, grad)
 
 
-class _GumbelSample(torch.autograd.Function):
+class _GumbelSample(Function):
     @staticmethod
     def forward(
         logits: Tensor,
@@ -191,9 +191,13 @@ class _GumbelSample(torch.autograd.Function):
         rest = (None,) * 5
         if grad_sample is None and grad_kl is None:
             return (None, None, *rest)
-        if torch.is_grad_enabled():  # create_graph=True
-            sample, _, kl = gumbel_sample_reference(logits, codebook, temperature, ctx.tau, noise, seed, ctx.hard)
-            return (*differentiate((sample, kl), (grad_sample, grad_kl), (logits, codebook), needed), *rest)
+        if need_graph(grad_sample, grad_kl, logits, codebook):
+
+            def reference(logits: Tensor, codebook: Tensor | None) -> tuple[Tensor, Tensor]:
+                sample, _, kl = gumbel_sample_reference(logits, codebook, temperature, ctx.tau, noise, seed, ctx.hard)
+                return sample, kl
+
+            return (*differentiate(reference, (grad_sample, grad_kl), (logits, codebook), needed), *rest)
         grad_logits = grad_codebook = None
         if needed[0]:
             grad_soft, grad_logits = grad_sample, None

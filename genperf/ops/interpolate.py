@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import ValueOf, apply
+from ._autograd import Function, ValueOf, apply, call, need_function, need_graph, requires_grad
 from ._dispatch import choose_impl, register_fake, streaming_unavailable
 from ._layout import as_rows
 from ._noise import draw_seed, first_sample, uniform_noise, uniform_weights
@@ -126,7 +126,7 @@ def _mix(
                 f"{op}: weight must be float32 or have real's dtype {real.dtype}, on {real.device}, got {weight.dtype} on {weight.device}."
             )
     reasons = unavailable(real.device, real.dtype)
-    if fake is None and weight is not None and weight.requires_grad and torch.is_grad_enabled():
+    if fake is None and requires_grad(weight):
         reasons["native"] = reasons["native"] or "weight requires a gradient, which the kernel does not compute for noise."
     chosen = choose_impl(op, impl, reasons, real, fake, weight)
     # A perturbation needs a seed for its noise even if the weight is given.
@@ -141,11 +141,10 @@ def _mix(
         return interpolate_reference(real, fake, scale, weight, seed)
     if weight is not None:
         weight = weight.float()
-    grad_enabled = torch.is_grad_enabled()
     if fake is None:
-        mixed = _forward(real.detach(), None, scale, weight, seed)
-        return ValueOf.apply(mixed, real) if grad_enabled and real.requires_grad else mixed
-    if grad_enabled and (real.requires_grad or fake.requires_grad or (weight is not None and weight.requires_grad)):
+        mixed = call(_forward, real.detach(), None, scale, weight, seed)
+        return ValueOf.apply(mixed, real) if need_function(real) else mixed
+    if need_function(real, fake, weight):
         return apply(_Interpolate, real, fake, weight, seed)
     return _forward(real, fake, None, weight, seed)
 
@@ -155,7 +154,7 @@ def _forward(real: Tensor, fake: Tensor | None, scale: Tensor | None, weight: Te
     return torch.ops.genperf.interpolate(*rows, scale, weight, seed).view(real.shape)
 
 
-class _Interpolate(torch.autograd.Function):
+class _Interpolate(Function):
     @staticmethod
     def forward(real: Tensor, fake: Tensor, weight: Tensor | None, seed: Tensor | None) -> Tensor:
         return _forward(real, fake, None, weight, seed)
@@ -170,7 +169,7 @@ class _Interpolate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_mixed: Tensor) -> tuple[Tensor | None, ...]:
         real, fake, weight, seed = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
+        if need_graph(grad_mixed, real, fake, weight):
             of_real = uniform_weights(seed, grad_mixed.shape[0]) if weight is None else weight
             of_real = of_real.reshape(-1, *[1] * (grad_mixed.dim() - 1))
             grad_real, grad_fake = ((share * grad_mixed).to(grad_mixed.dtype) for share in (of_real, 1 - of_real))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._autograd import transformed
 from ._dispatch import choose_impl, native_unavailable
 from ._layout import as_positions, positions_shape
 from ._precision import accumulator_dtype
@@ -190,8 +191,8 @@ def _kmeans(
 
 
 def _on_host(device: torch.device) -> bool:
-    """Whether values can be read without device synchronization."""
-    return device.type == "cpu"
+    """Whether values can be read without device synchronization. Within torch.vmap they cannot be read."""
+    return device.type == "cpu" and not transformed()
 
 
 class _Data:
@@ -310,7 +311,7 @@ def _merge(data: _Data, centers: Tensor, counts: Tensor, num_codes: int, generat
         surplus = (counts > 0).sum() - num_codes
         quota = surplus if turn >= _MERGE_ROUNDS - _LAST_ROUNDS else (surplus / 4).ceil()
         costs = cost(own, partner)
-        rank = torch.empty_like(own).scatter_(0, costs.argsort(stable=True), own)
+        rank = torch.empty_like(own).scatter(0, costs.argsort(stable=True), own)
         merges = (rank < quota) & costs.isfinite()
         merges &= ~(merges[partner] & (partner[partner] == own) & (own > partner))  # only one of two that are each other's partner,
         merges &= ~merges[partner]  # and not into a cluster that is itself merged

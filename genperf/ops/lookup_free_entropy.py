@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import apply, differentiate
+from ._autograd import Function, apply, differentiate, need_function, need_graph
 from ._dispatch import choose_impl
 from ._layout import as_positions
 from ._precision import accumulator_dtype, full_float32, normalized
@@ -108,7 +108,7 @@ def code_mass(
         count = positions.new_full((), positions.shape[0] * positions.shape[2], dtype=accumulator_dtype(x.dtype))
     if choose_impl(op, impl, unavailable(x.device, x.dtype), x) == "reference":
         entropy, mass = code_mass_reference(positions, mask, sharpness, group)
-    elif torch.is_grad_enabled() and x.requires_grad:
+    elif need_function(x):
         entropy, mass = apply(_CodeMass, positions, mask, sharpness, group)
     else:
         entropy, mass = torch.ops.genperf.lookup_free_mass(positions, mask, sharpness, group)
@@ -131,7 +131,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | Non
     return {"native": None, "reference": None}
 
 
-class _CodeMass(torch.autograd.Function):
+class _CodeMass(Function):
     @staticmethod
     def forward(x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> tuple[Tensor, Tensor]:
         return torch.ops.genperf.lookup_free_mass(x, mask, sharpness, group)
@@ -147,9 +147,12 @@ class _CodeMass(torch.autograd.Function):
         x, mask = ctx.saved_tensors
         if grad_entropy is None and grad_mass is None:
             grad_x = None
-        elif torch.is_grad_enabled():  # create_graph=True
-            outputs = code_mass_reference(x, mask, ctx.sharpness, ctx.group)
-            (grad_x,) = differentiate(outputs, (grad_entropy, grad_mass), (x,), (True,))
+        elif need_graph(grad_entropy, grad_mass, x):
+
+            def reference(x: Tensor) -> tuple[Tensor, Tensor]:
+                return code_mass_reference(x, mask, ctx.sharpness, ctx.group)
+
+            (grad_x,) = differentiate(reference, (grad_entropy, grad_mass), (x,), (True,))
         else:
             grad_x = torch.ops.genperf.lookup_free_mass_backward(grad_entropy, grad_mass, x, mask, ctx.sharpness, ctx.group)
         return grad_x, None, None, None
@@ -159,10 +162,13 @@ def code_mass_reference(x: Tensor, mask: Tensor | None, sharpness: float, group:
     """The sums in plain PyTorch, from the probabilities of all codes, differentiated by autograd."""
     logits = x.movedim(1, -1).reshape(-1, x.shape[1] // group, group).to(accumulator_dtype(x.dtype))
     logits = (logits * sharpness).clamp(-MAX_LOGIT, MAX_LOGIT)
-    if mask is not None:
-        logits = logits[mask.reshape(-1)]
+    valid = None if mask is None else mask.reshape(-1, 1, 1)
+    if valid is not None:
+        logits = torch.where(valid, logits, 0)
     log_p = (logits @ (_bits(group, logits) - 0.5).T).log_softmax(-1)
     p = log_p.exp()
+    if valid is not None:
+        p = torch.where(valid, p, 0)
     return -(p * log_p).sum(), p.sum(0)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._autograd import ValueOf, apply, differentiate
+from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph
 from ._dispatch import choose_impl, register_fake, streaming_unavailable
 from ._layout import as_positions, from_positions, positions_shape
 from ._validate import check_channel_dim, check_float, check_tensor
@@ -62,7 +62,7 @@ def lookup_free_quantize(
     positions = as_positions(x, channel)
     if choose_impl(op, impl, unavailable(x.device, x.dtype), x) == "reference":
         quantized, indices = lookup_free_quantize_reference(positions, scale, spherical)
-    elif torch.is_grad_enabled() and x.requires_grad:
+    elif need_function(x):
         quantized, indices = apply(_LookupFreeQuantize, positions, scale, spherical)
     else:
         quantized, indices = torch.ops.genperf.lookup_free_quantize(positions, scale, spherical)
@@ -127,7 +127,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | Non
     return streaming_unavailable("lookup_free_quantize", device, dtype)
 
 
-class _LookupFreeQuantize(torch.autograd.Function):
+class _LookupFreeQuantize(Function):
     @staticmethod
     def forward(x: Tensor, scale: float, spherical: bool) -> tuple[Tensor, Tensor]:
         return torch.ops.genperf.lookup_free_quantize(x, scale, spherical)
@@ -145,9 +145,12 @@ class _LookupFreeQuantize(torch.autograd.Function):
         if grad_quantized is None or not ctx.spherical:
             return grad_quantized, None, None
         (x,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
-            quantized, _ = lookup_free_quantize_reference(x, ctx.scale, True)
-            (grad_x,) = differentiate((quantized,), (grad_quantized,), (x,), (True,))
+        if need_graph(grad_quantized, x):
+
+            def reference(x: Tensor) -> tuple[Tensor]:
+                return (lookup_free_quantize_reference(x, ctx.scale, True)[0],)
+
+            (grad_x,) = differentiate(reference, (grad_quantized,), (x,), (True,))
         else:
             grad_x = torch.ops.genperf.lookup_free_quantize_backward(grad_quantized, x, ctx.scale)
         return grad_x, None, None

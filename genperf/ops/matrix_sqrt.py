@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _polar
-from ._autograd import ValueOf, apply, differentiate
+from ._autograd import Function, ValueOf, apply, differentiate, need_graph
 from ._dispatch import choose_impl
 from .covariance_factor import check_covariance, factor_without_sync, working_dtype
 from .trace_sqrt_product import result_dtype, unavailable
@@ -53,7 +53,7 @@ def matrix_sqrt_reference(a: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
 
 
-class _MatrixSqrt(torch.autograd.Function):
+class _MatrixSqrt(Function):
     @staticmethod
     def forward(a: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
         return (torch.ops.genperf.matrix_sqrt if torch.compiler.is_compiling() else _forward)(a, impl)
@@ -70,8 +70,8 @@ class _MatrixSqrt(torch.autograd.Function):
         a, root, roots, vectors = ctx.saved_tensors
         backward = torch.ops.genperf.matrix_sqrt_backward if torch.compiler.is_compiling() else _backward
         found = backward(grad.detach(), root.detach(), roots, vectors, ctx.impl)
-        if torch.is_grad_enabled():  # create_graph=True
-            (again,) = differentiate([matrix_sqrt_reference(a)], [grad], [a], [True])
+        if need_graph(grad, a):
+            (again,) = differentiate(lambda a: (matrix_sqrt_reference(a),), (grad,), (a,), (True,))
             found = ValueOf.apply(found, again)
         return found, None
 

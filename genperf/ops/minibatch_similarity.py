@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import apply, differentiate
+from ._autograd import Function, apply, differentiate, need_function, need_graph
 from ._dispatch import choose_impl, register_fake, streaming_unavailable
 from ._precision import accumulator_dtype
 from ._validate import check_float, check_tensor
@@ -47,7 +47,7 @@ def minibatch_similarity(
     if chosen == "reference":
         return minibatch_similarity_reference(features)
     features = features.contiguous()
-    if torch.is_grad_enabled() and features.requires_grad:
+    if need_function(features):
         return apply(_MinibatchSimilarity, features)
     return torch.ops.genperf.minibatch_similarity(features)
 
@@ -57,7 +57,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | Non
     return streaming_unavailable("minibatch_similarity", device, dtype)
 
 
-class _MinibatchSimilarity(torch.autograd.Function):
+class _MinibatchSimilarity(Function):
     @staticmethod
     def forward(features: Tensor) -> Tensor:
         return torch.ops.genperf.minibatch_similarity(features)
@@ -69,8 +69,8 @@ class _MinibatchSimilarity(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_similarity: Tensor) -> Tensor | None:
         (features,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
-            return differentiate([minibatch_similarity_reference(features)], [grad_similarity], [features], [True])[0]
+        if need_graph(grad_similarity, features):
+            return differentiate(lambda t: (minibatch_similarity_reference(t),), (grad_similarity,), (features,), (True,))[0]
         return torch.ops.genperf.minibatch_similarity_backward(grad_similarity.contiguous(), features)
 
 

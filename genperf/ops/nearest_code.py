@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ._autograd import call
 from ._dispatch import choose_impl, exporting_to_onnx, implement_on_cuda, native_unavailable, register_fake
 from ._layout import Positions, as_positions, positions_shape
 from ._validate import check_channel_dim, check_tensor, check_vectors
@@ -73,7 +74,7 @@ def search(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, impl: 
     if impl == "reference":
         indices = nearest_code_reference(x.transpose(-2, -1), codebook, metric)
         return indices if mask is None else indices.masked_fill(~mask, -1)
-    return torch.ops.genperf.nearest_code(x, codebook, mask, metric == "cosine")
+    return call(torch.ops.genperf.nearest_code, x, codebook, mask, metric == "cosine")
 
 
 def _check_search(op: str, x: Tensor, codebook: Tensor, channel_dim: int) -> int:
@@ -143,14 +144,15 @@ def nearest_code_reference(x: Tensor, codebook: Tensor, metric: str = "euclidean
 
 
 def _nearest_in_order(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
-    distance = rows.new_zeros(rows.shape[0], codes.shape[0])  # [n, K]
-    norm = codes.new_zeros(codes.shape[0])
-    for d in range(codes.shape[1]):
+    def term(d: int) -> Tensor:  # [n, K]
         if metric == "euclidean":
-            distance += (rows[:, d, None] - codes[:, d]).square()
-        else:
-            distance -= rows[:, d, None] * codes[:, d]
-            norm += codes[:, d].square()
+            return (rows[:, d, None] - codes[:, d]).square()
+        return -rows[:, d, None] * codes[:, d]
+
+    distance, norm = term(0), codes[:, 0].square()
+    for d in range(1, codes.shape[1]):
+        distance += term(d)
+        norm += codes[:, d].square()
     if metric == "cosine":
         # The signed square has the order of the similarity and, unlike a square root, is the same on every device.
         distance *= distance.abs() / torch.where(norm > 0, norm, 1.0)

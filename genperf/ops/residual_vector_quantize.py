@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._deprecation import renamed_arguments
 from . import _residual_on_cuda
-from ._autograd import ValueOf, apply, differentiate
+from ._autograd import Function, ValueOf, apply, call, differentiate, need_function, need_graph
 from ._dispatch import choose_impl, implement_on_cuda, native_unavailable, register_fake
 from ._layout import Positions, as_positions, positions_shape
 from ._precision import accumulator_dtype
@@ -128,7 +128,7 @@ def quantize_residual(
     if impl == "reference":
         indices = _search_reference(x.detach(), codes.detach(), mask, limit, metric)
         quantized, losses = _quantize_reference(x, codes, indices, *options)
-    elif torch.is_grad_enabled() and (x.requires_grad or codes.requires_grad):
+    elif need_function(x, codes):
         quantized, indices, losses, _ = apply(_ResidualVectorQuantize, x, codes, mask, limit, metric, *options)
     else:
         quantized, indices, error, _ = torch.ops.genperf.residual_vector_quantize(x, codes, mask, limit, metric == "cosine")
@@ -190,7 +190,7 @@ def residual_statistics(
     codes = codebooks.detach().to(accumulator_dtype(x.dtype))
     if impl == "reference":
         return _statistics_reference(x.detach(), codes, indices.contiguous())
-    return torch.ops.genperf.residual_code_statistics(x.detach(), codes, indices.contiguous(), False)
+    return call(torch.ops.genperf.residual_code_statistics, x.detach(), codes, indices.contiguous(), False)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
@@ -221,7 +221,7 @@ def check_num_quantizers(op: str, num_quantizers: int | Tensor | None, total: in
         raise ValueError(f"{op}: num_quantizers must lie in 1 ... {total}, the number of codebooks, got {num_quantizers}.")
 
 
-class _ResidualVectorQuantize(torch.autograd.Function):
+class _ResidualVectorQuantize(Function):
     @staticmethod
     def forward(
         x: Tensor,
@@ -254,9 +254,12 @@ class _ResidualVectorQuantize(torch.autograd.Function):
         x, codebooks, indices, valid = ctx.saved_tensors
         codebook_weight, commitment_weight, rotation, per_quantizer = ctx.options
         rest = (None,) * 7
-        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
-            outputs = _quantize_reference(x, codebooks, indices, *ctx.options)
-            return (*differentiate(outputs, (grad_quantized, grad_losses), (x, codebooks), ctx.needs_input_grad[:2]), *rest)
+        if need_graph(grad_quantized, grad_losses, x, codebooks):
+
+            def reference(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+                return _quantize_reference(x, codebooks, indices, *ctx.options)
+
+            return (*differentiate(reference, (grad_quantized, grad_losses), (x, codebooks), ctx.needs_input_grad[:2]), *rest)
         grad_x = grad_codebooks = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.genperf.residual_vector_quantize_backward(

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from ._autograd import call
 from ._code_softmax import check_arguments, logits_reference, unavailable, with_heads
 from ._dispatch import choose_impl
 from ._layout import positions_shape
@@ -78,7 +79,7 @@ def draw_codes(
     if mask is not None:
         mask = mask.reshape(positions.shape[0], positions.shape[1], positions.shape[3])
     arguments = (positions, codes, mask, seed, first, logits, float(temperature))
-    found = sample_code_reference(*arguments) if chosen == "reference" else torch.ops.genperf.sample_code(*arguments)
+    found = sample_code_reference(*arguments) if chosen == "reference" else call(torch.ops.genperf.sample_code, *arguments)
     return found.reshape(positions_shape(x, channel))
 
 

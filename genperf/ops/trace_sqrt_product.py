@@ -5,7 +5,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ._autograd import ValueOf, apply, differentiate
+from ._autograd import Function, ValueOf, apply, differentiate, need_graph, requires_grad
 from ._dispatch import choose_impl
 from ._nuclear import Side, eigen_route, polar_route
 from ._validate import check_float, check_tensor
@@ -148,7 +148,7 @@ def trace_of_sides(sides: tuple[Side, Side], precision: str, with_error: bool, i
             trace = trace_sqrt_product_reference(tensors[0], tensors[1], first.is_factor, second.is_factor)
             error = torch.zeros_like(trace)
         else:
-            needed = (torch.is_grad_enabled() and t.requires_grad for t in tensors)
+            needed = map(requires_grad, tensors)
             trace, error, _, _ = apply(_TraceSqrtProduct, *tensors, first.is_factor, second.is_factor, *needed, precision, with_error, impl)
     return trace.to(dtype), error.to(dtype)
 
@@ -161,7 +161,7 @@ def trace_sqrt_product_reference(first: Tensor, second: Tensor, first_is_factor:
     return torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum(-1)
 
 
-class _TraceSqrtProduct(torch.autograd.Function):
+class _TraceSqrtProduct(Function):
     """Forward computes the gradients as well, from the same decomposition; backward scales them."""
 
     @staticmethod
@@ -191,10 +191,12 @@ class _TraceSqrtProduct(torch.autograd.Function):
         first, second, grad_first, grad_second = ctx.saved_tensors
         needed = (ctx.need_first, ctx.need_second)
         found = [grad * g if need else None for g, need in zip((grad_first, grad_second), needed, strict=True)]
-        if torch.is_grad_enabled():  # create_graph=True
-            first, second = first.view_as(first), second.view_as(second)  # distinct, even if both sides are one tensor
-            trace = trace_sqrt_product_reference(first, second, *ctx.are_factors)
-            again = differentiate([trace], [grad], [first, second], needed)
+        if need_graph(grad, first, second):
+
+            def reference(first: Tensor, second: Tensor) -> tuple[Tensor]:
+                return (trace_sqrt_product_reference(first, second, *ctx.are_factors),)
+
+            again = differentiate(reference, (grad,), (first, second), needed)
             found = [None if g is None else ValueOf.apply(g.detach(), carrier) for g, carrier in zip(found, again, strict=True)]
         return (*found, *[None] * 7)
 

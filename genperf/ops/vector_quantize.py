@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import ValueOf, apply, differentiate
+from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph
 from ._dispatch import choose_impl, native_unavailable, register_fake
 from ._layout import Positions, as_one_codebook
 from ._precision import accumulator_dtype
@@ -102,7 +102,7 @@ def quantize(
     """Quantized and loss of `vector_quantize` for given indices; arguments already checked."""
     if impl == "reference":
         return _quantize_reference(x, codebook, indices, codebook_weight, commitment_weight, gradient)
-    if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
+    if need_function(x, codebook):
         rotation = gradient == "rotation"
         return apply(_VectorQuantize, x, codebook, indices, codebook_weight, commitment_weight, rotation)[:2]
     quantized, error, _ = torch.ops.genperf.vector_quantize(x, codebook, indices)
@@ -136,7 +136,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | Non
     return {"native": native, "reference": None}
 
 
-class _VectorQuantize(torch.autograd.Function):
+class _VectorQuantize(Function):
     @staticmethod
     def forward(
         x: Tensor, codebook: Tensor, indices: Tensor, codebook_weight: float, commitment_weight: float, rotation: bool
@@ -155,8 +155,14 @@ class _VectorQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_quantized: Tensor | None, grad_loss: Tensor | None, _valid: None) -> tuple[Tensor | None, ...]:
         x, codebook, indices, valid = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
-            return (*_differentiable_backward(ctx, grad_quantized, grad_loss), None, None, None, None)
+        if need_graph(grad_quantized, grad_loss, x, codebook):
+
+            def reference(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+                gradient = "rotation" if ctx.rotation else "straight_through"
+                return _quantize_reference(x, codebook, indices, ctx.codebook_weight, ctx.commitment_weight, gradient)
+
+            gradients = differentiate(reference, (grad_quantized, grad_loss), (x, codebook), ctx.needs_input_grad[:2])
+            return (*gradients, None, None, None, None)
         grad_x = grad_codebook = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.genperf.vector_quantize_backward(
@@ -168,13 +174,6 @@ class _VectorQuantize(torch.autograd.Function):
             scale = grad_loss * (-2 * ctx.codebook_weight) / (valid * x.shape[1]).clamp(min=1)
             grad_codebook = (offsets * scale).to(codebook.dtype)
         return grad_x, grad_codebook, None, None, None, None
-
-
-def _differentiable_backward(ctx: Any, grad_quantized: Tensor | None, grad_loss: Tensor | None) -> list[Tensor | None]:
-    x, codebook, indices, _ = ctx.saved_tensors
-    gradient = "rotation" if ctx.rotation else "straight_through"
-    outputs = _quantize_reference(x, codebook, indices, ctx.codebook_weight, ctx.commitment_weight, gradient)
-    return differentiate(outputs, (grad_quantized, grad_loss), (x, codebook), ctx.needs_input_grad[:2])
 
 
 def vector_quantize_reference(
