@@ -31,7 +31,7 @@ def codes_from_data(
     metric: str = "euclidean",
     synchronized: bool = True,
 ) -> tuple[Tensor, Tensor] | None:  # [codebooks, K, D], [codebooks, K]
-    """Codes for each codebook, and the number of vectors that each represents; None if there is no vector.
+    """Codes for each codebook, from vectors that are finite, and the number of vectors that each represents; None if there is no vector.
 
     Args:
         init: "kmeans" for k-means centers, otherwise random vectors, each drawn once before any is drawn twice.
@@ -39,7 +39,8 @@ def codes_from_data(
         synchronized: use the vectors of all ranks. Every rank must then call this, and all get the same codes.
     """
     rows = vectors.detach().movedim(2, -1).flatten(1, 2)
-    rows = rows if valid is None else rows[:, valid[0].flatten()]
+    finite = rows.isfinite().all(-1).all(0)
+    rows = rows[:, finite if valid is None else finite & valid[0].flatten()]
     synchronized = synchronized and world_size() > 1
     rows, seed = _global_rows(rows, num_codes * KMEANS_VECTORS if init == "kmeans" else None, synchronized)
     if rows.shape[1] == 0:

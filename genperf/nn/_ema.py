@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .._distributed import all_reduce_sum, world_size
-from ..ops._precision import accumulator_dtype
+from ..ops._precision import HALF_DTYPES, accumulator_dtype, normalized
 from ..ops._validate import check
 from ..ops.nearest_code import METRICS
 from ._codebook_init import INITS
@@ -30,11 +30,11 @@ _GOLDEN, _SQRT2 = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1
 
 @torch.no_grad()
 def ema_update_(
-    counts: Tensor, sums: Tensor, batch_counts: Tensor, batch_sums: Tensor, decay: float, code_weights: CodeWeights | None = None
+    counts: Tensor, sums: Tensor, batch_counts: Tensor, batch_sums: Tensor, decay: float, weights: Tensor | None = None
 ) -> None:
     """Move the averages of each code's count and sum toward those of a batch, in place.
 
-    Equivalent to (a batch that is not empty, no code_weights):
+    Equivalent to (a batch that is not empty, no weights of the codes):
         counts.lerp_(batch_counts, 1 - decay)
         sums.lerp_(batch_sums, 1 - decay)
 
@@ -43,18 +43,39 @@ def ema_update_(
     batch_counts = batch_counts.reshape(counts.shape).to(counts.dtype)
     batch_sums = batch_sums.reshape(sums.shape).to(sums.dtype)
     weight = (1 - decay) * (batch_counts.sum(-1, keepdim=True) > 0).to(batch_counts)
-    if code_weights is not None:
-        weight = weight * (code_weights(batch_sums, batch_counts) if callable(code_weights) else code_weights).to(batch_counts)
+    weight = weight if weights is None else weight * weights
     counts.lerp_(batch_counts, weight)
     sums.lerp_(batch_sums, weight.unsqueeze(-1))
+
+
+def _weights(code_weights: CodeWeights | None, batch_counts: Tensor, batch_sums: Tensor, counts: Tensor) -> Tensor | None:
+    """The weights of the codes for a batch, of shape [K] or that of `counts`."""
+    if code_weights is None or isinstance(code_weights, Tensor):
+        return code_weights if code_weights is None else code_weights.to(counts)
+    batch_sums = batch_sums.reshape(*counts.shape, -1).to(counts.dtype)
+    return code_weights(batch_sums, batch_counts.reshape(counts.shape).to(counts.dtype)).to(counts)
 
 
 @torch.no_grad()
 def codebook_from_ema(counts: Tensor, sums: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
     """Codes from the averages: sums / counts, with Laplace-smoothed counts."""
+    return torch.div(sums, _smoothed(counts, eps).unsqueeze(-1), out=out)
+
+
+def _smoothed(counts: Tensor, eps: float) -> Tensor:
     total = counts.sum(-1, keepdim=True)
-    smoothed = (counts + eps) / (total + counts.shape[-1] * eps) * total
-    return torch.div(sums, smoothed.unsqueeze(-1), out=out)
+    return (counts + eps) / (total + counts.shape[-1] * eps) * total
+
+
+@torch.no_grad()
+def follow_codes_(codebook: Tensor, counts: Tensor, sums: Tensor, eps: float, normalize: bool) -> None:
+    """Where a code is not the one of its averages, because it was set from outside, make the averages those of the code, in place."""
+    smoothed = _smoothed(counts, eps).unsqueeze(-1)
+    expected = sums / smoothed
+    expected = (normalize_codes(expected) if normalize else expected).to(codebook.dtype)
+    # By more than rounding.
+    moved = (codebook - expected).square().sum(-1) > 1e-4 * codebook.square().sum(-1)
+    sums.copy_(torch.where(moved.unsqueeze(-1), codebook.to(sums.dtype) * smoothed, sums))
 
 
 @torch.no_grad()
@@ -93,14 +114,14 @@ def draw_replacements(
     valid: Tensor,  # [codebooks, N]
     vectors_at: Callable[[Tensor], Tensor],  # [codebooks, K] -> [codebooks, K, D]
     num_codes: int,
-    num_updates: Tensor,
+    step: Tensor,
     before: Tensor,  # [codebooks]
     total: Tensor,  # [codebooks]
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # [codebooks, K, D], [codebooks, K]
     """A vector of the global batch for every code, and whether this rank holds it; zeros where it does not.
 
-    Positions are evenly spaced in the global batch, with a new offset at each update. They depend on `num_updates` only, so
+    Positions are evenly spaced in the global batch, with another offset for each `step`. They depend on `step` only, so
     every rank draws the same ones, each at most once. With fewer vectors than codes, some codes get none.
 
     Args:
@@ -109,8 +130,8 @@ def draw_replacements(
         before, total: int64, the number of valid vectors on the ranks before this one, and on all ranks.
     """
     k = torch.arange(num_codes, device=valid.device)
-    step = num_updates.double()
-    offset, shift = (step * _GOLDEN) % 1, ((step * _SQRT2) % 1 * num_codes).long()
+    number = step.double()
+    offset, shift = (number * _GOLDEN) % 1, ((number * _SQRT2) % 1 * num_codes).long()
     stratum = (k + shift) % num_codes
     strata = total.clamp(max=num_codes).unsqueeze(1)
     position = ((stratum + offset) * (total.unsqueeze(1) / strata.clamp(min=1).double())).long() - before.unsqueeze(1)
@@ -130,8 +151,11 @@ class CodebookUpdate:
         batch_counts, batch_sums: statistics of the training steps since the last update, or None if there was none.
         normalize: make codes unit vectors.
         writes_codebook: set the codes from the averages; otherwise only the averages move.
+        follows_codes: the codes may have been set from outside since the last update (see `follow_codes_`).
+        written: called after the update.
         replace_below: threshold of dead-code replacement, 0 for none. The attributes below are for replacement only.
-        num_updates: int64 scalar, the buffer that counts the updates.
+        step: int64 scalar by which replacements are drawn; that of rank 0 counts on all ranks.
+        counts_steps: whether `step` is a buffer, which an update increments.
         valid: [codebooks, N], which vectors of the last training step may replace a code, or None if there was no step.
         vectors_at: the vectors [codebooks, K, D] at positions [codebooks, K] of that step.
     """
@@ -145,8 +169,11 @@ class CodebookUpdate:
     eps: float
     normalize: bool
     writes_codebook: bool
+    follows_codes: bool = False
+    written: Callable[[], None] | None = None
     replace_below: float = 0.0
-    num_updates: Tensor | None = None
+    step: Tensor | None = None
+    counts_steps: bool = True
     valid: Tensor | None = None
     vectors_at: Callable[[Tensor], Tensor] | None = None
 
@@ -166,28 +193,34 @@ class CodebookUpdate:
             return torch.zeros_like(self.counts), torch.zeros_like(self.sums)
         return self.batch_counts, self.batch_sums
 
-    def replacements(self, before: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    def replacements(self, before: Tensor, total: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """A vector for every code and whether this rank holds it (see `draw_replacements`)."""
-        if self.num_updates is None or self.valid is None or self.vectors_at is None or self.valid.numel() == 0:
+        if self.step is None or self.valid is None or self.vectors_at is None or self.valid.numel() == 0:
             return torch.zeros_like(self.sums), torch.zeros_like(self.counts)
         num_codes, dtype = self.counts.shape[-1], self.sums.dtype
-        return draw_replacements(self.valid, self.vectors_at, num_codes, self.num_updates, before, total, dtype)
+        return draw_replacements(self.valid, self.vectors_at, num_codes, step, before, total, dtype)
 
-    def apply_(self, counts: Tensor, sums: Tensor, code_weights: CodeWeights | None) -> None:
+    def apply_(self, counts: Tensor, sums: Tensor, weights: Tensor | None) -> None:
         """Update averages and codes from the statistics of all ranks."""
-        ema_update_(self.counts, self.sums, counts, sums, self.decay, code_weights)
+        if self.follows_codes:
+            follow_codes_(self.codebook, self.counts, self.sums, self.eps, self.normalize)
+        ema_update_(self.counts, self.sums, counts, sums, self.decay, weights)
         if self.writes_codebook:
+            kept = None if weights is None else self.codebook.clone()
             codebook_from_ema(self.counts, self.sums, self.eps, out=self.codebook)
             if self.normalize:
                 self.codebook.copy_(normalize_codes(self.codebook))
+            if kept is not None:
+                self.codebook.copy_(torch.where((weights == 0).unsqueeze(-1), kept, self.codebook))
 
-    def replace_(self, drawn: Tensor, found: Tensor) -> None:
-        """Replace dead codes by the vectors that all ranks have drawn."""
+    def replace_(self, drawn: Tensor, found: Tensor, weights: Tensor | None = None) -> None:
+        """Replace dead codes, but those of weight 0, by the vectors that all ranks have drawn."""
         drawn, found = drawn.reshape(self.sums.shape), found.reshape(self.counts.shape) > 0
+        found = found if weights is None else found & (weights != 0)
         drawn = normalize_codes(drawn) if self.normalize else drawn
         replace_dead_codes_(self.codebook, self.counts, self.sums, drawn, found, self.replace_below)
-        if self.num_updates is not None:
-            self.num_updates += 1
+        if self.step is not None and self.counts_steps:
+            self.step += 1
 
 
 class HasCodebook(Protocol):
@@ -245,10 +278,15 @@ def apply_updates(updates: Sequence[CodebookUpdate], code_weights: CodeWeights |
     if synchronized:
         summed = sync_statistics([*updates, *replacing], statistics + drawn)
         statistics, drawn = summed[: len(updates)], summed[len(updates) :]
-    for update, batch in zip(updates, statistics, strict=True):
-        update.apply_(*batch, code_weights)
-    for update, found in zip(replacing, drawn, strict=True):
-        update.replace_(*found)
+    weights = [_weights(code_weights, *batch, update.counts) for update, batch in zip(updates, statistics, strict=True)]
+    for update, batch, of_codes in zip(updates, statistics, weights, strict=True):
+        update.apply_(*batch, of_codes)
+    replacing_weights = (of_codes for update, of_codes in zip(updates, weights, strict=True) if update.replace_below > 0)
+    for update, found, of_codes in zip(replacing, drawn, replacing_weights, strict=True):
+        update.replace_(*found, of_codes)
+    for update in updates:
+        if update.written is not None:
+            update.written()
 
 
 @torch.no_grad()
@@ -268,17 +306,20 @@ def sync_statistics(updates: Sequence[CodebookUpdate], parts: list[tuple[Tensor,
     return [(next(summed).view(first.shape), next(summed).view(second.shape)) for first, second in parts]
 
 
-def _places(updates: Sequence[CodebookUpdate], synchronized: bool) -> list[tuple[Tensor, Tensor]]:
-    """For each update, the number of vectors [codebooks] on the ranks before this one, and on all ranks."""
+def _places(updates: Sequence[CodebookUpdate], synchronized: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For each update the numbers of vectors [codebooks] on the ranks before this one and on all ranks, and the step of rank 0."""
     numbers = [update.num_valid() for update in updates]
-    if not synchronized or not numbers:
-        return [(torch.zeros_like(number), number) for number in numbers]
+    steps = [torch.zeros_like(number[0]) if update.step is None else update.step for update, number in zip(updates, numbers, strict=True)]
+    if not synchronized or not updates:
+        return [(torch.zeros_like(number), number, step) for number, step in zip(numbers, steps, strict=True)]
     rank, lengths = dist.get_rank(), [len(number) for number in numbers]
-    own = torch.cat(numbers)
+    own = torch.cat([*numbers, *(step.reshape(1) for step in steps)])
     by_rank = own.new_zeros(world_size(), len(own))
     by_rank[rank] = own
     by_rank = all_reduce_sum(by_rank)
-    return list(zip(by_rank[:rank].sum(0).split(lengths), by_rank.sum(0).split(lengths), strict=True))
+    counts, first_steps = by_rank[:, : sum(lengths)], by_rank[0, sum(lengths) :]
+    before, total = counts[:rank].sum(0).split(lengths), counts.sum(0).split(lengths)
+    return list(zip(before, total, first_steps, strict=True))
 
 
 def check_codebook_options(
@@ -310,7 +351,16 @@ def check_codebook_options(
 
 def normalize_codes(codes: Tensor) -> Tensor:
     """Unit vectors [..., D], as a codebook for the cosine metric holds them."""
-    return nn.functional.normalize(codes, dim=-1, eps=1e-6)
+    return normalized(codes, -1).to(codes.dtype)
+
+
+def keep_precision_(layer: nn.Module, before: dict[str, Tensor]) -> None:
+    """Undo a cast of the averages `before` to half precision, in which they would stop moving or overflow."""
+    for name, average in before.items():
+        now = getattr(layer, name)
+        if now.dtype in HALF_DTYPES:
+            wide = average if average.dtype not in HALF_DTYPES and not average.is_meta else now
+            setattr(layer, name, wide.to(now.device, torch.float32))
 
 
 def check_step(name: str, update: str, code_weights: CodeWeights | None, codebook: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..ops._layout import fold_codebooks
 from ..ops._validate import check, check_channel_dim, check_tensor
+from ..ops.code_statistics import can_branch_on
 
 
 def mask_from_lengths(name: str, x: Tensor, mask: Tensor | None, lengths: Tensor, channel_dim: int) -> Tensor:
@@ -22,6 +23,16 @@ def mask_from_lengths(name: str, x: Tensor, mask: Tensor | None, lengths: Tensor
     fits = lengths.shape == x.shape[:1] and lengths.dtype in (torch.int64, torch.int32)
     check(name, "lengths must hold an integer for each row of x", (list(lengths.shape), lengths.dtype), fits)
     return torch.arange(x.shape[3 - channel], device=x.device) < lengths.unsqueeze(1)
+
+
+def check_decoded(name: str, indices: Tensor, num_codes: int) -> None:
+    """Indices to decode must be int64, -1 ... num_codes - 1; on CUDA the values are not checked."""
+    if indices.dtype != torch.int64:
+        raise TypeError(f"{name}: indices must be int64, got {indices.dtype}.")
+    if can_branch_on(indices) and indices.numel() > 0:
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < -1 or high >= num_codes:
+            raise IndexError(f"{name}: indices must lie between -1 and {num_codes - 1}, got {low} ... {high}.")
 
 
 def split_heads(

@@ -3,6 +3,7 @@
 Above 400 lines: a layer reads from top to bottom in one file, and a third of it is documentation.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,14 @@ from torch.nn import functional as F
 from .._deprecation import RenamedAttribute, renamed_arguments
 from .._pickled import quantizer_state
 from .._typing import signature_of
+from ..ops._autograd import ValueOf
 from ..ops._dispatch import choose_impl
 from ..ops._layout import Positions
 from ..ops._precision import accumulator_dtype
 from ..ops._validate import check, check_layer_input
 from ..ops.nearest_code import search
 from ..ops.nearest_code import unavailable as search_unavailable
-from ..ops.residual_vector_quantize import ResidualOptions, check_num_quantizers, quantize_residual, residual_statistics, unavailable
+from ..ops.residual_vector_quantize import ResidualOptions, check_num_quantizers, finite_residual_statistics, quantize_residual, unavailable
 from ..ops.vector_quantize import GRADIENTS
 from ._channels import project_vectors
 from ._code_usage import CodeUsage, usage_from_counts
@@ -32,11 +34,13 @@ from ._ema import (
     check_code_weights,
     check_codebook_options,
     check_step,
+    keep_precision_,
     normalize_codes,
     saved_copy,
     set_codes_,
 )
-from ._vectors import mask_from_lengths
+from ._recompute import Step, StepMemory
+from ._vectors import check_decoded, mask_from_lengths
 
 
 class ResidualVectorQuantizer(nn.Module):
@@ -93,7 +97,6 @@ class ResidualVectorQuantizer(nn.Module):
     sums: Tensor
     num_updates: Tensor
     num_steps: Tensor
-    initialized: Tensor
 
     @renamed_arguments(
         "ResidualVectorQuantizer",
@@ -178,23 +181,26 @@ class ResidualVectorQuantizer(nn.Module):
         self.replace_dead_below = replace_dead_below
         self.update = update
 
-        codebook = uniform_codes(groups if shared_codebook else groups * num_quantizers, num_codes, code_dim)
+        shape = (groups if shared_codebook else groups * num_quantizers, num_codes, code_dim)
+        codebook = uniform_codes(*shape) if init == "uniform" else torch.zeros(shape)
         codebook = normalize_codes(codebook) if metric == "cosine" else codebook
         if decay is None:
             self.codebook = nn.Parameter(codebook)
         else:
             self.register_buffer("codebook", codebook)
         if self.has_ema:
-            self.register_buffer("counts", torch.ones(codebook.shape[:-1]))
-            self.register_buffer("sums", codebook.clone())
+            dtype = accumulator_dtype(codebook.dtype)
+            self.register_buffer("counts", torch.ones(codebook.shape[:-1], dtype=dtype))
+            self.register_buffer("sums", codebook.to(dtype, copy=True))
         if replace_dead_below > 0:
             self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         if quantizer_dropout:
             self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
-        # See VectorQuantizer.
+        # Zeros stand for codes that data have to set, whichever way codes come in. The flag spares a look at them in every step.
         self._needs_init = init != "uniform"
-        if self._needs_init:
-            self.register_buffer("initialized", torch.tensor(False), persistent=False)
+        # The codebook and its version when the layer last wrote it: another one was set from outside.
+        self._written: tuple[int, int] | None = None
+        self._steps = StepMemory()
         self._pending: tuple[Tensor, Tensor] | None = None
         self._last_step: tuple[Tensor, Tensor] | None = None
 
@@ -234,7 +240,10 @@ class ResidualVectorQuantizer(nn.Module):
         update = self.update if update is None else update
         check_step("ResidualVectorQuantizer", update, code_weights, self.codebook)
         check_num_quantizers("ResidualVectorQuantizer", num_quantizers, self.num_quantizers, x.device)
-        if self.training and self.quantizer_dropout:
+        again = self._steps.recall(x) if self.training else None
+        if again is not None:
+            num_quantizers = again.num_quantizers
+        elif self.training and self.quantizer_dropout:
             num_quantizers = self._random_num_quantizers() if num_quantizers is None else num_quantizers
             self.num_steps += 1
         vectors, valid = self._to_vectors(positions, mask)
@@ -243,20 +252,25 @@ class ResidualVectorQuantizer(nn.Module):
 
             init_in_first_step(self, _stack(vectors), valid)
 
-        updates = self.training and self.has_ema and update != "none"
+        frozen = self._learns and not self.codebook.requires_grad
+        updates = self.training and self.has_ema and update != "none" and not frozen and again is None
         # An update overwrites codes that backward still needs.
-        codebooks = self._search_codebooks(saved_copy(self.codebook) if updates and update == "step" else self.codebook)
+        codes = saved_copy(self.codebook) if updates and update == "step" else self.codebook
+        codes = codes if again is None else ValueOf.apply(again.codebook, codes)
+        codebooks = self._search_codebooks(codes)
         learned = codebooks if self.codebook_weight > 0 else codebooks.detach()
         impl = choose_impl("residual_vector_quantize", None, unavailable(x.device, x.dtype), x, learned)
         options = ResidualOptions(self.codebook_weight, self.commitment_weight, self.gradient == "rotation")
         groups = zip(vectors, learned, strict=True)
         outputs = [quantize_residual(v, c, valid, num_quantizers, self.metric, options, impl) for v, c in groups]
         quantized, indices, losses = zip(*outputs, strict=True)
+        if updates or (self.training and self.quantizer_dropout):
+            self._steps.record(x, Step(codes.detach(), None, num_quantizers))
 
         if updates:
-            found = [residual_statistics(*group, impl) for group in zip(vectors, codebooks, indices, strict=True)]
-            counts, sums = (_stack(each) for each in zip(*found, strict=True))  # [groups, Q, K], [groups, Q, K, D]
-            self._gather(counts, sums, _stack(vectors), _stack(indices))
+            found = [finite_residual_statistics(*group, impl) for group in zip(vectors, codebooks, indices, strict=True)]
+            counts, sums, valid_indices = (_stack(each) for each in zip(*found, strict=True))
+            self._gather(counts, sums, _stack(vectors), valid_indices, waits=update == "accumulate")
             if update == "step":
                 apply_updates([self.take_update()], code_weights, self.synchronized)
         return self._from_vectors(quantized, positions, mask), self._merge_indices(indices, positions), torch.stack(losses).mean(0)
@@ -290,10 +304,10 @@ class ResidualVectorQuantizer(nn.Module):
 
         Raises:
             TypeError: indices that are not int64.
+            IndexError: an index past the codebook (on the CPU).
             ValueError: more quantizers or other groups than the layer has.
         """
-        if indices.dtype != torch.int64:
-            raise TypeError(f"ResidualVectorQuantizer.decode: indices must be int64, got {indices.dtype}.")
+        check_decoded("ResidualVectorQuantizer.decode", indices, self.num_codes)
         shape = list(indices.shape)
         fits = len(shape) > 0 and 1 <= shape[-1] <= self.num_quantizers and (self.groups == 1 or shape[-2:-1] == [self.groups])
         groups = f"{self.groups}, " if self.groups > 1 else ""
@@ -317,7 +331,7 @@ class ResidualVectorQuantizer(nn.Module):
         """Set the codebooks, and the averages as if each code had `counts` vectors (None: one), all equal to it."""
         averages = (self.counts, self.sums) if self.has_ema else (None, None)
         set_codes_(self.codebook, *averages, codes, counts, normalize=self.metric == "cosine")
-        self._mark_initialized()
+        self._needs_init = False
 
     def usage(self) -> CodeUsage:
         """Usage of the codebooks in training, as `VectorQuantizer.usage`; over all codebooks together."""
@@ -345,11 +359,26 @@ class ResidualVectorQuantizer(nn.Module):
             eps=self.eps,
             normalize=self.metric == "cosine",
             writes_codebook=self.decay is not None,
+            follows_codes=self.decay is not None and not self._learns and self._set_from_outside(),
+            written=self._note_written,
             replace_below=self.replace_dead_below,
-            num_updates=self.num_updates if self.replace_dead_below > 0 else None,
+            step=self.num_updates if self.replace_dead_below > 0 else None,
             valid=valid,
             vectors_at=vectors_at,
         )
+
+    @property
+    def _learns(self) -> bool:
+        """Whether the codebook is a parameter; also where functional_call, a parametrization or a replica stands in for it."""
+        return "codebook" not in self._buffers
+
+    def _set_from_outside(self) -> bool:
+        """Whether something but this layer may have written the codebook since its last update."""
+        return torch.compiler.is_compiling() or self._written != (id(self.codebook), self.codebook._version)
+
+    def _note_written(self) -> None:
+        if not torch.compiler.is_compiling():
+            self._written = id(self.codebook), self.codebook._version
 
     def check_code_weights(self, code_weights: CodeWeights | None) -> None:
         """Raise a ValueError for weights that do not fit the codebooks."""
@@ -388,7 +417,7 @@ class ResidualVectorQuantizer(nn.Module):
 
     def _search_codebooks(self, codebook: Tensor) -> Tensor:
         """The codes to search, [groups, Q, K, D]; a parameter is normalized for "cosine", a buffer holds unit vectors."""
-        if self.metric == "cosine" and isinstance(self.codebook, nn.Parameter):
+        if self.metric == "cosine" and self._learns:
             codebook = normalize_codes(codebook)
         if self.shared_codebook:
             return codebook.unsqueeze(1).expand(-1, self.num_quantizers, -1, -1)
@@ -404,12 +433,13 @@ class ResidualVectorQuantizer(nn.Module):
         multiple = self.dropout_multiple_of
         return ((number + multiple - 1) // multiple * multiple).clamp(max=self.num_quantizers)
 
-    def _gather(self, counts: Tensor, sums: Tensor, vectors: Tensor, indices: Tensor) -> None:
+    def _gather(self, counts: Tensor, sums: Tensor, vectors: Tensor, indices: Tensor, *, waits: bool) -> None:
         """Keep the statistics [groups, Q, ...] of a training step for the next update."""
         counts, sums = (counts.sum(1), sums.sum(1)) if self.shared_codebook else (counts.flatten(0, 1), sums.flatten(0, 1))
         self._pending = add_statistics(self._pending, counts, sums)
         if self.replace_dead_below > 0:
-            self._last_step = vectors.detach(), indices
+            # An update that waits must not depend on what becomes of x.
+            self._last_step = (vectors.detach().clone() if waits else vectors.detach()), indices
 
     def _residuals_at(self, vectors: Tensor, indices: Tensor, row: Tensor) -> Tensor:
         """The residuals [codebooks, K, D] at positions `row` [codebooks, K] of a step.
@@ -436,7 +466,7 @@ class ResidualVectorQuantizer(nn.Module):
     @torch.no_grad()
     def init_in_first_step(self, vectors: Tensor, valid: Tensor | None) -> None:
         """Set the codes from the vectors of the first training step, unless codes were loaded."""
-        if self.initialized:
+        if self.codebook.any():
             self._needs_init = False
         else:
             self._init_from(vectors, valid)
@@ -459,11 +489,6 @@ class ResidualVectorQuantizer(nn.Module):
             residual = residual - codes[group, index].transpose(2, 3)
         self.set_codes(*(torch.stack(each, 1) for each in zip(*found, strict=True)))
 
-    def _mark_initialized(self) -> None:
-        self._needs_init = False
-        if self.init != "uniform":
-            self.initialized.fill_(True)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(quantizer_state(state))
 
@@ -472,11 +497,20 @@ class ResidualVectorQuantizer(nn.Module):
             state_dict.setdefault(prefix + "num_updates", torch.zeros_like(self.num_updates))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "codebook" in state_dict:
-            self._mark_initialized()
+            codebook = self.codebook.detach()
+            self._needs_init = self.init != "uniform" and (codebook.is_meta or not bool(codebook.any()))
             self._pending = self._last_step = None
-            if self.has_ema and prefix + "sums" not in state_dict:  # the averages belong to other codes
+            if self.has_ema and prefix + "sums" not in state_dict:  # the averages are of other codes
                 self.counts.fill_(1)
-                self.sums.copy_(self.codebook.detach())
+                self.sums.copy_(codebook)
+        if self.has_ema:
+            keep_precision_(self, {"counts": self.counts, "sums": self.sums})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        averages = {"counts": self.counts, "sums": self.sums} if self.has_ema else {}
+        super()._apply(fn, recurse)
+        keep_precision_(self, averages)
+        return self
 
     def extra_repr(self) -> str:
         sizes = f"{self.num_quantizers}, {self.num_codes}, {self.dim}"

@@ -3,19 +3,21 @@
 Above 400 lines: a layer reads from top to bottom in one file, and a third of it is documentation.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .._deprecation import RenamedAttribute, renamed_arguments
 from .._pickled import quantizer_state
 from .._typing import signature_of
+from ..ops._autograd import ValueOf
 from ..ops._dispatch import choose_impl
 from ..ops._layout import Positions
 from ..ops._noise import first_sample
+from ..ops._precision import accumulator_dtype, normalized
 from ..ops._validate import check, check_layer_input
 from ..ops.code_statistics import codebook_statistics
 from ..ops.nearest_code import search
@@ -29,15 +31,18 @@ from ._codebook_losses import diversity_loss, orthogonal_loss
 from ._ema import (
     CodebookUpdate,
     CodeWeights,
+    add_statistics,
     apply_updates,
     check_code_weights,
     check_codebook_options,
     check_step,
+    keep_precision_,
     normalize_codes,
     saved_copy,
     set_codes_,
 )
-from ._vectors import look_up, mask_from_lengths, merge_heads, merge_indices, rows_at, split_heads
+from ._recompute import Step, StepMemory
+from ._vectors import check_decoded, look_up, mask_from_lengths, merge_heads, merge_indices, rows_at, split_heads
 
 __all__ = ["CodeUsage", "LossTerms", "VectorQuantizer", "code_usage"]
 
@@ -127,7 +132,6 @@ class VectorQuantizer(nn.Module):
     counts: Tensor
     sums: Tensor
     num_updates: Tensor
-    initialized: Tensor
 
     @renamed_arguments("VectorQuantizer", revive_below="replace_dead_below")
     def __init__(
@@ -210,23 +214,25 @@ class VectorQuantizer(nn.Module):
         self.update = update
 
         shape = (heads, num_codes, code_dim) if separate_codebooks else (num_codes, code_dim)
-        codebook = uniform_codes(*shape)
+        codebook = uniform_codes(*shape) if init == "uniform" else torch.zeros(shape)
         codebook = normalize_codes(codebook) if metric == "cosine" else codebook
         if decay is None or orthogonal_weight > 0:
             self.codebook = nn.Parameter(codebook)
         else:
             self.register_buffer("codebook", codebook)
         if self.has_ema:
-            self.register_buffer("counts", torch.ones(shape[:-1]))
-            self.register_buffer("sums", codebook.clone())
+            dtype = accumulator_dtype(codebook.dtype)
+            self.register_buffer("counts", torch.ones(shape[:-1], dtype=dtype))
+            self.register_buffer("sums", codebook.to(dtype, copy=True))
         if replace_dead_below > 0:
             self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         # Read on the host, without a synchronization. The buffer is for DistributedDataParallel, which broadcasts it together
         # with codes that only one rank may have loaded.
+        # Zeros stand for codes that data have to set, whichever way codes come in. The flag spares a look at them in every step.
         self._needs_init = init != "uniform"
-        if self._needs_init:
-            self.register_buffer("initialized", torch.tensor(False), persistent=False)
-        # Statistics of the training steps since the last update, and the vectors and indices of the last one.
+        # The codebook and its version when the layer last wrote it: another one was set from outside.
+        self._written: tuple[int, int] | None = None
+        self._steps = StepMemory()
         self._pending: tuple[Tensor, Tensor] | None = None
         self._last_step: tuple[Tensor, Tensor] | None = None
 
@@ -300,13 +306,23 @@ class VectorQuantizer(nn.Module):
 
             init_in_first_step(self, vectors, valid)
 
-        updates = self.training and self.has_ema and update != "none"
+        again = self._steps.recall(vectors) if self.training else None
+        frozen = self._learns and not self.codebook.requires_grad
+        updates = self.training and self.has_ema and update != "none" and not frozen and again is None
         # An update overwrites codes that backward still needs.
-        codebook = self._search_codebook(saved_copy(self.codebook) if updates and update == "step" else self.codebook)
-        sampled = self._sample(vectors, codebook, valid, x) if self.training and self.sample_temperature > 0 else None
+        codes = saved_copy(self.codebook) if updates and update == "step" else self.codebook
+        codes = codes if again is None else ValueOf.apply(again.codebook, codes)
+        codebook = self._search_codebook(codes)
+        indices = None if again is None else again.indices
+        if indices is None and self.training and self.sample_temperature > 0:
+            indices = self._sample(vectors, codebook, valid, x)
         learned = codebook if self.codebook_weight > 0 else codebook.detach()
         weights = self.codebook_weight, self.commitment_weight
-        quantized, indices, loss = quantize_codebooks(vectors, learned, valid, sampled, *weights, self.gradient, self.metric)
+        queries, vectors = vectors, self._unit(vectors)
+        options = *weights, self.gradient, self.metric
+        quantized, indices, loss = quantize_codebooks(vectors, learned, valid, indices, *options, queries, codes)
+        if updates or (self.training and self.sample_temperature > 0):
+            self._steps.record(queries, Step(codes.detach(), indices))
 
         error, diversity, orthogonal = loss, loss.new_zeros(()), loss.new_zeros(())
         if self.training and self.diversity_weight > 0:
@@ -319,7 +335,7 @@ class VectorQuantizer(nn.Module):
             loss = loss + self.orthogonal_weight * orthogonal
 
         if updates:
-            self._gather(vectors, indices)
+            self._gather(vectors, indices, waits=update == "accumulate")
             if update == "step":
                 apply_updates([self.take_update()], code_weights, self.synchronized)
 
@@ -337,7 +353,8 @@ class VectorQuantizer(nn.Module):
             positions, mask = self._check_input(x, mask)
             vectors, valid = self._to_vectors(positions, mask)
             impl = choose_impl("nearest_code", None, search_unavailable(vectors.device, vectors.dtype))
-            indices = search(vectors, self._search_codebook(self.codebook), valid, self.metric, impl)
+            codebook = self.codebook if self.codebook.dim() == 3 else self.codebook.unsqueeze(0)
+            indices = search(vectors, codebook, valid, self.metric, impl)
             return merge_indices(indices, positions.sizes, self.heads)
 
     def decode(self, indices: Tensor) -> Tensor:
@@ -347,9 +364,9 @@ class VectorQuantizer(nn.Module):
 
         Raises:
             TypeError: indices that are not int64.
+            IndexError: an index past the codebook (on the CPU).
         """
-        if indices.dtype != torch.int64:
-            raise TypeError(f"VectorQuantizer.decode: indices must be int64, got {indices.dtype}.")
+        check_decoded("VectorQuantizer.decode", indices, self.num_codes)
         indices = indices.unsqueeze(-1) if self.heads == 1 else indices
         codes = look_up(self._search_codebook(self.codebook), indices)
         if self.project_out is not None:
@@ -363,14 +380,15 @@ class VectorQuantizer(nn.Module):
         "data": random vectors, each drawn once before any is drawn twice. If x has no valid vector, the codes stay. Under
         torch.distributed every rank must call it; the codes are drawn from the global batch with the seed of rank 0.
         """
-        self._init_from(*self._to_vectors(*self._check_input(x, mask)))
+        vectors, valid = self._to_vectors(*self._check_input(x, mask))
+        self._init_from(self._unit(vectors), valid)
 
     @torch.no_grad()
     def set_codes(self, codes: Tensor, counts: Tensor | None = None) -> None:
         """Set the codebook, and the averages as if each code had `counts` vectors (None: one), all equal to it."""
         averages = (self.counts, self.sums) if self.has_ema else (None, None)
         set_codes_(self.codebook, *averages, codes, counts, normalize=self.metric == "cosine")
-        self._mark_initialized()
+        self._needs_init = False
 
     def usage(self) -> CodeUsage:
         """Usage of the codebook in training, from the EMA counts; over all codebooks if there are several.
@@ -398,11 +416,26 @@ class VectorQuantizer(nn.Module):
             eps=self.eps,
             normalize=self.metric == "cosine",
             writes_codebook=self.decay is not None,
+            follows_codes=self.decay is not None and not self._learns and self._set_from_outside(),
+            written=self._note_written,
             replace_below=self.replace_dead_below,
-            num_updates=self.num_updates if self.replace_dead_below > 0 else None,
+            step=self.num_updates if self.replace_dead_below > 0 else None,
             valid=valid,
             vectors_at=vectors_at,
         )
+
+    @property
+    def _learns(self) -> bool:
+        """Whether the codebook is a parameter; also where functional_call, a parametrization or a replica stands in for it."""
+        return "codebook" not in self._buffers
+
+    def _set_from_outside(self) -> bool:
+        """Whether something but this layer may have written the codebook since its last update."""
+        return torch.compiler.is_compiling() or self._written != (id(self.codebook), self.codebook._version)
+
+    def _note_written(self) -> None:
+        if not torch.compiler.is_compiling():
+            self._written = id(self.codebook), self.codebook._version
 
     def check_code_weights(self, code_weights: CodeWeights | None) -> None:
         """Raise a ValueError for weights that do not fit the codebook."""
@@ -429,9 +462,11 @@ class VectorQuantizer(nn.Module):
             if self.project_in is not None:
                 vectors = project_vectors(self.project_in, vectors)
         vectors, mask = split_heads(vectors, mask, self.heads, self.heads if self.codebook.dim() == 3 else 1)
-        if self.metric == "cosine":
-            vectors = F.normalize(vectors, dim=2, eps=1e-6)
         return vectors, mask
+
+    def _unit(self, vectors: Tensor) -> Tensor:
+        """For "cosine", vectors [codebooks, outer, D, inner] divided by their norms."""
+        return normalized(vectors, 2).to(vectors.dtype) if self.metric == "cosine" else vectors
 
     def _from_vectors(self, quantized: Tensor, positions: Positions, mask: Tensor | None) -> Tensor:
         """The quantized vectors [outer * heads, D, inner] in the shape of x."""
@@ -444,7 +479,7 @@ class VectorQuantizer(nn.Module):
     def _search_codebook(self, codebook: Tensor) -> Tensor:
         """The codes to search, [codebooks, K, D]; a parameter is normalized for "cosine", a buffer holds unit vectors."""
         codebook = codebook if codebook.dim() == 3 else codebook.unsqueeze(0)
-        return normalize_codes(codebook) if self.metric == "cosine" and isinstance(self.codebook, nn.Parameter) else codebook
+        return normalize_codes(codebook) if self.metric == "cosine" and self._learns else codebook
 
     def _sample(self, vectors: Tensor, codebook: Tensor, valid: Tensor | None, x: Tensor) -> Tensor:
         """Draw codes [codebooks, outer, inner]; `genperf.sample_offset` gives the position of x in a larger batch."""
@@ -453,31 +488,27 @@ class VectorQuantizer(nn.Module):
         logits = "dot" if self.metric == "cosine" else "distance"
         return draw_codes(vectors.detach(), codebook.detach(), self.sample_temperature, logits, 2, valid, first=first)
 
-    def _gather(self, vectors: Tensor, indices: Tensor) -> None:
+    def _gather(self, vectors: Tensor, indices: Tensor, *, waits: bool) -> None:
         """Keep the statistics of a training step for the next update."""
-        counts, sums = codebook_statistics(vectors, indices, self.num_codes)
-        self._pending = (counts, sums) if self._pending is None else (self._pending[0] + counts, self._pending[1] + sums)
+        counts, sums, indices = codebook_statistics(vectors, indices, self.num_codes)
+        self._pending = add_statistics(self._pending, counts, sums)
         if self.replace_dead_below > 0:
-            self._last_step = vectors.detach(), indices
+            # An update that waits must not depend on what becomes of x.
+            self._last_step = (vectors.detach().clone() if waits else vectors.detach()), indices
 
     @torch.no_grad()
     def init_in_first_step(self, vectors: Tensor, valid: Tensor | None) -> None:
         """Set the codes from the vectors of the first training step, unless codes were loaded."""
-        if self.initialized:
+        if self.codebook.any():
             self._needs_init = False
         else:
-            self._init_from(vectors, valid)
+            self._init_from(self._unit(vectors), valid)
 
     def _init_from(self, vectors: Tensor, valid: Tensor | None) -> None:
         options = {"init": self.init, "iterations": self.init_iterations, "metric": self.metric, "synchronized": self.synchronized}
         found = codes_from_data(vectors, valid, self.num_codes, **options)
         if found is not None:
             self.set_codes(*found)
-
-    def _mark_initialized(self) -> None:
-        self._needs_init = False
-        if self.init != "uniform":
-            self.initialized.fill_(True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(quantizer_state(state))
@@ -487,11 +518,20 @@ class VectorQuantizer(nn.Module):
             state_dict.setdefault(prefix + "num_updates", torch.zeros_like(self.num_updates))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "codebook" in state_dict:
-            self._mark_initialized()
+            codebook = self.codebook.detach()
+            self._needs_init = self.init != "uniform" and (codebook.is_meta or not bool(codebook.any()))
             self._pending = self._last_step = None
-            if self.has_ema and prefix + "sums" not in state_dict:  # the averages belong to other codes
+            if self.has_ema and prefix + "sums" not in state_dict:  # the averages are of other codes
                 self.counts.fill_(1)
-                self.sums.copy_(self.codebook.detach())
+                self.sums.copy_(codebook)
+        if self.has_ema:
+            keep_precision_(self, {"counts": self.counts, "sums": self.sums})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        averages = {"counts": self.counts, "sums": self.sums} if self.has_ema else {}
+        super()._apply(fn, recurse)
+        keep_precision_(self, averages)
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.num_codes}, {self.dim}, decay={self.decay}, metric={self.metric!r}, channel_dim={self.channel_dim}"

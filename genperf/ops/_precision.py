@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -17,11 +16,14 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def normalized(x: Tensor, dim: int) -> Tensor:
-    """x divided by its L2 norm along `dim`, in `accumulator_dtype`.
+    """x divided by its L2 norm along `dim`, in `accumulator_dtype`; zero, with no gradient, where the norm is 0 or nearly so.
 
-    Norms are clamped at the smallest normal number of x's dtype, so that the gradient at a zero vector fits in that dtype.
+    Nearly zero is below the smallest normal number of x's dtype, or 1e-12: 1 / norm would not fit in a gradient of that dtype.
     """
-    return F.normalize(x.to(accumulator_dtype(x.dtype)), dim=dim, eps=max(1e-12, torch.finfo(x.dtype).tiny))
+    wide = x.to(accumulator_dtype(x.dtype))
+    norm = torch.linalg.vector_norm(wide, dim=dim, keepdim=True)
+    directed = norm >= max(1e-12, torch.finfo(x.dtype).tiny)
+    return torch.where(norm < max(1e-12, torch.finfo(x.dtype).tiny), 0, wide / torch.where(directed, norm, 1))
 
 
 @contextmanager

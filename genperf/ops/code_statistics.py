@@ -85,13 +85,30 @@ def codebook_statistics(
     x: Tensor,  # [codebooks, outer, D, inner]
     indices: Tensor,  # [codebooks, outer, inner]
     num_codes: int,
-) -> tuple[Tensor, Tensor]:  # [codebooks, K], [codebooks, K, D]
-    """`code_statistics` of checked arguments for several codebooks."""
+) -> tuple[Tensor, Tensor, Tensor]:  # [codebooks, K], [codebooks, K, D], [codebooks, outer, inner]
+    """`code_statistics` of checked arguments for several codebooks, without vectors that are not finite.
+
+    Also returns the indices, with -1 for those vectors.
+    """
     impl = choose_impl("code_statistics", None, unavailable(x.device, x.dtype))
-    codebooks = len(x)
-    folded, numbered = as_one_codebook(x.detach(), indices, num_codes)
-    counts, sums = statistics(folded, numbered, codebooks * num_codes, None, None, impl)
-    return counts.unflatten(0, (codebooks, num_codes)), sums.unflatten(0, (codebooks, num_codes))
+    x, codebooks = x.detach(), len(x)
+
+    def compute(indices: Tensor) -> tuple[Tensor, Tensor]:
+        counts, sums = statistics(*as_one_codebook(x, indices, num_codes), codebooks * num_codes, None, None, impl)
+        return counts.unflatten(0, (codebooks, num_codes)), sums.unflatten(0, (codebooks, num_codes))
+
+    if can_branch_on(x):  # where the sums tell, which costs less than a look at every vector
+        counts, sums = compute(indices)
+        if sums.isfinite().all():
+            return counts, sums, indices
+    indices = indices.masked_fill(~x.isfinite().all(2), -1)
+    return (*compute(indices), indices)
+
+
+def can_branch_on(t: Tensor) -> bool:
+    """Whether Python may branch on the values of t: on the CPU, and not while torch.compile or torch.func traces."""
+    traced = torch.compiler.is_compiling() or isinstance(t, FakeTensor) or torch._C._are_functorch_transforms_active()
+    return t.device.type == "cpu" and not traced
 
 
 def check_indices(op: str, indices: Tensor, x: Tensor, channel: int, num_codes: int) -> None:

@@ -13,7 +13,7 @@ from ._dispatch import choose_impl, implement_on_cuda, native_unavailable, regis
 from ._layout import Positions, as_positions, positions_shape
 from ._precision import accumulator_dtype
 from ._validate import check_mask, check_tensor, check_vectors
-from .code_statistics import code_statistics_reference
+from .code_statistics import can_branch_on, code_statistics_reference
 from .nearest_code import check_metric, search
 from .nearest_code import unavailable as search_unavailable
 from .vector_quantize import GRADIENTS, rotate
@@ -187,10 +187,21 @@ def residual_statistics(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """`residual_code_statistics` of checked arguments."""
-    codes = codebooks.detach().to(accumulator_dtype(x.dtype))
+    codes, indices = codebooks.detach().to(accumulator_dtype(x.dtype)), indices.contiguous()
     if impl == "reference":
-        return _statistics_reference(x.detach(), codes, indices.contiguous())
-    return call(torch.ops.genperf.residual_code_statistics, x.detach(), codes, indices.contiguous(), False)
+        return _statistics_reference(x.detach(), codes, indices)
+    return call(torch.ops.genperf.residual_code_statistics, x.detach(), codes, indices, False)
+
+
+@torch.no_grad()
+def finite_residual_statistics(x: Tensor, codebooks: Tensor, indices: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`residual_statistics` without vectors that are not finite; also the indices, with -1 for those vectors."""
+    if can_branch_on(x):
+        counts, sums = residual_statistics(x, codebooks, indices, impl)
+        if sums.isfinite().all():
+            return counts, sums, indices
+    indices = indices.masked_fill(~x.isfinite().all(1).unsqueeze(-1), -1)
+    return (*residual_statistics(x, codebooks, indices, impl), indices)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:

@@ -118,11 +118,17 @@ def quantize_codebooks(
     commitment_weight: float,
     gradient: str,
     metric: str,
+    queries: Tensor | None = None,  # [codebooks, outer, D, inner]
+    searched: Tensor | None = None,  # [codebooks, K, D], or [K, D]
 ) -> tuple[Tensor, Tensor, Tensor]:  # [outer * codebooks, D, inner], [codebooks, outer, inner], []
-    """`vector_quantize` of checked arguments with several codebooks and one loss; `indices` replace the search."""
+    """`vector_quantize` of checked arguments with several codebooks and one loss; `indices` replace the search.
+
+    The search is of `queries` in `searched` where these are given: vectors and codes before they were rounded to unit vectors.
+    """
     impl = choose_impl("vector_quantize", None, unavailable(x.device, x.dtype), x, codebook)
     if indices is None:
-        indices = search(x.detach(), codebook.detach(), mask, metric, impl)
+        queries, searched = x if queries is None else queries, codebook if searched is None else searched.view(codebook.shape)
+        indices = search(queries.detach(), searched.detach(), mask, metric, impl)
     folded, numbered = as_one_codebook(x, indices, codebook.shape[1])
     quantized, loss = quantize(folded, codebook.flatten(0, 1), numbered, codebook_weight, commitment_weight, gradient, impl)
     return quantized, indices, loss

@@ -1,5 +1,6 @@
 """The codes of a `VectorQuantize`: search, EMA, dead-code replacement and initialization, under upstream's buffer names."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from ...nn._ema import (
     apply_updates,
     check_code_weights,
     codebook_from_ema,
+    keep_precision_,
     normalize_codes,
     saved_copy,
     set_codes_,
@@ -36,14 +38,12 @@ class Codebook(nn.Module):
         embed: [h, K, d], a parameter if the codes learn by gradient, otherwise a buffer.
         cluster_size, embed_avg: [h, K] and [h, K, d], averages of each code's count and sum; buffers.
         initted: a buffer; False until k-means has set the codes.
-        num_updates: the number of updates, which determines the replacements; a buffer that is not part of the state_dict.
     """
 
     embed: Tensor
     cluster_size: Tensor
     embed_avg: Tensor
     initted: Tensor
-    num_updates: Tensor
 
     # Read by `genperf.nn.update_codebooks`.
     update = "step"
@@ -83,18 +83,19 @@ class Codebook(nn.Module):
         self.synchronized = synchronized
 
         self.register_buffer("initted", torch.tensor(not kmeans_init))
-        self.register_buffer("cluster_size", torch.ones(shape[:2]))
-        self.register_buffer("embed_avg", codes.clone())
+        dtype = accumulator_dtype(codes.dtype)
+        self.register_buffer("cluster_size", torch.ones(shape[:2], dtype=dtype))
+        self.register_buffer("embed_avg", codes.to(dtype, copy=True))
         if learnable:
             self.embed = nn.Parameter(codes)
         else:
             self.register_buffer("embed", codes)
-        if threshold_ema_dead_code > 0:
-            self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64), persistent=False)
         # Read on the host, without a synchronization.
         self.needs_init = kmeans_init
         self._pending: tuple[Tensor, Tensor] | None = None
         self._last_step: tuple[Tensor, Tensor] | None = None
+        # The codes and their version when the layer last wrote them: other ones were set from outside.
+        self._written: tuple[int, int] | None = None
 
     @property
     def has_ema(self) -> bool:
@@ -104,8 +105,9 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def init_in_first_step(self, vectors: Tensor, valid: Tensor | None) -> None:
         """Set the codes by k-means, unless they are initialized; vectors [h, outer, d, inner], valid [h, outer, inner]."""
-        if self.initted:
+        if self.initted or self.embed.any():  # loaded, or set from outside
             self.needs_init = False
+            self.initted.fill_(True)
             return
         options = {"init": "kmeans", "iterations": self.kmeans_iters, "metric": self.metric, "synchronized": self.synchronized}
         found = codes_from_data(vectors, valid, self.codebook_size, **options)
@@ -117,24 +119,34 @@ class Codebook(nn.Module):
     def search_codes(self, dtype: torch.dtype, *, copy: bool) -> Tensor:
         """The codes to search for vectors of `dtype`, [h, K, d]; a copy for backward if an update follows."""
         codes = saved_copy(self.embed) if copy else self.embed
-        if self.metric == "cosine" and isinstance(self.embed, nn.Parameter):
-            codes = normalize_codes(codes)
-        return codes.to(accumulator_dtype(dtype))
+        return self.unit_codes(codes).to(accumulator_dtype(dtype))
 
-    def assign(self, vectors: Tensor, codes: Tensor, valid: Tensor | None, temperature: float, first: int) -> Tensor:
-        """Indices [h, outer, inner] of the nearest codes; with a temperature, sampled with the noise of vectors first, first + 1, ..."""
-        vectors, codes = vectors.detach(), codes.detach()
-        if temperature > 0:
-            logits = "dot" if self.metric == "cosine" else "distance"
-            return draw_codes(vectors, codes, temperature, logits, 2, valid, first=first)
+    @property
+    def learns(self) -> bool:
+        """Whether the codes are a parameter; also where functional_call, a parametrization or a replica stands in for it."""
+        return "embed" not in self._buffers
+
+    def unit_codes(self, codes: Tensor) -> Tensor:
+        """For the cosine similarity, unit vectors; a buffer holds them already."""
+        return normalize_codes(codes) if self.metric == "cosine" and self.learns else codes
+
+    def assign(self, vectors: Tensor, codes: Tensor, valid: Tensor | None) -> Tensor:
+        """Indices [h, outer, inner] of the nearest codes."""
         impl = choose_impl("nearest_code", None, unavailable(vectors.device, vectors.dtype))
-        return search(vectors, codes, valid, self.metric, impl)
+        return search(vectors.detach(), codes.detach(), valid, self.metric, impl)
 
-    def gather(self, vectors: Tensor, indices: Tensor) -> None:
+    def sample(self, vectors: Tensor, codes: Tensor, valid: Tensor | None, temperature: float, first: int) -> Tensor:
+        """Indices [h, outer, inner] sampled at a temperature, with the noise of vectors first, first + 1, ..."""
+        logits = "dot" if self.metric == "cosine" else "distance"
+        return draw_codes(vectors.detach(), codes.detach(), temperature, logits, 2, valid, first=first)
+
+    def gather(self, vectors: Tensor, indices: Tensor, *, waits: bool = False) -> None:
         """Keep the statistics of a step for the next update; vectors [h, outer, d, inner], indices [h, outer, inner]."""
-        self.add_statistics(*codebook_statistics(vectors, indices, self.codebook_size))
+        counts, sums, indices = codebook_statistics(vectors, indices, self.codebook_size)
+        self.add_statistics(counts, sums)
         if self.threshold_ema_dead_code > 0:
-            self._last_step = vectors.detach(), indices
+            # An update that waits must not depend on what becomes of x.
+            self._last_step = (vectors.detach().clone() if waits else vectors.detach()), indices
 
     def add_statistics(self, counts: Tensor, sums: Tensor) -> None:
         self._pending = add_statistics(self._pending, counts, sums)
@@ -164,11 +176,22 @@ class Codebook(nn.Module):
             eps=self.eps,
             normalize=self.metric == "cosine",
             writes_codebook=self.ema_update,
+            follows_codes=self.ema_update and not self.manual_ema_update and not self.learns and self._set_from_outside(),
+            written=self._note_written,
             replace_below=self.threshold_ema_dead_code if replaces else 0.0,
-            num_updates=self.num_updates if replaces else None,
+            step=torch.randint(2**31, (), device=self.embed.device) if replaces else None,
+            counts_steps=False,
             valid=None if last_step is None else (last_step[1] >= 0).flatten(1),
             vectors_at=None if last_step is None else partial(rows_at, last_step[0]),
         )
+
+    def _set_from_outside(self) -> bool:
+        """Whether something but this layer has written the codes since its last update."""
+        return not torch.compiler.is_compiling() and self._written != (id(self.embed), self.embed._version)
+
+    def _note_written(self) -> None:
+        if not torch.compiler.is_compiling():
+            self._written = id(self.embed), self.embed._version
 
     @torch.no_grad()
     def update_ema(self) -> None:
@@ -196,8 +219,15 @@ class Codebook(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "embed" in state_dict:
-            self.needs_init = self.kmeans_init and not self.initted
+            self.needs_init = self.kmeans_init and (self.initted.is_meta or not bool(self.initted))
             self._pending = self._last_step = None
+        keep_precision_(self, {"cluster_size": self.cluster_size, "embed_avg": self.embed_avg})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        averages = {"cluster_size": self.cluster_size, "embed_avg": self.embed_avg}
+        super()._apply(fn, recurse)
+        keep_precision_(self, averages)
+        return self
 
 
 def codes_at(codes: Tensor, indices: Tensor) -> Tensor:

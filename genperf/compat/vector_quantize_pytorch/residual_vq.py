@@ -15,7 +15,7 @@ from ...ops._dispatch import choose_impl
 from ...ops._layout import Positions
 from ...ops._precision import accumulator_dtype
 from ...ops._validate import check_mask
-from ...ops.residual_vector_quantize import ResidualOptions, quantize_residual, residual_statistics, unavailable
+from ...ops.residual_vector_quantize import ResidualOptions, finite_residual_statistics, quantize_residual, unavailable
 from .._unsupported import check_unsupported
 from .vector_quantize import VectorQuantize, loss_to_differentiate
 
@@ -292,8 +292,8 @@ class ResidualVQ(nn.Module):
         valid = positions.view_mask(mask)
         quantized, indices, losses = quantize_residual(positions.vectors, codes, valid, None, "euclidean", options, impl)
         if self.training and layer.ema_update and not frozen:
-            statistics = residual_statistics(positions.vectors, codes, indices, impl)
-            for codebook, counts, sums in zip(codebooks, *statistics, strict=True):
+            counts_and_sums = finite_residual_statistics(positions.vectors, codes, indices, impl)[:2]
+            for codebook, counts, sums in zip(codebooks, *counts_and_sums, strict=True):
                 codebook.add_statistics(counts.unsqueeze(0), sums.unsqueeze(0))
             updates = [codebook.take_update() for codebook in codebooks]
             for update in updates:

@@ -13,11 +13,14 @@ from torch.nn import functional as F
 from ..._pickled import vector_quantize_state
 from ..._typing import signature_of
 from ...nn._codebook_losses import diversity_loss, orthogonal_loss
-from ...nn._ema import CodeWeights, saved_copy
-from ...nn._vectors import look_up, merge_heads, merge_indices, split_heads, split_indices
+from ...nn._ema import CodeWeights, normalize_codes, saved_copy
+from ...nn._recompute import Step, StepMemory
+from ...nn._vectors import check_decoded, look_up, merge_heads, merge_indices, split_heads, split_indices
+from ...ops._autograd import ValueOf
 from ...ops._dispatch import choose_impl
 from ...ops._layout import Positions, as_one_codebook
 from ...ops._noise import first_sample
+from ...ops._precision import normalized
 from ...ops._validate import check, check_layer_input
 from ...ops.code_cross_entropy import code_cross_entropy
 from ...ops.vector_quantize import quantize, unavailable
@@ -219,6 +222,7 @@ class VectorQuantize(nn.Module):
         self.channel_last = channel_last
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.freeze_codebook = freeze_codebook
+        self._steps = StepMemory()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(vector_quantize_state(state))
@@ -276,7 +280,7 @@ class VectorQuantize(nn.Module):
     def expire_codes_(self, x: Tensor) -> None:
         """In training, replace dead codes by vectors of x [..., heads * d], as they are after project_in."""
         _, vectors, _ = self._to_vectors(x, None)
-        self._codebook.expire_codes_(vectors.movedim(2, -1))
+        self._codebook.expire_codes_(self._unit(vectors).movedim(2, -1))
 
     @torch.no_grad()
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
@@ -285,7 +289,8 @@ class VectorQuantize(nn.Module):
         if codebook.has_ema:
             _, vectors, valid = self._to_vectors(self.project_in(self._channels_last(x)), mask)
             found = self._split_indices(indices, vectors)
-            codebook.gather(vectors, found if valid is None else torch.where(valid, found, -1))
+            check_decoded("VectorQuantize.update_indices", found, self.codebook_size)
+            codebook.gather(self._unit(vectors), found if valid is None else torch.where(valid, found, -1))
             codebook.apply_update(None, writes_codebook=codebook.ema_update and not codebook.manual_ema_update)
 
     update_ema_indices = update_indices
@@ -365,13 +370,24 @@ class VectorQuantize(nn.Module):
         if codebook.needs_init:
             from ...nn._outside_compile import init_in_first_step
 
-            init_in_first_step(codebook, vectors, valid)
+            init_in_first_step(codebook, self._unit(vectors), valid)
 
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         ema_update = codebook.ema_update if ema_update is None else ema_update
-        updates = self.training and not frozen and (ema_update or codebook.threshold_ema_dead_code > 0)
+        again = self._steps.recall(vectors) if self.training else None
+        updates = self.training and not frozen and (ema_update or codebook.threshold_ema_dead_code > 0) and again is None
         codes = codebook.search_codes(projected.dtype, copy=updates)
-        found = codebook.assign(vectors, codes, valid, self._temperature(sample_codebook_temp), self._first_vector(vectors, projected))
+        codes = codes if again is None else ValueOf.apply(again.codebook, codes)
+        temperature = self._temperature(sample_codebook_temp)
+        queries, vectors = vectors, self._unit(vectors)
+        if again is not None:
+            found = again.indices
+        elif temperature > 0:
+            found = codebook.sample(vectors, codes, valid, temperature, self._first_vector(vectors, projected))
+        else:
+            found = codebook.assign(queries, codes, valid)
+        if updates or (self.training and temperature > 0):
+            self._steps.record(queries, Step(codes.detach(), found))
         folded, numbered = as_one_codebook(vectors, found, self.codebook_size)
         quantized, commitment = self._quantize(folded, codes.flatten(0, 1), numbered, self.learnable_codebook and not frozen)
 
@@ -382,7 +398,7 @@ class VectorQuantize(nn.Module):
         commitment = commitment if commits else zero
         diversity = self._diversity(vectors, codes, valid) if self.training and self.has_codebook_diversity_loss else zero
         if updates:
-            codebook.gather(vectors, found)
+            codebook.gather(vectors, found, waits=accum_ema_update)
             if not accum_ema_update:
                 codebook.apply_update(ema_update_weight, writes_codebook=ema_update and not codebook.manual_ema_update)
         orthogonal = self._orthogonality(found) if self.training and self.has_codebook_orthogonal_loss else zero
@@ -413,9 +429,11 @@ class VectorQuantize(nn.Module):
             vectors = vectors.transpose(1, 2).flatten(0, 1).unsqueeze(2)
             valid = None if valid is None else valid.reshape(-1, 1)
         vectors, valid = split_heads(vectors, valid, self.heads, self._codebook.num_codebooks)
-        if self.use_cosine_sim:
-            vectors = F.normalize(vectors, dim=2, eps=1e-6)
         return positions, vectors, valid
+
+    def _unit(self, vectors: Tensor) -> Tensor:
+        """For the cosine similarity, vectors [h, outer, d, inner] divided by their norms."""
+        return normalized(vectors, 2).to(vectors.dtype) if self.use_cosine_sim else vectors
 
     def _split_indices(self, indices: Tensor, vectors: Tensor) -> Tensor:
         """Indices as forward returns them, as [h, outer, inner]."""
@@ -425,8 +443,8 @@ class VectorQuantize(nn.Module):
     def _look_up(self, indices: Tensor) -> Tensor:
         """The codes [..., heads * d] of indices as forward returns them; zeros for -1."""
         indices = indices.long()
-        codes = self._codebook.embed
-        codes = F.normalize(codes, dim=-1, eps=1e-6) if self.use_cosine_sim and isinstance(codes, nn.Parameter) else codes
+        check_decoded("VectorQuantize", indices, self.codebook_size)
+        codes = self._codebook.unit_codes(self._codebook.embed)
         return look_up(codes, indices.unsqueeze(-1) if self.heads == 1 else indices)
 
     def _temperature(self, override: float | None) -> float:
@@ -473,7 +491,7 @@ class VectorQuantize(nn.Module):
 
     def _orthogonality(self, indices: Tensor) -> Tensor:
         codes = saved_copy(self._codebook.embed)
-        codes = F.normalize(codes, dim=-1, eps=1e-6) if self.use_cosine_sim else codes
+        codes = normalize_codes(codes) if self.use_cosine_sim else codes
         active, at_most = self.orthogonal_reg_active_codes_only, self.orthogonal_reg_max_codes
         return orthogonal_loss(codes, indices, used_only=active, max_codes=at_most)
 
