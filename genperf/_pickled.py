@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from .nn._recompute import StepMemory
+
 # Attributes of genperf.nn.VectorQuantizer and ResidualVectorQuantizer.
 _LAYER = {
     "revive_below": "replace_dead_below",
@@ -36,11 +38,11 @@ def quantizer_state(state: dict[str, Any]) -> dict[str, Any]:
     # A layer pickled between a step and its update replaces no dead codes in that update.
     del state["_vectors"]
     state["_last_step"] = None
-    buffers = dict(state["_buffers"])
-    if "_no_codes" in buffers:
-        buffers["initialized"] = ~buffers.pop("_no_codes")
-        state["_non_persistent_buffers_set"] = {"initialized"}
-    return {**state, "_buffers": buffers}
+    buffers, parameters = dict(state["_buffers"]), state["_parameters"]
+    if bool(buffers.pop("_no_codes", False)):  # which zeros stand for now
+        codebook = buffers["codebook"] if "codebook" in buffers else parameters["codebook"].detach()
+        codebook.zero_()
+    return {**state, "_buffers": buffers, "_non_persistent_buffers_set": set(), "_written": None, "_steps": StepMemory()}
 
 
 def codebook_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -58,6 +60,7 @@ def codebook_state(state: dict[str, Any]) -> dict[str, Any]:
         "threshold_ema_dead_code": state["revive_below"],
         "needs_init": state["_awaits_data"],
         "_last_step": None,
+        "_written": None,
     }
 
 
@@ -72,6 +75,7 @@ def vector_quantize_state(state: dict[str, Any]) -> dict[str, Any]:
         **{new: held[old] for old, new in _HELD_BY_CODEBOOK.items()},
         "use_cosine_sim": held["metric"] == "cosine",
         "rotation_trick": held["gradient"] == "rotation",
+        "_steps": StepMemory(),
         "directional_reparam": variance is not None,
         "directional_reparam_variance": 5e-3 if variance is None else variance,
     }

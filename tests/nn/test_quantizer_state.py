@@ -1,0 +1,274 @@
+"""What reaches the codes of a quantizer and its averages, and what does not: overflow, casts, second runs, codes from outside."""
+
+import copy
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import genperf
+from genperf.compat.vector_quantize_pytorch import ResidualVQ, VectorQuantize
+from genperf.nn import ResidualVectorQuantizer, VectorQuantizer, update_codebooks
+
+LAYERS = {
+    "ema": lambda: VectorQuantizer(16, 4, decay=0.9),
+    "data": lambda: VectorQuantizer(16, 4, decay=0.9, init="data"),
+    "kmeans": lambda: VectorQuantizer(16, 4, decay=0.9, init="kmeans"),
+    "heads": lambda: VectorQuantizer(16, 4, heads=2, separate_codebooks=True, decay=0.9, init="data"),
+    "cosine": lambda: VectorQuantizer(16, 4, decay=0.9, init="data", metric="cosine"),
+    "dead codes": lambda: VectorQuantizer(16, 4, decay=0.5, replace_dead_below=1.0),
+    "projection": lambda: VectorQuantizer(16, 4, code_dim=2, decay=0.9, init="data"),
+    "residual": lambda: ResidualVectorQuantizer(3, 16, 4, decay=0.9, init="data"),
+    "residual, dead codes": lambda: ResidualVectorQuantizer(3, 16, 4, decay=0.5, replace_dead_below=1.0),
+    "VectorQuantize": lambda: VectorQuantize(4, 16, decay=0.9),
+    "VectorQuantize, dead codes": lambda: VectorQuantize(4, 16, decay=0.5, threshold_ema_dead_code=1),
+    "VectorQuantize, kmeans": lambda: VectorQuantize(4, 16, decay=0.9, kmeans_init=True),
+    "ResidualVQ": lambda: ResidualVQ(dim=4, codebook_size=16, num_quantizers=3, decay=0.9),
+}
+
+
+def each(*names):
+    return pytest.mark.parametrize("make", [LAYERS[name] for name in names], ids=names)
+
+
+def batch(step, count=64):
+    return torch.randn(1, count, 4, generator=torch.Generator().manual_seed(step))
+
+
+def floating(layer):
+    return {name: value for name, value in layer.state_dict().items() if value.is_floating_point()}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("first", [True, False])
+@each(*LAYERS)
+def test_a_nonfinite_vector_has_no_effect_on_the_state(make, first, value):
+    torch.manual_seed(0)
+    layer = make()
+    if not first:
+        layer(batch(0))
+    other, mask = copy.deepcopy(layer), torch.ones(1, 64, dtype=torch.bool)
+    x, mask[0, 7] = batch(1), False
+    x[0, 7] = value
+    torch.manual_seed(1)
+    layer(x)
+    torch.manual_seed(1)
+    other(batch(1), mask=mask)
+    for name, expected in floating(other).items():
+        torch.testing.assert_close(layer.state_dict()[name], expected, msg=name)
+    for step in range(3):
+        losses = layer(batch(2 + step))[2]
+    assert losses.isfinite().all()
+
+
+def train_steps(layer, use_reentrant, decoder, steps=3):
+    gradients = []
+    for step in range(steps):
+        x = batch(step).requires_grad_()
+
+        def block(x):
+            quantized, _, loss = layer(x)
+            return decoder(quantized.tanh()), loss.sum()
+
+        y, loss = block(x) if use_reentrant is None else checkpoint(block, x, use_reentrant=use_reentrant)
+        (y.square().sum() + 10 * loss).backward()
+        gradients.append(x.grad)
+    update_codebooks(layer)
+    return torch.stack(gradients)
+
+
+CHECKPOINTED = {
+    "ema": LAYERS["ema"],
+    "accumulate": lambda: VectorQuantizer(16, 4, decay=0.9, update="accumulate", replace_dead_below=1.0),
+    "dead codes": LAYERS["dead codes"],
+    "learned, dead codes": lambda: VectorQuantizer(16, 4, replace_dead_below=0.9, usage_decay=0.5),
+    "sampled": lambda: VectorQuantizer(16, 4, decay=0.9, sample_temperature=1.0),
+    "cosine": LAYERS["cosine"],
+    "residual, dropout": lambda: ResidualVectorQuantizer(8, 16, 4, quantizer_dropout=True, decay=0.9),
+    "VectorQuantize": LAYERS["VectorQuantize"],
+}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("make", CHECKPOINTED.values(), ids=CHECKPOINTED)
+def test_gradient_checkpointing_counts_a_step_once(make, use_reentrant):
+    results = []
+    for mode in (None, use_reentrant):
+        torch.manual_seed(0)
+        layer, decoder = make(), torch.nn.Linear(4, 4)
+        torch.manual_seed(1)
+        results.append((train_steps(layer, mode, decoder), layer.state_dict()))
+    torch.testing.assert_close(*results)
+
+
+def test_two_checkpointed_forwards_before_one_backward():
+    results = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        layer = VectorQuantizer(16, 4, decay=0.5)
+        inputs = [batch(step).requires_grad_() for step in range(2)]
+        outputs = [checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x) for x in inputs]
+        sum(quantized.square().sum() + 10 * loss for quantized, _, loss in outputs).backward()
+        results.append(([x.grad for x in inputs], layer.state_dict()))
+    torch.testing.assert_close(*results)
+
+
+@each("ema", "data", "kmeans", "cosine", "residual", "VectorQuantize", "VectorQuantize, kmeans")
+def test_codes_set_from_outside_stay(make):
+    """Copied tensor by tensor, as loaders that know nothing of the layer do."""
+    torch.manual_seed(0)
+    source, layer = make(), make()
+    for step in range(2):
+        source(batch(step) + 5)
+    with torch.no_grad():
+        for name, value in layer.state_dict().items():
+            value.copy_(source.state_dict()[name])
+    for each_layer in (source, layer):
+        each_layer(batch(3))
+    torch.testing.assert_close(layer.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("init", ["uniform", "kmeans"])
+def test_averages_follow_a_codebook_that_is_set(init):
+    layer = VectorQuantizer(16, 4, decay=0.99, init=init)
+    layer(batch(0))
+    codes = 5 + torch.randn(16, 4)
+    layer.codebook.copy_(codes)
+    layer(codes.repeat(4, 1))
+    torch.testing.assert_close(layer.codebook, codes, rtol=1e-3, atol=1e-3)
+    # A step that finds codes as it left them changes nothing about the averages.
+    twin = copy.deepcopy(layer)
+    twin(batch(2))
+    layer(batch(2))
+    assert torch.equal(layer.sums, twin.sums)
+
+
+def test_meta_device_and_empty_memory():
+    for make in (LAYERS["kmeans"], LAYERS["residual"], LAYERS["VectorQuantize, dead codes"]):
+        source = make()
+        source(batch(0))
+        for assign in (True, False):
+            with torch.device("meta"):
+                layer = make()
+            layer = layer if assign else layer.to_empty(device="cpu")
+            layer.load_state_dict(source.state_dict(), assign=assign)
+            layer.to("cpu")
+            layer.eval(), source.eval()
+            torch.testing.assert_close(layer(batch(1)), source(batch(1)))
+            layer.train(), source.train()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each("ema", "heads", "residual", "VectorQuantize")
+def test_averages_stay_float32_in_a_half_precision_module(make, dtype):
+    torch.manual_seed(0)
+    layer = make()
+    layer(batch(0))
+    before = {name: value.clone() for name, value in layer.named_buffers() if name.split(".")[-1] in AVERAGES}
+    layer.to(dtype)
+    for name, value in layer.named_buffers():
+        if name in before:
+            assert value.dtype == torch.float32
+            assert torch.equal(value, before[name]), "casting must not round what is kept"
+    layer(batch(1).to(dtype))
+    assert all(value.isfinite().all() for value in layer.state_dict().values())
+
+
+AVERAGES = ("counts", "sums", "cluster_size", "embed_avg")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_averages_of_half_precision_modules_move(dtype):
+    layer = VectorQuantizer(1, 4, decay=0.99).to(dtype)
+    layer.set_codes(torch.ones(1, 4), torch.tensor([64.0]))
+    for _ in range(1500):
+        layer(torch.full((64, 4), 1.25, dtype=dtype))
+    assert layer.codebook.float().mean().item() == pytest.approx(1.25, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cosine_layers_take_the_code_of_nearest_code(dtype):
+    layer = VectorQuantizer(1024, 16, metric="cosine", init="data")
+    layer.init_codes(torch.randn(4096, 16))
+    upstream = VectorQuantize(16, 1024, use_cosine_sim=True).eval()
+    large = (torch.randn(200, 16) * 25000).clamp(-60000, 60000)  # whose norms float16 cannot hold
+    x = torch.cat([torch.randn(4000, 16), large]).to(dtype)
+    assert torch.equal(layer.eval().encode(x), genperf.nearest_code(x, layer.codebook, metric="cosine"))
+    assert torch.equal(upstream(x.unsqueeze(0))[1][0], genperf.nearest_code(x, upstream.codebook, metric="cosine"))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: VectorQuantizer(64, 8, metric="cosine"), lambda: ResidualVectorQuantizer(3, 64, 8, metric="cosine")]
+)
+def test_functional_call_normalizes_learned_codes(make):
+    layer, x = make(), torch.randn(200, 8)
+    with torch.no_grad():
+        layer.codebook.mul_(torch.rand(*layer.codebook.shape[:-1], 1) * 3 + 0.1)
+    parameters = {name: value.detach().clone() for name, value in layer.named_parameters()}
+    torch.testing.assert_close(functional_call(layer, parameters, (x,)), layer(x))
+
+
+@pytest.mark.parametrize("index", [16, -2])
+@pytest.mark.parametrize(
+    "decode",
+    [
+        lambda i: VectorQuantizer(16, 4, heads=2, separate_codebooks=True).decode(i),
+        lambda i: ResidualVectorQuantizer(2, 16, 4).decode(i),
+        lambda i: VectorQuantize(4, 16, heads=2, codebook_dim=2, separate_codebook_per_head=True).get_codes_from_indices(i.unsqueeze(0)),
+        lambda i: VectorQuantize(4, 16, heads=2, codebook_dim=2).update_indices(torch.randn(1, 1, 4), i.unsqueeze(0)),
+    ],
+)
+def test_an_index_past_the_codebook_is_an_error(decode, index):
+    with pytest.raises(IndexError, match="between -1 and 15"):
+        decode(torch.tensor([[index, 3]]))
+
+
+@each("cosine")
+def test_gradient_at_a_zero_vector_is_of_usual_size(make):
+    for layer in (VectorQuantizer(16, 4, metric="cosine"), VectorQuantize(4, 16, use_cosine_sim=True)):
+        x = batch(0)
+        x[0, 0] = 0
+        x.requires_grad_()
+        quantized, _, loss = layer(x)
+        (quantized.sum() + loss).backward()
+        assert x.grad[0, 0].abs().max() <= x.grad.abs().max() < 1e3
+
+
+def test_frozen_codes_do_not_move():
+    learned = VectorQuantizer(16, 4, replace_dead_below=2.0)
+    learned.requires_grad_(False)
+    layers = [learned, VectorQuantizer(16, 4, decay=0.5, replace_dead_below=2.0), VectorQuantizer(16, 4, decay=0.5, update="none")]
+    before = [layer.codebook.detach().clone() for layer in layers]
+    for step in range(2):
+        for layer, options in zip(layers, ({}, {"code_weights": torch.zeros(16)}, {}), strict=True):
+            layer(batch(step), **options)
+    for layer, codes in zip(layers, before, strict=True):
+        assert torch.equal(layer.codebook, codes)
+
+
+def test_an_update_that_waits_does_not_depend_on_its_input():
+    results = []
+    for overwritten in (False, True):
+        torch.manual_seed(0)
+        layer, x = VectorQuantizer(16, 4, decay=0.5, replace_dead_below=2.0, update="accumulate"), batch(0)
+        layer(x)
+        if overwritten:
+            x.zero_()
+        update_codebooks(layer)
+        results.append(layer.state_dict())
+    torch.testing.assert_close(*results)
+
+
+def test_replacements_repeat_with_the_state_of_the_generator():
+    layer = VectorQuantize(4, 64, threshold_ema_dead_code=2, decay=0.5)
+    for step in range(3):
+        layer(batch(step))
+    resumed = VectorQuantize(4, 64, threshold_ema_dead_code=2, decay=0.5)
+    resumed.load_state_dict(layer.state_dict())
+    state = torch.get_rng_state()
+    for each_layer in (layer, resumed):
+        torch.set_rng_state(state)
+        for step in range(3, 6):
+            each_layer(batch(step))
+    torch.testing.assert_close(layer.state_dict(), resumed.state_dict())
