@@ -13,9 +13,10 @@ class UserError(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """Why an operation failed: the first line of the exception's message, without a period, or else the name of its class."""
+    """Why an operation failed: the first line of the exception's message, shortened and without a period, or else the name of its class."""
     message = (error.strerror if isinstance(error, OSError) else None) or str(error).strip() or type(error).__name__
-    return message.splitlines()[0].rstrip(".")
+    line = message.splitlines()[0].rstrip(".")
+    return line if len(line) <= 300 else f"{line[:300]} ..."
 
 
 def is_out_of_memory(error: BaseException) -> bool:

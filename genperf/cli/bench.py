@@ -1,6 +1,7 @@
 """`genperf bench`: time every op beside its rivals, or the whole of genperf beside another build of it."""
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -10,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .._errors import UserError, import_extra
+from .._errors import UserError, import_extra, reason
 from . import options
 
 HELP = "measure every op beside plain PyTorch and its rivals, and write a report"
@@ -45,13 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = _DESCRIPTION
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--in-turn", action="store_true", help="ratios to rivals, timed in turn, with goals")
-    mode.add_argument("--compare", metavar="REV", help="a git revision of this checkout, or a folder with a built genperf")
+    mode.add_argument(
+        "--compare", type=options.path_text, metavar="REV", help="a git revision of this checkout, or a folder with a built genperf"
+    )
     mode.add_argument("--accuracy", action="store_true", help="errors of Frechet distances")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one; the CPU for --in-turn, --accuracy")
     parser.add_argument("-k", metavar="OPS", help="only what matches, as pytest's -k: 'nearest_code', 'gumbel_sample or interpolate'")
     parser.add_argument("--quick", action="store_true", help="fewer sizes of the searches, or fewer rounds")
-    parser.add_argument("--out", default="runs/bench", metavar="FOLDER", help="for what is written (%(default)s)")
-    parser.add_argument("--name", help="of the files that are written (of the report: the device's)")
+    parser.add_argument("--out", type=options.path_text, default="runs/bench", metavar="FOLDER", help="for what is written (%(default)s)")
+    parser.add_argument("--name", type=options.path_text, help="of the files that are written (of the report: the device's)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,8 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--{mode.replace('_', '-')} measures on the CPU, got --device cuda.")
     try:
         Path(arguments.out).mkdir(parents=True, exist_ok=True)
+        if not os.access(arguments.out, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise UserError(f"--out must be a folder that can be written, got {arguments.out!r}: {error.strerror}.") from error
+        raise UserError(f"--out must be a folder that can be written, got {arguments.out!r}: {reason(error)}.") from error
     if module is None:
         return _report(arguments)
     if str(benchmarks()) not in sys.path:
@@ -98,10 +103,21 @@ def _report(arguments: argparse.Namespace) -> int:
         report = [sys.executable, str(folder / "report.py"), str(measured), "--out", str(out)]
         report += ["--name", arguments.name] if arguments.name else []
         if written := subprocess.run(report, cwd=folder, env=environment).returncode:
-            raise UserError(f"the report could not be written (exit code {written}); the message is above.")
+            kept = _keep(measured)
+            raise UserError(f"the report could not be written (exit code {written}); the message is above.{kept}")
     if failed:
         print("genperf: some benchmarks failed, as said above; the report lacks them.", file=sys.stderr)
     return failed
+
+
+def _keep(measured: Path) -> str:
+    """Copy the measurements, which took long, to a temporary file that stays; where to, for an error message."""
+    try:
+        with tempfile.NamedTemporaryFile(prefix="genperf-bench-", suffix=".json", delete=False) as file:
+            file.write(measured.read_bytes())
+    except OSError:
+        return ""
+    return f" The measurements are in {file.name!r}."
 
 
 def benchmarks() -> Path:

@@ -24,7 +24,8 @@ class UsedCodes(nn.Module):
         if remap is None:
             return
         name = type(self).__name__
-        used = torch.as_tensor(remap if isinstance(remap, np.ndarray | Tensor) else np.load(remap))
+        loaded = remap if isinstance(remap, np.ndarray | Tensor) else np.load(remap)
+        used = torch.as_tensor(loaded.copy() if isinstance(loaded, np.ndarray) else loaded)  # torch takes no negative strides
         if used.dim() != 1 or used.dtype.is_floating_point or used.numel() == 0:
             raise ValueError(f"{name}: remap must hold a list of indices, got {used.dtype} of shape {list(used.shape)}.")
         if unknown_index not in ("random", "extra") and not isinstance(unknown_index, int):

@@ -60,6 +60,6 @@ def calculate_frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike
     for name, array in (("mu1", mu1), ("sigma1", sigma1), ("mu2", mu2), ("sigma2", sigma2)):
         if not np.isfinite(array).all():
             raise ValueError(f"{op}: {name} must be finite, got a NaN or an infinity.")
-    mean1, cov1, mean2, cov2 = (torch.tensor(array) for array in (mu1, sigma1, mu2, sigma2))
+    mean1, cov1, mean2, cov2 = (torch.tensor(np.ascontiguousarray(array)) for array in (mu1, sigma1, mu2, sigma2))
     with torch.no_grad():
         return np.float64(frechet_distance(mean1, cov1, mean2, cov2).item())

@@ -5,7 +5,7 @@ import pickle
 import sys
 import zipfile
 from collections.abc import Callable
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ class _PlainUnpickler(pickle._Unpickler):
     """
 
     def __init__(self, file: BinaryIO, *, storage: Callable[[str], bytes] | None = None, one_object: bool = False) -> None:
-        super().__init__(file, encoding="latin1")
+        super().__init__(_Bounded(file), encoding="latin1")
         self._storage = storage
         # Bound methods, since a pickle could set the defaults of a function.
         self._replacements: dict[str, Any] = {
@@ -124,6 +124,27 @@ class _PlainUnpickler(pickle._Unpickler):
 
     def _bytes(self, text: str, encoding: str) -> bytes:
         return text.encode("latin1")
+
+    def _load_bytearray(self) -> None:
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))  # the original allocates before it reads
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _load_bytearray}  # type: ignore[attr-defined]
+
+
+class _Bounded:
+    """A file of which no more is read than it has: a damaged length would allocate that much memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        start = file.tell()
+        self._end = file.seek(0, io.SEEK_END)
+        file.seek(start)
+        self.readline = file.readline
+
+    def read(self, size: int) -> bytes:
+        if size > self._end - self._file.tell():
+            raise EOFError("it is cut short")
+        return self._file.read(size)
 
 
 class _Dtype:

@@ -5,7 +5,8 @@ import os
 import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -103,8 +104,8 @@ def _read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
     files = image_paths(folder)
     index = folder / _STYLEGAN_LABELS
-    content = index.read_bytes() if index.is_file() else None
-    return _read_files(files), _labels([file.relative_to(folder).parts for file in files], content, str(index))
+    read = index.read_bytes if index.is_file() else None
+    return _read_files(files), _labels([file.relative_to(folder).parts for file in files], read, str(index))
 
 
 def _read_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -112,11 +113,11 @@ def _read_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
     files = zipped_images(path)
     archive = files[0].archive
-    content = archive.read(_STYLEGAN_LABELS) if _STYLEGAN_LABELS in archive.namelist() else None
+    read = partial(archive.read, _STYLEGAN_LABELS) if _STYLEGAN_LABELS in archive.namelist() else None
     parts = [PurePosixPath(file.name).parts for file in files]
-    while content is None and all(len(part) > 1 and part[0] == parts[0][0] for part in parts):
+    while read is None and all(len(part) > 1 and part[0] == parts[0][0] for part in parts):
         parts = [part[1:] for part in parts]
-    return _read_files(files), _labels(parts, content, f"{path}/{_STYLEGAN_LABELS}")
+    return _read_files(files), _labels(parts, read, f"{path}/{_STYLEGAN_LABELS}")
 
 
 def _read_files(files: "Sequence[ImageFile]") -> np.ndarray:
@@ -137,16 +138,16 @@ def _read_files(files: "Sequence[ImageFile]") -> np.ndarray:
     return np.stack(pixels)
 
 
-def _labels(paths: list[tuple[str, ...]], content: bytes | None, source: str) -> np.ndarray | None:
+def _labels(paths: list[tuple[str, ...]], read: Callable[[], bytes] | None, source: str) -> np.ndarray | None:
     """Label of each image: from StyleGAN's dataset.json, or else the index of its subfolder; None if any image is outside of them.
 
     Args:
         paths: parts of the images' paths.
-        content: of a file dataset.json; without "labels" it is not StyleGAN's.
+        read: returns the content of a file dataset.json; without "labels" it is not StyleGAN's.
         source: its path, for error messages.
     """
     try:
-        parsed = None if content is None else json.loads(content)
+        parsed = None if read is None else json.loads(read())
         if isinstance(parsed, dict) and "labels" in parsed:
             listed = None if parsed["labels"] is None else dict(parsed["labels"])
             return None if listed is None else np.array([listed["/".join(parts)] for parts in paths])

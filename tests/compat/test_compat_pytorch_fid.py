@@ -167,3 +167,9 @@ def test_non_finite_statistics(position, value):
 
 def test_name_in_the_package():
     assert genperf.compat.pytorch_fid.calculate_frechet_distance is calculate_frechet_distance
+
+
+def test_negative_strides():
+    (mean1, cov1), (mean2, cov2) = statistics(60, 5), statistics(60, 5, seed=1)
+    reversed_first = calculate_frechet_distance(mean1[::-1], cov1[::-1, ::-1], mean2[::-1], cov2[::-1, ::-1])
+    assert reversed_first == pytest.approx(calculate_frechet_distance(mean1, cov1, mean2, cov2), rel=1e-9)

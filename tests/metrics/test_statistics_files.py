@@ -1,11 +1,12 @@
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
 import torch
 
-from genperf.metrics import FeatureMoments, load_features, load_moments, load_statistics, save_statistics
+from genperf.metrics import FeatureMoments, FrechetReference, load_features, load_moments, load_statistics, save_statistics
 from genperf.metrics.statistics_files import write_atomically
 
 
@@ -283,3 +284,108 @@ def test_failed_write_keeps_the_old_file(tmp_path):
         write_atomically(path, write)
     assert path.read_bytes() == b"before"
     assert os.listdir(tmp_path) == ["stats.npz"]
+
+
+def test_files_of_other_evaluators(tmp_path):
+    mean, cov, x = moments()
+    np.savez(tmp_path / "dgm-eval.npz", model=np.array(None, dtype=object), reps=x, hparams=np.array({"a": 1}, dtype=object))
+    for load in (load_features, load_moments):
+        np.testing.assert_array_equal(load(tmp_path / "dgm-eval.npz"), x)
+    torch.save({"mu": mean, "sigma": cov}, tmp_path / "arrays.pt")
+    torch.save({"mu": torch.from_numpy(mean), "sigma": torch.from_numpy(cov).T}, tmp_path / "tensors.pt")
+    np.save(tmp_path / "dictionary.npy", {"mu": mean, "sigma": cov})
+    for name in ("arrays.pt", "tensors.pt", "dictionary.npy"):
+        for load in (load_statistics, load_moments):
+            found = load(tmp_path / name)
+            np.testing.assert_array_equal(found[0], mean)
+            np.testing.assert_allclose(found[1], cov, rtol=1e-15, atol=1e-16)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        features = torch.from_numpy(x).to(dtype)
+        torch.save({"2048": features[::2]}, tmp_path / "features.pt")
+        torch.testing.assert_close(load_features(tmp_path / "features.pt").to(dtype), features[::2], rtol=0, atol=0)
+    torch.save(features, tmp_path / "features.pt")
+    assert torch.equal(load_features(tmp_path / "features.pt"), features)
+    torch.save({"mu": mean}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"old.pt must be .*: it is of a torch before 1.6; load it and save it again\.$"):
+        load_statistics(tmp_path / "old.pt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"mu": np.zeros(2), "sigma": torch.nn.Linear(2, 2)},
+        {"mu": np.zeros(2), "sigma": np.array([None], dtype=object)},
+    ],
+)
+def test_objects_in_torch_files_are_rejected(content, tmp_path):
+    torch.save(content, tmp_path / "stats.pt")
+    with pytest.raises(ValueError, match=r"stats.pt must be .* cannot be read: the pickle (names|holds)"):
+        load_statistics(tmp_path / "stats.pt")
+
+
+def test_objects_in_npy_files_are_rejected(tmp_path):
+    for content in (np.array([{"mu": 1}], dtype=object), np.array(Program(tmp_path / "executed"), dtype=object), np.array(3, dtype=object)):
+        np.save(tmp_path / "object.npy", content)
+        with pytest.raises(ValueError, match=r"object.npy must be .* cannot be read"):
+            load_statistics(tmp_path / "object.npy")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_negative_strides(tmp_path):
+    mean, cov, _ = moments()
+    save_statistics(tmp_path / "stats.npz", mean[::-1], cov[::-1, ::-1])
+    found = load_statistics(tmp_path / "stats.npz")
+    np.testing.assert_array_equal(found[0], mean[::-1])
+    np.testing.assert_allclose(found[1], cov[::-1, ::-1], rtol=1e-15)
+
+
+def test_error_lists_few_of_many_names(tmp_path):
+    np.savez(tmp_path / "many.npz", **{f"name{number}": np.zeros(1) for number in range(1000)})
+    with pytest.raises(ValueError, match=r"got the names name0, .* and 990 more\.$") as error:
+        load_statistics(tmp_path / "many.npz")
+    assert len(str(error.value)) < 500
+
+
+def damage(content, rng):
+    """The content cut short, or with some bytes changed, overwritten, removed or repeated."""
+    content = bytearray(content)
+    kind, start, length = rng.integers(5), rng.integers(len(content)), rng.integers(1, 16)
+    if kind == 0:
+        return bytes(content[:start])
+    if kind == 1:  # in the header
+        content[start % 400 % len(content)] = rng.integers(256)
+    elif kind == 2:
+        content[start] = rng.integers(256)
+    else:
+        content[start : start + length] = [rng.bytes(length), b"", b"\xff" * 8, content[:length]][rng.integers(4)]
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["stats.npz", "compressed.npz", "features.npy", "dictionary.npy", "0.pkl", "2.pkl", "5.pkl", "arrays.pt", "tensors.pt"]
+)
+def test_damaged_files_give_a_value_or_one_sentence(name, tmp_path):
+    mean, cov, x = moments()
+    path = tmp_path / name
+    sums = {"num_items": 40, "raw_mean": x.sum(0), "raw_cov": x.T @ x, "all_features": [x[:20], x[20:]]}
+    if name.endswith(".npz"):
+        (np.savez if name == "stats.npz" else np.savez_compressed)(path, mu=mean, sigma=cov)
+    elif name.endswith(".npy"):
+        np.save(path, x if name == "features.npy" else {"mu": mean, "sigma": cov})
+    elif name.endswith(".pkl"):
+        path.write_bytes(pickle.dumps(sums, int(name[0])))
+    else:
+        torch.save({"mu": mean, "sigma": cov} if name == "arrays.pt" else {"mu": torch.from_numpy(mean), "sigma": torch.eye(5)}, path)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    sentences = set()
+    for _ in range(60):
+        path.write_bytes(damage(whole, rng))
+        for load in (load_moments, load_features, load_statistics, FrechetReference.load):
+            try:
+                load(path)
+            except ValueError as error:
+                sentences.add(str(error))
+    assert sentences
+    for sentence in sentences:
+        assert re.fullmatch(r"[\w.]+: [^\n]*\.", sentence), sentence
+        assert len(sentence) < 1000
