@@ -71,7 +71,7 @@ def kmeans(
     the order of the positions, reaches evenly spaced fractions of the inertia.
 
     Args:
-        x: float32, bfloat16, float16 or float64, finite, at least one vector; any strides, not copied.
+        x: float32, bfloat16, float16 or float64, finite (not checked on CUDA), at least one vector; any strides, not copied.
         num_codes: K. If x has fewer than K distinct vectors, codes repeat, and only the first of equal codes has vectors.
         iterations: the number of updates of the codebook. On the CPU the loop ends earlier if the codebook no longer changes.
         init: the initial codes.
@@ -92,7 +92,7 @@ def kmeans(
         codebook, indices, counts, inertia: see `KMeansResult`. Not differentiable.
 
     Raises:
-        ValueError: no vectors, num_codes < 1, iterations < 0, an unknown init, metric or impl, an init tensor of the wrong shape, or an
+        ValueError: no vectors, NaN or infinity in x, num_codes < 1, iterations < 0, an unknown init, metric or impl, an init tensor of the wrong shape, or an
             invalid channel_dim.
         TypeError: an unsupported dtype or an invalid generator.
         NotImplementedError: an `impl` that cannot run here.
@@ -117,6 +117,9 @@ def kmeans(
         raise TypeError(f"{op}: generator must be a torch.Generator or None, got {type(generator).__name__}.")
     _check_init(op, init, [x.shape[0]] * heads + [num_codes, x.shape[channel]], x.device)
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype))
+    # float64 holds the sum of any finite vectors of the other dtypes.
+    if _on_host(x.device) and not bool(x.detach().sum(dtype=torch.float64).isfinite()):
+        raise ValueError(f"{op}: x must be finite, got NaN or infinity among its values.")
 
     x = x.detach()
     with torch.no_grad():
