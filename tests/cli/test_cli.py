@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from genperf import _files as files
 from genperf.cli import info
 from genperf.cli.main import main
 from genperf.models import VQVAE
@@ -264,6 +266,84 @@ def test_invalid_resume(npz, tmp_path, capsys):
     for content in (b"", b"not a checkpoint", b"hello world" * 20):
         (tmp_path / "out" / "checkpoint.pt").write_bytes(content)
         fails(r"checkpoint\.pt' cannot be read: \w+")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda state: state["settings"].update(new=1), "options are known, got one with new"),
+        (lambda state: state.pop("data"), r"a whole checkpoint, got '.*checkpoint\.pt' without data"),
+        (lambda state: state.update(config=3), "is not one that genperf .* can use: TypeError: "),
+        (lambda state: state["training"].pop("model"), "is not one that genperf .* can use: KeyError: 'model'"),
+        (lambda state: state["training"].pop("epoch"), "is not one that genperf .* can use: KeyError: 'epoch'"),
+        (lambda state: state["training"].pop("optimizers"), "is not one that genperf .* can use: KeyError: 'optimizers'"),
+        (
+            lambda state: state["training"]["model"].update({"decoder.0.weight": torch.zeros(1)}),
+            "is not one that genperf .* can use: RuntimeError: .*size mismatch for decoder",
+        ),
+        (
+            lambda state: next(iter(state["training"]["optimizers"].values()))["state"][0].update(exp_avg=torch.zeros(1)),
+            r"is not one that genperf .* can use: ValueError: the optimizer has a state \[1\] for a parameter",
+        ),
+    ],
+)
+def test_checkpoint_of_another_version(npz, tmp_path, capsys, change, sentence):
+    assert train(npz, tmp_path / "out", *SMALL, "--epochs", "1") == 0
+    path = tmp_path / "out" / "checkpoint.pt"
+    state = load_checkpoint(path)
+    change(state)
+    torch.save(state, path)
+    before = path.read_bytes()
+    assert_fails(capsys, train(npz, tmp_path / "out", "--resume", "--epochs", "2"), sentence)
+    assert path.read_bytes() == before
+    if "epoch'" not in sentence and "optimizer" not in sentence:
+        assert_fails(capsys, main(["sample", str(tmp_path / "out"), "--out", str(tmp_path / "a.png")]), sentence)
+
+
+def fail_after(monkeypatch, count):
+    """Let every file after the first `count` find a full disk."""
+    write, calls = files.write_atomically, iter(range(count))
+
+    def full(path, content, **options):
+        def half(file):
+            content(file)
+            if next(calls, None) is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        write(path, half, **options)
+
+    for module in ("checkpoint", "session", "pictures", "evaluation", "sample_files"):
+        monkeypatch.setattr(f"genperf.training.{module}.write_atomically", full)
+
+
+@pytest.mark.parametrize("count", range(4))
+def test_full_disk_while_training(npz, tmp_path, monkeypatch, capsys, count):
+    """A checkpoint at the start and one after each of 3 epochs."""
+    with monkeypatch.context() as context:
+        fail_after(context, count)
+        code = train(npz, tmp_path / "out", *SMALL)
+    if count == 0:
+        assert_fails(capsys, code, "--out must be a folder that can be written to, got '.*out': No space left on device")
+        assert not list((tmp_path / "out").iterdir())
+        return
+    assert_fails(capsys, code, r"the checkpoint in '.*out' cannot be written: No space left on device; the last one is whole, and --resume")
+    assert os.listdir(tmp_path / "out") == ["checkpoint.pt"]
+    assert train(None, tmp_path / "out", "--resume") == 0
+    assert train(npz, tmp_path / "whole", *SMALL) == 0
+    assert_same(*(load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "out")))
+
+
+@pytest.mark.parametrize("count", range(4, 9))
+def test_full_disk_after_training_loses_no_result(npz, tmp_path, monkeypatch, capsys, count):
+    fail_after(monkeypatch, count)
+    code = train(npz, tmp_path / "out", *SMALL)
+    printed = capsys.readouterr()
+    assert code == 2
+    assert re.search(r"^mse +0\.\d+$", printed.out, re.M)
+    assert "written" not in printed.out
+    assert re.search("^genperf: the results cannot be written to '.*out': No space left on device.$", printed.err, re.M)
+    assert load_checkpoint(tmp_path / "out" / "checkpoint.pt")["training"]["epoch"] == 3
+    assert not [path for path in (tmp_path / "out").iterdir() if path.suffix == ".partial"]
 
 
 def test_run_is_replaced_only_with_overwrite(npz, tmp_path, capsys):

@@ -504,6 +504,32 @@ def test_sample_writes_a_folder(run, data, tmp_path):
         run(sample_command, Generating(), data, "--out", str(out))
 
 
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("out", ["images", "grid.png", "samples.npz"])
+def test_sample_that_fails_leaves_nothing_partial(run, data, tmp_path, monkeypatch, failure, out):
+    saved = []
+
+    def save(*arguments, **options):
+        saved.append(arguments)
+        if len(saved) == (5 if out == "images" else 1):
+            raise failure
+        return original(*arguments, **options)
+
+    path = tmp_path / out
+    if path.suffix:
+        path.write_bytes(b"before")
+    target = (np, "savez") if path.suffix == ".npz" else (Image.Image, "save")
+    original = getattr(*target)
+    expected = UserError if isinstance(failure, OSError) else KeyboardInterrupt
+    with monkeypatch.context() as context:
+        context.setattr(*target, save)
+        with pytest.raises(expected):
+            run(sample_command, Generating(), data, "--n", "11", "--out", str(path))
+    assert path.read_bytes() == b"before" if path.suffix else not list(path.iterdir())
+    assert [found.name for found in tmp_path.iterdir()] == [out]
+    assert run(sample_command, Generating(), data, "--n", "11", "--out", str(path)) == 0
+
+
 @pytest.mark.parametrize(
     ("system", "options", "sentence"),
     [

@@ -1,10 +1,13 @@
+import errno
 import importlib
 import io
 import json
 import re
 import sys
+import tempfile
 import tracemalloc
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import scipy.linalg
 import torch
 from PIL import EpsImagePlugin, Image
 
+from genperf import metrics
 from genperf._errors import UserError
 from genperf.cli.main import main
 from genperf.fid.images import read_batches
@@ -591,6 +595,70 @@ def test_invalid_images(world, extractors, tmp_path, capsys):
         fails(r"the image '.*1\.png' cannot be read", "--batch-size", "1", "--workers", "1")
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(folder / "1.png")
     fails(r"8 bits per channel, got '.*1\.png' of mode I;16")
+
+
+def test_photos_are_upright_unless_told_otherwise(extractors, tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 6, 4, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "images" / f"{number}.png", exif=exif)
+    record = ("--extractor", "fid_extractors:record", "--pixels", "uint8")
+    for options, expected in (((), np.rot90(pixels, -1, (1, 2))), (("--exif",), np.rot90(pixels, -1, (1, 2))), (("--no-exif",), pixels)):
+        extractors.seen.clear()
+        fid_json(capsys, tmp_path / "images", tmp_path / "images", *record, *options)
+        assert np.array_equal(extractors.seen[0].movedim(1, -1), expected)
+
+
+def test_zip_of_images(world, extractors, tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "low.zip", "w") as archive:
+        for path in files(world / "low"):
+            archive.write(path, path.relative_to(world).as_posix())
+        archive.writestr("low/._000.png", b"resource fork")
+    expected = fid_json(capsys, world / "low", world / "high", *DIGITS)
+    result = fid_json(capsys, tmp_path / "low.zip", world / "high", *DIGITS)
+    assert result["distance"] == expected["distance"]
+    assert result["n"] == expected["n"]
+    with zipfile.ZipFile(tmp_path / "broken.zip", "w") as archive:
+        for number in range(5000):
+            archive.writestr(f"{number}.png", b"x")
+    assert_fails(
+        capsys, [tmp_path / "broken.zip", world / "low", *DIGITS], r"the image '.*broken\.zip/0\.png' cannot be read: cannot identify"
+    )
+    with zipfile.ZipFile(tmp_path / "text.zip", "w") as archive:
+        archive.writestr("a.txt", b"text")
+    assert_fails(capsys, [tmp_path / "text.zip", world / "low", *DIGITS], r"'.*text\.zip' must hold images or arrays")
+
+
+def test_images_with_channels_first(world, extractors, tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.zeros((20, 3, 8, 8), np.uint8))
+    sentence = r"a\.npy must hold images \[N, H, W\] or \[N, H, W, 1 or 3\], with the channels last, got \[20, 3, 8, 8\]"
+    assert_fails(capsys, [tmp_path / "a.npy", world / "low", *DIGITS], sentence)
+
+
+def test_empty_input():
+    with pytest.raises(UserError, match="an input must be the path of a file or folder, got ''"):
+        open_source("")
+
+
+def test_statistics_that_cannot_be_written_are_kept(world, extractors, tmp_path, monkeypatch, capsys):
+    save = metrics.save_statistics
+
+    def full(path, *arguments):
+        if path.parent == tmp_path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, *arguments)
+
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(metrics, "save_statistics", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    assert fid("--save-stats", tmp_path / "a.npz", world / "low", *DIGITS) == 2
+    (kept,) = (tmp_path / "temporary").iterdir()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"genperf: --save-stats '{tmp_path / 'a.npz'}' cannot be written: No space left on device; ")
+    assert last.endswith(f"; the statistics are in '{kept}' instead.")
+    assert fid_json(capsys, kept, world / "low", *DIGITS)["distance"] == pytest.approx(0, abs=1e-5)
 
 
 def test_no_image_starts_ghostscript(world, extractors, tmp_path, monkeypatch, capsys):

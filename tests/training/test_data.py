@@ -1,9 +1,13 @@
+import errno
+import json
+import os
 import re
+import zipfile
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from genperf._errors import UserError
 from genperf.training import data as data_module
@@ -122,3 +126,168 @@ def test_deprecated_name():
         assert data_module.LabelledImages is LabeledImages
     with pytest.raises(AttributeError, match="has no attribute 'missing'"):
         _ = data_module.missing
+
+
+def photos(folder, count=2, exif=None, suffix="png", size=(6, 4)):
+    """Images whose pixels differ, with an EXIF orientation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = Image.Exif()
+    if exif is not None:
+        metadata[0x0112] = exif
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.{suffix}", exif=metadata)
+
+
+def test_links_are_followed(tmp_path):
+    write_images(tmp_path / "elsewhere" / "cats", 2, shade=10)
+    write_images(tmp_path / "data" / "ants", 1)
+    (tmp_path / "data" / "cats").symlink_to(tmp_path / "elsewhere" / "cats")
+    (tmp_path / "data" / "ants" / "linked.png").symlink_to(tmp_path / "elsewhere" / "cats" / "0.png")
+    (tmp_path / "data" / "ants" / "around").symlink_to(tmp_path / "data")  # contains itself
+    (tmp_path / "data" / "cats" / "back").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    for name in ("data", "link"):
+        data = load_images(str(tmp_path / name))
+        assert data.labels.bincount().tolist() == [2, 2]
+        assert len(data.images) == 4
+
+
+def test_hidden_files_are_left_out(tmp_path):
+    write_images(tmp_path / ".data" / "cats", 2)
+    write_images(tmp_path / ".data" / "dogs", 1)
+    write_images(tmp_path / ".data" / ".ipynb_checkpoints", 1)
+    write_images(tmp_path / ".data" / "cats" / ".thumbnails", 1)
+    (tmp_path / ".data" / "cats" / "._0.png").write_bytes(b"\0\5\26\7 Mac OS X")
+    assert load_images(str(tmp_path / ".data")).labels.tolist() == [0, 0, 1]
+
+
+def test_no_image_is_left_out_in_silence(tmp_path, monkeypatch, capsys):
+    write_images(tmp_path / "data", 2)
+    link = tmp_path / "data" / "more"
+    for target in (tmp_path / "missing", link):
+        link.symlink_to(target)
+        with pytest.raises(UserError, match=r"the entry '.*more' of the folder cannot be followed: (No such file|Too many levels).*\.$"):
+            load_images(str(tmp_path / "data"))
+        link.unlink()
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("private"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    (tmp_path / "data" / "private").mkdir()
+    with monkeypatch.context() as context:
+        context.setattr(os, "scandir", denied)
+        with pytest.raises(UserError, match=r"the folder '.*private' cannot be read: Permission denied\.$"):
+            load_images(str(tmp_path / "data"))
+    (tmp_path / "data" / "a.HEIC").touch()
+    assert len(load_images(str(tmp_path / "data")).images) == 2
+    assert re.search(r"^genperf: photos in '.*data' that Pillow does not read are left out: 1 \.heic\.$", capsys.readouterr().err, re.M)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_photos_are_upright(tmp_path, suffix, orientation):
+    photos(tmp_path / "data", exif=orientation, suffix=suffix)
+    data = load_images(str(tmp_path / "data"))
+    for number, image in enumerate(data.images):
+        with Image.open(tmp_path / "data" / f"{number}.{suffix}") as file:
+            upright = torch.from_numpy(np.array(ImageOps.exif_transpose(file))).movedim(-1, 0)
+        assert torch.equal((image * 255).round().byte(), upright)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_metadata_is_ignored(tmp_path):
+    photos(tmp_path, exif=6, suffix="jpg")
+    expected = load_images(str(tmp_path)).images
+    for path in tmp_path.iterdir():
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b"Exif\0\0MM", b"Exif\0\0??").replace(b"Exif\0\0II", b"Exif\0\0??"))
+    assert torch.equal(load_images(str(tmp_path)).images, expected.rot90(1, (2, 3)))
+
+
+@pytest.mark.parametrize("around", ["", "data/", "a/b/"])
+def test_zip_of_a_folder(tmp_path, around):
+    write_images(tmp_path / "data" / "cats", 3, shade=10)
+    write_images(tmp_path / "data" / "ants" / "deeper", 2)
+    with zipfile.ZipFile(tmp_path / "data.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted((tmp_path / "data").rglob("*"), reverse=True):
+            archive.write(path, around + path.relative_to(tmp_path / "data").as_posix())
+        archive.writestr("__MACOSX/data/cats/._0.png", b"resource fork")
+        archive.writestr(f"{around}readme.txt", b"text")
+    zipped, folder = load_images(str(tmp_path / "data.zip")), load_images(str(tmp_path / "data"))
+    assert torch.equal(zipped.images, folder.images)
+    assert torch.equal(zipped.labels, folder.labels)
+    (tmp_path / "cut.zip").write_bytes((tmp_path / "data.zip").read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"folder or zip archive of images, or an \.npz file, got the file '.*cut\.zip'\.$"):
+        load_images(str(tmp_path / "cut.zip"))
+    with zipfile.ZipFile(tmp_path / "text.zip", "w") as archive:
+        archive.writestr("a.txt", b"text")
+    with pytest.raises(UserError, match=r"the archive '.*text\.zip' must hold images or arrays"):
+        load_images(str(tmp_path / "text.zip"))
+
+
+def test_labels_of_a_stylegan_data_set(tmp_path):
+    """Its subfolders are no classes."""
+    folder = tmp_path / "data"
+    write_images(folder / "00000", 2)
+    write_images(folder / "00001", 1)
+    names = ["00000/0.png", "00000/1.png", "00001/0.png"]
+    for content, labels in (
+        ({"labels": [[name, 5 - number] for number, name in enumerate(names)]}, [5, 4, 3]),
+        ({"labels": None}, None),
+        ({"other": 1}, [0, 0, 1]),
+        ({"labels": [[names[0], 1]]}, "must hold the label of every image: KeyError: '00000/1.png'"),
+        ({"labels": [[name, [0, 1]] for name in names]}, r"labels must have shape \[3\]"),
+    ):
+        (folder / "dataset.json").write_text(json.dumps(content))
+        with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+            for path in folder.rglob("*.*"):
+                archive.write(path, path.relative_to(folder).as_posix())
+        for path in (folder, tmp_path / "data.zip"):
+            if isinstance(labels, str):
+                with pytest.raises(UserError, match=labels):
+                    load_images(str(path))
+            else:
+                found = load_images(str(path)).labels
+                assert labels == (None if found is None else found.tolist())
+    (folder / "dataset.json").write_text('{"labels": [')
+    with pytest.raises(UserError, match=r"dataset\.json' must hold the label of every image: JSONDecodeError"):
+        load_images(str(folder))
+
+
+def test_empty_path():
+    with pytest.raises(UserError, match=r"--data must be a folder or zip archive of images, or an \.npz file, got ''\.$"):
+        load_images("")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("suffix", ["npz", "zip", "png", "jpg", "tiff", "webp", "gif"])
+def test_damaged_data_give_images_or_one_sentence(tmp_path, suffix):
+    folder, rng = tmp_path / "data", np.random.default_rng(0)
+    photos(folder, count=1, exif=6, suffix=suffix if suffix not in ("npz", "zip") else "png")
+    path = next(folder.iterdir())
+    if suffix == "npz":
+        path = tmp_path / "data.npz"
+        np.savez_compressed(path, images=np.zeros((3, 4, 4), np.uint8), labels=np.arange(3))
+    elif suffix == "zip":
+        path = tmp_path / "data.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.write(folder / "0.png", "0.png")
+            archive.writestr("dataset.json", '{"labels": [["0.png", 0]]}')
+    whole = path.read_bytes()
+    sentences = set()
+    for _ in range(60):
+        content = bytearray(whole)
+        start, length = rng.integers(len(whole)), rng.integers(1, 16)
+        content[start : start + length] = [rng.bytes(1), rng.bytes(length), b"", b"\xff" * 8][rng.integers(4)]
+        path.write_bytes(content if rng.integers(4) else content[:start])
+        try:
+            load_images(str(path if suffix in ("npz", "zip") else folder))
+        except UserError as error:
+            sentences.add(str(error))
+    assert sentences
+    for sentence in sentences:
+        assert re.fullmatch(r"[^\n]{,1000}\.", sentence), sentence
