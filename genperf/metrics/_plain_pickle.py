@@ -125,10 +125,10 @@ class _PlainUnpickler(pickle._Unpickler):
     def _bytes(self, text: str, encoding: str) -> bytes:
         return text.encode("latin1")
 
-    def _load_bytearray(self) -> None:
+    def _load_bytearray(self: Any) -> None:
         self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))  # the original allocates before it reads
 
-    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _load_bytearray}  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _load_bytearray}
 
 
 class _Bounded:

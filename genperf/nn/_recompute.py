@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks
 
 _MOST_STEPS = 64  # between two backward passes
 
@@ -53,7 +54,7 @@ class StepMemory:
 
 def _under_checkpointing() -> bool:
     """Whether saved tensors are packed by hooks (non-reentrant), or a training step records no gradients (reentrant)."""
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return not torch.is_grad_enabled() or _top_saved_tensors_default_hooks(True) is not None
 
 
 def _fingerprint(x: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+import torch._C._functorch as _functorch
 from torch import Tensor
-from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from ._autograd import transformed
