@@ -23,9 +23,11 @@ template <typename T>
 constexpr int kForwardWidth = 16 / sizeof(T);
 constexpr int kBackwardWidth = 4;  // 8 registers would halve the number of threads in flight
 
+// A temperature that is negative or NaN counts as 0.
 template <typename Params>
 __device__ float tau_of(const Params& p) {
-  return p.temperature == nullptr ? p.tau : *p.temperature;
+  const float tau = p.temperature == nullptr ? p.tau : *p.temperature;
+  return tau > 0 ? tau : 0.0f;
 }
 
 // Finite, so that its product with 0 is 0: at tau = 0 the soft sample is the one-hot of the

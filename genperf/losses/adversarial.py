@@ -34,7 +34,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "no
 
     Returns:
         A scalar, float32 (float64 for float64): the mean over real logits plus the mean over generated logits. Numerically
-        stable for logits of any size.
+        stable for logits of any size. The mean of no logits is 0.
 
     Raises:
         ValueError: an unknown kind, or a label_smoothing out of range or without targets.
@@ -48,15 +48,15 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "no
         raise ValueError(f"{op}: kind={kind!r} has no targets to smooth, got label_smoothing={label_smoothing!r}.")
     real, fake = _at_least_float32(real_logits), _at_least_float32(fake_logits)
     if kind == "least-squares":
-        return (real - (1 - label_smoothing)).square().mean() / 2 + fake.square().mean() / 2
+        return _mean((real - (1 - label_smoothing)).square()) / 2 + _mean(fake.square()) / 2
     if kind == "hinge":
-        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        return _mean(F.relu(1 - real)) + _mean(F.relu(1 + fake))
     if kind == "wasserstein":
-        return fake.mean() - real.mean()
+        return _mean(fake) - _mean(real)
     real_loss = F.softplus(-real)
     if label_smoothing:
         real_loss = real_loss + label_smoothing * real
-    return real_loss.mean() + F.softplus(fake).mean()
+    return _mean(real_loss) + _mean(F.softplus(fake))
 
 
 def generator_loss(fake_logits: Tensor, kind: str = "non-saturating") -> Tensor:
@@ -76,7 +76,7 @@ def generator_loss(fake_logits: Tensor, kind: str = "non-saturating") -> Tensor:
         kind: a row of the table.
 
     Returns:
-        A scalar, float32 (float64 for float64).
+        A scalar, float32 (float64 for float64); 0 without logits.
 
     Raises:
         ValueError: an unknown kind.
@@ -85,12 +85,12 @@ def generator_loss(fake_logits: Tensor, kind: str = "non-saturating") -> Tensor:
     _check("generator_loss", kind, fake_logits=fake_logits)
     fake = _at_least_float32(fake_logits)
     if kind == "non-saturating":
-        return F.softplus(-fake).mean()
+        return _mean(F.softplus(-fake))
     if kind == "saturating":
-        return -F.softplus(fake).mean()
+        return -_mean(F.softplus(fake))
     if kind == "least-squares":
-        return (fake - 1).square().mean() / 2
-    return -fake.mean()
+        return _mean((fake - 1).square()) / 2
+    return -_mean(fake)
 
 
 def _check(op: str, kind: str, **logits: Tensor) -> None:
@@ -101,6 +101,11 @@ def _check(op: str, kind: str, **logits: Tensor) -> None:
             raise TypeError(f"{op}: {name} must be a tensor, got {type(values).__name__}.")
         if not values.is_floating_point():
             raise TypeError(f"{op}: {name} must be of a floating dtype, got {values.dtype}.")
+
+
+def _mean(values: Tensor) -> Tensor:
+    """The mean; 0 of no values, with a gradient."""
+    return values.mean() if values.numel() else values.sum()
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from ..ops._autograd import transformed
 from ..ops.gaussian_sample import gaussian_sample
 from ..ops.gradient_norm_penalty import gradient_norm_penalty
 from ..ops.interpolate import interpolate, perturb
@@ -113,6 +115,7 @@ def gradient_penalty(
     """
     op = "gradient_penalty"
     _check_arguments(op, real, fake, kind, weight, center, step)
+    real, fake, weight, condition = _without_inference_tensors((real, fake, weight, condition))
     real = real.detach()
     if fake is not None:
         fake = fake.detach().to(real.dtype)
@@ -173,17 +176,24 @@ def _check_arguments(
 
 def _gradients(op: str, critic: Callable[..., Any], points: Tensor, condition: Any, scaler: Any) -> Tensor:
     """Unscaled gradients of the critic's outputs at the points, differentiable in its parameters."""
-    points = points.detach().requires_grad_()
-    outputs = [out for out in _tensors(op, _call(critic, points, condition)) if out.requires_grad]
     scale = torch.ones((), device=points.device)
     if scaler is not None:
         # Divided by the batch size as in the mean of an ordinary loss: the scaler's initial 2^16 overflows float16. By a power
         # of two, which half precision represents exactly.
         scale = scaler.scale(scale) / (1 << max(0, points.shape[0] - 1).bit_length())
+
+    def seeds_of(outputs: list[Tensor]) -> list[Tensor]:
+        return [scale.to(out.dtype).expand_as(out) for out in outputs]
+
     gradients = None
-    if outputs:
-        seeds = [scale.to(out.dtype).expand_as(out) for out in outputs]
-        (gradients,) = torch.autograd.grad(outputs, points, seeds, create_graph=True, allow_unused=True)
+    if transformed():  # where requires_grad_ is not allowed
+        outputs, pull_back, *_ = torch.func.vjp(lambda x: _tensors(op, _call(critic, x, condition)), points)
+        (gradients,) = pull_back(seeds_of(outputs))
+    else:
+        points = points.detach().requires_grad_()
+        outputs = [out for out in _tensors(op, _call(critic, points, condition)) if out.requires_grad]
+        if outputs:
+            (gradients,) = torch.autograd.grad(outputs, points, seeds_of(outputs), create_graph=True, allow_unused=True)
     if gradients is None:
         raise ValueError(
             f"{op}: the critic's output must depend on its input, got an output without a gradient to the points "
@@ -193,6 +203,13 @@ def _gradients(op: str, critic: Callable[..., Any], points: Tensor, condition: A
         return gradients
     # In float32, since unscaled gradients may underflow half precision.
     return gradients.to(torch.promote_types(gradients.dtype, torch.float32)) / scale
+
+
+def _without_inference_tensors(value: Any) -> Any:
+    """`value`, a tensor or a nesting of tensors, with copies of those made in inference mode, which autograd cannot save."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return value
+    return tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, value)
 
 
 def _squared_slope(

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops._layout import fold_codebooks
-from ..ops._validate import check, check_channel_dim, check_tensor
-from ..ops.code_statistics import can_branch_on
+from ..ops._validate import check, check_channel_dim, check_index_range, check_tensor
 
 
 def mask_from_lengths(name: str, x: Tensor, mask: Tensor | None, lengths: Tensor, channel_dim: int) -> Tensor:
@@ -29,10 +28,7 @@ def check_decoded(name: str, indices: Tensor, num_codes: int) -> None:
     """Indices to decode must be int64, -1 ... num_codes - 1; on CUDA the values are not checked."""
     if indices.dtype != torch.int64:
         raise TypeError(f"{name}: indices must be int64, got {indices.dtype}.")
-    if can_branch_on(indices) and indices.numel() > 0:
-        low, high = (int(bound) for bound in indices.aminmax())
-        if low < -1 or high >= num_codes:
-            raise IndexError(f"{name}: indices must lie between -1 and {num_codes - 1}, got {low} ... {high}.")
+    check_index_range(name, indices, num_codes)
 
 
 def split_heads(

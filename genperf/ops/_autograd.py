@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._C._functorch as _functorch
 from torch import Tensor
-from torch._C import _functorch
 
 
 class Function(torch.autograd.Function):
@@ -18,7 +18,7 @@ class Function(torch.autograd.Function):
         def run(sample: Callable[[Tensor, int], Tensor]) -> Any:
             return cls.apply(*(sample(t, dim) if on else t for t, dim, on in zip(arguments, in_dims, batched, strict=True)))
 
-        def stack(found: list[Any]) -> Any:
+        def stack(found: list[Any] | tuple[Any, ...]) -> Any:
             return torch.stack(found)[: info.batch_size]
 
         if info.batch_size:
@@ -88,13 +88,11 @@ def need_function(*tensors: Tensor | None) -> bool:
 
     Within torch.vmap no tensor requires a gradient, even if one passes through the transform.
     """
-    if transformed():
-        return True
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True
-    return False
+    return transformed()
 
 
 def requires_grad(value: object) -> bool:
@@ -115,21 +113,34 @@ def values_of(t: Tensor) -> Tensor:
     return t
 
 
-def need_graph(*tensors: Tensor | None) -> bool:
-    """Whether backward, called with these gradients and saved tensors, must run in plain PyTorch.
+def is_batched(t: Tensor) -> bool:
+    """Whether torch.vmap maps over t."""
+    if not transformed():
+        return False
+    while not _functorch.is_batchedtensor(t):
+        if not _functorch.is_functorch_wrapped_tensor(t):
+            return False
+        t = _functorch.get_unwrapped(t)
+    return True
+
+
+def need_graph(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> bool:
+    """Whether backward, called with `gradients`, must run in plain PyTorch.
 
     That is with create_graph=True, for gradients that can be differentiated again, under a transform of torch.func, and for the batched
     gradients of `torch.autograd.grad(..., is_grads_batched=True)`.
+
+    Args:
+        saved: the saved tensors that may require a gradient.
     """
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled()
     if transformed():
         return True
-    for t in tensors:
-        if t is not None and _functorch.is_legacy_batchedtensor(t):
-            return True
-    # The function that torch.func.vjp returns calls backward in grad mode, on tensors of a transform that has ended.
-    return torch.is_grad_enabled() and any(t is not None and _functorch.unwrap_if_dead(t).requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        # The function that torch.func.vjp returns calls backward in grad mode, on tensors of a transform that has ended.
+        return any(t is not None and _functorch.unwrap_if_dead(t).requires_grad for t in (*gradients, *saved))
+    return any([gradient is not None and _functorch.is_legacy_batchedtensor(gradient) for gradient in gradients])  # faster as a list
 
 
 def differentiate(
@@ -160,7 +171,7 @@ def differentiate(
 
     upstream = tuple(gradient for gradient in gradients if gradient is not None)
     if transformed():
-        _, pull_back = torch.func.vjp(outputs_of, *(t for _, t in wanted))
+        pull_back = torch.func.vjp(outputs_of, *(t for _, t in wanted))[1]
         values = pull_back(upstream)
     else:
         # Views, so that no gradient passes from one input to another that it was computed from.

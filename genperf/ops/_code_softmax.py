@@ -101,7 +101,7 @@ class _CodeSoftmax(Function):
         needed = ctx.needs_input_grad[:2]
         if grad_value is None and grad_usage is None:
             return (None,) * 6
-        if need_graph(grad_value, grad_usage, x, codebook):
+        if need_graph((grad_value, grad_usage), (x, codebook)):
 
             def reference(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
                 return code_softmax_reference(x, codebook, mask, indices, ctx.logits, ctx.temperature)

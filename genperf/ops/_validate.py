@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from ._autograd import transformed, values_of
 from ._layout import positions_shape
 from ._precision import HALF_DTYPES
 
@@ -90,6 +92,28 @@ def check_mask(op: str, mask: Tensor | None, x: Tensor, channel: int) -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"{op}: mask must be bool, got {mask.dtype}.")
     check_positions(op, "mask", mask, x, channel)
+
+
+def can_branch_on(t: Tensor) -> bool:
+    """Whether Python may branch on the values of t: on the CPU, and not while torch.compile or torch.func traces."""
+    return _is_readable(t) and not transformed()
+
+
+def _is_readable(t: Tensor) -> bool:
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(t, FakeTensor)
+
+
+def check_index_range(op: str, indices: Tensor, num_codes: int, lowest: int | None = -1) -> None:
+    """`indices` must lie between `lowest` (None: any negative number) and num_codes - 1.
+
+    The values are read on the CPU only, where that does not synchronize, and not by torch.compile.
+    """
+    if not _is_readable(indices) or indices.numel() == 0:
+        return
+    low, high = (int(bound) for bound in values_of(indices).aminmax())
+    if high >= num_codes or (lowest is not None and low < lowest):
+        rule = f"be at most {num_codes - 1}" if lowest is None else f"lie between {lowest} and {num_codes - 1}"
+        raise IndexError(f"{op}: indices must {rule}, got {low} ... {high}.")
 
 
 def check(name: str, rule: str, value: object, holds: bool) -> None:

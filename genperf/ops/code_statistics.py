@@ -2,13 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from ._autograd import call, values_of
+from ._autograd import call
 from ._dispatch import choose_impl, native_unavailable, register_fake
 from ._layout import as_one_codebook, as_positions
 from ._precision import accumulator_dtype
-from ._validate import check_channel_dim, check_float, check_positions, check_tensor
+from ._validate import can_branch_on, check_channel_dim, check_float, check_index_range, check_positions, check_tensor
 
 
 def code_statistics(
@@ -105,23 +104,13 @@ def codebook_statistics(
     return (*compute(indices), indices)
 
 
-def can_branch_on(t: Tensor) -> bool:
-    """Whether Python may branch on the values of t: on the CPU, and not while torch.compile or torch.func traces."""
-    traced = torch.compiler.is_compiling() or isinstance(t, FakeTensor) or torch._C._are_functorch_transforms_active()
-    return t.device.type == "cpu" and not traced
-
-
 def check_indices(op: str, indices: Tensor, x: Tensor, channel: int, num_codes: int) -> None:
     """`indices` must hold a code, or -1, for each position of x; on CUDA the values are not checked."""
     check_tensor(op, "indices", indices)
     if indices.dtype != torch.int64:
         raise TypeError(f"{op}: indices must be int64, got {indices.dtype}.")
     check_positions(op, "indices", indices, x, channel)
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(indices, FakeTensor) or indices.numel() == 0:
-        return
-    low, high = (int(bound) for bound in values_of(indices).aminmax())
-    if low < -1 or high >= num_codes:
-        raise IndexError(f"{op}: indices must lie between -1 and {num_codes - 1}, got {low} ... {high}.")
+    check_index_range(op, indices, num_codes)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from ._autograd import is_batched
 from ._blocks import BLOCK
 from ._validate import check_float, check_tensor
 
@@ -34,9 +35,12 @@ def covariance_factor(cov: Tensor) -> Tensor:
     Raises:
         ValueError: cov is not square, holds NaN or infinity, or is far from positive semi-definite.
         TypeError: cov is not a floating-point tensor.
+        NotImplementedError: a call within torch.vmap.
     """
     op = "covariance_factor"
     check_covariance(op, "cov", cov)
+    if is_batched(cov):
+        raise NotImplementedError(f"{op}: the number of columns depends on the values of cov, so torch.vmap cannot run it.")
     with torch.no_grad():
         matrix = cov.to(working_dtype(cov.device))
         if not matrix.isfinite().all():

@@ -12,7 +12,7 @@ from ._autograd import Function, ValueOf, apply, differentiate, need_function, n
 from ._dispatch import choose_impl, register_fake, streaming_unavailable
 from ._layout import as_positions, from_positions, positions_shape
 from ._precision import accumulator_dtype
-from ._validate import check_channel_dim, check_float, check_tensor
+from ._validate import check_channel_dim, check_float, check_index_range, check_tensor
 
 MAX_CHANNELS = 64
 MAX_LEVELS = 2**20
@@ -101,12 +101,12 @@ def finite_scalar_decode(
 
     Raises:
         ValueError, TypeError: an invalid argument.
+        IndexError: an index past the last code. On CUDA, where reading it would synchronize, a device assertion fails instead.
     """
     op = "finite_scalar_decode"
     check_tensor(op, "indices", indices)
-    check_indices(op, indices)
-    indices = indices.long()  # narrower dtypes may not hold the basis
     levels = check_levels(op, levels)
+    indices = check_indices(op, indices, math.prod(levels))
     dtype = torch.get_default_dtype() if dtype is None else dtype
     channels = []
     for count, basis in zip(levels, basis_of(levels), strict=True):  # Python numbers, which need no copy to the device
@@ -116,9 +116,15 @@ def finite_scalar_decode(
     return torch.stack(channels, channel_dim)
 
 
-def check_indices(op: str, indices: Tensor) -> None:
+def check_indices(op: str, indices: Tensor, num_codes: int) -> Tensor:
+    """Check indices to decode, which may be negative. Returns them as int64: narrower dtypes may not hold the number of codes."""
     if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
         raise TypeError(f"{op}: indices must be integers, got {indices.dtype}.")
+    indices = indices.long()
+    check_index_range(op, indices, num_codes, None)
+    if indices.device.type == "cuda" and num_codes <= MAX_CODES and not torch.compiler.is_compiling():
+        torch._assert_async((indices < num_codes).all(), f"{op}: an index is past the last of the {num_codes} codes.")
+    return indices
 
 
 def check_levels(op: str, levels: Sequence[int]) -> list[int]:
@@ -176,7 +182,7 @@ class _FiniteScalarQuantize(Function):
         levels, symmetric, hard, _ = ctx.options
         if grad_quantized is None:
             grad_x = None
-        elif need_graph(grad_quantized, x):
+        elif need_graph((grad_quantized,), (x,)):
 
             def reference(x: Tensor) -> tuple[Tensor]:
                 return (finite_scalar_quantize_reference(x, levels, symmetric, hard, False)[0],)

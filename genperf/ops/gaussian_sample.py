@@ -230,10 +230,11 @@ class _GaussianSample(Function):
         inputs: Moments = (mean, logvar, prior_mean, prior_logvar)
         if grad_sample is None and grad_kl is None:
             return (None,) * 9
-        if need_graph(grad_sample, grad_kl, *inputs):
+        if need_graph((grad_sample, grad_kl), inputs):
 
             def reference(*moments: Any) -> tuple[Tensor, Tensor]:
-                return gaussian_sample_reference(*moments, noise, seed, ctx.dim, ctx.free_bits, ctx.float32_sample)
+                options = {"dim": ctx.dim, "free_bits": ctx.free_bits, "float32_sample": ctx.float32_sample}
+                return gaussian_sample_reference(*moments, noise=noise, seed=seed, **options)
 
             return (*differentiate(reference, (grad_sample, grad_kl), inputs, ctx.needs_input_grad[:4]), *(None,) * 5)
         gradients = _empty_like(inputs, torch.preserve_format)

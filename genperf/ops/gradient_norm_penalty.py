@@ -81,7 +81,7 @@ class _GradientNormPenalty(Function):
     @staticmethod
     def backward(ctx: Any, grad_penalty: Tensor, _norms: Tensor) -> tuple[Tensor | None, ...]:
         gradients, norms = ctx.saved_tensors
-        if need_graph(grad_penalty, gradients):
+        if need_graph((grad_penalty,), (gradients,)):
 
             def reference(gradients: Tensor) -> tuple[Tensor]:
                 return (gradient_norm_penalty_reference(gradients, ctx.center, ctx.one_sided),)

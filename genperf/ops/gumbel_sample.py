@@ -45,8 +45,9 @@ def gumbel_sample(
     Args:
         logits: float32, bfloat16, float16 or float64; any strides; K is the size along `dim`. -inf excludes a category.
         codebook: K codes in logits' dtype, or float32 with half-precision logits.
-        tau: temperature >= 0. A one-element tensor can be annealed without recompilation and without device synchronization. With 0 the
-            sample is the one-hot vector of the largest perturbed logit, with no gradient.
+        tau: temperature >= 0. A one-element tensor can be annealed without recompilation and without device synchronization; its value is
+            not checked, and a negative one or NaN counts as 0. With 0 the sample is the one-hot vector of the largest perturbed logit,
+            with no gradient.
         hard: one-hot samples with the gradient of the soft samples (straight-through estimator).
         dim: the dimension of the categories.
         generator: the generator that the seed of the noise is drawn from; None for torch's default generator of the logits' device. A seed
@@ -191,7 +192,7 @@ class _GumbelSample(Function):
         rest = (None,) * 5
         if grad_sample is None and grad_kl is None:
             return (None, None, *rest)
-        if need_graph(grad_sample, grad_kl, logits, codebook):
+        if need_graph((grad_sample, grad_kl), (logits, codebook)):
 
             def reference(logits: Tensor, codebook: Tensor | None) -> tuple[Tensor, Tensor]:
                 sample, _, kl = gumbel_sample_reference(logits, codebook, temperature, ctx.tau, noise, seed, ctx.hard)

@@ -169,7 +169,7 @@ class _Interpolate(Function):
     @staticmethod
     def backward(ctx: Any, grad_mixed: Tensor) -> tuple[Tensor | None, ...]:
         real, fake, weight, seed = ctx.saved_tensors
-        if need_graph(grad_mixed, real, fake, weight):
+        if need_graph((grad_mixed,), (real, fake, weight)):
             of_real = uniform_weights(seed, grad_mixed.shape[0]) if weight is None else weight
             of_real = of_real.reshape(-1, *[1] * (grad_mixed.dim() - 1))
             grad_real, grad_fake = ((share * grad_mixed).to(grad_mixed.dtype) for share in (of_real, 1 - of_real))

@@ -92,8 +92,8 @@ def kmeans(
         codebook, indices, counts, inertia: see `KMeansResult`. Not differentiable.
 
     Raises:
-        ValueError: no vectors, NaN or infinity in x, num_codes < 1, iterations < 0, an unknown init, metric or impl, an init tensor of the wrong shape, or an
-            invalid channel_dim.
+        ValueError: no vectors, NaN or infinity in x (not checked on CUDA, where it would synchronize, nor within torch.vmap),
+            num_codes < 1, iterations < 0, an unknown init, metric or impl, an init tensor of the wrong shape, or an invalid channel_dim.
         TypeError: an unsupported dtype or an invalid generator.
         NotImplementedError: an `impl` that cannot run here.
     """

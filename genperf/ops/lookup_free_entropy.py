@@ -147,7 +147,7 @@ class _CodeMass(Function):
         x, mask = ctx.saved_tensors
         if grad_entropy is None and grad_mass is None:
             grad_x = None
-        elif need_graph(grad_entropy, grad_mass, x):
+        elif need_graph((grad_entropy, grad_mass), (x,)):
 
             def reference(x: Tensor) -> tuple[Tensor, Tensor]:
                 return code_mass_reference(x, mask, ctx.sharpness, ctx.group)

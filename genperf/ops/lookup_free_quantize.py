@@ -95,14 +95,15 @@ def lookup_free_decode(
 
     Raises:
         ValueError, TypeError: an invalid argument.
+        IndexError: an index past the last code. On CUDA, where reading it would synchronize, a device assertion fails instead.
     """
     op = "lookup_free_decode"
     check_tensor(op, "indices", indices)
-    check_indices(op, indices)
     check_bits(op, bits)
     check_scale(op, scale)
+    indices = check_indices(op, indices, 1 << bits)
     places = torch.arange(bits - 1, -1, -1, device=indices.device)
-    signs = (indices.long().unsqueeze(-1) // 2**places % 2).to(dtype or torch.get_default_dtype()) * 2 - 1
+    signs = (indices.unsqueeze(-1) // 2**places % 2).to(dtype or torch.get_default_dtype()) * 2 - 1
     codes = signs * code_size(scale, spherical, bits)
     return torch.where(indices.unsqueeze(-1) >= 0, codes, 0).movedim(-1, channel_dim).contiguous()
 
@@ -145,7 +146,7 @@ class _LookupFreeQuantize(Function):
         if grad_quantized is None or not ctx.spherical:
             return grad_quantized, None, None
         (x,) = ctx.saved_tensors
-        if need_graph(grad_quantized, x):
+        if need_graph((grad_quantized,), (x,)):
 
             def reference(x: Tensor) -> tuple[Tensor]:
                 return (lookup_free_quantize_reference(x, ctx.scale, True)[0],)

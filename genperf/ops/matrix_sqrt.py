@@ -70,7 +70,7 @@ class _MatrixSqrt(Function):
         a, root, roots, vectors = ctx.saved_tensors
         backward = torch.ops.genperf.matrix_sqrt_backward if torch.compiler.is_compiling() else _backward
         found = backward(grad.detach(), root.detach(), roots, vectors, ctx.impl)
-        if need_graph(grad, a):
+        if need_graph((grad,), (a,)):
             (again,) = differentiate(lambda a: (matrix_sqrt_reference(a),), (grad,), (a,), (True,))
             found = ValueOf.apply(found, again)
         return found, None

@@ -69,7 +69,7 @@ class _MinibatchSimilarity(Function):
     @staticmethod
     def backward(ctx: Any, grad_similarity: Tensor) -> Tensor | None:
         (features,) = ctx.saved_tensors
-        if need_graph(grad_similarity, features):
+        if need_graph((grad_similarity,), (features,)):
             return differentiate(lambda t: (minibatch_similarity_reference(t),), (grad_similarity,), (features,), (True,))[0]
         return torch.ops.genperf.minibatch_similarity_backward(grad_similarity.contiguous(), features)
 

@@ -12,8 +12,8 @@ from ._autograd import Function, ValueOf, apply, call, differentiate, need_funct
 from ._dispatch import choose_impl, implement_on_cuda, native_unavailable, register_fake
 from ._layout import Positions, as_positions, positions_shape
 from ._precision import accumulator_dtype
-from ._validate import check_mask, check_tensor, check_vectors
-from .code_statistics import can_branch_on, code_statistics_reference
+from ._validate import can_branch_on, check_index_range, check_mask, check_tensor, check_vectors
+from .code_statistics import code_statistics_reference
 from .nearest_code import check_metric, search
 from .nearest_code import unavailable as search_unavailable
 from .vector_quantize import GRADIENTS, rotate
@@ -165,6 +165,7 @@ def residual_code_statistics(
     Raises:
         ValueError, TypeError: an invalid argument.
         NotImplementedError: an `impl` that cannot run here.
+        IndexError: an index outside -1 ... K - 1 (on CUDA indices are not checked, since that would synchronize).
     """
     op = "residual_code_statistics"
     channel = _check_codebooks(op, x, codebooks, channel_dim)
@@ -174,6 +175,9 @@ def residual_code_statistics(
         raise ValueError(f"{op}: indices must have shape {expected}, got {list(indices.shape)}.")
     if indices.dtype != torch.int64:
         raise TypeError(f"{op}: indices must be int64, got {indices.dtype}.")
+    if indices.device != x.device:
+        raise ValueError(f"{op}: indices and x must be on one device, got {indices.device} and {x.device}.")
+    check_index_range(op, indices, codebooks.shape[1])
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype))
     vectors = as_positions(x, channel)
     return residual_statistics(vectors, codebooks, indices.reshape(vectors.shape[0], vectors.shape[2], -1), chosen)
@@ -265,7 +269,7 @@ class _ResidualVectorQuantize(Function):
         x, codebooks, indices, valid = ctx.saved_tensors
         codebook_weight, commitment_weight, rotation, per_quantizer = ctx.options
         rest = (None,) * 7
-        if need_graph(grad_quantized, grad_losses, x, codebooks):
+        if need_graph((grad_quantized, grad_losses), (x, codebooks)):
 
             def reference(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
                 return _quantize_reference(x, codebooks, indices, *ctx.options)

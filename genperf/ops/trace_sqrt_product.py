@@ -191,7 +191,7 @@ class _TraceSqrtProduct(Function):
         first, second, grad_first, grad_second = ctx.saved_tensors
         needed = (ctx.need_first, ctx.need_second)
         found = [grad * g if need else None for g, need in zip((grad_first, grad_second), needed, strict=True)]
-        if need_graph(grad, first, second):
+        if need_graph((grad,), (first, second)):
 
             def reference(first: Tensor, second: Tensor) -> tuple[Tensor]:
                 return (trace_sqrt_product_reference(first, second, *ctx.are_factors),)

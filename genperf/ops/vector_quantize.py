@@ -161,7 +161,7 @@ class _VectorQuantize(Function):
     @staticmethod
     def backward(ctx: Any, grad_quantized: Tensor | None, grad_loss: Tensor | None, _valid: None) -> tuple[Tensor | None, ...]:
         x, codebook, indices, valid = ctx.saved_tensors
-        if need_graph(grad_quantized, grad_loss, x, codebook):
+        if need_graph((grad_quantized, grad_loss), (x, codebook)):
 
             def reference(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
                 gradient = "rotation" if ctx.rotation else "straight_through"

@@ -180,13 +180,13 @@ def check_nan_and_infinity(library: ctypes.CDLL) -> None:
 
 
 def check_tau_of_zero(library: ctypes.CDLL) -> None:
-    for dtype, tau in itertools.product(DTYPES, (0.0, torch.zeros(()), 1e-42, 1e-8)):
+    for dtype, tau in itertools.product(DTYPES, (0.0, torch.zeros(()), torch.tensor(-1.0), torch.tensor(math.nan), 1e-42, 1e-8)):
         logits = lay_out(60000 * torch.randn(2, 37, 5), "channels_last").clamp(-60000, 60000).to(dtype)
         logits[:, 3:] *= 0.1
         sample, indices, _, statistics = run(library, logits, tau, torch.zeros(2, 37, 5))
         # The largest logits share the mass if they tie, except at tau = 0, where the lowest index gets all of it.
         largest = (logits == logits.amax(1, keepdim=True)).float()
-        if tau == 0:
+        if not tau > 0:
             largest = torch.zeros_like(largest).scatter_(1, largest.argmax(1, keepdim=True), 1)
         assert_close(f"{dtype} {tau}", sample, (largest / largest.sum(1, keepdim=True)).double(), torch.ones(()))
         assert torch.equal(indices, logits.float().argmax(1))
@@ -194,7 +194,7 @@ def check_tau_of_zero(library: ctypes.CDLL) -> None:
         grad_sample = torch.randn(2, 37, 5).to(dtype)
         assert not run_backward(library, grad_sample, torch.randn(2, 5), *fields).isnan().any()
         assert (run_backward(library, grad_sample, None, *fields)[sample == 0] == 0).all()
-        if tau == 0:
+        if not tau > 0:
             assert (run_backward(library, grad_sample, None, *fields) == 0).all()
 
 

@@ -185,7 +185,7 @@ def test_the_lowest_index_wins_ties(impl, device):
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
-@pytest.mark.parametrize("tau", [0.0, torch.tensor(0.0), torch.tensor([0.0])], ids=["float", "tensor", "one element"])
+@pytest.mark.parametrize("tau", [0.0, torch.tensor(0.0), torch.tensor([0.0]), torch.tensor(-1.0), torch.tensor(math.nan)], ids=str)
 def test_at_temperature_zero_samples_are_one_hot(tau, impl, device):
     logits = torch.randn(6, 9, device=device)
     tau = tau.to(device) if isinstance(tau, torch.Tensor) else tau
