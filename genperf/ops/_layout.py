@@ -55,7 +55,7 @@ class Positions:
         """View y in the shape of x, with the channels that y has: [outer, D', inner], or [positions, D', 1]."""
         split = self.split if y.shape[0] == self.outer else len(self.sizes)
         y = y.reshape(*self.sizes[:split], y.shape[1], *self.sizes[split:])
-        return y if split == self.channel else y.movedim(split, self.channel)
+        return for_inductor(y if split == self.channel else y.movedim(split, self.channel))
 
     def restore_indices(self, indices: Tensor, *last: int) -> Tensor:
         """View indices [outer, inner] in the shape of x without its channels, with further dimensions `last`."""
@@ -93,7 +93,20 @@ def from_positions(y: Tensor, x: Tensor, channel: int) -> Tensor:
     """Undo `as_positions`: y [outer, D, inner] in the shape of x, but for its D."""
     sizes = positions_shape(x, channel)
     split = position_split(y, x, channel)
-    return y.reshape(*sizes[:split], y.shape[1], *sizes[split:]).movedim(split, channel)
+    return for_inductor(y.reshape(*sizes[:split], y.shape[1], *sizes[split:]).movedim(split, channel))
+
+
+def for_inductor(image: Tensor) -> Tensor:
+    """Copy an image that is a view, within a torch.compile with dynamic shapes; otherwise return it.
+
+    Inductor (torch 2.13) cannot compile a convolution of a view whose sizes are symbolic: to save it for backward, it sorts the strides,
+    and "cannot determine truth value of Relational". It removes a `clone`, but not a product with 1, which is bitwise the same.
+    """
+    if not torch.compiler.is_dynamo_compiling() or image.dim() != 4 or not image.is_floating_point():
+        return image
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
+
+    return image if all(has_static_value(size) for size in image.shape) else image * 1
 
 
 def position_split(positions: Tensor, x: Tensor, channel: int) -> int:

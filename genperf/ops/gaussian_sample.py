@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import Function, apply, differentiate, need_function, need_graph, requires_grad
+from ._autograd import Function, apply, differentiate, need_function, need_graph, requires_grad, saved_tensors
 from ._dispatch import choose_impl, register_fake, streaming_unavailable
-from ._layout import as_rows, rows_fit
+from ._layout import as_rows, for_inductor, rows_fit
 from ._noise import draw_seed, first_sample, normal_noise
 from ._precision import HALF_DTYPES, accumulator_dtype
 from ._validate import check_float, check_noise, check_tensor
@@ -93,8 +93,10 @@ def gaussian_sample(
     if chosen == "reference":
         return gaussian_sample_reference(*inputs, noise, seed, dim, free_bits, float32_sample)
     if need_function(*inputs):
-        return apply(_GaussianSample, *inputs, noise, seed, dim, free_bits, float32_sample)
-    return _forward(*inputs, noise, seed, dim, free_bits, float32_sample)
+        sample, kl = apply(_GaussianSample, *inputs, noise, seed, dim, free_bits, float32_sample)
+    else:
+        sample, kl = _forward(*inputs, noise, seed, dim, free_bits, float32_sample)
+    return for_inductor(sample), kl
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
@@ -226,7 +228,7 @@ class _GaussianSample(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sample: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
-        mean, logvar, prior_mean, prior_logvar, noise, seed = ctx.saved_tensors
+        mean, logvar, prior_mean, prior_logvar, noise, seed = saved_tensors(ctx)
         inputs: Moments = (mean, logvar, prior_mean, prior_logvar)
         if grad_sample is None and grad_kl is None:
             return (None,) * 9

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import Function, ValueOf, apply, call, need_function, need_graph, requires_grad
+from ._autograd import Function, ValueOf, apply, call, need_function, need_graph, requires_grad, saved_tensors
 from ._dispatch import choose_impl, register_fake, streaming_unavailable
-from ._layout import as_rows
+from ._layout import as_rows, for_inductor
 from ._noise import draw_seed, first_sample, uniform_noise, uniform_weights
 from ._precision import accumulator_dtype
 from ._validate import check_float, check_tensor
@@ -142,11 +142,11 @@ def _mix(
     if weight is not None:
         weight = weight.float()
     if fake is None:
-        mixed = call(_forward, real.detach(), None, scale, weight, seed)
+        mixed = for_inductor(call(_forward, real.detach(), None, scale, weight, seed))
         return ValueOf.apply(mixed, real) if need_function(real) else mixed
     if need_function(real, fake, weight):
-        return apply(_Interpolate, real, fake, weight, seed)
-    return _forward(real, fake, None, weight, seed)
+        return for_inductor(apply(_Interpolate, real, fake, weight, seed))
+    return for_inductor(_forward(real, fake, None, weight, seed))
 
 
 def _forward(real: Tensor, fake: Tensor | None, scale: Tensor | None, weight: Tensor | None, seed: Tensor | None) -> Tensor:
@@ -168,7 +168,7 @@ class _Interpolate(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_mixed: Tensor) -> tuple[Tensor | None, ...]:
-        real, fake, weight, seed = ctx.saved_tensors
+        real, fake, weight, seed = saved_tensors(ctx)
         if need_graph((grad_mixed,), (real, fake, weight)):
             of_real = uniform_weights(seed, grad_mixed.shape[0]) if weight is None else weight
             of_real = of_real.reshape(-1, *[1] * (grad_mixed.dim() - 1))
