@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops._autograd import Function
 from ..ops._blocks import gram
 
 
@@ -29,7 +30,7 @@ def population_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     return _PopulationMoments.apply(rows)
 
 
-class _PopulationMoments(torch.autograd.Function):
+class _PopulationMoments(Function):
     """Forward computes half of a symmetric product; backward needs one product, autograd's two; centered rows are not saved."""
 
     @staticmethod

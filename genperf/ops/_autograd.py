@@ -68,7 +68,8 @@ class _Call(Function):
 
 def call(op: Callable[..., Any], *arguments: object) -> Any:
     """`op(*arguments)` of a compiled op, without a gradient, also within the transforms of torch.func."""
-    return _Call.apply(op, *arguments) if transformed() else op(*arguments)
+    # torch.compile runs a compiled op once a sample by itself.
+    return _Call.apply(op, *arguments) if transformed() and not torch.compiler.is_compiling() else op(*arguments)
 
 
 def apply(function: type[torch.autograd.Function], *arguments: object) -> Any:
@@ -92,7 +93,11 @@ def need_function(*tensors: Tensor | None) -> bool:
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True
-    return transformed()
+    if not transformed():
+        return False
+    if torch.compiler.is_compiling() and any(t is not None and _functorch.is_batchedtensor(t) for t in tensors):
+        torch._dynamo.graph_break("an op within torch.vmap")  # whose gradient the graph would lose
+    return True
 
 
 def requires_grad(value: object) -> bool:
@@ -100,6 +105,8 @@ def requires_grad(value: object) -> bool:
     if not isinstance(value, Tensor) or not torch.is_grad_enabled():
         return False
     if transformed():
+        if torch.compiler.is_compiling():  # which cannot look beneath a transform
+            return True
         while not value.requires_grad and _functorch.is_functorch_wrapped_tensor(value):
             value = _functorch.get_unwrapped(value)
     return value.requires_grad
@@ -115,13 +122,20 @@ def values_of(t: Tensor) -> Tensor:
 
 def is_batched(t: Tensor) -> bool:
     """Whether torch.vmap maps over t."""
-    if not transformed():
+    if torch.compiler.is_compiling() or not transformed():
         return False
     while not _functorch.is_batchedtensor(t):
         if not _functorch.is_functorch_wrapped_tensor(t):
             return False
         t = _functorch.get_unwrapped(t)
     return True
+
+
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """The saved tensors, free of the wrappers of a transform that has ended, as when the function of torch.func.vjp calls backward."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or transformed()):
+        return ctx.saved_tensors
+    return tuple(None if t is None else _functorch.unwrap_if_dead(t) for t in ctx.saved_tensors)
 
 
 def need_graph(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> bool:
@@ -138,8 +152,8 @@ def need_graph(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None
     if transformed():
         return True
     if torch.is_grad_enabled():
-        # The function that torch.func.vjp returns calls backward in grad mode, on tensors of a transform that has ended.
-        return any(t is not None and _functorch.unwrap_if_dead(t).requires_grad for t in (*gradients, *saved))
+        # The function that torch.func.vjp returns calls backward in grad mode also if nothing requires a gradient.
+        return any(t is not None and t.requires_grad for t in (*gradients, *saved))
     return any([gradient is not None and _functorch.is_legacy_batchedtensor(gradient) for gradient in gradients])  # faster as a list
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _library
-from ._autograd import Function, apply, differentiate, need_function, need_graph
+from ._autograd import Function, apply, differentiate, need_function, need_graph, saved_tensors
 from ._code_softmax_chunks import MIN_SQUARED_DISTANCE
 from ._dispatch import choose_impl
 from ._layout import as_positions
@@ -97,7 +97,7 @@ class _CodeSoftmax(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_value: Tensor | None, grad_usage: Tensor | None, _statistics: None) -> tuple[Tensor | None, ...]:
-        x, codebook, mask, indices, statistics = ctx.saved_tensors
+        x, codebook, mask, indices, statistics = saved_tensors(ctx)
         needed = ctx.needs_input_grad[:2]
         if grad_value is None and grad_usage is None:
             return (None,) * 6
@@ -126,12 +126,12 @@ def code_softmax_reference(
     valid = mask if indices is None else indices >= 0
     log_p = (logits_reference(x, codebook, valid, logits) / temperature).log_softmax(-1)  # [heads, N, K]
     if indices is not None:
-        value = -log_p.gather(2, indices.reshape(heads, -1, 1).clamp(min=0)).squeeze(2)
+        value = -log_p.gather(2, indices.reshape(heads, outer * inner, 1).clamp(min=0)).squeeze(2)
         usage = value.new_zeros(0, dtype=torch.float64)
     else:
         p = log_p.exp()
         value = -(p * torch.where(log_p == -math.inf, 0, log_p)).sum(-1)
-        usage = (p if valid is None else torch.where(valid.reshape(heads, -1, 1), p, 0)).sum(1).double()
+        usage = (p if valid is None else torch.where(valid.reshape(heads, outer * inner, 1), p, 0)).sum(1).double()
     value = value.reshape(heads, outer, inner)
     return value if valid is None else torch.where(valid, value, 0), usage
 
@@ -144,7 +144,7 @@ def logits_reference(x: Tensor, codebook: Tensor, valid: Tensor | None, logits: 
         center = codes.detach().mean(1, keepdim=True)
         rows, codes = rows - center, codes - center
     if valid is not None:
-        rows = torch.where(valid.reshape(len(rows), -1, 1), rows, 0)
+        rows = torch.where(valid.reshape(*rows.shape[:2], 1), rows, 0)
     with torch.autocast(x.device.type, enabled=False):
         products = rows @ codes.mT
     if logits == "dot":

@@ -123,15 +123,15 @@ def code_statistics_reference(
 ) -> tuple[Tensor, Tensor]:
     """The statistics in plain PyTorch: x [..., D], indices [...] -> counts [K], sums [K, D]."""
     dtype = accumulator_dtype(x.dtype)
-    assigned = indices.reshape(-1)
+    assigned = indices.flatten()
     valid = assigned >= 0
     assigned = assigned.clamp(min=0)
-    rows = x.reshape(-1, x.shape[-1]).double()
+    rows = x.reshape(assigned.shape[0], x.shape[-1]).double()
     if origins is not None:
         rows = rows - origins.double()[assigned]
     mass = valid.double()
     if weights is not None:
-        mass = torch.where(valid, weights.reshape(-1).double(), 0)
+        mass = torch.where(valid, weights.flatten().double(), 0)
     rows = torch.where(valid[:, None], rows * mass[:, None], 0)
     counts = mass.new_zeros(num_codes).index_add(0, assigned, mass)
     sums = rows.new_zeros(num_codes, x.shape[-1]).index_add(0, assigned, rows)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph
+from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph, saved_tensors
 from ._dispatch import choose_impl, register_fake, streaming_unavailable
 from ._layout import as_positions, from_positions, positions_shape
 from ._precision import accumulator_dtype
@@ -178,7 +178,7 @@ class _FiniteScalarQuantize(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_quantized: Tensor | None, _indices: None) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        (x,) = saved_tensors(ctx)
         levels, symmetric, hard, _ = ctx.options
         if grad_quantized is None:
             grad_x = None

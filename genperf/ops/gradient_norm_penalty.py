@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import Function, apply, differentiate, need_function, need_graph
+from ._autograd import Function, apply, differentiate, need_function, need_graph, saved_tensors
 from ._dispatch import choose_impl, register_fake, streaming_unavailable
 from ._layout import as_rows
 from ._precision import accumulator_dtype
@@ -80,7 +80,7 @@ class _GradientNormPenalty(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_penalty: Tensor, _norms: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, norms = ctx.saved_tensors
+        gradients, norms = saved_tensors(ctx)
         if need_graph((grad_penalty,), (gradients,)):
 
             def reference(gradients: Tensor) -> tuple[Tensor]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph, requires_grad
+from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph, requires_grad, saved_tensors
 from ._dispatch import choose_impl, register_fake, streaming_unavailable
 from ._layout import as_positions, from_positions, like_positions, positions_shape
 from ._noise import draw_seed, first_sample, gumbel_noise
@@ -187,7 +187,7 @@ class _GumbelSample(Function):
     def backward(
         ctx: Any, grad_sample: Tensor | None, _indices: None, grad_kl: Tensor | None, _statistics: None
     ) -> tuple[Tensor | None, ...]:
-        logits, codebook, temperature, noise, seed, indices, statistics = ctx.saved_tensors
+        logits, codebook, temperature, noise, seed, indices, statistics = saved_tensors(ctx)
         needed = ctx.needs_input_grad[:2]
         rest = (None,) * 5
         if grad_sample is None and grad_kl is None:
@@ -236,7 +236,7 @@ def gumbel_sample_reference(
         noise = gumbel_noise(seed, outer * inner, classes, dtype).reshape(outer, inner, classes).transpose(1, 2)
     perturbed = wide + noise.to(dtype)
     indices = perturbed.argmax(1)
-    one_hot = torch.zeros_like(perturbed).scatter_(1, indices.unsqueeze(1), 1)
+    one_hot = (torch.arange(classes, device=logits.device).unsqueeze(1) == indices.unsqueeze(1)).to(dtype)
     if temperature is None:
         temperature = torch.tensor(tau, dtype=dtype, device=logits.device)
     temperature = temperature.to(dtype).reshape(())

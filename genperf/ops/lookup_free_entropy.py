@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import Function, apply, differentiate, need_function, need_graph
+from ._autograd import Function, apply, differentiate, need_function, need_graph, saved_tensors
 from ._dispatch import choose_impl
 from ._layout import as_positions
 from ._precision import accumulator_dtype, full_float32, normalized
@@ -144,7 +144,7 @@ class _CodeMass(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_entropy: Tensor | None, grad_mass: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, mask = ctx.saved_tensors
+        x, mask = saved_tensors(ctx)
         if grad_entropy is None and grad_mass is None:
             grad_x = None
         elif need_graph((grad_entropy, grad_mass), (x,)):
@@ -160,9 +160,10 @@ class _CodeMass(Function):
 
 def code_mass_reference(x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> tuple[Tensor, Tensor]:
     """The sums in plain PyTorch, from the probabilities of all codes, differentiated by autograd."""
-    logits = x.movedim(1, -1).reshape(-1, x.shape[1] // group, group).to(accumulator_dtype(x.dtype))
+    outer, bits, inner = x.shape
+    logits = x.movedim(1, -1).reshape(outer * inner, bits // group, group).to(accumulator_dtype(x.dtype))
     logits = (logits * sharpness).clamp(-MAX_LOGIT, MAX_LOGIT)
-    valid = None if mask is None else mask.reshape(-1, 1, 1)
+    valid = None if mask is None else mask.reshape(outer * inner, 1, 1)
     if valid is not None:
         logits = torch.where(valid, logits, 0)
     log_p = (logits @ (_bits(group, logits) - 0.5).T).log_softmax(-1)

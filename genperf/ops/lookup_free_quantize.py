@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph
+from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph, saved_tensors
 from ._dispatch import choose_impl, register_fake, streaming_unavailable
 from ._layout import as_positions, from_positions, positions_shape
 from ._validate import check_channel_dim, check_float, check_tensor
@@ -145,7 +145,7 @@ class _LookupFreeQuantize(Function):
     def backward(ctx: Any, grad_quantized: Tensor | None, _indices: None) -> tuple[Tensor | None, ...]:
         if grad_quantized is None or not ctx.spherical:
             return grad_quantized, None, None
-        (x,) = ctx.saved_tensors
+        (x,) = saved_tensors(ctx)
         if need_graph((grad_quantized,), (x,)):
 
             def reference(x: Tensor) -> tuple[Tensor]:

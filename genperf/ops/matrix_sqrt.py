@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _polar
-from ._autograd import Function, ValueOf, apply, differentiate, need_graph
+from ._autograd import Function, ValueOf, apply, differentiate, need_graph, saved_tensors
 from ._dispatch import choose_impl
 from .covariance_factor import check_covariance, factor_without_sync, working_dtype
 from .trace_sqrt_product import result_dtype, unavailable
@@ -67,9 +67,10 @@ class _MatrixSqrt(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _roots: Tensor, _vectors: Tensor) -> tuple[Tensor, None]:
-        a, root, roots, vectors = ctx.saved_tensors
+        a, root, roots, vectors = saved_tensors(ctx)
         backward = torch.ops.genperf.matrix_sqrt_backward if torch.compiler.is_compiling() else _backward
-        found = backward(grad.detach(), root.detach(), roots, vectors, ctx.impl)
+        with torch.no_grad():
+            found = backward(grad, root, roots, vectors, ctx.impl)
         if need_graph((grad,), (a,)):
             (again,) = differentiate(lambda a: (matrix_sqrt_reference(a),), (grad,), (a,), (True,))
             found = ValueOf.apply(found, again)

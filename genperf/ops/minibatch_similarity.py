@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import Function, apply, differentiate, need_function, need_graph
+from ._autograd import Function, apply, differentiate, need_function, need_graph, saved_tensors
 from ._dispatch import choose_impl, register_fake, streaming_unavailable
 from ._precision import accumulator_dtype
 from ._validate import check_float, check_tensor
@@ -68,7 +68,7 @@ class _MinibatchSimilarity(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_similarity: Tensor) -> Tensor | None:
-        (features,) = ctx.saved_tensors
+        (features,) = saved_tensors(ctx)
         if need_graph((grad_similarity,), (features,)):
             return differentiate(lambda t: (minibatch_similarity_reference(t),), (grad_similarity,), (features,), (True,))[0]
         return torch.ops.genperf.minibatch_similarity_backward(grad_similarity.contiguous(), features)

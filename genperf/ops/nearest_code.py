@@ -1,5 +1,7 @@
 """Nearest-neighbor search in a codebook, exact in float64."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -135,7 +137,7 @@ def nearest_code_reference(x: Tensor, codebook: Tensor, metric: str = "euclidean
     if codebook.dim() == 3:
         return torch.stack([nearest_code_reference(head, codes, metric) for head, codes in zip(x, codebook, strict=True)])
     codes = codebook.double()
-    rows = x.reshape(-1, x.shape[-1]).double()
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).double()
     if exporting_to_onnx():
         return _nearest_by_matmul(rows, codes, metric).reshape(x.shape[:-1])
     chunk = max(1, _REFERENCE_CHUNK // codes.shape[0])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._deprecation import renamed_arguments
 from . import _residual_on_cuda
-from ._autograd import Function, ValueOf, apply, call, differentiate, need_function, need_graph
+from ._autograd import Function, ValueOf, apply, call, differentiate, need_function, need_graph, saved_tensors
 from ._dispatch import choose_impl, implement_on_cuda, native_unavailable, register_fake
 from ._layout import Positions, as_positions, positions_shape
 from ._precision import accumulator_dtype
@@ -180,7 +180,7 @@ def residual_code_statistics(
     check_index_range(op, indices, codebooks.shape[1])
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype))
     vectors = as_positions(x, channel)
-    return residual_statistics(vectors, codebooks, indices.reshape(vectors.shape[0], vectors.shape[2], -1), chosen)
+    return residual_statistics(vectors, codebooks, indices.reshape(vectors.shape[0], vectors.shape[2], codebooks.shape[0]), chosen)
 
 
 @torch.no_grad()
@@ -266,7 +266,7 @@ class _ResidualVectorQuantize(Function):
     def backward(
         ctx: Any, grad_quantized: Tensor | None, _indices: None, grad_losses: Tensor | None, _valid: None
     ) -> tuple[Tensor | None, ...]:
-        x, codebooks, indices, valid = ctx.saved_tensors
+        x, codebooks, indices, valid = saved_tensors(ctx)
         codebook_weight, commitment_weight, rotation, per_quantizer = ctx.options
         rest = (None,) * 7
         if need_graph((grad_quantized, grad_losses), (x, codebooks)):

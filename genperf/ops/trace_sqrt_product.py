@@ -5,7 +5,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ._autograd import Function, ValueOf, apply, differentiate, need_graph, requires_grad
+from ._autograd import Function, ValueOf, apply, differentiate, need_graph, requires_grad, saved_tensors
 from ._dispatch import choose_impl
 from ._nuclear import Side, eigen_route, polar_route
 from ._validate import check_float, check_tensor
@@ -188,16 +188,17 @@ class _TraceSqrtProduct(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _error: Tensor, _grad_first: Tensor, _grad_second: Tensor) -> tuple[Tensor | None, ...]:
-        first, second, grad_first, grad_second = ctx.saved_tensors
+        first, second, grad_first, grad_second = saved_tensors(ctx)
         needed = (ctx.need_first, ctx.need_second)
-        found = [grad * g if need else None for g, need in zip((grad_first, grad_second), needed, strict=True)]
+        with torch.no_grad():
+            found = [grad * g if need else None for g, need in zip((grad_first, grad_second), needed, strict=True)]
         if need_graph((grad,), (first, second)):
 
             def reference(first: Tensor, second: Tensor) -> tuple[Tensor]:
                 return (trace_sqrt_product_reference(first, second, *ctx.are_factors),)
 
             again = differentiate(reference, (grad,), (first, second), needed)
-            found = [None if g is None else ValueOf.apply(g.detach(), carrier) for g, carrier in zip(found, again, strict=True)]
+            found = [None if g is None else ValueOf.apply(g, carrier) for g, carrier in zip(found, again, strict=True)]
         return (*found, *[None] * 7)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph
+from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph, saved_tensors
 from ._dispatch import choose_impl, native_unavailable, register_fake
 from ._layout import Positions, as_one_codebook
 from ._precision import accumulator_dtype
@@ -160,7 +160,7 @@ class _VectorQuantize(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_quantized: Tensor | None, grad_loss: Tensor | None, _valid: None) -> tuple[Tensor | None, ...]:
-        x, codebook, indices, valid = ctx.saved_tensors
+        x, codebook, indices, valid = saved_tensors(ctx)
         if need_graph((grad_quantized, grad_loss), (x, codebook)):
 
             def reference(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:

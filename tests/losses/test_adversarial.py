@@ -58,6 +58,18 @@ def test_large_logits_and_half_precision(kind, device):
     assert generator_loss(many, kind).item() == pytest.approx(GENERATOR[kind](many.double()).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ADVERSARIAL_LOSSES)
+def test_no_logits(kind, device):
+    """The mean of no logits is 0 with a gradient, so an empty batch adds nothing."""
+    none, real = torch.zeros(0, 1, device=device, requires_grad=True), torch.randn(5, 1, device=device)
+    loss = discriminator_loss(none, none, kind) + generator_loss(none, kind)
+    assert loss.item() == 0
+    assert torch.autograd.grad(loss, none)[0].shape == (0, 1)
+    torch.testing.assert_close(
+        discriminator_loss(real, none, kind) + discriminator_loss(none, real, kind), discriminator_loss(real, real, kind)
+    )
+
+
 def test_values_at_equilibrium():
     logits = torch.zeros(4)
     assert discriminator_loss(logits, logits).item() == pytest.approx(math.log(4))

@@ -470,6 +470,20 @@ def test_scaler_skips_a_step_that_overflows(kind, device):
     assert critic.weight.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", CENTERS)
+def test_samples_made_in_inference_mode(kind, device):
+    critic = torch.nn.Bilinear(6, 2, 1).to(device)
+    with torch.inference_mode():
+        real, fake, label, weight = (torch.randn(shape, device=device) for shape in ((4, 6), (4, 6), (4, 2), ()))
+    options = {"kind": kind, "weight": weight, "condition": label}
+    losses = [
+        gradient_penalty(critic, *samples, generator=torch.Generator().manual_seed(5), **options)
+        for samples in ((real, fake), (real.clone(), fake.clone()))
+    ]
+    assert torch.equal(*losses)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(losses[0], list(critic.parameters()), allow_unused=True) if g is not None)
+
+
 def test_empty_batch(device):
     real, fake = samples(0, 4, dtype=torch.float32, device=device)
     critic = Smooth(dtype=torch.float32, device=device)

@@ -198,6 +198,15 @@ def test_bad_indices():
         genperf.finite_scalar_decode(torch.zeros(3), [8, 5])
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_an_index_past_the_last_code(dtype):
+    for bad in (100, 127):
+        indices = torch.tensor([0, bad, 3], dtype=dtype)
+        with pytest.raises(IndexError, match=rf"finite_scalar_decode: indices must be at most 99, got 0 \.\.\. {bad}"):
+            genperf.finite_scalar_decode(indices, [5, 5, 4])
+    assert genperf.finite_scalar_decode(torch.zeros(0, dtype=dtype), [5, 5, 4]).shape == (0, 3)
+
+
 def test_decodes_narrow_integers(device):
     codes = genperf.finite_scalar_decode(torch.arange(100, device=device), [7, 5, 5])
     for dtype in (torch.int8, torch.uint8, torch.int16):

@@ -236,6 +236,13 @@ def test_bad_input(op, message, error, x, options):
         op(x, **options)
 
 
+def test_an_index_past_the_last_code():
+    with pytest.raises(IndexError, match=r"lookup_free_decode: indices must be at most 15, got -1 \.\.\. 16"):
+        genperf.lookup_free_decode(torch.tensor([16, -1]), 4)
+    largest = torch.tensor([2**63 - 1])
+    assert genperf.lookup_free_decode(largest, 63).tolist() == [[1.0] * 63]
+
+
 @pytest.mark.parametrize(
     ("message", "error", "bits", "options"),
     [

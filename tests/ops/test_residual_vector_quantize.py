@@ -305,6 +305,13 @@ def test_nonfinite_values_reach_the_losses(device):
     assert result["x.grad"][3].isnan().any()
 
 
+@pytest.mark.parametrize("bad", [-2, 5])
+def test_statistics_of_an_index_outside_of_the_codebook(bad):
+    x, codebooks = torch.randn(7, 3), torch.randn(2, 5, 3)
+    with pytest.raises(IndexError, match="residual_code_statistics: indices must lie between -1 and 4"):
+        genperf.residual_code_statistics(x, codebooks, torch.full((7, 2), bad))
+
+
 @pytest.mark.parametrize("impl", [None, "reference"])
 def test_statistics_of_every_quantizer(impl, device):
     x, codebooks = case(300, 12, 7, 3, torch.bfloat16, device)
