@@ -182,7 +182,8 @@ class ResidualVectorQuantizer(nn.Module):
         self.update = update
 
         shape = (groups if shared_codebook else groups * num_quantizers, num_codes, code_dim)
-        codebook = uniform_codes(*shape) if init == "uniform" else torch.zeros(shape)
+        codebook = uniform_codes(*shape)  # drawn in any case, so that one seed gives the modules built later the same weights
+        codebook = codebook if init == "uniform" else torch.zeros_like(codebook)
         codebook = normalize_codes(codebook) if metric == "cosine" else codebook
         if decay is None:
             self.codebook = nn.Parameter(codebook)

@@ -214,7 +214,8 @@ class VectorQuantizer(nn.Module):
         self.update = update
 
         shape = (heads, num_codes, code_dim) if separate_codebooks else (num_codes, code_dim)
-        codebook = uniform_codes(*shape) if init == "uniform" else torch.zeros(shape)
+        codebook = uniform_codes(*shape)  # drawn in any case, so that one seed gives the modules built later the same weights
+        codebook = codebook if init == "uniform" else torch.zeros_like(codebook)
         codebook = normalize_codes(codebook) if metric == "cosine" else codebook
         if decay is None or orthogonal_weight > 0:
             self.codebook = nn.Parameter(codebook)
