@@ -133,7 +133,7 @@ def is_batched(t: Tensor) -> bool:
 
 def saved_tensors(ctx: Any) -> tuple[Any, ...]:
     """The saved tensors, free of the wrappers of a transform that has ended, as when the function of torch.func.vjp calls backward."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or transformed()):
+    if not (torch.is_grad_enabled() or transformed()) or torch.compiler.is_compiling():
         return ctx.saved_tensors
     return tuple(None if t is None else _functorch.unwrap_if_dead(t) for t in ctx.saved_tensors)
 
@@ -147,14 +147,17 @@ def need_graph(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None
     Args:
         saved: the saved tensors that may require a gradient.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return torch.is_grad_enabled()
-    if transformed():
-        return True
     if torch.is_grad_enabled():
         # The function that torch.func.vjp returns calls backward in grad mode also if nothing requires a gradient.
-        return any(t is not None and t.requires_grad for t in (*gradients, *saved))
-    return any([gradient is not None and _functorch.is_legacy_batchedtensor(gradient) for gradient in gradients])  # faster as a list
+        return transformed() or any(t is not None and t.requires_grad for t in (*gradients, *saved))
+    if transformed():
+        return True
+    for gradient in gradients:  # noqa: SIM110 (slower)
+        if gradient is not None and _functorch.is_legacy_batchedtensor(gradient):
+            return True
+    return False
 
 
 def differentiate(

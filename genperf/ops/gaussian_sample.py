@@ -81,7 +81,7 @@ def gaussian_sample(
     if dtype not in (None, mean.dtype) and not (dtype == torch.float32 and mean.dtype in HALF_DTYPES):
         raise TypeError(f"{op}: dtype must be None, mean's dtype, or float32 with half-precision moments, got {dtype} for {mean.dtype}.")
     reasons = unavailable(mean.device, mean.dtype)
-    if requires_grad(noise):
+    if noise is not None and requires_grad(noise):
         reasons["native"] = reasons["native"] or "noise requires a gradient, which the kernels do not compute."
     chosen = choose_impl(op, impl, reasons, mean, logvar, prior_mean, prior_logvar, noise)
 
