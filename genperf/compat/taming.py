@@ -28,6 +28,7 @@ For new code, see `genperf.nn.GumbelQuantizer`, which has no convolution and is 
 """
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -141,8 +142,6 @@ class GumbelQuantize(UsedCodes):
         ValueError: a temperature out of range, a remap that is not a list of indices, or an invalid unknown_index.
     """
 
-    _temperature: Tensor
-
     def __init__(
         self,
         num_hiddens: int,
@@ -163,7 +162,8 @@ class GumbelQuantize(UsedCodes):
         self.proj = nn.Conv2d(num_hiddens, n_embed, 1)
         self.embed = nn.Embedding(n_embed, embedding_dim)
         self.use_vqinterface = use_vqinterface
-        self.register_buffer("_temperature", torch.tensor(float(temp_init)), persistent=False)
+        # Not a buffer, whose value a load from the meta device would lose.
+        self._temperature = torch.tensor(float(temp_init), device="cpu")
         self.temperature = temp_init
         self.set_remap(n_embed, remap, unknown_index)
 
@@ -177,6 +177,21 @@ class GumbelQuantize(UsedCodes):
             raise ValueError(f"GumbelQuantize: temperature must be a finite number, at least 0, got {value!r}.")
         with torch.no_grad():
             self._temperature.copy_(value.reshape(())) if isinstance(value, Tensor) else self._temperature.fill_(value)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "GumbelQuantize":
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, device=self._temperature.device)).device
+        if device.type != "meta":
+            self._temperature = self._temperature.to(device)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The temperature was a buffer in earlier releases."""
+        if "_temperature" in state["_buffers"]:
+            buffers = dict(state["_buffers"])
+            state = {**state, "_temperature": buffers.pop("_temperature"), "_buffers": buffers}
+            state["_non_persistent_buffers_set"] = state["_non_persistent_buffers_set"] - {"_temperature"}
+        super().__setstate__(state)
 
     def forward(self, z: Tensor, temp: float | Tensor | None = None, return_logits: bool = False) -> tuple[Any, ...]:
         """Sample a code for each position.
@@ -195,9 +210,11 @@ class GumbelQuantize(UsedCodes):
         codebook = self.embed.weight
         if self.remap is not None:
             logits, codebook = logits[:, self.used], codebook[self.used]
+        if self._temperature.device != z.device:  # parameters that were assigned, not moved by `.to()`
+            self._temperature = self._temperature.to(z.device)
         z_q, indices, kl = gumbel_sample(logits, codebook, tau=self.temperature if temp is None else temp, hard=hard, dim=1)
         # The prior is uniform over all codes, not only the used ones.
-        diff = self.kl_weight * (kl.mean() + math.log(self.n_embed / logits.shape[1]))
+        diff = self.kl_weight * (kl.sum() / max(1, kl.numel()) + math.log(self.n_embed / logits.shape[1]))
         if not self.use_vqinterface:
             return z_q, diff, indices
         if return_logits:

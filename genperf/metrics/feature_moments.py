@@ -43,15 +43,9 @@ class FeatureMoments(FeatureStore):
         ValueError: an argument out of range; `mean` without samples; `cov` with fewer than two samples (one if not unbiased).
     """
 
-    shift: Tensor
-    offset: Tensor
-    scatter: Tensor
-
     def __init__(self, dim: int | None = None, *, unbiased: bool = True, device: torch.device | str | None = None) -> None:
         super().__init__(dim, device)
         self.unbiased = unbiased
-        for name in ("shift", "offset", "scatter"):
-            self.register_buffer(name, None)
         self.reset()
 
     @property
@@ -186,6 +180,7 @@ class FeatureMoments(FeatureStore):
 
     def _allocate(self, dim: int) -> None:
         self._count = 0
+        # Not buffers, which DistributedDataParallel would overwrite with those of the first rank.
         with torch.inference_mode(False):
             self.shift = torch.zeros(dim, dtype=torch.float64, device=self._device)
             self.offset = torch.zeros_like(self.shift)
@@ -231,6 +226,7 @@ class FeatureMoments(FeatureStore):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self._flush()
+        destination.update({prefix + name: getattr(self, name) for name in ("shift", "offset", "scatter")})
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "count"] = torch.tensor(self._count)
 
@@ -253,6 +249,10 @@ class FeatureMoments(FeatureStore):
         self._start_load(state_dict, prefix, shift.device)
         self.shift, self.offset, self.scatter = (t.detach().to(self._device, torch.float64, copy=True) for t in (shift, offset, scatter))
         self._count = int(count)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The sums were buffers in earlier releases."""
+        super().__setstate__({**state, **state["_buffers"], "_buffers": {}})
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, count={self.count}, unbiased={self.unbiased}"

@@ -26,9 +26,10 @@ from ..._typing import signature_of
 from ...nn._channels import codebooks_last, linear, parameter_dtype, project, split_codebooks
 from ...ops._validate import check
 from ...ops.finite_scalar_quantize import basis_of, check_levels, finite_scalar_decode, quantize_levels
+from .._placed import Placed
 
 
-class FSQ(nn.Module):
+class FSQ(Placed):
     """Finite scalar quantization; Mentzer et al. (arXiv 2309.15505).
 
     Equivalent to (no projection, channels last):
@@ -55,8 +56,6 @@ class FSQ(nn.Module):
     """
 
     orthogonal_rot: Tensor
-    _basis: Tensor
-    _levels: Tensor
 
     def __init__(
         self,
@@ -103,9 +102,6 @@ class FSQ(nn.Module):
         self.return_indices = return_indices
         if return_indices:
             self.codebook_size = codes
-        if codes < 2**63:
-            self.register_buffer("_basis", torch.tensor(basis_of(counts)), persistent=False)
-        self.register_buffer("_levels", torch.tensor(counts, dtype=torch.int32), persistent=False)
         self.allowed_dtypes = allowed_dtypes
         self.force_quantization_f32 = force_quantization_f32
         self.bound_hard_clamp = bound_hard_clamp
@@ -117,7 +113,7 @@ class FSQ(nn.Module):
     @property
     def implicit_codebook(self) -> Tensor:
         """All codes [codebook_size, len(levels)]."""
-        return self._indices_to_codes(torch.arange(self.codebook_size, device=self._levels.device))
+        return self._indices_to_codes(torch.arange(self.codebook_size, device=self._placed.device))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """Quantize z.
@@ -190,14 +186,17 @@ class FSQ(nn.Module):
 
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
         """The level of each channel [..., len(levels)] of indices [...]."""
-        return indices.unsqueeze(-1) // self._basis % self._levels
+        levels = zip(self._counts, basis_of(self._counts), strict=True)
+        return torch.stack([indices // basis % count for count, basis in levels], -1)
 
     def codes_to_indices(self, zhat: Tensor) -> Tensor:
         """The indices [...] of codes [..., len(levels)]."""
         check("FSQ", f"codes must have {self.codebook_dim} channels", list(zhat.shape), zhat.shape[-1] == self.codebook_dim)
-        middle = (self._levels - 1) / 2 if self.preserve_symmetry else self._levels // 2
-        digits = (zhat * middle + middle).round().long()
-        return self._narrow((digits * self._basis).sum(-1))
+        indices = zhat.new_zeros(zhat.shape[:-1], dtype=torch.int64)
+        for code, count, basis in zip(zhat.unbind(-1), self._counts, basis_of(self._counts), strict=True):
+            middle = (count - 1) / 2 if self.preserve_symmetry else count // 2
+            indices = indices + (code * middle + middle).round().long() * basis
+        return self._narrow(indices)
 
     def _narrow(self, indices: Tensor) -> Tensor:
         return indices.to(torch.int32) if math.prod(self._counts) < 2**31 else indices

@@ -36,6 +36,7 @@ from ...ops._precision import normalized
 from ...ops._validate import check
 from ...ops.lookup_free_entropy import MAX_GROUP
 from ...ops.lookup_free_quantize import check_bits, code_size, lookup_free_decode, lookup_free_quantize
+from .._placed import Placed
 
 LOG_FLOOR = 1e-5
 
@@ -74,7 +75,7 @@ class CosineSimLinear(nn.Module):
         def __call__(self) -> None: ...
 
 
-class LFQ(nn.Module):
+class LFQ(Placed):
     """Lookup-free quantization; Yu et al. (arXiv 2310.05737), with spherical=True Zhao et al. (arXiv 2406.07548).
 
     Args:
@@ -180,17 +181,16 @@ class LFQ(nn.Module):
         self.entropy_loss_offset = entropy_loss_offset
         self.experimental_softplus_entropy_loss = experimental_softplus_entropy_loss
         self.register_buffer("mask", 2 ** torch.arange(bits - 1, -1, -1))
-        self.register_buffer("zero", torch.tensor(0.0), persistent=False)
         self.force_quantization_f32 = force_quantization_f32
 
     @property
     def codebook(self) -> Tensor:
         """All codes [codebook_size, log2(codebook_size)], not normalized."""
-        return self._codes(torch.arange(self.codebook_size, device=self.zero.device), False)
+        return self._codes(torch.arange(self.codebook_size, device=self._placed.device), False)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.zero.dtype
+        return self._placed.dtype
 
     def bits_to_codes(self, bits: Tensor) -> Tensor:
         return bits * self.codebook_scale * 2 - self.codebook_scale
@@ -262,7 +262,7 @@ class LFQ(nn.Module):
         quantized = quantized.to(dtype)
         bits = x.flatten(channel, channel + 1)
         entropies, entropy_loss = self._entropies(bits, size, channel, mask, inv_temperature, return_loss_breakdown)
-        commit_loss = self.zero
+        commit_loss = x.new_zeros((), dtype=self.dtype)
         if self.training and self.commitment_loss_weight > 0:
             commit_loss = commitment(bits, codes.flatten(channel, channel + 1), channel, mask)
         aux_loss = entropy_loss * self.entropy_loss_weight + commit_loss * self.commitment_loss_weight
@@ -284,7 +284,8 @@ class LFQ(nn.Module):
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """(per-sample entropy, codebook entropy) and the entropy loss."""
         if not self.training or (self.entropy_loss_weight == 0 and not wanted):
-            return (self.zero, self.zero), self.zero
+            zero = bits.new_zeros((), dtype=self.dtype)
+            return (zero, zero), zero
         if self.codebook_dim > MAX_GROUP:
             raise NotImplementedError(
                 f"LFQ: entropy_loss_weight over more than 2^{MAX_GROUP} codes is not supported, got 2^{self.codebook_dim}; set it to 0, "
