@@ -39,13 +39,8 @@ GumbelInputs<T> inputs_of(const Tensor& logits,
   // At tau = 0 the largest logit gives 0 * FLT_MAX = 0, and all others -inf. A temperature that is
   // negative or NaN counts as 0.
   const float inverse = divisor > 0 ? std::min(1 / divisor, FLT_MAX) : FLT_MAX;
-  return {Rows<T>(logits),
-          Rows<T>(noise),
-          logits.size(0),
-          logits.size(1),
-          logits.size(2),
-          seed_of(seed),
-          inverse};
+  return {Rows<T>(logits), Rows<T>(noise), logits.size(0), logits.size(1),
+          logits.size(2),  seed_of(seed),  inverse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
