@@ -1,6 +1,7 @@
 """FSQ and LFQ of genperf.compat against vector-quantize-pytorch."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -297,3 +298,60 @@ def test_large_codebooks_of_lfq(device):
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "probe"),
+    [
+        (lambda: FSQ([8, 5, 5, 5], dim=8), lambda layer: layer.indices_to_level_indices(torch.tensor([777]))),
+        (lambda: FSQ([8, 5, 5, 5], dim=8), lambda layer: layer.codes_to_indices(torch.zeros(1, 4))),
+        (lambda: FSQ([3, 2], preserve_symmetry=True), lambda layer: layer.implicit_codebook),
+        (lambda: LFQ(codebook_size=16, dim=8), lambda layer: layer.codebook),
+        (lambda: LFQ(codebook_size=16, dim=8).eval(), lambda layer: layer(torch.zeros(1, 5, 8)).entropy_aux_loss),
+    ],
+)
+def test_layers_built_on_the_meta_device(make, probe):
+    """What is not in the state dict is computed: it is neither left on the meta device nor uninitialized."""
+    layer = make()
+    with torch.device("meta"):
+        emptied, assigned = make(), make()
+    emptied.to_empty(device="cpu")
+    for name, buffer in emptied.named_buffers():
+        if name not in layer.state_dict():
+            buffer.fill_(123)
+    emptied.load_state_dict(layer.state_dict())
+    assigned.load_state_dict(layer.state_dict(), assign=True)
+    for other in (emptied, assigned, assigned.to("cpu"), copy.deepcopy(assigned), pickle.loads(pickle.dumps(assigned))):
+        assert torch.equal(probe(other), probe(layer))
+
+
+def test_dtype_of_lfq():
+    assert LFQ(codebook_size=16, dim=8).half().dtype == torch.float16
+
+
+@pytest.mark.parametrize("make", [lambda: FSQ([8, 5, 5, 5], dim=8), lambda: LFQ(codebook_size=16, dim=8)])
+def test_projections_may_be_wrapped(make, device):
+    """An adapter around a projection is called on [..., channels], for images too."""
+
+    class Adapter(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+            self.low = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.layer(x) + self.low(x)
+
+    layer = make().to(device)
+    layer.project_in = Adapter(layer.project_in).to(device)
+    layer(torch.randn(2, 8, 6, 6, device=device))[0].sum().backward()
+    assert layer.project_in.low.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("make", [lambda: FSQ([8, 5, 5, 5], dim=8), lambda: LFQ(codebook_size=16, dim=8)])
+def test_index_past_the_codebook_and_empty_batch(make):
+    layer = make()
+    with pytest.raises(IndexError, match="indices must be at most"):
+        layer.indices_to_codes(torch.tensor([[10**6]]))
+    outputs = layer(torch.randn(0, 5, 8))
+    assert all(out.isfinite().all() for out in outputs)

@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -210,3 +212,25 @@ def test_compiles_once_for_all_temperatures(device):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match="^GumbelQuantize: " + message):
         GumbelQuantize(6, 3, 8, **arguments)
+
+
+def test_temperature_of_a_layer_built_on_the_meta_device(device):
+    layer = quantizer(device, straight_through=False)
+    with torch.device("meta"):
+        emptied, assigned = quantizer("meta"), quantizer("meta")
+    emptied.to_empty(device=device).load_state_dict(layer.state_dict())
+    assigned.load_state_dict(layer.state_dict(), assign=True)
+    z = torch.randn(2, 6, 4, 5, device=device)
+    for other in (emptied, assigned, copy.deepcopy(assigned), pickle.loads(pickle.dumps(assigned)), assigned.half().float()):
+        assert float(other.temperature) == 1
+        other(z)
+        other.temperature = 0.25
+        assert float(other.temperature) == 0.25
+        other.temperature = 1.0
+    assert "temperature" not in " ".join(layer.state_dict())
+
+
+def test_empty_batch(device):
+    _, diff, (_, _, indices) = quantizer(device)(torch.randn(0, 6, 4, 5, device=device))
+    assert diff.isfinite()
+    assert indices.shape == (0, 4, 5)

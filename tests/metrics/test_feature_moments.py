@@ -7,7 +7,7 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
-from genperf.metrics import FeatureMoments, FrechetDistance, KernelInceptionDistance
+from genperf.metrics import FeatureMoments, FrechetDistance, KernelInceptionDistance, PrecisionRecall
 from genperf.metrics._feature_rows import FeatureRows
 from genperf.metrics.feature_moments import _BLOCK_ROWS
 
@@ -323,3 +323,35 @@ def test_sync_of_uneven_ranks(tmp_path):
         assert (real, fake) == (90, 80)
         expected = metric.compute() if isinstance(metric, FrechetDistance) else metric.compute_full()
         assert value == pytest.approx(float(expected), rel=1e-7)
+
+
+@pytest.mark.parametrize("make", [FrechetDistance, KernelInceptionDistance, PrecisionRecall])
+def test_metrics_have_no_buffers(make):
+    """DistributedDataParallel would overwrite them with those of the first rank, in every forward pass."""
+    metric = make()
+    metric.update(torch.randn(2000, 4), real=True)
+    metric.update(torch.randn(2000, 4), real=False)
+    assert not list(metric.buffers())
+    state = metric.state_dict()
+    other = make()
+    other.load_state_dict(state)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in state.items())
+
+
+def train_with_metric(rank, path):
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(4096, 4, generator=generator)
+    model = torch.nn.ModuleDict({"generator": torch.nn.Linear(4, 4), "moments": FeatureMoments()})
+    model.forward = model["generator"].forward
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    for batch in features[rank::2].split(512):
+        wrapped(batch)
+        model["moments"].update(batch)
+        model["moments"].mean  # noqa: B018 adds the buffered features to the sums
+    assert_moments(model["moments"].sync(), features)
+    dist.destroy_process_group()
+
+
+def test_metric_inside_a_distributed_module_keeps_the_sums_of_its_rank(tmp_path):
+    multiprocessing.spawn(train_with_metric, (tmp_path / "store",), nprocs=2)

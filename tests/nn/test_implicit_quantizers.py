@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import genperf
 from genperf.nn import FiniteScalarQuantizer, LookupFreeQuantizer
@@ -171,3 +172,50 @@ def test_entropy_loss_increases_codebook_usage(device):
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class Doubled(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return 2 * self.layer(x)
+
+
+@layers
+@pytest.mark.parametrize("channel_dim", [-1, 1])
+def test_projections_are_called(make, channel_dim, device):
+    """Hooks, weight_norm, pruning and wrapped modules take effect, wherever the channels are."""
+    layer = make(dim=6, channel_dim=channel_dim).to(device)
+    x = torch.randn(3, 6, 6, device=device)
+    expected, calls = layer(x), []
+    for projection in (layer.project_in, layer.project_out):
+        projection.register_forward_hook(lambda module, inputs, output: calls.append(module))
+    torch.testing.assert_close(layer(x)[0], expected[0])
+    assert calls == [layer.project_in, layer.project_out]
+    torch.nn.utils.parametrizations.weight_norm(layer.project_in)
+    prune.random_unstructured(layer.project_out, "weight", 0.5)
+    for _ in range(2):
+        layer(x)[0].sum().backward()
+    layer = make(dim=6, channel_dim=channel_dim).to(device)
+    undoubled = layer(x)[0]
+    layer.project_out = Doubled(layer.project_out)
+    torch.testing.assert_close(layer(x)[0], 2 * undoubled)
+    layer.decode(layer.encode(x))
+
+
+@layers
+def test_index_past_the_codebook(make):
+    layer = make(dim=6)
+    with pytest.raises(IndexError, match="indices must be at most"):
+        layer.decode(torch.tensor([0, 10**6]))
+
+
+@layers
+def test_empty_batch(make, device):
+    layer = make(dim=6, num_codebooks=2).to(device)
+    quantized, indices, loss, grads = gradients(layer, torch.randn(0, 5, 6, device=device))
+    assert quantized.shape == (0, 5, 6)
+    assert indices.shape == (0, 5, 2)
+    assert all(value.isfinite().all() for value in (*loss, *grads))
