@@ -17,3 +17,11 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+# They take minutes, and the file that starts last runs alone.
+FIRST = ("test_library.py", "test_sanitizers.py", "test_distributed_training.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in FIRST)
