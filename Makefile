@@ -12,7 +12,7 @@ demo: $(VENV)/installed-train
 	$(BIN)/python -m genperf
 	$(BIN)/genperf train vqvae --out runs/demo --overwrite
 
-# A process for each core, with one thread each; those of several threads are set where they matter.
+# One process per core with one thread each; tests of several threads set the number themselves.
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
