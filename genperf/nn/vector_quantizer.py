@@ -314,12 +314,12 @@ class VectorQuantizer(nn.Module):
         codes = saved_copy(self.codebook) if updates and update == "step" else self.codebook
         codes = codes if again is None else ValueOf.apply(again.codebook, codes)
         codebook = self._search_codebook(codes)
+        queries, vectors = vectors, self._unit(vectors)
         indices = None if again is None else again.indices
         if indices is None and self.training and self.sample_temperature > 0:
             indices = self._sample(vectors, codebook, valid, x)
         learned = codebook if self.codebook_weight > 0 else codebook.detach()
         weights = self.codebook_weight, self.commitment_weight
-        queries, vectors = vectors, self._unit(vectors)
         options = *weights, self.gradient, self.metric
         quantized, indices, loss = quantize_codebooks(vectors, learned, valid, indices, *options, queries, codes)
         if updates or (self.training and self.sample_temperature > 0):

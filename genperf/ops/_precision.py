@@ -22,8 +22,8 @@ def normalized(x: Tensor, dim: int) -> Tensor:
     """
     wide = x.to(accumulator_dtype(x.dtype))
     norm = torch.linalg.vector_norm(wide, dim=dim, keepdim=True)
-    directed = norm >= max(1e-12, torch.finfo(x.dtype).tiny)
-    return torch.where(norm < max(1e-12, torch.finfo(x.dtype).tiny), 0, wide / torch.where(directed, norm, 1))
+    zero = norm < max(1e-12, torch.finfo(x.dtype).tiny)
+    return torch.where(zero, 0, wide / torch.where(zero, 1, norm))
 
 
 @contextmanager

@@ -209,6 +209,23 @@ def test_functional_call_normalizes_learned_codes(make):
     torch.testing.assert_close(functional_call(layer, parameters, (x,)), layer(x))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: VectorQuantizer(16, 4, metric="cosine", sample_temperature=0.5),
+        lambda: VectorQuantize(4, 16, use_cosine_sim=True, stochastic_sample_codes=True, sample_codebook_temp=0.5, freeze_codebook=True),
+    ],
+)
+def test_codes_are_sampled_by_cosines(make):
+    """Whose logits do not depend on the lengths of the vectors."""
+    torch.manual_seed(0)
+    layer, found = make(), []
+    for scale in (1, 16):
+        torch.manual_seed(1)
+        found.append(layer(batch(0, 500) * scale)[1])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("index", [16, -2])
 @pytest.mark.parametrize(
     "decode",
