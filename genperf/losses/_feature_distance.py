@@ -1,6 +1,7 @@
 """What a `FrechetLoss` keeps for one reference: its statistics, and the history of generated features."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +13,45 @@ from ..ops.frechet_distance import frechet_distance
 
 
 class StatisticsModule(nn.Module):
-    """A module whose buffers move to other devices but keep their dtype (float64 becomes float32 on MPS)."""
+    """A module whose tensors move to other devices but keep their dtype (float64 becomes float32 on MPS).
+
+    The attributes named in HISTORY are moved, saved and loaded as persistent buffers are. They are none, since
+    DistributedDataParallel would overwrite those of each rank by those of the first.
+    """
+
+    HISTORY: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "StatisticsModule":
         for child in self.children():
             child._apply(fn)
-        for name, buffer in self.named_buffers(recurse=False):
-            device = fn(torch.empty(0, device=buffer.device)).device
-            self._buffers[name] = buffer.to(device, working_dtype(device) if buffer.dtype == torch.float64 else buffer.dtype)
+        with self._history_as_buffers():
+            for name, buffer in self.named_buffers(recurse=False):
+                device = fn(torch.empty(0, device=buffer.device)).device
+                self._buffers[name] = buffer.to(device, working_dtype(device) if buffer.dtype == torch.float64 else buffer.dtype)
         return self
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        with self._history_as_buffers():
+            super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        with self._history_as_buffers():
+            super()._load_from_state_dict(*args)
+
+    @contextlib.contextmanager
+    def _history_as_buffers(self) -> Iterator[None]:
+        names = [name for name in self.HISTORY if name in self.__dict__]
+        self._buffers.update({name: self.__dict__.pop(name) for name in names})
+        try:
+            yield
+        finally:
+            self.__dict__.update({name: self._buffers.pop(name) for name in names})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The history was a set of buffers in earlier releases."""
+        buffers = dict(state["_buffers"])
+        history = {name: buffers.pop(name) for name in self.HISTORY if name in buffers}
+        super().__setstate__({**state, **history, "_buffers": buffers})
 
 
 class FeatureDistance(StatisticsModule):
@@ -75,26 +106,22 @@ class FeatureQueue(StatisticsModule):
     With fewer features the distance uses a factor of the covariance, which is computed from the features themselves.
     """
 
-    features: Tensor
-    cursor: Tensor
-    shift: Tensor
-    total: Tensor
-    outer: Tensor
+    HISTORY = ("features", "cursor", "shift", "total", "outer")
 
     def __init__(self, size: int, mean: Tensor, unbiased: bool) -> None:
         super().__init__()
         self.size = size
         self.unbiased = unbiased
-        self.register_buffer("features", mean.new_zeros(size, mean.shape[0], dtype=torch.float32))
-        self.register_buffer("cursor", torch.zeros(2, dtype=torch.int64, device=mean.device))
+        self.features = mean.new_zeros(size, mean.shape[0], dtype=torch.float32)
+        self.cursor = torch.zeros(2, dtype=torch.int64, device=mean.device)
         # The values of `cursor` on the host, to avoid a device synchronization.
         self._position, self._filled = 0, 0
         self.has_sums = size >= mean.shape[0]
         if self.has_sums:
             # Sums of features minus a shift, so that moments do not cancel where the mean is large.
-            self.register_buffer("shift", mean.clone())
-            self.register_buffer("total", torch.zeros_like(mean))
-            self.register_buffer("outer", mean.new_zeros(mean.shape[0], mean.shape[0]))
+            self.shift = mean.clone()
+            self.total = torch.zeros_like(mean)
+            self.outer = mean.new_zeros(mean.shape[0], mean.shape[0])
 
     def step(self, x: Tensor) -> Tensor:
         return x
@@ -158,19 +185,16 @@ class MovingMomentsState(NamedTuple):
 class MovingMoments(StatisticsModule):
     """Moments of the mixture of all batches so far, in which each batch has `momentum` times the weight of the next."""
 
-    mean: Tensor
-    cov: Tensor
-    weights: Tensor
-    squares: Tensor
+    HISTORY = ("mean", "cov", "weights", "squares")
 
     def __init__(self, momentum: float, mean: Tensor, unbiased: bool) -> None:
         super().__init__()
         self.momentum = momentum
         self.unbiased = unbiased
-        self.register_buffer("mean", torch.zeros_like(mean))
-        self.register_buffer("cov", mean.new_zeros(mean.shape[0], mean.shape[0]))
-        self.register_buffer("weights", mean.new_zeros(()))
-        self.register_buffer("squares", mean.new_zeros(()))
+        self.mean = torch.zeros_like(mean)
+        self.cov = mean.new_zeros(mean.shape[0], mean.shape[0])
+        self.weights = mean.new_zeros(())
+        self.squares = mean.new_zeros(())
 
     def step(self, x: Tensor) -> MovingMomentsState:
         weights = self.momentum * self.weights + (1 - self.momentum)

@@ -36,7 +36,7 @@ class FrechetLoss(nn.Module):
     samples, its gradient is p times that of the batch alone.
 
     Queue and moving average are updated by each forward pass in training mode, after the distance, and never in evaluation
-    mode. Both are persistent buffers, so a run resumed from a state_dict continues unchanged. Fill them with `update` before
+    mode. Both are in the state_dict, so a run resumed from one continues unchanged. Fill them with `update` before
     training. The queue is float32. Samples with NaN or infinite features are left out of the queue (a full one keeps
     its oldest sample instead), and batches with such samples out of the moving average; the distance of that step is what
     frechet_distance returns for them.
@@ -58,7 +58,8 @@ class FrechetLoss(nn.Module):
     batch, with the gradient of its own samples; backward does not communicate. The sum of the ranks' gradients is that of one
     process on the global batch. DistributedDataParallel averages gradients: multiply the loss by the number of ranks. The batch size
     must be the same on all ranks, which is not checked: otherwise torch.distributed fails or hangs. Use drop_last=True in
-    a DataLoader.
+    a DataLoader. With `gather=False` each rank has the loss and the history of its own batches, also as a part of a
+    DistributedDataParallel module; its state_dict holds that history.
 
     Args:
         reference: statistics of real features, a genperf.metrics.FrechetReference; or a sequence or mapping of them, see above.

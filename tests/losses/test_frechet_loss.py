@@ -1,6 +1,7 @@
 import copy
 import itertools
 import multiprocessing
+import pickle
 
 import pytest
 import torch
@@ -291,19 +292,34 @@ def test_training_resumes_exactly(way, kind, device, tmp_path):
             assert torch.equal(grad, other_grad)
 
 
+@pytest.mark.parametrize("history", ["queue", "averages"])
+def test_pickles_with_a_history_of_buffers(history, device):
+    loss = FrechetLoss(make_reference(device=device), **KINDS[history])
+    loss.update(samples(8).to(device))
+    assert [name for name, _ in loss.named_buffers()] == ["parts.0.mean", "parts.0.factor"]
+    with loss.parts["0"].history._history_as_buffers():
+        content = pickle.dumps(loss)
+    loaded = pickle.loads(content)
+    for step in range(3):
+        x = samples(5, seed=step).to(device)
+        assert torch.equal(loaded(x), loss(x))
+    assert not list(loaded.parts["0"].history.buffers())
+
+
 def test_statistics_keep_their_dtype(kind, device):
     loss, plain = (FrechetLoss(make_reference(device=device), nn.Identity(), **kind) for _ in range(2))
     for step, cast in enumerate((lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: nn.Sequential(m).float())):
         cast(loss)
         x = samples(5, seed=step).to(device)
         assert torch.equal(loss(x), plain(x))
-    assert all(b.dtype != torch.float16 and b.dtype != torch.bfloat16 for b in loss.buffers())
+    assert all(t.dtype != torch.float16 and t.dtype != torch.bfloat16 for t in (*loss.buffers(), *loss.state_dict().values()))
 
 
 def test_moves_with_its_extractor(kind):
     extractor = Extractor()
     loss = FrechetLoss({"a": (extractor, make_reference())}, **kind).to("meta")
-    assert all(t.device.type == "meta" for t in (*loss.buffers(), *extractor.parameters(), *extractor.buffers()))
+    tensors = (*loss.buffers(), *loss.state_dict().values(), *extractor.parameters(), *extractor.buffers())
+    assert all(t.device.type == "meta" for t in tensors)
     extractor = Extractor().float()
     FrechetLoss(make_reference(), extractor, **kind).to(torch.float64)
     assert all(p.dtype == torch.float64 for p in extractor.parameters())
@@ -381,7 +397,7 @@ def _train(rank, store, results):
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(store), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    results.put((rank, [_steps(kind, rank, 2) for kind in DISTRIBUTED_KINDS]))
+    results.put((rank, [(*_steps(kind, rank, 2), _own_steps(kind, rank, wrapped=True)) for kind in DISTRIBUTED_KINDS]))
     torch.distributed.destroy_process_group()
 
 
@@ -404,8 +420,34 @@ def _steps(kind, rank=0, world_size=1):
     return found, layer.weight.grad.tolist()
 
 
+class WithLoss(nn.Module):
+    """A network that computes its loss, of the batches of one rank."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.loss = FrechetLoss(make_reference(), gather=False, **kind)
+
+    def forward(self, x):
+        return self.loss(self.scale * x)
+
+
+def _own_steps(kind, rank, wrapped=False):
+    """Losses and state of a rank that gathers no features; DistributedDataParallel sends the buffers of the first rank to all."""
+    model = WithLoss(kind)
+    call = nn.parallel.DistributedDataParallel(model, broadcast_buffers=True) if wrapped else model
+    losses = []
+    for step in range(5):
+        losses.append(call(samples(5, seed=2 * step + rank)))
+        losses[-1].backward()
+    return [loss.item() for loss in losses], {name: t.tolist() for name, t in model.loss.state_dict().items()}
+
+
 def test_ranks_match_one_process_on_the_global_batch(tmp_path):
-    """The sum of the ranks' gradients is that of one process; under DistributedDataParallel the loss is scaled by the number of ranks."""
+    """The sum of the ranks' gradients is that of one process; under DistributedDataParallel the loss is scaled by the number of ranks.
+
+    With gather=False each rank is a process of its own.
+    """
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     processes = [context.Process(target=_train, args=(rank, tmp_path / "store", results)) for rank in range(2)]
@@ -415,7 +457,10 @@ def test_ranks_match_one_process_on_the_global_batch(tmp_path):
         process.join(120)
         assert process.exitcode == 0
     (_, first), (_, second) = sorted((results.get() for _ in processes), key=lambda found: found[0])
-    for kind, (steps1, averaged1), (steps2, averaged2) in zip(DISTRIBUTED_KINDS, first, second, strict=True):
+    for kind, (steps1, averaged1, own1), (steps2, averaged2, own2) in zip(DISTRIBUTED_KINDS, first, second, strict=True):
+        assert own1 == _own_steps(kind, 0)
+        assert own2 == _own_steps(kind, 1)
+        assert own1 != own2
         alone, averaged = _steps(kind)
         for (value1, grad1, shared1), (value2, grad2, shared2), (value, grad, shared) in zip(steps1, steps2, alone, strict=True):
             assert value1 == value2
