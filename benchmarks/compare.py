@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         base, current = (build.describe() for build in builds)
         lines = []
         for workload in chosen:
-            print(workload, flush=True)
+            print(workload, file=sys.stderr)
             lines.append(line(workload, builds, Path(temporary), budget))
     facts = [f"{device_name(device)}, {current['threads']} threads, torch {torch.__version__}", f"load {load:.2f} at the start"]
     blocks = [
@@ -109,8 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"base: {name}, {base['isa']}; current: {running()}, {current['isa']}. The speed-up is the time of base over that of current.",
         markdown(lines),
     ]
-    write("\n\n".join(blocks) + "\n", arguments, "compare")
-    return int(any(row["outputs"] not in ("equal", "") for row in lines))
+    code = write("\n\n".join(blocks) + "\n", arguments, "compare")
+    return code or int(any(row["outputs"] not in ("equal", "") for row in lines))
 
 
 def line(workload: str, builds: list[Build], temporary: Path, budget: Budget) -> dict[str, str]:
@@ -197,7 +197,7 @@ def revision(given: str, temporary: Path) -> tuple[str, Path]:
 
 def built(root: Path, commit: str, temporary: Path) -> Path:
     """Build a commit with the compiler and flags of the environment, for the instruction set that is in use here."""
-    print(f"building {commit[:10]}", flush=True)
+    print(f"building {commit[:10]}", file=sys.stderr)
     source, library = temporary / "source", temporary / "library"
     archive = temporary / "source.zip"
     if git(root, "archive", "--output", str(archive), commit) is None:

@@ -237,5 +237,4 @@ def run(arguments: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy warns about singular matrices, which the table shows
         text = report(arguments)
-    write(text, arguments, "frechet_cases")
-    return 0
+    return write(text, arguments, "frechet_cases")

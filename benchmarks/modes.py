@@ -6,7 +6,9 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from genperf._errors import UserError
+from genperf._errors import UserError, reason
+from genperf._files import write_text_atomically
+from genperf.cli.streams import print_result
 
 _TOKEN = re.compile(r"[()]|[^\s()]+")
 
@@ -40,8 +42,16 @@ def command(arguments: argparse.Namespace, *mode: str) -> str:
     return f"`genperf bench {shlex.join(chosen)}`"
 
 
-def write(page: str, arguments: argparse.Namespace, name: str) -> None:
-    """Print a page, and write it to NAME.md in the folder that --out names."""
+def write(page: str, arguments: argparse.Namespace, name: str) -> int:
+    """Print a page, and write it to NAME.md in the folder that --out names; returns the exit code of printing.
+
+    Raises:
+        UserError: the file cannot be written; the page is printed.
+    """
     path = Path(arguments.out, f"{arguments.name or name}.md")
-    path.write_text(page)
-    print(f"{page}\nwritten: {path}")
+    try:
+        write_text_atomically(path, page)
+    except OSError as error:
+        print_result(page)
+        raise UserError(f"{str(path)!r} cannot be written: {reason(error)}.") from error
+    return print_result(f"{page}\nwritten: {path}")

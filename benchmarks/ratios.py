@@ -9,6 +9,7 @@ import functools
 import importlib
 import os
 import statistics
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from typing import NamedTuple
@@ -109,7 +110,7 @@ def search_lines(workload: Workload, goals: tuple[float | None, ...], rounds: in
         try:
             rival = CONTENDERS[name].make(x, codebook, None)
         except pytest.skip.Exception as reason:  # it is not installed
-            print(f"{name}: {reason}")
+            print(f"{name}: {reason}", file=sys.stderr)
             continue
         genperf_seconds, rival_seconds = in_turn(search, rival, rounds)
         ratio = rival_seconds / genperf_seconds
@@ -267,13 +268,12 @@ def run(arguments: argparse.Namespace) -> int:
     for title, rows in found.items():
         lines = []
         for name in filter(chosen.__contains__, rows):
-            print(name, flush=True)
+            print(name, file=sys.stderr)
             try:
                 lines += rows[name]()
             except UserError as reason:  # the data need a package that is not installed
-                print(f"left out: {reason}")
+                print(f"left out: {reason}", file=sys.stderr)
         if lines:
             blocks += [f"## {title}", markdown(lines)]
         missed |= any(line.get("reached") == "no" for line in lines)
-    write("\n\n".join(blocks) + "\n", arguments, "in-turn")
-    return int(missed)
+    return write("\n\n".join(blocks) + "\n", arguments, "in-turn") or int(missed)

@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from genperf._files import write_atomically, write_text_atomically
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 SIZES = ("N", "K", "D")
@@ -227,7 +229,7 @@ def chart(rows: list[dict], path: Path) -> None:
     axis.grid(alpha=0.3)
     figure.legend(*axis.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center", frameon=False)
     figure.suptitle(f"{machine(rows)}; genperf's times at the left", fontsize=9)
-    figure.savefig(path, dpi=110)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
     pyplot.close(figure)
 
 
@@ -245,17 +247,16 @@ def main() -> None:
     if arguments.readme:
         from readme import refreshed
 
-        README.write_text(refreshed(README.read_text(), rows, first.stem))
+        write_text_atomically(README, refreshed(README.read_text(), rows, first.stem))
         print(f"written: {README.name}")
         return
     in_place = first.parent.resolve() == arguments.out.resolve()
     name = arguments.name or (first.stem if in_place else re.sub(r"[^A-Za-z0-9]+", "-", rows[0]["device"]).strip("-"))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (arguments.out / f"{name}.md").write_text(page(rows, name))
-    print(head(rows))
+    write_text_atomically(arguments.out / f"{name}.json", json.dumps(rows, indent=1) + "\n")
+    write_text_atomically(arguments.out / f"{name}.md", page(rows, name))
     chart(rows, arguments.out / f"{name}.png")
-    print(f"\nwritten: {arguments.out / name}.json, .md, .png")
+    print(f"{head(rows)}\n\nwritten: {arguments.out / name}.json, .md, .png")
 
 
 if __name__ == "__main__":

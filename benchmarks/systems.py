@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from measure import device_name
 
+from genperf._files import write_text_atomically
 from genperf.cli.main import main as genperf
 from genperf.training.classifier import Classifier, train_classifier
 from genperf.training.data import load_images, split_held_out
@@ -212,9 +213,9 @@ def main() -> None:
     results["anchors"] = anchors(training, held_out, classifier=classifier, seed=SEED)
 
     def write() -> None:
-        arguments.results.write_text(json.dumps(results, indent=1) + "\n")
+        write_text_atomically(arguments.results, json.dumps(results, indent=1) + "\n")
         if set(results["rows"]) == set(ROWS):
-            arguments.results.with_suffix(".md").write_text(markdown(results))
+            write_text_atomically(arguments.results.with_suffix(".md"), markdown(results))
 
     if arguments.equal:
         results["equal"] = train_equally(classifier, arguments.work)

@@ -7,6 +7,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, completely or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, temporary: str | None = None, sync: bool = True) -> None:
     """Call `write(file)` on a temporary file in the folder of `path`, then rename it to `path`; errors leave no file behind.
 

@@ -1,17 +1,22 @@
 """`genperf bench --in-turn` and `--accuracy`, and what the modes of `genperf bench` share."""
 
 import argparse
+import errno
+import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import genperf
 from genperf._errors import UserError
 from genperf.cli import bench
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 pytest.importorskip("vector_quantize_pytorch")
+import compare
 import frechet_cases
 import measure
 import modes
@@ -115,6 +120,33 @@ def test_selected_rows(expression, expected):
     else:
         with pytest.raises(UserError, match=r"no row matches -k .*; the rows are Search A 10; layer b"):
             modes.selected(names, expression)
+
+
+@pytest.mark.parametrize(
+    ("mode", "runs"),
+    [(["--in-turn"], "ratios"), (["--accuracy"], "frechet_cases"), (["--compare", str(Path(genperf.__file__).parents[1])], "compare")],
+)
+def test_a_page_that_cannot_be_written_is_printed(mode, runs, tmp_path, monkeypatch, capsys):
+    """The page before it stays whole, and what was measured is printed."""
+    monkeypatch.setattr(ratios, "sections", lambda quick: {"Rows": {"row": lambda: [{"row": "measured"}]}})
+    monkeypatch.setattr(frechet_cases, "report", lambda arguments: "measured\n")
+    build = SimpleNamespace(describe=lambda: {"threads": 1, "isa": "none"}, close=lambda: None)
+    monkeypatch.setattr(compare, "Build", lambda *arguments: build)
+    monkeypatch.setattr(compare, "line", lambda *arguments: {"row": "measured", "outputs": "equal"})
+    (tmp_path / "page.md").write_text("before")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    options = [*mode, "--out", str(tmp_path), "--name", "page", *(["--device", "cpu", "-k", "eval"] if runs == "compare" else [])]
+    with monkeypatch.context() as context:
+        context.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"page\.md' cannot be written: No space left on device\."):
+            run(*options)
+    assert "measured" in capsys.readouterr().out
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("page.md", "before")]
+    assert run(*options) == 0
+    assert "measured" in (tmp_path / "page.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The report of speed: what measurements become, and that README shows the ones that are kept."""
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -96,6 +98,31 @@ def test_files(rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report.py", str(out / "Some-CPU.json"), "--out", str(out)])
     report.main()
     assert (out / "Some-CPU.md").read_text() == written
+
+
+def test_a_report_that_cannot_be_written_keeps_the_one_before(rows, tmp_path, monkeypatch):
+    out, saved = tmp_path / "out", []
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "bench.json"), "--out", str(out), "--name", "kept"])
+    out.mkdir()
+    for suffix in (".json", ".md", ".png"):
+        (out / f"kept{suffix}").write_text("before")
+
+    def fail(descriptor):
+        saved.append(descriptor)
+        if len(saved) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    for failing in (1, 2, 3):
+        saved.clear()
+        with pytest.raises(OSError, match="No space left"):
+            report.main()
+        assert len(list(out.iterdir())) == 3
+        assert (out / "kept.png").read_text() == "before"
+        assert ((out / "kept.json").read_text() == "before") == (failing == 1)
+    failing = 0
+    report.main()
+    assert (out / "kept.png").stat().st_size > 1000
 
 
 def test_without_a_measurement_nothing_is_written(tmp_path, monkeypatch, capsys):
