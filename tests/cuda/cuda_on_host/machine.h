@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The threads of a block as fibers of one thread of the CPU, and the order in which they run.
+//
+// Blocks run one after another, in random order. Between two barriers a random warp is resumed, and
+// of that its lanes in random order, until all threads wait at the same barrier; each runs until
+// its next barrier or shuffle. Shared memory is poisoned at the start of a block, with NaN or with
+// large numbers. All random choices follow from the seed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <source_location>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(...)
+#define ASAN_UNPOISON_MEMORY_REGION(...)
+#define __sanitizer_start_switch_fiber(...)
+#define __sanitizer_finish_switch_fiber(...)
+#endif
+
+struct uint3 {
+  unsigned x, y, z;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+namespace cuda_on_host {
+
+constexpr unsigned kWarp = 32;
+constexpr unsigned kMaxThreads = 1024;
+constexpr size_t kStackBytes = 128 << 10;
+constexpr size_t kSharedBytes = 48 << 10;
+
+// Where a thread stopped last.
+enum class State { kAtWarp, kAtBlock, kReturned };
+
+struct Fiber {
+  State state = State::kReturned;
+  uint3 index{};
+  unsigned linear = 0;
+  unsigned exchanges = 0;
+  unsigned votes = 0;
+  bool fenced = false;  // since the start of the block or the last ticket
+  bool started = false;
+  ucontext_t start{};  // of a fiber that has not run yet; later switches need no system call
+  void* resume[5] = {};
+  std::unique_ptr<char[]> memory;
+  const void* stack = nullptr;
+  size_t stack_bytes = 0;
+};
+
+// Of a barrier in the source.
+struct Place {
+  const char* file = "";
+  unsigned line = 0;
+
+  bool operator==(const Place& other) const {
+    return line == other.line && std::strcmp(file, other.file) == 0;
+  }
+};
+
+struct Machine {
+  const char* op = "";
+  std::function<void()> kernel;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  unsigned threads = 0;
+  Fiber scheduler;
+  Fiber* current = nullptr;
+  uint64_t random = 0;
+  uint64_t launches = 0;
+  // The values that the threads offer in a shuffle or a vote of the block. There are two sets of
+  // each, because some threads may be one shuffle ahead of others.
+  uint64_t offers[2][kMaxThreads] = {};
+  uint64_t votes[2][kMaxThreads] = {};
+  std::vector<Place> barriers;  // that were reached
+  Place omitted{};              // the barrier that is passed over
+};
+
+inline Machine machine;
+alignas(16) inline unsigned char shared_bytes_of_block[kSharedBytes];
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "cuda_on_host: %s, block (%u, %u, %u): %s\n", machine.op, blockIdx.x,
+               blockIdx.y, blockIdx.z, what);
+  std::abort();
+}
+
+// A random number below `count`; Steele et al., "Fast splittable pseudorandom number generators"
+// (2014).
+inline unsigned draw(unsigned count) {
+  uint64_t z = machine.random += 0x9e3779b97f4a7c15u;
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+  return static_cast<unsigned>((z >> 32) * count >> 32);
+}
+
+// Sets numbers to 0 ... count-1 in random order.
+inline void shuffle(unsigned* numbers, unsigned count) {
+  for (unsigned i = 0; i < count; ++i) {
+    const unsigned j = draw(i + 1);
+    numbers[i] = numbers[j];
+    numbers[j] = i;
+  }
+}
+
+[[noreturn]] inline __attribute__((noinline, no_sanitize("address"))) void jump(Fiber& to) {
+  if (to.started)
+    __builtin_longjmp(to.resume, 1);
+  to.started = true;
+  setcontext(&to.start);
+  std::abort();
+}
+
+inline __attribute__((noinline)) void switch_fiber(Fiber& from, Fiber& to) {
+  [[maybe_unused]] void* fake_stack = nullptr;
+  __sanitizer_start_switch_fiber(&fake_stack, to.stack, to.stack_bytes);
+  if (__builtin_setjmp(from.resume) == 0)
+    jump(to);
+  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+}
+
+inline void wait(State state) {
+  Fiber& self = *machine.current;
+  self.state = state;
+  switch_fiber(self, machine.scheduler);
+}
+
+inline void fiber_main() {
+  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler.stack,
+                                  &machine.scheduler.stack_bytes);
+  for (;;) {
+    machine.kernel();
+    wait(State::kReturned);
+  }
+}
+
+inline void add_fiber() {
+  auto fiber = std::make_unique<Fiber>();
+  fiber->memory = std::make_unique_for_overwrite<char[]>(kStackBytes);
+  fiber->stack = fiber->memory.get();
+  fiber->stack_bytes = kStackBytes;
+  getcontext(&fiber->start);
+  fiber->start.uc_stack.ss_sp = fiber->memory.get();
+  fiber->start.uc_stack.ss_size = kStackBytes;
+  makecontext(&fiber->start, fiber_main, 0);
+  machine.fibers.push_back(std::move(fiber));
+}
+
+// The common state of threads begin ... end-1.
+inline State common_state(unsigned begin, unsigned end) {
+  const State state = machine.fibers[begin]->state;
+  for (unsigned i = begin + 1; i < end; ++i) {
+    if (machine.fibers[i]->state != state)
+      fail("a barrier or shuffle was reached by only some of the threads");
+  }
+  return state;
+}
+
+// Resumes each lane of a warp once.
+inline State step_warp(unsigned warp) {
+  const unsigned begin = warp * kWarp;
+  const unsigned lanes = begin + kWarp < machine.threads ? kWarp : machine.threads - begin;
+  unsigned order[kWarp];
+  shuffle(order, lanes);
+  for (unsigned i = 0; i < lanes; ++i) {
+    Fiber& fiber = *machine.fibers[begin + order[i]];
+    threadIdx = fiber.index;
+    machine.current = &fiber;
+    switch_fiber(machine.scheduler, fiber);
+  }
+  machine.current = nullptr;
+  return common_state(begin, begin + lanes);
+}
+
+inline void run_block(size_t shared_bytes) {
+  ASAN_UNPOISON_MEMORY_REGION(shared_bytes_of_block, kSharedBytes);
+  // A NaN can get lost in a maximum and -1 may stand for "none", so there is a second pattern.
+  std::memset(shared_bytes_of_block, draw(2) == 0 ? 0xff : 0x7e, kSharedBytes);
+  ASAN_POISON_MEMORY_REGION(shared_bytes_of_block + shared_bytes, kSharedBytes - shared_bytes);
+  for (unsigned i = 0; i < machine.threads; ++i)
+    machine.fibers[i]->fenced = false;
+  unsigned running[kMaxThreads / kWarp];
+  do {
+    unsigned left = (machine.threads + kWarp - 1) / kWarp;
+    for (unsigned i = 0; i < left; ++i)
+      running[i] = i;
+    while (left > 0) {
+      unsigned& warp = running[draw(left)];
+      if (step_warp(warp) != State::kAtWarp)
+        warp = running[--left];
+    }
+  } while (common_state(0, machine.threads) == State::kAtBlock);
+}
+
+inline void run(const char* op,
+                dim3 grid,
+                dim3 block,
+                size_t shared_bytes,
+                std::function<void()> kernel) {
+  machine.op = op;
+  machine.kernel = std::move(kernel);
+  machine.threads = block.x * block.y * block.z;
+  ++machine.launches;
+  gridDim = grid;
+  blockDim = block;
+  if (machine.threads == 0 || machine.threads > kMaxThreads || shared_bytes > kSharedBytes ||
+      grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
+    fail("CUDA would not launch this grid, block or shared memory");
+  }
+  while (machine.fibers.size() < machine.threads)
+    add_fiber();
+  for (unsigned i = 0; i < machine.threads; ++i) {
+    Fiber& fiber = *machine.fibers[i];
+    fiber.linear = i;
+    fiber.index = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
+  }
+  machine.scheduler.started = true;
+  std::vector<unsigned> order(size_t{grid.x} * grid.y * grid.z);
+  shuffle(order.data(), static_cast<unsigned>(order.size()));
+  for (const unsigned i : order) {
+    blockIdx = {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)};
+    run_block(shared_bytes);
+  }
+}
+
+// The values that the lanes of this warp pass, valid until the next call but one.
+inline const uint64_t* exchange(unsigned mask, uint64_t value) {
+  if (mask != 0xffffffffu || machine.threads % kWarp != 0)
+    fail("a shuffle of part of a warp");
+  const unsigned self = machine.current->linear;
+  uint64_t* offers = machine.offers[machine.current->exchanges++ % 2];
+  offers[self] = value;
+  wait(State::kAtWarp);
+  return offers + self / kWarp * kWarp;
+}
+
+template <typename T>
+T shuffled(unsigned mask, T value, unsigned source_lane) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  const uint64_t* offers = exchange(mask, bits);
+  if (source_lane < kWarp)
+    std::memcpy(&value, offers + source_lane, sizeof(T));
+  return value;
+}
+
+inline unsigned lane() {
+  return machine.current->linear % kWarp;
+}
+
+inline unsigned ballot(unsigned mask, bool predicate) {
+  const uint64_t* offers = exchange(mask, predicate);
+  unsigned result = 0;
+  for (unsigned i = 0; i < kWarp; ++i)
+    result |= static_cast<unsigned>(offers[i]) << i;
+  return result;
+}
+
+// The lanes whose value has the same bits.
+template <typename T>
+unsigned match(unsigned mask, T value) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  const uint64_t* offers = exchange(mask, bits);
+  unsigned result = 0;
+  for (unsigned i = 0; i < kWarp; ++i)
+    result |= static_cast<unsigned>(offers[i] == bits) << i;
+  return result;
+}
+
+inline void take_ticket() {
+  if (!machine.current->fenced)
+    fail("atomicInc without an earlier __threadfence() of the thread");
+  machine.current->fenced = false;
+}
+
+inline void barrier(const std::source_location& where) {
+  const Place place{where.file_name(), where.line()};
+  if (place == machine.omitted)
+    return;
+  if (machine.current->linear == 0 &&
+      std::find(machine.barriers.begin(), machine.barriers.end(), place) == machine.barriers.end())
+    machine.barriers.push_back(place);
+  wait(State::kAtBlock);
+}
+
+// A barrier that returns the number of threads whose predicate holds.
+inline int count(bool predicate) {
+  uint64_t* votes = machine.votes[machine.current->votes++ % 2];
+  votes[machine.current->linear] = predicate;
+  wait(State::kAtBlock);
+  int result = 0;
+  for (unsigned i = 0; i < machine.threads; ++i)
+    result += static_cast<int>(votes[i]);
+  return result;
+}
+
+}  // namespace cuda_on_host
+
+// For the tests, by ctypes.
+extern "C" {
+
+inline __attribute__((used)) void cuda_on_host_seed(uint64_t seed) {
+  cuda_on_host::machine.random = seed;
+}
+
+// The number of launches since the library was loaded.
+inline __attribute__((used)) uint64_t cuda_on_host_launches() {
+  return cuda_on_host::machine.launches;
+}
+
+// The barriers that were reached, each as "file:line\n".
+inline __attribute__((used)) const char* cuda_on_host_barriers() {
+  static std::string joined;
+  joined.clear();
+  for (const auto& place : cuda_on_host::machine.barriers)
+    joined += place.file + std::string(":") + std::to_string(place.line) + "\n";
+  return joined.c_str();
+}
+
+// Passes over the barrier at this place, to see that a check notices.
+inline __attribute__((used)) void cuda_on_host_omit(const char* file, unsigned line) {
+  static std::string kept;
+  kept = file;
+  cuda_on_host::machine.omitted = {kept.c_str(), line};
+}
+
+}  // extern "C"
