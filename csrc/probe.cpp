@@ -60,6 +60,7 @@ std::map<std::string, bool> cpu_features() {
 std::map<std::string, std::string> build_info() {
   return {{"isas", GENPERF_ISAS},
           {"cuda_archs", GENPERF_CUDA_ARCHS},
+          {"cuda_omission", GENPERF_CUDA_OMISSION},
           {"torch", GENPERF_TORCH},
           {"compiler", __VERSION__}};
 }
@@ -69,5 +70,5 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_probe, m) {
   m.def("cpu_features", &cpu_features, "Instruction-set levels this processor and kernel allow.");
   m.def("build_info", &build_info,
-        "Instruction sets, CUDA architectures, torch and compiler of this build.");
+        "Instruction sets, CUDA architectures or why there are none, torch and compiler.");
 }

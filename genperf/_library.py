@@ -23,7 +23,12 @@ ISAS = ("amx", "x86-64-v4", "x86-64-v3", "x86-64", "native")
 cpu_failure: str | None = None
 cuda_failure: str | None = None
 triton_failure: str | None = None
+# Why the CUDA library or Triton has no kernels for a GPU, by its index. Filled when torch initializes CUDA.
+cuda_device_failures: dict[int | None, str] = {}
+triton_device_failures: dict[int | None, str] = {}
 isa: str | None = None  # the instruction set of the loaded CPU library
+
+MIN_TRITON_CAPABILITY = (8, 0)
 
 
 def library_path(name: str) -> Path:
@@ -44,16 +49,20 @@ def runnable_isas() -> list[str]:
 
 
 def load() -> None:
-    """Load the libraries and set `isa` and the `*_failure` variables."""
+    """Load the libraries and set `isa` and the `*_failure` variables. A library that does not load is a warning."""
     global cpu_failure, cuda_failure, triton_failure
-    if _probe is None:
-        reason = f"genperf is not compiled here ({_probe_error}); install it with `pip install --no-build-isolation .`."
-        cpu_failure = cuda_failure = triton_failure = reason
-        warnings.warn(f"{reason} Until then only the PyTorch reference implementations run.", RuntimeWarning, stacklevel=3)
-        return
-    _load_cpu()
-    cuda_failure = _load_cuda()
     triton_failure = _find_triton()
+    if _probe is None:
+        cpu_failure = f"genperf is not compiled here ({_probe_error}); install it with `pip install --no-build-isolation .`."
+    else:
+        cpu_failure = _load_cpu()
+    if cpu_failure is not None:  # the CUDA library has kernels only; the schemas are in the CPU library
+        cuda_failure = cpu_failure
+        warnings.warn(f"{cpu_failure} Until then only the PyTorch references and the Triton search run.", RuntimeWarning, stacklevel=3)
+    else:
+        cuda_failure = _load_cuda()
+    if torch.version.cuda is not None:
+        torch.cuda._lazy_call(_check_devices)
 
 
 def _isa_library(name: str) -> Path:
@@ -61,27 +70,64 @@ def _isa_library(name: str) -> Path:
     return library_path("cpu_" + base.replace("-", "_"))
 
 
-def _load_cpu() -> None:
+def _load_cpu() -> str | None:
     global isa
     runnable = runnable_isas()
     wanted = os.environ.get("GENPERF_ISA")
     if wanted and wanted not in runnable:
-        raise ImportError(f"GENPERF_ISA={wanted} cannot run here; this build and processor support {', '.join(runnable)}.")
+        raise ImportError(f"GENPERF_ISA={wanted} cannot run here; this build and processor support {', '.join(runnable) or 'none'}.")
     if not runnable:
-        raise ImportError("genperf was compiled without a CPU library for this processor; reinstall it from source on this machine.")
-    isa = wanted or runnable[0]
-    path = _isa_library(isa)
-    torch.ops.load_library(path)
+        return "genperf was built without a CPU library for this processor; reinstall it from source on this machine."
+    selected = wanted or runnable[0]
+    path = _isa_library(selected)
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"The CPU library does not load ({error}); reinstall genperf from source."
+    isa = selected
     if isa == "amx":
         ctypes.CDLL(str(path)).genperf_allow_amx()
+    return None
 
 
 def _load_cuda() -> str | None:
     path = library_path("cuda")
     if not path.exists():
-        return "genperf was built without CUDA; rebuild with GENPERF_CUDA=1."
-    torch.ops.load_library(path)
+        omission = _probe.build_info().get("cuda_omission") or "its CUDA library is gone"
+        return f"genperf was built without CUDA kernels ({omission}); reinstall it from source to add them."
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        failure = f"The CUDA library does not load ({error}); reinstall genperf from source."
+        warnings.warn(f"{failure} Until then the PyTorch references run on CUDA.", RuntimeWarning, stacklevel=4)
+        return failure
     return None
+
+
+def _check_devices() -> None:
+    """Fill the failures of every GPU that this build or Triton has no kernels for."""
+    archs = _probe.build_info()["cuda_archs"].split(",") if cuda_failure is None else []
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        number = ".".join(map(str, capability))
+        if archs and not any(_runs_on(arch, capability) for arch in archs):
+            cuda_device_failures[index] = (
+                f"the CUDA kernels were built for {', '.join(archs)}, and GPU {index} has compute capability {number}; "
+                f"reinstall genperf from source with TORCH_CUDA_ARCH_LIST={number}."
+            )
+        if capability < MIN_TRITON_CAPABILITY:
+            triton_device_failures[index] = f"Triton needs compute capability 8.0, and GPU {index} has {number}."
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an architecture such as 8.6, 9.0a or 12.0+PTX runs on a device of this compute capability."""
+    number, _, ptx = arch.partition("+")
+    version = tuple(map(int, number.rstrip("af").split(".")))
+    if number.endswith("a"):
+        return version == capability
+    if ptx and not number.endswith("f") and version <= capability:
+        return True
+    return version[0] == capability[0] and version <= capability
 
 
 def _find_triton() -> str | None:

@@ -38,9 +38,10 @@ def info_lines() -> list[str]:
     lines += [f"  {name:<12} {value}" for name, value in facts.items()]
     lines += ["", "implementation for float32"]
     width = max(map(len, OPS))
+    devices = [torch.device("cpu"), torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cuda")]
     for op in OPS:
-        for device in ("cpu", "cuda"):
-            lines += _implementation(op, torch.device(device), width)
+        for device in devices:
+            lines += _implementation(op, device, width)
     return lines
 
 
@@ -56,9 +57,10 @@ def _build() -> dict[str, str]:
     if _library._probe is None:
         return {"compiled": f"no: {_library.cpu_failure}"}
     built = _library._probe.build_info()
+    loaded = f"{_library.isa} loaded, of {', '.join(_library.runnable_isas())} supported here"
     return {
-        "cpu kernels": f"{_library.isa} loaded, of {', '.join(_library.runnable_isas())} supported here",
-        "cuda kernels": f"built for {built['cuda_archs']}" if built.get("cuda_archs") else "not built",
+        "cpu kernels": f"unavailable: {_library.cpu_failure}" if _library.cpu_failure else loaded,
+        "cuda kernels": f"unavailable: {_library.cuda_failure}" if _library.cuda_failure else f"built for {built['cuda_archs']}",
         "built with": ", ".join(f"{name} {built[name]}" for name in ("compiler", "torch") if built.get(name)),
     }
 
@@ -77,7 +79,12 @@ def _processor() -> str:
 def _gpus() -> str:
     if not torch.cuda.is_available():
         return "none available to torch"
-    return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return ", ".join(map(_gpu, range(torch.cuda.device_count())))
+
+
+def _gpu(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)} ({major}.{minor})"
 
 
 def _triton_version() -> str:

@@ -1,6 +1,7 @@
 """Choice of an implementation: which ones an op has, why one cannot run here, and which one is used."""
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -15,6 +16,7 @@ from ._autograd import transformed
 log = logging.getLogger("genperf")
 IMPLEMENTATIONS = ("reference", "native", "triton", "eigen", "polar")
 _only_reference = False
+_warned = False  # that a library is missing
 
 # A Python function that stands in for a compiled op.
 Implementation = TypeVar("Implementation", bound=Callable[..., object])
@@ -57,6 +59,8 @@ def choose_impl(op: str, impl: str | None, unavailable: dict[str, str | None], *
         if not torch.compiler.is_compiling() and log.isEnabledFor(logging.DEBUG):
             passed_over = "".join(f"; not {name}: {reason}" for name, reason in unavailable.items() if reason is not None)
             log.debug("%s runs %s%s", op, chosen, passed_over)
+        if chosen == "reference" and not _only_reference:
+            _warn_missing_library(op, unavailable)
         return chosen
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: impl must be None or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}.")
@@ -64,6 +68,20 @@ def choose_impl(op: str, impl: str | None, unavailable: dict[str, str | None], *
         reason = unavailable.get(impl) or "this op has no such implementation."
         raise NotImplementedError(f"{op}: impl={impl!r} cannot run here: {reason}")
     return impl
+
+
+def _warn_missing_library(op: str, unavailable: dict[str, str | None]) -> None:
+    """Warn once in a process if an op runs its reference on a GPU because something is not installed or not built."""
+    from genperf import _library
+
+    global _warned
+    if _warned or torch.compiler.is_compiling():
+        return
+    missing = {_library.cuda_failure, _library.triton_failure, *_library.cuda_device_failures.values()} - {None, _library.cpu_failure}
+    reason = next((reason for reason in unavailable.values() if reason in missing), None)
+    if reason is not None:
+        _warned = True
+        warnings.warn(f"{op} runs its slower PyTorch reference on CUDA: {reason} See `genperf info`.", RuntimeWarning, stacklevel=4)
 
 
 def exporting_to_onnx() -> bool:
@@ -90,7 +108,7 @@ def native_unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str
     if device.type == "cuda":
         if dtype == torch.float64:
             return "the CUDA kernels take float32, bfloat16 and float16."
-        return _library.cuda_failure
+        return _library.cuda_failure or _library.cuda_device_failures.get(device.index)
     return f"no compiled kernel for device {device.type!r}."
 
 
@@ -104,22 +122,25 @@ def streaming_unavailable(op: str, device: torch.device, dtype: torch.dtype) -> 
 
 def register_fake(op: str) -> Callable[[Implementation], Implementation]:
     """Decorator: shapes, dtypes and strides of the compiled `op` without its data, for torch.compile and FakeTensors."""
-    from genperf import _library
 
     def decorate(function: Implementation) -> Implementation:
-        if _library.cpu_failure is None:
+        if hasattr(torch.ops.genperf, op):
             torch.library.register_fake(f"genperf::{op}", function)
         return function
 
     return decorate
 
 
-def implement_on_cuda(op: str) -> Callable[[Implementation], Implementation]:
-    """Decorator: a Python launcher as the CUDA implementation of `op`, for ops whose kernel is Triton."""
-    from genperf import _library
+def implement_on_cuda(op: str, schema: str | None = None) -> Callable[[Implementation], Implementation]:
+    """Decorator: a Python function as the CUDA implementation of `op`.
+
+    An op with a `schema`, that of library.cpp, exists without the compiled libraries too.
+    """
 
     def decorate(function: Implementation) -> Implementation:
-        if _library.cpu_failure is None:
+        if schema is not None and not hasattr(torch.ops.genperf, op):
+            torch.library.define(f"genperf::{op}", schema)
+        if hasattr(torch.ops.genperf, op):
             torch.library.impl(f"genperf::{op}", "CUDA")(function)
         return function
 

@@ -126,7 +126,7 @@ def _triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the Triton kernel runs on CUDA, not on {device.type!r}."
     if dtype == torch.float64:
         return "the Triton kernel takes float32, bfloat16 and float16."
-    return _library.triton_failure
+    return _library.triton_failure or _library.triton_device_failures.get(device.index)
 
 
 def nearest_code_reference(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
@@ -175,15 +175,15 @@ def _nearest_by_matmul(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
     return (-similarity).nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf")).argmin(-1)
 
 
-@register_fake("nearest_code")
-def _(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-2], x.shape[-1], dtype=torch.int64)
-
-
-@implement_on_cuda("nearest_code")
+@implement_on_cuda("nearest_code", "(Tensor x, Tensor codebook, Tensor? mask, bool cosine) -> Tensor")
 def _(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
     # A checkout has these files in kernels/.
     from genperf.kernels.nearest_code import nearest_code as launch  # pyright: ignore[reportMissingImports]
 
     with torch.cuda.device_of(x):
         return launch(x, codebook, mask, cosine)
+
+
+@register_fake("nearest_code")
+def _(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-2], x.shape[-1], dtype=torch.int64)

@@ -1,6 +1,7 @@
 """A build that cannot succeed stops with one sentence that says what to do."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
     [
         ("'torch' cannot be imported by this build: install torch", ["-c", WITHOUT_TORCH], {}),
         ("no C++ compiler: 'no-such-compiler' is not on PATH", ["setup.py", "build"], {"CXX": "no-such-compiler"}),
-        ("GENPERF_CUDA=1 needs nvcc", ["setup.py", "build"], {"GENPERF_CUDA": "1", "CUDA_HOME": "/no/such/folder"}),
+        ("GENPERF_CUDA=1 cannot be met: no nvcc in /no/such/bin", ["setup.py", "build"], {"GENPERF_CUDA": "1", "CUDA_HOME": "/no/such"}),
         pytest.param("architectures such as 9.0 or 9.0+PTX, got 'Hopper'", ["setup.py", "build"], HOPPER, marks=needs_nvcc),
         ("GENPERF_CUDA must be 0, 1 or auto, got 'yes'", ["setup.py", "build"], {"GENPERF_CUDA": "yes"}),
         (
@@ -38,3 +39,71 @@ def test_failure_is_one_sentence(sentence, arguments, environment, tmp_path):
     assert run.returncode != 0
     assert sentence in run.stderr
     assert "Traceback" not in run.stderr
+
+
+NVCC = """#!/bin/sh
+case $1 in
+  --version) echo Cuda compilation tools, release {release}, V{release}.1 ;;
+  --list-gpu-arch) echo {knows} ;;
+esac
+"""
+KNOWS = "compute_75 compute_80 compute_90 compute_100 compute_120"
+
+
+@pytest.fixture
+def cuda_build(tmp_path, monkeypatch):
+    """What setup.py decides with a given torch and nvcc: the reason for leaving CUDA out, and the architectures."""
+
+    def decide(torch_cuda, release="13.0", knows=KNOWS, **environment):
+        if release:
+            nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+            nvcc.parent.mkdir(parents=True)
+            nvcc.write_text(NVCC.format(release=release, knows=knows))
+            nvcc.chmod(0o755)
+        for name in ("TORCH_CUDA_ARCH_LIST", "GENPERF_CUDA", "CUDA_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in {"CUDA_HOME": str(tmp_path / "toolkit"), **environment}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("torch.version.cuda", torch_cuda)
+        monkeypatch.setattr("setuptools.setup", lambda **_: None)
+        decided = runpy.run_path(str(ROOT / "setup.py"))
+        return decided["CUDA_OMISSION"], decided["CUDA_ARCHS"]
+
+    return decide
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "release", "environment", "omission"),
+    [
+        (None, "13.0", {}, "has no CUDA"),
+        ("13.0", "13.2", {"GENPERF_CUDA": "0"}, "GENPERF_CUDA=0 was set"),
+        ("13.0", None, {}, "toolkit/bin; install CUDA toolkit 13 or name its folder in CUDA_HOME"),
+        ("12.6", "13.0", {}, "nvcc 13.0 does not match torch's CUDA 12.6; name the folder of CUDA toolkit 12 in CUDA_HOME"),
+        ("13.0", "13.2", {}, None),
+        (None, "12.8", {"GENPERF_CUDA": "1"}, None),
+    ],
+)
+def test_cuda_is_built_or_a_reason_is_kept(torch_cuda, release, environment, omission, cuda_build):
+    reason, archs = cuda_build(torch_cuda, release, **environment)
+    assert (reason is None) == (omission is None) == bool(archs)
+    assert omission is None or reason.endswith(omission)
+
+
+def test_cuda_that_was_asked_for_and_does_not_match_is_an_error(cuda_build):
+    with pytest.raises(SystemExit, match=r"GENPERF_CUDA=1 cannot be met: nvcc 13.0 does not match torch's CUDA 12.6"):
+        cuda_build("12.6", "13.0", GENPERF_CUDA="1")
+
+
+@pytest.mark.parametrize(
+    ("knows", "archs"),
+    [
+        ("compute_75 compute_80 compute_86 compute_89 compute_90", ["7.5", "8.0", "8.6", "8.9", "9.0+PTX"]),  # before 12.8
+        ("compute_75 compute_80 compute_90 compute_100 compute_120", ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),
+    ],
+)
+def test_ptx_of_the_highest_known_architecture_is_built(knows, archs, cuda_build):
+    assert cuda_build("13.0", knows=knows)[1] == archs
+
+
+def test_listed_architectures_are_built_as_listed(cuda_build):
+    assert cuda_build("13.0", TORCH_CUDA_ARCH_LIST="8.6;9.0a")[1] == ["8.6", "9.0a"]
