@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._layout import as_positions, from_positions
+from ..ops._layout import as_positions, for_inductor, from_positions
 from ..ops._validate import check_channel_dim, check_mask, check_tensor
 
 
@@ -97,6 +97,11 @@ def split_codebooks(x: Tensor, channel: int, num_codebooks: int) -> Tensor:
     return x.reshape(*sizes[:channel], num_codebooks, sizes[channel] // num_codebooks, *sizes[channel + 1 :])
 
 
+def join_codebooks(x: Tensor, channel: int) -> Tensor:
+    """Undo `split_codebooks`."""
+    return for_inductor(x.flatten(channel, channel + 1))
+
+
 def codebooks_last(indices: Tensor, channel: int) -> Tensor:
     """Move the codebook dimension of indices, which is where the channels were, to the end; drop it if there is one codebook."""
     return indices.movedim(channel, -1) if indices.shape[channel] > 1 else indices.squeeze(channel)
@@ -110,4 +115,4 @@ def decode_codebooks(
     if num_codebooks > 1:
         codes, indices = codes.flatten(-2), indices[..., 0]
     vectors = torch.where(indices.unsqueeze(-1) >= 0, project_out(codes), 0)
-    return vectors.movedim(-1, channel_dim).contiguous()
+    return for_inductor(vectors.movedim(-1, channel_dim).contiguous())

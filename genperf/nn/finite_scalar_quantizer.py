@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._typing import signature_of
 from ..ops.finite_scalar_quantize import check_levels, finite_scalar_decode, finite_scalar_quantize
-from ._channels import check_input, codebooks_last, decode_codebooks, linear, parameter_dtype, split_codebooks
+from ._channels import check_input, codebooks_last, decode_codebooks, join_codebooks, linear, parameter_dtype, split_codebooks
 
 
 class FiniteScalarQuantizer(nn.Module):
@@ -85,7 +85,7 @@ class FiniteScalarQuantizer(nn.Module):
         codes, indices = finite_scalar_quantize(
             codes, self.levels, symmetric=self.symmetric, hard_clamp=self.hard_clamp, channel_dim=channel + 1
         )
-        quantized = linear(self.project_out, codes.flatten(channel, channel + 1), channel)
+        quantized = linear(self.project_out, join_codebooks(codes, channel), channel)
         indices = codebooks_last(indices, channel)
         if mask is not None:
             quantized = torch.where(mask.unsqueeze(channel), quantized, 0)

@@ -11,7 +11,7 @@ from ..ops._precision import accumulator_dtype, normalized
 from ..ops._validate import check
 from ..ops.lookup_free_entropy import check_group, code_mass, entropy_of
 from ..ops.lookup_free_quantize import check_bits, check_scale, code_size, lookup_free_decode, lookup_free_quantize
-from ._channels import check_input, codebooks_last, decode_codebooks, linear, parameter_dtype, split_codebooks
+from ._channels import check_input, codebooks_last, decode_codebooks, join_codebooks, linear, parameter_dtype, split_codebooks
 
 
 class LookupFreeQuantizer(nn.Module):
@@ -113,7 +113,7 @@ class LookupFreeQuantizer(nn.Module):
             bits = self.scale * normalized(bits, channel + 1)
         size = code_size(self.scale, self.spherical, self.num_bits)
         codes, indices = lookup_free_quantize(bits, scale=size, channel_dim=channel + 1)
-        bits, codes = bits.flatten(channel, channel + 1), codes.flatten(channel, channel + 1)
+        bits, codes = join_codebooks(bits, channel), join_codebooks(codes, channel)
         loss = self._loss(bits, codes, size, channel, mask) if self.training else None
         quantized = linear(self.project_out, codes.to(dtype), channel)
         indices = codebooks_last(indices, channel)

@@ -74,6 +74,9 @@ def call(op: Callable[..., Any], *arguments: object) -> Any:
 
 def apply(function: type[torch.autograd.Function], *arguments: object) -> Any:
     """`function.apply(*arguments)` without its inspection of forward's signature, which takes longer than a small kernel."""
+    if torch.compiler.is_dynamo_compiling():
+        # With dynamic shapes a float is an input of the graph. If Dynamo (torch 2.13) reads it first within a Function, its next use fails.
+        return function.apply(*[argument * 1.0 if isinstance(argument, float) else argument for argument in arguments])
     if torch.compiler.is_compiling() or transformed():
         return function.apply(*arguments)
     c_function: Any = super(torch.autograd.Function, function)

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ..._typing import signature_of
-from ...nn._channels import codebooks_last, linear, parameter_dtype, project, split_codebooks
+from ...nn._channels import codebooks_last, join_codebooks, linear, parameter_dtype, project, split_codebooks
+from ...ops._layout import for_inductor
 from ...ops._validate import check
 from ...ops.finite_scalar_quantize import basis_of, check_levels, finite_scalar_decode, quantize_levels
 from .._placed import Placed
@@ -134,7 +135,7 @@ class FSQ(Placed):
         codes = self.maybe_apply_noise(codes)
         if self.orthogonal_rotation:
             codes = project(codes, channel + 1, self.orthogonal_rot.to(codes.dtype))
-        out = linear(self.project_out, codes.flatten(channel, channel + 1), channel)
+        out = linear(self.project_out, join_codebooks(codes, channel), channel)
         if indices is not None:
             indices = self._narrow(indices.movedim(channel, -1) if self.keep_num_codebooks_dim else codebooks_last(indices, channel))
         return out, indices
@@ -178,7 +179,7 @@ class FSQ(Placed):
         if self.keep_num_codebooks_dim:
             codes = codes.flatten(-2)
         codes = self.project_out(codes)
-        return codes.movedim(-1, 1) if channel_first else codes
+        return for_inductor(codes.movedim(-1, 1)) if channel_first else codes
 
     def _indices_to_codes(self, indices: Tensor) -> Tensor:
         dtype = parameter_dtype(self.project_out) or torch.float32

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._typing import signature_of
-from ...nn._channels import codebooks_last, linear, project, split_codebooks
+from ...nn._channels import codebooks_last, join_codebooks, linear, project, split_codebooks
 from ...nn.lookup_free_quantizer import commitment, mean_entropies
 from ...ops._autograd import ValueOf
+from ...ops._layout import for_inductor
 from ...ops._precision import normalized
 from ...ops._validate import check
 from ...ops.lookup_free_entropy import MAX_GROUP
@@ -211,7 +212,7 @@ class LFQ(Placed):
             codes = codes.flatten(-2)
         if project_out:
             codes = self.project_out(codes)
-        return codes.movedim(-1, 1) if channel_first else codes
+        return for_inductor(codes.movedim(-1, 1)) if channel_first else codes
 
     @overload
     def forward(
@@ -260,16 +261,16 @@ class LFQ(Placed):
         codes, indices = lookup_free_quantize(x if straight else x.detach(), scale=size, channel_dim=channel + 1)
         quantized = codes if straight or not self.training else ValueOf.apply(codes, self.activation(x))
         quantized = quantized.to(dtype)
-        bits = x.flatten(channel, channel + 1)
+        bits = join_codebooks(x, channel)
         entropies, entropy_loss = self._entropies(bits, size, channel, mask, inv_temperature, return_loss_breakdown)
         commit_loss = x.new_zeros((), dtype=self.dtype)
         if self.training and self.commitment_loss_weight > 0:
-            commit_loss = commitment(bits, codes.flatten(channel, channel + 1), channel, mask)
+            commit_loss = commitment(bits, join_codebooks(codes, channel), channel, mask)
         aux_loss = entropy_loss * self.entropy_loss_weight + commit_loss * self.commitment_loss_weight
 
         if self.orthogonal_rotation:
             quantized = project(quantized, channel + 1, self.orthogonal_rot.to(quantized.dtype))
-        quantized = linear(self.project_out, quantized.flatten(channel, channel + 1), channel)
+        quantized = linear(self.project_out, join_codebooks(quantized, channel), channel)
         indices = indices.movedim(channel, -1) if self.keep_num_codebooks_dim else codebooks_last(indices, channel)
         result = Return(quantized, indices, aux_loss)
         return (result, LossBreakdown(*entropies, commit_loss)) if return_loss_breakdown else result

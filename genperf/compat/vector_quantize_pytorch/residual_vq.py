@@ -12,7 +12,7 @@ from ..._distributed import all_reduce_sum, world_size
 from ..._typing import signature_of
 from ...nn._ema import apply_updates, normalize_codes, saved_copy
 from ...ops._dispatch import choose_impl
-from ...ops._layout import Positions
+from ...ops._layout import Positions, for_inductor
 from ...ops._precision import accumulator_dtype
 from ...ops._validate import check_mask
 from ...ops.residual_vector_quantize import ResidualOptions, finite_residual_statistics, quantize_residual, unavailable
@@ -213,7 +213,7 @@ class ResidualVQ(nn.Module):
         if mask is not None:
             padding = 0 if self.return_zeros_for_masked_padding else x
             quantized_out = torch.where(mask.unsqueeze(-1), quantized_out, padding)
-        quantized_out = quantized_out.movedim(-1, 1) if self.accept_image_fmap else quantized_out
+        quantized_out = for_inductor(quantized_out.movedim(-1, 1)) if self.accept_image_fmap else quantized_out
         if indices is not None:
             return quantized_out, losses.sum()
 

@@ -18,7 +18,7 @@ from ...nn._recompute import Step, StepMemory
 from ...nn._vectors import check_decoded, look_up, merge_heads, merge_indices, split_heads, split_indices
 from ...ops._autograd import ValueOf
 from ...ops._dispatch import choose_impl
-from ...ops._layout import Positions, as_one_codebook
+from ...ops._layout import Positions, as_one_codebook, for_inductor
 from ...ops._noise import first_sample
 from ...ops._precision import normalized
 from ...ops._validate import check, check_layer_input
@@ -509,7 +509,7 @@ class VectorQuantize(nn.Module):
 
     def _restore(self, t: Tensor) -> Tensor:
         """View t with its channels where x has them."""
-        return t.movedim(-1, 1) if self._channels_first and t.dim() > 2 else t
+        return for_inductor(t.movedim(-1, 1)) if self._channels_first and t.dim() > 2 else t
 
     @property
     def _channels_first(self) -> bool:
