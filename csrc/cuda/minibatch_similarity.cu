@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       const Quad weight = quad_at(shared.weight[j], own_quad);
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
-        if (c * kSide >= width)
+        if (lane + c * kSide >= width)
           break;
         const Quad a = quad_at(tiles.own[lane + c * kSide], own_quad);
         const float b = tiles.other[lane + c * kSide][j];
