@@ -148,6 +148,7 @@ class CodebookUpdate:
 
     Attributes:
         codebook, counts, sums: the layer's buffers, [..., K, D], [..., K] and [..., K, D].
+        store: called once the codes are written (see `writable_codes`).
         batch_counts, batch_sums: statistics of the training steps since the last update, or None if there was none.
         normalize: make codes unit vectors.
         writes_codebook: set the codes from the averages; otherwise only the averages move.
@@ -163,6 +164,7 @@ class CodebookUpdate:
     codebook: Tensor
     counts: Tensor
     sums: Tensor
+    store: Callable[[], None]
     batch_counts: Tensor | None
     batch_sums: Tensor | None
     decay: float
@@ -285,6 +287,7 @@ def apply_updates(updates: Sequence[CodebookUpdate], code_weights: CodeWeights |
     for update, found, of_codes in zip(replacing, drawn, replacing_weights, strict=True):
         update.replace_(*found, of_codes)
     for update in updates:
+        update.store()
         if update.written is not None:
             update.written()
 
@@ -295,6 +298,7 @@ def apply_replacement(update: CodebookUpdate, synchronized: bool) -> None:
     synchronized = synchronized and world_size() > 1
     drawn = [update.replacements(*_places([update], synchronized)[0])]
     update.replace_(*(sync_statistics([update], drawn) if synchronized else drawn)[0])
+    update.store()
 
 
 def sync_statistics(updates: Sequence[CodebookUpdate], parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:

@@ -1,12 +1,15 @@
-"""Initialization from data, which torch.compile leaves to Python.
+"""What torch.compile leaves to Python: initialization from data, and writing to a sharded codebook.
 
 Imported only when it is needed: it loads torch._dynamo, which takes a second.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from . import _sharded
 
 _REASON = "codes start from data: call init_codes, or take the first training step, without torch.compile"
 
@@ -20,3 +23,9 @@ class StartsFromData(Protocol):
 @torch.compiler.disable(reason=_REASON)
 def init_in_first_step(layer: StartsFromData, vectors: Tensor, valid: Tensor | None) -> None:
     layer.init_in_first_step(vectors, valid)
+
+
+@torch.compiler.disable(reason="FSDP2 shards the codebook, which this step writes to")
+def writable_sharded_codes(layer: nn.Module, name: str) -> tuple[Tensor, Callable[[], None]]:
+    codes, store = _sharded.writable_codes(layer, name)
+    return codes, cast("Callable[[], None]", torch.compiler.disable(store))

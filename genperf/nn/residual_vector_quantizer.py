@@ -40,6 +40,7 @@ from ._ema import (
     set_codes_,
 )
 from ._recompute import Step, StepMemory
+from ._sharded import check_gathered, is_dtensor, whole, writable_codes
 from ._vectors import check_decoded, mask_from_lengths
 
 
@@ -237,6 +238,7 @@ class ResidualVectorQuantizer(nn.Module):
             quantizers ([..., Q]; with groups [..., groups, Q]), -1 for quantizers that did not run; losses [Q], means over the
             groups, whose sum belongs in the training loss.
         """
+        check_gathered("ResidualVectorQuantizer", self.codebook)
         positions, mask = self._check_input(x, mask, lengths)
         update = self.update if update is None else update
         check_step("ResidualVectorQuantizer", update, code_weights, self.codebook)
@@ -248,15 +250,16 @@ class ResidualVectorQuantizer(nn.Module):
             num_quantizers = self._random_num_quantizers() if num_quantizers is None else num_quantizers
             self.num_steps += 1
         vectors, valid = self._to_vectors(positions, mask)
-        if self.training and self._needs_init:
+        starts = self.training and self._needs_init
+        if starts:
             from ._outside_compile import init_in_first_step
 
             init_in_first_step(self, _stack(vectors), valid)
 
         frozen = self._learns and not self.codebook.requires_grad
         updates = self.training and self.has_ema and update != "none" and not frozen and again is None
-        # An update overwrites codes that backward still needs.
-        codes = saved_copy(self.codebook) if updates and update == "step" else self.codebook
+        # An update overwrites codes that backward still needs. FSDP2 may gather initial codes for backward before they are written.
+        codes = saved_copy(self.codebook) if (updates and update == "step") or starts else self.codebook
         codes = codes if again is None else ValueOf.apply(again.codebook, codes)
         codebooks = self._search_codebooks(codes)
         learned = codebooks if self.codebook_weight > 0 else codebooks.detach()
@@ -284,6 +287,7 @@ class ResidualVectorQuantizer(nn.Module):
     @renamed_arguments("ResidualVectorQuantizer", levels="num_quantizers")
     def encode(self, x: Tensor, mask: Tensor | None = None, *, num_quantizers: int | Tensor | None = None) -> Tensor:
         """Indices of x as `forward` returns them, without losses, gradients or an update of the codebooks."""
+        check_gathered("ResidualVectorQuantizer.encode", self.codebook)
         with torch.no_grad():
             positions, mask = self._check_input(x, mask)
             check_num_quantizers("ResidualVectorQuantizer", num_quantizers, self.num_quantizers, x.device)
@@ -308,6 +312,7 @@ class ResidualVectorQuantizer(nn.Module):
             IndexError: an index past the codebook (on the CPU).
             ValueError: more quantizers or other groups than the layer has.
         """
+        check_gathered("ResidualVectorQuantizer.decode", self.codebook)
         check_decoded("ResidualVectorQuantizer.decode", indices, self.num_codes)
         shape = list(indices.shape)
         fits = len(shape) > 0 and 1 <= shape[-1] <= self.num_quantizers and (self.groups == 1 or shape[-2:-1] == [self.groups])
@@ -331,7 +336,9 @@ class ResidualVectorQuantizer(nn.Module):
     def set_codes(self, codes: Tensor, counts: Tensor | None = None) -> None:
         """Set the codebooks, and the averages as if each code had `counts` vectors (None: one), all equal to it."""
         averages = (self.counts, self.sums) if self.has_ema else (None, None)
-        set_codes_(self.codebook, *averages, codes, counts, normalize=self.metric == "cosine")
+        codebook, store = writable_codes(self, "codebook")
+        set_codes_(codebook, *averages, codes, counts, normalize=self.metric == "cosine")
+        store()
         self._needs_init = False
 
     def usage(self) -> CodeUsage:
@@ -343,17 +350,19 @@ class ResidualVectorQuantizer(nn.Module):
     def take_update(self) -> CodebookUpdate:
         """The update from the statistics gathered since the last one. Clears them."""
         counts, sums = self._pending or (None, None)
+        codebook, store = writable_codes(self, "codebook")
         valid = vectors_at = None
         if self._last_step is not None:
             vectors, indices = self._last_step  # [groups, outer, D, inner], [groups, outer, inner, Q]
             # A quantizer's own residuals; for a shared codebook, the positions of the first quantizer.
             own = indices[..., 0] if self.shared_codebook else indices.movedim(-1, 1).flatten(0, 1)
-            valid, vectors_at = (own >= 0).flatten(1), partial(self._residuals_at, vectors, indices)
+            valid, vectors_at = (own >= 0).flatten(1), partial(self._residuals_at, codebook, vectors, indices)
         self._pending = self._last_step = None
         return CodebookUpdate(
-            codebook=self.codebook,
+            codebook=codebook,
             counts=self.counts,
             sums=self.sums,
+            store=store,
             batch_counts=counts,
             batch_sums=sums,
             decay=self.usage_decay if self.decay is None else self.decay,
@@ -442,12 +451,13 @@ class ResidualVectorQuantizer(nn.Module):
             # An update that waits must not depend on what becomes of x.
             self._last_step = (vectors.detach().clone() if waits else vectors.detach()), indices
 
-    def _residuals_at(self, vectors: Tensor, indices: Tensor, row: Tensor) -> Tensor:
+    def _residuals_at(self, codebook: Tensor, vectors: Tensor, indices: Tensor, row: Tensor) -> Tensor:
         """The residuals [codebooks, K, D] at positions `row` [codebooks, K] of a step.
 
         They are residuals of the codebook's quantizer; with a shared codebook, code k gets one of quantizer k % Q.
 
         Args:
+            codebook: as the attribute.
             vectors: [groups, outer, D, inner].
             indices: [groups, outer, inner, Q].
         """
@@ -458,10 +468,10 @@ class ResidualVectorQuantizer(nn.Module):
         group = group.unsqueeze(1)
         outer, inner = row // vectors.shape[3], row % vectors.shape[3]
         residual = vectors.movedim(2, -1)[group, outer, inner].to(accumulator_dtype(vectors.dtype))
-        for q, codebook in enumerate(self._search_codebooks(self.codebook).unbind(1)):  # [groups, K, D]
+        for q, codes in enumerate(self._search_codebooks(codebook).unbind(1)):  # [groups, K, D]
             index = indices[group, outer, inner, q]
             before = ((q < quantizer) & (index >= 0)).unsqueeze(-1)
-            residual = torch.where(before, residual - codebook[group, index.clamp(min=0)], residual)
+            residual = torch.where(before, residual - codes[group, index.clamp(min=0)], residual)
         return residual
 
     @torch.no_grad()
@@ -499,11 +509,12 @@ class ResidualVectorQuantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "codebook" in state_dict:
             codebook = self.codebook.detach()
-            self._needs_init = self.init != "uniform" and (codebook.is_meta or not bool(codebook.any()))
+            # The next training step looks at a codebook that is sharded.
+            self._needs_init = self.init != "uniform" and (codebook.is_meta or is_dtensor(codebook) or not bool(codebook.any()))
             self._pending = self._last_step = None
             if self.has_ema and prefix + "sums" not in state_dict:  # the averages are of other codes
                 self.counts.fill_(1)
-                self.sums.copy_(codebook)
+                self.sums.copy_(whole(codebook))
         if self.has_ema:
             keep_precision_(self, {"counts": self.counts, "sums": self.sums})
 

@@ -42,6 +42,7 @@ from ._ema import (
     set_codes_,
 )
 from ._recompute import Step, StepMemory
+from ._sharded import check_gathered, is_dtensor, whole, writable_codes
 from ._vectors import check_decoded, look_up, mask_from_lengths, merge_heads, merge_indices, rows_at, split_heads
 
 __all__ = ["CodeUsage", "LossTerms", "VectorQuantizer", "code_usage"]
@@ -298,11 +299,13 @@ class VectorQuantizer(nn.Module):
         Raises:
             ValueError, TypeError: an invalid argument; the codebook is unchanged.
         """
+        check_gathered("VectorQuantizer", self.codebook)
         positions, mask = self._check_input(x, mask, lengths)
         update = self.update if update is None else update
         check_step("VectorQuantizer", update, code_weights, self.codebook)
         vectors, valid = self._to_vectors(positions, mask)
-        if self.training and self._needs_init:
+        starts = self.training and self._needs_init
+        if starts:
             from ._outside_compile import init_in_first_step
 
             init_in_first_step(self, vectors, valid)
@@ -310,8 +313,8 @@ class VectorQuantizer(nn.Module):
         again = self._steps.recall(vectors) if self.training else None
         frozen = self._learns and not self.codebook.requires_grad
         updates = self.training and self.has_ema and update != "none" and not frozen and again is None
-        # An update overwrites codes that backward still needs.
-        codes = saved_copy(self.codebook) if updates and update == "step" else self.codebook
+        # An update overwrites codes that backward still needs. FSDP2 may gather initial codes for backward before they are written.
+        codes = saved_copy(self.codebook) if (updates and update == "step") or starts else self.codebook
         codes = codes if again is None else ValueOf.apply(again.codebook, codes)
         codebook = self._search_codebook(codes)
         queries, vectors = vectors, self._unit(vectors)
@@ -350,6 +353,7 @@ class VectorQuantizer(nn.Module):
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Indices of the nearest codes of x as `forward` returns them, without loss, gradients or an update of the codebook."""
+        check_gathered("VectorQuantizer.encode", self.codebook)
         with torch.no_grad():
             positions, mask = self._check_input(x, mask)
             vectors, valid = self._to_vectors(positions, mask)
@@ -367,6 +371,7 @@ class VectorQuantizer(nn.Module):
             TypeError: indices that are not int64.
             IndexError: an index past the codebook (on the CPU).
         """
+        check_gathered("VectorQuantizer.decode", self.codebook)
         check_decoded("VectorQuantizer.decode", indices, self.num_codes)
         indices = indices.unsqueeze(-1) if self.heads == 1 else indices
         codes = look_up(self._search_codebook(self.codebook), indices)
@@ -388,7 +393,9 @@ class VectorQuantizer(nn.Module):
     def set_codes(self, codes: Tensor, counts: Tensor | None = None) -> None:
         """Set the codebook, and the averages as if each code had `counts` vectors (None: one), all equal to it."""
         averages = (self.counts, self.sums) if self.has_ema else (None, None)
-        set_codes_(self.codebook, *averages, codes, counts, normalize=self.metric == "cosine")
+        codebook, store = writable_codes(self, "codebook")
+        set_codes_(codebook, *averages, codes, counts, normalize=self.metric == "cosine")
+        store()
         self._needs_init = False
 
     def usage(self) -> CodeUsage:
@@ -402,15 +409,17 @@ class VectorQuantizer(nn.Module):
     def take_update(self) -> CodebookUpdate:
         """The update from the statistics gathered since the last one. Clears them."""
         counts, sums = self._pending or (None, None)
+        codebook, store = writable_codes(self, "codebook")
         valid = vectors_at = None
         if self._last_step is not None:
             vectors, indices = self._last_step
             valid, vectors_at = (indices >= 0).flatten(1), partial(rows_at, vectors)
         self._pending = self._last_step = None
         return CodebookUpdate(
-            codebook=self.codebook,
+            codebook=codebook,
             counts=self.counts,
             sums=self.sums,
+            store=store,
             batch_counts=counts,
             batch_sums=sums,
             decay=self.usage_decay if self.decay is None else self.decay,
@@ -520,11 +529,12 @@ class VectorQuantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "codebook" in state_dict:
             codebook = self.codebook.detach()
-            self._needs_init = self.init != "uniform" and (codebook.is_meta or not bool(codebook.any()))
+            # The next training step looks at a codebook that is sharded.
+            self._needs_init = self.init != "uniform" and (codebook.is_meta or is_dtensor(codebook) or not bool(codebook.any()))
             self._pending = self._last_step = None
             if self.has_ema and prefix + "sums" not in state_dict:  # the averages are of other codes
                 self.counts.fill_(1)
-                self.sums.copy_(codebook)
+                self.sums.copy_(whole(codebook))
         if self.has_ema:
             keep_precision_(self, {"counts": self.counts, "sums": self.sums})
 

@@ -23,6 +23,7 @@ from ...nn._ema import (
     saved_copy,
     set_codes_,
 )
+from ...nn._sharded import writable_codes
 from ...nn._vectors import rows_at
 from ...ops._dispatch import choose_impl
 from ...ops._precision import accumulator_dtype
@@ -112,7 +113,9 @@ class Codebook(nn.Module):
         options = {"init": "kmeans", "iterations": self.kmeans_iters, "metric": self.metric, "synchronized": self.synchronized}
         found = codes_from_data(vectors, valid, self.codebook_size, **options)
         if found is not None:
-            set_codes_(self.embed, self.cluster_size, self.embed_avg, *found, normalize=self.metric == "cosine")
+            codes, store = writable_codes(self, "embed")
+            set_codes_(codes, self.cluster_size, self.embed_avg, *found, normalize=self.metric == "cosine")
+            store()
             self.needs_init = False
             self.initted.fill_(True)
 
@@ -165,11 +168,13 @@ class Codebook(nn.Module):
 
     def _update_of(self, pending: tuple[Tensor, Tensor] | None, last_step: tuple[Tensor, Tensor] | None) -> CodebookUpdate:
         counts, sums = pending or (None, None)
+        codes, store = writable_codes(self, "embed")
         replaces = self.training and self.threshold_ema_dead_code > 0
         return CodebookUpdate(
-            codebook=self.embed,
+            codebook=codes,
             counts=self.cluster_size,
             sums=self.embed_avg,
+            store=store,
             batch_counts=counts,
             batch_sums=sums,
             decay=self.decay,
@@ -196,9 +201,11 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def update_ema(self) -> None:
         """Set the codes from the averages."""
-        codebook_from_ema(self.cluster_size, self.embed_avg, self.eps, out=self.embed)
+        codes, store = writable_codes(self, "embed")
+        codebook_from_ema(self.cluster_size, self.embed_avg, self.eps, out=codes)
         if self.metric == "cosine":
-            self.embed.copy_(normalize_codes(self.embed))
+            codes.copy_(normalize_codes(codes))
+        store()
 
     @torch.no_grad()
     def expire_codes_(self, batch_samples: Tensor, seq_mask: Tensor | None = None) -> None:  # [h, ..., d], [h, ...]

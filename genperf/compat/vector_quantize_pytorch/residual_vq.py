@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..._distributed import all_reduce_sum, world_size
 from ..._typing import signature_of
 from ...nn._ema import apply_updates, normalize_codes, saved_copy
+from ...nn._sharded import check_gathered
 from ...ops._dispatch import choose_impl
 from ...ops._layout import Positions, for_inductor
 from ...ops._precision import accumulator_dtype
@@ -283,6 +284,8 @@ class ResidualVQ(nn.Module):
         """`_one_by_one` in one op, and one update of all codebooks."""
         check_mask("ResidualVQ", mask, x, x.dim() - 1)
         layer, codebooks = self.layers[0], [layer._codebook for layer in self.layers[:used]]
+        for codebook in codebooks:
+            check_gathered("ResidualVQ", codebook.embed)
         # An update overwrites codes that backward still needs.
         codes = saved_copy(torch.cat([codebook.embed for codebook in codebooks])).to(accumulator_dtype(x.dtype))
         x = x if self.training else x.detach()

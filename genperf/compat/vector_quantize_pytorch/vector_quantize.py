@@ -15,6 +15,7 @@ from ..._typing import signature_of
 from ...nn._codebook_losses import diversity_loss, orthogonal_loss
 from ...nn._ema import CodeWeights, normalize_codes, saved_copy
 from ...nn._recompute import Step, StepMemory
+from ...nn._sharded import check_gathered, writable_codes
 from ...nn._vectors import check_decoded, look_up, merge_heads, merge_indices, split_heads, split_indices
 from ...ops._autograd import ValueOf
 from ...ops._dispatch import choose_impl
@@ -263,7 +264,9 @@ class VectorQuantize(nn.Module):
     @codebook.setter
     @torch.no_grad()
     def codebook(self, codes: Tensor) -> None:
-        self._codebook.embed.copy_(codes if self.separate_codebook_per_head else codes.unsqueeze(0))
+        written, store = writable_codes(self._codebook, "embed")
+        written.copy_(codes if self.separate_codebook_per_head else codes.unsqueeze(0))
+        store()
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes of indices as forward returns them, before project_out, in the layout of x; zeros for -1."""
@@ -363,20 +366,23 @@ class VectorQuantize(nn.Module):
             check("VectorQuantize", "only one of mask and lens can be given", "both", mask is None)
             mask = torch.arange(x.shape[1], device=x.device) < lens.unsqueeze(1)
         codebook.check_code_weights(ema_update_weight)
+        check_gathered("VectorQuantize", codebook.embed)
 
         # Padding may be NaN, which must not reach the gradients of the projection.
         projected = self.project_in(torch.where(mask.unsqueeze(-1), x, 0) if mask is not None and self.has_projections else x)
         positions, vectors, valid = self._to_vectors(projected, mask)
-        if codebook.needs_init:
+        starts = codebook.needs_init
+        if starts:
             from ...nn._outside_compile import init_in_first_step
 
-            init_in_first_step(codebook, self._unit(vectors), valid)
+            init_in_first_step(codebook, self._unit(vectors.detach()), valid)
 
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         ema_update = codebook.ema_update if ema_update is None else ema_update
         again = self._steps.recall(vectors) if self.training else None
         updates = self.training and not frozen and (ema_update or codebook.threshold_ema_dead_code > 0) and again is None
-        codes = codebook.search_codes(projected.dtype, copy=updates)
+        # FSDP2 may gather initial codes for backward before they are written.
+        codes = codebook.search_codes(projected.dtype, copy=updates or starts)
         codes = codes if again is None else ValueOf.apply(again.codebook, codes)
         temperature = self._temperature(sample_codebook_temp)
         queries, vectors = vectors, self._unit(vectors)
@@ -444,6 +450,7 @@ class VectorQuantize(nn.Module):
         """The codes [..., heads * d] of indices as forward returns them; zeros for -1."""
         indices = indices.long()
         check_decoded("VectorQuantize", indices, self.codebook_size)
+        check_gathered("VectorQuantize.get_codes_from_indices", self._codebook.embed)
         codes = self._codebook.unit_codes(self._codebook.embed)
         return look_up(codes, indices.unsqueeze(-1) if self.heads == 1 else indices)
 
