@@ -35,12 +35,10 @@ systems: $(VENV)/installed-train
 	$(BIN)/python benchmarks/systems.py --equal
 
 # For a machine with a GPU and no network: it uses the Python that is there and what that has installed.
-gpu-report: export TORCH_CUDA_ARCH_LIST ?= $(shell $(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null)
 gpu-report:
-	GENPERF_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps --no-index .
-	cd tests && $(PYTHON) -m pytest -q --device cuda $$(grep -rlE --include='test_*.py' 'def test.*device' .)
-	# From another folder, so that the installed package is measured.
-	cd tests && $(PYTHON) -m genperf bench --device cuda --quick --out ../benchmarks/results
+	$(PYTHON) benchmarks/gpu_report.py measure --out runs/gpu
+	$(PYTHON) benchmarks/gpu_report.py test --out runs/gpu
+	$(PYTHON) benchmarks/gpu_report.py render runs/gpu
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info genperf/*.so

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import genperf
 
 from measure import first_result, measure, skip_too_large  # isort: skip
-from workloads import SEARCHES  # isort: skip
+from workloads import GPU_GOALS, SEARCHES  # isort: skip
 
 # Limits of a float64 check: products, for about a second, and distances held at a time.
 CHECKED_PRODUCTS = 1e8
@@ -163,8 +163,10 @@ def case(n, k, d, device):
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("workload", SEARCHES, ids=str)
+@pytest.mark.parametrize("workload", dict.fromkeys((*SEARCHES, *GPU_GOALS)), ids=str)
 def test_nearest_code(benchmark, workload, contender, size, compiled, device):
+    if workload not in SEARCHES and device == "cpu" and not benchmark.disabled:
+        pytest.skip("a size for GPUs")
     name, n, k, d = size(workload)
     make, bytes_per_pair, rounded = CONTENDERS[contender]
     skip_too_large(contender, bytes_per_pair * n * k)

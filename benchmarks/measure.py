@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import json
 import os
 import re
 import time
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from genperf import __version__, _library
+
+from report import row_of  # isort: skip
 
 # For calls that take milliseconds, so that at least one round is undisturbed.
 MANY_ROUNDS = 15
@@ -51,10 +54,12 @@ def measure(
         "genperf": f"{__version__}, {_library.isa}" if device == "cpu" else __version__, **facts,
     }  # fmt: skip
     if benchmark.disabled:
-        benchmark(function)
+        seconds = seconds_of(lambda: benchmark(function))
+        record(step="benchmark", row={**benchmark.extra_info, "ms": seconds * 1e3})
         return
     if once:
         benchmark.pedantic(_synchronized(function, device), rounds=1, warmup_rounds=0)
+        _record_row(benchmark)
         return
     benchmark.extra_info["extra_bytes"] = peak_extra_bytes(function, device)
     if device == "cuda":
@@ -64,6 +69,19 @@ def measure(
     seconds = seconds_of(_synchronized(function, device))
     rounds = int(min(max(least_rounds if seconds < 1 else max(2, least_rounds // 3), MINIMUM_SECONDS / seconds), MAXIMUM_ROUNDS))
     benchmark.pedantic(_synchronized(function, device), rounds=rounds, warmup_rounds=1)
+    _record_row(benchmark)
+
+
+def record(**facts: object) -> None:
+    """Append a line of JSON to the file that GENPERF_RECORDS names, if it names one."""
+    if path := os.environ.get("GENPERF_RECORDS"):
+        with open(path, "a") as file:
+            file.write(json.dumps(facts) + "\n")
+
+
+def _record_row(benchmark) -> None:
+    stats = benchmark.stats.stats
+    record(step="benchmark", row=row_of(benchmark.extra_info, {"min": stats.min, "rounds": stats.rounds}))
 
 
 def in_turn(genperf: Callable[[], object], rival: Callable[[], object], rounds: int = TURNS) -> tuple[float, float]:

@@ -55,13 +55,15 @@ def read(path: Path) -> list[dict]:
     content = json.loads(path.read_text())
     if isinstance(content, list):
         return content
-    rows = []
-    for entry in content["benchmarks"]:
-        facts = entry["extra_info"]
-        device_ms = facts.pop("device_ms", None)
-        ms = device_ms[1] if device_ms else entry["stats"]["min"] * 1e3
-        rows.append({**facts, "ms": ms, "time": DEVICE_TIME if device_ms else WALL_TIME, "rounds": entry["stats"]["rounds"]})
-    return rows
+    return [row_of(entry["extra_info"], entry["stats"]) for entry in content["benchmarks"]]
+
+
+def row_of(facts: dict, stats: dict) -> dict:
+    """The row of a benchmark with these facts and statistics of pytest-benchmark."""
+    facts = dict(facts)
+    device_ms = facts.pop("device_ms", None)
+    ms = device_ms[1] if device_ms else stats["min"] * 1e3
+    return {**facts, "ms": ms, "time": DEVICE_TIME if device_ms else WALL_TIME, "rounds": stats["rounds"]}
 
 
 def sizes_of(row: dict) -> str:

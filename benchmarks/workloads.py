@@ -70,6 +70,16 @@ SEARCHES = (
 # One of each kind of size, for a run of minutes: torch.compile compiles again for every size.
 QUICK = ("VQ-VAE", "LDM-f8", "LlamaGen-f16", "ViT-VQGAN", "SimVQ", "RQ-VAE-level")
 
+# Sizes at which the search on a GPU has goals.
+GPU_GOALS = (
+    Workload("million", 1 << 20, 1024, 128),
+    Workload("large-codebook", 65536, 16384, 256),
+    Workload("VQ-VAE-2-bottom", 524288, 512, 64),
+    Workload("rotation-trick-f4", 65536, 8192, 3),
+    Workload("LlamaGen-f16-one-GPU", 32768, 16384, 8),
+    Workload("four-millions", 1 << 22, 1024, 128),
+)
+
 # Searches that are timed in turn, with their rivals (--in-turn) or with another build (--compare).
 IN_TURN = (
     Workload("RQ-VAE-level", 4096, 16384, 256),

@@ -179,7 +179,7 @@ def test_readme_follows_the_rows(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("block", "dropped", "message"),
     [
-        ("nearest", None, "a block must be one of table, got 'nearest'"),
+        ("nearest", None, "a block must be one of table, gpu, got 'nearest'"),
         ("table", "nearest_code", "a time of nearest_code VQ-VAE, N = 16384, K = 512, D = 64, which the rows do not hold"),
         ("table", "gumbel_sample", "a time of gumbel_sample hard, .*, which the rows do not hold"),
         ("table", "frechet_distance", "a time of frechet_distance full rank, float64, D = 2048, which the rows do not hold"),
