@@ -57,7 +57,7 @@ class StatisticsModule(nn.Module):
 class FeatureDistance(StatisticsModule):
     """The Frechet distance to one reference, from the batch and its history: a queue, moving averages or none.
 
-    Each step calls `step`, `distance` with its result, and `commit`, which adds the batch to the history.
+    Each step calls `past` and `step` with its result, `distance`, and `commit`, which adds the batch to the history.
     """
 
     mean: Tensor
@@ -76,13 +76,17 @@ class FeatureDistance(StatisticsModule):
         elif momentum is not None:
             self.history = MovingMoments(momentum, mean, unbiased)
 
-    def step(self, features: Tensor) -> Any:
+    def past(self, count: int) -> Any:
+        """What the distance of a batch of `count` samples needs of the history; `commit` overwrites it."""
+        return None if self.history is None else self.history.past(count)
+
+    def step(self, features: Tensor, past: Any) -> Any:
         """The state after this batch, for `distance` and `commit`."""
         x = features.to(self.mean.dtype)
-        return x if self.history is None else self.history.step(x)
+        return x if self.history is None else self.history.step(x, past)
 
-    def distance(self, step: Any, precision: str, impl: str | None) -> Tensor:
-        moments = batch_moments(step, self.unbiased) if self.history is None else self.history.moments(step)
+    def distance(self, step: Any, past: Any, precision: str, impl: str | None) -> Tensor:
+        moments = batch_moments(step, self.unbiased) if self.history is None else self.history.moments(step, past)
         return frechet_distance(
             moments.mean,
             moments.cov,
@@ -98,6 +102,12 @@ class FeatureDistance(StatisticsModule):
     def commit(self, step: Any) -> None:
         if self.history is not None:
             self.history.commit(step)
+
+
+class QueuedMoments(NamedTuple):
+    mean: Tensor  # [d]
+    cov: Tensor  # [d, d], of the queue as a population
+    count: int
 
 
 class FeatureQueue(StatisticsModule):
@@ -123,19 +133,20 @@ class FeatureQueue(StatisticsModule):
             self.total = torch.zeros_like(mean)
             self.outer = mean.new_zeros(mean.shape[0], mean.shape[0])
 
-    def step(self, x: Tensor) -> Tensor:
+    def past(self, count: int) -> Tensor | QueuedMoments:
+        if not self.has_sums or self._filled == 0 or self._filled + count <= self.features.shape[1]:
+            return self.features[: self._filled]
+        center = self.total / self._filled
+        return QueuedMoments(self.shift + center, self.outer / self._filled - torch.outer(center, center), self._filled)
+
+    def step(self, x: Tensor, past: Tensor | QueuedMoments) -> Tensor:
         return x
 
-    def moments(self, x: Tensor) -> Moments:
-        n, d = x.shape
-        if not self.has_sums or self._filled + n <= d:
-            return batch_moments(torch.cat([self.features[: self._filled].to(x.dtype), x]), self.unbiased)
-        if self._filled == 0:
-            return batch_moments(x, self.unbiased)
-        center = self.total / self._filled
-        queued = self.shift + center, self.outer / self._filled - torch.outer(center, center)
-        count = self._filled + n
-        mean, cov = mixture(*queued, *population_moments(x), n / count)
+    def moments(self, x: Tensor, past: Tensor | QueuedMoments) -> Moments:
+        if isinstance(past, Tensor):
+            return batch_moments(torch.cat([past.to(x.dtype), x]), self.unbiased)
+        count = past.count + len(x)
+        mean, cov = mixture(past.mean, past.cov, *population_moments(x), len(x) / count)
         return Moments(mean, cov * (count / (count - 1)) if self.unbiased else cov)
 
     def commit(self, x: Tensor) -> None:
@@ -196,13 +207,16 @@ class MovingMoments(StatisticsModule):
         self.weights = mean.new_zeros(())
         self.squares = mean.new_zeros(())
 
-    def step(self, x: Tensor) -> MovingMomentsState:
-        weights = self.momentum * self.weights + (1 - self.momentum)
-        weight = (1 - self.momentum) / weights  # 1 at the first step
-        mean, cov = mixture(self.mean, self.cov, *population_moments(x), weight)
-        return MovingMomentsState(mean, cov, weights, (1 - weight) ** 2 * self.squares + weight**2 / x.shape[0])
+    def past(self, count: int) -> MovingMomentsState:
+        return MovingMomentsState(self.mean, self.cov, self.weights, self.squares)
 
-    def moments(self, step: MovingMomentsState) -> Moments:
+    def step(self, x: Tensor, past: MovingMomentsState) -> MovingMomentsState:
+        weights = self.momentum * past.weights + (1 - self.momentum)
+        weight = (1 - self.momentum) / weights  # 1 at the first step
+        mean, cov = mixture(past.mean, past.cov, *population_moments(x), weight)
+        return MovingMomentsState(mean, cov, weights, (1 - weight) ** 2 * past.squares + weight**2 / x.shape[0])
+
+    def moments(self, step: MovingMomentsState, past: MovingMomentsState) -> Moments:
         if not self.unbiased:
             return Moments(step.mean, step.cov)
         rest = 1 - step.squares

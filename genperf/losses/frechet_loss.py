@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_map_only
 
 from .._distributed import world_size
 from .._typing import signature_of
 from ..metrics._features import feature_matrix, whole_number
 from ..metrics.frechet_reference import FrechetReference
+from ..nn._recompute import StepMemory, may_run_again
 from ._feature_distance import FeatureDistance, FeatureQueue, MovingMoments
 
 # The names of these classes in earlier pickles of a FrechetLoss.
@@ -44,7 +46,8 @@ class FrechetLoss(nn.Module):
     Moments and distance are float64 (float32 on MPS) under autocast and after `.half()` or `.to(dtype)` too. Fewer samples
     than dimensions cost less, since no covariance is formed. A queue with at least as many features as dimensions maintains
     sums of its moments, so the cost of a step does not grow with the queue; they are recomputed once per cycle. The position in
-    the queue is kept on the host, so CUDA graphs and torch.compile are not supported.
+    the queue is kept on the host: CUDA graphs are not supported, and torch.compile breaks the graph and runs the loss in Python.
+    A step that gradient checkpointing runs twice counts once.
 
     **Extractors.** A module is frozen permanently: it is put in evaluation mode, and its parameters are set not to require a
     gradient. It moves with `.to()`, but is not a submodule: state_dict(), parameters() and train() do not reach it. Pass a copy of a
@@ -114,6 +117,7 @@ class FrechetLoss(nn.Module):
         self.precision = precision
         self.impl = impl
         self.distances: dict[str, Tensor] = {}
+        self._steps = StepMemory[list[Any]]()
         # A tuple keeps modules out of state_dict(), parameters() and train().
         self._extractors = tuple(pairs[name][0] for name in self.names)
         for module in self._extractor_modules():
@@ -132,20 +136,33 @@ class FrechetLoss(nn.Module):
             ValueError: features of another dimension, shape or device, or no samples. Queue and moving average do not change.
             TypeError: features that are not a floating-point tensor.
         """
+        if self.training and torch.compiler.is_compiling():
+            from ..nn._outside_compile import without_compile
+
+            return without_compile(self._forward, images)
+        return self._forward(images)
+
+    def _forward(self, images: Tensor) -> Tensor:
         features = self._extract(images)
         dtype = torch.float64 if any(f.dtype == torch.float64 for f in features) else torch.float32
         distances, terms, steps = {}, [], []
-        for name, weight, rows in zip(self.names, self.weights, features, strict=True):
+        # Under gradient checkpointing this step may be run again, which then needs the history that this run overwrites.
+        again = self._steps.recall(images) if self.training else None
+        past = [self._part(name).past(len(rows)) for name, rows in zip(self.names, features, strict=True)] if again is None else again
+        if self.training and again is None and may_run_again():
+            past = tree_map_only(Tensor, Tensor.clone, past)
+            self._steps.record(images, past)
+        for name, weight, rows, before in zip(self.names, self.weights, features, past, strict=True):
             part = self._part(name)
             # Without autocast, which would compute the products of moments in half precision.
             with torch.autocast(rows.device.type, enabled=False):
-                step = part.step(rows)
-                distance = part.distance(step, self.precision, self.impl)
+                step = part.step(rows, before)
+                distance = part.distance(step, before, self.precision, self.impl)
             steps.append(step)
             distances[name] = distance.detach()
             terms.append(weight * (distance / (distance.detach() + NORMALIZE_EPS) if self.normalize else distance))
         self.distances = distances
-        if self.training:
+        if self.training and again is None:
             for name, step in zip(self.names, steps, strict=True):
                 self._part(name).commit(step)
         return sum(terms[1:], terms[0]).to(dtype)
@@ -160,7 +177,8 @@ class FrechetLoss(nn.Module):
         """Add `images` (or features) to queue or moving average without computing a distance, in any mode; use it before training."""
         for name, rows in zip(self.names, self._extract(images), strict=True):
             with torch.autocast(rows.device.type, enabled=False):
-                self._part(name).commit(self._part(name).step(rows))
+                part = self._part(name)
+                part.commit(part.step(rows, part.past(len(rows))))
 
     def extra_repr(self) -> str:
         return f"{', '.join(self.names)}, queue_size={self.queue_size}, momentum={self.momentum}, normalize={self.normalize}"
@@ -176,6 +194,10 @@ class FrechetLoss(nn.Module):
         if self.gather and world_size() > 1:
             found = [_AllGather.apply(rows) for rows in found]
         return found
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Earlier releases kept no steps."""
+        super().__setstate__({"_steps": StepMemory(), **state})
 
     def _part(self, name: str) -> FeatureDistance:
         part = self.parts[name]

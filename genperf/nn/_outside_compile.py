@@ -1,10 +1,10 @@
-"""What torch.compile leaves to Python: initialization from data, and writing to a sharded codebook.
+"""What torch.compile leaves to Python: initialization from data, writing to a sharded codebook, losses with a history.
 
 Imported only when it is needed: it loads torch._dynamo, which takes a second.
 """
 
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from . import _sharded
 
 _REASON = "codes start from data: call init_codes, or take the first training step, without torch.compile"
+
+
+Result = TypeVar("Result")
 
 
 class StartsFromData(Protocol):
@@ -29,3 +32,8 @@ def init_in_first_step(layer: StartsFromData, vectors: Tensor, valid: Tensor | N
 def writable_sharded_codes(layer: nn.Module, name: str) -> tuple[Tensor, Callable[[], None]]:
     codes, store = _sharded.writable_codes(layer, name)
     return codes, cast("Callable[[], None]", torch.compiler.disable(store))
+
+
+@torch.compiler.disable(reason="a loss in training mode keeps its history outside of graphs")
+def without_compile(function: Callable[..., Result], *arguments: object) -> Result:
+    return function(*arguments)

@@ -3,7 +3,7 @@
 The second run must see the codes and the random choices of the first one, and must not update anything again.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,25 +22,28 @@ class Step(NamedTuple):
     num_quantizers: int | Tensor | None = None
 
 
-class StepMemory:
+Kept = TypeVar("Kept")
+
+
+class StepMemory(Generic[Kept]):
     """The steps that a layer may have to repeat. Empty unless the forward pass runs under gradient checkpointing."""
 
     def __init__(self) -> None:
-        self._steps: list[tuple[Tensor, Step]] = []
+        self._steps: list[tuple[Tensor, Kept]] = []
         self._used = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_steps": [], "_used": False}
 
-    def record(self, x: Tensor, step: Step) -> None:
+    def record(self, x: Tensor, step: Kept) -> None:
         """Keep a step on input x, if it may be run again."""
-        if torch.compiler.is_compiling() or not _under_checkpointing():
+        if not may_run_again():
             return
         if self._used:  # of a backward pass that is over
             self._steps, self._used = [], False
         self._steps = [*self._steps[1 - _MOST_STEPS :], (_fingerprint(x), step)]
 
-    def recall(self, x: Tensor) -> Step | None:
+    def recall(self, x: Tensor) -> Kept | None:
         """The step on input x, if this is its second run."""
         if not self._steps or torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             return None
@@ -52,8 +55,11 @@ class StepMemory:
         return like[-1][1] if like else None
 
 
-def _under_checkpointing() -> bool:
-    """Whether saved tensors are packed by hooks (non-reentrant), or a training step records no gradients (reentrant)."""
+def may_run_again() -> bool:
+    """Whether gradient checkpointing may run this step again: saved tensors are packed by hooks (non-reentrant), or a training step
+    records no gradients (reentrant)."""
+    if torch.compiler.is_compiling():
+        return False
     return not torch.is_grad_enabled() or _top_saved_tensors_default_hooks(True) is not None
 
 

@@ -1,14 +1,16 @@
 """Batch normalization by the statistics of the global batch."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._distributed import global_mean, world_size
 from .._typing import signature_of
 from ..ops._validate import check
+from ._recompute import StepMemory
 
 
 class BatchNorm(_BatchNorm):
@@ -21,7 +23,8 @@ class BatchNorm(_BatchNorm):
         running_var.lerp_(var * n / (n - 1), momentum)                      # n = x.numel() / C
 
     and in evaluation mode y with the running mean and variance. On one rank this is torch.nn.BatchNorm1d, 2d and 3d in
-    one class, computed by torch and with the same state_dict.
+    one class, computed by torch and with the same state_dict. A step that gradient checkpointing runs twice counts once, which
+    torch's layers count twice.
 
     Under torch.distributed, the mean and variance in training are those of the global batch, on any device and with double
     backward (torch.nn.SyncBatchNorm supports neither CPU nor double backward). Every rank must call the layer with
@@ -50,6 +53,11 @@ class BatchNorm(_BatchNorm):
         check("BatchNorm", "eps must not be negative", eps, eps >= 0)
         check("BatchNorm", "momentum must lie in [0, 1]", momentum, 0 <= momentum <= 1)
         super().__init__(num_features, eps, momentum, affine)
+        self._steps = StepMemory[bool]()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Earlier releases kept no steps."""
+        super().__setstate__({"_steps": StepMemory(), **state})
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize.
@@ -64,6 +72,13 @@ class BatchNorm(_BatchNorm):
             ValueError: x of another shape, or in training fewer than two values per channel.
         """
         self._check_input_dim(x)
+        # The second run of a step under gradient checkpointing.
+        again = self.training and self._steps.recall(x) is not None
+        if self.training and not again:
+            self._steps.record(x, True)
+        if again and world_size() == 1:
+            copies = self.running_mean.clone(), self.running_var.clone()
+            return F.batch_norm(x, *copies, self.weight, self.bias, True, self.momentum, self.eps)
         if not self.training or world_size() == 1:
             return super().forward(x)
         count = x.numel() // self.num_features * world_size()
@@ -75,10 +90,11 @@ class BatchNorm(_BatchNorm):
         # The variance is taken around the global mean; E[x^2] - E[x]^2 would cancel.
         local_mean, mean = mean, global_mean(mean.unsqueeze(0))
         var = global_mean((var + (local_mean - mean).square()).unsqueeze(0))
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
+        if not again:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
         scale = torch.rsqrt(var + self.eps)
         if self.affine:
             scale = scale * self.weight
