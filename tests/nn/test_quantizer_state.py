@@ -8,7 +8,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import genperf
-from genperf.compat.vector_quantize_pytorch import ResidualVQ, VectorQuantize
+from genperf.compat.vector_quantize_pytorch import GroupedResidualVQ, ResidualVQ, VectorQuantize
 from genperf.nn import ResidualVectorQuantizer, VectorQuantizer, update_codebooks
 
 LAYERS = {
@@ -87,6 +87,13 @@ CHECKPOINTED = {
     "cosine": LAYERS["cosine"],
     "residual, dropout": lambda: ResidualVectorQuantizer(8, 16, 4, quantizer_dropout=True, decay=0.9),
     "VectorQuantize": LAYERS["VectorQuantize"],
+    "ResidualVQ": LAYERS["ResidualVQ"],
+    "ResidualVQ, kmeans": lambda: ResidualVQ(dim=4, codebook_size=16, num_quantizers=3, decay=0.9, kmeans_init=True),
+    "ResidualVQ, shared": lambda: ResidualVQ(
+        dim=4, codebook_size=16, num_quantizers=3, decay=0.5, shared_codebook=True, threshold_ema_dead_code=1
+    ),
+    "ResidualVQ, dropout": lambda: ResidualVQ(dim=4, codebook_size=16, num_quantizers=8, decay=0.9, quantize_dropout=True),
+    "GroupedResidualVQ": lambda: GroupedResidualVQ(dim=4, groups=2, codebook_size=16, num_quantizers=4, quantize_dropout=True),
 }
 
 

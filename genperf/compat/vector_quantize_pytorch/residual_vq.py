@@ -1,8 +1,11 @@
-"""vector-quantize-pytorch's ResidualVQ and GroupedResidualVQ over the drop-in VectorQuantize."""
+"""vector-quantize-pytorch's ResidualVQ and GroupedResidualVQ over the drop-in VectorQuantize.
+
+Above 400 lines: upstream has many arguments, and the differences from it are listed here.
+"""
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ from torch.nn import functional as F
 from ..._distributed import all_reduce_sum, world_size
 from ..._typing import signature_of
 from ...nn._ema import apply_updates, normalize_codes, saved_copy
+from ...nn._recompute import StepMemory
 from ...nn._sharded import check_gathered
 from ...ops._dispatch import choose_impl
 from ...ops._layout import Positions, for_inductor
@@ -19,6 +23,15 @@ from ...ops._validate import check_mask
 from ...ops.residual_vector_quantize import ResidualOptions, finite_residual_statistics, quantize_residual, unavailable
 from .._unsupported import check_unsupported
 from .vector_quantize import VectorQuantize, loss_to_differentiate
+
+
+class ResidualStep(NamedTuple):
+    """What gradient checkpointing needs to run a training step again."""
+
+    codes: Tensor | None
+    """The codes from before the update; None where the quantizers ran one by one, and keep theirs."""
+    used: int
+    """The number of quantizers."""
 
 
 class ResidualVQ(nn.Module):
@@ -113,11 +126,16 @@ class ResidualVQ(nn.Module):
             vq_kwargs |= {"manual_ema_update": True}
         if diveq:
             vq_kwargs |= {"ema_update": False, "learnable_codebook": True, "route_gradients_to_input": False, "commitment_weight": 0.0}
+        self._steps = StepMemory[ResidualStep]()
         layers = (VectorQuantize(codebook_dim, size, **vq_kwargs) for size in sizes)
         self.layers = nn.ModuleList(layers)  # pyright: ignore[reportAttributeAccessIssue]
         if shared_codebook:
             for layer in self.layers[1:]:
                 layer._codebook = self.layers[0]._codebook
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Earlier releases kept no steps."""
+        super().__setstate__({"_steps": StepMemory(), **state})
 
     @property
     def codebook_size(self) -> int:
@@ -192,19 +210,25 @@ class ResidualVQ(nn.Module):
         targets = (None,) * self.num_quantizers
         if indices is not None:
             targets = (torch.stack(indices) if isinstance(indices, list) else indices).unbind(-1)
-        used = self.num_quantizers
-        if self.training and self.quantize_dropout and indices is None:
-            used = self._random_num_quantizers(rand_quantize_dropout_fixed_seed)
         # Padding may be NaN, which must not reach the gradients.
         clean = x
         if mask is not None and (self.has_projections or self.diveq):
             clean = torch.where(mask.unsqueeze(-1), x, 0)
         projected = self.project_in(clean)
-        if indices is None and self._can_fuse():
-            quantized_out, found, losses = self._fused(projected, mask, used, frozen)
+        again = self._steps.recall(projected) if self.training else None
+        used = self.num_quantizers
+        if again is not None:
+            used = again.used
+        elif self.training and self.quantize_dropout and indices is None:
+            used = self._random_num_quantizers(rand_quantize_dropout_fixed_seed)
+        codes = None
+        if indices is None and (self._can_fuse() if again is None else again.codes is not None):
+            quantized_out, found, losses, codes = self._fused(projected, mask, used, frozen, again)
         else:
             options = {"mask": mask, "sample_codebook_temp": sample_codebook_temp, "freeze_codebook": frozen}
-            quantized_out, found, losses = self._one_by_one(projected, targets[:used], options)
+            quantized_out, found, losses = self._one_by_one(projected, targets[:used], options, updates=again is None)
+        if self.training and again is None:
+            self._steps.record(projected, ResidualStep(codes, used))
 
         if self.diveq and self.training:
             offset = quantized_out - projected
@@ -230,10 +254,12 @@ class ResidualVQ(nn.Module):
         @signature_of(forward)
         def __call__(self) -> None: ...
 
-    def _one_by_one(self, x: Tensor, targets: Sequence[Tensor | None], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _one_by_one(
+        self, x: Tensor, targets: Sequence[Tensor | None], options: dict[str, Any], *, updates: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The sum of the codes of as many quantizers as there are targets; their indices, None where targets are given; losses."""
         first = self.layers[0]._codebook
-        shared = self.training and self.shared_codebook and not options["freeze_codebook"]
+        shared = self.training and self.shared_codebook and not options["freeze_codebook"] and updates
         residual, quantized_out = x, torch.zeros_like(x)
         residuals, found, losses = [], [], []
         for layer, target in zip(self.layers, targets, strict=False):
@@ -280,21 +306,24 @@ class ResidualVQ(nn.Module):
         modes = layer.training == codebook.training == self.training
         return modes and same and not (layer._forward_hooks or layer._forward_pre_hooks)
 
-    def _fused(self, x: Tensor, mask: Tensor | None, used: int, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """`_one_by_one` in one op, and one update of all codebooks."""
+    def _fused(
+        self, x: Tensor, mask: Tensor | None, used: int, frozen: bool, again: ResidualStep | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`_one_by_one` in one op, and one update of all codebooks; returns the codes as well."""
         check_mask("ResidualVQ", mask, x, x.dim() - 1)
         layer, codebooks = self.layers[0], [layer._codebook for layer in self.layers[:used]]
         for codebook in codebooks:
             check_gathered("ResidualVQ", codebook.embed)
         # An update overwrites codes that backward still needs.
-        codes = saved_copy(torch.cat([codebook.embed for codebook in codebooks])).to(accumulator_dtype(x.dtype))
+        kept = again.codes if again is not None and again.codes is not None else torch.cat([codebook.embed for codebook in codebooks])
+        codes = saved_copy(kept).to(accumulator_dtype(x.dtype))
         x = x if self.training else x.detach()
         positions = Positions(x, x.dim() - 1)
         impl = choose_impl("residual_vector_quantize", None, unavailable(x.device, x.dtype), x, codes)
         options = ResidualOptions(0.0, layer.commitment_weight, layer.rotation_trick, per_quantizer=True)
         valid = positions.view_mask(mask)
         quantized, indices, losses = quantize_residual(positions.vectors, codes, valid, None, "euclidean", options, impl)
-        if self.training and layer.ema_update and not frozen:
+        if self.training and layer.ema_update and not frozen and again is None:
             counts_and_sums = finite_residual_statistics(positions.vectors, codes, indices, impl)[:2]
             for codebook, counts, sums in zip(codebooks, *counts_and_sums, strict=True):
                 codebook.add_statistics(counts.unsqueeze(0), sums.unsqueeze(0))
@@ -303,7 +332,7 @@ class ResidualVQ(nn.Module):
                 update.writes_codebook = not codebooks[0].manual_ema_update
             apply_updates(updates, None, codebooks[0].synchronized)
         quantized, indices = positions.restore(quantized), positions.restore_indices(indices, used)
-        return quantized, indices, loss_to_differentiate(losses) if self.training else torch.zeros_like(losses)
+        return quantized, indices, loss_to_differentiate(losses) if self.training else torch.zeros_like(losses), codes
 
     def _random_num_quantizers(self, seed: int | None) -> int:
         """Number of quantizers that a training step runs; the same on all ranks."""
