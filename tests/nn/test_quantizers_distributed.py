@@ -1,34 +1,16 @@
 """Quantizers trained on several ranks: the same state on every rank, and that of one process on the global batch."""
 
-import os
-import signal
-import subprocess
-import sys
-
 import pytest
 import torch
 import train_quantizers
+from forked_ranks import results_of_ranks
 from train_quantizers import CASES, TO_ROUNDING
-
-# Seconds for all processes; one that waits for a collective alone fails after 40.
-TIMEOUT = 180
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Results of every case, by number of processes and rank."""
-    folder = tmp_path_factory.mktemp("quantizers")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    run = subprocess.Popen(
-        [sys.executable, train_quantizers.__file__, folder], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        errors = run.communicate(timeout=TIMEOUT)[1]
-    except subprocess.TimeoutExpired:
-        os.killpg(run.pid, signal.SIGKILL)
-        pytest.fail(f"the processes hang:\n{run.communicate()[1][-5000:]}")
-    assert run.returncode == 0, errors[-5000:]
-    return {world: [torch.load(folder / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)] for world in (1, 2, 3)}
+    return results_of_ranks(train_quantizers.__file__, tmp_path_factory.mktemp("quantizers"), (1, 2, 3), seconds=180)
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -2,18 +2,16 @@
 
 python train_quantizers.py FOLDER
 
-Every rank takes its share of each batch and writes FOLDER/<number of processes>-<rank>.pt. The processes are forked from one
-that has imported and compiled what they need, since that takes longer than the training.
+Every rank takes its share of each batch.
 
 All numbers are small multiples of 1/4, whose sums are exact in any order: the results of several ranks must equal those of one
 process bitwise, apart from the cases TO_ROUNDING.
 """
 
-import multiprocessing
 import sys
-from datetime import timedelta
 
 import torch
+from forked_ranks import fork_ranks
 from torch import distributed as dist
 from torch import nn
 
@@ -320,26 +318,13 @@ TO_ROUNDING = [cosine, learned_under_ddp, lookup_free_under_ddp, entropy_without
 CASES = {case.__name__: case for case in (*EXACT, *TO_ROUNDING)}
 
 
-def train(folder, world, rank):
-    global WORLD, RANK, built_before_the_process_group
+def train(world, rank):
+    global WORLD, RANK
     WORLD, RANK = world, rank
-    torch.set_num_threads(1)
-    built_before_the_process_group = seeded(7, 3, decay=DECAY, replace_dead_below=0.9)
-    if world > 1:
-        group = f"file://{folder}/group-{world}"
-        dist.init_process_group("gloo", init_method=group, rank=rank, world_size=world, timeout=timedelta(seconds=40))
-    torch.save({name: case() for name, case in CASES.items()}, f"{folder}/{world}-{rank}.pt")
-    if world > 1:
-        dist.destroy_process_group()
+    return {name: case() for name, case in CASES.items()}
 
 
 if __name__ == "__main__":
     torch.compile(VectorQuantizer(2, 2, decay=DECAY, replace_dead_below=1.0), fullgraph=True, backend="eager")(torch.zeros(1, 2))
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=train, args=(sys.argv[1], world, rank)) for world in (1, 2, 3) for rank in range(world)]
-    for process in processes:
-        process.daemon = True  # ends with this process
-        process.start()
-    for process in processes:
-        process.join()
-    sys.exit(any(process.exitcode for process in processes))
+    built_before_the_process_group = seeded(7, 3, decay=DECAY, replace_dead_below=0.9)
+    fork_ranks(train, sys.argv[1], (1, 2, 3))

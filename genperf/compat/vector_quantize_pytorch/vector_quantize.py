@@ -259,7 +259,11 @@ class VectorQuantize(nn.Module):
     @property
     def codebook(self) -> Tensor:
         """[K, d], or with separate_codebook_per_head [heads, K, d]."""
-        return self._codebook.embed if self.separate_codebook_per_head else self._codebook.embed.squeeze(0)
+        codes = self._codebook.embed
+        if self.separate_codebook_per_head:
+            return codes
+        check_gathered("VectorQuantize.codebook", codes)
+        return codes.squeeze(0)
 
     @codebook.setter
     @torch.no_grad()
