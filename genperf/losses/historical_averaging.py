@@ -19,7 +19,8 @@ class HistoricalAveraging(nn.Module):
 
     Add the loss, weighted, to the loss that trains the parameters, and call `update` after each optimizer step. The
     parameters are neither in this module's parameters() nor in its state_dict; the means are buffers mean_0, mean_1, ... in
-    the order of the parameters. Means are at least float32: half precision would round small updates off.
+    the order of the parameters. Means are at least float32: half precision would round small updates off. Under FSDP2 pass
+    the parameters after `fully_shard`, which replaces them; the means are sharded in the same way.
 
     Args:
         parameters: an iterable, such as `module.parameters()`.
@@ -56,7 +57,7 @@ class HistoricalAveraging(nn.Module):
 
     def forward(self) -> Tensor:
         """The squared distance, a scalar, differentiable in the parameters; 0 with gradient 0 before the first update."""
-        distances = [(p - mean).square().sum() for p, mean in zip(self._parameters_of_player, self.means, strict=True)]
+        distances = [_whole((p - mean).square().sum()) for p, mean in zip(self._parameters_of_player, self.means, strict=True)]
         return sum(distances[1:], distances[0]) * (self.updates > 0)
 
     if TYPE_CHECKING:
@@ -70,3 +71,8 @@ class HistoricalAveraging(nn.Module):
         self.updates.add_(1)
         for p, mean in zip(self._parameters_of_player, self.means, strict=True):
             mean.add_((p - mean) / self.updates)
+
+
+def _whole(distance: Tensor) -> Tensor:
+    """A distance of sharded parameters, summed over the ranks."""
+    return distance.full_tensor() if hasattr(distance, "full_tensor") else distance  # pyright: ignore[reportAttributeAccessIssue]
