@@ -90,6 +90,12 @@ def _matmul(vectors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.bmm(weights, vectors) if bias is None else torch.baddbmm(bias.unsqueeze(1), weights, vectors)
 
 
+def channels_to(t: Tensor, channel_dim: int) -> Tensor:
+    """Move the last dimension of t to `channel_dim`."""
+    # By numbers that are not negative, as torch.onnx.export(dynamo=False) writes the others into the graph.
+    return t.movedim(t.dim() - 1, channel_dim % t.dim())
+
+
 def split_codebooks(x: Tensor, channel: int, num_codebooks: int) -> Tensor:
     """View the channels [num_codebooks * D] at `channel` of x as two dimensions [num_codebooks, D]."""
     # Not `unflatten`, after which torch.onnx.export(dynamo=False) takes every size for a constant.
@@ -115,4 +121,4 @@ def decode_codebooks(
     if num_codebooks > 1:
         codes, indices = codes.flatten(-2), indices[..., 0]
     vectors = torch.where(indices.unsqueeze(-1) >= 0, project_out(codes), 0)
-    return for_inductor(vectors.movedim(-1, channel_dim).contiguous())
+    return for_inductor(channels_to(vectors, channel_dim).contiguous())

@@ -384,7 +384,9 @@ def check_code_weights(name: str, code_weights: CodeWeights | None, codebook: Te
 
 def saved_copy(codebook: Tensor) -> Tensor:
     """A copy of the codebook for backward, which needs the codes from before the in-place update."""
-    return _saved_copy(codebook) if torch.compiler.is_compiling() else codebook.clone()
+    # An exported program has no backward, and ONNX no such operator.
+    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return _saved_copy(codebook) if compiled else codebook.clone()
 
 
 @torch.library.custom_op("genperf::saved_copy", mutates_args=())

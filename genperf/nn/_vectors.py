@@ -53,7 +53,8 @@ def split_indices(indices: Tensor, heads: int, codebooks: int) -> Tensor:
 
 
 def _by_codebook(t: Tensor, codebooks: int) -> Tensor:
-    return t.unflatten(0, (t.shape[0] // codebooks, codebooks)).transpose(0, 1)
+    # Not `unflatten`, after which torch.onnx.export(dynamo=False) takes every size for a constant.
+    return t.reshape(t.shape[0] // codebooks, codebooks, *t.shape[1:]).transpose(0, 1)
 
 
 def merge_heads(vectors: Tensor, heads: int) -> Tensor:
@@ -65,8 +66,8 @@ def merge_indices(indices: Tensor, sizes: list[int], heads: int) -> Tensor:
     """Indices [codebooks, outer, inner] in the shape `sizes` of the positions, with a last dimension of heads if there are several."""
     if heads == 1:
         return indices.reshape(sizes)
-    by_head = fold_codebooks(indices).unflatten(0, (-1, heads)) if indices.numel() else indices
-    return by_head.movedim(1, -1).reshape(*sizes, heads)
+    folded = fold_codebooks(indices)
+    return folded.reshape(folded.shape[0] // heads, heads, folded.shape[1]).transpose(1, 2).reshape(*sizes, heads)
 
 
 def look_up(codebook: Tensor, indices: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ..ops.nearest_code import search
 from ..ops.nearest_code import unavailable as search_unavailable
 from ..ops.residual_vector_quantize import ResidualOptions, check_num_quantizers, finite_residual_statistics, quantize_residual, unavailable
 from ..ops.vector_quantize import GRADIENTS
-from ._channels import project_vectors
+from ._channels import channels_to, project_vectors
 from ._code_usage import CodeUsage, usage_from_counts
 from ._codebook_init import codes_from_data, uniform_codes
 from ._ema import (
@@ -324,7 +324,7 @@ class ResidualVectorQuantizer(nn.Module):
         codes = torch.cat([_sum_of_codes(*pair) for pair in pairs], -1)
         if self.project_out is not None:
             codes = torch.where(indices[..., :1, 0] >= 0, self.project_out(codes), 0)
-        return codes.movedim(-1, self.channel_dim).contiguous()
+        return channels_to(codes, self.channel_dim).contiguous()
 
     @torch.no_grad()
     def init_codes(self, x: Tensor, mask: Tensor | None = None) -> None:
@@ -409,7 +409,9 @@ class ResidualVectorQuantizer(nn.Module):
         vectors = positions.vectors
         if self.project_in is not None:
             vectors = project_vectors(self.project_in, vectors)
-        return vectors.unflatten(1, (self.groups, self.code_dim)).unbind(1), positions.view_mask(mask)
+        # Not `unflatten`, after which torch.onnx.export(dynamo=False) takes every size for a constant.
+        vectors = vectors.reshape(vectors.shape[0], self.groups, self.code_dim, vectors.shape[2])
+        return vectors.unbind(1), positions.view_mask(mask)
 
     def _from_vectors(self, quantized: tuple[Tensor, ...], positions: Positions, mask: Tensor | None) -> Tensor:
         """The quantized vectors [outer, D, inner] of the groups in the shape of x."""
@@ -536,9 +538,10 @@ def _stack(groups: tuple[Tensor, ...]) -> Tensor:
 
 def _sum_of_codes(codebooks: Tensor, indices: Tensor) -> Tensor:
     """Sum [..., D] of the codes of indices [..., q] in codebooks [Q, K, D], in order, up to the first index of -1."""
-    present = (indices >= 0).cumprod(-1).bool()
-    total = torch.where(present[..., :1], F.embedding(indices[..., 0].clamp(min=0), codebooks[0]), 0)
+    present = indices[..., :1] >= 0
+    total = torch.where(present, F.embedding(indices[..., 0].clamp(min=0), codebooks[0]), 0)
     for q in range(1, indices.shape[-1]):
+        present = present & (indices[..., q : q + 1] >= 0)
         code = F.embedding(indices[..., q].clamp(min=0), codebooks[q])
-        total = torch.where(present[..., q, None], total + code, total)
+        total = torch.where(present, total + code, total)
     return total

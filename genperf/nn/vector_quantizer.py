@@ -24,7 +24,7 @@ from ..ops.nearest_code import search
 from ..ops.nearest_code import unavailable as search_unavailable
 from ..ops.sample_code import draw_codes
 from ..ops.vector_quantize import GRADIENTS, quantize_codebooks
-from ._channels import project_vectors
+from ._channels import channels_to, project_vectors
 from ._code_usage import CodeUsage, code_usage, usage_from_counts
 from ._codebook_init import codes_from_data, uniform_codes
 from ._codebook_losses import diversity_loss, orthogonal_loss
@@ -377,7 +377,7 @@ class VectorQuantizer(nn.Module):
         codes = look_up(self._search_codebook(self.codebook), indices)
         if self.project_out is not None:
             codes = torch.where(indices[..., :1] >= 0, self.project_out(codes), 0)
-        return codes.movedim(-1, self.channel_dim).contiguous()
+        return channels_to(codes, self.channel_dim).contiguous()
 
     @torch.no_grad()
     def init_codes(self, x: Tensor, mask: Tensor | None = None) -> None:

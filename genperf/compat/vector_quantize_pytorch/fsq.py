@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._typing import signature_of
-from ...nn._channels import codebooks_last, join_codebooks, linear, parameter_dtype, project, split_codebooks
+from ...nn._channels import channels_to, codebooks_last, join_codebooks, linear, parameter_dtype, project, split_codebooks
 from ...ops._layout import for_inductor
 from ...ops._validate import check
 from ...ops.finite_scalar_quantize import basis_of, check_levels, finite_scalar_decode, quantize_levels
@@ -179,7 +179,7 @@ class FSQ(Placed):
         if self.keep_num_codebooks_dim:
             codes = codes.flatten(-2)
         codes = self.project_out(codes)
-        return for_inductor(codes.movedim(-1, 1)) if channel_first else codes
+        return for_inductor(channels_to(codes, 1)) if channel_first else codes
 
     def _indices_to_codes(self, indices: Tensor) -> Tensor:
         dtype = parameter_dtype(self.project_out) or torch.float32

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._typing import signature_of
-from ...nn._channels import codebooks_last, join_codebooks, linear, project, split_codebooks
+from ...nn._channels import channels_to, codebooks_last, join_codebooks, linear, project, split_codebooks
 from ...nn.lookup_free_quantizer import commitment, mean_entropies
 from ...ops._autograd import ValueOf
 from ...ops._layout import for_inductor
@@ -212,7 +212,7 @@ class LFQ(Placed):
             codes = codes.flatten(-2)
         if project_out:
             codes = self.project_out(codes)
-        return for_inductor(codes.movedim(-1, 1)) if channel_first else codes
+        return for_inductor(channels_to(codes, 1)) if channel_first else codes
 
     @overload
     def forward(

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..._distributed import all_reduce_sum, world_size
 from ..._typing import signature_of
+from ...nn._channels import channels_to
 from ...nn._ema import apply_updates, normalize_codes, saved_copy
 from ...nn._recompute import StepMemory
 from ...nn._sharded import check_gathered
@@ -238,7 +239,7 @@ class ResidualVQ(nn.Module):
         if mask is not None:
             padding = 0 if self.return_zeros_for_masked_padding else x
             quantized_out = torch.where(mask.unsqueeze(-1), quantized_out, padding)
-        quantized_out = for_inductor(quantized_out.movedim(-1, 1)) if self.accept_image_fmap else quantized_out
+        quantized_out = for_inductor(channels_to(quantized_out, 1)) if self.accept_image_fmap else quantized_out
         if indices is not None:
             return quantized_out, losses.sum()
 
@@ -314,16 +315,17 @@ class ResidualVQ(nn.Module):
         layer, codebooks = self.layers[0], [layer._codebook for layer in self.layers[:used]]
         for codebook in codebooks:
             check_gathered("ResidualVQ", codebook.embed)
-        # An update overwrites codes that backward still needs.
-        kept = again.codes if again is not None and again.codes is not None else torch.cat([codebook.embed for codebook in codebooks])
-        codes = saved_copy(kept).to(accumulator_dtype(x.dtype))
+        codes = again.codes if again is not None and again.codes is not None else torch.cat([codebook.embed for codebook in codebooks])
+        updates = self.training and layer.ema_update and not frozen and again is None
+        # Compiled code would join the codes again in backward, after an update has overwritten them.
+        codes = (saved_copy(codes) if updates else codes).to(accumulator_dtype(x.dtype))
         x = x if self.training else x.detach()
         positions = Positions(x, x.dim() - 1)
         impl = choose_impl("residual_vector_quantize", None, unavailable(x.device, x.dtype), x, codes)
         options = ResidualOptions(0.0, layer.commitment_weight, layer.rotation_trick, per_quantizer=True)
         valid = positions.view_mask(mask)
         quantized, indices, losses = quantize_residual(positions.vectors, codes, valid, None, "euclidean", options, impl)
-        if self.training and layer.ema_update and not frozen and again is None:
+        if updates:
             counts_and_sums = finite_residual_statistics(positions.vectors, codes, indices, impl)[:2]
             for codebook, counts, sums in zip(codebooks, *counts_and_sums, strict=True):
                 codebook.add_statistics(counts.unsqueeze(0), sums.unsqueeze(0))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._typing import signature_of
+from ...nn._channels import channels_to
 from ...ops._layout import for_inductor
 from ...ops._precision import accumulator_dtype
 from ...ops.vector_quantize import vector_quantize
@@ -63,7 +64,7 @@ class SimVQ(nn.Module):
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """The codes of indices as `forward` returns them."""
         quantized = F.embedding(indices, self.codebook)
-        return for_inductor(quantized.movedim(-1, 1)) if self.channel_first else quantized
+        return for_inductor(channels_to(quantized, 1)) if self.channel_first else quantized
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, ..., dim], or [B, dim, ...]
         """Quantized, of x's shape and dtype; indices, int64, x's shape without channels; the loss, a scalar."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..._pickled import vector_quantize_state
 from ..._typing import signature_of
+from ...nn._channels import channels_to
 from ...nn._codebook_losses import diversity_loss, orthogonal_loss
 from ...nn._ema import CodeWeights, normalize_codes, saved_copy
 from ...nn._recompute import Step, StepMemory
@@ -520,7 +521,7 @@ class VectorQuantize(nn.Module):
 
     def _restore(self, t: Tensor) -> Tensor:
         """View t with its channels where x has them."""
-        return for_inductor(t.movedim(-1, 1)) if self._channels_first and t.dim() > 2 else t
+        return for_inductor(channels_to(t, 1)) if self._channels_first and t.dim() > 2 else t
 
     @property
     def _channels_first(self) -> bool:
