@@ -13,7 +13,7 @@ from genperf.nn import VectorQuantizer
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Results of every case, by number of ranks and rank."""
-    return results_of_ranks(train_sharded_quantizers.__file__, tmp_path_factory.mktemp("sharded"), (2, 3), seconds=120)
+    return results_of_ranks(train_sharded_quantizers.__file__, tmp_path_factory.mktemp("sharded"), (2, 3), seconds=180)
 
 
 @pytest.mark.parametrize(("case", "world"), [(case, world) for case in CASES for world in (2, 3) if runs(case, world)])

@@ -246,4 +246,6 @@ def work(world, rank):
 
 
 if __name__ == "__main__":
+    import genperf.nn._outside_compile  # before the ranks are forked: it loads torch._dynamo  # noqa: F401
+
     fork_ranks(work, sys.argv[1], (2, 3))
