@@ -11,13 +11,17 @@ STABLE_TORCH_LIBRARY(genperf, m) {
   // CPU it caches the packed codebooks.
   m.def("nearest_code(Tensor x, Tensor codebook, Tensor? mask, bool cosine) -> Tensor");
   m.def("forget_codebooks() -> ()");
+  // The loss of vector_quantize is the mean squared error times `weight`.
   m.def(
-      "vector_quantize(Tensor x, Tensor codebook, Tensor indices) -> (Tensor quantized, Tensor "
-      "mse, Tensor valid)");
+      "vector_quantize(Tensor x, Tensor codebook, Tensor indices, float weight=1.0) -> (Tensor "
+      "quantized, Tensor loss, Tensor valid)");
   m.def(
       "vector_quantize_backward(Tensor? grad_quantized, Tensor? grad_mse, Tensor x, Tensor "
       "codebook, Tensor indices, "
       "Tensor valid, float commitment_weight, bool rotation) -> Tensor");
+  m.def(
+      "vector_quantize_backward_codebook(Tensor grad_mse, Tensor x, Tensor codebook, Tensor "
+      "indices, Tensor valid, float codebook_weight) -> Tensor");
   m.def(
       "code_statistics(Tensor x, Tensor indices, SymInt num_codes, Tensor? weights, Tensor? "
       "origins) "
@@ -83,6 +87,9 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "residual_vector_quantize_backward(Tensor? grad_quantized, Tensor? grad_mse, Tensor x, "
       "Tensor codebooks, Tensor indices, Tensor valid, float commitment_weight, bool rotation, "
       "bool per_quantizer) -> Tensor");
+  m.def(
+      "residual_vector_quantize_backward_codebooks(Tensor grad_mse, Tensor x, Tensor codebooks, "
+      "Tensor indices, Tensor valid, float codebook_weight) -> Tensor");
   m.def(
       "residual_code_statistics(Tensor x, Tensor codebooks, Tensor indices, bool after) -> (Tensor "
       "counts, Tensor sums)");

@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/common/positions.h"
+#include "cpu/common/code_gradient.h"
 
 namespace genperf {
 namespace {
@@ -137,9 +137,26 @@ std::tuple<Tensor, Tensor> code_statistics(const Tensor& x,
   return {counts, sums};
 }
 
+// The gradient of the codes of `codebook_weight` times the mean squared error.
+Tensor vector_quantize_backward_codebook(const Tensor& grad_mse,
+                                         const Tensor& x,
+                                         const Tensor& codebook,
+                                         const Tensor& indices,
+                                         const Tensor& valid,
+                                         double codebook_weight) {
+  const auto [counts, sums] = code_statistics(x, indices, codebook.size(0), std::nullopt, codebook);
+  Tensor gradient = torch::stable::new_empty(codebook, {codebook.size(0), codebook.size(1)});
+  with_types(x, codebook, [&]<class T, class C>(T*, C*) {
+    scale_code_gradient<OpMath<T>, C>(sums, grad_mse, valid, x.size(1), codebook_weight, gradient);
+  });
+  return gradient;
+}
+
 }  // namespace
 }  // namespace genperf
 
 STABLE_TORCH_LIBRARY_IMPL(genperf, CPU, m) {
   m.impl("code_statistics", TORCH_BOX(&genperf::code_statistics));
+  m.impl("vector_quantize_backward_codebook",
+         TORCH_BOX(&genperf::vector_quantize_backward_codebook));
 }

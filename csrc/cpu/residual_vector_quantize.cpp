@@ -21,6 +21,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/common/code_gradient.h"
 #include "cpu/residual/codebooks.h"
 #include "cpu/residual/forward.h"
 #include "cpu/residual/statistics.h"
@@ -267,6 +268,22 @@ std::tuple<Tensor, Tensor> residual_code_statistics(const Tensor& x,
   return {counts, sums};
 }
 
+Tensor residual_vector_quantize_backward_codebooks(const Tensor& grad_mse,
+                                                   const Tensor& x,
+                                                   const Tensor& codebooks,
+                                                   const Tensor& indices,
+                                                   const Tensor& valid,
+                                                   double codebook_weight) {
+  const auto [counts, sums] = residual_code_statistics(x, codebooks, indices, true);
+  Tensor gradient = torch::stable::new_empty(
+      codebooks, {codebooks.size(0), codebooks.size(1), codebooks.size(2)});
+  with_types(x, codebooks, [&]<class T, class C>(T*, C*) {
+    scale_code_gradient<OpMath<T>, C>(sums, torch::stable::contiguous(grad_mse), valid, x.size(1),
+                                      codebook_weight, gradient);
+  });
+  return gradient;
+}
+
 }  // namespace
 }  // namespace genperf
 
@@ -274,5 +291,7 @@ STABLE_TORCH_LIBRARY_IMPL(genperf, CPU, m) {
   m.impl("residual_vector_quantize", TORCH_BOX(&genperf::residual_vector_quantize));
   m.impl("residual_vector_quantize_backward",
          TORCH_BOX(&genperf::residual_vector_quantize_backward));
+  m.impl("residual_vector_quantize_backward_codebooks",
+         TORCH_BOX(&genperf::residual_vector_quantize_backward_codebooks));
   m.impl("residual_code_statistics", TORCH_BOX(&genperf::residual_code_statistics));
 }

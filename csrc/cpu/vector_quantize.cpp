@@ -161,11 +161,11 @@ void quantize_backward(const Positions<T>* gradient,
       });
 }
 
-void set_scalar(Tensor& scalar, double value) {
+void set_product(Tensor& scalar, double value, double weight) {
   if (scalar.scalar_type() == ScalarType::Double)
-    *static_cast<double*>(scalar.data_ptr()) = value;
+    *static_cast<double*>(scalar.data_ptr()) = value * weight;
   else
-    *static_cast<float*>(scalar.data_ptr()) = float(value);
+    *static_cast<float*>(scalar.data_ptr()) = float(value) * float(weight);
 }
 
 double get_scalar(const Tensor& scalar) {
@@ -178,13 +178,14 @@ double get_scalar(const Tensor& scalar) {
 
 std::tuple<Tensor, Tensor, Tensor> vector_quantize(const Tensor& x,
                                                    const Tensor& codebook,
-                                                   const Tensor& indices) {
+                                                   const Tensor& indices,
+                                                   double weight) {
   check_positions(x, codebook);
   check_indices(indices, x);
   const int64_t* index = static_cast<const int64_t*>(indices.data_ptr());
   check_range(index, indices.numel(), codebook.size(0));
   Tensor quantized = torch::stable::empty_like(x);
-  Tensor mse = torch::stable::new_empty(x, {}, accumulator_type(x));
+  Tensor loss = torch::stable::new_empty(x, {}, accumulator_type(x));
   Tensor valid = torch::stable::new_empty(x, {}, ScalarType::Long);
   const int64_t chunks = (indices.numel() + kChunk - 1) / kChunk;
   std::vector<double> errors(chunks);
@@ -199,9 +200,9 @@ std::tuple<Tensor, Tensor, Tensor> vector_quantize(const Tensor& x,
     error += errors[chunk];
     count += found[chunk];
   }
-  set_scalar(mse, count ? error / (double(count) * double(x.size(1))) : 0.0);
+  set_product(loss, count ? error / (double(count) * double(x.size(1))) : 0.0, weight);
   *static_cast<int64_t*>(valid.data_ptr()) = count;
-  return {quantized, mse, valid};
+  return {quantized, loss, valid};
 }
 
 Tensor vector_quantize_backward(std::optional<Tensor> grad_quantized,

@@ -14,13 +14,19 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "samples.h"
 
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+// Of the CUDA runtime, whose header needs a CUDA installation.
+extern "C" int cudaStreamIsCapturing(cudaStream_t stream, int* status);
 
 namespace genperf {
 
@@ -44,6 +50,28 @@ class Launch {
   DeviceGuard guard_;
   cudaStream_t stream_;
 };
+
+// The ticket that the blocks of a launch take to find the last one. It is zero before and after a
+// launch, and launches of a stream run one after another, so a stream needs one. A graph may be
+// replayed beside other work of the stream that captured it, so each launch in it has its own.
+inline Tensor ticket_of(const Tensor& x, const Launch& launch) {
+  int capturing = 0;
+  STD_TORCH_CHECK(cudaStreamIsCapturing(launch.stream(), &capturing) == 0,
+                  "the state of the CUDA stream is unknown.");
+  // 1 and 2 stand for the streams of a thread, which can differ from thread to thread.
+  const auto handle = reinterpret_cast<uintptr_t>(launch.stream());
+  if (capturing != 0 || handle == 1 || handle == 2)
+    return torch::stable::new_zeros(x, {1}, ScalarType::Int);
+  static std::mutex mutex;
+  // Never destroyed, because torch may be gone first.
+  static auto& tickets = *new std::map<std::pair<int32_t, cudaStream_t>, Tensor>();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const std::pair key(x.get_device_index(), launch.stream());
+  auto found = tickets.find(key);
+  if (found == tickets.end())
+    found = tickets.emplace(key, torch::stable::new_zeros(x, {1}, ScalarType::Int)).first;
+  return found->second;
+}
 
 inline DType dtype_of(const char* op, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -133,6 +161,38 @@ inline void check_codes(const char* op, const char* name, const Tensor& codes, c
   check_same_device(op, name, codes, x);
   STD_TORCH_CHECK(codes.dim() == 2 && codes.size(1) == x.size(1), op, ": ", name,
                   " must have shape [K, D] for x [outer, D, inner].");
+}
+
+// For residual quantization: x [outer, D, inner], float32 codebooks [Q, K, D], and contiguous
+// indices [outer, inner, Q].
+inline void check_residual_codebooks(const char* op, const Tensor& x, const Tensor& codebooks) {
+  check_same_device(op, "codebooks", codebooks, x);
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0 && codebooks.dim() == 3 && codebooks.size(0) > 0 &&
+                      codebooks.size(2) == x.size(1) &&
+                      codebooks.scalar_type() == ScalarType::Float,
+                  op, ": codebooks must be float32 [Q, K, D] for x [outer, D, inner].");
+}
+
+inline void check_residual(const char* op,
+                           const Tensor& x,
+                           const Tensor& codebooks,
+                           const Tensor& indices) {
+  check_residual_codebooks(op, x, codebooks);
+  check_same_device(op, "indices", indices, x);
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long && indices.dim() == 3 &&
+                      indices.size(0) == x.size(0) && indices.size(1) == x.size(2) &&
+                      indices.size(2) == codebooks.size(0),
+                  op, ": indices must be int64 [outer, inner, Q].");
+}
+
+inline void check_losses(const char* op,
+                         const Tensor& losses,
+                         const Tensor& codebooks,
+                         const Tensor& x) {
+  check_same_device(op, "grad_mse", losses, x);
+  STD_TORCH_CHECK(losses.dim() == 1 && losses.size(0) == codebooks.size(0) &&
+                      losses.scalar_type() == ScalarType::Float,
+                  op, ": the gradient of the losses must be float32 [Q].");
 }
 
 inline void check_x(const char* op, const Tensor& x) {

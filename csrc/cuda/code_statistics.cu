@@ -2,203 +2,253 @@
 //
 // Counts and sums per code in O(N D), without one-hot vectors and without float atomics.
 //
-// The positions are sorted by code, stably. Blocks sum fixed chunks of 256 sorted rows in double,
-// one thread per channel. A run of one code within a chunk is written directly to the result; the
-// pieces of a run that crosses chunks are added in a last step, in order. The sums equal those of a
-// sequential loop up to grouping by chunks, for any distribution of the codes, and are the same in
-// every run.
+// The positions are sorted by code (code_order.cu), and the sorted rows are summed (code_sums.h).
+// If positions are contiguous and not channels, rows of a slice of channels are first transposed
+// into a buffer of about 32 MB, which stays in L2. Residuals of the levels of a group are computed
+// from x and the codes of earlier levels; from the second group on, the rows are the residuals that
+// the group before left.
 #include "code_statistics.h"
+
+#include "code_rows.h"
+#include "code_sums.h"
 
 namespace genperf {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kChunk = kCodeStatisticsChunk;
-constexpr int kBatch = 8;  // rows loaded at a time
+constexpr const char* kOp = "code_statistics";
+constexpr int64_t kMaxChunks = 1024;        // wanted
+constexpr int64_t kBufferBytes = 32 << 20;  // wanted
 
-__device__ bool is_code(int64_t index, int64_t num_codes) {
-  return index >= 0 && index < num_codes;
+int64_t divide(int64_t value, int64_t by) {
+  return (value + by - 1) / by;
 }
 
-__device__ int64_t thread_index() {
-  return int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-}
-
-unsigned blocks_for(int64_t threads) {
-  return static_cast<unsigned>((threads + kThreads - 1) / kThreads);
-}
-
-template <typename Key>
-__global__ void __launch_bounds__(kThreads) code_keys_kernel(CodeKeysParams p) {
-  const int64_t i = thread_index();
-  if (i >= p.positions)
-    return;
-  const int64_t index = p.indices[i];
-  static_cast<Key*>(p.keys)[i] = static_cast<Key>(is_code(index, p.num_codes) ? index : -1);
-}
-
-template <typename Key>
-__global__ void __launch_bounds__(kThreads) code_offsets_kernel(CodeStatisticsParams p) {
-  const int64_t code = thread_index();
-  if (code > p.num_codes)
-    return;
-  const Key* keys = static_cast<const Key*>(p.keys);
-  int64_t low = 0;
-  int64_t high = p.outer * p.inner;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (keys[middle] < code) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
+// How a launch divides its rows and channels.
+struct SumsShape {
+  SumsShape(int64_t rows, int64_t channels, int width) {
+    lanes = 1;
+    while (lanes < kWarpSize && lanes * width < channels && lanes * width < kMaxChannels)
+      lanes *= 2;
+    slices = divide(channels, lanes * width);
+    rows_per_team = kStep;
+    while (divide(rows, kTeams * rows_per_team) > kMaxChunks)
+      rows_per_team *= 2;
+    chunks = divide(rows, kTeams * rows_per_team);
   }
-  p.offsets[code] = low;
-}
 
-struct ChunkRows {
-  int64_t code[kChunk];
-  int64_t offset[kChunk];  // into x
-  float weight[kChunk];
+  int lanes;
+  int64_t slices;
+  int64_t rows_per_team;
+  int64_t chunks;
 };
 
-template <typename T, typename C>
-__global__ void __launch_bounds__(kThreads) code_chunks_kernel(CodeStatisticsParams p) {
-  auto& rows = shared_memory<ChunkRows>();
-  const int64_t begin = int64_t{blockIdx.x} * kChunk;
-  const int64_t positions = p.outer * p.inner;
-  const int64_t end = begin + kChunk < positions ? begin + kChunk : positions;
-  const int count = static_cast<int>(end - begin);
-  for (int row = threadIdx.x; row < kChunk; row += blockDim.x) {
-    const int64_t position = row < count ? p.order[begin + row] : 0;
-    const int64_t code = row < count ? p.indices[position] : -1;
-    rows.code[row] = is_code(code, p.num_codes) ? code : -1;
-    rows.offset[row] =
-        position / p.inner * p.x_strides.outer + position % p.inner * p.x_strides.inner;
-    rows.weight[row] = p.weights == nullptr ? 1.0f : p.weights[position];
-  }
-  __syncthreads();
+bool channels_last_of(const CodeStatisticsParams& p) {
+  return p.inner == 1 || p.channels == 1 || p.x_strides.channel <= p.x_strides.inner;
+}
 
-  for (int64_t d = int64_t{blockIdx.y} * blockDim.x + threadIdx.x; d < p.channels;
-       d += int64_t{gridDim.y} * blockDim.x) {
-    const T* x = static_cast<const T*>(p.x) + d * p.x_strides.channel;
-    int64_t current = -1;
-    double origin = 0;
-    double sum = 0;
-    double mass = 0;  // used by the thread of channel 0
-    const auto finish_run = [&] {
-      if (current < 0)
-        return;
-      const int64_t first = p.offsets[current];
-      if (first >= begin && p.offsets[current + 1] <= end) {
-        p.sums[current * p.channels + d] = static_cast<float>(sum);
-        if (d == 0)
-          p.counts[current] = static_cast<float>(mass);
-      } else {
-        const int64_t slot = 2 * int64_t{blockIdx.x} + (first < begin ? 0 : 1);
-        p.partials[slot * (p.channels + 1) + d] = sum;
-        if (d == 0)
-          p.partials[slot * (p.channels + 1) + p.channels] = mass;
-      }
-    };
-    for (int batch = 0; batch < count; batch += kBatch) {
-      float values[kBatch];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        values[j] = batch + j < count ? to_float(x[rows.offset[batch + j]]) : 0.0f;
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int64_t code = rows.code[batch + j];
-        if (code != current) {
-          finish_run();
-          current = code;
-          sum = mass = 0;
-          if (code >= 0 && p.origins != nullptr) {
-            origin = to_float(static_cast<const C*>(
-                p.origins)[code * p.origin_stride + d * p.origin_channel_stride]);
-          }
-        }
-        const double weight = rows.weight[batch + j];
-        sum += weight * (static_cast<double>(values[j]) - origin);
-        if (d == 0)
-          mass += weight;
-      }
-    }
-    finish_run();
+int64_t bytes_of(DType type) {
+  return type == DType::kFloat32 ? 4 : 2;
+}
+
+struct Workspace {
+  Workspace(const CodeStatisticsParams& p, DType x_type, char* base) : end(base) {
+    const int64_t positions = p.outer * p.inner;
+    const int64_t entries = positions * p.levels;
+    const int64_t codes = p.levels * p.num_codes;
+    const CodeOrderShape sort(entries, codes);
+    const bool several = sort.passes > 1;
+    const bool channels_last = channels_last_of(p);
+    const int width = x_type == DType::kFloat32 || p.residual ? 4 : 8;
+    const int64_t fit = kBufferBytes / (positions > 0 ? positions * bytes_of(x_type) : 1);
+    channels = channels_last || p.residual || fit > p.channels ? p.channels
+               : fit < kTile                                   ? kTile
+                                                               : fit / kTile * kTile;
+    channels = channels < p.channels ? channels : p.channels;
+    const int64_t group = p.levels < kLevelsPerGroup ? p.levels : kLevelsPerGroup;
+    // A slice of channels may have fewer lanes, but then it has no more slices.
+    const SumsShape sums(positions * group, channels, p.residual ? 4 : width);
+    const int64_t chunks = sums.slices * sums.chunks;
+    const bool stores_rows = !channels_last || (p.residual && p.levels > kLevelsPerGroup);
+    order = take<CodeEntry>(entries);
+    scratch = take<CodeEntry>(several ? entries : 0);
+    table = take<uint32_t>(sort.tiles * sort.digits);
+    totals = take<uint32_t>(sort.digits);
+    starts = take<uint32_t>(several ? sort.digits + 1 : 0);
+    offsets = take<uint32_t>(codes + 1);
+    ticket = take<uint32_t>(1);
+    num_tickets = 2 * chunks;
+    tickets = take<uint32_t>(num_tickets);
+    partials = take<double>(2 * chunks * 2 * (kMaxChannels + 1));
+    rows = take<char>(stores_rows ? positions * channels * (p.residual ? 4 : bytes_of(x_type)) : 0);
+  }
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* begin = reinterpret_cast<T*>(end);
+    end += divide(count * static_cast<int64_t>(sizeof(T)), 16) * 16;
+    return begin;
+  }
+
+  char* end;
+  int64_t channels;  // of a slice that is transposed
+  CodeEntry *order, *scratch;
+  uint32_t *table, *totals, *starts, *offsets, *ticket, *tickets;
+  int64_t num_tickets;
+  double* partials;
+  char* rows;
+};
+
+template <typename T>
+void launch_sums(SumsParams p, Mode mode, cudaStream_t stream) {
+  constexpr int kWidth = kWidthOf<T>;
+  const int64_t positions = p.all.outer * p.all.inner;
+  const int64_t levels = p.last_level - p.first_level;
+  const SumsShape shape(positions * levels, p.last_channel - p.first_channel, kWidth);
+  p.lanes = shape.lanes;
+  p.rows_per_team = shape.rows_per_team;
+  p.chunks = shape.chunks;
+  const int64_t outer = p.inner == 1 ? positions : p.all.outer;
+  p.vectorizable = channels_vectorizable(p.rows, outer, p.last_channel - p.first_channel, p.inner,
+                                         p.strides, kWidth);
+  p.sums_vectorizable = reinterpret_cast<uintptr_t>(p.all.sums) % 16 == 0 &&
+                        p.all.channels % kWidth == 0 && p.last_channel % kWidth == 0;
+  const dim3 grid(
+      static_cast<unsigned>(shape.chunks + divide(levels * p.all.num_codes, kCodesPerBlock)),
+      static_cast<unsigned>(shape.slices));
+  const auto run = [&]<Mode kMode>() {
+    launch(kOp, code_sums_kernel<T, kMode>, grid, static_cast<unsigned>(kTeams * shape.lanes),
+           sizeof(SumsShared<kMode>), stream, p);
+  };
+  switch (mode) {
+    case Mode::kPlain:
+      return run.template operator()<Mode::kPlain>();
+    case Mode::kSubtract:
+      return run.template operator()<Mode::kSubtract>();
+    case Mode::kWeighted:
+      return run.template operator()<Mode::kWeighted>();
+    case Mode::kResidual:
+      return run.template operator()<Mode::kResidual>();
   }
 }
 
-// Codes without rows, and codes whose rows are in several chunks: the first piece is the last run
-// of its chunk (slot 1), each later piece is the first run of its chunk (slot 0).
-__global__ void __launch_bounds__(kThreads) code_combine_kernel(CodeStatisticsParams p) {
-  const int64_t columns = p.channels + 1;
-  const int64_t item = thread_index();
-  if (item >= p.num_codes * columns)
-    return;
-  const int64_t code = item / columns;
-  const int64_t column = item % columns;
-  const int64_t begin = p.offsets[code];
-  const int64_t end = p.offsets[code + 1];
-  const int64_t first = begin / kChunk;
-  const int64_t last = (end - 1) / kChunk;
-  if (begin < end && first == last)
-    return;
-  double sum = 0;
-  if (begin < end) {
-    sum = p.partials[(2 * first + 1) * columns + column];
-#pragma unroll 8
-    for (int64_t chunk = first + 1; chunk <= last; ++chunk) {
-      sum += p.partials[2 * chunk * columns + column];
-    }
-  }
-  if (column < p.channels) {
-    p.sums[code * p.channels + column] = static_cast<float>(sum);
-  } else {
-    p.counts[code] = static_cast<float>(sum);
-  }
+template <typename T, typename U>
+void launch_rows(const RowsParams& p, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(divide(p.positions, kTile)),
+                  static_cast<unsigned>(divide(p.last_channel - p.first_channel, kTile)));
+  if (p.positions > 0)
+    launch(kOp, code_rows_kernel<T, U>, grid, kTile * kTileRows, sizeof(float[kTile][kTile + 1]),
+           stream, p);
 }
 
 }  // namespace
 
-void launch_code_keys(const CodeKeysParams& params, cudaStream_t stream) {
-  const unsigned blocks = blocks_for(params.positions);
-  if (blocks == 0)
-    return;
-  const auto kernel =
-      params.num_codes <= kMaxShortCodes ? code_keys_kernel<int16_t> : code_keys_kernel<int32_t>;
-  launch("code_statistics", kernel, blocks, kThreads, 0, stream, params);
+int64_t code_statistics_workspace(const CodeStatisticsParams& params, DType x_type) {
+  return Workspace(params, x_type, nullptr).end - static_cast<char*>(nullptr);
 }
 
 void launch_code_statistics(const CodeStatisticsParams& params,
                             DType x_type,
                             DType code_type,
                             cudaStream_t stream) {
-  constexpr const char* kOp = "code_statistics";
-  if (params.num_codes == 0)
+  const CodeStatisticsParams& p = params;
+  const Workspace w(p, x_type, static_cast<char*>(p.workspace));
+  const int64_t positions = p.outer * p.inner;
+  if (p.levels * p.num_codes == 0)
     return;
-  const auto offsets_kernel = params.num_codes <= kMaxShortCodes ? code_offsets_kernel<int16_t>
-                                                                 : code_offsets_kernel<int32_t>;
-  launch(kOp, offsets_kernel, blocks_for(params.num_codes + 1), kThreads, 0, stream, params);
+  CodeOrderParams order{};
+  order.indices = p.indices;
+  order.order = w.order;
+  order.scratch = w.scratch;
+  order.table = w.table;
+  order.totals = w.totals;
+  order.starts = w.starts;
+  order.offsets = w.offsets;
+  order.ticket = w.ticket;
+  order.zeros = w.tickets;
+  order.num_zeros = w.num_tickets;
+  order.entries = positions * p.levels;
+  order.num_codes = p.num_codes;
+  order.levels = p.levels;
+  launch_code_order(order, stream);
 
-  const int64_t positions = params.outer * params.inner;
-  if (positions > 0) {
-    // If channels are not contiguous, few are processed at a time: adjacent positions share cache
-    // lines, which stay in L2 while all blocks read the same channels.
-    const bool channels_last = params.inner == 1 || params.x_strides.channel == 1;
-    const int64_t warps = (params.channels + kWarpSize - 1) / kWarpSize;
-    const int64_t widest = channels_last ? kThreads / kWarpSize : 1;
-    const int64_t block = kWarpSize * (warps < widest ? warps : widest);
-    const int64_t slices = (params.channels + block - 1) / block;
-    const dim3 grid(static_cast<unsigned>((positions + kChunk - 1) / kChunk),
-                    static_cast<unsigned>(slices < 65535 ? slices : 65535));
-    dispatch(kOp, x_type, code_type, [&]<typename T, typename C>() {
-      launch(kOp, code_chunks_kernel<T, C>, grid, static_cast<unsigned>(block), sizeof(ChunkRows),
-             stream, params);
-    });
-  }
-  launch(kOp, code_combine_kernel, blocks_for(params.num_codes * (params.channels + 1)), kThreads,
-         0, stream, params);
+  RowsParams rows{};
+  rows.x = p.x;
+  rows.rows = w.rows;
+  rows.codebooks = static_cast<const float*>(p.codebooks);
+  rows.indices = p.indices;
+  rows.positions = positions;
+  rows.inner = p.inner;
+  rows.last_channel = p.channels;
+  rows.num_codes = p.num_codes;
+  rows.levels = p.levels;
+  rows.x_strides = p.x_strides;
+  rows.codebook_stride = p.codebook_stride;
+  rows.code_stride = p.code_stride;
+  rows.code_channel_stride = p.code_channel_stride;
+  rows.channels_last = channels_last_of(p);
+
+  SumsParams sums{};
+  sums.all = p;
+  sums.rows = p.x;
+  sums.strides = p.x_strides;
+  sums.inner = p.inner;
+  sums.last_channel = p.channels;
+  sums.order = w.order;
+  sums.offsets = w.offsets;
+  sums.partials = w.partials;
+  sums.tickets = w.tickets;
+  sums.last_level = p.levels;
+  sums.codes_float32 = code_type == DType::kFloat32;
+  sums.sums_float32 = p.grad == nullptr || code_type == DType::kFloat32;
+  const auto read_rows = [&](int64_t channels) {
+    sums.rows = w.rows;
+    sums.strides = {channels, 1, 0};
+    sums.inner = 1;
+  };
+
+  dispatch(kOp, x_type, [&]<typename T>() {
+    if (!p.residual) {
+      const Mode mode = p.weights != nullptr ? Mode::kWeighted
+                        : p.subtract_own     ? Mode::kSubtract
+                                             : Mode::kPlain;
+      if (rows.channels_last)
+        return launch_sums<T>(sums, mode, stream);
+      for (int64_t first = 0; first < p.channels; first += w.channels) {
+        rows.first_channel = sums.first_channel = first;
+        rows.last_channel = sums.last_channel =
+            first + w.channels < p.channels ? first + w.channels : p.channels;
+        launch_rows<T, T>(rows, stream);
+        read_rows(rows.last_channel - first);
+        launch_sums<T>(sums, mode, stream);
+      }
+      return;
+    }
+    bool stored = false;  // whether the residuals are in w.rows
+    for (int64_t first = 0; first < p.levels; first += kLevelsPerGroup) {
+      if (first > 0 || !rows.channels_last) {
+        rows.first_level = first > 0 ? first - kLevelsPerGroup : 0;
+        rows.last_level = first;
+        if (stored) {
+          launch_rows<float, float>(rows, stream);
+        } else {
+          launch_rows<T, float>(rows, stream);
+        }
+        stored = true;
+        read_rows(p.channels);
+        rows.x = w.rows;
+        rows.inner = 1;
+        rows.x_strides = sums.strides;
+        rows.channels_last = true;
+      }
+      sums.first_level = first;
+      sums.last_level = first + kLevelsPerGroup < p.levels ? first + kLevelsPerGroup : p.levels;
+      if (stored) {
+        launch_sums<float>(sums, Mode::kResidual, stream);
+      } else {
+        launch_sums<T>(sums, Mode::kResidual, stream);
+      }
+    }
+  });
 }
 
 }  // namespace genperf

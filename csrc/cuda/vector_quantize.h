@@ -5,9 +5,8 @@
 
 namespace genperf {
 
-// The largest grid, on every device, so that sums over it are the same everywhere. Each block gives
-// one partial sum.
-constexpr int kVectorQuantizeBlocks = 4096;
+// Pairs of doubles that the blocks of a launch write.
+constexpr int kVectorQuantizePartials = 4096;
 
 // T is the dtype of x and C that of the codebook. An index outside 0 ... K-1 marks a masked
 // position.
@@ -16,8 +15,9 @@ struct VectorQuantizeParams {
   const void* codebook;    // [K, D], C
   const int64_t* indices;  // [outer, inner], contiguous
   void* quantized;         // [outer, D, inner], T
-  double* partials;        // [kVectorQuantizeBlocks, 2]: squared error and valid positions
-  float* mse;              // []
+  double* partials;        // [kVectorQuantizePartials, 2]: squared error and valid positions
+  unsigned* ticket;        // [], zero before and after
+  float* loss;             // [], the mean squared error times the weight
   int64_t* valid;          // []
   int64_t outer;
   int64_t channels;
@@ -27,6 +27,7 @@ struct VectorQuantizeParams {
   Strides quantized_strides;
   int64_t code_stride;
   int64_t code_channel_stride;
+  float weight;
 };
 
 struct VectorQuantizeBackwardParams {

@@ -6,7 +6,10 @@
 namespace genperf {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> vector_quantize(Tensor x, Tensor codebook, Tensor indices) {
+std::tuple<Tensor, Tensor, Tensor> vector_quantize(Tensor x,
+                                                   Tensor codebook,
+                                                   Tensor indices,
+                                                   double weight) {
   constexpr const char* kOp = "vector_quantize";
   check_x(kOp, x);
   check_codes(kOp, "codebook", codebook, x);
@@ -14,10 +17,11 @@ std::tuple<Tensor, Tensor, Tensor> vector_quantize(Tensor x, Tensor codebook, Te
   const Launch launch(x);
   indices = torch::stable::contiguous(indices);
   Tensor quantized = torch::stable::empty_like(x);
-  Tensor mse = torch::stable::new_empty(x, {}, ScalarType::Float);
+  Tensor loss = torch::stable::new_empty(x, {}, ScalarType::Float);
   Tensor valid = torch::stable::new_empty(x, {}, ScalarType::Long);
   const Tensor partials =
-      torch::stable::new_empty(x, {kVectorQuantizeBlocks, 2}, ScalarType::Double);
+      torch::stable::new_empty(x, {kVectorQuantizePartials, 2}, ScalarType::Double);
+  const Tensor ticket = ticket_of(x, launch);
 
   VectorQuantizeParams params{};
   params.x = x.const_data_ptr();
@@ -25,7 +29,8 @@ std::tuple<Tensor, Tensor, Tensor> vector_quantize(Tensor x, Tensor codebook, Te
   params.indices = data_of<int64_t>(indices);
   params.quantized = quantized.mutable_data_ptr();
   params.partials = mutable_data_of<double>(partials);
-  params.mse = mutable_data_of<float>(mse);
+  params.ticket = mutable_data_of<unsigned>(ticket);
+  params.loss = mutable_data_of<float>(loss);
   params.valid = mutable_data_of<int64_t>(valid);
   params.outer = x.size(0);
   params.channels = x.size(1);
@@ -35,8 +40,9 @@ std::tuple<Tensor, Tensor, Tensor> vector_quantize(Tensor x, Tensor codebook, Te
   params.quantized_strides = strides_of(quantized);
   params.code_stride = codebook.stride(0);
   params.code_channel_stride = codebook.stride(1);
+  params.weight = static_cast<float>(weight);
   launch_vector_quantize(params, dtype_of(kOp, x), dtype_of(kOp, codebook), launch.stream());
-  return {quantized, mse, valid};
+  return {quantized, loss, valid};
 }
 
 Tensor vector_quantize_backward(std::optional<Tensor> grad_quantized,
