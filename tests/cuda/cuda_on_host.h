@@ -174,6 +174,11 @@ T __ldg(const T* address) {
   return *address;
 }
 
+template <typename T>
+T __ldcg(const T* address) {
+  return *address;
+}
+
 inline void __threadfence() {
   cuda_on_host::machine.current->fenced = true;
 }
@@ -230,6 +235,12 @@ inline unsigned atomicInc(unsigned* address, unsigned last) {
   return std::exchange(*address, *address >= last ? 0 : *address + 1);
 }
 
+namespace cuda_on_host {
+
+inline int launches = 0;  // of this process
+
+}  // namespace cuda_on_host
+
 namespace genperf {
 
 template <typename... Params, typename... Args>
@@ -240,6 +251,7 @@ void launch(const char* op,
             size_t shared_bytes,
             cudaStream_t,
             const Args&... args) {
+  ++cuda_on_host::launches;
   cuda_on_host::run(op, grid, block, shared_bytes, [&] { kernel(args...); });
 }
 

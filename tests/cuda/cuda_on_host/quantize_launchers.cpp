@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launchers of vector_quantize and code_statistics under C names, for ctypes, and a kernel that
-// tests the emulation's conversions.
+// The launchers of vector_quantize, residual_vector_quantize and code_statistics under C names, for
+// ctypes, and a kernel that tests the emulation's conversions.
+#include "code_order.h"
 #include "code_statistics.h"
+#include "residual_vector_quantize.h"
 #include "vector_quantize.h"
 
 using genperf::DType;
@@ -32,12 +34,28 @@ void vector_quantize_backward(const genperf::VectorQuantizeBackwardParams* param
   genperf::launch_vector_quantize_backward(*params, DType(x_type), DType(code_type), nullptr);
 }
 
-void code_keys(const genperf::CodeKeysParams* params) {
-  genperf::launch_code_keys(*params, nullptr);
+int64_t code_statistics_workspace(const genperf::CodeStatisticsParams* params, int x_type) {
+  return genperf::code_statistics_workspace(*params, DType(x_type));
 }
 
 void code_statistics(const genperf::CodeStatisticsParams* params, int x_type, int code_type) {
   genperf::launch_code_statistics(*params, DType(x_type), DType(code_type), nullptr);
+}
+
+void residual_step(const genperf::ResidualStepParams* params, int source_type, int x_type) {
+  genperf::launch_residual_step(*params, DType(source_type), DType(x_type), nullptr);
+}
+
+int64_t residual_backward_scratch(const genperf::ResidualBackwardParams* params, int x_type) {
+  return genperf::residual_backward_scratch(*params, DType(x_type));
+}
+
+void residual_backward(const genperf::ResidualBackwardParams* params, int x_type) {
+  genperf::launch_residual_backward(*params, DType(x_type), nullptr);
+}
+
+int launches() {
+  return cuda_on_host::launches;
 }
 
 void round_trip(const float* x, __nv_bfloat16* bfloat16, __half* half, float* wide, int n) {
