@@ -9,8 +9,11 @@ from torch import Tensor
 
 from . import _polar
 from ._blocks import congruence, gram, is_lower, lower_times, times_lower
+from ._device_rates import has_fast_double
+from ._precision import full_float32
+from ._products import symmetric_product
 from ._symmetric_eigenvalues import symmetric_eigenvalues
-from .covariance_factor import FLOAT32_SHIFT, INDEFINITE, factor_without_sync, nearest_factor
+from .covariance_factor import INDEFINITE, SyncFreeFactor, factor_without_sync, nearest_factor
 
 Gradients = list[Tensor | None]
 
@@ -158,9 +161,14 @@ def polar_route(sides: tuple[Side, Side], needed: tuple[bool, bool], precision: 
     scales = [_scale_of(side.tensor) for side in sides]
     scaled = [Side(side.tensor / scale, side.is_factor) for side, scale in zip(sides, scales, strict=True)]
     narrow = [_narrow(side, 2) for side in scaled]  # below an aspect of 2 Cholesky costs more than it saves
-    factored = [None if side.is_factor else factor_without_sync(side.tensor) for side in narrow]
-    factors = [side.tensor if found is None else found[0] for side, found in zip(narrow, factored, strict=True)]
-    cross = factors[0].T @ factors[1]  # [r1, r2]
+    mixed = precision == "mixed"
+    factored = _factor_both(narrow, needed, exact=not mixed)
+    factors = [side.tensor if found is None else found.factor for side, found in zip(narrow, factored, strict=True)]
+    if mixed and not has_fast_double(factors[0].device):
+        with full_float32():
+            cross = (factors[0].float().T @ factors[1].float()).to(factors[0].dtype)
+    else:
+        cross = factors[0].T @ factors[1]  # [r1, r2]
     u = _polar.polar(cross, precision=precision, accurate=any(needed)).to(cross.dtype)
     trace = (u * cross).sum()
     error = torch.zeros_like(trace)
@@ -176,27 +184,35 @@ def polar_route(sides: tuple[Side, Side], needed: tuple[bool, bool], precision: 
             gradient = factors[1 - index] @ (u.T if index == 0 else u)
             found = factored[index]
             if found is not None:
-                gradient = _of_covariance(gradient / 2, narrow[index].tensor, *found)
+                gradient = _of_covariance(gradient / 2, narrow[index].tensor, found)
             if scaled[index].is_factor and not narrow[index].is_factor:
                 gradient = 2 * gradient @ scaled[index].tensor
             gradients[index] = gradient * (unit / scales[index])
     return trace * unit, error * unit, gradients
 
 
-def _of_covariance(of_factor: Tensor, cov: Tensor, factor: Tensor, regular: Tensor) -> Tensor:
+def _factor_both(sides: list[Side], needed: tuple[bool, bool], exact: bool) -> list[SyncFreeFactor | None]:
+    """Factors of the sides that are covariances, in one batch. Without `exact`, a covariance that needs no gradient may be shifted."""
+    places = [index for index, side in enumerate(sides) if not side.is_factor]
+    factored: list[SyncFreeFactor | None] = [None, None]
+    if places:
+        gradient = any(needed[index] for index in places)
+        covs = torch.stack([sides[index].tensor for index in places])
+        found = factor_without_sync(covs, regular=exact or gradient, shifted=gradient)
+        for row, index in enumerate(places):
+            factored[index] = SyncFreeFactor(*(t.select(0, row) if t.numel() else t for t in found))
+    return factored
+
+
+def _of_covariance(of_factor: Tensor, cov: Tensor, found: SyncFreeFactor) -> Tensor:
     """The gradient in the covariance: the symmetric G with G factor = of_factor.
 
     If the covariance is singular, the block of G on its null space is zero.
     """
-    inverse = torch.linalg.solve_triangular(factor, of_factor, upper=False, left=False)
-    # Larger shifts than for the value, since the rounding error of null vectors is divided by the shift.
-    identity = torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
-    lower, size = identity, cov.diagonal().max().clamp_min(torch.finfo(cov.dtype).eps)
-    for shift in (FLOAT32_SHIFT * len(cov) ** 0.5, 1e-10):
-        shifted, info = torch.linalg.cholesky_ex(cov + shift * size * identity)
-        lower = torch.where(info == 0, shifted, lower)
-    projector = torch.cholesky_solve(cov, lower)  # onto the range
-    on_range = torch.cholesky_solve(factor @ of_factor.T, lower).T @ projector  # G projector
-    twice = projector.T @ on_range
-    completed = on_range + on_range.T - (twice + twice.T) / 2
-    return torch.where(regular, (inverse + inverse.T) / 2, completed)
+    inverse = torch.linalg.solve_triangular(found.factor, of_factor, upper=False, left=False)
+    both = torch.cat([cov, found.factor @ of_factor.T], 1)
+    projector, on_range = torch.cholesky_solve(both, found.shifted).chunk(2, 1)  # onto the range; factor of_factor' = cov G
+    on_range = on_range.T @ projector  # G projector
+    twice = symmetric_product(projector.T, on_range.T)
+    completed = on_range + on_range.T - twice
+    return torch.where(found.regular, (inverse + inverse.T) / 2, completed)

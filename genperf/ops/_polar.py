@@ -3,20 +3,26 @@
 No step synchronizes with the host, so everything can be captured in a CUDA graph. The singular values are scaled into (0, 1] and driven to
 1 by odd polynomials of degree five, each optimal for the interval that the previous one leaves (Amsel et al., "The Polar Express", 2025),
 followed by two Newton-Schulz steps. Singular values below the first interval end below 1, and zeros stay zero.
+
+The number of steps is fixed, for singular values that the dtype can resolve: one that depends on the condition would have to be read back.
 """
 
 import math
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from ._device_rates import has_fast_half
 from ._precision import full_float32
+from ._products import SPLIT_FROM, addmm, split_addmm, split_gram, split_step, symmetric_product
 
 # Each polynomial is shrunk by this factor, so that rounding does not move a value out of the next interval.
 CUSHION = 1.01
 
 NEWTON_SCHULZ = (15 / 8, -10 / 8, 3 / 8)
+
+# Steps before this one are never in half precision, since their rounding would rotate the vectors of small singular values.
+HALF_FROM = 6
 
 
 def _schedule(lower: float) -> tuple[tuple[float, float, float], ...]:
@@ -59,33 +65,50 @@ def polar(w: Tensor, *, precision: str, accurate: bool) -> Tensor:
     """The polar factor of w [..., m, n]: U V' of its singular vectors, the nearest matrix with orthonormal rows or columns.
 
     Args:
-        precision: "float64", or "mixed": float32, and unless `accurate` some steps with half-precision operands. The first six steps are
-            not among them, since their rounding would rotate the vectors of small singular values, nor the last two, which make the factor
-            orthogonal.
+        precision: "float64", or "mixed": float32, from half-precision products where these are faster, and unless `accurate` with steps
+            in half precision: all from `HALF_FROM` on but the last, which makes the factor orthogonal.
         accurate: keep every step in float32. Needed for quantities linear in the factor, such as gradients; the error of <polar(w), w> is
             quadratic in that of the factor.
     """
     tall = w.shape[-2] > w.shape[-1]
     x = w.mT if tall else w
     working = torch.float32 if precision == "mixed" or w.dtype != torch.float64 else torch.float64
-    x = x.to(working)
-    gram = x @ x.mT
-    square = gram @ gram
-    # The Schatten 8-norm is a close upper bound of the largest singular value.
-    norm = square.square().sum((-2, -1), keepdim=True).pow(1 / 8).clamp_min(torch.finfo(working).tiny)
-    x = x / norm
-    steps = STEPS[working]
-    with full_float32() if working == torch.float32 else nullcontext():
-        for step, coefficients in enumerate(steps):
-            half = precision == "mixed" and not accurate and 6 <= step < len(steps) - 2
-            x = _half_step(x, coefficients) if half else _step(x, coefficients)
+    x = _unit_norm(_unit_norm(x, torch.inf).to(working), 2)
+    with full_float32():
+        x = _iterate(x, precision == "mixed", accurate)
     return x.mT if tall else x
+
+
+def _unit_norm(x: Tensor, order: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, ord=order, dim=(-2, -1), keepdim=True)
+    return x / torch.where(norm == 0, 1, norm)
+
+
+def _iterate(x: Tensor, mixed: bool, accurate: bool) -> Tensor:
+    """The polar factor of x [..., n, m], n <= m, of Frobenius norm 1."""
+    split = mixed and x.shape[-2] >= SPLIT_FROM and has_fast_half(x.device)
+    steps = STEPS[x.dtype]
+    gram = split_gram(x) if split else symmetric_product(x, x)
+    square = split_gram(gram) if split else symmetric_product(gram, gram)
+    # The Schatten 8-norm is a close upper bound of the largest singular value. The first step reuses its products.
+    squared = torch.linalg.matrix_norm(square, keepdim=True).sqrt()
+    squared = torch.where(squared == 0, 1, squared)
+    a, b, c = steps[0]
+    x = x / squared.sqrt()
+    factor = gram * (b / squared) + square * (c / squared.square())
+    x = split_addmm(x, factor, a) if split else addmm(x, factor, x, a, 1)
+    for index, coefficients in enumerate(steps[1:], 1):
+        if mixed and not accurate and HALF_FROM <= index < len(steps) - 1:
+            x = _half_step(x, coefficients)
+        else:
+            x = split_step(x, coefficients) if split else _step(x, coefficients)
+    return x
 
 
 def _step(x: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
     a, b, c = coefficients
-    gram = x @ x.mT
-    return _addmm(x, _addmm(gram, gram, gram, b, c), x, a, 1)
+    gram = symmetric_product(x, x)
+    return addmm(x, symmetric_product(gram, gram, gram, beta=b, alpha=c), x, a, 1)
 
 
 def _half_step(x: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
@@ -93,16 +116,7 @@ def _half_step(x: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
     a, b, c = coefficients
     half = x.half()
     gram = half @ half.mT
-    return torch.add((_addmm(gram, gram, gram, b, c) @ half).to(x.dtype), x, alpha=a)
-
-
-def _addmm(base: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> Tensor:
-    """beta * base + alpha * left @ right, fused."""
-    if base.dim() == 2:
-        return torch.addmm(base, left, right, beta=beta, alpha=alpha)
-    shape = base.shape
-    base, left, right = (t.flatten(0, -3) for t in (base, left, right))
-    return torch.baddbmm(base, left, right, beta=beta, alpha=alpha).reshape(shape)
+    return torch.add((addmm(gram, gram, gram, b, c) @ half).to(x.dtype), x, alpha=a)
 
 
 def lyapunov(root: Tensor, right: Tensor) -> Tensor:
@@ -117,10 +131,11 @@ def lyapunov(root: Tensor, right: Tensor) -> Tensor:
     # The shift gives null vectors the sign 1 as well; with sign 0 the entries of X between them and other vectors would be halved.
     identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
     s, x = root / norm + SIGN_LOWER[root.dtype] * identity, right / norm
+    # All operands in the same order: with transposes in their place, though equal up to rounding, errors in the null space grow.
     for a, b, c in SIGN_STEPS[root.dtype]:
         square = s @ s
         corner = s @ x - x @ s
         outer = b * corner + c * (square @ corner + corner @ square)
-        factor = _addmm(square, square, square, b, c)
-        s, x = _addmm(s, s, factor, a, 1), _addmm(s @ outer, x, factor, 1, 1) + a * x
+        factor = addmm(square, square, square, b, c)
+        s, x = addmm(s, s, factor, a, 1), addmm(s @ outer, x, factor, 1, 1) + a * x
     return x / 2

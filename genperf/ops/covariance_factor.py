@@ -1,6 +1,7 @@
 """A factor of a covariance matrix."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,31 +82,68 @@ def working_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def factor_without_sync(cov: Tensor) -> tuple[Tensor, Tensor]:
-    """F with cov = F F' for cov [..., d, d], and whether cov is regular, in which case F is its Cholesky factor; without a host sync.
+class SyncFreeFactor(NamedTuple):
+    factor: Tensor  # F [..., d, d] with cov = F F'
+    regular: Tensor  # [..., 1, 1], whether F is the Cholesky factor of a regular cov
+    shifted: Tensor  # [..., d, d], Cholesky factor of cov plus a multiple of the identity, for projections onto the range of cov
+
+
+def factor_without_sync(cov: Tensor, *, regular: bool = True, shifted: bool = False) -> SyncFreeFactor:
+    """Factor cov [..., d, d] without a host sync: a batch of Cholesky factorizations with different shifts, then one triangular solve.
 
     For a singular cov, F = cov L'^-1 with L L' = cov + shift diagonal(cov). In its null space F holds rounding errors divided by the root
     of the shift, so the smallest shift that works is used; the larger ones are needed for matrices rounded to bfloat16 or float32. For a
     cov further from positive semi-definite F F' is its diagonal, since cov may be a zero covariance after rounding.
+
+    Args:
+        regular: whether a regular cov gets its Cholesky factor. If not, a regular cov, too, is shifted by 1e-12.
+        shifted: whether the result of this name is computed; it is empty otherwise.
     """
     diagonal = cov.diagonal(dim1=-2, dim2=-1)
     size = cov.shape[-1]
     epsilon = size * torch.finfo(cov.dtype).eps
-    scale = torch.where(diagonal > 0, diagonal, 1).sqrt()[..., None]
+    scale = torch.where(diagonal > 0, diagonal, 1).sqrt().unsqueeze(-1)
     correlation = cov / scale / scale.mT
     ones = correlation.diagonal(dim1=-2, dim2=-1)  # zeros for constant features
-    factor = torch.diag_embed(ones.clamp_min(0).sqrt())
-    identity = torch.eye(size, dtype=cov.dtype, device=cov.device)
-    for shift in (1e-2, FLOAT32_SHIFT * size**0.5, max(1e-12, 2 * epsilon)):
-        shifted, info = torch.linalg.cholesky_ex(correlation + shift * identity)
-        candidate = torch.linalg.solve_triangular(shifted, correlation, upper=False).mT
-        # An eigenvalue just above -shift would make the factor far too large.
-        usable = (info == 0) & (candidate.square().sum((-2, -1)) <= ones.sum(-1) * (1 + shift))
-        factor = torch.where(usable[..., None, None], candidate, factor)
-    plain, info = torch.linalg.cholesky_ex(cov)
-    regular = (info == 0) & (plain.diagonal(dim1=-2, dim2=-1).square() > diagonal * epsilon).all(-1)
-    regular = regular[..., None, None]
-    return torch.where(regular, plain, scale * factor), regular
+    largest = diagonal.amax(-1, keepdim=True).clamp_min(torch.finfo(cov.dtype).eps)
+    shifts = [max(1e-12, 2 * epsilon), FLOAT32_SHIFT * size**0.5, 1e-2]
+    # Larger than for the factor, since the rounding error of null vectors is divided by the shift.
+    range_shifts = [1e-10, FLOAT32_SHIFT * size**0.5] if shifted else []
+    inputs = [(correlation, 1, shift) for shift in ([*shifts, 0.0] if regular else shifts)]
+    inputs += [(cov, largest, shift) for shift in range_shifts]
+    matrices = cov.new_empty(len(inputs), *cov.shape)
+    for matrix, (source, unit, shift) in zip(matrices, inputs, strict=True):
+        matrix.copy_(source).diagonal(dim1=-2, dim2=-1).add_(unit, alpha=shift)
+    lowers, info = torch.linalg.cholesky_ex(matrices)
+    worked = (info == 0).unbind()
+    pivots = lowers.diagonal(dim1=-2, dim2=-1).square().unbind()
+    lowers = lowers.unbind()
+
+    # The pivots of a positive semi-definite matrix are at least the shift. Smaller ones show an eigenvalue just above -shift, which would
+    # make the factor far too large.
+    usable = [ok & (pivot >= shift / 4).all(-1) for ok, pivot, shift in zip(worked, pivots, shifts, strict=False)]
+    lower, limit = lowers[2], ones.sum(-1) * (1 + 8 * shifts[2])
+    for index in (1, 0):
+        lower = torch.where(_as_matrix(usable[index]), lowers[index], lower)
+        limit = torch.where(usable[index], ones.sum(-1) * (1 + 8 * shifts[index]), limit)
+    candidate = torch.linalg.solve_triangular(lower, correlation, upper=False).mT
+    fits = (usable[0] | usable[1] | usable[2]) & (candidate.square().sum((-2, -1)) <= limit)
+    factor = torch.where(_as_matrix(fits), candidate, torch.diag_embed(ones.clamp_min(0).sqrt()))
+
+    is_regular = torch.zeros_like(fits)
+    if regular:
+        is_regular = worked[3] & (pivots[3] > ones * epsilon).all(-1)
+        factor = torch.where(_as_matrix(is_regular), lowers[3], factor)
+    found = cov.new_empty(0)
+    if shifted:
+        found = torch.eye(size, dtype=cov.dtype, device=cov.device)
+        for index in (-1, -2):
+            found = torch.where(_as_matrix(worked[index]), lowers[index], found)
+    return SyncFreeFactor(scale * factor, _as_matrix(is_regular), found)
+
+
+def _as_matrix(t: Tensor) -> Tensor:
+    return t.unsqueeze(-1).unsqueeze(-1)
 
 
 def _pivoted_cholesky(a: Tensor) -> tuple[Tensor, float]:

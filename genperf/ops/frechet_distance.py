@@ -77,7 +77,7 @@ def frechet_distance(
     _check_mean(op, 1, mean1, sides[0])
     _check_mean(op, 2, mean2, sides[1])
     check_precision(op, precision)
-    chosen = choose_impl(op, impl, unavailable(mean1.device), mean1, mean2, cov1, cov2, factor1, factor2)
+    chosen = choose_impl(op, impl, unavailable(mean1.device, precision=precision), mean1, mean2, cov1, cov2, factor1, factor2)
     dtype = result_dtype(mean1, mean2, *(side.tensor for side in sides))
     working = working_dtype(mean1.device)
     # All terms in the working dtype: they nearly cancel if the distance is small.

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import _polar
 from ._autograd import Function, ValueOf, apply, differentiate, need_graph, saved_tensors
 from ._dispatch import choose_impl
+from ._products import symmetric_product
 from .covariance_factor import check_covariance, factor_without_sync, working_dtype
 from .trace_sqrt_product import result_dtype, unavailable
 
@@ -25,8 +26,9 @@ def matrix_sqrt(a: Tensor, *, impl: str | None = None) -> Tensor:
     Args:
         a: [..., d, d], float32, float64, bfloat16 or float16, assumed symmetric. Negative eigenvalues, which come from rounding, count as
             zero.
-        impl: None chooses. "eigen": symmetric eigenvalues, fastest on a CPU. "polar": matrix products only, without device
-            synchronization, fastest on a GPU; it underestimates roots below 1e-7 of the largest. "reference": the lines above.
+        impl: None chooses. "eigen": symmetric eigenvalues, fastest on a CPU and on a GPU with slow float64. "polar": matrix products and
+            Cholesky factorizations, without device synchronization, for other GPUs; it underestimates roots below 1e-7 of the largest.
+            "reference": the lines above.
 
     Returns:
         root [..., d, d], float64 if `a` is float64, else float32; computed in float64 (float32 on devices without float64). NaN and
@@ -90,8 +92,8 @@ def _forward(a: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     # With a = F F' and the polar decomposition F = H U, the root is H.
     largest = a.abs().amax((-2, -1), keepdim=True)
     largest = torch.where(largest == 0, 1, largest)
-    factor, _ = factor_without_sync((a / largest + a.mT / largest) / 2)
-    root = factor @ _polar.polar(factor, precision="float64", accurate=True).mT
+    factor = factor_without_sync((a / largest + a.mT / largest) / 2).factor
+    root = symmetric_product(factor, _polar.polar(factor, precision="float64", accurate=True))
     return (root + root.mT) * (largest.sqrt() / 2), a.new_empty(0), a.new_empty(0)
 
 

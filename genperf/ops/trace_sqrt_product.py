@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import Function, ValueOf, apply, differentiate, need_graph, requires_grad, saved_tensors
+from ._device_rates import has_fast_double, is_capturing
 from ._dispatch import choose_impl
 from ._nuclear import Side, eigen_route, polar_route
 from ._validate import check_float, check_tensor
@@ -64,12 +65,14 @@ def trace_sqrt_product(
             dimensions. For a matrix that is far from positive semi-definite, "eigen" uses the positive part and warns; "polar", which
             cannot synchronize to check, uses the diagonal.
         factor1, factor2: any number of columns.
-        precision: of the polar iterations: "float64", or "mixed" (mostly float32). "mixed" has a relative error of about 1e-6 for network
-            features, and 1e-4 where singular values decay to 1e-8 of the largest.
+        precision: of the polar iterations: "float64", or "mixed" (float32, on tensor cores from half-precision parts, with some
+            half-precision steps). "mixed" has a relative error of about 1e-6 for network features, and 1e-4 where singular values decay to
+            1e-8 of the largest; its gradient in a covariance, about 1e-6 times the root of the condition number.
         return_error: also return a bound of the absolute error of polar iterations that have not converged, computed from their residual.
             It excludes rounding, and is 0 for the other implementations.
         impl: None chooses. "eigen": symmetric eigenvalues, fastest on a CPU; synchronizes with the device. "polar": matrix products and
-            triangular solves without synchronization, fastest on a GPU. "reference": the lines above.
+            triangular solves without synchronization, for GPUs. "reference": the lines above. None means "polar" on a GPU, but "eigen" for
+            float64 on a GPU with slow float64 (RTX cards and others), unless a CUDA graph is being captured.
 
     Returns:
         trace [...], float64 if any input is float64, else float32; with return_error, (trace, error). Computed in float64 (float32 on
@@ -85,7 +88,7 @@ def trace_sqrt_product(
     sides = (check_side(op, 1, cov1, factor1), check_side(op, 2, cov2, factor2))
     check_sides(op, sides)
     check_precision(op, precision)
-    chosen = choose_impl(op, impl, unavailable(sides[0].tensor.device), cov1, cov2, factor1, factor2)
+    chosen = choose_impl(op, impl, unavailable(sides[0].tensor.device, precision=precision), cov1, cov2, factor1, factor2)
     trace, error = trace_of_sides(sides, precision, return_error, chosen)
     return (trace, error) if return_error else trace
 
@@ -117,10 +120,14 @@ def check_precision(op: str, precision: str) -> None:
         raise ValueError(f"{op}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
 
 
-def unavailable(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:
-    """Why each implementation cannot run on this device, or None; best first. All of them support every dtype."""
-    names = ("polar", "eigen") if device.type == "cuda" else ("eigen", "polar")
-    return dict.fromkeys((*names, "reference"))
+def unavailable(device: torch.device, dtype: torch.dtype | None = None, precision: str = "float64") -> dict[str, str | None]:
+    """Why each implementation cannot run on this device, or None; best first. All of them support every dtype.
+
+    Where float64 is slow, the many float64 products of "polar" take longer than the few of "eigen", unless "eigen" would break the capture
+    of a CUDA graph.
+    """
+    polar = device.type == "cuda" and (precision == "mixed" or has_fast_double(device) or is_capturing(device))
+    return dict.fromkeys(("polar", "eigen", "reference") if polar else ("eigen", "polar", "reference"))
 
 
 def result_dtype(*tensors: Tensor) -> torch.dtype:
