@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from torch import Tensor
+
+from .nn._pending import Pending
 from .nn._recompute import StepMemory
 
 # Attributes of genperf.nn.VectorQuantizer and ResidualVectorQuantizer.
@@ -28,6 +31,10 @@ _HELD_BY_CODEBOOK = {
 }
 
 
+def _pending(counts_and_sums: tuple[Tensor, Tensor] | None) -> Pending | None:
+    return None if counts_and_sums is None else Pending(*counts_and_sums)
+
+
 def quantizer_state(state: dict[str, Any]) -> dict[str, Any]:
     """State of a `VectorQuantizer` or `ResidualVectorQuantizer` of genperf.nn."""
     if "_awaits_data" not in state:
@@ -37,7 +44,7 @@ def quantizer_state(state: dict[str, Any]) -> dict[str, Any]:
     state["usage_decay"] = usage_decay if state["decay"] is None else state["decay"]
     # A layer pickled between a step and its update replaces no dead codes in that update.
     del state["_vectors"]
-    state["_last_step"] = None
+    state["pending"] = _pending(state.pop("_pending"))
     buffers, parameters = dict(state["_buffers"]), state["_parameters"]
     if bool(buffers.pop("_no_codes", False)):  # which zeros stand for now
         codebook = buffers["codebook"] if "codebook" in buffers else parameters["codebook"].detach()
@@ -59,7 +66,7 @@ def codebook_state(state: dict[str, Any]) -> dict[str, Any]:
         "kmeans_iters": state["init_iterations"],
         "threshold_ema_dead_code": state["revive_below"],
         "needs_init": state["_awaits_data"],
-        "_last_step": None,
+        "pending": _pending(state["_pending"]),
         "_written": None,
     }
 

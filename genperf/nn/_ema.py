@@ -105,11 +105,6 @@ def set_codes_(
         sums.copy_(codebook.detach() * counts.unsqueeze(-1))
 
 
-def add_statistics(pending: tuple[Tensor, Tensor] | None, counts: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Add the counts and sums of a training step to those since the last update."""
-    return (counts, sums) if pending is None else (pending[0] + counts, pending[1] + sums)
-
-
 def draw_replacements(
     valid: Tensor,  # [codebooks, N]
     vectors_at: Callable[[Tensor], Tensor],  # [codebooks, K] -> [codebooks, K, D]

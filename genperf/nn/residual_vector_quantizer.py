@@ -29,7 +29,6 @@ from ._codebook_init import codes_from_data, uniform_codes
 from ._ema import (
     CodebookUpdate,
     CodeWeights,
-    add_statistics,
     apply_updates,
     check_code_weights,
     check_codebook_options,
@@ -39,6 +38,7 @@ from ._ema import (
     saved_copy,
     set_codes_,
 )
+from ._pending import Pending, add_step, load_pending, moved, pop_pending, save_pending
 from ._recompute import Step, StepMemory
 from ._sharded import check_gathered, is_dtensor, whole, writable_codes
 from ._vectors import check_decoded, mask_from_lengths
@@ -79,6 +79,7 @@ class ResidualVectorQuantizer(nn.Module):
             replacement.
         num_updates: int64, the number of updates; a buffer that exists with dead-code replacement.
         num_steps: int64, the number of training steps; a buffer that exists with quantizer_dropout.
+        pending: as `VectorQuantizer`.
         project_in, project_out: the linear layers, or None.
 
     Raises:
@@ -203,8 +204,7 @@ class ResidualVectorQuantizer(nn.Module):
         # The codebook and its version when the layer last wrote it: another one was set from outside.
         self._written: tuple[int, int] | None = None
         self._steps = StepMemory()
-        self._pending: tuple[Tensor, Tensor] | None = None
-        self._last_step: tuple[Tensor, Tensor] | None = None
+        self.pending: Pending | None = None
 
         projects = groups * code_dim != dim
         self.project_in = nn.Linear(dim, groups * code_dim) if projects else None
@@ -349,15 +349,14 @@ class ResidualVectorQuantizer(nn.Module):
 
     def take_update(self) -> CodebookUpdate:
         """The update from the statistics gathered since the last one. Clears them."""
-        counts, sums = self._pending or (None, None)
+        counts, sums, vectors, indices = self.pending or (None,) * 4  # vectors [groups, outer, D, inner], indices [groups, outer, inner, Q]
         codebook, store = writable_codes(self, "codebook")
         valid = vectors_at = None
-        if self._last_step is not None:
-            vectors, indices = self._last_step  # [groups, outer, D, inner], [groups, outer, inner, Q]
+        if vectors is not None and indices is not None:
             # A quantizer's own residuals; for a shared codebook, the positions of the first quantizer.
             own = indices[..., 0] if self.shared_codebook else indices.movedim(-1, 1).flatten(0, 1)
             valid, vectors_at = (own >= 0).flatten(1), partial(self._residuals_at, codebook, vectors, indices)
-        self._pending = self._last_step = None
+        self.pending = None
         return CodebookUpdate(
             codebook=codebook,
             counts=self.counts,
@@ -448,10 +447,9 @@ class ResidualVectorQuantizer(nn.Module):
     def _gather(self, counts: Tensor, sums: Tensor, vectors: Tensor, indices: Tensor, *, waits: bool) -> None:
         """Keep the statistics [groups, Q, ...] of a training step for the next update."""
         counts, sums = (counts.sum(1), sums.sum(1)) if self.shared_codebook else (counts.flatten(0, 1), sums.flatten(0, 1))
-        self._pending = add_statistics(self._pending, counts, sums)
-        if self.replace_dead_below > 0:
-            # An update that waits must not depend on what becomes of x.
-            self._last_step = (vectors.detach().clone() if waits else vectors.detach()), indices
+        # An update that waits must not depend on what becomes of x.
+        last = (vectors.detach().clone() if waits else vectors.detach(), indices) if self.replace_dead_below > 0 else ()
+        self.pending = add_step(self.pending, counts, sums, last)
 
     def _residuals_at(self, codebook: Tensor, vectors: Tensor, indices: Tensor, row: Tensor) -> Tensor:
         """The residuals [codebooks, K, D] at positions `row` [codebooks, K] of a step.
@@ -505,7 +503,12 @@ class ResidualVectorQuantizer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(quantizer_state(state))
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_pending(self.pending, destination, prefix)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        pending = pop_pending(state_dict, prefix) if self.has_ema else {}
         if self.replace_dead_below > 0 and prefix + "counts" in state_dict:  # possibly saved without dead-code replacement
             state_dict.setdefault(prefix + "num_updates", torch.zeros_like(self.num_updates))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -513,17 +516,21 @@ class ResidualVectorQuantizer(nn.Module):
             codebook = self.codebook.detach()
             # The next training step looks at a codebook that is sharded.
             self._needs_init = self.init != "uniform" and (codebook.is_meta or is_dtensor(codebook) or not bool(codebook.any()))
-            self._pending = self._last_step = None
+            self.pending = None
             if self.has_ema and prefix + "sums" not in state_dict:  # the averages are of other codes
                 self.counts.fill_(1)
                 self.sums.copy_(whole(codebook))
         if self.has_ema:
             keep_precision_(self, {"counts": self.counts, "sums": self.sums})
+        if pending:
+            replaces = self.replace_dead_below > 0
+            self.pending = load_pending(pending, self.counts, self.sums, replaces=replaces, prefix=prefix, errors=args[-1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         averages = {"counts": self.counts, "sums": self.sums} if self.has_ema else {}
         super()._apply(fn, recurse)
         keep_precision_(self, averages)
+        self.pending = moved(self.pending, self.codebook.device)
         return self
 
     def extra_repr(self) -> str:

@@ -31,7 +31,6 @@ from ._codebook_losses import diversity_loss, orthogonal_loss
 from ._ema import (
     CodebookUpdate,
     CodeWeights,
-    add_statistics,
     apply_updates,
     check_code_weights,
     check_codebook_options,
@@ -41,6 +40,7 @@ from ._ema import (
     saved_copy,
     set_codes_,
 )
+from ._pending import Pending, add_step, load_pending, moved, pop_pending, save_pending
 from ._recompute import Step, StepMemory
 from ._sharded import check_gathered, is_dtensor, whole, writable_codes
 from ._vectors import check_decoded, look_up, mask_from_lengths, merge_heads, merge_indices, rows_at, split_heads
@@ -118,6 +118,9 @@ class VectorQuantizer(nn.Module):
         counts, sums: the averages, [K] and [K, D], or with separate codebooks [heads, K] and [heads, K, D]; buffers that exist
             with a decay or dead-code replacement. Initially ones and the codebook.
         num_updates: int64, the number of updates; a buffer that exists with dead-code replacement.
+        pending: the statistics gathered with update="accumulate" since the last update, or None. The state dict holds them as
+            `pending.counts`, `pending.sums` and with dead-code replacement `pending.vectors`, `pending.indices`, only while there
+            are any; loading a state dict without them discards those of the layer. Every rank has its own.
         project_in, project_out: the linear layers, or None.
 
     Raises:
@@ -228,15 +231,12 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("sums", codebook.to(dtype, copy=True))
         if replace_dead_below > 0:
             self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-        # Read on the host, without a synchronization. The buffer is for DistributedDataParallel, which broadcasts it together
-        # with codes that only one rank may have loaded.
         # Zeros stand for codes that data have to set, whichever way codes come in. The flag spares a look at them in every step.
         self._needs_init = init != "uniform"
         # The codebook and its version when the layer last wrote it: another one was set from outside.
         self._written: tuple[int, int] | None = None
         self._steps = StepMemory()
-        self._pending: tuple[Tensor, Tensor] | None = None
-        self._last_step: tuple[Tensor, Tensor] | None = None
+        self.pending: Pending | None = None
 
         projects = heads * code_dim != dim
         self.project_in = nn.Linear(dim, heads * code_dim) if projects else None
@@ -408,13 +408,12 @@ class VectorQuantizer(nn.Module):
 
     def take_update(self) -> CodebookUpdate:
         """The update from the statistics gathered since the last one. Clears them."""
-        counts, sums = self._pending or (None, None)
+        counts, sums, vectors, indices = self.pending or (None,) * 4
         codebook, store = writable_codes(self, "codebook")
         valid = vectors_at = None
-        if self._last_step is not None:
-            vectors, indices = self._last_step
+        if vectors is not None and indices is not None:
             valid, vectors_at = (indices >= 0).flatten(1), partial(rows_at, vectors)
-        self._pending = self._last_step = None
+        self.pending = None
         return CodebookUpdate(
             codebook=codebook,
             counts=self.counts,
@@ -501,10 +500,9 @@ class VectorQuantizer(nn.Module):
     def _gather(self, vectors: Tensor, indices: Tensor, *, waits: bool) -> None:
         """Keep the statistics of a training step for the next update."""
         counts, sums, indices = codebook_statistics(vectors, indices, self.num_codes)
-        self._pending = add_statistics(self._pending, counts, sums)
-        if self.replace_dead_below > 0:
-            # An update that waits must not depend on what becomes of x.
-            self._last_step = (vectors.detach().clone() if waits else vectors.detach()), indices
+        # An update that waits must not depend on what becomes of x.
+        last = (vectors.detach().clone() if waits else vectors.detach(), indices) if self.replace_dead_below > 0 else ()
+        self.pending = add_step(self.pending, counts, sums, last)
 
     @torch.no_grad()
     def init_in_first_step(self, vectors: Tensor, valid: Tensor | None) -> None:
@@ -523,7 +521,12 @@ class VectorQuantizer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(quantizer_state(state))
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_pending(self.pending, destination, prefix)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        pending = pop_pending(state_dict, prefix) if self.has_ema else {}
         if self.replace_dead_below > 0 and prefix + "counts" in state_dict:  # possibly saved without dead-code replacement
             state_dict.setdefault(prefix + "num_updates", torch.zeros_like(self.num_updates))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -531,17 +534,21 @@ class VectorQuantizer(nn.Module):
             codebook = self.codebook.detach()
             # The next training step looks at a codebook that is sharded.
             self._needs_init = self.init != "uniform" and (codebook.is_meta or is_dtensor(codebook) or not bool(codebook.any()))
-            self._pending = self._last_step = None
+            self.pending = None
             if self.has_ema and prefix + "sums" not in state_dict:  # the averages are of other codes
                 self.counts.fill_(1)
                 self.sums.copy_(whole(codebook))
         if self.has_ema:
             keep_precision_(self, {"counts": self.counts, "sums": self.sums})
+        if pending:
+            replaces = self.replace_dead_below > 0
+            self.pending = load_pending(pending, self.counts, self.sums, replaces=replaces, prefix=prefix, errors=args[-1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         averages = {"counts": self.counts, "sums": self.sums} if self.has_ema else {}
         super()._apply(fn, recurse)
         keep_precision_(self, averages)
+        self.pending = moved(self.pending, self.codebook.device)
         return self
 
     def extra_repr(self) -> str:

@@ -296,3 +296,92 @@ def test_replacements_repeat_with_the_state_of_the_generator():
         for step in range(3, 6):
             each_layer(batch(step))
     torch.testing.assert_close(layer.state_dict(), resumed.state_dict())
+
+
+ACCUMULATING = {
+    "dead codes": lambda: VectorQuantizer(16, 4, decay=0.5, replace_dead_below=1.0),
+    "learned, dead codes": lambda: VectorQuantizer(16, 4, replace_dead_below=1.0, usage_decay=0.5),
+    "heads": LAYERS["heads"],
+    "projection, cosine": lambda: VectorQuantizer(16, 4, code_dim=2, heads=4, decay=0.9, metric="cosine", replace_dead_below=1.0),
+    "residual, dead codes": LAYERS["residual, dead codes"],
+    "residual, groups": lambda: ResidualVectorQuantizer(3, 16, 4, groups=2, shared_codebook=True, decay=0.5, replace_dead_below=1.0),
+    "VectorQuantize, dead codes": LAYERS["VectorQuantize, dead codes"],
+}
+
+
+def accumulate(layer, x):
+    return layer(x, accum_ema_update=True) if isinstance(layer, VectorQuantize) else layer(x, update="accumulate")
+
+
+def without_pending(state):
+    return {key: value for key, value in state.items() if "pending." not in key}
+
+
+@pytest.mark.parametrize("make", ACCUMULATING.values(), ids=ACCUMULATING)
+def test_accumulated_statistics_are_part_of_the_state_dict(make):
+    torch.manual_seed(0)
+    layer = make()
+    keys = set(layer.state_dict())
+    accumulate(layer, batch(0))
+    state = copy.deepcopy(layer.state_dict())
+    assert keys < set(state)
+    copies = []
+    for options in ({"strict": True}, {"strict": False}, {"assign": True}):
+        copies.append(make())
+        accumulate(copies[-1], batch(9))
+        copies[-1].load_state_dict(state, **options)
+        assert set(copies[-1].state_dict()) == set(state)
+    discarded = copy.deepcopy(layer)
+    discarded.load_state_dict(without_pending(state))
+    assert set(discarded.state_dict()) == keys
+    for each_layer in (layer, *copies, discarded):
+        accumulate(each_layer, batch(1))
+        torch.manual_seed(1)
+        update_codebooks(each_layer)
+        assert set(each_layer.state_dict()) == keys
+    for each_layer in copies:
+        torch.testing.assert_close(each_layer.state_dict(), layer.state_dict(), rtol=0, atol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(discarded.state_dict(), layer.state_dict())
+
+
+def test_accumulated_statistics_in_distributed_checkpoints():
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    layer = ACCUMULATING["dead codes"]()
+    model, other = (torch.nn.ModuleDict({"quantizer": each_layer}) for each_layer in (layer, ACCUMULATING["dead codes"]()))
+    accumulate(layer, batch(0))
+    set_model_state_dict(other, get_model_state_dict(model))
+    torch.testing.assert_close(other.state_dict(), model.state_dict())
+    assert not [name for name, _ in model.named_buffers() if "pending" in name], "DistributedDataParallel overwrites buffers"
+
+
+def test_accumulated_statistics_that_do_not_fit():
+    source, layer = ACCUMULATING["dead codes"](), ACCUMULATING["dead codes"]()
+    accumulate(source, batch(0))
+    state = source.state_dict()
+    for key, value, message in (
+        ("pending.counts", torch.ones(8), r"pending.counts must have the shape of the averages, \[16\], got \[8\]"),
+        ("pending.sums", None, r"pending.sums must have the shape of the averages, \[16, 4\], got None"),
+        ("pending.indices", None, "pending.vectors and pending.indices must be given together"),
+        ("pending.vectors", torch.ones(1, 64, 3, 1), "must fit codes of 4 dimensions, got"),
+        ("pending.other", torch.ones(1), "Unexpected key"),
+    ):
+        damaged = {**state, key: value} if value is not None else {name: t for name, t in state.items() if name != key}
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(damaged)
+    # A layer without dead-code replacement needs no vectors, and one without averages no statistics.
+    plain = VectorQuantizer(16, 4, decay=0.5)
+    plain.load_state_dict(state, strict=False)
+    assert [key for key in plain.state_dict() if "pending." in key] == ["pending.counts", "pending.sums"]
+    learned = VectorQuantizer(16, 4)
+    assert set(learned.load_state_dict(state, strict=False).unexpected_keys) == set(state) - {"codebook"}
+
+
+def test_accumulated_statistics_move_with_the_layer():
+    layer = ACCUMULATING["dead codes"]()
+    accumulate(layer, batch(0))
+    counts = layer.pending.counts
+    layer.half().to("cpu")
+    assert torch.equal(layer.pending.counts, counts)
+    assert layer.to("meta").pending is None

@@ -233,7 +233,10 @@ def test_accumulated_steps_match_one_step():
         before = state(parts)
         for part in x.split(2):
             parts(part, update="accumulate")
-        assert_same(state(parts), before)
+        waiting = state(parts)
+        for name in ("pending.counts", "pending.sums"):
+            del waiting[name]
+        assert_same(waiting, before)
         update_codebooks(nn.Sequential(nn.Identity(), parts))
         for part, update in zip(x.split(2), ("accumulate", "accumulate", "step"), strict=True):
             mixed(part, update=update)
@@ -255,22 +258,18 @@ def test_layers_without_statistics_keep_their_codes():
     assert torch.equal(layers[1].codebook, before[1])
 
 
-def test_accumulated_statistics_are_copied_and_discarded_by_loading():
+def test_accumulated_statistics_are_copied_with_the_layer():
     layer = VectorQuantizer(7, 3, decay=0.9, replace_dead_below=0.99, update="accumulate")
-    loaded = copy.deepcopy(layer)
     layer(torch.randn(20, 3, requires_grad=True))
     file = io.BytesIO()
     torch.save(layer, file)
     file.seek(0)
     copies = [copy.deepcopy(layer), torch.load(file, weights_only=False)]
-    loaded(torch.randn(20, 3))
-    loaded.load_state_dict(layer.state_dict())  # its statistics belong to other codes
-    update_codebooks(loaded)
-    torch.testing.assert_close(loaded.codebook, layer.codebook, rtol=1e-6, atol=0)
+    before = layer.codebook.clone()
     for module in (layer, *copies):
         update_codebooks(module)
         assert_same(state(module), state(layer))
-    assert not torch.equal(loaded.codebook, layer.codebook)
+    assert not torch.equal(layer.codebook, before)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -304,9 +303,9 @@ def test_code_weights(kind, heads):
 
 def test_code_weights_are_checked_before_any_layer_is_updated():
     layers = nn.ModuleList([VectorQuantizer(5, 3, decay=0.9, update="accumulate"), VectorQuantizer(6, 3, decay=0.9, update="accumulate")])
-    before = state(layers)
     for layer in layers:
         layer(torch.randn(20, 3))
+    before = state(layers)
     with pytest.raises(ValueError, match=r"^VectorQuantizer: code_weights must have shape \[6\], got \[5\]"):
         update_codebooks(layers, code_weights=torch.ones(5))
     assert_same(state(layers), before)

@@ -13,7 +13,6 @@ from ...nn._codebook_init import codes_from_data
 from ...nn._ema import (
     CodebookUpdate,
     CodeWeights,
-    add_statistics,
     apply_replacement,
     apply_updates,
     check_code_weights,
@@ -23,6 +22,7 @@ from ...nn._ema import (
     saved_copy,
     set_codes_,
 )
+from ...nn._pending import Pending, add_step, load_pending, moved, pop_pending, save_pending
 from ...nn._sharded import writable_codes
 from ...nn._vectors import rows_at
 from ...ops._dispatch import choose_impl
@@ -39,6 +39,7 @@ class Codebook(nn.Module):
         embed: [h, K, d], a parameter if the codes learn by gradient, otherwise a buffer.
         cluster_size, embed_avg: [h, K] and [h, K, d], averages of each code's count and sum; buffers.
         initted: a buffer; False until k-means has set the codes.
+        pending: the statistics of steps with accum_ema_update, or None (see `genperf.nn.VectorQuantizer`).
     """
 
     embed: Tensor
@@ -93,8 +94,7 @@ class Codebook(nn.Module):
             self.register_buffer("embed", codes)
         # Read on the host, without a synchronization.
         self.needs_init = kmeans_init
-        self._pending: tuple[Tensor, Tensor] | None = None
-        self._last_step: tuple[Tensor, Tensor] | None = None
+        self.pending: Pending | None = None
         # The codes and their version when the layer last wrote them: other ones were set from outside.
         self._written: tuple[int, int] | None = None
 
@@ -146,13 +146,12 @@ class Codebook(nn.Module):
     def gather(self, vectors: Tensor, indices: Tensor, *, waits: bool = False) -> None:
         """Keep the statistics of a step for the next update; vectors [h, outer, d, inner], indices [h, outer, inner]."""
         counts, sums, indices = codebook_statistics(vectors, indices, self.codebook_size)
-        self.add_statistics(counts, sums)
-        if self.threshold_ema_dead_code > 0:
-            # An update that waits must not depend on what becomes of x.
-            self._last_step = (vectors.detach().clone() if waits else vectors.detach()), indices
+        # An update that waits must not depend on what becomes of x.
+        last = (vectors.detach().clone() if waits else vectors.detach(), indices) if self.threshold_ema_dead_code > 0 else ()
+        self.pending = add_step(self.pending, counts, sums, last)
 
     def add_statistics(self, counts: Tensor, sums: Tensor) -> None:
-        self._pending = add_statistics(self._pending, counts, sums)
+        self.pending = add_step(self.pending, counts, sums)
 
     def apply_update(self, code_weights: CodeWeights | None, *, writes_codebook: bool) -> None:
         """Update averages and codes from the statistics gathered since the last update."""
@@ -162,12 +161,12 @@ class Codebook(nn.Module):
 
     def take_update(self) -> CodebookUpdate:
         """The update from the statistics gathered since the last one. Clears them."""
-        pending, last_step = self._pending, self._last_step
-        self._pending = self._last_step = None
-        return self._update_of(pending, last_step)
+        pending, self.pending = self.pending, None
+        return self._update_of(*pending) if pending is not None else self._update_of()
 
-    def _update_of(self, pending: tuple[Tensor, Tensor] | None, last_step: tuple[Tensor, Tensor] | None) -> CodebookUpdate:
-        counts, sums = pending or (None, None)
+    def _update_of(
+        self, counts: Tensor | None = None, sums: Tensor | None = None, vectors: Tensor | None = None, indices: Tensor | None = None
+    ) -> CodebookUpdate:
         codes, store = writable_codes(self, "embed")
         replaces = self.training and self.threshold_ema_dead_code > 0
         return CodebookUpdate(
@@ -186,8 +185,8 @@ class Codebook(nn.Module):
             replace_below=self.threshold_ema_dead_code if replaces else 0.0,
             step=torch.randint(2**31, (), device=self.embed.device) if replaces else None,
             counts_steps=False,
-            valid=None if last_step is None else (last_step[1] >= 0).flatten(1),
-            vectors_at=None if last_step is None else partial(rows_at, last_step[0]),
+            valid=None if indices is None else (indices >= 0).flatten(1),
+            vectors_at=None if vectors is None else partial(rows_at, vectors),
         )
 
     def _set_from_outside(self) -> bool:
@@ -214,7 +213,7 @@ class Codebook(nn.Module):
             return
         vectors = batch_samples.detach().flatten(1, -2).unsqueeze(-1)
         valid = vectors.new_ones(vectors.shape[:2], dtype=torch.bool) if seq_mask is None else seq_mask.flatten(1)
-        apply_replacement(self._update_of(None, (vectors, valid.long().unsqueeze(-1) - 1)), self.synchronized)
+        apply_replacement(self._update_of(vectors=vectors, indices=valid.long().unsqueeze(-1) - 1), self.synchronized)
 
     def check_code_weights(self, code_weights: CodeWeights | None) -> None:
         """Raise a ValueError for weights that do not fit the codebook."""
@@ -223,17 +222,26 @@ class Codebook(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(codebook_state(state))
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_pending(self.pending, destination, prefix)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        pending = pop_pending(state_dict, prefix) if self.has_ema else {}
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "embed" in state_dict:
             self.needs_init = self.kmeans_init and (self.initted.is_meta or not bool(self.initted))
-            self._pending = self._last_step = None
+            self.pending = None
         keep_precision_(self, {"cluster_size": self.cluster_size, "embed_avg": self.embed_avg})
+        if pending:
+            replaces = self.threshold_ema_dead_code > 0
+            self.pending = load_pending(pending, self.cluster_size, self.embed_avg, replaces=replaces, prefix=prefix, errors=args[-1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         averages = {"cluster_size": self.cluster_size, "embed_avg": self.embed_avg}
         super()._apply(fn, recurse)
         keep_precision_(self, averages)
+        self.pending = moved(self.pending, self.cluster_size.device)
         return self
 
 
