@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from .._distributed import world_size
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -85,9 +87,17 @@ def _shard_of(layer: nn.Module, name: str, codebook: Tensor) -> "DTensor | None"
             managed = _find(layer, name, states)
             _found[layer] = weakref.ref(codebook), managed
         kept = None if managed is None else managed()
-        if kept is not None:
-            return kept.sharded_param
-    return codebook if is_dtensor(codebook) else None
+        if kept is not None:  # with functional_call, the layer has a plain tensor in place of the gathered parameter
+            return kept.sharded_param if isinstance(codebook, nn.Parameter) else None
+    if is_dtensor(codebook):
+        return codebook
+    flattened = "_is_fsdp_managed_module" in vars(layer) and not isinstance(codebook, nn.Parameter) and name not in layer._buffers
+    if flattened and world_size() > 1:
+        raise RuntimeError(
+            f"{type(layer).__name__}: codes cannot be written to a codebook that FullyShardedDataParallel flattens, got "
+            f"{name} of shape {list(codebook.shape)}. Pass it as ignored_states, or use fully_shard."
+        )
+    return None
 
 
 def _find(layer: nn.Module, name: str, states: Any) -> "weakref.ref[Any] | None":

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint.state_dict as distributed_state
 from forked_ranks import fork_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -198,6 +198,13 @@ def methods():
         drop_in.get_codes_from_indices(torch.arange(3))
     with pytest.raises(RuntimeError, match=r"codebook: the codebook must be whole"):
         _ = drop_in.codebook
+    inner = whole_network(Network(lambda: VectorQuantizer(17, DIM, **REPLACES))).quantizer
+    before = whole(inner.codebook).detach()
+    given = {name: whole(t).detach().clone() for name, t in inner.state_dict().items()}
+    given["codebook"].requires_grad_()
+    torch.func.functional_call(inner, given, (batch(0),))
+    assert torch.equal(whole(inner.codebook), before)
+    assert not torch.equal(given["codebook"], before)
     return {"initial": initial, "batch": torch.cat([batch(0), codes])}
 
 
@@ -231,7 +238,20 @@ def ignored():
     return {"codebook": network.quantizer.codebook.detach()}
 
 
-OTHERS = [mixed_precision, methods, loaded, ignored]
+def flattened():
+    """FullyShardedDataParallel, the first FSDP: a codebook that forward writes to must be left out."""
+    for original in (True, False):
+        network = Network(lambda: VectorQuantizer(17, DIM, **REPLACES))
+        with pytest.raises(RuntimeError, match=r"cannot be written to a codebook that FullyShardedDataParallel flattens, got codebook of"):
+            FullyShardedDataParallel(network, use_orig_params=original, device_id=torch.device("cpu"))(batch(0))
+    network = Network(lambda: VectorQuantizer(17, DIM, **REPLACES))
+    before, codebook = network.quantizer.codebook.detach().clone(), network.quantizer.codebook
+    FullyShardedDataParallel(network, ignored_states=[codebook], device_id=torch.device("cpu"))(batch(0))
+    assert not torch.equal(codebook, before)
+    return {"codebook": codebook.detach()}
+
+
+OTHERS = [mixed_precision, methods, loaded, ignored, flattened]
 
 
 def work(world, rank):
