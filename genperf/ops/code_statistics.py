@@ -1,5 +1,7 @@
 """Counts and sums of the vectors assigned to each code."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -100,8 +102,13 @@ def codebook_statistics(
         counts, sums = compute(indices)
         if sums.isfinite().all():
             return counts, sums, indices
-    indices = indices.masked_fill(~x.isfinite().all(2), -1)
+    indices = torch.where(is_finite(x, 2), indices, -1)
     return (*compute(indices), indices)
+
+
+def is_finite(x: Tensor, dim: int) -> Tensor:
+    """Whether all elements along a dimension are finite, in one pass over x."""
+    return torch.linalg.vector_norm(x, math.inf, dim).isfinite()
 
 
 def check_indices(op: str, indices: Tensor, x: Tensor, channel: int, num_codes: int) -> None:

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._deprecation import renamed_arguments
-from . import _residual_on_cuda
 from ._autograd import Function, ValueOf, apply, call, differentiate, need_function, need_graph, saved_tensors
-from ._dispatch import choose_impl, implement_on_cuda, native_unavailable, register_fake
+from ._dispatch import choose_impl, native_unavailable, register_fake
 from ._layout import Positions, as_positions, positions_shape
 from ._precision import accumulator_dtype
 from ._validate import can_branch_on, check_index_range, check_mask, check_tensor, check_vectors
-from .code_statistics import code_statistics_reference
+from .code_statistics import code_statistics_reference, is_finite
+from .code_statistics import unavailable as statistics_unavailable
 from .nearest_code import check_metric, search
 from .nearest_code import unavailable as search_unavailable
 from .vector_quantize import GRADIENTS, rotate
@@ -65,7 +65,7 @@ def residual_vector_quantize(
             the losses exclude the vector.
         num_quantizers: run only this many quantizers, the first ones: an int in 1 ... Q, or an int64 tensor of one element on x's
             device, which is clamped to that range and never read by the host.
-        impl: "native", "reference", or None to choose automatically.
+        impl: "native", "triton" (CUDA; the searches alone, the rest in plain PyTorch), "reference", or None to choose automatically.
 
     Returns:
         quantized, of x's shape and dtype;
@@ -125,8 +125,8 @@ def quantize_residual(
     used = num_quantizers if isinstance(num_quantizers, int) else total
     limit = num_quantizers if isinstance(num_quantizers, Tensor) else None
     codes = codebooks[:used].to(accumulator_dtype(x.dtype))
-    if impl == "reference":
-        indices = _search_reference(x.detach(), codes.detach(), mask, limit, metric)
+    if impl != "native":
+        indices = _search_levels(x.detach(), codes.detach(), mask, limit, metric, impl)
         quantized, losses = _quantize_reference(x, codes, indices, *options)
     elif need_function(x, codes):
         quantized, indices, losses, _ = apply(_ResidualVectorQuantize, x, codes, mask, limit, metric, *options)
@@ -178,7 +178,7 @@ def residual_code_statistics(
     if indices.device != x.device:
         raise ValueError(f"{op}: indices and x must be on one device, got {indices.device} and {x.device}.")
     check_index_range(op, indices, codebooks.shape[1])
-    chosen = choose_impl(op, impl, unavailable(x.device, x.dtype))
+    chosen = choose_impl(op, impl, statistics_unavailable(x.device, x.dtype))
     vectors = as_positions(x, channel)
     return residual_statistics(vectors, codebooks, indices.reshape(vectors.shape[0], vectors.shape[2], codebooks.shape[0]), chosen)
 
@@ -192,7 +192,7 @@ def residual_statistics(
 ) -> tuple[Tensor, Tensor]:
     """`residual_code_statistics` of checked arguments."""
     codes, indices = codebooks.detach().to(accumulator_dtype(x.dtype)), indices.contiguous()
-    if impl == "reference":
+    if impl != "native":
         return _statistics_reference(x.detach(), codes, indices)
     return call(torch.ops.genperf.residual_code_statistics, x.detach(), codes, indices, False)
 
@@ -204,16 +204,16 @@ def finite_residual_statistics(x: Tensor, codebooks: Tensor, indices: Tensor, im
         counts, sums = residual_statistics(x, codebooks, indices, impl)
         if sums.isfinite().all():
             return counts, sums, indices
-    indices = indices.masked_fill(~x.isfinite().all(1).unsqueeze(-1), -1)
+    indices = torch.where(is_finite(x, 1).unsqueeze(-1), indices, -1)
     return (*residual_statistics(x, codebooks, indices, impl), indices)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
-    native = native_unavailable("residual_vector_quantize", device, dtype)
-    if native is None and device.type == "cuda":
-        native = search_unavailable(device, dtype)["triton"]
-    return {"native": native, "reference": None}
+    native, triton = native_unavailable("residual_vector_quantize", device, dtype), search_unavailable(device, dtype)["triton"]
+    if device.type == "cuda":
+        native = native or triton
+    return {"native": native, "triton": triton, "reference": None}
 
 
 def _check_codebooks(op: str, x: Tensor, codebooks: Tensor, channel_dim: int) -> int:
@@ -281,9 +281,9 @@ class _ResidualVectorQuantize(Function):
                 grad_quantized, grad_losses, x, codebooks, indices, valid, commitment_weight, rotation, per_quantizer
             )
         if ctx.needs_input_grad[1] and grad_losses is not None:
-            _, left = torch.ops.genperf.residual_code_statistics(x, codebooks, indices, True)
-            scale = grad_losses * (-2 * codebook_weight) / (valid * x.shape[1]).clamp(min=1)
-            grad_codebooks = left * scale.view(-1, 1, 1)
+            grad_codebooks = torch.ops.genperf.residual_vector_quantize_backward_codebooks(
+                grad_losses, x, codebooks, indices, valid, codebook_weight
+            )
         return grad_x, grad_codebooks, *rest
 
 
@@ -293,11 +293,20 @@ def _code_of(codebook: Tensor, indices: Tensor) -> Tensor:
     return torch.where((indices >= 0).unsqueeze(1), code, 0)
 
 
-def _search_reference(x: Tensor, codebooks: Tensor, mask: Tensor | None, limit: Tensor | None, metric: str) -> Tensor:
+def _running(mask: Tensor | None, x: Tensor, q: int, num_quantizers: Tensor | None) -> Tensor | None:
+    """The mask of quantizer q's search: False everywhere from number `num_quantizers` on; the first one always runs."""
+    if num_quantizers is None or q == 0:
+        return mask
+    runs = (num_quantizers > q).reshape(1, 1)
+    return runs.expand(x.shape[0], x.shape[2]) if mask is None else mask & runs
+
+
+def _search_levels(x: Tensor, codebooks: Tensor, mask: Tensor | None, limit: Tensor | None, metric: str, impl: str) -> Tensor:
+    """Indices [outer, inner, Q]; a search for each quantizer, the rest in plain PyTorch."""
     residual = x.to(codebooks.dtype)
     found = []
     for q, codebook in enumerate(codebooks):
-        found.append(search(residual, codebook, _residual_on_cuda.running(mask, x, q, limit), metric, "reference"))
+        found.append(search(residual, codebook, _running(mask, x, q, limit), metric, impl))
         residual = residual - _code_of(codebook, found[-1])
     return torch.stack(found, -1)
 
@@ -372,6 +381,6 @@ def _(x: Tensor, codebooks: Tensor, indices: Tensor, left: bool) -> tuple[Tensor
     return x.new_empty(codebooks.shape[:2], dtype=codebooks.dtype), x.new_empty(codebooks.shape, dtype=codebooks.dtype)
 
 
-implement_on_cuda("residual_vector_quantize")(_residual_on_cuda.forward)
-implement_on_cuda("residual_vector_quantize_backward")(_residual_on_cuda.backward)
-implement_on_cuda("residual_code_statistics")(_residual_on_cuda.code_statistics)
+@register_fake("residual_vector_quantize_backward_codebooks")
+def _(grad_mse: Tensor, x: Tensor, codebooks: Tensor, indices: Tensor, valid: Tensor, codebook_weight: float) -> Tensor:
+    return codebooks.new_empty(codebooks.shape)

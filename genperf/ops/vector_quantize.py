@@ -55,7 +55,7 @@ def vector_quantize(
         mask: bool, x's shape without channel_dim; where False, quantized and the gradients are 0, the index is -1, and
             the loss excludes the vector.
         indices: int64, x's shape without channel_dim: codes to use instead of the nearest ones; -1 excludes a vector like the mask.
-        impl: "native", "reference", or None to choose automatically.
+        impl: "native", "triton" (CUDA; the search alone, the rest in plain PyTorch), "reference", or None to choose automatically.
 
     Returns:
         quantized, of x's shape and dtype (a float32 code is rounded to a half-precision x's dtype);
@@ -100,13 +100,12 @@ def quantize(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Quantized and loss of `vector_quantize` for given indices; arguments already checked."""
-    if impl == "reference":
+    if impl != "native":
         return _quantize_reference(x, codebook, indices, codebook_weight, commitment_weight, gradient)
     if need_function(x, codebook):
         rotation = gradient == "rotation"
         return apply(_VectorQuantize, x, codebook, indices, codebook_weight, commitment_weight, rotation)[:2]
-    quantized, error, _ = torch.ops.genperf.vector_quantize(x, codebook, indices)
-    return quantized, error * (codebook_weight + commitment_weight)
+    return torch.ops.genperf.vector_quantize(x, codebook, indices, codebook_weight + commitment_weight)[:2]
 
 
 def quantize_codebooks(
@@ -136,10 +135,10 @@ def quantize_codebooks(
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
-    native = native_unavailable("vector_quantize", device, dtype)
-    if native is None and device.type == "cuda":
-        native = search_unavailable(device, dtype)["triton"]
-    return {"native": native, "reference": None}
+    native, triton = native_unavailable("vector_quantize", device, dtype), search_unavailable(device, dtype)["triton"]
+    if device.type == "cuda":
+        native = native or triton
+    return {"native": native, "triton": triton, "reference": None}
 
 
 class _VectorQuantize(Function):
@@ -147,8 +146,7 @@ class _VectorQuantize(Function):
     def forward(
         x: Tensor, codebook: Tensor, indices: Tensor, codebook_weight: float, commitment_weight: float, rotation: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        quantized, error, valid = torch.ops.genperf.vector_quantize(x, codebook, indices)
-        return quantized, error * (codebook_weight + commitment_weight), valid
+        return torch.ops.genperf.vector_quantize(x, codebook, indices, codebook_weight + commitment_weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -175,10 +173,7 @@ class _VectorQuantize(Function):
                 grad_quantized, grad_loss, x, codebook, indices, valid, ctx.commitment_weight, ctx.rotation
             )
         if ctx.needs_input_grad[1] and grad_loss is not None:
-            # Sums of x - code; sums of x minus count * code would cancel for data far from the origin.
-            _, offsets = torch.ops.genperf.code_statistics(x, indices, codebook.shape[0], None, codebook)
-            scale = grad_loss * (-2 * ctx.codebook_weight) / (valid * x.shape[1]).clamp(min=1)
-            grad_codebook = (offsets * scale).to(codebook.dtype)
+            grad_codebook = torch.ops.genperf.vector_quantize_backward_codebook(grad_loss, x, codebook, indices, valid, ctx.codebook_weight)
         return grad_x, grad_codebook, None, None, None, None
 
 
@@ -231,9 +226,9 @@ def rotate(x: Tensor, code: Tensor) -> Tensor:
 
 
 @register_fake("vector_quantize")
-def _(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    mse = x.new_empty((), dtype=accumulator_dtype(x.dtype))
-    return torch.empty_like(x), mse, x.new_empty((), dtype=torch.int64)
+def _(x: Tensor, codebook: Tensor, indices: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    loss = x.new_empty((), dtype=accumulator_dtype(x.dtype))
+    return torch.empty_like(x), loss, x.new_empty((), dtype=torch.int64)
 
 
 @register_fake("vector_quantize_backward")
@@ -248,3 +243,8 @@ def _(
     rotation: bool,
 ) -> Tensor:
     return torch.empty_like(x)
+
+
+@register_fake("vector_quantize_backward_codebook")
+def _(grad_mse: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, valid: Tensor, codebook_weight: float) -> Tensor:
+    return codebook.new_empty(codebook.shape)

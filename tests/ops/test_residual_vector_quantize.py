@@ -3,7 +3,6 @@ import torch
 
 import genperf
 from genperf import testing
-from genperf.ops import _residual_on_cuda
 from genperf.ops._layout import Positions
 from genperf.ops.residual_vector_quantize import ResidualOptions, quantize_residual
 
@@ -126,32 +125,6 @@ def test_implementations_agree_in_float64(gradient, per_quantizer, device):
         native, reference = run(x, codebooks, **options), run(x, codebooks, impl="reference", **options)
         for name, value in native.items():
             torch.testing.assert_close(value, reference[name])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_composition_equals_the_kernel(dtype, device):
-    """The composition of single-codebook ops that CUDA uses, on any device."""
-    x, codebooks = case(90, 17, 12, 3, dtype, device)
-    x, codebooks = x.view(2, 45, 12).transpose(1, 2).contiguous(), codebooks.float()
-    mask = torch.arange(90, device=device).view(2, 45) % 5 > 0
-    ops = torch.ops.genperf
-    for num_quantizers in (None, torch.tensor([2], device=device)):
-        expected = ops.residual_vector_quantize(x, codebooks, mask, num_quantizers, False)
-        found = _residual_on_cuda.forward(x, codebooks, mask, num_quantizers, False)
-        for i in (0, 1, 3):
-            assert torch.equal(found[i], expected[i])
-        torch.testing.assert_close(found[2], expected[2])
-        _, indices, mse, valid = expected
-        for rotation, per_quantizer in [(False, False), (True, False), (False, True), (True, True)]:
-            gradients = torch.randn_like(x), slopes(mse)
-            for given in (gradients, (None, gradients[1]), (gradients[0], None)):
-                arguments = *given, x, codebooks, indices, valid, 0.25, rotation, per_quantizer
-                expected = ops.residual_vector_quantize_backward(*arguments)
-                torch.testing.assert_close(_residual_on_cuda.backward(*arguments), expected)
-        for left in (False, True):
-            expected = ops.residual_code_statistics(x, codebooks, indices, left)
-            for found, wanted in zip(_residual_on_cuda.code_statistics(x, codebooks, indices, left), expected, strict=True):
-                torch.testing.assert_close(found, wanted)
 
 
 def test_gradient_of_the_losses_is_their_derivative(device):
