@@ -131,6 +131,26 @@ def test_of_covariances(benchmark, d, contender, size, device):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("contender", ["genperf, prepared reference, mixed"])
+@pytest.mark.parametrize("d", [768, 2048])
+def test_mixed_precision(benchmark, d, contender, size, device):
+    """Iterations in float32, for training on a GPU; a CPU has nothing to gain from them."""
+    if device == "cpu":
+        pytest.skip("mixed precision is for GPUs")
+    (d,) = size((d,))
+    problem = make_problem(4 * d, d, device)
+    factor = genperf.covariance_factor(problem.cov2)
+
+    def function():
+        return genperf.frechet_distance(problem.mean2, None, problem.mean1, problem.cov1, factor1=factor, precision="mixed")
+
+    verify(function(), problem.distance, 1e-4)  # the distance is a small difference of terms that are exact to 1e-6
+    measure(
+        benchmark, function, device, flops=flops(d),
+        op="frechet_distance", workload="full rank, mixed precision", contender=contender, D=d,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("contender", OF_FEATURES)
 def test_of_a_small_sample(benchmark, contender, size, device):
     n, d = size((256, 2048))
