@@ -124,7 +124,7 @@ def quantize_residual(
     total = codebooks.shape[0]
     used = num_quantizers if isinstance(num_quantizers, int) else total
     limit = num_quantizers if isinstance(num_quantizers, Tensor) else None
-    codes = codebooks[:used].to(accumulator_dtype(x.dtype))
+    codes = (codebooks if used == total else codebooks[:used]).to(accumulator_dtype(x.dtype))
     if impl != "native":
         indices = _search_levels(x.detach(), codes.detach(), mask, limit, metric, impl)
         quantized, losses = _quantize_reference(x, codes, indices, *options)
