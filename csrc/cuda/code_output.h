@@ -35,6 +35,7 @@ struct SumsParams {
   int lanes;
   bool vectorizable;
   bool codes_float32;
+  bool codes_vectorizable;
   bool sums_float32;
   bool sums_vectorizable;
 };
@@ -56,13 +57,24 @@ struct Output {
     return p.all.levels == 1 ? 0 : code / static_cast<uint32_t>(p.all.num_codes);
   }
 
-  __device__ float origin(uint32_t code, int64_t channel) const {
+  // kWidth components of a code, of which `count` exist.
+  template <int kWidth>
+  __device__ Pack<float, kWidth> origin(uint32_t code, int64_t channel, int64_t count) const {
     const int64_t level = level_of(code);
+    const int64_t stride = p.all.code_channel_stride;
     const int64_t offset = level * p.all.codebook_stride +
-                           (code - level * p.all.num_codes) * p.all.code_stride +
-                           channel * p.all.code_channel_stride;
-    return p.codes_float32 ? static_cast<const float*>(p.all.codebooks)[offset]
-                           : to_float(static_cast<const T*>(p.all.codebooks)[offset]);
+                           (code - level * p.all.num_codes) * p.all.code_stride + channel * stride;
+    const bool vectorizable = p.codes_vectorizable && kWidth > 1;
+    if (p.codes_float32)
+      return load_pack<float, kWidth>(static_cast<const float*>(p.all.codebooks) + offset, stride,
+                                      count, vectorizable);
+    const auto narrow = load_pack<T, kWidth>(static_cast<const T*>(p.all.codebooks) + offset,
+                                             stride, count, vectorizable);
+    Pack<float, kWidth> wide;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i)
+      wide.values[i] = to_float(narrow.values[i]);
+    return wide;
   }
 
   // Stores the sums of kWidth channels, of which `count` exist.

@@ -110,6 +110,10 @@ void launch_sums(SumsParams p, Mode mode, cudaStream_t stream) {
   const int64_t outer = p.inner == 1 ? positions : p.all.outer;
   p.vectorizable = channels_vectorizable(p.rows, outer, p.last_channel - p.first_channel, p.inner,
                                          p.strides, kWidth);
+  const Strides code_strides{p.all.code_stride, p.all.code_channel_stride, 0};
+  p.codes_vectorizable = channels_vectorizable(p.all.codebooks, p.all.num_codes, p.all.channels, 1,
+                                               code_strides, kWidth) &&
+                         (p.all.levels == 1 || p.all.codebook_stride % kWidth == 0);
   p.sums_vectorizable = reinterpret_cast<uintptr_t>(p.all.sums) % 16 == 0 &&
                         p.all.channels % kWidth == 0 && p.last_channel % kWidth == 0;
   const dim3 grid(

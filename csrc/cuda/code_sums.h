@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kTeams* kWarpSize) code_sums_kernel(SumsParams
   bool first_run = true;
   double sums[kWidth] = {};
   Mass mass = 0;
-  float origins[kWidth] = {};  // of the current code
+  Pack<float, kWidth> origins{};  // the current code
   const auto keep_piece = [&](int slot) {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i)
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kTeams* kWarpSize) code_sums_kernel(SumsParams
     if (subtract) {
 #pragma unroll
       for (int i = 0; i < kWidth; ++i)
-        sums[i] -= static_cast<double>(mass) * origins[i];
+        sums[i] -= static_cast<double>(mass) * origins.values[i];
     }
     if (channels_left > 0)
       output.store(current, channel, channels_left, sums);
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kTeams* kWarpSize) code_sums_kernel(SumsParams
       if (staged.code[batch] == kNoCode)
         break;
       float values[kBatch][kWidth];
-      float starts[kBatch][kWidth];  // the codes of runs that start in the batch
+      Pack<float, kWidth> starts[kBatch];  // the codes of runs that start in the batch
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         const uint32_t code = staged.code[batch + j];
@@ -209,26 +209,27 @@ __global__ void __launch_bounds__(kTeams* kWarpSize) code_sums_kernel(SumsParams
           for (int i = 0; i < kWidth; ++i)
             pack.values[i] = convert<T>(0.0f);
         }
-        const bool start =
-            subtract && code != kNoCode && code != (j > 0 ? staged.code[batch + j - 1] : current);
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
+        for (int i = 0; i < kWidth; ++i)
           values[j][i] = to_float(pack.values[i]);
-          starts[j][i] = start && i < channels_left ? output.origin(code, channel + i) : 0.0f;
-        }
+        if (subtract && code != kNoCode && channels_left > 0 &&
+            code != (j > 0 ? staged.code[batch + j - 1] : current))
+          starts[j] = output.template origin<kWidth>(code, channel, channels_left);
       }
       if constexpr (kMode == Mode::kResidual) {
         for (int level = 0; level < kLevelsPerGroup - 1; ++level) {
 #pragma unroll
           for (int j = 0; j < kBatch; ++j) {
             const int64_t offset = staged.earlier[level][batch + j];
-            const float* code = static_cast<const float*>(p.all.codebooks) + offset +
-                                channel * p.all.code_channel_stride;
+            if (offset < 0 || channels_left <= 0)
+              continue;
+            const auto code = load_pack<float, kWidth>(
+                static_cast<const float*>(p.all.codebooks) + offset +
+                    channel * p.all.code_channel_stride,
+                p.all.code_channel_stride, channels_left, p.codes_vectorizable);
 #pragma unroll
-            for (int i = 0; i < kWidth; ++i) {
-              if (offset >= 0 && i < channels_left)
-                values[j][i] -= code[i * p.all.code_channel_stride];
-            }
+            for (int i = 0; i < kWidth; ++i)
+              values[j][i] -= code.values[i];
           }
         }
       }
@@ -242,10 +243,10 @@ __global__ void __launch_bounds__(kTeams* kWarpSize) code_sums_kernel(SumsParams
           current = code;
           mass = 0;
 #pragma unroll
-          for (int i = 0; i < kWidth; ++i) {
+          for (int i = 0; i < kWidth; ++i)
             sums[i] = 0;
-            origins[i] = starts[j][i];
-          }
+          if (subtract)
+            origins = starts[j];
         }
         if constexpr (kWeighted) {
           const double weight = staged.weight[batch + j];
@@ -278,8 +279,9 @@ __global__ void __launch_bounds__(kTeams* kWarpSize) code_sums_kernel(SumsParams
                                             ? p.last_channel - slice_begin
                                             : p.lanes * kWidth);
   const auto finish_code = [&](uint32_t code, int c, double sum, double total_mass) {
-    const double result[1] = {subtract ? sum - total_mass * output.origin(code, slice_begin + c)
-                                       : sum};
+    if (subtract)
+      sum -= total_mass * output.template origin<1>(code, slice_begin + c, 1).values[0];
+    const double result[1] = {sum};
     output.store(code, slice_begin + c, 1, result);
     if (kWeighted && slice_begin + c == 0 && p.all.counts != nullptr)
       p.all.counts[code] = static_cast<float>(total_mass);
