@@ -88,7 +88,7 @@ inline int __syncthreads_and(int predicate) {
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
-  cuda_on_host::exchange(mask, 0);
+  cuda_on_host::warp_barrier(mask);
 }
 
 template <typename T>
@@ -185,61 +185,51 @@ inline void __threadfence() {
 
 inline void __threadfence_block() {}
 
-// Fibers are switched only at barriers and shuffles, so plain accesses are atomic.
 template <typename T>
 T atomicAdd(T* address, std::type_identity_t<T> value) {
-  return std::exchange(*address, static_cast<T>(*address + value));
+  return cuda_on_host::atomically(address, [&](T old) { return static_cast<T>(old + value); });
 }
 
 template <typename T>
 T atomicSub(T* address, std::type_identity_t<T> value) {
-  return std::exchange(*address, static_cast<T>(*address - value));
+  return cuda_on_host::atomically(address, [&](T old) { return static_cast<T>(old - value); });
 }
 
 template <typename T>
 T atomicMax(T* address, std::type_identity_t<T> value) {
-  return std::exchange(*address, std::max(*address, value));
+  return cuda_on_host::atomically(address, [&](T old) { return std::max(old, value); });
 }
 
 template <typename T>
 T atomicMin(T* address, std::type_identity_t<T> value) {
-  return std::exchange(*address, std::min(*address, value));
+  return cuda_on_host::atomically(address, [&](T old) { return std::min(old, value); });
 }
 
 template <typename T>
 T atomicOr(T* address, std::type_identity_t<T> value) {
-  return std::exchange(*address, *address | value);
+  return cuda_on_host::atomically(address, [&](T old) { return old | value; });
 }
 
 template <typename T>
 T atomicAnd(T* address, std::type_identity_t<T> value) {
-  return std::exchange(*address, *address & value);
+  return cuda_on_host::atomically(address, [&](T old) { return old & value; });
 }
 
 template <typename T>
 T atomicExch(T* address, std::type_identity_t<T> value) {
-  return std::exchange(*address, value);
+  return cuda_on_host::atomically(address, [&](T) { return value; });
 }
 
 template <typename T>
 T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
-  const T old = *address;
-  if (old == expected)
-    *address = value;
-  return old;
+  return cuda_on_host::atomically(address, [&](T old) { return old == expected ? value : old; });
 }
 
 // The ticket of a block among the blocks of a launch.
 inline unsigned atomicInc(unsigned* address, unsigned last) {
-  cuda_on_host::take_ticket();
-  return std::exchange(*address, *address >= last ? 0 : *address + 1);
+  cuda_on_host::take_ticket(address);
+  return cuda_on_host::atomically(address, [&](unsigned old) { return old >= last ? 0 : old + 1; });
 }
-
-namespace cuda_on_host {
-
-inline int launches = 0;  // of this process
-
-}  // namespace cuda_on_host
 
 namespace genperf {
 
@@ -251,7 +241,6 @@ void launch(const char* op,
             size_t shared_bytes,
             cudaStream_t,
             const Args&... args) {
-  ++cuda_on_host::launches;
   cuda_on_host::run(op, grid, block, shared_bytes, [&] { kernel(args...); });
 }
 

@@ -11,6 +11,7 @@ from cuda_on_host.harness import (
     DTYPES,
     Strides,
     assert_close,
+    assert_each_barrier_is_needed,
     compile_kernels,
     fill,
     gumbel_noise,
@@ -210,6 +211,10 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("check", CHECKS)
 def test_kernels(outcome: str, check: str) -> None:
     assert f"{check} passed" in outcome, outcome
+
+
+def test_each_barrier_is_needed(outcome: str) -> None:
+    assert_each_barrier_is_needed(outcome)
 
 
 if __name__ == "__main__":

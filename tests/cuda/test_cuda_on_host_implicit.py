@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_host.harness import DTYPES, Strides, compile_kernels, fill, nan_like, run_checks, run_in_child, structure
+from cuda_on_host.harness import (
+    DTYPES,
+    Strides,
+    assert_each_barrier_is_needed,
+    compile_kernels,
+    fill,
+    nan_like,
+    run_checks,
+    run_in_child,
+    structure,
+)
 from torch import Tensor
 
 import genperf
@@ -65,6 +75,14 @@ def cases():
         x, grad = torch.randn(2, outer, len(levels), inner, generator=generator)
         x.view(-1)[::17] *= 100
         yield number, f"{dtype} {layout} {levels}", lay_out(x.to(dtype), layout), lay_out(grad.to(dtype), layout), levels
+
+
+def check_blocks_with_several_tiles(library: ctypes.CDLL) -> None:
+    x = torch.randn(4096 * 128 + 130, 1, 1)
+    quantized, indices = nan_like(x), torch.full((x.shape[0], 1), -7)
+    call(library.lookup_free_quantize, SignParams, x, quantized=quantized, indices=indices, size=1.0)
+    assert torch.equal(quantized, torch.where(x > 0, 1.0, -1.0))
+    assert torch.equal(indices, (x[:, 0] > 0).long())
 
 
 def check_finite_scalar(library: ctypes.CDLL) -> None:
@@ -129,6 +147,10 @@ def outcome(library: Path) -> str:
 @pytest.mark.parametrize("check", CHECKS)
 def test_kernels(outcome: str, check: str) -> None:
     assert f"{check} passed" in outcome, outcome
+
+
+def test_each_barrier_is_needed(outcome: str) -> None:
+    assert_each_barrier_is_needed(outcome)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,17 @@ import itertools
 
 import pytest
 import torch
-from cuda_on_host.harness import DTYPES, assert_close, compile_kernels, fill, nan_like, run_checks, run_in_child, structure
+from cuda_on_host.harness import (
+    DTYPES,
+    assert_close,
+    assert_each_barrier_is_needed,
+    compile_kernels,
+    fill,
+    nan_like,
+    run_checks,
+    run_in_child,
+    structure,
+)
 from torch import Tensor
 
 # (N, B, C): less than a tile, several tiles, several chunks of channels with a partial one, empty tensors.
@@ -79,6 +89,10 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("check", CHECKS)
 def test_kernels(outcome: str, check: str) -> None:
     assert f"{check} passed" in outcome, outcome
+
+
+def test_each_barrier_is_needed(outcome: str) -> None:
+    assert_each_barrier_is_needed(outcome)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import ctypes
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -31,10 +32,14 @@ def compile_on_host(sources: list[Path], output: Path, *flags: str) -> Path:
         pytest.skip("the emulation needs g++, which is not on PATH.")
     if not all(os.path.isabs(path) for path in preloads()):
         pytest.skip("g++ has no shared libasan and libubsan.")
-    language = "-std=c++20 -O1 -g1 -Wall -Wextra -Werror -Wno-unknown-pragmas -DGENPERF_CUDA_ON_HOST"
-    sanitizers = "-fsanitize=address,undefined -fno-sanitize-recover=all"
-    options = [*language.split(), *sanitizers.split(), f"-I{HERE.parent}", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", *flags]
-    subprocess.run([compiler, *options, "-x", "c++", *sources, "-o", output], check=True)
+    language = "-std=c++20 -O1 -g1 -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -DGENPERF_CUDA_ON_HOST"
+    options = [compiler, "-c", *language.split(), f"-I{HERE.parent}", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
+    sanitizers = "-fsanitize=thread,undefined -fno-sanitize-recover=all --param tsan-instrument-func-entry-exit=0"
+    objects = output.with_suffix(".objects")
+    objects.mkdir()
+    subprocess.run([*options, "-O2", HERE / "races.cpp"], check=True, cwd=objects)
+    subprocess.run([*options, *sanitizers.split(), "-x", "c++", *sources], check=True, cwd=objects)
+    subprocess.run([compiler, "-fsanitize=address,undefined", *flags, *objects.iterdir(), "-o", output], check=True)
     return output
 
 
@@ -45,7 +50,7 @@ def kernels(launchers: Path) -> list[Path]:
 
 
 def compile_kernels(launchers: str, folder: Path) -> Path:
-    return compile_on_host([*kernels(HERE / launchers), HERE / launchers], folder / "kernels.so", "-fPIC", "-shared")
+    return compile_on_host([*kernels(HERE / launchers), HERE / launchers], folder / "kernels.so", "-shared")
 
 
 def preloads() -> list[str]:
@@ -68,16 +73,79 @@ def run_in_child(test_file: str, library: Path, checks: list[str]) -> str:
 
 
 def run_checks(checks: dict[str, Callable]) -> None:
-    """Run the checks in the child, whose arguments are the library and the names of the checks."""
+    """Run the checks in the child, whose arguments are the library and the names of the checks.
+
+    Then run them again without each barrier of the kernels in turn, with and without the detector of races.
+    """
     torch.set_num_threads(1)
     library = ctypes.CDLL(sys.argv[1])
+    library.cuda_on_host_barriers.restype = ctypes.c_char_p
+    first_check, failed = {}, False
     for check in sys.argv[2:]:
-        torch.manual_seed(0)
         try:
-            checks[check](library)
+            run_check(library, checks[check])
             print(check, "passed", flush=True)
         except Exception:
             traceback.print_exc()
+            failed = True
+        for barrier in library.cuda_on_host_barriers().decode().split():
+            first_check.setdefault(barrier, check)
+    if failed:
+        return
+    checks_after = {barrier: [checks[name] for name in sys.argv[2 + sys.argv[2:].index(first) :]] for barrier, first in first_check.items()}
+    for barrier, later in checks_after.items():
+        if is_guard(barrier):
+            continue
+        print("barrier", barrier, flush=True)
+        if fails_without(library, barrier, later, detect_races=True):
+            print("a race without", barrier, flush=True)
+    # The order of the threads alone has to show one of them; to look for all would take long.
+    for barrier, later in checks_after.items():
+        if fails_without(library, barrier, later[:1], detect_races=False):
+            print("wrong results without", barrier, flush=True)
+            break
+
+
+# Comments of barriers that protect shared memory from what follows a function, which no caller needs now.
+GUARDS = ("the shared memory is used again",)
+
+
+def is_guard(barrier: str) -> bool:
+    file, line = barrier.rsplit(":", 1)
+    return any(guard in Path(file).read_text().splitlines()[int(line) - 1] for guard in GUARDS)
+
+
+def assert_each_barrier_is_needed(output: str) -> None:
+    """The checks would notice if a barrier were missing."""
+    barriers = re.findall(r"^barrier (.*)", output, re.MULTILINE)
+    assert barriers, output
+    assert re.findall(r"^a race without (.*)", output, re.MULTILINE) == barriers, output
+    assert "wrong results without" in output, output
+
+
+def run_check(library: ctypes.CDLL, check: Callable) -> None:
+    torch.manual_seed(0)
+    library.cuda_on_host_seed(ctypes.c_uint64(0))
+    check(library)
+
+
+def fails_without(library: ctypes.CDLL, barrier: str, checks: list[Callable], detect_races: bool) -> bool:
+    """Whether a check fails without the barrier, in a process of its own, which may end by a report."""
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        file, line = barrier.rsplit(":", 1)
+        library.cuda_on_host_omit(file.encode(), int(line))
+        library.cuda_on_host_detect_races(detect_races)
+        signal.alarm(120)
+        try:
+            for check in checks:
+                run_check(library, check)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    return status != 0 and not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM)
 
 
 class Strides(ctypes.Structure):

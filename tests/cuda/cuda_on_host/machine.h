@@ -5,7 +5,7 @@
 // Blocks run one after another, in random order. Between two barriers a random warp is resumed, and
 // of that its lanes in random order, until all threads wait at the same barrier; each runs until
 // its next barrier or shuffle. Shared memory is poisoned at the start of a block, with NaN or with
-// large numbers. All random choices follow from the seed.
+// large numbers. All random choices follow from the seed. races.h finds what no order shows.
 #pragma once
 
 #include <ucontext.h>
@@ -22,12 +22,14 @@
 #include <utility>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
+#include "races.h"
+
+#if defined(__SANITIZE_THREAD__)  // with AddressSanitizer's runtime, see races.h
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #else
-#define ASAN_POISON_MEMORY_REGION(...)
-#define ASAN_UNPOISON_MEMORY_REGION(...)
+#define __asan_poison_memory_region(...)
+#define __asan_unpoison_memory_region(...)
 #define __sanitizer_start_switch_fiber(...)
 #define __sanitizer_finish_switch_fiber(...)
 #endif
@@ -60,6 +62,7 @@ struct Fiber {
   unsigned linear = 0;
   unsigned exchanges = 0;
   unsigned votes = 0;
+  uint16_t warp_barriers = 0;
   bool fenced = false;  // since the start of the block or the last ticket
   bool started = false;
   ucontext_t start{};  // of a fiber that has not run yet; later switches need no system call
@@ -82,24 +85,27 @@ struct Place {
 struct Machine {
   const char* op = "";
   std::function<void()> kernel;
-  std::vector<std::unique_ptr<Fiber>> fibers;
+  Fiber fibers[kMaxThreads];
   unsigned threads = 0;
   Fiber scheduler;
   Fiber* current = nullptr;
   uint64_t random = 0;
-  uint64_t launches = 0;
+  int launches = 0;
   // The values that the threads offer in a shuffle or a vote of the block. There are two sets of
   // each, because some threads may be one shuffle ahead of others.
   uint64_t offers[2][kMaxThreads] = {};
   uint64_t votes[2][kMaxThreads] = {};
-  std::vector<Place> barriers;  // that were reached
-  Place omitted{};              // the barrier that is passed over
+  Place barriers[256] = {};  // that were reached
+  unsigned barrier_count = 0;
+  std::string listed;
+  Place omitted{};  // the barrier that is passed over
+  std::string omitted_file;
 };
 
 inline Machine machine;
 alignas(16) inline unsigned char shared_bytes_of_block[kSharedBytes];
 
-[[noreturn]] inline void fail(const char* what) {
+[[noreturn]] inline __attribute__((used)) void fail(const char* what) {
   std::fprintf(stderr, "cuda_on_host: %s, block (%u, %u, %u): %s\n", machine.op, blockIdx.x,
                blockIdx.y, blockIdx.z, what);
   std::abort();
@@ -123,7 +129,7 @@ inline void shuffle(unsigned* numbers, unsigned count) {
   }
 }
 
-[[noreturn]] inline __attribute__((noinline, no_sanitize("address"))) void jump(Fiber& to) {
+[[noreturn]] inline __attribute__((noinline, no_sanitize("thread"))) void jump(Fiber& to) {
   if (to.started)
     __builtin_longjmp(to.resume, 1);
   to.started = true;
@@ -142,35 +148,36 @@ inline __attribute__((noinline)) void switch_fiber(Fiber& from, Fiber& to) {
 inline void wait(State state) {
   Fiber& self = *machine.current;
   self.state = state;
+  trace.running = false;
   switch_fiber(self, machine.scheduler);
+  trace.running = true;
 }
 
 inline void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler.stack,
                                   &machine.scheduler.stack_bytes);
+  trace.running = true;
   for (;;) {
     machine.kernel();
     wait(State::kReturned);
   }
 }
 
-inline void add_fiber() {
-  auto fiber = std::make_unique<Fiber>();
-  fiber->memory = std::make_unique_for_overwrite<char[]>(kStackBytes);
-  fiber->stack = fiber->memory.get();
-  fiber->stack_bytes = kStackBytes;
-  getcontext(&fiber->start);
-  fiber->start.uc_stack.ss_sp = fiber->memory.get();
-  fiber->start.uc_stack.ss_size = kStackBytes;
-  makecontext(&fiber->start, fiber_main, 0);
-  machine.fibers.push_back(std::move(fiber));
+inline void allocate_stack(Fiber& fiber) {
+  fiber.memory = std::make_unique_for_overwrite<char[]>(kStackBytes);
+  fiber.stack = fiber.memory.get();
+  fiber.stack_bytes = kStackBytes;
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.memory.get();
+  fiber.start.uc_stack.ss_size = kStackBytes;
+  makecontext(&fiber.start, fiber_main, 0);
 }
 
 // The common state of threads begin ... end-1.
 inline State common_state(unsigned begin, unsigned end) {
-  const State state = machine.fibers[begin]->state;
+  const State state = machine.fibers[begin].state;
   for (unsigned i = begin + 1; i < end; ++i) {
-    if (machine.fibers[i]->state != state)
+    if (machine.fibers[i].state != state)
       fail("a barrier or shuffle was reached by only some of the threads");
   }
   return state;
@@ -183,24 +190,29 @@ inline State step_warp(unsigned warp) {
   unsigned order[kWarp];
   shuffle(order, lanes);
   for (unsigned i = 0; i < lanes; ++i) {
-    Fiber& fiber = *machine.fibers[begin + order[i]];
+    Fiber& fiber = machine.fibers[begin + order[i]];
     threadIdx = fiber.index;
     machine.current = &fiber;
+    trace.thread = fiber.linear;
+    trace.warp_barriers = fiber.warp_barriers;
+    trace.stack = reinterpret_cast<uintptr_t>(fiber.stack);
+    trace.stack_end = trace.stack + fiber.stack_bytes;
     switch_fiber(machine.scheduler, fiber);
   }
-  machine.current = nullptr;
   return common_state(begin, begin + lanes);
 }
 
 inline void run_block(size_t shared_bytes) {
-  ASAN_UNPOISON_MEMORY_REGION(shared_bytes_of_block, kSharedBytes);
+  __asan_unpoison_memory_region(shared_bytes_of_block, kSharedBytes);
   // A NaN can get lost in a maximum and -1 may stand for "none", so there is a second pattern.
   std::memset(shared_bytes_of_block, draw(2) == 0 ? 0xff : 0x7e, kSharedBytes);
-  ASAN_POISON_MEMORY_REGION(shared_bytes_of_block + shared_bytes, kSharedBytes - shared_bytes);
+  __asan_poison_memory_region(shared_bytes_of_block + shared_bytes, kSharedBytes - shared_bytes);
   for (unsigned i = 0; i < machine.threads; ++i)
-    machine.fibers[i]->fenced = false;
+    machine.fibers[i].fenced = false;
+  trace.block_begin = trace.interval + 1;
   unsigned running[kMaxThreads / kWarp];
   do {
+    ++trace.interval;
     unsigned left = (machine.threads + kWarp - 1) / kWarp;
     for (unsigned i = 0; i < left; ++i)
       running[i] = i;
@@ -227,14 +239,19 @@ inline void run(const char* op,
       grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
     fail("CUDA would not launch this grid, block or shared memory");
   }
-  while (machine.fibers.size() < machine.threads)
-    add_fiber();
   for (unsigned i = 0; i < machine.threads; ++i) {
-    Fiber& fiber = *machine.fibers[i];
+    Fiber& fiber = machine.fibers[i];
+    if (fiber.memory == nullptr)
+      allocate_stack(fiber);
     fiber.linear = i;
     fiber.index = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
   }
   machine.scheduler.started = true;
+  trace.launch_begin = trace.interval + 1;
+  trace.machine = reinterpret_cast<uintptr_t>(&machine);
+  trace.machine_end = trace.machine + sizeof(machine);
+  trace.shared = reinterpret_cast<uintptr_t>(shared_bytes_of_block);
+  trace.shared_end = trace.shared + kSharedBytes;
   std::vector<unsigned> order(size_t{grid.x} * grid.y * grid.z);
   shuffle(order.data(), static_cast<unsigned>(order.size()));
   for (const unsigned i : order) {
@@ -265,6 +282,11 @@ T shuffled(unsigned mask, T value, unsigned source_lane) {
   return value;
 }
 
+inline void warp_barrier(unsigned mask) {
+  exchange(mask, 0);
+  trace.warp_barriers = ++machine.current->warp_barriers;
+}
+
 inline unsigned lane() {
   return machine.current->linear % kWarp;
 }
@@ -290,19 +312,34 @@ unsigned match(unsigned mask, T value) {
   return result;
 }
 
-inline void take_ticket() {
+// An atomic operation on an address.
+template <typename T, typename Operation>
+T atomically(T* address, Operation operation) {
+  // Accesses stay between the assignments: the compiler does not know that they call the detector.
+  trace.atomic = true;
+  asm volatile("" ::: "memory");
+  const T old = *address;
+  *address = operation(old);
+  asm volatile("" ::: "memory");
+  trace.atomic = false;
+  return old;
+}
+
+inline void take_ticket(const void* address) {
   if (!machine.current->fenced)
     fail("atomicInc without an earlier __threadfence() of the thread");
   machine.current->fenced = false;
+  cuda_on_host_take_ticket(address);
 }
 
 inline void barrier(const std::source_location& where) {
   const Place place{where.file_name(), where.line()};
   if (place == machine.omitted)
     return;
-  if (machine.current->linear == 0 &&
-      std::find(machine.barriers.begin(), machine.barriers.end(), place) == machine.barriers.end())
-    machine.barriers.push_back(place);
+  Place* const end = machine.barriers + machine.barrier_count;
+  if (machine.current->linear == 0 && machine.barrier_count < std::size(machine.barriers) &&
+      std::find(machine.barriers, end, place) == end)
+    machine.barriers[machine.barrier_count++] = place;
   wait(State::kAtBlock);
 }
 
@@ -326,25 +363,31 @@ inline __attribute__((used)) void cuda_on_host_seed(uint64_t seed) {
   cuda_on_host::machine.random = seed;
 }
 
+// Whether races are reported, or only show in the results.
+inline __attribute__((used)) void cuda_on_host_detect_races(bool enabled) {
+  cuda_on_host::trace.enabled = enabled;
+}
+
 // The number of launches since the library was loaded.
-inline __attribute__((used)) uint64_t cuda_on_host_launches() {
+inline __attribute__((used)) int cuda_on_host_launches() {
   return cuda_on_host::machine.launches;
 }
 
 // The barriers that were reached, each as "file:line\n".
 inline __attribute__((used)) const char* cuda_on_host_barriers() {
-  static std::string joined;
+  std::string& joined = cuda_on_host::machine.listed;
   joined.clear();
-  for (const auto& place : cuda_on_host::machine.barriers)
+  for (unsigned i = 0; i < cuda_on_host::machine.barrier_count; ++i) {
+    const auto& place = cuda_on_host::machine.barriers[i];
     joined += place.file + std::string(":") + std::to_string(place.line) + "\n";
+  }
   return joined.c_str();
 }
 
 // Passes over the barrier at this place, to see that a check notices.
 inline __attribute__((used)) void cuda_on_host_omit(const char* file, unsigned line) {
-  static std::string kept;
-  kept = file;
-  cuda_on_host::machine.omitted = {kept.c_str(), line};
+  cuda_on_host::machine.omitted_file = file;
+  cuda_on_host::machine.omitted = {cuda_on_host::machine.omitted_file.c_str(), line};
 }
 
 }  // extern "C"

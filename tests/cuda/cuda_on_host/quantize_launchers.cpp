@@ -54,10 +54,6 @@ void residual_backward(const genperf::ResidualBackwardParams* params, int x_type
   genperf::launch_residual_backward(*params, DType(x_type), nullptr);
 }
 
-int launches() {
-  return cuda_on_host::launches;
-}
-
 void round_trip(const float* x, __nv_bfloat16* bfloat16, __half* half, float* wide, int n) {
   genperf::launch("round_trip", round_trip_kernel, 1, n, 0, nullptr, x, bfloat16, half, wide);
 }
