@@ -15,7 +15,6 @@ __global__ void __launch_bounds__(kCodeThreads)
   CodeShared& shared = shared_memory<CodeShared>();
   if (static_cast<int>(threadIdx.x) < tiling.channels)
     shared.basis[threadIdx.x] = int64_t{1} << (tiling.channels - 1 - threadIdx.x);
-  __syncthreads();
   quantize_tiles<T, kWidth>(static_cast<const T*>(p.x), static_cast<T*>(p.quantized), p.indices,
                             tiling, p.x_strides, p.quantized_strides, shared.digits(), shared.basis,
                             [&](float x, int) { return quantize_sign<Scalar>(x, p.size); });
