@@ -32,7 +32,7 @@ LAYERS = {
     "diffusers of images": lambda: diffusers.VectorQuantizer(16, 4, 0.25, sane_index_shape=True),
 }
 # Their parts are those of other layers, and a graph by dynamo takes ten times as long as a recorded one.
-RECORDED_ONLY = ("drop-in VectorQuantize", "drop-in ResidualVQ, one by one", "drop-in SimVQ of images", "diffusers of images")
+RECORDED_ONLY = ("drop-in ResidualVQ, one by one", "drop-in SimVQ of images", "diffusers of images")
 
 
 class Encode(nn.Module):
