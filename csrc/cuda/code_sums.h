@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(kTeams* kWarpSize) code_sums_kernel(SumsParams
   const int64_t channel = slice_begin + lane * kWidth;
   const int64_t channels_left = p.last_channel - channel;
   const T* x = static_cast<const T*>(p.rows) + (channel - p.first_channel) * p.strides.channel;
+  const bool vectorizable = p.vectorizable && channels_left > 0;
   const Output<T> output(p);
   if (lane == 0)
     pieces.code[team][0] = pieces.code[team][1] = kNoCode;
@@ -195,26 +196,38 @@ __global__ void __launch_bounds__(kTeams* kWarpSize) code_sums_kernel(SumsParams
     for (int batch = team * kStep; batch < (team + 1) * kStep; batch += kBatch) {
       if (staged.code[batch] == kNoCode)
         break;
-      float values[kBatch][kWidth];
+      const uint32_t last_of_batch = staged.code[batch + kBatch - 1];
+      const bool full = last_of_batch != kNoCode;
+      const bool in_run = full && last_of_batch == current;  // and so are the others
+      Pack<T, kWidth> packs[kBatch];
+      if (vectorizable && full) {
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j)
+          packs[j] = *reinterpret_cast<const Pack<T, kWidth>*>(x + staged.offset[batch + j]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const bool inside = staged.code[batch + j] != kNoCode;
+          packs[j] = load_pack<T, kWidth>(x + staged.offset[batch + j], p.strides.channel,
+                                          inside ? channels_left : 0, false);
+        }
+      }
       Pack<float, kWidth> starts[kBatch];  // the codes of runs that start in the batch
+      if (subtract && !in_run) {
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const uint32_t code = staged.code[batch + j];
+          if (code != kNoCode && channels_left > 0 &&
+              code != (j > 0 ? staged.code[batch + j - 1] : current))
+            starts[j] = output.template origin<kWidth>(code, channel, channels_left);
+        }
+      }
+      float values[kBatch][kWidth];
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        const uint32_t code = staged.code[batch + j];
-        Pack<T, kWidth> pack;
-        if (code != kNoCode && channels_left > 0) {
-          pack = load_pack<T, kWidth>(x + staged.offset[batch + j], p.strides.channel,
-                                      channels_left, p.vectorizable);
-        } else {
-#pragma unroll
-          for (int i = 0; i < kWidth; ++i)
-            pack.values[i] = convert<T>(0.0f);
-        }
 #pragma unroll
         for (int i = 0; i < kWidth; ++i)
-          values[j][i] = to_float(pack.values[i]);
-        if (subtract && code != kNoCode && channels_left > 0 &&
-            code != (j > 0 ? staged.code[batch + j - 1] : current))
-          starts[j] = output.template origin<kWidth>(code, channel, channels_left);
+          values[j][i] = to_float(packs[j].values[i]);
       }
       if constexpr (kMode == Mode::kResidual) {
         for (int level = 0; level < kLevelsPerGroup - 1; ++level) {
@@ -233,6 +246,26 @@ __global__ void __launch_bounds__(kTeams* kWarpSize) code_sums_kernel(SumsParams
           }
         }
       }
+      const auto add = [&](int j) {
+        if constexpr (kWeighted) {
+          const double weight = staged.weight[batch + j];
+          mass += weight;
+#pragma unroll
+          for (int i = 0; i < kWidth; ++i)
+            sums[i] += weight * values[j][i];
+        } else {
+          ++mass;
+#pragma unroll
+          for (int i = 0; i < kWidth; ++i)
+            sums[i] += values[j][i];
+        }
+      };
+      if (in_run) {
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j)
+          add(j);
+        continue;
+      }
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         const uint32_t code = staged.code[batch + j];
@@ -248,18 +281,7 @@ __global__ void __launch_bounds__(kTeams* kWarpSize) code_sums_kernel(SumsParams
           if (subtract)
             origins = starts[j];
         }
-        if constexpr (kWeighted) {
-          const double weight = staged.weight[batch + j];
-          mass += weight;
-#pragma unroll
-          for (int i = 0; i < kWidth; ++i)
-            sums[i] += weight * values[j][i];
-        } else {
-          ++mass;
-#pragma unroll
-          for (int i = 0; i < kWidth; ++i)
-            sums[i] += values[j][i];
-        }
+        add(j);
       }
     }
   }
