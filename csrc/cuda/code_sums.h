@@ -127,7 +127,7 @@ __device__ void add_pieces(Pieces& pieces, const double* partials, int64_t count
 }
 
 template <typename T, Mode kMode>
-__global__ void __launch_bounds__(kTeams* kWarpSize) code_sums_kernel(SumsParams p) {
+__global__ void __launch_bounds__(kTeams* kWarpSize, 2) code_sums_kernel(SumsParams p) {
   if (blockIdx.x >= p.chunks)
     return write_empty_codes<T, kMode>(p, blockIdx.x - p.chunks);
   constexpr int kWidth = kWidthOf<T>;
