@@ -25,7 +25,34 @@ struct Scalar {
 
   static GENPERF_DEVICE float constant(float a) { return a; }
   static GENPERF_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
-  static GENPERF_DEVICE float sqrt(float a) { return ::sqrtf(a); }
+  // For positive normal numbers, the operations of CUDA's square root without its check for others.
+  static GENPERF_DEVICE float sqrt(float a) {
+#if defined(__CUDA_ARCH__)
+    float inverse;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(a));
+    const float root = a * inverse;
+    return ::fmaf(::fmaf(-root, root, a), 0.5f * inverse, root);
+#else
+    return ::sqrtf(a);
+#endif
+  }
+  // x, but at least or at most a bound. NaN is kept.
+  static GENPERF_DEVICE float at_least(float x, float bound) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(bound));
+    return x;
+#else
+    return x < bound ? bound : x;
+#endif
+  }
+  static GENPERF_DEVICE float at_most(float x, float bound) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(bound));
+    return x;
+#else
+    return x > bound ? bound : x;
+#endif
+  }
   static GENPERF_DEVICE float from_int(int32_t a) { return static_cast<float>(a); }
   static GENPERF_DEVICE uint32_t bits(float a) {
     uint32_t result;
@@ -56,32 +83,42 @@ GENPERF_DEVICE typename A::F polynomial(typename A::F x, const float (&descendin
   return value;
 }
 
-// exponent * log(2) + log(1 + f), for 1 + f between sqrt(1/2) and sqrt(2).
+// x = 2^exponent * (1 + f), for positive, finite, normal x, with 1 + f between sqrt(1/2) and
+// sqrt(2).
 template <class A>
-GENPERF_DEVICE typename A::F log_of_parts(typename A::F exponent, typename A::F f) {
+struct LogParts {
+  typename A::U exponent;  // in the bits of the exponent of a float, that is times 2^23
+  typename A::F f;
+
+  GENPERF_DEVICE explicit LogParts(typename A::F x)
+      : exponent((A::bits(x) - 0x3f3504f3u) & 0xff800000u),
+        f(A::from_bits(A::bits(x) - exponent) - 1.0f) {}
+};
+
+// exponent / 2^23 * log(2) + log(1 + f).
+template <class A>
+GENPERF_DEVICE typename A::F log_of_parts(typename A::U exponent, typename A::F f) {
   const float coefficients[] = {-0.0764610618f, 0.127791151f, -0.13164185f,  0.14199695f,
                                 -0.166227654f,  0.200012922f, -0.250008374f, 0.333333313f};
   using F = typename A::F;
   const F square = f * f;
   const F tail = A::fma(polynomial<A>(f, coefficients), f, A::constant(-0.5f)) * square;
   // log(2) in two parts; the product of the first with any exponent is exact.
-  return A::fma(exponent, A::constant(0.693359375f),
-                f + A::fma(exponent, A::constant(-2.12194440e-4f), tail));
+  const F scaled = A::from_int(typename A::I(exponent));
+  return A::fma(scaled, A::constant(0.693359375f * 0x1p-23f),
+                f + A::fma(scaled, A::constant(-2.12194440e-4f * 0x1p-23f), tail));
 }
 
 // For positive, finite, normal x.
 template <class A>
 GENPERF_DEVICE typename A::F log(typename A::F x) {
-  using U = typename A::U;
-  const U bits = A::bits(x);
-  const U exponent = U(typename A::I(bits - 0x3f3504f3u) >> 23);
-  return log_of_parts<A>(A::from_int(typename A::I(exponent)),
-                         A::from_bits(bits - (exponent << 23)) - 1.0f);
+  const LogParts<A> parts(x);
+  return log_of_parts<A>(parts.exponent, parts.f);
 }
 
 // e^x = scale * (1 + rest), where scale is a power of two and rest = e^r - 1 with |r| <= log(2) /
-// 2. x must not exceed 88, and is raised to at least -87. NaN is kept.
-template <class A>
+// 2. x must not exceed 88, and is raised to at least -87 unless it is known to be. NaN is kept.
+template <class A, bool kAtLeastLowest = false>
 struct ExpParts {
   typename A::F scale, rest;
 
@@ -89,7 +126,8 @@ struct ExpParts {
     using F = typename A::F;
     const float coefficients[] = {0.00019845886f, 0.001394072f, 0.00833338965f,
                                   0.0416663587f,  0.166666657f, 0.5f};
-    x = x < -87.0f ? A::constant(-87.0f) : x;
+    if constexpr (!kAtLeastLowest)
+      x = A::at_least(x, A::constant(-87.0f));
     // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
     const F shifted = A::fma(x, A::constant(1.44269504f), A::constant(12582912.0f));
     const F whole = shifted - 12582912.0f;

@@ -32,6 +32,39 @@ inline ChannelGrid channel_grid(int64_t levels, bool symmetric, bool hard, int64
           float(width), float(top),  float(half / width), basis};
 }
 
+// Division by a number. CUDA multiplies by the inverse and corrects the product by its remainder,
+// as its own division does where nothing underflows or overflows, and without the check for that.
+// Then the quotient is rounded correctly (Markstein, "Computation of elementary functions on the
+// IBM RISC System/6000 processor", 1990).
+template <class A>
+struct Divisor {
+  typename A::F value;
+
+  GENPERF_DEVICE Divisor(typename A::F value_) : value(value_) {}
+  GENPERF_DEVICE Divisor(typename A::F value_, typename A::F) : value(value_) {}
+  GENPERF_DEVICE typename A::F divide(typename A::F a) const { return a / value; }
+};
+
+GENPERF_DEVICE float corrected_quotient(float a, float divisor, float inverse) {
+  const float quotient = a * inverse;
+  return Scalar::fma(inverse, Scalar::fma(-divisor, quotient, a), quotient);
+}
+
+#if defined(__CUDA_ARCH__)
+template <>
+struct Divisor<Scalar> {
+  float value, inverse;
+
+  GENPERF_DEVICE Divisor(float value_) : value(value_) {
+    float estimate;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(estimate) : "f"(value));
+    inverse = Scalar::fma(estimate, Scalar::fma(-value, estimate, 1.0f), estimate);
+  }
+  GENPERF_DEVICE Divisor(float value_, float inverse_) : value(value_), inverse(inverse_) {}
+  GENPERF_DEVICE float divide(float a) const { return corrected_quotient(a, value, inverse); }
+};
+#endif
+
 // tanh and its derivative for |x| up to 40, constant beyond. NaN is kept.
 template <class A>
 struct Tanh {
@@ -41,10 +74,11 @@ struct Tanh {
 
   GENPERF_DEVICE explicit Tanh(F x) : sign(A::bits(x) & 0x80000000u) {
     F a = A::from_bits(A::bits(x) & 0x7fffffffu);
-    a = a > 40.0f ? A::constant(40.0f) : a;
-    const F e = ExpParts<A>(a + a).expm1();
-    magnitude = e / (e + 2.0f);
-    slope = 4.0f * ((e + 1.0f) / (e + 2.0f)) / (e + 2.0f);
+    a = A::at_most(a, A::constant(40.0f));
+    const F e = ExpParts<A, true>(a + a).expm1();
+    const Divisor<A> divisor(e + 2.0f);
+    magnitude = divisor.divide(e);
+    slope = divisor.divide(4.0f * divisor.divide(e + 1.0f));
   }
 
   GENPERF_DEVICE F value() const { return A::from_bits(A::bits(magnitude) | sign); }
@@ -58,14 +92,15 @@ GENPERF_DEVICE typename A::F round_to_integer(typename A::F x) {
 
 template <class A>
 GENPERF_DEVICE typename A::F between(typename A::F x, typename A::F low, typename A::F high) {
-  x = x < low ? low : x;
-  return x > high ? high : x;
+  return A::at_most(A::at_least(x, low), high);
 }
 
 // The constants of a ChannelGrid as numbers of A.
 template <class A>
 struct GridConstants {
-  typename A::F shift, half, offset, middle, divisor, top;
+  typename A::F shift, half, offset, middle;
+  Divisor<A> divisor;
+  typename A::F top;
 };
 
 template <class A>
@@ -93,7 +128,7 @@ GENPERF_DEVICE Coded<A> quantize_channel(typename A::F x,
             grid.middle;
   }
   digit = between<A>(digit, A::constant(0.0f), grid.top);
-  const F value = (digit - grid.middle) / grid.divisor;
+  const F value = grid.divisor.divide(digit - grid.middle);
   return {value, digit == digit ? digit : A::constant(0.0f)};
 }
 

@@ -95,42 +95,46 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "counts, Tensor sums)");
 
   // Sampling. Noise is given, or a function of `seed`, an int64 of one element on the op's device
-  // (noise.h). Outputs that are not wanted are empty.
+  // or the CPU, and of the number of a row (noise.h). Outputs that are not wanted are empty.
   //
   // mean and all tensors of its shape are [B, rows, columns] with any strides. Element (r, c) of
-  // sample b is normal number r * columns + c of row b. Both moments of the prior are given, or
-  // neither. Gradients are written to given tensors, so that two of them can share a packed tensor.
+  // sample b is normal number r * columns + c of row first + b. Both moments of the prior are
+  // given, or neither. Gradients are written to given tensors, so that two of them can share a
+  // packed tensor.
   m.def(
       "gaussian_sample(Tensor mean, Tensor logvar, Tensor? prior_mean, Tensor? prior_logvar, "
-      "Tensor? noise, Tensor? seed, float free_bits, bool float32_sample) -> (Tensor sample, "
+      "Tensor? noise, Tensor? seed, SymInt first, float free_bits, bool float32_sample) -> (Tensor "
+      "sample, "
       "Tensor kl)");
   m.def(
       "gaussian_sample_backward(Tensor(a!) grad_mean, Tensor(b!) grad_logvar, Tensor(c!)? "
       "grad_prior_mean, Tensor(d!)? grad_prior_logvar, Tensor? grad_sample, Tensor? grad_kl, "
       "Tensor mean, Tensor logvar, Tensor? prior_mean, Tensor? prior_logvar, Tensor? noise, "
-      "Tensor? seed, float free_bits) -> ()");
+      "Tensor? seed, SymInt first, float free_bits) -> ()");
   // logits and noise are [outer, K, inner] with any strides. Class k at position p = outer * inner
-  // is Gumbel number k of row p. temperature, a float32 of one element, replaces tau. statistics is
-  // [4, outer, inner]: the largest logit, the log of the sum of exp(logit - largest), and the same
-  // two of the perturbed logits divided by tau.
+  // is Gumbel number k of row first + p. temperature, a float32 of one element, replaces tau.
+  // statistics is [4, outer, inner]: the largest logit, the log of the sum of exp(logit - largest),
+  // and the same two of the perturbed logits divided by tau.
   m.def(
       "gumbel_sample(Tensor logits, Tensor? temperature, float tau, Tensor? noise, Tensor? seed, "
-      "bool hard, bool dense) -> (Tensor sample, Tensor indices, Tensor kl, Tensor statistics)");
+      "SymInt first, bool hard, bool dense) -> (Tensor sample, Tensor indices, Tensor kl, Tensor "
+      "statistics)");
   // grad_logits may be grad_sample, which is then overwritten.
   m.def(
       "gumbel_sample_backward(Tensor(a!) grad_logits, Tensor? grad_sample, Tensor? grad_kl, Tensor "
-      "logits, Tensor statistics, Tensor? temperature, float tau, Tensor? noise, Tensor? seed) -> "
-      "()");
+      "logits, Tensor statistics, Tensor? temperature, float tau, Tensor? noise, Tensor? seed, "
+      "SymInt "
+      "first) -> ()");
 
   // Gradient penalties. real, fake and gradients are [B, rows, columns] with any strides, and
   // weight is [B]. Without fake, real is perturbed by scale times uniform number r * columns + c of
-  // row b. A drawn weight of sample b is the first word of quad 2^63 of row b.
+  // row first + b. A drawn weight of sample b is the first word of quad 2^63 of that row.
   m.def(
-      "interpolate(Tensor real, Tensor? fake, Tensor? scale, Tensor? weight, Tensor? seed) -> "
-      "Tensor");
+      "interpolate(Tensor real, Tensor? fake, Tensor? scale, Tensor? weight, Tensor? seed, SymInt "
+      "first) -> Tensor");
   m.def(
       "interpolate_backward(Tensor grad_mixed, Tensor? real, Tensor? fake, Tensor? weight, Tensor? "
-      "seed) -> (Tensor grad_real, Tensor grad_fake, Tensor grad_weight)");
+      "seed, SymInt first) -> (Tensor grad_real, Tensor grad_fake, Tensor grad_weight)");
   m.def(
       "gradient_norm_penalty(Tensor gradients, float center, bool one_sided) -> (Tensor penalty, "
       "Tensor norms)");

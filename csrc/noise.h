@@ -14,22 +14,37 @@ struct Words {
   typename A::U word[4];
 };
 
-// Philox 4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
-template <class A>
-GENPERF_DEVICE Words<A> philox(Words<A> counter, uint64_t seed) {
-  using U = typename A::U;
-  uint32_t key0 = static_cast<uint32_t>(seed);
-  uint32_t key1 = static_cast<uint32_t>(seed >> 32);
+// The keys of the rounds of Philox.
+struct Keys {
+  static constexpr int kRounds = 10;
+  uint32_t first[kRounds], second[kRounds];
+
+  Keys() = default;
+  GENPERF_DEVICE Keys(uint64_t seed) {
 #if defined(__CUDACC__)
 #pragma unroll
 #endif
-  for (int round = 0; round < 10; ++round) {
+    for (int round = 0; round < kRounds; ++round) {
+      first[round] = static_cast<uint32_t>(seed) + static_cast<uint32_t>(round) * 0x9e3779b9u;
+      second[round] =
+          static_cast<uint32_t>(seed >> 32) + static_cast<uint32_t>(round) * 0xbb67ae85u;
+    }
+  }
+};
+
+// Philox 4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
+template <class A>
+GENPERF_DEVICE Words<A> philox(Words<A> counter, const Keys& keys) {
+  using U = typename A::U;
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+  for (int round = 0; round < Keys::kRounds; ++round) {
     U low0, high0, low1, high1;
     A::multiply(counter.word[0], 0xd2511f53u, low0, high0);
     A::multiply(counter.word[2], 0xcd9e8d57u, low1, high1);
-    counter = {{high1 ^ counter.word[1] ^ key0, low1, high0 ^ counter.word[3] ^ key1, low0}};
-    key0 += 0x9e3779b9u;
-    key1 += 0xbb67ae85u;
+    counter = {{high1 ^ counter.word[1] ^ keys.first[round], low1,
+                high0 ^ counter.word[3] ^ keys.second[round], low0}};
   }
   return counter;
 }
@@ -40,8 +55,8 @@ GENPERF_DEVICE Words<A> random_words(typename A::U quad_low,
                                      typename A::U quad_high,
                                      typename A::U row_low,
                                      typename A::U row_high,
-                                     uint64_t seed) {
-  return philox<A>({{quad_low, quad_high, row_low, row_high}}, seed);
+                                     const Keys& keys) {
+  return philox<A>({{quad_low, quad_high, row_low, row_high}}, keys);
 }
 
 // Uniform on [0, 1), as a multiple of 2^-24.
@@ -55,17 +70,13 @@ GENPERF_DEVICE typename A::F uniform(typename A::U word) {
 template <class A>
 GENPERF_DEVICE typename A::F exponential(typename A::U word) {
   using F = typename A::F;
-  using U = typename A::U;
   using I = typename A::I;
   const auto upper = I(word) < 0;
   const F half_or_less =
-      A::fma(A::from_int(I(upper ? ~word : word)), A::constant(0x1p-32f), A::constant(0x1p-33f));
-  const F value = upper ? 1.0f - half_or_less : half_or_less;
-  const U bits = A::bits(value);
-  const U exponent = U(I(bits - 0x3f3504f3u) >> 23);
-  const F reduced = A::from_bits(bits - (exponent << 23)) - 1.0f;
-  const auto exact = (upper ? exponent : U(exponent | 1u)) == 0u;
-  return -log_of_parts<A>(A::from_int(I(exponent)), exact ? -half_or_less : reduced);
+      A::fma(A::from_int(I(word) ^ (I(word) >> 31)), A::constant(0x1p-32f), A::constant(0x1p-33f));
+  const LogParts<A> parts(upper ? 1.0f - half_or_less : half_or_less);
+  // Above sqrt(1/2) the exponent is 0.
+  return -log_of_parts<A>(parts.exponent, parts.exponent == 0u ? -half_or_less : parts.f);
 }
 
 // Standard Gumbel variate.

@@ -201,6 +201,7 @@ std::tuple<Tensor, Tensor> gaussian_sample(const Tensor& mean,
                                            std::optional<Tensor> prior_logvar,
                                            std::optional<Tensor> noise,
                                            std::optional<Tensor> seed,
+                                           int64_t first,
                                            double free_bits,
                                            bool float32_sample) {
   check_inputs(mean, logvar, prior_mean, prior_logvar, noise, seed);
@@ -215,15 +216,16 @@ std::tuple<Tensor, Tensor> gaussian_sample(const Tensor& mean,
     const Moments<T> in{Rows<T>(mean), Rows<T>(logvar), Rows<T>(prior_mean), Rows<T>(prior_logvar),
                         Rows<T>(noise)};
     const Rows<T> out(sample);
-    blocks.for_each_segment([&](int64_t block, int64_t b, int64_t row, int64_t column,
-                                int64_t count) {
-      alignas(64) float buffer[kSegment + kDrawn + 4];
-      const float* drawn =
-          in.noise ? nullptr : draw_normals(key, b, row * blocks.columns + column, count, buffer);
-      const auto segment = in.prior_mean ? sample_segment<true, T> : sample_segment<false, T>;
-      segment(in.at(b, row, column), drawn, float(free_bits), out.at(b, row, column), count,
-              partial[block]);
-    });
+    blocks.for_each_segment(
+        [&](int64_t block, int64_t b, int64_t row, int64_t column, int64_t count) {
+          alignas(64) float buffer[kSegment + kDrawn + 4];
+          const float* drawn =
+              in.noise ? nullptr
+                       : draw_normals(key, first + b, row * blocks.columns + column, count, buffer);
+          const auto segment = in.prior_mean ? sample_segment<true, T> : sample_segment<false, T>;
+          segment(in.at(b, row, column), drawn, float(free_bits), out.at(b, row, column), count,
+                  partial[block]);
+        });
   });
   float* total = static_cast<float*>(kl.mutable_data_ptr());
   for (int64_t b = 0; b < blocks.samples; ++b) {
@@ -247,6 +249,7 @@ void gaussian_sample_backward(Tensor grad_mean,
                               std::optional<Tensor> prior_logvar,
                               std::optional<Tensor> noise,
                               std::optional<Tensor> seed,
+                              int64_t first,
                               double free_bits) {
   check_inputs(mean, logvar, prior_mean, prior_logvar, noise, seed);
   check_rows(grad_mean, mean, true, "grad_mean");
@@ -277,9 +280,10 @@ void gaussian_sample_backward(Tensor grad_mean,
     const int64_t kl_grad_stride = grad_kl.has_value() ? grad_kl->stride(0) : 0;
     blocks.for_each_segment([&](int64_t, int64_t b, int64_t row, int64_t column, int64_t count) {
       alignas(64) float buffer[kSegment + kDrawn + 4];
-      const float* drawn = in.noise || !upstream
-                               ? nullptr
-                               : draw_normals(key, b, row * blocks.columns + column, count, buffer);
+      const float* drawn =
+          in.noise || !upstream
+              ? nullptr
+              : draw_normals(key, first + b, row * blocks.columns + column, count, buffer);
       const auto segment = in.prior_mean ? backward_segment<true, T> : backward_segment<false, T>;
       segment(in.at(b, row, column), drawn, float(free_bits), upstream.at(b, row, column),
               kl_grad ? kl_grad + b * kl_grad_stride : nullptr, out.at(b, row, column), count);

@@ -23,7 +23,8 @@ GumbelInputs<T> inputs_of(const Tensor& logits,
                           const std::optional<Tensor>& temperature,
                           double tau,
                           const std::optional<Tensor>& noise,
-                          const std::optional<Tensor>& seed) {
+                          const std::optional<Tensor>& seed,
+                          int64_t first) {
   check_rows(logits, logits, true, "logits");
   STD_TORCH_CHECK(logits.size(1) > 0 && logits.size(1) < int64_t{1} << 31,
                   "logits must hold at least one class and fewer than 2^31");
@@ -40,7 +41,7 @@ GumbelInputs<T> inputs_of(const Tensor& logits,
   // negative or NaN counts as 0.
   const float inverse = divisor > 0 ? std::min(1 / divisor, FLT_MAX) : FLT_MAX;
   return {Rows<T>(logits), Rows<T>(noise), logits.size(0), logits.size(1),
-          logits.size(2),  seed_of(seed),  inverse};
+          logits.size(2),  seed_of(seed),  first,          inverse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
@@ -48,6 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
                                                          double tau,
                                                          std::optional<Tensor> noise,
                                                          std::optional<Tensor> seed,
+                                                         int64_t first,
                                                          bool hard,
                                                          bool dense) {
   const int64_t outer = logits.size(0), inner = logits.size(2);
@@ -56,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
   Tensor kl = torch::stable::new_empty(logits, {outer, inner}, ScalarType::Float);
   Tensor statistics = torch::stable::new_empty(logits, {4, outer, inner}, ScalarType::Float);
   with_type(logits, [&]<class T>(T*) {
-    const GumbelInputs<T> in = inputs_of<T>(logits, temperature, tau, noise, seed);
+    const GumbelInputs<T> in = inputs_of<T>(logits, temperature, tau, noise, seed, first);
     const bool one_hot = hard || in.inverse_tau == FLT_MAX;
     if (dense && one_hot)
       torch::stable::zero_(sample);
@@ -135,7 +137,8 @@ void gumbel_sample_backward(Tensor grad_logits,
                             std::optional<Tensor> temperature,
                             double tau,
                             std::optional<Tensor> noise,
-                            std::optional<Tensor> seed) {
+                            std::optional<Tensor> seed,
+                            int64_t first) {
   const int64_t count = logits.size(0) * logits.size(2);
   STD_TORCH_CHECK(statistics.scalar_type() == ScalarType::Float && statistics.is_contiguous() &&
                       statistics.numel() == 4 * count,
@@ -148,7 +151,7 @@ void gumbel_sample_backward(Tensor grad_logits,
                         grad_kl->size(0) == logits.size(0) && grad_kl->size(1) == logits.size(2),
                     "grad_kl must be float32 [outer, inner]");
   with_type(logits, [&]<class T>(T*) {
-    const GumbelInputs<T> in = inputs_of<T>(logits, temperature, tau, noise, seed);
+    const GumbelInputs<T> in = inputs_of<T>(logits, temperature, tau, noise, seed, first);
     const Rows<T> upstream(grad_sample), out(grad_logits);
     const bool soft = bool(upstream) && in.inverse_tau < FLT_MAX;
     const float* const saved = static_cast<const float*>(statistics.const_data_ptr());

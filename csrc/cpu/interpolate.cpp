@@ -19,6 +19,7 @@ namespace {
 // The weight of each sample, given or drawn.
 std::vector<float> weights_of(const std::optional<Tensor>& weight,
                               const std::optional<Tensor>& seed,
+                              int64_t first,
                               int64_t samples) {
   std::vector<float> weights(samples);
   if (weight.has_value()) {
@@ -33,7 +34,7 @@ std::vector<float> weights_of(const std::optional<Tensor>& weight,
   STD_TORCH_CHECK(seed.has_value(), "weight or a seed must be given");
   const uint64_t key = seed_of(seed);
   for (int64_t b = 0; b < samples; ++b)
-    weights[b] = draw_weight(key, b);
+    weights[b] = draw_weight(key, first + b);
   return weights;
 }
 
@@ -59,7 +60,8 @@ Tensor interpolate(const Tensor& real,
                    std::optional<Tensor> fake,
                    std::optional<Tensor> scale,
                    std::optional<Tensor> weight,
-                   std::optional<Tensor> seed) {
+                   std::optional<Tensor> seed,
+                   int64_t first) {
   check_rows(real, real, true, "real");
   if (fake.has_value())
     check_rows(*fake, real, true, "fake");
@@ -67,7 +69,7 @@ Tensor interpolate(const Tensor& real,
       fake.has_value() || (seed.has_value() && scale.has_value() &&
                            scale->scalar_type() == ScalarType::Float && scale->numel() == 1),
       "without fake, a seed and a scale of one float32 must be given");
-  const std::vector<float> weights = weights_of(weight, seed, real.size(0));
+  const std::vector<float> weights = weights_of(weight, seed, first, real.size(0));
   Tensor mixed = torch::stable::empty_like(real);
   with_type(real, [&]<class T>(T*) {
     FlatRows<T, 3> rows({Rows<T>(real), Rows<T>(fake), Rows<T>(mixed)}, real, !fake.has_value());
@@ -86,7 +88,7 @@ Tensor interpolate(const Tensor& real,
       for (int64_t start = 0; start < count; start += kSegment) {
         const int64_t length = std::min(kSegment, count - start);
         const float* drawn =
-            draw_uniforms(key, b, row * rows.columns + column + start, length, buffer);
+            draw_uniforms(key, first + b, row * rows.columns + column + start, length, buffer);
         for_each_vector(
             length, at[0].vectorizable() && at[2].vectorizable(), [&](int64_t i, auto n) {
               at[2].set(start + i, n,
@@ -102,7 +104,8 @@ std::tuple<Tensor, Tensor, Tensor> interpolate_backward(const Tensor& grad_mixed
                                                         std::optional<Tensor> real,
                                                         std::optional<Tensor> fake,
                                                         std::optional<Tensor> weight,
-                                                        std::optional<Tensor> seed) {
+                                                        std::optional<Tensor> seed,
+                                                        int64_t first) {
   check_rows(grad_mixed, grad_mixed, true, "grad_mixed");
   STD_TORCH_CHECK(real.has_value() == fake.has_value(),
                   "real and fake must both be given, or neither");
@@ -111,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> interpolate_backward(const Tensor& grad_mixed
     check_rows(*fake, grad_mixed, true, "fake");
   }
   const int64_t samples = grad_mixed.size(0);
-  const std::vector<float> weights = weights_of(weight, seed, samples);
+  const std::vector<float> weights = weights_of(weight, seed, first, samples);
   Tensor grad_real = torch::stable::empty_like(grad_mixed);
   Tensor grad_fake = torch::stable::empty_like(grad_mixed);
   Tensor grad_weight =

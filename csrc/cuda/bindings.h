@@ -203,6 +203,23 @@ inline void check_samples(const char* op, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 3, op, ": samples must have shape [B, rows, columns].");
 }
 
+// A seed on the CPU is passed to the kernel as a value, without a copy to the device. A graph that
+// captures the kernel would keep that value.
+inline Seed seed_of(const char* op,
+                    const std::optional<Tensor>& seed,
+                    int64_t first,
+                    const Tensor& x) {
+  if (!seed)
+    return {};
+  STD_TORCH_CHECK(seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, op,
+                  ": seed must be one int64.");
+  if (!seed->is_cpu()) {
+    check_same_device(op, "seed", *seed, x);
+    return {static_cast<const int64_t*>(seed->const_data_ptr()), 0, first};
+  }
+  return {nullptr, *static_cast<const int64_t*>(seed->const_data_ptr()), first};
+}
+
 // Checks that the noise is given or a seed to draw it from.
 inline void check_noise(const char* op,
                         const std::optional<Tensor>& noise,
@@ -211,8 +228,6 @@ inline void check_noise(const char* op,
   STD_TORCH_CHECK(noise || seed, op, ": needs noise or a seed.");
   if (noise)
     check_like(op, "noise", *noise, x, true);
-  if (seed)
-    check_scalar(op, "seed", *seed, ScalarType::Long, x);
 }
 
 inline SampleShape sample_shape_of(const Tensor& x) {

@@ -17,8 +17,11 @@ constexpr float kHighestLogvar = 20.0f;
 
 // Like torch.clamp, keeps NaN.
 __device__ float clamp_logvar(float logvar) {
-  return logvar < kLowestLogvar ? kLowestLogvar : logvar > kHighestLogvar ? kHighestLogvar : logvar;
+  return Scalar::at_most(Scalar::at_least(logvar, kLowestLogvar), kHighestLogvar);
 }
+
+// The exponential of a clamped log variance.
+using Variance = ExpParts<Scalar, true>;
 
 // Like the gradient of torch.clamp, false for NaN.
 __device__ bool inside_clamp(float logvar) {
@@ -52,77 +55,79 @@ struct Divergence {
   }
 };
 
-template <typename T, typename Params>
+// kPlain kernels draw their noise and have no prior, on a plain plan.
+template <typename T, bool kPlain, typename Params>
 __device__ void load_noise(const Params& p,
                            const SamplePlan& plan,
                            const SampleUnit& unit,
-                           uint64_t seed,
+                           const Keys& keys,
                            float (&noise)[kWidth]) {
-  if (p.noise.data != nullptr) {
+  if (!kPlain && p.noise.data != nullptr) {
     load<T>(p.noise, plan, unit, noise);
     return;
   }
-  normals<Scalar>(draw(seed, unit.sample, unit.first / kWidth), noise);
+  normals<Scalar>(draw(keys, p.seed.first + unit.sample, unit.first / kWidth), noise);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kSampleThreads)
+template <typename T, bool kPlain>
+__global__ void __launch_bounds__(kSampleThreads, kPlain ? 4 : 3)
     gaussian_sample_kernel(GaussianSampleParams p, SamplePlan plan) {
   const SampleThreadTile thread_tile(plan);
-  const uint64_t seed = p.seed == nullptr ? 0 : static_cast<uint64_t>(*p.seed);
+  const Keys keys = value_of(p.seed);
   float kl = 0;
-  for_units<kWidth>(plan, thread_tile, [&](const SampleUnit& unit) {
+  for_units<kWidth, kPlain>(plan, thread_tile, [&](const SampleUnit& unit) {
     float mean[kWidth], logvar[kWidth], prior_mean[kWidth], prior_logvar[kWidth];
-    load<T>(p.mean, plan, unit, mean);
-    load<T>(p.logvar, plan, unit, logvar);
-    const bool prior = p.prior_mean.data != nullptr;
+    load<T, kPlain>(p.mean, plan, unit, mean);
+    load<T, kPlain>(p.logvar, plan, unit, logvar);
+    const bool prior = !kPlain && p.prior_mean.data != nullptr;
     if (prior) {
       load<T>(p.prior_mean, plan, unit, prior_mean);
       load<T>(p.prior_logvar, plan, unit, prior_logvar);
     }
     float sample[kWidth];
-    load_noise<T>(p, plan, unit, seed, sample);
+    load_noise<T, kPlain>(p, plan, unit, keys, sample);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       const float clamped = clamp_logvar(logvar[j]);
-      const ExpParts<Scalar> variance(clamped);
-      sample[j] = mean[j] + sqrtf(variance.exp()) * sample[j];
+      const Variance variance(clamped);
+      sample[j] = mean[j] + Scalar::sqrt(variance.exp()) * sample[j];
       const Divergence divergence =
           prior ? Divergence(mean[j], clamped, prior_mean[j], clamp_logvar(prior_logvar[j]))
                 : Divergence(mean[j], clamped, variance.expm1());
-      const float value = divergence.value < p.free_bits ? p.free_bits : divergence.value;
-      kl += j < unit.count ? value : 0.0f;
+      const float value = Scalar::at_least(divergence.value, p.free_bits);
+      kl += kPlain || j < unit.count ? value : 0.0f;
     }
-    store<T>(p.sample, plan, unit, sample);
+    store<T, kPlain>(p.sample, plan, unit, sample);
   });
-  finish_parts(plan, thread_tile, kl, p.partials, StoreSum{p.kl});
+  finish_samples(plan, thread_tile, kl, p.partials, p.ticket, StoreSum{p.kl});
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kSampleThreads)
+template <typename T, bool kPlain>
+__global__ void __launch_bounds__(kSampleThreads, kPlain ? 4 : 2)
     gaussian_sample_backward_kernel(GaussianSampleBackwardParams p, SamplePlan plan) {
   const SampleThreadTile thread_tile(plan);
-  const uint64_t seed = p.seed == nullptr ? 0 : static_cast<uint64_t>(*p.seed);
+  const Keys keys = value_of(p.seed);
   const bool has_grad_kl = p.grad_kl != nullptr && thread_tile.sample < plan.shape.batch;
   const float grad_kl = has_grad_kl ? p.grad_kl[thread_tile.sample] : 0.0f;
-  for_units<kWidth>(plan, thread_tile, [&](const SampleUnit& unit) {
+  for_units<kWidth, kPlain>(plan, thread_tile, [&](const SampleUnit& unit) {
     float grad_mean[kWidth] = {};
     float grad_logvar[kWidth] = {};
     float logvar[kWidth];
-    load<T>(p.logvar, plan, unit, logvar);
+    load<T, kPlain>(p.logvar, plan, unit, logvar);
     if (p.grad_sample.data != nullptr) {
-      load<T>(p.grad_sample, plan, unit, grad_mean);
-      load_noise<T>(p, plan, unit, seed, grad_logvar);
+      load<T, kPlain>(p.grad_sample, plan, unit, grad_mean);
+      load_noise<T, kPlain>(p, plan, unit, keys, grad_logvar);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j)
-        grad_logvar[j] *= 0.5f * sqrtf(exp<Scalar>(clamp_logvar(logvar[j]))) * grad_mean[j];
+        grad_logvar[j] *=
+            0.5f * Scalar::sqrt(Variance(clamp_logvar(logvar[j])).exp()) * grad_mean[j];
     }
     float prior_mean[kWidth] = {};  // finally the prior's gradients
     float prior_logvar[kWidth] = {};
     if (has_grad_kl) {
       float mean[kWidth];
-      load<T>(p.mean, plan, unit, mean);
-      const bool prior = p.prior_mean.data != nullptr;
+      load<T, kPlain>(p.mean, plan, unit, mean);
+      const bool prior = !kPlain && p.prior_mean.data != nullptr;
       if (prior) {
         load<T>(p.prior_mean, plan, unit, prior_mean);
         load<T>(p.prior_logvar, plan, unit, prior_logvar);
@@ -132,7 +137,7 @@ __global__ void __launch_bounds__(kSampleThreads)
         const float clamped = clamp_logvar(logvar[j]);
         const Divergence divergence =
             prior ? Divergence(mean[j], clamped, prior_mean[j], clamp_logvar(prior_logvar[j]))
-                  : Divergence(mean[j], clamped, ExpParts<Scalar>(clamped).expm1());
+                  : Divergence(mean[j], clamped, Variance(clamped).expm1());
         const bool counts = !(divergence.value < p.free_bits);
         grad_mean[j] += counts ? grad_kl * divergence.by_mean : 0.0f;
         grad_logvar[j] += counts ? grad_kl * divergence.by_logvar : 0.0f;
@@ -144,13 +149,18 @@ __global__ void __launch_bounds__(kSampleThreads)
 #pragma unroll
     for (int j = 0; j < kWidth; ++j)
       grad_logvar[j] = inside_clamp(logvar[j]) ? grad_logvar[j] : 0.0f;
-    store<T>(p.grad_mean, plan, unit, grad_mean);
-    store<T>(p.grad_logvar, plan, unit, grad_logvar);
-    if (p.grad_prior_mean.data != nullptr)
+    store<T, kPlain>(p.grad_mean, plan, unit, grad_mean);
+    store<T, kPlain>(p.grad_logvar, plan, unit, grad_logvar);
+    if (!kPlain && p.grad_prior_mean.data != nullptr)
       store<T>(p.grad_prior_mean, plan, unit, prior_mean);
-    if (p.grad_prior_logvar.data != nullptr)
+    if (!kPlain && p.grad_prior_logvar.data != nullptr)
       store<T>(p.grad_prior_logvar, plan, unit, prior_logvar);
   });
+}
+
+template <typename Params>
+bool is_plain(const Params& p, const SamplePlan& plan) {
+  return plan.plain && p.noise.data == nullptr && p.prior_mean.data == nullptr;
 }
 
 template <typename T>
@@ -174,9 +184,9 @@ void launch_gaussian_sample(GaussianSampleParams p, DType type, cudaStream_t str
     const SamplePlan plan = plan_of<T>(p);
     if (plan.blocks == 0)
       return;
-    launch(kOp, gaussian_sample_kernel<T>, plan.blocks, kSampleThreads, kTeamSumBytes, stream, p,
-           plan);
-    combine_parts(kOp, plan, p.partials, StoreSum{p.kl}, stream);
+    const auto kernel =
+        is_plain(p, plan) ? gaussian_sample_kernel<T, true> : gaussian_sample_kernel<T, false>;
+    launch(kOp, kernel, plan.blocks, kSampleThreads, kTeamSumBytes, stream, p, plan);
   });
 }
 
@@ -192,8 +202,9 @@ void launch_gaussian_sample_backward(GaussianSampleBackwardParams p,
         p.grad_mean, p.grad_logvar, p.grad_prior_mean, p.grad_prior_logvar);
     if (plan.blocks == 0 || plan.units == 0)
       return;
-    launch(kOp, gaussian_sample_backward_kernel<T>, plan.blocks, kSampleThreads, 0, stream, p,
-           plan);
+    const auto kernel = is_plain(p, plan) ? gaussian_sample_backward_kernel<T, true>
+                                          : gaussian_sample_backward_kernel<T, false>;
+    launch(kOp, kernel, plan.blocks, kSampleThreads, 0, stream, p, plan);
   });
 }
 

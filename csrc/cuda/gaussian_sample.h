@@ -13,9 +13,10 @@ struct GaussianSampleParams {
   SampleInput prior_mean;
   SampleInput prior_logvar;
   SampleInput noise;    // T or float32; absent if the noise is drawn
-  const int64_t* seed;  // [], or null if the noise is given
+  Seed seed;            // unless the noise is given
   SampleOutput sample;  // T or float32
   double* partials;     // [gaussian_sample_partials()]
+  unsigned* ticket;     // [], zero before and after
   float* kl;            // [B]
   SampleShape shape;
   float free_bits;
@@ -29,7 +30,7 @@ struct GaussianSampleBackwardParams {
   SampleInput prior_mean;
   SampleInput prior_logvar;
   SampleInput noise;
-  const int64_t* seed;
+  Seed seed;
   SampleOutput grad_mean;
   SampleOutput grad_logvar;
   SampleOutput grad_prior_mean;  // absent if not wanted

@@ -27,6 +27,7 @@ std::tuple<Tensor, Tensor> gaussian_sample(Tensor mean,
                                            std::optional<Tensor> prior_logvar,
                                            std::optional<Tensor> noise,
                                            std::optional<Tensor> seed,
+                                           int64_t first,
                                            double free_bits,
                                            bool float32_sample) {
   constexpr const char* kOp = "gaussian_sample";
@@ -42,7 +43,7 @@ std::tuple<Tensor, Tensor> gaussian_sample(Tensor mean,
   params.prior_mean = sample_input(prior_mean);
   params.prior_logvar = sample_input(prior_logvar);
   params.noise = sample_input(noise);
-  params.seed = data_of<int64_t>(seed);
+  params.seed = seed_of(kOp, seed, first, mean);
   params.sample = sample_output(sample);
   params.kl = mutable_data_of<float>(kl);
   params.shape = sample_shape_of(mean);
@@ -51,6 +52,8 @@ std::tuple<Tensor, Tensor> gaussian_sample(Tensor mean,
   const Tensor partials =
       torch::stable::new_empty(mean, {gaussian_sample_partials(params, type)}, ScalarType::Double);
   params.partials = mutable_data_of<double>(partials);
+  const Tensor ticket = ticket_of(mean, launch);
+  params.ticket = mutable_data_of<unsigned>(ticket);
   launch_gaussian_sample(params, type, launch.stream());
   return {sample, kl};
 }
@@ -67,6 +70,7 @@ void gaussian_sample_backward(Tensor grad_mean,
                               std::optional<Tensor> prior_logvar,
                               std::optional<Tensor> noise,
                               std::optional<Tensor> seed,
+                              int64_t first,
                               double free_bits) {
   constexpr const char* kOp = "gaussian_sample_backward";
   check_gaussian(kOp, mean, logvar, prior_mean, prior_logvar);
@@ -93,7 +97,7 @@ void gaussian_sample_backward(Tensor grad_mean,
   params.prior_mean = sample_input(prior_mean);
   params.prior_logvar = sample_input(prior_logvar);
   params.noise = sample_input(noise);
-  params.seed = data_of<int64_t>(seed);
+  params.seed = seed_of(kOp, seed, first, mean);
   params.grad_mean = sample_output(grad_mean);
   params.grad_logvar = sample_output(grad_logvar);
   params.grad_prior_mean = sample_output(grad_prior_mean);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The gradient norm of each sample with the mean squared distance of the norms from a center, and
-// its gradient. Each direction is one streaming pass; one block computes the mean of the B norms.
+// its gradient. Each direction is one streaming pass; the last block of forward computes the mean.
 #include "gradient_norm_penalty.h"
 
 namespace genperf {
@@ -11,15 +11,7 @@ namespace {
 template <typename T>
 constexpr int kWidth = 16 / sizeof(T);
 
-constexpr int kMeanThreads = 1024;
-
-struct StoreNorm {
-  float* norms;  // [B]
-
-  __device__ void operator()(int64_t sample, double sum) const {
-    norms[sample] = static_cast<float>(sqrt(sum));
-  }
-};
+constexpr int kBlocks = 6;  // per multiprocessor, at least; with more the compiler spills registers
 
 // In float where squares neither overflow nor lose bits, which avoids most conversions to double.
 template <int kCount>
@@ -38,7 +30,7 @@ __device__ double sum_of_squares(const float (&values)[kCount]) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kSampleThreads)
+__global__ void __launch_bounds__(kSampleThreads, kBlocks)
     gradient_norm_kernel(GradientNormPenaltyParams p, SamplePlan plan) {
   const SampleThreadTile thread_tile(plan);
   double sum = 0;
@@ -47,28 +39,31 @@ __global__ void __launch_bounds__(kSampleThreads)
     load<T>(p.gradients, plan, unit, values);
     sum += sum_of_squares(values);
   });
-  finish_parts(plan, thread_tile, sum, p.partials, StoreNorm{p.norms});
-}
-
-__global__ void __launch_bounds__(kMeanThreads) mean_penalty_kernel(GradientNormPenaltyParams p) {
-  double sum = 0;
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < p.shape.batch; i += kMeanThreads) {
-    const double distance = static_cast<double>(p.norms[i]) - p.center;
-    sum += p.one_sided && distance <= 0 ? 0.0 : distance * distance;
-  }
-  auto& warp_sums = shared_memory<double[kMeanThreads / kWarpSize]>();
-  for (int step = kWarpSize / 2; step > 0; step /= 2)
-    sum += __shfl_down_sync(kFullWarp, sum, step);
-  if (threadIdx.x % kWarpSize == 0)
-    warp_sums[threadIdx.x / kWarpSize] = sum;
-  __syncthreads();
-  if (threadIdx.x != 0)
+  double penalty = 0;
+  const auto finish = [&](int64_t sample, double square) {
+    const float norm = static_cast<float>(sqrt(square));
+    p.norms[sample] = norm;
+    const double distance = static_cast<double>(norm) - p.center;
+    penalty += p.one_sided && distance <= 0 ? 0.0 : distance * distance;
+  };
+  if (!finish_samples(plan, thread_tile, sum, p.partials, p.ticket, finish))
     return;
-  sum = 0;
-  for (const double warp_sum : warp_sums)
-    sum += warp_sum;
-  *p.penalty = p.shape.batch > 0 ? static_cast<float>(sum / p.shape.batch) : 0.0f;
+  // If samples have one part, each block has the norms of some samples, else the last block of all.
+  __syncthreads();  // the shared memory is used again
+  penalty = team_sum(penalty, kSampleThreads);
+  if (plan.parts == 1) {
+    if (threadIdx.x == 0)
+      p.partials[blockIdx.x] = penalty;
+    if (!is_last_block(p.ticket))
+      return;
+    penalty = 0;
+#pragma unroll 8
+    for (unsigned i = threadIdx.x; i < gridDim.x; i += kSampleThreads)
+      penalty += __ldcg(p.partials + i);
+    penalty = team_sum(penalty, kSampleThreads);
+  }
+  if (threadIdx.x == 0)
+    *p.penalty = plan.shape.batch > 0 ? static_cast<float>(penalty / plan.shape.batch) : 0.0f;
 }
 
 template <typename T>
@@ -106,24 +101,24 @@ SamplePlan plan_of(GradientNormPenaltyParams& p) {
   return plan_samples<T, kWidth<T>>("gradient_norm_penalty", p.shape, p.gradients);
 }
 
+// An empty batch has a penalty too.
+unsigned blocks_of(const SamplePlan& plan) {
+  return plan.blocks > 0 ? plan.blocks : 1;
+}
+
 }  // namespace
 
 int64_t gradient_norm_penalty_partials(GradientNormPenaltyParams p, DType type) {
-  return partials_of(type == DType::kFloat32 ? plan_of<float>(p) : plan_of<__half>(p));
+  return blocks_of(type == DType::kFloat32 ? plan_of<float>(p) : plan_of<__half>(p));
 }
 
 void launch_gradient_norm_penalty(GradientNormPenaltyParams p, DType type, cudaStream_t stream) {
   constexpr const char* kOp = "gradient_norm_penalty";
   dispatch(kOp, type, [&]<typename T>() {
     const SamplePlan plan = plan_of<T>(p);
-    if (plan.blocks == 0)
-      return;
-    launch(kOp, gradient_norm_kernel<T>, plan.blocks, kSampleThreads, kTeamSumBytes, stream, p,
+    launch(kOp, gradient_norm_kernel<T>, blocks_of(plan), kSampleThreads, kTeamSumBytes, stream, p,
            plan);
-    combine_parts(kOp, plan, p.partials, StoreNorm{p.norms}, stream);
   });
-  launch(kOp, mean_penalty_kernel, 1, kMeanThreads, sizeof(double[kMeanThreads / kWarpSize]),
-         stream, p);
 }
 
 void launch_gradient_norm_penalty_backward(GradientNormPenaltyBackwardParams p,

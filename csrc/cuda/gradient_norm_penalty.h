@@ -9,6 +9,7 @@ namespace genperf {
 struct GradientNormPenaltyParams {
   SampleInput gradients;
   double* partials;  // [gradient_norm_penalty_partials()]
+  unsigned* ticket;  // [], zero before and after
   float* norms;      // [B]
   float* penalty;    // []
   SampleShape shape;

@@ -24,6 +24,8 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty(Tensor gradients, double center
   const Tensor partials = torch::stable::new_empty(
       gradients, {gradient_norm_penalty_partials(params, type)}, ScalarType::Double);
   params.partials = mutable_data_of<double>(partials);
+  const Tensor ticket = ticket_of(gradients, launch);
+  params.ticket = mutable_data_of<unsigned>(ticket);
   launch_gradient_norm_penalty(params, type, launch.stream());
   return {penalty, norms};
 }

@@ -5,135 +5,19 @@
 // A team of threads processes a position: adjacent threads if classes are contiguous in memory,
 // otherwise one thread of each warp, with the lanes of a warp on adjacent positions. Forward is one
 // pass with running maxima and sums of the logits and of the perturbed logits. The noise is never
-// stored: the pass that writes a soft sample and the backward pass draw it again.
+// stored: backward draws it again. Where a team's registers hold the logits of a position, the
+// kernels of gumbel_held.h draw it once per pass; those of this file, which take any number of
+// classes and given noise, draw it again to write a soft sample.
 #include "gumbel_sample.h"
 
-#include <cfloat>
 #include <cmath>
 
+#include "gumbel_held.h"
+#include "gumbel_rows.h"
 #include "gumbel_state.h"
-#include "noise.h"
-#include "positions.h"
 
 namespace genperf {
 namespace {
-
-// Classes per thread and step.
-template <typename T>
-constexpr int kForwardWidth = 16 / sizeof(T);
-constexpr int kBackwardWidth = 4;  // 8 registers would halve the number of threads in flight
-
-// A temperature that is negative or NaN counts as 0.
-template <typename Params>
-__device__ float tau_of(const Params& p) {
-  const float tau = p.temperature == nullptr ? p.tau : *p.temperature;
-  return tau > 0 ? tau : 0.0f;
-}
-
-// Finite, so that its product with 0 is 0: at tau = 0 the soft sample is the one-hot of the
-// maximum.
-__device__ float inverse_of(float tau) {
-  return tau == 0 ? FLT_MAX : fminf(1 / tau, FLT_MAX);
-}
-
-struct Vectorizable {
-  bool logits;
-  bool noise;
-  bool grad;
-  bool out;
-};
-
-// The row of a position in a tensor.
-template <typename T>
-struct Row {
-  T* data;
-  int64_t stride;
-  bool vectorizable;
-
-  __device__ Row(T* all, int64_t position, int64_t inner, Strides strides, bool vectorizable_)
-      : data(all == nullptr ? nullptr : all + offset_of(position, inner, strides)),
-        stride(strides.channel),
-        vectorizable(vectorizable_) {}
-
-  template <int kWidth>
-  __device__ void load(int64_t k, int64_t count, float (&values)[kWidth]) const {
-    using Element = std::remove_const_t<T>;
-    const auto pack = load_pack<Element, kWidth>(data + k * stride, stride, count, vectorizable);
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j)
-      values[j] = to_float(pack.values[j]);
-  }
-
-  template <int kWidth>
-  __device__ void store(int64_t k, int64_t count, const float (&values)[kWidth]) const {
-    Pack<T, kWidth> pack;
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j)
-      pack.values[j] = convert<T>(values[j]);
-    store_pack(data + k * stride, stride, count, vectorizable, pack);
-  }
-};
-
-// The noise of a position, given or drawn.
-template <typename T>
-struct Noise {
-  const T* values = nullptr;
-  const float* float32_values = nullptr;
-  int64_t stride;
-  int64_t position;
-  uint64_t seed;
-  bool vectorizable;
-
-  template <typename Params>
-  __device__ Noise(const Params& p, int64_t position_, bool vectorizable_)
-      : stride(p.noise_strides.channel),
-        position(position_),
-        seed(p.seed == nullptr ? 0 : static_cast<uint64_t>(*p.seed)),
-        vectorizable(vectorizable_) {
-    if (p.noise == nullptr)
-      return;
-    const int64_t offset = offset_of(position, p.inner, p.noise_strides);
-    if (p.float32_noise) {
-      float32_values = static_cast<const float*>(p.noise) + offset;
-    } else {
-      values = static_cast<const T*>(p.noise) + offset;
-    }
-  }
-
-  // Adds the noise of classes k, k + 1, ... to the logits.
-  template <int kWidth>
-  __device__ void perturb(int64_t k,
-                          int64_t count,
-                          const float (&logits)[kWidth],
-                          float (&perturbed)[kWidth]) const {
-    if (float32_values != nullptr) {
-      add(load_pack<float, kWidth>(float32_values + k * stride, stride, count, vectorizable),
-          logits, perturbed);
-    } else if (values != nullptr) {
-      add(load_pack<T, kWidth>(values + k * stride, stride, count, vectorizable), logits,
-          perturbed);
-    } else {
-#pragma unroll
-      for (int first = 0; first < kWidth; first += 4) {
-        const auto words = random_words<Scalar>(static_cast<uint32_t>((k + first) / 4), 0,
-                                                static_cast<uint32_t>(position),
-                                                static_cast<uint32_t>(position >> 32), seed);
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          perturbed[first + j] = logits[first + j] + gumbel<Scalar>(words.word[j]);
-      }
-    }
-  }
-
-  template <typename Element, int kWidth>
-  __device__ static void add(const Pack<Element, kWidth>& noise,
-                             const float (&logits)[kWidth],
-                             float (&perturbed)[kWidth]) {
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j)
-      perturbed[j] = logits[j] + to_float(noise.values[j]);
-  }
-};
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxGumbelThreads)
@@ -308,12 +192,23 @@ void launch_gumbel_sample(const GumbelSampleParams& params, DType type, cudaStre
   dispatch(kOp, type, [&]<typename T>() {
     constexpr int kWidth = kForwardWidth<T>;
     const GumbelSampleParams& p = params;
-    const GumbelTiling tiling = tiling_of(p.outer, p.classes, p.inner, p.logits_strides, kWidth);
-    if (tiling.blocks == 0)
+    if (p.outer == 0 || p.inner == 0)
       return;
+    const Vectorizable vectorizable =
+        vectorizable_of(p, nullptr, Strides{}, p.sample, p.sample_strides, kWidth);
+    const HeldTiling held = held_tiling_of(p.outer, p.classes, p.inner, p.logits_strides);
+    if (p.noise == nullptr && held.fits) {
+      const bool full =
+          held.full && vectorizable.logits && (p.sample == nullptr || vectorizable.out);
+      const auto kernel =
+          full ? gumbel_sample_held_kernel<T, true> : gumbel_sample_held_kernel<T, false>;
+      launch(kOp, kernel, held.tiling.blocks, held.tiling.positions * held.tiling.team,
+             kMergeBytes<GumbelSums>, stream, p, held.tiling, vectorizable);
+      return;
+    }
+    const GumbelTiling tiling = tiling_of(p.outer, p.classes, p.inner, p.logits_strides, kWidth);
     launch(kOp, gumbel_sample_kernel<T>, tiling.blocks, tiling.positions * tiling.team,
-           kMergeBytes<GumbelState>, stream, p, tiling,
-           vectorizable_of(p, nullptr, Strides{}, p.sample, p.sample_strides, kWidth));
+           kMergeBytes<GumbelState>, stream, p, tiling, vectorizable);
   });
 }
 
@@ -324,13 +219,23 @@ void launch_gumbel_sample_backward(const GumbelSampleBackwardParams& params,
   dispatch(kOp, type, [&]<typename T>() {
     constexpr int kWidth = kBackwardWidth;
     const GumbelSampleBackwardParams& p = params;
-    const GumbelTiling tiling = tiling_of(p.outer, p.classes, p.inner, p.logits_strides, kWidth);
-    if (tiling.blocks == 0)
+    if (p.outer == 0 || p.inner == 0)
       return;
+    const Vectorizable vectorizable = vectorizable_of(p, p.grad_sample, p.grad_sample_strides,
+                                                      p.grad_logits, p.grad_logits_strides, kWidth);
+    const HeldTiling held = held_tiling_of(p.outer, p.classes, p.inner, p.logits_strides);
+    if (p.noise == nullptr && held.fits) {
+      const bool full = held.full && vectorizable.logits && vectorizable.out &&
+                        (p.grad_sample == nullptr || vectorizable.grad);
+      const auto kernel = full ? gumbel_sample_backward_held_kernel<T, true>
+                               : gumbel_sample_backward_held_kernel<T, false>;
+      launch(kOp, kernel, held.tiling.blocks, held.tiling.positions * held.tiling.team,
+             kMergeBytes<GumbelGradientSums>, stream, p, held.tiling, vectorizable);
+      return;
+    }
+    const GumbelTiling tiling = tiling_of(p.outer, p.classes, p.inner, p.logits_strides, kWidth);
     launch(kOp, gumbel_sample_backward_kernel<T>, tiling.blocks, tiling.positions * tiling.team,
-           kMergeBytes<GumbelGradientSums>, stream, p, tiling,
-           vectorizable_of(p, p.grad_sample, p.grad_sample_strides, p.grad_logits,
-                           p.grad_logits_strides, kWidth));
+           kMergeBytes<GumbelGradientSums>, stream, p, tiling, vectorizable);
   });
 }
 

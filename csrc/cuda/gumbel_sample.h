@@ -10,7 +10,6 @@ namespace genperf {
 struct GumbelSampleParams {
   const void* logits;        // [outer, K, inner], T
   const void* noise;         // [outer, K, inner]
-  const int64_t* seed;       // []
   const float* temperature;  // []
   void* sample;              // [outer, K, inner], T, or null if not wanted
   int64_t* indices;          // [outer, inner], contiguous
@@ -22,6 +21,7 @@ struct GumbelSampleParams {
   Strides logits_strides;
   Strides noise_strides;
   Strides sample_strides;
+  Seed seed;
   float tau;
   bool float32_noise;
   bool hard;
@@ -32,7 +32,6 @@ struct GumbelSampleBackwardParams {
   const float* grad_kl;     // [outer, inner], contiguous, or null for zeros
   const void* logits;       // [outer, K, inner], T
   const void* noise;        // [outer, K, inner]
-  const int64_t* seed;      // []
   const float* temperature;
   const float* statistics;  // [4, outer, inner], contiguous
   void* grad_logits;        // [outer, K, inner], T
@@ -43,6 +42,7 @@ struct GumbelSampleBackwardParams {
   Strides logits_strides;
   Strides noise_strides;
   Strides grad_logits_strides;
+  Seed seed;
   float tau;
   bool float32_noise;
 };

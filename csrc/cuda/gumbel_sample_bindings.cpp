@@ -15,15 +15,17 @@ void check_gumbel(const char* op, const Tensor& logits, const std::optional<Tens
 
 // Fills the fields that both directions share.
 template <typename Params>
-void fill_gumbel(Params& params,
+void fill_gumbel(const char* op,
+                 Params& params,
                  const Tensor& logits,
                  const std::optional<Tensor>& temperature,
                  double tau,
                  const std::optional<Tensor>& noise,
-                 const std::optional<Tensor>& seed) {
+                 const std::optional<Tensor>& seed,
+                 int64_t first) {
   params.logits = logits.const_data_ptr();
   params.noise = data_of<void>(noise);
-  params.seed = data_of<int64_t>(seed);
+  params.seed = seed_of(op, seed, first, logits);
   params.temperature = data_of<float>(temperature);
   params.outer = logits.size(0);
   params.classes = logits.size(1);
@@ -41,6 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(Tensor logits,
                                                          double tau,
                                                          std::optional<Tensor> noise,
                                                          std::optional<Tensor> seed,
+                                                         int64_t first,
                                                          bool hard,
                                                          bool dense) {
   constexpr const char* kOp = "gumbel_sample";
@@ -55,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(Tensor logits,
   Tensor statistics = torch::stable::new_empty(logits, {4, outer, inner}, ScalarType::Float);
 
   GumbelSampleParams params{};
-  fill_gumbel(params, logits, temperature, tau, noise, seed);
+  fill_gumbel(kOp, params, logits, temperature, tau, noise, seed, first);
   if (dense) {
     params.sample = sample.mutable_data_ptr();
     params.sample_strides = strides_of(sample);
@@ -76,7 +79,8 @@ void gumbel_sample_backward(Tensor grad_logits,
                             std::optional<Tensor> temperature,
                             double tau,
                             std::optional<Tensor> noise,
-                            std::optional<Tensor> seed) {
+                            std::optional<Tensor> seed,
+                            int64_t first) {
   constexpr const char* kOp = "gumbel_sample_backward";
   check_gumbel(kOp, logits, temperature);
   const int64_t outer = logits.size(0);
@@ -102,7 +106,7 @@ void gumbel_sample_backward(Tensor grad_logits,
   statistics = torch::stable::contiguous(statistics);
 
   GumbelSampleBackwardParams params{};
-  fill_gumbel(params, logits, temperature, tau, noise, seed);
+  fill_gumbel(kOp, params, logits, temperature, tau, noise, seed, first);
   params.grad_sample = data_of<void>(grad_sample);
   if (grad_sample)
     params.grad_sample_strides = strides_of(*grad_sample);

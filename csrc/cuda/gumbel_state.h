@@ -4,6 +4,7 @@
 // over the classes.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -18,10 +19,27 @@ constexpr int kMaxGumbelThreads = 512;
 
 struct GumbelTiling {
   int team;       // threads per position, a power of two
-  int positions;  // per block
+  int positions;  // per block, a power of two
+  int shift;      // log2 of team, or of positions unless classes_fast
   bool classes_fast;
   unsigned blocks;
 };
+
+// Sets the positions per block, and the number of blocks.
+inline void set_positions(GumbelTiling& tiling, int64_t positions) {
+  if (tiling.classes_fast) {
+    tiling.positions = tiling.team < kGumbelThreads ? kGumbelThreads / tiling.team : 1;
+  } else {
+    tiling.positions =
+        tiling.team < kGumbelThreads / kWarpSize ? kGumbelThreads / tiling.team : kWarpSize;
+  }
+  tiling.shift =
+      std::countr_zero(static_cast<unsigned>(tiling.classes_fast ? tiling.team : tiling.positions));
+  const int64_t blocks = (positions + tiling.positions - 1) / tiling.positions;
+  if (blocks > INT32_MAX)
+    throw std::runtime_error("gumbel_sample: too many positions");
+  tiling.blocks = static_cast<unsigned>(blocks);
+}
 
 inline GumbelTiling tiling_of(int64_t outer,
                               int64_t classes,
@@ -35,17 +53,11 @@ inline GumbelTiling tiling_of(int64_t outer,
   if (tiling.classes_fast) {
     while (tiling.team < kGumbelThreads && !covers(tiling.team < kWarpSize ? 1 : 4))
       tiling.team *= 2;
-    tiling.positions = kGumbelThreads / tiling.team;
   } else {
     while (tiling.team < kMaxGumbelThreads / kWarpSize && !covers(4))
       tiling.team *= 2;
-    tiling.positions =
-        tiling.team < kGumbelThreads / kWarpSize ? kGumbelThreads / tiling.team : kWarpSize;
   }
-  const int64_t blocks = (outer * inner + tiling.positions - 1) / tiling.positions;
-  if (blocks > INT32_MAX)
-    throw std::runtime_error("gumbel_sample: too many positions");
-  tiling.blocks = static_cast<unsigned>(blocks);
+  set_positions(tiling, outer * inner);
   return tiling;
 }
 
@@ -54,10 +66,10 @@ struct GumbelThreadTile {
   int64_t position;
 
   __device__ explicit GumbelThreadTile(const GumbelTiling& tiling) {
-    const int thread = threadIdx.x;
-    lane = tiling.classes_fast ? thread % tiling.team : thread / tiling.positions;
-    position = int64_t{blockIdx.x} * tiling.positions +
-               (tiling.classes_fast ? thread / tiling.team : thread % tiling.positions);
+    const int high = static_cast<int>(threadIdx.x) >> tiling.shift;
+    const int low = static_cast<int>(threadIdx.x) - (high << tiling.shift);
+    lane = tiling.classes_fast ? low : high;
+    position = int64_t{blockIdx.x} * tiling.positions + (tiling.classes_fast ? high : low);
   }
 };
 
@@ -108,6 +120,11 @@ __device__ State team_merge(State state, const GumbelTiling& tiling) {
   return merged;
 }
 
+// What exponentials are relative to.
+__device__ inline float base_of(float maximum) {
+  return maximum == -INFINITY ? 0.0f : maximum;
+}
+
 // Running maxima of the logits and of the perturbed logits, with sums of exponentials relative to
 // them. While all values are -inf, the sums are empty and relative to 0.
 struct GumbelState {
@@ -127,13 +144,11 @@ struct GumbelState {
     index = better ? at : index;
   }
 
-  __device__ static float base(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
-
   // Bounded from below, so that its product with a zero exponential is 0, for -inf too.
   __device__ static float bounded(float exponent) { return exponent < -88.0f ? -88.0f : exponent; }
 
   __device__ void raise_largest(float maximum) {
-    const float exponent = largest - base(maximum);
+    const float exponent = largest - base_of(maximum);
     const float factor = expf(exponent);
     weighted = factor * (weighted + bounded(exponent) * sum);
     sum *= factor;
@@ -141,7 +156,7 @@ struct GumbelState {
   }
 
   __device__ void raise_soft_sum(float earlier) {
-    soft_sum *= expf((earlier - base(best)) * inverse_tau);
+    soft_sum *= expf((earlier - base_of(best)) * inverse_tau);
   }
 
   template <int kWidth>
@@ -155,8 +170,8 @@ struct GumbelState {
     }
     raise_largest(maximum);
     raise_soft_sum(earlier);
-    const float logit_base = base(largest);
-    const float soft_base = base(best);
+    const float logit_base = base_of(largest);
+    const float soft_base = base_of(best);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       const float exponent = logits[j] - logit_base;

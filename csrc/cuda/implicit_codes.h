@@ -26,6 +26,7 @@ struct CodeTiling {
   int64_t inner;
   int channels;
   bool channels_last;
+  uint32_t inverse;  // 2^19 / channels, rounded up
 };
 
 // Whether each run of `width` elements of a tile is contiguous and aligned in a tensor of these
@@ -50,7 +51,9 @@ inline bool runs_vectorizable(const void* data,
 template <typename Params>
 CodeTiling tiling_of(const Params& p) {
   const bool last = p.inner == 1 || p.channels == 1 || p.x_strides.channel <= p.x_strides.inner;
-  return {p.outer * p.inner, p.inner, static_cast<int>(p.channels), last};
+  const auto channels = static_cast<uint32_t>(p.channels);
+  const uint32_t inverse = ((1u << 19) + channels - 1) / channels;
+  return {p.outer * p.inner, p.inner, static_cast<int>(channels), last, inverse};
 }
 
 inline unsigned blocks_of(const CodeTiling& tiling) {
@@ -64,8 +67,11 @@ struct TileElement {
 };
 
 __device__ inline TileElement element_of(int number, const CodeTiling& tiling) {
-  return tiling.channels_last ? TileElement{number / tiling.channels, number % tiling.channels}
-                              : TileElement{number % kCodePositions, number / kCodePositions};
+  if (!tiling.channels_last)
+    return {number % kCodePositions, number / kCodePositions};
+  // Exact, since no number is above kCodePositions * kMaxChannels = 2^13.
+  const int position = static_cast<int>(static_cast<uint32_t>(number) * tiling.inverse >> 19);
+  return {position, number - position * tiling.channels};
 }
 
 __device__ inline int64_t element_offset(int64_t first,

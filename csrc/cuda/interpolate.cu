@@ -17,16 +17,13 @@ constexpr int kBackwardBlocks = 3;
 
 constexpr int64_t kWeightQuad = INT64_MIN;  // 2^63 as an unsigned number
 
-__device__ uint64_t seed_of(const int64_t* seed) {
-  return seed == nullptr ? 0 : static_cast<uint64_t>(*seed);
-}
-
 template <typename Params>
 __device__ float weight_of(const Params& p, int64_t sample) {
   if (sample >= p.shape.batch)
     return 0;
-  return p.weight != nullptr ? p.weight[sample]
-                             : uniform<Scalar>(draw(seed_of(p.seed), sample, kWeightQuad).word[0]);
+  if (p.weight != nullptr)
+    return p.weight[sample];
+  return uniform<Scalar>(draw(value_of(p.seed), p.seed.first + sample, kWeightQuad).word[0]);
 }
 
 template <typename T>
@@ -49,14 +46,14 @@ template <typename T>
 __global__ void __launch_bounds__(kSampleThreads)
     perturb_kernel(InterpolateParams p, SamplePlan plan) {
   const SampleThreadTile thread_tile(plan);
-  const uint64_t seed = seed_of(p.seed);
+  const Keys keys = value_of(p.seed);
   const float scale = (1 - weight_of(p, thread_tile.sample)) * *p.scale;
   for_units<kWidth<T>>(plan, thread_tile, [&](const SampleUnit& unit) {
     float real[kWidth<T>];
     load<T>(p.real, plan, unit, real);
 #pragma unroll
     for (int first = 0; first < kWidth<T>; first += 4) {
-      const auto words = draw(seed, unit.sample, (unit.first + first) / 4);
+      const auto words = draw(keys, p.seed.first + unit.sample, (unit.first + first) / 4);
 #pragma unroll
       for (int j = 0; j < 4; ++j)
         real[first + j] += scale * uniform<Scalar>(words.word[j]);
@@ -92,7 +89,7 @@ __global__ void __launch_bounds__(kSampleThreads, kBackwardBlocks)
     store<T>(p.grad_fake, plan, unit, result);
   });
   if (p.grad_weight != nullptr)
-    finish_parts(plan, thread_tile, sum, p.partials, StoreSum{p.grad_weight});
+    finish_samples(plan, thread_tile, sum, p.partials, p.ticket, StoreSum{p.grad_weight});
 }
 
 template <typename T>
@@ -126,8 +123,6 @@ void launch_interpolate_backward(InterpolateBackwardParams p, DType type, cudaSt
       return;
     launch(kOp, interpolate_backward_kernel<T>, plan.blocks, kSampleThreads, kTeamSumBytes, stream,
            p, plan);
-    if (p.grad_weight != nullptr)
-      combine_parts(kOp, plan, p.partials, StoreSum{p.grad_weight}, stream);
   });
 }
 

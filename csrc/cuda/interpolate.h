@@ -11,7 +11,7 @@ struct InterpolateParams {
   SampleInput fake;     // if absent, real is perturbed by uniform noise
   const float* scale;   // [], of the noise, or null
   const float* weight;  // [B], or null if drawn
-  const int64_t* seed;  // [], or null if nothing is drawn
+  Seed seed;            // unless nothing is drawn
   SampleOutput mixed;
   SampleShape shape;
 };
@@ -21,10 +21,11 @@ struct InterpolateBackwardParams {
   SampleInput real;  // given with fake for the gradient of the weight, else absent
   SampleInput fake;
   const float* weight;  // [B], or null if drawn
-  const int64_t* seed;  // [], or null if weight is given
+  Seed seed;            // unless weight is given
   SampleOutput grad_real;
   SampleOutput grad_fake;
   double* partials;    // [interpolate_backward_partials()]
+  unsigned* ticket;    // [], zero before and after
   float* grad_weight;  // [B], or null if not wanted
   SampleShape shape;
 };

@@ -13,15 +13,14 @@ void check_weight(const char* op,
   STD_TORCH_CHECK(weight || seed, op, ": needs weights or a seed.");
   if (weight)
     check_vector(op, "weight", *weight, ScalarType::Float, x);
-  if (seed)
-    check_scalar(op, "seed", *seed, ScalarType::Long, x);
 }
 
 Tensor interpolate(Tensor real,
                    std::optional<Tensor> fake,
                    std::optional<Tensor> scale,
                    std::optional<Tensor> weight,
-                   std::optional<Tensor> seed) {
+                   std::optional<Tensor> seed,
+                   int64_t first) {
   constexpr const char* kOp = "interpolate";
   check_samples(kOp, real);
   check_weight(kOp, weight, seed, real);
@@ -40,7 +39,7 @@ Tensor interpolate(Tensor real,
   params.fake = sample_input(fake);
   params.scale = data_of<float>(scale);
   params.weight = data_of<float>(weight);
-  params.seed = data_of<int64_t>(seed);
+  params.seed = seed_of(kOp, seed, first, real);
   params.mixed = sample_output(mixed);
   params.shape = sample_shape_of(real);
   launch_interpolate(params, dtype_of(kOp, real), launch.stream());
@@ -51,7 +50,8 @@ std::tuple<Tensor, Tensor, Tensor> interpolate_backward(Tensor grad_mixed,
                                                         std::optional<Tensor> real,
                                                         std::optional<Tensor> fake,
                                                         std::optional<Tensor> weight,
-                                                        std::optional<Tensor> seed) {
+                                                        std::optional<Tensor> seed,
+                                                        int64_t first) {
   constexpr const char* kOp = "interpolate_backward";
   check_samples(kOp, grad_mixed);
   check_weight(kOp, weight, seed, grad_mixed);
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> interpolate_backward(Tensor grad_mixed,
   params.real = sample_input(real);
   params.fake = sample_input(fake);
   params.weight = data_of<float>(weight);
-  params.seed = data_of<int64_t>(seed);
+  params.seed = seed_of(kOp, seed, first, grad_mixed);
   params.grad_real = sample_output(grad_real);
   params.grad_fake = sample_output(grad_fake);
   params.grad_weight = real ? mutable_data_of<float>(grad_weight) : nullptr;
@@ -82,6 +82,8 @@ std::tuple<Tensor, Tensor, Tensor> interpolate_backward(Tensor grad_mixed,
   const int64_t count = real ? interpolate_backward_partials(params, type) : 0;
   const Tensor partials = torch::stable::new_empty(grad_mixed, {count}, ScalarType::Double);
   params.partials = mutable_data_of<double>(partials);
+  const Tensor ticket = ticket_of(grad_mixed, launch);
+  params.ticket = mutable_data_of<unsigned>(ticket);
   launch_interpolate_backward(params, type, launch.stream());
   return {grad_real, grad_fake, grad_weight};
 }

@@ -21,6 +21,13 @@ struct Strides {
   int64_t inner;
 };
 
+// Of noise that is drawn, see noise.h: that of sample or position i is row first + i.
+struct Seed {
+  const int64_t* data;  // [], or null for the value
+  int64_t value;
+  int64_t first;
+};
+
 }  // namespace genperf
 
 #if defined(__CUDACC__) || defined(GENPERF_CUDA_ON_HOST)
@@ -81,6 +88,10 @@ __device__ inline float to_float(__nv_bfloat16 value) {
 }
 __device__ inline float to_float(__half value) {
   return __half2float(value);
+}
+
+__device__ inline uint64_t value_of(const Seed& seed) {
+  return static_cast<uint64_t>(seed.data == nullptr ? seed.value : *seed.data);
 }
 
 // Rounds to nearest. A value of type T is returned unchanged.

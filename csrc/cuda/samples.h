@@ -8,7 +8,7 @@
 // and the strides, so sums are the same on every device and in every run.
 #pragma once
 
-#include "launch.h"
+#include "last_block.h"
 
 namespace genperf {
 
@@ -54,6 +54,7 @@ struct SamplePlan {
   uint32_t per_thread;  // units
   int team;             // threads per part, a power of two
   bool rows_fast;       // adjacent threads process adjacent rows
+  bool plain;           // every unit is full and contiguous, and all tensors are of type T
   unsigned blocks;
 };
 
@@ -82,6 +83,11 @@ SamplePlan plan_samples(const char* op, SampleShape shape, Tensors&... tensors) 
   plan.rows_fast = shape.rows > 1 && ((tensors.data != nullptr && !tensors.vectorizable &&
                                        tensors.row_stride < tensors.column_stride) ||
                                       ...);
+
+  plan.plain = shape.rows == 1 && plan.elements % kWidth == 0 &&
+               ((tensors.data == nullptr ||
+                 (tensors.vectorizable && (tensors.float32 == std::is_same_v<T, float>))) &&
+                ...);
 
   const int64_t units = plan.rows_fast ? shape.rows * ((shape.columns + kWidth - 1) / kWidth)
                                        : (plan.elements + kWidth - 1) / kWidth;
@@ -136,8 +142,8 @@ struct SampleThreadTile {
   }
 };
 
-// Calls body(unit) for each unit of this thread.
-template <int kWidth, typename Body>
+// Calls body(unit) for each unit of this thread. kPlain says that the plan is plain.
+template <int kWidth, bool kPlain = false, typename Body>
 __device__ void for_units(const SamplePlan& plan, const SampleThreadTile& thread_tile, Body body) {
   if (thread_tile.sample >= plan.shape.batch)
     return;
@@ -145,6 +151,12 @@ __device__ void for_units(const SamplePlan& plan, const SampleThreadTile& thread
   for (uint32_t i = 0; i < plan.per_thread && number < plan.units; ++i, number += plan.team) {
     SampleUnit unit{};
     unit.sample = thread_tile.sample;
+    if constexpr (kPlain) {
+      unit.first = unit.column = int64_t{number} * kWidth;
+      unit.count = kWidth;
+      body(unit);
+      continue;
+    }
     if (plan.rows_fast) {
       // A unit belongs to the row in which it starts, even if it ends in a later row.
       const auto rows = static_cast<uint32_t>(plan.shape.rows);
@@ -201,6 +213,31 @@ class SampleCursor {
 };
 
 template <typename T, int kWidth>
+__device__ void load_vectors(const T* data, float (&values)[kWidth]) {
+  constexpr int kVector = kVectorOf<T, kWidth>;
+#pragma unroll
+  for (int first = 0; first < kWidth; first += kVector) {
+    const auto vector = *reinterpret_cast<const Pack<T, kVector>*>(data + first);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j)
+      values[first + j] = to_float(vector.values[j]);
+  }
+}
+
+template <typename T, int kWidth>
+__device__ void store_vectors(T* data, const float (&values)[kWidth]) {
+  constexpr int kVector = kVectorOf<T, kWidth>;
+#pragma unroll
+  for (int first = 0; first < kWidth; first += kVector) {
+    Pack<T, kVector> vector;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j)
+      vector.values[j] = convert<T>(values[first + j]);
+    *reinterpret_cast<Pack<T, kVector>*>(data + first) = vector;
+  }
+}
+
+template <typename T, int kWidth>
 __device__ void load_as(const SampleInput& tensor,
                         const SamplePlan& plan,
                         const SampleUnit& unit,
@@ -208,15 +245,7 @@ __device__ void load_as(const SampleInput& tensor,
   const T* data = static_cast<const T*>(tensor.data);
   SampleCursor cursor(tensor, plan, unit);
   if (tensor.vectorizable && unit.count == kWidth) {
-    constexpr int kVector = kVectorOf<T, kWidth>;
-#pragma unroll
-    for (int first = 0; first < kWidth; first += kVector) {
-      const auto vector =
-          *reinterpret_cast<const Pack<T, kVector>*>(data + cursor.offset() + first);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j)
-        values[first + j] = to_float(vector.values[j]);
-    }
+    load_vectors(data + cursor.offset(), values);
     return;
   }
 #pragma unroll
@@ -234,15 +263,7 @@ __device__ void store_as(const SampleOutput& tensor,
   T* data = static_cast<T*>(tensor.data);
   SampleCursor cursor(tensor, plan, unit);
   if (tensor.vectorizable && unit.count == kWidth) {
-    constexpr int kVector = kVectorOf<T, kWidth>;
-#pragma unroll
-    for (int first = 0; first < kWidth; first += kVector) {
-      Pack<T, kVector> vector;
-#pragma unroll
-      for (int j = 0; j < kVector; ++j)
-        vector.values[j] = convert<T>(values[first + j]);
-      *reinterpret_cast<Pack<T, kVector>*>(data + cursor.offset() + first) = vector;
-    }
+    store_vectors(data + cursor.offset(), values);
     return;
   }
 #pragma unroll
@@ -253,25 +274,36 @@ __device__ void store_as(const SampleOutput& tensor,
   }
 }
 
+// Where a unit starts in a tensor of a plain plan.
+template <typename T, typename Data>
+__device__ auto plain_address(const SampleTensor<Data>& tensor, const SampleUnit& unit) {
+  using Element = std::conditional_t<std::is_const_v<Data>, const T, T>;
+  return static_cast<Element*>(tensor.data) + unit.sample * tensor.batch_stride + unit.first;
+}
+
 // The elements of a unit in float32, with zeros past the end.
-template <typename T, int kWidth>
+template <typename T, bool kPlain = false, int kWidth>
 __device__ void load(const SampleInput& tensor,
                      const SamplePlan& plan,
                      const SampleUnit& unit,
                      float (&values)[kWidth]) {
-  if (tensor.float32) {
+  if constexpr (kPlain) {
+    load_vectors(plain_address<T>(tensor, unit), values);
+  } else if (std::is_same_v<T, float> || tensor.float32) {
     load_as<float>(tensor, plan, unit, values);
   } else {
     load_as<T>(tensor, plan, unit, values);
   }
 }
 
-template <typename T, int kWidth>
+template <typename T, bool kPlain = false, int kWidth>
 __device__ void store(const SampleOutput& tensor,
                       const SamplePlan& plan,
                       const SampleUnit& unit,
                       const float (&values)[kWidth]) {
-  if (tensor.float32) {
+  if constexpr (kPlain) {
+    store_vectors(plain_address<T>(tensor, unit), values);
+  } else if (std::is_same_v<T, float> || tensor.float32) {
     store_as<float>(tensor, plan, unit, values);
   } else {
     store_as<T>(tensor, plan, unit, values);
@@ -279,9 +311,9 @@ __device__ void store(const SampleOutput& tensor,
 }
 
 // Four random words of a row.
-__device__ inline Words<Scalar> draw(uint64_t seed, int64_t row, int64_t quad) {
+__device__ inline Words<Scalar> draw(const Keys& keys, int64_t row, int64_t quad) {
   return random_words<Scalar>(static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32),
-                              static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), seed);
+                              static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), keys);
 }
 
 // The sum over each team in a fixed order, held by its lane 0. Every thread of the block takes
@@ -305,37 +337,46 @@ __device__ inline double team_sum(double value, int team) {
 }
 constexpr size_t kTeamSumBytes = sizeof(double[kSampleThreads / kWarpSize]);
 
-// Passes the sums of the teams to finish(sample, sum), or stores them for combine_parts_kernel.
+// Calls finish(sample, sum) with the sum over each sample, of which every thread has a part. If
+// samples have several parts, the last block adds up the partial sums [B, parts] in a fixed order.
+// Every thread of the block takes part. Returns whether this block may have finished samples.
 template <typename Finish>
-__device__ void finish_parts(const SamplePlan& plan,
-                             const SampleThreadTile& thread_tile,
-                             double sum,
-                             double* partials,
-                             const Finish& finish) {
+__device__ bool finish_samples(const SamplePlan& plan,
+                               const SampleThreadTile& thread_tile,
+                               double sum,
+                               double* partials,
+                               unsigned* ticket,
+                               const Finish& finish) {
   sum = team_sum(sum, plan.team);
-  if (thread_tile.lane != 0 || thread_tile.sample >= plan.shape.batch)
-    return;
-  if (plan.parts > 1) {
-    partials[blockIdx.x] = sum;
-  } else {
-    finish(thread_tile.sample, sum);
+  const bool holds_sum = thread_tile.lane == 0 && thread_tile.sample < plan.shape.batch;
+  if (plan.parts == 1) {
+    if (holds_sum)
+      finish(thread_tile.sample, sum);
+    return true;
   }
+  if (holds_sum)
+    partials[blockIdx.x] = sum;
+  if (!is_last_block(ticket))
+    return false;
+  // A warp per sample, or the block if there are few samples.
+  const int team = plan.shape.batch < kSampleThreads / kWarpSize ? kSampleThreads : kWarpSize;
+  const uint32_t lane = threadIdx.x % team;
+  for (int64_t sample = threadIdx.x / team; sample < plan.shape.batch;
+       sample += kSampleThreads / team) {
+    sum = 0;
+#pragma unroll 8
+    for (uint32_t i = lane; i < plan.parts; i += team)
+      sum += __ldcg(partials + sample * plan.parts + i);
+    sum = team_sum(sum, team);
+    if (lane == 0)
+      finish(sample, sum);
+    if (team > kWarpSize)
+      __syncthreads();  // the shared memory is used again
+  }
+  return true;
 }
 
-// One block per sample.
-template <typename Finish>
-__global__ void __launch_bounds__(kSampleThreads)
-    combine_parts_kernel(const double* partials, uint32_t parts, Finish finish) {
-  const int64_t sample = blockIdx.x;
-  double sum = 0;
-#pragma unroll 4
-  for (uint32_t i = threadIdx.x; i < parts; i += kSampleThreads)
-    sum += partials[sample * parts + i];
-  sum = team_sum(sum, kSampleThreads);
-  if (threadIdx.x == 0)
-    finish(sample, sum);
-}
-
+// For finish_samples().
 struct StoreSum {
   float* sums;  // [B]
 
@@ -343,18 +384,6 @@ struct StoreSum {
     sums[sample] = static_cast<float>(sum);
   }
 };
-
-template <typename Finish>
-void combine_parts(const char* op,
-                   const SamplePlan& plan,
-                   const double* partials,
-                   Finish finish,
-                   cudaStream_t stream) {
-  if (plan.parts > 1) {
-    launch(op, combine_parts_kernel<Finish>, static_cast<unsigned>(plan.shape.batch),
-           kSampleThreads, kTeamSumBytes, stream, partials, plan.parts, finish);
-  }
-}
 
 }  // namespace genperf
 

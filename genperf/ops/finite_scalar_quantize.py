@@ -1,5 +1,6 @@
 """Finite scalar quantization: each channel is rounded to its own levels; the codebook is the product of the levels."""
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -234,7 +235,16 @@ def _middle(count: int, symmetric: bool) -> float:
 
 
 def _column(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """The numbers [D, 1], in the dtype and on the device of `like`."""
+    if like.device.type == "cuda":
+        return _filled_column(numbers, like.dtype, like.device)
     return torch.tensor(numbers, dtype=like.dtype, device=like.device).unsqueeze(1)
+
+
+def _filled_column(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers [D, 1], each run of equal ones filled in: a copy to the GPU would wait, and no CUDA graph can capture it."""
+    runs = [(number, len(list(group))) for number, group in itertools.groupby(numbers)]
+    return torch.cat([torch.full((length, 1), number, dtype=dtype, device=device) for number, length in runs])
 
 
 @register_fake("finite_scalar_quantize")

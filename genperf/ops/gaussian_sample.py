@@ -85,17 +85,16 @@ def gaussian_sample(
         reasons["native"] = reasons["native"] or "noise requires a gradient, which the kernels do not compute."
     chosen = choose_impl(op, impl, reasons, mean, logvar, prior_mean, prior_logvar, noise)
 
-    seed = draw_seed(op, mean.device, generator) if noise is None else None
-    if seed is not None and first_sample():
-        noise = normal_noise(seed, shape[0], math.prod(shape[1:]), accumulator_dtype(mean.dtype), first_sample()).reshape(shape)
+    seed = draw_seed(op, mean.device, generator, by_value=True) if noise is None else None
+    first = first_sample()
     inputs: Moments = (mean, logvar, prior_mean, prior_logvar)
     float32_sample = dtype == torch.float32 and mean.dtype != torch.float32
     if chosen == "reference":
-        return gaussian_sample_reference(*inputs, noise, seed, dim, free_bits, float32_sample)
+        return gaussian_sample_reference(*inputs, noise, seed, first, dim, free_bits, float32_sample)
     if need_function(*inputs):
-        sample, kl = apply(_GaussianSample, *inputs, noise, seed, dim, free_bits, float32_sample)
+        sample, kl = apply(_GaussianSample, *inputs, noise, seed, first, dim, free_bits, float32_sample)
     else:
-        sample, kl = _forward(*inputs, noise, seed, dim, free_bits, float32_sample)
+        sample, kl = _forward(*inputs, noise, seed, first, dim, free_bits, float32_sample)
     return for_inductor(sample), kl
 
 
@@ -193,12 +192,13 @@ def _forward(
     prior_logvar: Tensor | None,
     noise: Tensor | None,
     seed: Tensor | None,
+    first: int,
     dim: int,
     free_bits: float,
     float32_sample: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = _rows((mean, logvar, prior_mean, prior_logvar), (noise,), None, dim)
-    sample, kl = torch.ops.genperf.gaussian_sample(*rows, seed, free_bits, float32_sample)
+    sample, kl = torch.ops.genperf.gaussian_sample(*rows, seed, first, free_bits, float32_sample)
     shape = list(mean.shape)
     if logvar is None:
         shape[dim] //= 2
@@ -214,15 +214,16 @@ class _GaussianSample(Function):
         prior_logvar: Tensor | None,
         noise: Tensor | None,
         seed: Tensor | None,
+        first: int,
         dim: int,
         free_bits: float,
         float32_sample: bool,
     ) -> tuple[Tensor, Tensor]:
-        return _forward(mean, logvar, prior_mean, prior_logvar, noise, seed, dim, free_bits, float32_sample)
+        return _forward(mean, logvar, prior_mean, prior_logvar, noise, seed, first, dim, free_bits, float32_sample)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.dim, ctx.free_bits, ctx.float32_sample = inputs
+        *tensors, ctx.first, ctx.dim, ctx.free_bits, ctx.float32_sample = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
@@ -231,20 +232,19 @@ class _GaussianSample(Function):
         mean, logvar, prior_mean, prior_logvar, noise, seed = saved_tensors(ctx)
         inputs: Moments = (mean, logvar, prior_mean, prior_logvar)
         if grad_sample is None and grad_kl is None:
-            return (None,) * 9
+            return (None,) * 10
         if need_graph((grad_sample, grad_kl), inputs):
 
             def reference(*moments: Any) -> tuple[Tensor, Tensor]:
-                options = {"dim": ctx.dim, "free_bits": ctx.free_bits, "float32_sample": ctx.float32_sample}
-                return gaussian_sample_reference(*moments, noise=noise, seed=seed, **options)
+                return gaussian_sample_reference(*moments, noise, seed, ctx.first, ctx.dim, ctx.free_bits, ctx.float32_sample)
 
-            return (*differentiate(reference, (grad_sample, grad_kl), inputs, ctx.needs_input_grad[:4]), *(None,) * 5)
+            return (*differentiate(reference, (grad_sample, grad_kl), inputs, ctx.needs_input_grad[:4]), *(None,) * 6)
         gradients = _empty_like(inputs, torch.preserve_format)
         if not _rows_fit(gradients, ctx.dim):  # a memory format that the kernel cannot write
             gradients = _empty_like(inputs, torch.contiguous_format)
         rows = _rows(inputs, (noise, grad_sample), gradients, ctx.dim)
-        torch.ops.genperf.gaussian_sample_backward(*rows[6:], rows[5], grad_kl, *rows[:5], seed, ctx.free_bits)
-        return (*gradients, *(None,) * 5)
+        torch.ops.genperf.gaussian_sample_backward(*rows[6:], rows[5], grad_kl, *rows[:5], seed, ctx.first, ctx.free_bits)
+        return (*gradients, *(None,) * 6)
 
 
 def _empty_like(moments: Moments, memory_format: torch.memory_format) -> Moments:
@@ -269,6 +269,7 @@ def gaussian_sample_reference(
     prior_logvar: Tensor | None,
     noise: Tensor | None,
     seed: Tensor | None,
+    first: int,
     dim: int,
     free_bits: float,
     float32_sample: bool,
@@ -280,7 +281,7 @@ def gaussian_sample_reference(
     logvar = logvar.clamp(*LOGVAR_RANGE)
     if noise is None:
         assert seed is not None
-        noise = normal_noise(seed, mean.shape[0], math.prod(mean.shape[1:]), dtype).reshape(mean.shape)
+        noise = normal_noise(seed, mean.shape[0], math.prod(mean.shape[1:]), dtype, first, mean.device).reshape(mean.shape)
     sample = mean + torch.exp(0.5 * logvar) * noise.to(dtype)
     if prior_mean is None:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
@@ -302,6 +303,7 @@ def _(
     prior_logvar: Tensor | None,
     noise: Tensor | None,
     seed: Tensor | None,
+    first: int,
     free_bits: float,
     float32_sample: bool,
 ) -> tuple[Tensor, Tensor]:

@@ -77,10 +77,13 @@ class _GradientNormPenalty(Function):
         norms = outputs[1]
         ctx.mark_non_differentiable(norms)
         ctx.save_for_backward(gradients, norms)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_penalty: Tensor, _norms: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_penalty: Tensor | None, _norms: None) -> tuple[Tensor | None, ...]:
         gradients, norms = saved_tensors(ctx)
+        if grad_penalty is None:
+            return None, None, None
         if need_graph((grad_penalty,), (gradients,)):
 
             def reference(gradients: Tensor) -> tuple[Tensor]:

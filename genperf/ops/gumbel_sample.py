@@ -90,16 +90,13 @@ def gumbel_sample(
     chosen = choose_impl(op, impl, reasons, logits, codebook, tau, noise)
 
     temperature, tau = (tau.to(logits.device, torch.float32), 0.0) if isinstance(tau, Tensor) else (None, float(tau))
-    seed = draw_seed(op, logits.device, generator) if noise is None else None
+    seed = draw_seed(op, logits.device, generator, by_value=True) if noise is None else None
     positions = as_positions(logits, dim)
     if noise is not None:
         noise = like_positions(noise, positions, logits, dim)
-    elif seed is not None and first_sample() and dim != 0:
-        outer, classes, inner = positions.shape
-        first = first_sample() * math.prod(positions_shape(logits, dim)[1:])
-        noise = gumbel_noise(seed, outer * inner, classes, accumulator_dtype(logits.dtype), first)
-        noise = noise.reshape(outer, inner, classes).transpose(1, 2)
-    arguments = (positions, codebook, temperature, tau, noise, seed, hard)
+    # Rows of noise are positions; with the categories in the first dimension none belongs to a sample of the batch.
+    first = first_sample() * math.prod(positions_shape(logits, dim)[1:]) if dim != 0 else 0
+    arguments = (positions, codebook, temperature, tau, noise, seed, first, hard)
     if chosen == "reference":
         sample, indices, kl = gumbel_sample_reference(*arguments)
     elif need_function(logits, codebook):
@@ -134,10 +131,11 @@ def _forward(
     tau: float,
     noise: Tensor | None,
     seed: Tensor | None,
+    first: int,
     hard: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dense = codebook is None or not hard
-    sample, indices, kl, statistics = torch.ops.genperf.gumbel_sample(logits, temperature, tau, noise, seed, hard, dense)
+    sample, indices, kl, statistics = torch.ops.genperf.gumbel_sample(logits, temperature, tau, noise, seed, first, hard, dense)
     if codebook is not None:
         sample = _multiply(sample, codebook, logits) if dense else F.embedding(indices, codebook).to(logits.dtype).transpose(1, 2)
     return sample, indices, kl, statistics
@@ -171,13 +169,14 @@ class _GumbelSample(Function):
         tau: float,
         noise: Tensor | None,
         seed: Tensor | None,
+        first: int,
         hard: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _forward(logits, codebook, temperature, tau, noise, seed, hard)
+        return _forward(logits, codebook, temperature, tau, noise, seed, first, hard)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-        logits, codebook, temperature, ctx.tau, noise, seed, ctx.hard = inputs
+        logits, codebook, temperature, ctx.tau, noise, seed, ctx.first, ctx.hard = inputs
         _, indices, _, statistics = outputs
         ctx.save_for_backward(logits, codebook, temperature, noise, seed, indices, statistics)
         ctx.mark_non_differentiable(indices, statistics)
@@ -189,13 +188,13 @@ class _GumbelSample(Function):
     ) -> tuple[Tensor | None, ...]:
         logits, codebook, temperature, noise, seed, indices, statistics = saved_tensors(ctx)
         needed = ctx.needs_input_grad[:2]
-        rest = (None,) * 5
+        rest = (None,) * 6
         if grad_sample is None and grad_kl is None:
             return (None, None, *rest)
         if need_graph((grad_sample, grad_kl), (logits, codebook)):
 
             def reference(logits: Tensor, codebook: Tensor | None) -> tuple[Tensor, Tensor]:
-                sample, _, kl = gumbel_sample_reference(logits, codebook, temperature, ctx.tau, noise, seed, ctx.hard)
+                sample, _, kl = gumbel_sample_reference(logits, codebook, temperature, ctx.tau, noise, seed, ctx.first, ctx.hard)
                 return sample, kl
 
             return (*differentiate(reference, (grad_sample, grad_kl), (logits, codebook), needed), *rest)
@@ -207,12 +206,14 @@ class _GumbelSample(Function):
                 # The product is as large as the logits and not used otherwise, so their gradient overwrites it.
                 grad_logits = None if torch.compiler.is_compiling() else grad_soft
             grad_logits = torch.empty_like(logits) if grad_logits is None else grad_logits
-            torch.ops.genperf.gumbel_sample_backward(grad_logits, grad_soft, grad_kl, logits, statistics, temperature, ctx.tau, noise, seed)
+            torch.ops.genperf.gumbel_sample_backward(
+                grad_logits, grad_soft, grad_kl, logits, statistics, temperature, ctx.tau, noise, seed, ctx.first
+            )
         if codebook is not None and needed[1] and grad_sample is not None:
             if ctx.hard:
                 _, grad_codebook = torch.ops.genperf.code_statistics(grad_sample, indices, codebook.shape[0], None, None)
             else:
-                soft = torch.ops.genperf.gumbel_sample(logits, temperature, ctx.tau, noise, seed, False, True)[0]
+                soft = torch.ops.genperf.gumbel_sample(logits, temperature, ctx.tau, noise, seed, ctx.first, False, True)[0]
                 grad_codebook = _multiply_positions(soft, grad_sample)
             grad_codebook = grad_codebook.to(codebook.dtype)
         return (grad_logits, grad_codebook, *rest)
@@ -225,6 +226,7 @@ def gumbel_sample_reference(
     tau: float,
     noise: Tensor | None,  # [outer, K, inner]
     seed: Tensor | None,
+    first: int,
     hard: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op in plain PyTorch, differentiated by autograd. `temperature`, if given, replaces tau."""
@@ -233,12 +235,13 @@ def gumbel_sample_reference(
     wide = logits.to(dtype)
     if noise is None:
         assert seed is not None
-        noise = gumbel_noise(seed, outer * inner, classes, dtype).reshape(outer, inner, classes).transpose(1, 2)
+        noise = gumbel_noise(seed, outer * inner, classes, dtype, first, logits.device)
+        noise = noise.reshape(outer, inner, classes).transpose(1, 2)
     perturbed = wide + noise.to(dtype)
     indices = perturbed.argmax(1)
     one_hot = (torch.arange(classes, device=logits.device).unsqueeze(1) == indices.unsqueeze(1)).to(dtype)
     if temperature is None:
-        temperature = torch.tensor(tau, dtype=dtype, device=logits.device)
+        temperature = torch.full((), tau, dtype=dtype, device=logits.device)  # unlike torch.tensor, no copy to the device
     temperature = temperature.to(dtype).reshape(())
     # The maximum is subtracted before the division, so that small temperatures do not overflow.
     relative = perturbed - perturbed.amax(1, keepdim=True).detach()
@@ -255,7 +258,7 @@ def gumbel_sample_reference(
 
 @register_fake("gumbel_sample")
 def _(
-    logits: Tensor, temperature: Tensor | None, tau: float, noise: Tensor | None, seed: Tensor | None, hard: bool, dense: bool
+    logits: Tensor, temperature: Tensor | None, tau: float, noise: Tensor | None, seed: Tensor | None, first: int, hard: bool, dense: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outer, _, inner = logits.shape
     sample = torch.empty_like(logits) if dense else logits.new_empty(0)

@@ -130,38 +130,33 @@ def _mix(
         reasons["native"] = reasons["native"] or "weight requires a gradient, which the kernel does not compute for noise."
     chosen = choose_impl(op, impl, reasons, real, fake, weight)
     # A perturbation needs a seed for its noise even if the weight is given.
-    seed = draw_seed(op, real.device, generator) if weight is None or fake is None else None
-    if seed is not None and first_sample():
-        weight = uniform_weights(seed, real.shape[0], first_sample()) if weight is None else weight
-        if fake is None:
-            with torch.no_grad():
-                mixed = interpolate_reference(real, None, scale, weight, seed)
-            return ValueOf.apply(mixed, real)
+    seed = draw_seed(op, real.device, generator, by_value=True) if weight is None or fake is None else None
+    first = first_sample()
     if chosen == "reference":
-        return interpolate_reference(real, fake, scale, weight, seed)
+        return interpolate_reference(real, fake, scale, weight, seed, first)
     if weight is not None:
         weight = weight.float()
     if fake is None:
-        mixed = for_inductor(call(_forward, real.detach(), None, scale, weight, seed))
+        mixed = for_inductor(call(_forward, real.detach(), None, scale, weight, seed, first))
         return ValueOf.apply(mixed, real) if need_function(real) else mixed
     if need_function(real, fake, weight):
-        return for_inductor(apply(_Interpolate, real, fake, weight, seed))
-    return for_inductor(_forward(real, fake, None, weight, seed))
+        return for_inductor(apply(_Interpolate, real, fake, weight, seed, first))
+    return for_inductor(_forward(real, fake, None, weight, seed, first))
 
 
-def _forward(real: Tensor, fake: Tensor | None, scale: Tensor | None, weight: Tensor | None, seed: Tensor | None) -> Tensor:
+def _forward(real: Tensor, fake: Tensor | None, scale: Tensor | None, weight: Tensor | None, seed: Tensor | None, first: int) -> Tensor:
     rows = as_rows([real, fake])
-    return torch.ops.genperf.interpolate(*rows, scale, weight, seed).view(real.shape)
+    return torch.ops.genperf.interpolate(*rows, scale, weight, seed, first).view(real.shape)
 
 
 class _Interpolate(Function):
     @staticmethod
-    def forward(real: Tensor, fake: Tensor, weight: Tensor | None, seed: Tensor | None) -> Tensor:
-        return _forward(real, fake, None, weight, seed)
+    def forward(real: Tensor, fake: Tensor, weight: Tensor | None, seed: Tensor | None, first: int) -> Tensor:
+        return _forward(real, fake, None, weight, seed, first)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: Tensor) -> None:
-        real, fake, weight, seed = inputs
+        real, fake, weight, seed, ctx.first = inputs
         # Only the gradient of the weight depends on the samples.
         samples = (real, fake) if weight is not None and weight.requires_grad else (None, None)
         ctx.save_for_backward(*samples, weight, seed)
@@ -170,32 +165,34 @@ class _Interpolate(Function):
     def backward(ctx: Any, grad_mixed: Tensor) -> tuple[Tensor | None, ...]:
         real, fake, weight, seed = saved_tensors(ctx)
         if need_graph((grad_mixed,), (real, fake, weight)):
-            of_real = uniform_weights(seed, grad_mixed.shape[0]) if weight is None else weight
+            of_real = uniform_weights(seed, grad_mixed.shape[0], ctx.first, grad_mixed.device) if weight is None else weight
             of_real = of_real.reshape(-1, *[1] * (grad_mixed.dim() - 1))
             grad_real, grad_fake = ((share * grad_mixed).to(grad_mixed.dtype) for share in (of_real, 1 - of_real))
             grad_weight = None
             if weight is not None and ctx.needs_input_grad[2]:
                 difference = real.to(weight.dtype) - fake.to(weight.dtype)
                 grad_weight = (grad_mixed * difference).reshape(grad_mixed.shape[0], math.prod(grad_mixed.shape[1:])).sum(1)
-            return grad_real, grad_fake, grad_weight, None
+            return grad_real, grad_fake, grad_weight, None, None
         rows = as_rows([grad_mixed, real, fake])
-        grad_real, grad_fake, grad_weight = torch.ops.genperf.interpolate_backward(*rows, weight, seed)
+        grad_real, grad_fake, grad_weight = torch.ops.genperf.interpolate_backward(*rows, weight, seed, ctx.first)
         shape = grad_mixed.shape
-        return grad_real.view(shape), grad_fake.view(shape), grad_weight if ctx.needs_input_grad[2] else None, None
+        return grad_real.view(shape), grad_fake.view(shape), grad_weight if ctx.needs_input_grad[2] else None, None, None
 
 
-def interpolate_reference(real: Tensor, fake: Tensor | None, scale: Tensor | None, weight: Tensor | None, seed: Tensor | None) -> Tensor:
+def interpolate_reference(
+    real: Tensor, fake: Tensor | None, scale: Tensor | None, weight: Tensor | None, seed: Tensor | None, first: int
+) -> Tensor:
     """The op in plain PyTorch, differentiated by autograd. Without `fake`, real is perturbed by uniform noise times `scale`."""
     dtype = accumulator_dtype(real.dtype)
     if weight is None:
         assert seed is not None
-        weight = uniform_weights(seed, real.shape[0])
+        weight = uniform_weights(seed, real.shape[0], first, real.device)
     weight = weight.to(dtype).reshape(-1, *[1] * (real.dim() - 1))
     wide = real.to(dtype)
     if fake is None:
         assert seed is not None
         assert scale is not None
-        noise = uniform_noise(seed, real.shape[0], math.prod(real.shape[1:]), dtype, first_sample()).reshape(real.shape)
+        noise = uniform_noise(seed, real.shape[0], math.prod(real.shape[1:]), dtype, first, real.device).reshape(real.shape)
         mixed = wide + (1 - weight) * scale * noise
     else:
         mixed = weight * wide + (1 - weight) * fake.to(dtype)
@@ -203,13 +200,13 @@ def interpolate_reference(real: Tensor, fake: Tensor | None, scale: Tensor | Non
 
 
 @register_fake("interpolate")
-def _(real: Tensor, fake: Tensor | None, scale: Tensor | None, weight: Tensor | None, seed: Tensor | None) -> Tensor:
+def _(real: Tensor, fake: Tensor | None, scale: Tensor | None, weight: Tensor | None, seed: Tensor | None, first: int) -> Tensor:
     return torch.empty_like(real)
 
 
 @register_fake("interpolate_backward")
 def _(
-    grad_mixed: Tensor, real: Tensor | None, fake: Tensor | None, weight: Tensor | None, seed: Tensor | None
+    grad_mixed: Tensor, real: Tensor | None, fake: Tensor | None, weight: Tensor | None, seed: Tensor | None, first: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     samples = 0 if real is None else grad_mixed.shape[0]
     return torch.empty_like(grad_mixed), torch.empty_like(grad_mixed), grad_mixed.new_empty(samples, dtype=torch.float32)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sass import PHILOX, Kernel, disassemble
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import genperf
@@ -17,6 +18,7 @@ triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 ARCHS = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MAX_REGISTERS = 128  # of 65536, so that a multiprocessor holds 512 threads
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
@@ -41,8 +43,7 @@ def compile_triton(kernel, types, arguments, arch):
 def resources(cubin: bytes, path: Path) -> dict[str, int]:
     """Registers, and bytes of stack and of local memory, that a thread uses."""
     path.write_bytes(cubin)
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    report = subprocess.run([cuobjdump, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    report = subprocess.run([CUOBJDUMP, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
     return {name: max(map(int, re.findall(rf"{name}:(\d+)", report))) for name in ("REG", "STACK", "LOCAL")}
 
 
@@ -126,6 +127,37 @@ def test_triton_kernels_compile(kernel, dim, codes, dtype, archs, options, tmp_p
                 assert "shfl" not in epilogue, "the block maxima exchange values between threads"
 
 
+LOAD, STORE, DIVISION, EXP = "LDG.E.128", "STG.E.128", "MUFU.RCP", "FFMA.SAT"  # FFMA.SAT begins an exact exponential
+
+# In float32 on sm_90, by source: part of the kernel's name, elements, landmarks (see sass.py), whether they lie in a loop, and the limit
+# of instructions per element. The paths draw noise, and have all gradients; gumbel_sample's have 16 classes per thread, and the first
+# is that of a hard sample; finite_scalar_quantize's have 6 channels.
+INSTRUCTIONS = {
+    "gaussian_sample": [
+        ("gaussian_sample_kernelIfLb1", 4, {LOAD: 2, PHILOX: 1, STORE: 1}, True, 84),
+        ("gaussian_sample_backward_kernelIfLb1", 4, {LOAD: 3, PHILOX: 1, STORE: 2}, True, 118),
+    ],
+    "gumbel_sample": [
+        ("gumbel_sample_held_kernelIfLb1", 16, {PHILOX: 4}, False, 82),
+        ("gumbel_sample_held_kernelIfLb1", 16, {PHILOX: 4, EXP: 1, STORE: 4}, False, 96),
+        ("gumbel_sample_backward_held_kernelIfLb1", 16, {PHILOX: 4, EXP: 48, STORE: 4}, False, 126),
+    ],
+    "finite_scalar_quantize": [
+        ("finite_scalar_quantize_few_kernelIfLi6ELb1", 6, {DIVISION: 6, "STG": 4}, False, 56),
+        ("finite_scalar_quantize_backward_few_kernelIfLi6ELb1", 6, {DIVISION: 6, "STG": 3}, False, 46),
+    ],
+}
+
+
+def check_instructions(limits, compiled):
+    kernels = disassemble(CUOBJDUMP, compiled, "sm_90") if limits else {}
+    for part, elements, landmarks, loop, limit in limits:
+        (name,) = (name for name in kernels if part in name)
+        count = Kernel(kernels[name]).count(landmarks, loop) / elements
+        print(f"sm_90 {count:.1f} instructions per element: {part} through {landmarks}")
+        assert count <= limit
+
+
 @needs_nvcc
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda path: path.stem)
 def test_cuda_kernels_compile_without_spills(source, tmp_path):
@@ -142,6 +174,7 @@ def test_cuda_kernels_compile_without_spills(source, tmp_path):
         warps = min(64, 65536 // (-(-int(registers) * 32 // 256) * 256))
         print(f"{arch} {registers:>3} registers, {warps / 64:.0%} of the warps: {name}")
     assert max(int(registers) for *_, registers in kernels) <= MAX_REGISTERS, run.stderr
+    check_instructions(INSTRUCTIONS.get(source.stem, ()), tmp_path / "kernel.o")
 
 
 def test_cuda_ops_trace_on_fake_tensors():
@@ -203,10 +236,10 @@ def test_cuda_sampling_and_penalties_trace_on_fake_tensors(dtype):
 
         grads = [torch.empty_like(features) for _ in range(2)]
         given = (None, None, features, None, features, features)
-        assert ops.gaussian_sample_backward(*grads, *given, None, None, None, seed, 0.0) is None
+        assert ops.gaussian_sample_backward(*grads, *given, None, None, None, seed, 0, 0.0) is None
         kl, statistics = torch.empty(2, 35, device="cuda"), torch.empty(4, 2, 35, device="cuda")
-        assert ops.gumbel_sample_backward(grads[0], features, kl, features, statistics, None, 1.0, None, seed) is None
-        grads = ops.interpolate_backward(features, features, features, None, seed)
+        assert ops.gumbel_sample_backward(grads[0], features, kl, features, statistics, None, 1.0, None, seed, 0) is None
+        grads = ops.interpolate_backward(features, features, features, None, seed, 0)
         for result, expected in zip(grads, (features, features, torch.empty(2)), strict=True):
             check_like(result, expected)
         penalty, norms = torch.empty((), device="cuda"), torch.empty(2, device="cuda")

@@ -21,27 +21,38 @@ from cuda_on_host.harness import (
     run_in_child,
     structure,
 )
+from cuda_on_host.launches import run_op
 from torch import Tensor
 
 SEED = 0x7654321089ABCDE
 LAYOUTS = ("channels_first", "channels_last", "sliced")
 
 # (outer, K, inner): one class, one position, teams within and beyond a warp in both layouts, partial tiles.
-SHAPES = [(1, 1, 3), (2, 5, 37), (3, 4, 1), (5, 70, 7), (1, 1030, 33), (2, 1500, 3), (0, 5, 4), (2, 8, 40), (300, 8, 1)]
+SHAPES = [
+    *[(1, 1, 3), (2, 5, 37), (3, 4, 1), (5, 70, 7), (1, 1030, 33), (2, 1500, 3), (0, 5, 4), (2, 8, 40), (300, 8, 1)],
+    # Classes that fill the registers of a thread, of several, of a warp and of a block, and more than fit.
+    *[(1, 16, 33), (3, 128, 5), (2, 512, 2), (1, 8192, 1), (1, 8200, 2)],
+]
 
 POINTER = ctypes.c_void_p
+FIRST = 5  # the row of noise of the first position
+Seed = structure(("data", POINTER), ("value first", ctypes.c_int64))
+SEED_IN_MEMORY = torch.tensor(SEED)
+SEEDS = itertools.cycle([Seed(SEED_IN_MEMORY.data_ptr(), -1, FIRST), Seed(None, SEED, FIRST)])
 SIZES = ("outer classes inner", ctypes.c_int64)
 GumbelSampleParams = structure(
-    ("logits noise seed temperature sample indices kl statistics", POINTER),
+    ("logits noise temperature sample indices kl statistics", POINTER),
     SIZES,
     ("logits_strides noise_strides sample_strides", Strides),
+    ("seed", Seed),
     ("tau", ctypes.c_float),
     ("float32_noise hard", ctypes.c_bool),
 )
 GumbelSampleBackwardParams = structure(
-    ("grad_sample grad_kl logits noise seed temperature statistics grad_logits", POINTER),
+    ("grad_sample grad_kl logits noise temperature statistics grad_logits", POINTER),
     SIZES,
     ("grad_sample_strides logits_strides noise_strides grad_logits_strides", Strides),
+    ("seed", Seed),
     ("tau", ctypes.c_float),
     ("float32_noise", ctypes.c_bool),
 )
@@ -60,7 +71,7 @@ def common_fields(logits: Tensor, tau: float | Tensor, noise: Tensor | None) -> 
     return {
         "logits": logits,
         "noise": noise,
-        "seed": torch.tensor(SEED),
+        "seed": next(SEEDS),
         "temperature": tau if isinstance(tau, Tensor) else None,
         "outer": logits.shape[0],
         "classes": logits.shape[1],
@@ -76,7 +87,7 @@ def run(library, logits, tau=1.0, noise=None, hard=False, dense=True) -> tuple[T
     indices, kl, statistics = torch.full((outer, inner), -7), nans(outer, inner), nans(4, outer, inner)
     fields = common_fields(logits, tau, noise)
     params = fill(GumbelSampleParams, sample=sample, indices=indices, kl=kl, statistics=statistics, hard=hard, **fields)
-    library.gumbel_sample(ctypes.byref(params), DTYPES[logits.dtype])
+    run_op(library, "gumbel_sample", params, DTYPES[logits.dtype], empty=logits.numel() == 0)
     return sample, indices, kl, statistics
 
 
@@ -84,7 +95,7 @@ def run_backward(library, grad_sample, grad_kl, logits, statistics, tau=1.0, noi
     grad = nan_like(logits)
     fields = common_fields(logits, tau, noise)
     params = fill(GumbelSampleBackwardParams, grad_sample=grad_sample, grad_kl=grad_kl, statistics=statistics, grad_logits=grad, **fields)
-    library.gumbel_sample_backward(ctypes.byref(params), DTYPES[logits.dtype])
+    run_op(library, "gumbel_sample_backward", params, DTYPES[logits.dtype], empty=logits.numel() == 0)
     return grad
 
 
@@ -92,7 +103,7 @@ def exact_noise(logits: Tensor, noise: Tensor | None) -> Tensor:
     if noise is not None:
         return noise.double()
     outer, classes, inner = logits.shape
-    drawn = gumbel_noise(SEED, outer * inner, classes)
+    drawn = gumbel_noise(SEED, FIRST + outer * inner, classes)[FIRST:]
     return drawn.reshape(outer, inner, classes).transpose(1, 2)
 
 
@@ -164,6 +175,20 @@ def check_backward(library: ctypes.CDLL) -> None:
         if grad_kl is not None:
             scale = scale + grad_kl.double().abs().unsqueeze(1) * logits.double().softmax(1) * 30
         assert_close(name, actual, exact, scale)
+
+
+def check_drawn_and_given_noise(library: ctypes.CDLL) -> None:
+    """The kernel that keeps the perturbed logits and that for given noise agree, with NaN, infinity and ties of whole rows."""
+    for classes, layout in itertools.product((16, 100, 1024), LAYOUTS):
+        logits = torch.randn(2, classes, 3)
+        logits[0, 3, 0], logits[1, :, 1], logits[1, 5:, 2] = math.nan, -math.inf, -math.inf
+        logits = lay_out(logits, layout)
+        noise = exact_noise(logits, None).float()
+        for hard in (False, True):
+            drawn, given = (run(library, logits, 0.7, values, hard) for values in (None, noise))
+            assert torch.equal(drawn[1], given[1])
+            for name, one, other in zip(("sample", "kl"), drawn[::2], given[::2], strict=True):
+                torch.testing.assert_close(one, other, rtol=2e-5, atol=1e-6, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def check_nan_and_infinity(library: ctypes.CDLL) -> None:

@@ -18,18 +18,22 @@ from cuda_on_host.harness import (
     run_in_child,
     structure,
 )
+from cuda_on_host.launches import LAUNCHES
 from torch import Tensor
 
 import genperf
 
 # (outer, levels, inner): one channel, partial tiles, several tiles, rows of full and of partial runs, many channels, many
-# codes, no positions.
+# codes, more than 2^31 codes, no positions.
 SHAPES = [
     (1, [5], 300),
     (3, [8, 5, 5, 5], 40),
     (2, [8, 6, 5], 129),
     (3, [4] * 31, 8),
     (1, [3, 2000, 7], 132),
+    (2, [8, 8, 8, 5, 5, 5], 67),
+    (70, [4, 3, 8, 5, 2, 7, 6, 9], 2),
+    (1, [1 << 20, 1 << 20, 8], 20),
     (300, [7, 5, 5, 5, 5], 1),
     (1, [2] * 63, 10),
     (0, [8, 5], 4),
@@ -116,6 +120,21 @@ def check_lookup_free(library: ctypes.CDLL) -> None:
         call(library.lookup_free_quantize_backward, SignBackwardParams, x, grad_quantized=grad, grad_x=grad_x, scale=0.7)
         expected = torch.ops.genperf.lookup_free_quantize_backward(grad, x, 0.7)
         torch.testing.assert_close(grad_x, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def check_launches(library: ctypes.CDLL) -> None:
+    x, levels = torch.randn(3, 4, 50), {"levels": [8, 5, 5, 5]}
+    outputs = {"quantized": nan_like(x), "indices": torch.full((3, 50), -7)}
+    gradients = {"grad_quantized": torch.randn(3, 4, 50), "grad_x": nan_like(x)}
+    for op, params, fields in (
+        ("finite_scalar_quantize", FiniteParams, levels | outputs),
+        ("finite_scalar_quantize_backward", FiniteBackwardParams, levels | gradients),
+        ("lookup_free_quantize", SignParams, outputs),
+        ("lookup_free_quantize_backward", SignBackwardParams, gradients),
+    ):
+        before = library.cuda_on_host_launches()
+        call(getattr(library, op), params, x, **fields)
+        assert library.cuda_on_host_launches() - before == LAUNCHES[op]
 
 
 def check_special_values(library: ctypes.CDLL) -> None:

@@ -23,9 +23,11 @@ from cuda_on_host.harness import (
     structure,
     uniform_noise,
 )
+from cuda_on_host.launches import run_op
 from torch import Tensor
 
 SEED = 0x7654321089ABCDE
+FIRST = 3  # the row of noise of the first sample
 LAYOUTS = ("contiguous", "packed", "channels_last", "columns_apart", "sliced")
 
 # (B, rows, columns): one element, teams of 1 to 256 threads, samples in several parts, units that cross rows, rows shorter
@@ -45,11 +47,12 @@ SHAPES = [
 ]
 
 POINTER, FLOAT = ctypes.c_void_p, ctypes.c_float
+Seed = structure(("data", POINTER), ("value first", ctypes.c_int64))
 GaussianSampleParams = structure(
     ("mean logvar prior_mean prior_logvar noise", SampleTensor),
-    ("seed", POINTER),
+    ("seed", Seed),
     ("sample", SampleTensor),
-    ("partials kl", POINTER),
+    ("partials ticket kl", POINTER),
     ("shape", Shape),
     ("free_bits", FLOAT),
 )
@@ -57,27 +60,29 @@ GaussianSampleBackwardParams = structure(
     ("grad_sample", SampleTensor),
     ("grad_kl", POINTER),
     ("mean logvar prior_mean prior_logvar noise", SampleTensor),
-    ("seed", POINTER),
+    ("seed", Seed),
     ("grad_mean grad_logvar grad_prior_mean grad_prior_logvar", SampleTensor),
     ("shape", Shape),
     ("free_bits", FLOAT),
 )
 InterpolateParams = structure(
     ("real fake", SampleTensor),
-    ("scale weight seed", POINTER),
+    ("scale weight", POINTER),
+    ("seed", Seed),
     ("mixed", SampleTensor),
     ("shape", Shape),
 )
 InterpolateBackwardParams = structure(
     ("grad_mixed real fake", SampleTensor),
-    ("weight seed", POINTER),
+    ("weight", POINTER),
+    ("seed", Seed),
     ("grad_real grad_fake", SampleTensor),
-    ("partials grad_weight", POINTER),
+    ("partials ticket grad_weight", POINTER),
     ("shape", Shape),
 )
 GradientNormPenaltyParams = structure(
     ("gradients", SampleTensor),
-    ("partials norms penalty", POINTER),
+    ("partials ticket norms penalty", POINTER),
     ("shape", Shape),
     ("center", FLOAT),
     ("one_sided", ctypes.c_bool),
@@ -121,7 +126,19 @@ def cases(shapes=SHAPES):
 
 
 def normal_like(x: Tensor) -> Tensor:
-    return normal_noise(SEED, x.shape[0], x[0].numel() if x.shape[0] else 0).reshape(x.shape)
+    return normal_noise(SEED, FIRST + x.shape[0], x[0].numel() if x.shape[0] else 0)[FIRST:].reshape(x.shape)
+
+
+SEED_IN_MEMORY, TICKET = torch.tensor(SEED), torch.zeros((), dtype=torch.int32)
+SEEDS = itertools.cycle([Seed(SEED_IN_MEMORY.data_ptr(), -1, FIRST), Seed(None, SEED, FIRST)])
+
+
+def run(library: ctypes.CDLL, op: str, params: ctypes.Structure, dtype: torch.dtype) -> None:
+    """Run an op, whose last block leaves the ticket as it was."""
+    if "ticket" in dict(params._fields_):
+        params.ticket = TICKET.data_ptr()
+    run_op(library, op, params, DTYPES[dtype], empty=0 in (params.shape.batch, params.shape.rows, params.shape.columns))
+    assert TICKET == 0
 
 
 def gaussian_exact(mean, logvar, prior, noise, free_bits) -> tuple[Tensor, Tensor]:
@@ -138,7 +155,6 @@ def gaussian_exact(mean, logvar, prior, noise, free_bits) -> tuple[Tensor, Tenso
 
 
 def run_gaussian(library, mean, logvar, prior, noise, free_bits, wide) -> tuple[Tensor, Tensor]:
-    seed = torch.tensor(SEED)
     sample, kl = nan_like(mean, torch.float32 if wide else mean.dtype), nans(mean.shape[0])
     prior = prior or (None, None)
     params = fill(
@@ -148,7 +164,7 @@ def run_gaussian(library, mean, logvar, prior, noise, free_bits, wide) -> tuple[
         prior_mean=prior[0],
         prior_logvar=prior[1],
         noise=noise,
-        seed=seed if noise is None else None,
+        seed=next(SEEDS) if noise is None else None,
         sample=sample,
         kl=kl,
         shape=Shape(*mean.shape),
@@ -156,7 +172,7 @@ def run_gaussian(library, mean, logvar, prior, noise, free_bits, wide) -> tuple[
     )
     partials = nans(library.gaussian_sample_partials(ctypes.byref(params), DTYPES[mean.dtype]), dtype=torch.float64)
     params.partials = partials.data_ptr()
-    library.gaussian_sample(ctypes.byref(params), DTYPES[mean.dtype])
+    run(library, "gaussian_sample", params, mean.dtype)
     return sample, kl
 
 
@@ -193,7 +209,6 @@ def check_gaussian_sample(library: ctypes.CDLL) -> None:
 
 
 def check_gaussian_sample_backward(library: ctypes.CDLL) -> None:
-    seed = torch.tensor(SEED)
     for name, number, make, dtype, arguments in gaussian_cases():
         mean, logvar, prior, noise, free_bits = arguments
         grad_sample = None if number % 4 == 1 else make(to=torch.float32 if number % 3 == 1 else dtype)
@@ -212,7 +227,7 @@ def check_gaussian_sample_backward(library: ctypes.CDLL) -> None:
             prior_mean=None if prior is None else prior[0],
             prior_logvar=None if prior is None else prior[1],
             noise=noise,
-            seed=seed if noise is None else None,
+            seed=next(SEEDS) if noise is None else None,
             grad_mean=padded[0],
             grad_logvar=padded[1],
             grad_prior_mean=padded[2],
@@ -220,7 +235,7 @@ def check_gaussian_sample_backward(library: ctypes.CDLL) -> None:
             shape=Shape(*mean.shape),
             free_bits=free_bits,
         )
-        library.gaussian_sample_backward(ctypes.byref(params), DTYPES[dtype])
+        run(library, "gaussian_sample_backward", params, dtype)
 
         leaves = [t.double().requires_grad_() for t in inputs]
         wide = widen(arguments)
@@ -258,7 +273,7 @@ def check_gaussian_small_kl(library: ctypes.CDLL) -> None:
 def weights_of(number: int, batch: int) -> tuple[Tensor | None, Tensor]:
     """The weights to pass, or None to draw them, and their values."""
     if number % 3 == 0:
-        return None, uniform_noise(SEED, batch, 1, first_quad=1 << 63)[:, 0]
+        return None, uniform_noise(SEED, FIRST + batch, 1, first_quad=1 << 63)[FIRST:, 0]
     weight = torch.rand(batch, generator=torch.Generator().manual_seed(number))
     weight[1:2], weight[2:3] = 0, 1
     return weight, weight.double()
@@ -268,12 +283,12 @@ def check_interpolate(library: ctypes.CDLL) -> None:
     for name, number, make, dtype, shape in cases():
         real, fake = make(), None if number % 4 == 1 else make()
         weight, exact_weight = weights_of(number, shape[0])
-        mixed, scale, seed = nan_like(real), torch.tensor(0.7), torch.tensor(SEED)
+        mixed, scale, seed = nan_like(real), torch.tensor(0.7), next(SEEDS)
         params = fill(InterpolateParams, real=real, fake=fake, scale=scale, weight=weight, seed=seed, mixed=mixed, shape=Shape(*shape))
-        library.interpolate(ctypes.byref(params), DTYPES[dtype])
+        run(library, "interpolate", params, dtype)
         exact_weight = exact_weight[:, None, None]
         if fake is None:
-            noise = uniform_noise(SEED, shape[0], shape[1] * shape[2]).reshape(shape)
+            noise = uniform_noise(SEED, FIRST + shape[0], shape[1] * shape[2])[FIRST:].reshape(shape)
             exact = real.double() + (1 - exact_weight) * 0.7 * noise
         else:
             exact = exact_weight * real.double() + (1 - exact_weight) * fake.double()
@@ -295,7 +310,7 @@ def check_interpolate_backward(library: ctypes.CDLL) -> None:
             real=real,
             fake=fake,
             weight=weight,
-            seed=torch.tensor(SEED),
+            seed=next(SEEDS),
             grad_real=grad_real,
             grad_fake=grad_fake,
             grad_weight=grad_weight if learns else None,
@@ -303,7 +318,7 @@ def check_interpolate_backward(library: ctypes.CDLL) -> None:
         )
         partials = nans(library.interpolate_backward_partials(ctypes.byref(params), DTYPES[dtype]), dtype=torch.float64)
         params.partials = partials.data_ptr()
-        library.interpolate_backward(ctypes.byref(params), DTYPES[dtype])
+        run(library, "interpolate_backward", params, dtype)
         exact_weight, wide = exact_weight[:, None, None], grad.double()
         assert_close(f"{name} real", grad_real, exact_weight * wide, wide.abs(), 1e-7)
         assert_close(f"{name} fake", grad_fake, (1 - exact_weight) * wide, wide.abs(), 1e-7)
@@ -319,7 +334,7 @@ def run_penalty(library, gradients, center=1.0, one_sided=False) -> tuple[Tensor
     count = library.gradient_norm_penalty_partials(ctypes.byref(params), DTYPES[gradients.dtype])
     partials = nans(count, dtype=torch.float64)
     params.partials = partials.data_ptr()
-    library.gradient_norm_penalty(ctypes.byref(params), DTYPES[gradients.dtype])
+    run(library, "gradient_norm_penalty", params, gradients.dtype)
     return penalty, norms
 
 
@@ -329,7 +344,7 @@ def run_penalty_backward(library, grad_penalty, gradients, norms, center=1.0, on
     params = fill(
         GradientNormPenaltyBackwardParams, grad_penalty=grad_penalty, gradients=gradients, norms=norms, grad_gradients=result, **fields
     )
-    library.gradient_norm_penalty_backward(ctypes.byref(params), DTYPES[gradients.dtype])
+    run(library, "gradient_norm_penalty_backward", params, gradients.dtype)
     return result
 
 
@@ -376,10 +391,25 @@ def check_gradient_norm_extremes(library: ctypes.CDLL) -> None:
 
 
 def check_many_units(library: ctypes.CDLL) -> None:
-    """Samples so large that a thread processes several units."""
+    """Samples so large that a thread processes several units and that the last block adds up many parts."""
     gradients = torch.randn(5, 1, 460001)
-    norms = run_penalty(library, gradients)[1]
-    assert_close("norms", norms, torch.linalg.vector_norm(gradients[:, 0].double(), dim=1), norms.double(), 1e-6)
+    penalty, norms = run_penalty(library, gradients)
+    exact = torch.linalg.vector_norm(gradients[:, 0].double(), dim=1)
+    assert_close("norms", norms, exact, exact, 1e-6)
+    assert_close("penalty", penalty, (exact - 1).square().mean(), exact.square().mean(), 1e-6)
+
+
+def check_many_samples_of_parts(library: ctypes.CDLL) -> None:
+    """More samples of several parts than the last block has warps: the sums are the same in every order of the blocks."""
+    mean, logvar = torch.randn(2, 11, 1, 2100)
+    _, kl = run_gaussian(library, mean, logvar, None, None, 0.0, False)
+    exact = gaussian_exact(mean.double(), logvar.double(), None, torch.zeros(()), 0.0)[1].sum((1, 2))
+    assert_close("kl", kl, exact, exact)
+    assert torch.equal(kl, run_gaussian(library, mean, logvar, None, None, 0.0, False)[1])
+    penalty, norms = run_penalty(library, mean)
+    again = run_penalty(library, mean)
+    assert torch.equal(penalty, again[0])
+    assert torch.equal(norms, again[1])
 
 
 def check_random_words(library: ctypes.CDLL) -> None:

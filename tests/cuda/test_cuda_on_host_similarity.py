@@ -17,6 +17,7 @@ from cuda_on_host.harness import (
     run_in_child,
     structure,
 )
+from cuda_on_host.launches import LAUNCHES
 from torch import Tensor
 
 # (N, B, C): less than a tile, several tiles, several chunks of channels with a partial one, empty tensors.
@@ -64,6 +65,16 @@ def check_backward(library: ctypes.CDLL) -> None:
         leaf = features.double().requires_grad_()
         (exact,) = torch.autograd.grad((exact_similarity(leaf) * grad.double()).sum(), leaf)
         assert_close(name, result, exact, torch.full_like(exact, features.shape[0]), 1e-6)
+
+
+def check_launches(library: ctypes.CDLL) -> None:
+    features, grad = torch.randn(70, 2, 5), torch.randn(70, 2)
+    before = library.cuda_on_host_launches()
+    run(library.minibatch_similarity, MinibatchSimilarityParams, features, similarity=grad.clone())
+    assert library.cuda_on_host_launches() - before == LAUNCHES["minibatch_similarity"]
+    fields = {"grad_similarity": grad, "grad_features": nan_like(features)}
+    run(library.minibatch_similarity_backward, MinibatchSimilarityBackwardParams, features, **fields)
+    assert library.cuda_on_host_launches() - before == LAUNCHES["minibatch_similarity"] + LAUNCHES["minibatch_similarity_backward"]
 
 
 def check_nan_stays_in_its_kernel(library: ctypes.CDLL) -> None:

@@ -1,6 +1,6 @@
 """What runs on the device for a call: the operators of PyTorch around each op, which are the same on every device.
 
-The launches of each op's kernels are counted by test_cuda_on_host.py, where the kernels run on the CPU.
+The launches of each op's kernels are counted by test_cuda_on_host*.py, where the kernels run on the CPU.
 """
 
 import sys
@@ -103,6 +103,44 @@ def test_statistics_of_finite_vectors_read_x_twice(monkeypatch):
     assert set(operators) <= {"abs", "ne", "eq", "mul", "where", "scalar_tensor", "isfinite"}
     assert counts.sum() == 58
     assert kept[0, 0, 4] == kept[0, 1, 0] == -1
+
+
+# Each op's kernel is one launch, see cuda_on_host/launches.py. The seed is that of the CPU: on CUDA its computation launches nothing.
+SEED = {"randint": 1}
+IMAGES, CODES = (4, 6, 5, 5), (6, 3)
+SAMPLING = {
+    "gaussian_sample": (lambda x, _: genperf.gaussian_sample(x)[:2], SEED, 1),
+    "gumbel_sample": (lambda x, _: genperf.gumbel_sample(x, dim=1)[::2], SEED, 1),
+    "interpolate": (lambda x, y: [genperf.interpolate(x, y)], SEED, 1),
+    "gradient_norm_penalty": (lambda x, _: [genperf.gradient_norm_penalty(x)], {}, 1),
+    "finite_scalar_quantize": (lambda x, _: [genperf.finite_scalar_quantize(x, [5] * 6, channel_dim=1)[0]], {}, 1),
+    "lookup_free_quantize": (lambda x, _: [genperf.lookup_free_quantize(x, spherical=True, channel_dim=1)[0]], {}, 1),
+    "minibatch_similarity": (lambda x, _: [genperf.minibatch_similarity(x.flatten(2))], {}, 1),
+}
+
+
+@pytest.mark.parametrize("op", SAMPLING)
+@pytest.mark.parametrize("first", [0, 3])
+def test_sampling_and_penalties(op, first):
+    call, others, backward = SAMPLING[op]
+    x, y = torch.randn(2, *IMAGES, requires_grad=True)
+    with genperf.sample_offset(first):
+        outputs, operators = count(lambda: call(x, y))
+    assert operators == {op: 1, **others}
+    slopes = [torch.ones_like(output) for output in outputs]
+    assert count(lambda: torch.autograd.grad(outputs, x, slopes))[1] == {f"{op}_backward": backward}
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_gumbel_sample_with_a_codebook(hard):
+    logits, codebook = torch.randn(IMAGES, requires_grad=True), torch.randn(CODES, requires_grad=True)
+    (sample, _, kl), operators = count(lambda: genperf.gumbel_sample(logits, codebook, dim=1, hard=hard))
+    assert operators == {"gumbel_sample": 1, **SEED, "embedding" if hard else "bmm": 1}
+    slopes = [torch.ones_like(sample), torch.ones_like(kl)]
+    _, operators = count(lambda: torch.autograd.grad([sample, kl], (logits, codebook), slopes))
+    # The gradient of the codebook sums the gradients of each code, or is that of a product with the sample drawn again.
+    of_codebook = {"code_statistics": 1, "bmm": 1} if hard else {"gumbel_sample": 1, "bmm": 2, "sum": 1}
+    assert operators == {"gumbel_sample_backward": 1, **of_codebook}
 
 
 @pytest.mark.parametrize("of", [unavailable, residual_unavailable])

@@ -430,18 +430,18 @@ def test_contract(device):
     testing.check_op(
         "gaussian_sample",
         [
-            (mean, logvar, None, None, None, seed, 0.0, False),
-            (channels_last, channels_last, prior, prior, noise, None, 0.1, False),
-            (half, half, None, None, noise, None, 0.0, True),
+            (mean, logvar, None, None, None, seed, 3, 0.0, False),
+            (channels_last, channels_last, prior, prior, noise, None, 0, 0.1, False),
+            (half, half, None, None, noise, None, 0, 0.0, True),
         ],
     )
     grads = [torch.empty(2, 3, 35, device=device) for _ in range(4)]
     testing.check_op(
         "gaussian_sample_backward",
         [
-            (grads[0], grads[1], None, None, noise, torch.ones(2, device=device), mean, logvar, None, None, None, seed, 0.0),
-            (*grads, None, torch.ones(2, device=device), mean, logvar, prior, prior, noise, None, 0.1),
-            (grads[0], grads[1], None, None, noise, None, mean, logvar, None, None, None, seed, 0.0),
+            (grads[0], grads[1], None, None, noise, torch.ones(2, device=device), mean, logvar, None, None, None, seed, 3, 0.0),
+            (*grads, None, torch.ones(2, device=device), mean, logvar, prior, prior, noise, None, 0, 0.1),
+            (grads[0], grads[1], None, None, noise, None, mean, logvar, None, None, None, seed, 3, 0.0),
         ],
     )
 

@@ -468,19 +468,19 @@ def test_contract(device):
     testing.check_op(
         "gumbel_sample",
         [
-            (logits, None, 0.7, None, seed, False, True),
-            (channels_last, tau, 0.0, noise, None, True, True),
-            (logits.bfloat16(), None, 0.0, None, seed, True, False),
+            (logits, None, 0.7, None, seed, 3, False, True),
+            (channels_last, tau, 0.0, noise, None, 0, True, True),
+            (logits.bfloat16(), None, 0.0, None, seed, 0, True, False),
         ],
     )
-    statistics = torch.ops.genperf.gumbel_sample(logits, None, 0.7, None, seed, False, True)[3]
+    statistics = torch.ops.genperf.gumbel_sample(logits, None, 0.7, None, seed, 0, False, True)[3]
     grad_kl = torch.ones(2, 35, device=device)
     testing.check_op(
         "gumbel_sample_backward",
         [
-            (torch.empty_like(logits), upstream, grad_kl, logits, statistics, None, 0.7, None, seed),
-            (torch.empty_like(logits), upstream, None, channels_last, statistics, tau, 0.0, noise, None),
-            (torch.empty_like(logits), None, grad_kl, logits, statistics, None, 0.7, None, seed),
+            (torch.empty_like(logits), upstream, grad_kl, logits, statistics, None, 0.7, None, seed, 3),
+            (torch.empty_like(logits), upstream, None, channels_last, statistics, tau, 0.0, noise, None, 0),
+            (torch.empty_like(logits), None, grad_kl, logits, statistics, None, 0.7, None, seed, 3),
         ],
     )
 

@@ -331,15 +331,15 @@ def test_contract(device):
     testing.check_op(
         "interpolate",
         [
-            (real, fake, None, None, seed),
-            (channels_last, channels_last, None, weight, None),
-            (real.bfloat16(), None, scale, None, seed),
-            (real, None, scale, weight, seed),
+            (real, fake, None, None, seed, 3),
+            (channels_last, channels_last, None, weight, None, 0),
+            (real.bfloat16(), None, scale, None, seed, 3),
+            (real, None, scale, weight, seed, 0),
         ],
     )
     testing.check_op(
         "interpolate_backward",
-        [(real, None, None, None, seed), (real, fake, channels_last, weight, None), (channels_last, None, None, weight, None)],
+        [(real, None, None, None, seed, 3), (real, fake, channels_last, weight, None, 0), (channels_last, None, None, weight, None, 0)],
     )
 
 

@@ -26,7 +26,7 @@ MILLION = 1 << 20
 
 def native_normal(seed, rows, count, device):
     zero = torch.zeros(rows, 1, count, device=device)
-    return torch.ops.genperf.gaussian_sample(zero, zero, None, None, None, _seed(seed, device), 0.0, False)[0].reshape(rows, count)
+    return torch.ops.genperf.gaussian_sample(zero, zero, None, None, None, _seed(seed, device), 0, 0.0, False)[0].reshape(rows, count)
 
 
 def native_gumbel(seed, rows, count, device):
@@ -35,19 +35,19 @@ def native_gumbel(seed, rows, count, device):
     for k in range(count):
         logits = torch.full((rows, count, 1), -1e4, device=device)
         logits[:, k] = 0
-        noise[:, k] = torch.ops.genperf.gumbel_sample(logits, None, 1.0, None, _seed(seed, device), True, False)[3][2].flatten()
+        noise[:, k] = torch.ops.genperf.gumbel_sample(logits, None, 1.0, None, _seed(seed, device), 0, True, False)[3][2].flatten()
     return noise
 
 
 def native_uniform(seed, rows, count, device):
     zero, one = torch.zeros(rows, 1, count, device=device), torch.ones((), device=device)
     no_weight = torch.zeros(rows, device=device)
-    return torch.ops.genperf.interpolate(zero, None, one, no_weight, _seed(seed, device)).reshape(rows, count)
+    return torch.ops.genperf.interpolate(zero, None, one, no_weight, _seed(seed, device), 0).reshape(rows, count)
 
 
 def native_weights(seed, rows, device):
     one = torch.ones(rows, 1, 1, device=device)
-    return torch.ops.genperf.interpolate(one, torch.zeros_like(one), None, None, _seed(seed, device)).flatten()
+    return torch.ops.genperf.interpolate(one, torch.zeros_like(one), None, None, _seed(seed, device), 0).flatten()
 
 
 def _seed(seed, device):

@@ -210,6 +210,8 @@ struct Simd {
   static Vec constant(float a) { return broadcast(a); }
   static Vec fma(Vec a, Vec b, Vec c) { return genperf::fma(a, b, c); }
   static Vec sqrt(Vec a) { return genperf::sqrt(a); }
+  static Vec at_least(Vec x, Vec bound) { return x < bound ? bound : x; }
+  static Vec at_most(Vec x, Vec bound) { return x > bound ? bound : x; }
   static Vec from_int(IVec a) { return __builtin_convertvector(a, Vec); }
   static UVec bits(Vec a) { return UVec(a); }
   static Vec from_bits(UVec a) { return Vec(a); }

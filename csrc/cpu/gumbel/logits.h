@@ -24,6 +24,7 @@ struct GumbelInputs {
   Rows<T> logits, noise;
   int64_t outer, classes, inner;
   uint64_t seed;
+  int64_t first_row;  // of the noise
   float inverse_tau;
 
   int64_t position(int64_t o, int64_t i) const { return o * inner + i; }
@@ -36,7 +37,7 @@ struct GumbelInputs {
         s[w] = l[w] + (first + w < classes ? noise.at(o, first + w, i).get(0, n) : Vec{});
       return;
     }
-    const Counters rows(position(o, i), lane_numbers());
+    const Counters rows(first_row + position(o, i), lane_numbers());
     const Words<Simd> words =
         lane_words(split_low(first / 4), split_high(first / 4), rows.low, rows.high, seed);
     for (int w = 0; w < 4; ++w)
@@ -47,10 +48,11 @@ struct GumbelInputs {
   void perturb_all(int64_t o, int64_t i, float* out) const {
     const Rows<T> row = logits.transposed().at(o, i, 0);
     if (!noise)
-      draw(seed, position(o, i), 0, classes, out, [](const Words<Simd>& words, Vec(&values)[4]) {
-        for (int w = 0; w < 4; ++w)
-          values[w] = gumbel<Simd>(words.word[w]);
-      });
+      draw(seed, first_row + position(o, i), 0, classes, out,
+           [](const Words<Simd>& words, Vec(&values)[4]) {
+             for (int w = 0; w < 4; ++w)
+               values[w] = gumbel<Simd>(words.word[w]);
+           });
     const Rows<T> given = noise.transposed().at(o, i, 0);
     for (int64_t k = 0; k < classes; k += kLanes) {
       const int n = int(std::min<int64_t>(kLanes, classes - k));
