@@ -236,7 +236,8 @@ class _GaussianSample(Function):
         if need_graph((grad_sample, grad_kl), inputs):
 
             def reference(*moments: Any) -> tuple[Tensor, Tensor]:
-                return gaussian_sample_reference(*moments, noise, seed, ctx.first, ctx.dim, ctx.free_bits, ctx.float32_sample)
+                options = {"first": ctx.first, "dim": ctx.dim, "free_bits": ctx.free_bits, "float32_sample": ctx.float32_sample}
+                return gaussian_sample_reference(*moments, noise=noise, seed=seed, **options)
 
             return (*differentiate(reference, (grad_sample, grad_kl), inputs, ctx.needs_input_grad[:4]), *(None,) * 6)
         gradients = _empty_like(inputs, torch.preserve_format)
