@@ -121,4 +121,4 @@ def decode_codebooks(
     if num_codebooks > 1:
         codes, indices = codes.flatten(-2), indices[..., 0]
     vectors = torch.where(indices.unsqueeze(-1) >= 0, project_out(codes), 0)
-    return for_inductor(channels_to(vectors, channel_dim).contiguous())
+    return channels_to(vectors, channel_dim).contiguous()
