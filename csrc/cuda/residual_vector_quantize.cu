@@ -110,10 +110,10 @@ __global__ void __launch_bounds__(kThreads)
 enum class Passes { kUnchanged, kRotatedOnce, kRotatedByLevel };
 
 template <typename T, Passes kPasses>
-__global__ void __launch_bounds__(kThreads) residual_backward_kernel(ResidualBackwardParams p,
-                                                                     Tiling tiling,
-                                                                     Vectorizable vectorizable,
-                                                                     int packs) {
+__global__ void __launch_bounds__(kThreads, 3) residual_backward_kernel(ResidualBackwardParams p,
+                                                                        Tiling tiling,
+                                                                        Vectorizable vectorizable,
+                                                                        int packs) {
   constexpr int kWidth = kWidthOf<T>;
   using Floats = Pack<float, kWidth>;
   const ThreadTile thread_tile(tiling);
