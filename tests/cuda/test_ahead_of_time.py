@@ -129,9 +129,9 @@ def test_triton_kernels_compile(kernel, dim, codes, dtype, archs, options, tmp_p
 
 LOAD, STORE, DIVISION, EXP = "LDG.E.128", "STG.E.128", "MUFU.RCP", "FFMA.SAT"  # FFMA.SAT begins an exact exponential
 
-# In float32 on sm_90, by source: part of the kernel's name, elements, landmarks (see sass.py), whether they lie in a loop, and the limit
-# of instructions per element. The paths draw noise, and have all gradients; gumbel_sample's have 16 classes per thread, and the first
-# is that of a hard sample; finite_scalar_quantize's have 6 channels.
+# On sm_90, in float32 but for one, by source: part of the kernel's name, elements, landmarks (see sass.py), whether they lie in a loop, and
+# the limit of instructions per element. The paths draw noise, and have all gradients; gumbel_sample's have 16 classes per thread, and the
+# first is that of a hard sample; finite_scalar_quantize's have 6 channels.
 INSTRUCTIONS = {
     "gaussian_sample": [
         ("gaussian_sample_kernelIfLb1", 4, {LOAD: 2, PHILOX: 1, STORE: 1}, True, 84),
@@ -141,6 +141,16 @@ INSTRUCTIONS = {
         ("gumbel_sample_held_kernelIfLb1", 16, {PHILOX: 4}, False, 82),
         ("gumbel_sample_held_kernelIfLb1", 16, {PHILOX: 4, EXP: 1, STORE: 4}, False, 96),
         ("gumbel_sample_backward_held_kernelIfLb1", 16, {PHILOX: 4, EXP: 48, STORE: 4}, False, 126),
+    ],
+    # Four rows that continue a run, in which every element is converted to double once.
+    "code_statistics": [
+        ("code_sums_kernelIfLNS_4ModeE0", 16, {LOAD: 4, "F2F.F64.F32": 16}, True, 6),
+        ("code_sums_kernelIfLNS_4ModeE1", 16, {LOAD: 4, "F2F.F64.F32": 16}, True, 6),
+        ("code_sums_kernelI13__nv_bfloat16LNS_4ModeE0", 32, {LOAD: 4, "F2F.F64.F32": 32}, True, 6.5),
+    ],
+    "vector_quantize": [
+        ("22vector_quantize_kernelIff", 4, {LOAD: 2, STORE: 1}, True, 15),
+        ("vector_quantize_backward_kernelIffLb0", 4, {LOAD: 3, STORE: 1}, True, 19),
     ],
     "finite_scalar_quantize": [
         ("finite_scalar_quantize_few_kernelIfLi6ELb1", 6, {DIVISION: 6, "STG": 4}, False, 56),
@@ -201,8 +211,17 @@ def test_cuda_ops_trace_on_fake_tensors():
                 grads = torch.autograd.grad(quantized.float().sum() + loss, (x, codebook))
                 assert [g.shape for g in grads] == [x.shape, codebook.shape]
             flat, valid = x.detach().flatten(2), torch.empty((), dtype=torch.int64, device="cuda")
-            grad = torch.ops.genperf.vector_quantize_backward(flat, loss, flat, codebook, indices.flatten(1), valid, 0.25, True)
+            found = indices.flatten(1)
+            grad = torch.ops.genperf.vector_quantize_backward(flat, loss, flat, codebook, found, valid, 0.25, True)
             assert (grad.shape, grad.dtype, grad.stride()) == (flat.shape, dtype, flat.stride())
+            check_like(torch.ops.genperf.vector_quantize_backward_codebook(loss, flat, codebook, found, valid, 1.0), codebook)
+            codebooks, losses = torch.empty(3, 30, 8, device="cuda"), torch.empty(3, device="cuda")
+            quantized, found, _ = genperf.residual_vector_quantize(flat, codebooks, channel_dim=1)
+            check_like(quantized, flat)
+            assert (found.shape, found.dtype) == ((2, 35, 3), torch.int64)
+            of_codes = torch.ops.genperf.residual_vector_quantize_backward_codebooks(losses, flat, codebooks, found, valid, 1.0)
+            check_like(of_codes, codebooks)
+            check_like(torch.ops.genperf.residual_code_statistics(flat, codebooks, found, False)[1], codebooks)
 
 
 def check_like(tensor, x, dtype=None):
