@@ -122,6 +122,12 @@ def check_lookup_free(library: ctypes.CDLL) -> None:
         torch.testing.assert_close(grad_x, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def check_division(library: ctypes.CDLL) -> None:
+    """Multiplication by the inverse and one correction round as IEEE division does."""
+    for levels in (*range(2, 300), 1000, 1023, 1024, 4097, 65535):
+        assert library.wrong_quotients(levels, False) == library.wrong_quotients(levels, True) == 0
+
+
 def check_launches(library: ctypes.CDLL) -> None:
     x, levels = torch.randn(3, 4, 50), {"levels": [8, 5, 5, 5]}
     outputs = {"quantized": nan_like(x), "indices": torch.full((3, 50), -7)}
