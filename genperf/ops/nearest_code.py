@@ -176,7 +176,7 @@ def _nearest_by_matmul(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
 
 
 @implement_on_cuda("nearest_code", "(Tensor x, Tensor codebook, Tensor? mask, bool cosine) -> Tensor")
-def _(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
+def _launch_search(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
     # A checkout has these files in kernels/.
     from genperf.kernels.nearest_code import nearest_code as launch  # pyright: ignore[reportMissingImports]
 
