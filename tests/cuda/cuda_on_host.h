@@ -241,6 +241,10 @@ void launch(const char* op,
             size_t shared_bytes,
             cudaStream_t,
             const Args&... args) {
+  auto& kernels = cuda_on_host::machine.kernels;
+  const auto* const address = reinterpret_cast<const void*>(kernel);
+  if (std::find(kernels.begin(), kernels.end(), address) == kernels.end())
+    kernels.push_back(address);
   cuda_on_host::run(op, grid, block, shared_bytes, [&] { kernel(args...); });
 }
 

@@ -11,6 +11,7 @@ from cuda_on_host.harness import (
     DTYPES,
     Strides,
     assert_each_barrier_is_needed,
+    assert_each_kernel_runs,
     compile_kernels,
     fill,
     nan_like,
@@ -107,6 +108,20 @@ def check_finite_scalar(library: ctypes.CDLL) -> None:
         torch.testing.assert_close(grad_x, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def check_few_channels(library: ctypes.CDLL) -> None:
+    """Every number of channels that has a kernel of its own, in every dtype."""
+    for dtype, channels, layout in itertools.product(DTYPES, range(1, 10), ("channels_first", "channels_last")):
+        levels = [5, 4, 8, 3, 6, 2, 7, 5, 3][:channels]
+        x, grad = (lay_out(torch.randn(2, channels, 19).to(dtype), layout) for _ in range(2))
+        quantized, indices, grad_x = nan_like(x), torch.full((x.shape[0], x.shape[2]), -7), nan_like(x)
+        call(library.finite_scalar_quantize, FiniteParams, x, levels, quantized=quantized, indices=indices)
+        expected, places = torch.ops.genperf.finite_scalar_quantize(x, levels, False, False, True)
+        assert torch.equal(quantized, expected), f"{dtype} {levels} {layout}"
+        assert torch.equal(indices, places), f"{dtype} {levels} {layout}"
+        call(library.finite_scalar_quantize_backward, FiniteBackwardParams, x, levels, grad_quantized=grad, grad_x=grad_x)
+        torch.testing.assert_close(grad_x, torch.ops.genperf.finite_scalar_quantize_backward(grad, x, levels, False, False))
+
+
 def check_lookup_free(library: ctypes.CDLL) -> None:
     for _, name, x, grad, _ in cases():
         for spherical in (True, False):
@@ -172,6 +187,10 @@ def outcome(library: Path) -> str:
 @pytest.mark.parametrize("check", CHECKS)
 def test_kernels(outcome: str, check: str) -> None:
     assert f"{check} passed" in outcome, outcome
+
+
+def test_each_kernel_runs(outcome: str) -> None:
+    assert_each_kernel_runs(outcome)
 
 
 def test_each_barrier_is_needed(outcome: str) -> None:

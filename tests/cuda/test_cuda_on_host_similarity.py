@@ -10,6 +10,7 @@ from cuda_on_host.harness import (
     DTYPES,
     assert_close,
     assert_each_barrier_is_needed,
+    assert_each_kernel_runs,
     compile_kernels,
     fill,
     nan_like,
@@ -100,6 +101,10 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("check", CHECKS)
 def test_kernels(outcome: str, check: str) -> None:
     assert f"{check} passed" in outcome, outcome
+
+
+def test_each_kernel_runs(outcome: str) -> None:
+    assert_each_kernel_runs(outcome)
 
 
 def test_each_barrier_is_needed(outcome: str) -> None:

@@ -96,6 +96,11 @@ __global__ void count_with_atomics(unsigned* count, bool all) {
   }
 }
 
+// Each thread takes the next place.
+__global__ void append(unsigned* count, unsigned* out) {
+  out[atomicAdd(count, 1u)] = threadIdx.x;
+}
+
 __global__ void vote(unsigned* out) {
   const unsigned i = threadIdx.x;
   const unsigned odd = __ballot_sync(kFullWarp, i % 2);
@@ -151,6 +156,10 @@ int main(int argc, char** argv) {
     start(add_in_last_block, kBlocks, 1, partials.data(), &counter, &sum, true, false);
   if (fault == "half_atomic")
     start(count_with_atomics, 1, 0, &counter, false);
+  if (fault == "result_by_order") {
+    for (int launch = 0; launch < 20; ++launch, counter = 0)
+      start(append, 1, 0, &counter, words.data());
+  }
   if (none) {
     start(reverse, 1, kBytes, out.data(), true, true);
     check(out[0] == kThreads - 1 && out[kThreads - 1] == 0, "reverse");

@@ -5,9 +5,12 @@
 // Blocks run one after another, in random order. Between two barriers a random warp is resumed, and
 // of that its lanes in random order, until all threads wait at the same barrier; each runs until
 // its next barrier or shuffle. Shared memory is poisoned at the start of a block, with NaN or with
-// large numbers. All random choices follow from the seed. races.h finds what no order shows.
+// large numbers. All random choices follow from the seed. One of four launches runs a second time,
+// on the same memory and in another order, and has to write the same. races.h finds what no order
+// shows.
 #pragma once
 
+#include <dlfcn.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -52,6 +55,7 @@ constexpr unsigned kWarp = 32;
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStackBytes = 128 << 10;
 constexpr size_t kSharedBytes = 48 << 10;
+constexpr unsigned kRepeated = 4;  // one of so many launches runs again in another order
 
 // Where a thread stopped last.
 enum class State { kAtWarp, kAtBlock, kReturned };
@@ -95,8 +99,10 @@ struct Machine {
   // each, because some threads may be one shuffle ahead of others.
   uint64_t offers[2][kMaxThreads] = {};
   uint64_t votes[2][kMaxThreads] = {};
-  Place barriers[256] = {};  // that were reached
-  unsigned barrier_count = 0;
+  Place barriers[sizeof(Trace::needed)] = {};  // that were reached; the first stands for others
+  unsigned barrier_count = 1;
+  std::vector<const void*> kernels;  // that ran
+  unsigned next_barrier = 0;         // that thread 0 waits at
   std::string listed;
   Place omitted{};  // the barrier that is passed over
   std::string omitted_file;
@@ -213,6 +219,7 @@ inline void run_block(size_t shared_bytes) {
   unsigned running[kMaxThreads / kWarp];
   do {
     ++trace.interval;
+    trace.barrier = machine.next_barrier;
     unsigned left = (machine.threads + kWarp - 1) / kWarp;
     for (unsigned i = 0; i < left; ++i)
       running[i] = i;
@@ -222,6 +229,16 @@ inline void run_block(size_t shared_bytes) {
         warp = running[--left];
     }
   } while (common_state(0, machine.threads) == State::kAtBlock);
+}
+
+inline void run_blocks(size_t shared_bytes) {
+  trace.launch_begin = trace.interval + 1;
+  std::vector<unsigned> order(size_t{gridDim.x} * gridDim.y * gridDim.z);
+  shuffle(order.data(), static_cast<unsigned>(order.size()));
+  for (const unsigned i : order) {
+    blockIdx = {i % gridDim.x, i / gridDim.x % gridDim.y, i / (gridDim.x * gridDim.y)};
+    run_block(shared_bytes);
+  }
 }
 
 inline void run(const char* op,
@@ -247,16 +264,18 @@ inline void run(const char* op,
     fiber.index = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
   }
   machine.scheduler.started = true;
-  trace.launch_begin = trace.interval + 1;
   trace.machine = reinterpret_cast<uintptr_t>(&machine);
   trace.machine_end = trace.machine + sizeof(machine);
   trace.shared = reinterpret_cast<uintptr_t>(shared_bytes_of_block);
   trace.shared_end = trace.shared + kSharedBytes;
-  std::vector<unsigned> order(size_t{grid.x} * grid.y * grid.z);
-  shuffle(order.data(), static_cast<unsigned>(order.size()));
-  for (const unsigned i : order) {
-    blockIdx = {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)};
-    run_block(shared_bytes);
+  trace.saves = trace.enabled && draw(kRepeated) == 0;
+  run_blocks(shared_bytes);
+  if (trace.saves) {
+    trace.saves = false;
+    cuda_on_host_undo_launch();
+    run_blocks(shared_bytes);
+    if (!cuda_on_host_same_results())
+      fail("the results depend on the order of threads or blocks");
   }
 }
 
@@ -336,10 +355,16 @@ inline void barrier(const std::source_location& where) {
   const Place place{where.file_name(), where.line()};
   if (place == machine.omitted)
     return;
-  Place* const end = machine.barriers + machine.barrier_count;
-  if (machine.current->linear == 0 && machine.barrier_count < std::size(machine.barriers) &&
-      std::find(machine.barriers, end, place) == end)
-    machine.barriers[machine.barrier_count++] = place;
+  if (machine.current->linear == 0) {
+    unsigned i = 1;
+    while (i < machine.barrier_count && !(machine.barriers[i] == place))
+      ++i;
+    if (i == std::size(machine.barriers))
+      fail("there are more barriers than the emulation can list");
+    if (i == machine.barrier_count)
+      machine.barriers[machine.barrier_count++] = place;
+    machine.next_barrier = i;
+  }
   wait(State::kAtBlock);
 }
 
@@ -347,6 +372,7 @@ inline void barrier(const std::source_location& where) {
 inline int count(bool predicate) {
   uint64_t* votes = machine.votes[machine.current->votes++ % 2];
   votes[machine.current->linear] = predicate;
+  machine.next_barrier = 0;
   wait(State::kAtBlock);
   int result = 0;
   for (unsigned i = 0; i < machine.threads; ++i)
@@ -373,21 +399,39 @@ inline __attribute__((used)) int cuda_on_host_launches() {
   return cuda_on_host::machine.launches;
 }
 
-// The barriers that were reached, each as "file:line\n".
+// The barriers that were reached, each as "file:line:needed\n".
 inline __attribute__((used)) const char* cuda_on_host_barriers() {
-  std::string& joined = cuda_on_host::machine.listed;
-  joined.clear();
-  for (unsigned i = 0; i < cuda_on_host::machine.barrier_count; ++i) {
-    const auto& place = cuda_on_host::machine.barriers[i];
-    joined += place.file + std::string(":") + std::to_string(place.line) + "\n";
+  using namespace cuda_on_host;
+  machine.listed.clear();
+  for (unsigned i = 1; i < machine.barrier_count; ++i) {
+    const Place& place = machine.barriers[i];
+    machine.listed += place.file + std::string(":") + std::to_string(place.line) +
+                      (trace.needed[i] ? ":1\n" : ":0\n");
   }
-  return joined.c_str();
+  return machine.listed.c_str();
+}
+
+// The kernels that ran, each as the hexadecimal address in this library and "\n".
+inline __attribute__((used)) const char* cuda_on_host_kernels() {
+  using namespace cuda_on_host;
+  machine.listed.clear();
+  for (const void* kernel : machine.kernels) {
+    Dl_info info;
+    dladdr(kernel, &info);
+    char text[20];
+    std::snprintf(text, sizeof(text), "%zx\n",
+                  static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase));
+    machine.listed += text;
+  }
+  return machine.listed.c_str();
 }
 
 // Passes over the barrier at this place, to see that a check notices.
 inline __attribute__((used)) void cuda_on_host_omit(const char* file, unsigned line) {
-  cuda_on_host::machine.omitted_file = file;
-  cuda_on_host::machine.omitted = {cuda_on_host::machine.omitted_file.c_str(), line};
+  using namespace cuda_on_host;
+  machine.omitted_file = file;
+  machine.omitted = {machine.omitted_file.c_str(), line};
+  trace.quiet = true;
 }
 
 }  // extern "C"

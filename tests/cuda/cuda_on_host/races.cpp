@@ -6,6 +6,7 @@
 #include <sanitizer/common_interface_defs.h>
 
 #include <cstdlib>
+#include <cstring>
 
 using cuda_on_host::trace;
 
@@ -15,9 +16,8 @@ constexpr unsigned kWarp = 32;
 constexpr uint16_t kAtomic = 0x8000;  // beside the number of a writer
 constexpr uint16_t kWarpOf = 0x8000;  // several readers, all of this warp
 constexpr uint16_t kMany = 0xffff;    // readers of several warps
-constexpr uintptr_t kPageBytes = 4096;
 
-// The last accesses to a byte: interval, thread, and barriers of its warp.
+// The last accesses to a word or a byte: interval, thread, and barriers of its warp.
 struct Cell {
   uint32_t write_interval;
   uint32_t read_interval;
@@ -27,28 +27,67 @@ struct Cell {
   uint16_t reader_barriers;
 };
 
-// Memory that the launch accesses.
+constexpr uintptr_t kPageBytes = 4096;
+constexpr size_t kPages = 1 << 16;
+constexpr unsigned kWords = 2;  // shift of an address to the number of a cell
+constexpr unsigned kBytes = 0;
+
+// Memory that the launch accesses: a cell for each word, or for each byte after an access to less
+// than a word.
 struct Page {
   uintptr_t number;
   uint32_t launch_begin;
+  unsigned shift;
   Cell* cells;
+  struct Saved* saved;  // if the launch is to be repeated and has written here
 };
 
-constexpr size_t kPages = 1 << 16;
+// A page before the launch, after it, and the bytes that it wrote.
+struct Saved {
+  uintptr_t number;
+  unsigned char before[kPageBytes];
+  unsigned char after[kPageBytes];
+  bool written[kPageBytes];
+};
+
+struct {
+  Saved** all;
+  size_t count;
+  size_t capacity;
+} saved;
+
 Page pages[kPages];  // a hash table
 
 // Cells are used again in later launches: what they hold is ordered by the stream then.
-struct {
-  Cell* all[kPages];
-  size_t count;
-  uint32_t launch_begin;
-} pool;
+class Pool {
+ public:
+  Cell* take(unsigned shift) {
+    if (launch_begin_ != trace.launch_begin) {
+      launch_begin_ = trace.launch_begin;
+      count_ = 0;
+    }
+    if (count_ == kPages)
+      cuda_on_host::fail("a launch accesses more memory than the detector of races can follow");
+    Cell*& cells = all_[count_++];
+    if (cells == nullptr)
+      cells = static_cast<Cell*>(std::calloc(kPageBytes >> shift, sizeof(Cell)));
+    return cells;
+  }
+
+ private:
+  Cell* all_[kPages];
+  size_t count_;
+  uint32_t launch_begin_;
+};
+
+Pool pools[kWords + 1];  // by shift
 
 struct Ticket {
   const void* address;
   uint32_t block_begin;
   uint32_t interval;
   unsigned thread;
+  unsigned barrier;  // that began the interval
 };
 
 struct {
@@ -58,27 +97,34 @@ struct {
   uint32_t launch_begin;
 } tickets;
 
-Cell* new_cells() {
-  if (pool.launch_begin != trace.launch_begin) {
-    pool.launch_begin = trace.launch_begin;
-    pool.count = 0;
-  }
-  if (pool.count == kPages)
-    cuda_on_host::fail("a launch accesses more memory than the detector of races can follow");
-  Cell*& cells = pool.all[pool.count++];
-  if (cells == nullptr)
-    cells = static_cast<Cell*>(std::calloc(kPageBytes, sizeof(Cell)));
-  return cells;
-}
-
-Cell* cells_of(uintptr_t number) {
+Page& page_of(uintptr_t number) {
   for (size_t slot = number % kPages;; slot = (slot + 1) % kPages) {
     Page& page = pages[slot];
     if (page.launch_begin != trace.launch_begin)
-      page = {number, trace.launch_begin, new_cells()};
+      page = {number, trace.launch_begin, kWords, pools[kWords].take(kWords), nullptr};
     if (page.number == number)
-      return page.cells;
+      return page;
   }
+}
+
+void divide_into_bytes(Page& page) {
+  Cell* const bytes = pools[kBytes].take(kBytes);
+  for (uintptr_t i = 0; i < kPageBytes; ++i)
+    bytes[i] = page.cells[i >> kWords];
+  page.cells = bytes;
+  page.shift = kBytes;
+}
+
+void save(Page& page) {
+  if (saved.count == saved.capacity) {
+    saved.capacity = 2 * saved.capacity + 64;
+    saved.all = static_cast<Saved**>(std::realloc(saved.all, saved.capacity * sizeof(Saved*)));
+    for (size_t i = saved.count; i < saved.capacity; ++i)
+      saved.all[i] = static_cast<Saved*>(std::malloc(sizeof(Saved)));
+  }
+  page.saved = saved.all[saved.count++];
+  page.saved->number = page.number;
+  std::memcpy(page.saved->before, reinterpret_cast<void*>(page.number * kPageBytes), kPageBytes);
 }
 
 // Whether the block of an access took a ticket after it, and this block one at the same address
@@ -88,16 +134,21 @@ bool ordered_by_tickets(uint32_t interval, unsigned thread) {
     return false;
   for (size_t i = 0; i < tickets.count; ++i) {
     const Ticket& release = tickets.all[i];
-    const bool after =
-        release.block_begin <= interval &&
-        (interval < release.interval || (interval == release.interval && thread == release.thread));
-    if (!after || release.block_begin == trace.block_begin)
+    const bool same = thread == release.thread;
+    if (release.block_begin > interval || release.block_begin == trace.block_begin ||
+        (same ? interval > release.interval : interval >= release.interval))
       continue;
     for (size_t j = i + 1; j < tickets.count; ++j) {
       const Ticket& own = tickets.all[j];
-      if (own.address == release.address && own.block_begin == trace.block_begin &&
-          (own.interval < trace.interval || own.thread == trace.thread))
-        return true;
+      if (own.address != release.address || own.block_begin != trace.block_begin)
+        continue;
+      if (own.thread != trace.thread && own.interval == trace.interval)
+        continue;
+      if (!same && interval + 1 == release.interval)
+        trace.needed[release.barrier] = true;
+      if (own.thread != trace.thread && own.interval + 1 == trace.interval)
+        trace.needed[trace.barrier] = true;
+      return true;
     }
   }
   return false;
@@ -111,15 +162,19 @@ bool ordered(uint32_t interval,
              bool shared) {
   if (interval < (shared ? trace.block_begin : trace.launch_begin))
     return true;
-  if (interval == trace.interval) {
-    return thread == trace.thread ||
-           (warp == trace.thread / kWarp && warp_barriers != trace.warp_barriers);
-  }
-  return interval >= trace.block_begin || ordered_by_tickets(interval, thread);
+  if (interval < trace.block_begin)
+    return ordered_by_tickets(interval, thread);
+  if (thread == trace.thread ||
+      (warp == trace.thread / kWarp && warp_barriers != trace.warp_barriers))
+    return true;
+  if (interval + 1 == trace.interval)
+    trace.needed[trace.barrier] = true;
+  return interval < trace.interval;
 }
 
 [[noreturn]] void report(const char* what) {
-  __sanitizer_print_stack_trace();
+  if (!trace.quiet)
+    __sanitizer_print_stack_trace();
   cuda_on_host::fail(what);
 }
 
@@ -168,12 +223,21 @@ void access(uintptr_t address, size_t bytes, bool store) {
       within(own, own + sizeof(trace)))
     return;
   const bool shared = within(trace.shared, trace.shared_end);
-  Cell* cells = nullptr;
-  for (uintptr_t at = address; at < address + bytes; ++at) {
-    if (cells == nullptr || at % kPageBytes == 0)
-      cells = cells_of(at / kPageBytes);
-    check(cells[at % kPageBytes], store, shared);
-    note(cells[at % kPageBytes], store);
+  const uintptr_t end = address + bytes;
+  const bool words = (address | end) % (1 << kWords) == 0;
+  while (address < end) {
+    Page& page = page_of(address / kPageBytes);
+    if (!words && page.shift == kWords)
+      divide_into_bytes(page);
+    if (store && trace.saves && !shared && page.saved == nullptr)
+      save(page);
+    const uintptr_t begin_of_page = address / kPageBytes * kPageBytes;
+    const uintptr_t stop = end < begin_of_page + kPageBytes ? end : begin_of_page + kPageBytes;
+    for (; address < stop; address += uintptr_t{1} << page.shift) {
+      Cell& cell = page.cells[(address - begin_of_page) >> page.shift];
+      check(cell, store, shared);
+      note(cell, store);
+    }
   }
 }
 
@@ -191,7 +255,34 @@ void cuda_on_host_take_ticket(const void* address) {
     tickets.all =
         static_cast<Ticket*>(std::realloc(tickets.all, tickets.capacity * sizeof(Ticket)));
   }
-  tickets.all[tickets.count++] = {address, trace.block_begin, trace.interval, trace.thread};
+  tickets.all[tickets.count++] = {address, trace.block_begin, trace.interval, trace.thread,
+                                  trace.barrier};
+}
+
+void cuda_on_host_undo_launch() {
+  for (size_t i = 0; i < saved.count; ++i) {
+    Saved& page = *saved.all[i];
+    auto* const memory = reinterpret_cast<unsigned char*>(page.number * kPageBytes);
+    const Page& accessed = page_of(page.number);
+    for (uintptr_t j = 0; j < kPageBytes; ++j) {
+      page.written[j] = accessed.cells[j >> accessed.shift].write_interval >= trace.launch_begin;
+      page.after[j] = memory[j];
+      if (page.written[j])
+        memory[j] = page.before[j];
+    }
+  }
+}
+
+bool cuda_on_host_same_results() {
+  bool same = true;
+  for (size_t i = 0; i < saved.count; ++i) {
+    const Saved& page = *saved.all[i];
+    const auto* const memory = reinterpret_cast<const unsigned char*>(page.number * kPageBytes);
+    for (uintptr_t j = 0; j < kPageBytes; ++j)
+      same = same && (!page.written[j] || memory[j] == page.after[j]);
+  }
+  saved.count = 0;
+  return same;
 }
 
 // AddressSanitizer first, which ends the process if the address is not valid.

@@ -9,7 +9,7 @@
 // read, without a barrier between them, or __syncwarp() within a warp; the same with another block
 // of the launch, unless both blocks took a ticket (atomicInc) at one address in between; and a read
 // of shared memory that no thread of the block has written. Atomics do not conflict with each
-// other.
+// other. A barrier between two accesses that would be an error without it is noted as needed.
 #pragma once
 
 #include <cstddef>
@@ -32,6 +32,11 @@ struct Trace {
   uint32_t block_begin = 0;
   uint32_t launch_begin = 0;
 
+  unsigned barrier = 0;   // number of the one that began the interval, of Machine::barriers
+  bool needed[256] = {};  // of each barrier
+  bool quiet = false;     // prints no stack
+  bool saves = false;     // what the launch overwrites
+
   // Memory of the emulation.
   uintptr_t stack = 0;
   uintptr_t stack_end = 0;
@@ -52,5 +57,11 @@ extern "C" {
 
 // The running thread takes a ticket at this address.
 void cuda_on_host_take_ticket(const void* address);
+
+// Restores what a launch that saves has overwritten, and keeps what it wrote.
+void cuda_on_host_undo_launch();
+
+// Whether the launch has written the same again.
+bool cuda_on_host_same_results();
 
 }  // extern "C"
