@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Runs CUDA kernels on the CPU, to check their values and memory accesses on a machine without a
-// GPU. Compile a .cu file as C++20 with -DGENPERF_CUDA_ON_HOST, preferably with
-// -fsanitize=address,undefined; launch.h then includes this header instead of CUDA's.
+// GPU. Compile a .cu file as C++20 with -DGENPERF_CUDA_ON_HOST, and with the sanitizers that
+// cuda_on_host/harness.py names; launch.h then includes this header instead of CUDA's.
 //
-// The threads of a block are fibers that run in random order, see cuda_on_host/machine.h. Accesses
-// to shared memory past the size given to launch() are errors. A barrier or shuffle that only some
-// threads reach, and a ticket (atomicInc) of a thread that did not fence its writes, end the
-// process with a message. Not modeled: memory order, timing, shuffles within part of a warp.
+// The threads of a block are fibers that run in random order, see cuda_on_host/machine.h; races are
+// detected, see cuda_on_host/races.h. Accesses to shared memory past the size given to launch() are
+// errors. A barrier or shuffle that only some threads reach, and a ticket (atomicInc) of a thread
+// that did not fence its writes, end the process with a message. Not modeled: memory order beyond
+// that, timing, shuffles within part of a warp.
 #pragma once
 
 #include <algorithm>
@@ -15,6 +16,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda_on_host/controls.h"
 #include "cuda_on_host/machine.h"
 
 #define __global__

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds CUDA kernels for the CPU, and runs checks of them under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""Builds CUDA kernels for the CPU, and runs checks of them under sanitizers and a detector of races between threads and blocks.
 
 The sanitizers must be loaded before Python, so the checks run in a child process: a test file runs itself as a program.
 """
