@@ -159,12 +159,14 @@ def check_launches(library: ctypes.CDLL) -> None:
 
 
 def check_special_values(library: ctypes.CDLL) -> None:
-    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-30]).reshape(2, 3, 1)
-    for function, params, options, run in (
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-30]).reshape(2, 3, 1)
+    quantizers = (
         (library.finite_scalar_quantize, FiniteParams, {"levels": [8, 5, 4]}, genperf.finite_scalar_quantize),
         (library.lookup_free_quantize, SignParams, {"size": 1.0}, genperf.lookup_free_quantize),
-    ):
-        quantized, indices = torch.zeros_like(x), torch.full((2, 1), -7)
+    )
+    for dtype, (function, params, options, run) in itertools.product(DTYPES, quantizers):
+        x = special.to(dtype)
+        quantized, indices = torch.full_like(x, 77), torch.full((2, 1), -7)
         call(function, params, x, quantized=quantized, indices=indices, **options)
         expected, places = run(x, *([options["levels"]] if "levels" in options else []), channel_dim=1)
         torch.testing.assert_close(quantized, expected, rtol=0, atol=0, equal_nan=True)

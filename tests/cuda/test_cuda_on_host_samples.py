@@ -257,8 +257,8 @@ def check_gaussian_sample_backward(library: ctypes.CDLL) -> None:
 
 
 def check_gaussian_nan(library: ctypes.CDLL) -> None:
-    for bad in range(3):
-        mean, logvar, noise = (torch.zeros(3, 1, 9) for _ in range(3))
+    for bad, dtype in itertools.product(range(3), DTYPES):
+        mean, logvar, noise = (torch.zeros(3, 1, 9, dtype=dtype) for _ in range(3))
         (mean, logvar, noise)[bad][1, 0, 4] = float("nan")
         sample, kl = run_gaussian(library, mean, logvar, None, noise, 0.1, False)
         assert sample.isnan().nonzero().tolist() == [[1, 0, 4]]
