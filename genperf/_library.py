@@ -3,6 +3,7 @@
 import ctypes
 import importlib
 import os
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,17 @@ def _isa_library(name: str) -> Path:
     return library_path("cpu_" + base.replace("-", "_"))
 
 
+def _load(path: Path) -> None:
+    """Load a library of ops. An OSError for a file that is cut short, which the dynamic loader would crash on."""
+    with open(path, "rb") as file:
+        header = file.read(64)
+    if header[:5] == b"\x7fELF\x02":  # 64 bits; the table of sections is at the end of the file
+        offset, size, count = struct.unpack_from("=40xQ10xHH", header) if len(header) == 64 else (1, 1, 1)
+        if path.stat().st_size < offset + size * count:
+            raise OSError(f"{path}: file is cut short")
+    torch.ops.load_library(path)
+
+
 def _load_cpu() -> str | None:
     global isa
     runnable = runnable_isas()
@@ -81,7 +93,7 @@ def _load_cpu() -> str | None:
     selected = wanted or runnable[0]
     path = _isa_library(selected)
     try:
-        torch.ops.load_library(path)
+        _load(path)
     except OSError as error:
         return f"The CPU library does not load ({error}); reinstall genperf from source."
     isa = selected
@@ -96,7 +108,7 @@ def _load_cuda() -> str | None:
         omission = _probe.build_info().get("cuda_omission") or "its CUDA library is gone"
         return f"genperf was built without CUDA kernels ({omission}); reinstall it from source to add them."
     try:
-        torch.ops.load_library(path)
+        _load(path)
     except OSError as error:
         failure = f"The CUDA library does not load ({error}); reinstall genperf from source."
         warnings.warn(f"{failure} Until then the PyTorch references run on CUDA.", RuntimeWarning, stacklevel=4)

@@ -125,11 +125,13 @@ def test_schemas_of_python_launchers_are_those_of_the_library():
     assert f'@implement_on_cuda("nearest_code", "{schema}")' in source
 
 
-@pytest.mark.parametrize("broken", ["cuda", "cpu"])
-def test_library_that_does_not_load_is_a_warning_and_a_reason(broken, tmp_path):
+@pytest.mark.parametrize(("broken", "kept"), [("cuda", 0), ("cpu", 0), ("cuda", 50_000)])
+def test_library_that_does_not_load_is_a_warning_and_a_reason(broken, kept, tmp_path):
+    """A file that is no library, or the beginning of one."""
     name = broken if broken == "cuda" else f"cpu_{_library._isa_library(_library.isa).stem.removeprefix('_cpu_')}"
     begin = copy_of_the_package(tmp_path, ["probe", "cpu"])
-    (tmp_path / "genperf" / f"_{name}.so").write_bytes(b"not a library")
+    library = _library._isa_library(_library.isa).read_bytes()
+    (tmp_path / "genperf" / f"_{name}.so").write_bytes(library[:kept] if kept else b"not a library")
     code = f"""
 {begin}
 from genperf.cli import info
