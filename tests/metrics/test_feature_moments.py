@@ -10,6 +10,7 @@ from torch import multiprocessing
 from genperf.metrics import FeatureMoments, FrechetDistance, KernelInceptionDistance, PrecisionRecall
 from genperf.metrics._feature_rows import FeatureRows
 from genperf.metrics.feature_moments import _BLOCK_ROWS
+from genperf.testing import leave_rank
 
 
 def two_pass(features, unbiased=True):
@@ -287,7 +288,7 @@ def _synchronize(rank, path, results):
         scores.append((metric.real.count, metric.fake.count, float(value)))
     statistics = [(m.count, m.mean.tolist(), m.cov.tolist()) for m in (moments, alone)]
     results.put((rank, statistics, nothing.count, errors, dims, again.count, scores))
-    dist.destroy_process_group()
+    leave_rank()
 
 
 def test_sync_of_uneven_ranks(tmp_path):
@@ -338,8 +339,13 @@ def test_metrics_have_no_buffers(make):
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in state.items())
 
 
-def train_with_metric(rank, path):
+def run_rank(rank, path):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    train_with_metric(rank)
+    leave_rank()
+
+
+def train_with_metric(rank):
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(4096, 4, generator=generator)
     model = torch.nn.ModuleDict({"generator": torch.nn.Linear(4, 4), "moments": FeatureMoments()})
@@ -350,8 +356,7 @@ def train_with_metric(rank, path):
         model["moments"].update(batch)
         model["moments"].mean  # noqa: B018 adds the buffered features to the sums
     assert_moments(model["moments"].sync(), features)
-    dist.destroy_process_group()
 
 
 def test_metric_inside_a_distributed_module_keeps_the_sums_of_its_rank(tmp_path):
-    multiprocessing.spawn(train_with_metric, (tmp_path / "store",), nprocs=2)
+    multiprocessing.spawn(run_rank, (tmp_path / "store",), nprocs=2)

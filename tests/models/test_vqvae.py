@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from genperf.models.vqvae import VQVAE
 from genperf.models.vqvae2 import VQVAE2
 from genperf.nn import VectorQuantizer
+from genperf.testing import leave_rank
 
 BOTH = pytest.mark.parametrize("system", [VQVAE, VQVAE2])
 
@@ -260,7 +261,7 @@ def _share(rank, path, results):
     part = slice(0, 2) if rank == 0 else slice(2, None)  # uneven
     codes = [codes_drawn(x[part], mask[part]), codes_drawn(x[:0] if rank == 0 else x, None)]
     results.put((rank, [[t.tolist() for t in state.values()] for state in states] + [[t.tolist() for t in drawn] for drawn in codes]))
-    dist.destroy_process_group()
+    leave_rank()
 
 
 def test_two_ranks_match_one_process_on_the_global_batch(tmp_path):

@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from genperf.testing import leave_rank
+
 # Seconds after which a rank that waits for a collective alone fails.
 COLLECTIVE_TIMEOUT = 40
 
@@ -43,7 +45,7 @@ def _run_rank(work: Callable[[int, int], Any], folder: str, world: int, rank: in
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
     torch.save(work(world, rank), f"{folder}/{world}-{rank}.pt")
     if world > 1:
-        dist.destroy_process_group()
+        leave_rank()
 
 
 def results_of_ranks(script: str, folder: Path, worlds: Sequence[int], seconds: int) -> dict[int, list[Any]]:

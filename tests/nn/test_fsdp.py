@@ -26,6 +26,8 @@ def test_training_matches_distributed_data_parallel(results, case, world):
             for name, value in expected[moment].items():
                 message = lambda text, name=name, moment=moment: f"{name}, {moment}: {text}"  # noqa: E731
                 torch.testing.assert_close(found[moment][name], value, rtol=1e-4, atol=1e-5, msg=message)
+                if ".pending." in name or name.startswith("pending."):
+                    continue  # what waits for the next update is that of the rank
                 assert torch.equal(found[moment][name], results[world][0][case]["FSDP2"][moment][name]), f"{name} of rank {rank}"
 
 

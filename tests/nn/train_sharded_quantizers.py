@@ -198,7 +198,8 @@ def methods():
         drop_in.get_codes_from_indices(torch.arange(3))
     with pytest.raises(RuntimeError, match=r"codebook: the codebook must be whole"):
         _ = drop_in.codebook
-    inner = whole_network(Network(lambda: VectorQuantizer(17, DIM, **REPLACES))).quantizer
+    network = whole_network(Network(lambda: VectorQuantizer(17, DIM, **REPLACES)))  # it holds what FSDP2 keeps of its layers
+    inner = network.quantizer
     before = whole(inner.codebook).detach()
     given = {name: whole(t).detach().clone() for name, t in inner.state_dict().items()}
     given["codebook"].requires_grad_()
