@@ -84,16 +84,23 @@ struct PairOfSums {
   double second;
 };
 
-// The sums of the pairs that the blocks of a launch wrote, held by thread 0 of the last block.
-__device__ inline PairOfSums sum_of_pairs(const double* pairs, unsigned count) {
-  PairOfSums sums{};
-  for (unsigned i = threadIdx.x; i < count; i += kThreads) {
-    sums.first += __ldcg(pairs + 2 * i);
-    sums.second += __ldcg(pairs + 2 * i + 1);
+// Replaces each thread's pair by the sums over all threads of the launch, in thread 0 of the last
+// block. Whether this is the last block. `partials` holds a pair for each block.
+__device__ inline bool sum_over_blocks(PairOfSums& sums, double* partials, unsigned* ticket) {
+  sums = {block_sum(sums.first), block_sum(sums.second)};
+  if (threadIdx.x == 0) {
+    partials[2 * int64_t{blockIdx.x}] = sums.first;
+    partials[2 * int64_t{blockIdx.x} + 1] = sums.second;
   }
-  sums.first = block_sum(sums.first);
-  sums.second = block_sum(sums.second);
-  return sums;
+  if (!is_last_block(ticket))
+    return false;
+  sums = {};
+  for (unsigned i = threadIdx.x; i < gridDim.x; i += kThreads) {
+    sums.first += __ldcg(partials + 2 * i);
+    sums.second += __ldcg(partials + 2 * i + 1);
+  }
+  sums = {block_sum(sums.first), block_sum(sums.second)};
+  return true;
 }
 
 // The sums over each team, held by every member. Every thread of the block takes part.

@@ -89,15 +89,10 @@ __global__ void __launch_bounds__(kThreads)
                  p.quantized_strides.channel, p.channels - d, vectorizable.out, result);
     }
   }
-  const double block_error = block_sum(error);
-  const double block_valid = block_sum(static_cast<double>(valid));
-  if (threadIdx.x == 0) {
-    p.partials[2 * int64_t{blockIdx.x}] = block_error;
-    p.partials[2 * int64_t{blockIdx.x} + 1] = block_valid;
-  }
-  if (!is_last_block(p.ticket))
+  PairOfSums total{error, static_cast<double>(valid)};
+  if (!sum_over_blocks(total, p.partials, p.ticket))
     return;
-  const auto [total_error, total_valid] = sum_of_pairs(p.partials, gridDim.x);
+  const auto [total_error, total_valid] = total;
   if (threadIdx.x == 0) {
     if (p.level == 0)
       *p.valid = static_cast<int64_t>(total_valid);
