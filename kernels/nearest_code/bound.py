@@ -1,38 +1,75 @@
-"""Rounding to bfloat16, and a certified bound on the error that it causes in a score.
+"""A certified bound on the error of the scores of the tensor cores.
 
-For z~ and f~, the operands as rounded, and l(z) and l(f), their low parts if they are split (whose product is left out),
-    |s~ - s| <= |z - z~| max|f| + |z~| max|f - f~| + |l(z)| max|l(f)| + accumulation,
-computed from the actual norms of the residuals. Products of bfloat16 are exact in float32. The tensor cores add k >= 2 of
-them at a time to the running sum, in any order, and truncate each addend and the result at 2^-23 of the largest. For n columns
-this errs by at most n (k + 2) / k 2^-23 <= n 2^-22 times the sum of magnitudes, |z||f| + |f|^2 / 2. The rounding of x - c, of
-the three parts of |f|^2 / 2, and of the float64 distances that decide in the end, is added.
+Let z~ and f~ be the operands as rounded, and l(z) and l(f) their low parts if they are split (whose product is left out). Then
+    |s~ - s| <= |z - z~| |f| + |z~| |f - f~| + |l(z)| |l(f)| + accumulation + rounding,
+with the actual norms of the residuals, and for a tile of codes with the largest norms in the tile. Products of float16 are exact
+in float32. The tensor cores add k >= 2 of them at a time to the running sum, in any order, and truncate each addend and the
+result at 2^-23 of the largest. For n columns this errs by at most n (k + 2) / k 2^-23 <= n 2^-22 times the sum of magnitudes,
+which is at most |z||f|. Rounding is that of x - c, of |f|^2 / 2, of the score, of the score plus or minus its bound, and of the
+float64 distances that decide in the end.
+
+The bound is linear in the norms of a tile, so that it takes a few operations for each row and tile:
+    bound = at_length |f| + at_residual |f - f~| + at_low |l(f)| + of_tile + at_zero
 """
 
 import triton
 import triton.language as tl
 
+# Columns of the table of tiles.
+LENGTH = tl.constexpr(0)  # largest |f|
+RESIDUAL = tl.constexpr(1)  # largest |f - f~|
+LOW = tl.constexpr(2)  # largest |l(f)|
+OF_TILE = tl.constexpr(3)  # the part of the bound that no row has an influence on
+SCALE = tl.constexpr(4)  # the codes of the tile are stored divided by this power of two
+TILE_COLUMNS = tl.constexpr(8)
+
+MAX_LENGTH = tl.constexpr(1e18)  # of a query; float64 decides for longer ones
+MAX_CODE_LENGTH = tl.constexpr(1e19)
+
 
 @triton.jit
-def round_to_bfloat16(value):
-    """Round float32 to the 8 significant bits of bfloat16, ties to even; the result is float32."""
-    bits = value.to(tl.int32, bitcast=True)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+def scale_for_float16(largest):
+    """The powers of two that bring components of at most `largest` below 2^13, and back. Both are normal numbers."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    scale = tl.minimum(tl.maximum(266 - exponent, 27), 227)
+    return (scale << 23).to(tl.float32, bitcast=True), ((254 - scale) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def double_error_bound(square, error, low_square, max_norms, dim, columns, COSINE: tl.constexpr):
-    """Twice the error bound of a row's scores, from the squared norms of z, z - z~ and l(z); inf if it is too large to be of use."""
-    max_f = tl.load(max_norms).to(tl.float32, bitcast=True)
-    max_residual = tl.load(max_norms + 1).to(tl.float32, bitcast=True)
-    max_low = tl.load(max_norms + 2).to(tl.float32, bitcast=True)
-    max_bias = tl.load(max_norms + 3).to(tl.float32, bitcast=True)
+def row_bound(square, error, low_square, back, dim, columns, COSINE: tl.constexpr):
+    """Coefficients of a row's bound from squared norms of z, z - z~ and l(z), all divided by back^2: at |f|, |f - f~|, |l(f)|, and 1.
+
+    The last result is the length |z|, rounded up, or infinity if the bound is of no use.
+    """
     # Squares below 2^-126 may underflow in the sums.
     underflow = tl.sqrt(dim.to(tl.float32)) * 2.168404344971009e-19
-    length = tl.sqrt(square) + underflow
-    product = length * max_f
-    accumulation = (columns + 32) * 2.384185791015625e-07 * (1.03 * product + max_bias)
-    distance = length + max_f
-    float64_rounding = (dim + 4) * 2.220446049250313e-16 * (product if COSINE else distance * distance)
-    residuals = (tl.sqrt(error) + underflow) * max_f + 1.01 * length * max_residual + (tl.sqrt(low_square) + underflow) * max_low
-    twice = 2.01 * (residuals + accumulation + float64_rounding) * (1.0 + dim * 2.4e-7) + 1e-30
-    return tl.where((product < 1e30) & (twice == twice), twice, float("inf"))
+    length = (tl.sqrt(square) + underflow) * back
+    residual = (tl.sqrt(error) + underflow) * back
+    low = (tl.sqrt(low_square) + underflow) * back
+    accumulation = (columns + 32) * 2.455637346e-07 * length  # 1.03 2^-22
+    float64_rounding = (dim + 4) * 2.220446049250313e-16
+    slack = 1.005 * (1.0 + dim * 2.4e-7)
+    if COSINE:
+        at_length = slack * (residual + accumulation + float64_rounding * length)
+        at_zero = length * 0.0 + 1e-30
+    else:
+        at_length = slack * (residual + accumulation + 2 * float64_rounding * length)
+        at_zero = slack * (float64_rounding * length * length) + 1e-30
+    usable = (length < MAX_LENGTH) & (at_length < 1e18)
+    zero = tl.zeros(length.shape, tl.float32)
+    return (
+        tl.where(usable, at_length, zero),
+        tl.where(usable, slack * 1.01 * length, zero),
+        tl.where(usable, slack * low, zero),
+        tl.where(usable, at_zero, zero),
+        tl.where(usable, 1.01 * length, float("inf")),
+    )
+
+
+@triton.jit
+def tile_bound(table, at_length, at_residual, at_low, SPLIT: tl.constexpr):
+    """The bound for each row over a tile of codes, without `at_zero`. table: the tile's row of the table of tiles."""
+    bound = at_length * tl.load(table + LENGTH) + (at_residual * tl.load(table + RESIDUAL) + tl.load(table + OF_TILE))
+    if SPLIT:
+        bound += at_low * tl.load(table + LOW)
+    return bound

@@ -1,27 +1,28 @@
-"""Exact nearest-code search on CUDA: bfloat16 scores with a certified error bound, then float32 and float64 on the candidates.
+"""Exact nearest-code search on CUDA: float16 scores with a certified error bound, and float64 where they leave a doubt.
 
 The nearest code has the largest score s = z.f - |f|^2 / 2, where z = x - c and f = code - c. The center c is the mean of a
-sample of the codes, or zero if that mean is small beside their spread, which keeps bfloat16 inputs exact.
+sample of the codes, or zero if that mean is small beside their lengths, which keeps half-precision inputs exact.
 
-1. prepare.py rounds the codes to bfloat16 and stores -|f|^2 / 2, the bias, in three bfloat16 columns of its own.
-2. coarse.py computes the scores on the tensor cores. It keeps only the maximum over each block of codes, so no [N, K] matrix
-   exists, and the codes can be split over programs.
-3. exact.py rescores the blocks whose maximum is within twice the error bound (bound.py) of the row's maximum. Float32
-   decides most rows; where two codes are too close to tell apart, float64 does, in the arithmetic of the reference.
+1. prepare.py rounds the codes to float16, and finds the norms that the bound (bound.py) needs.
+2. scan.py computes the scores on the tensor cores and keeps for each row what tells its nearest code, or the few that may be it.
+3. settle.py stores the indices of the rows that this decides, decides between two or a few codes in float64, and lists the rest.
+4. search.py searches the listed rows.
 
-shape.py chooses the tiles and launch options.
+No host synchronization; 4 launches whatever the sizes; memory beside the operands of 12 to 24 bytes a row. shape.py chooses the
+tiles and launch options.
 """
 
 import torch
 import triton
 from torch import Tensor
 
-from .coarse import nearest_code_coarse_kernel, nearest_code_stream_kernel
-from .exact import nearest_code_float64_kernel, nearest_code_rescore_kernel
-from .prepare import nearest_code_center_kernel, nearest_code_prepare_codes_kernel, nearest_code_prepare_queries_kernel
-from .shape import BIAS_DEPTH, CENTER_OPTIONS, PREPARE_QUERIES_OPTIONS, Shape
+from .prepare import nearest_code_prepare_kernel
+from .scan import nearest_code_scan_kernel
+from .search import nearest_code_search_kernel
+from .settle import nearest_code_settle_kernel
+from .shape import SEARCH_PROGRAMS, SEARCH_ROWS, Shape
 
-MAX_MAXIMA = 1 << 23  # block maxima per chunk of queries: 32 MB, which stays in the L2 cache
+_TABLE_COLUMNS = 8
 
 
 def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
@@ -48,57 +49,45 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
     if positions == 0:
         return indices
     mask = None if mask is None else mask.contiguous()
-    float32 = {"dtype": torch.float32, "device": device}
 
     shape = Shape(dim, num_codes, device)
-    # CPU tensors only come here under Triton's interpreter, which multiplies bfloat16 wrongly; float32 holds the rounded values.
-    operand = {"dtype": torch.bfloat16 if x.is_cuda else torch.float32, "device": device}
-    center = torch.empty(heads, dim, **float32)
-    codes = torch.empty(heads, shape.padded, shape.depth, **operand)
-    bias = torch.empty(heads, shape.padded if shape.bias_depth else 0, BIAS_DEPTH, **operand)
-    max_norms = torch.empty(heads, 4, dtype=torch.int32, device=device)
-    nearest_code_center_kernel[(heads,)](
-        codebook, center, max_norms, num_codes, dim, *codebook.stride(),
-        COSINE=cosine, **CENTER_OPTIONS,
-    )  # fmt: skip
-    nearest_code_prepare_codes_kernel[(triton.cdiv(shape.padded, 32), heads)](
-        codebook, center, codes, bias, max_norms, num_codes, shape.padded, dim, shape.depth, *codebook.stride(),
-        COSINE=cosine, **shape.prepare_codes_options(),
+    splits, tiles_per_program = shape.split(positions, heads)
+
+    def new(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device=device)
+
+    center = new(heads, dim + 1)
+    codes = new(heads, shape.tiles * shape.block_k, shape.depth, dtype=torch.float16)
+    bias = new(heads, shape.tiles * shape.block_k)
+    table = new(heads, shape.tiles, _TABLE_COLUMNS)
+    nearest_code_prepare_kernel[(shape.tiles, heads)](
+        codebook, center, codes, bias, table, num_codes, shape.tiles, dim, shape.depth, *codebook.stride(),
+        COSINE=cosine, **shape.prepare_options(),
     )  # fmt: skip
 
-    rows = max(shape.block_n, MAX_MAXIMA // (shape.blocks * heads) // shape.block_n * shape.block_n)
-    rows = min(rows, positions)
-    splits, tiles = shape.split(rows, heads)
-    maxima = torch.empty(heads, shape.blocks // 4, rows, 4, **float32)
-    best = torch.empty(heads, splits, rows, **float32)
-    margin = torch.empty(heads, rows, **float32)
-    queries = torch.empty(heads, rows, shape.depth, **operand) if shape.streams else None
+    programs = triton.cdiv(SEARCH_PROGRAMS, heads)
+    queries = new(heads, splits, positions, shape.depth, dtype=torch.float16) if shape.depth > 128 else center
+    lower = new(heads, splits, positions)
+    upper = new(heads, splits, positions) if splits > 1 else lower
+    first = new(heads, splits, positions, dtype=torch.int32)
+    last = new(heads, splits, positions, dtype=torch.int32)
+    rows = new(heads, positions, dtype=torch.int64)
+    counts = new(heads, 1 + programs, dtype=torch.int32)
+    part_distance = new(heads, programs, SEARCH_ROWS, dtype=torch.float64)
+    part_index = new(heads, programs, SEARCH_ROWS, dtype=torch.int64)
     planar = inner > 1 and x.stride(3) == 1 and x.stride(2) != 1
-    for first in range(0, positions, rows):
-        count = min(rows, positions - first)
-        start = divmod(first, inner)
-        grid = (triton.cdiv(count, shape.block_n), splits, heads)
-        if shape.streams:
-            nearest_code_prepare_queries_kernel[(triton.cdiv(count, 32), heads)](
-                x, center, max_norms, queries, margin, *start, count, rows, inner, dim, shape.depth, *x.stride(),
-                COSINE=cosine, PLANAR=planar, **PREPARE_QUERIES_OPTIONS,
-            )  # fmt: skip
-            nearest_code_stream_kernel[grid](
-                queries, codes, bias, maxima, best, count, rows, shape.padded, tiles, shape.blocks, shape.depth,
-                **shape.coarse_options(),
-            )  # fmt: skip
-        else:
-            nearest_code_coarse_kernel[grid](
-                x, center, codes, bias, max_norms, maxima, best, margin, *start, count, rows, inner, shape.padded, tiles,
-                shape.blocks, dim, *x.stride(), COSINE=cosine, PLANAR=planar, **shape.coarse_options(),
-            )  # fmt: skip
-        sizes = (first, *start, count, rows, positions, inner, num_codes, shape.blocks, splits, dim, *x.stride(), *codebook.stride())
-        options = shape.rescore_options()
-        nearest_code_rescore_kernel[(triton.cdiv(count, options["BLOCK_N"]), heads)](
-            x, codebook, mask, maxima, best, margin, indices, *sizes, COSINE=cosine, PLANAR=planar, HAS_MASK=mask is not None, **options
-        )
-        options = shape.float64_options()
-        nearest_code_float64_kernel[(triton.cdiv(count, options["BLOCK_N"]), heads)](
-            x, codebook, maxima, best, margin, indices, *sizes, COSINE=cosine, **options
-        )
+    nearest_code_scan_kernel[(triton.cdiv(positions, shape.block_n), splits, heads)](
+        x, center, codes, bias, table, queries, lower, upper, first, last, counts, counts.shape[1], positions, inner, shape.tiles,
+        tiles_per_program, dim, shape.depth, *x.stride(), COSINE=cosine, PLANAR=planar, SPLITS=splits > 1, **shape.scan_options(),
+    )  # fmt: skip
+    options = shape.settle_options()
+    nearest_code_settle_kernel[(triton.cdiv(positions, options["BLOCK_N"]), heads)](
+        x, codebook, mask, lower, upper, first, last, indices, rows, counts, counts.shape[1], positions, inner, num_codes, splits, dim,
+        *x.stride(), *codebook.stride(), COSINE=cosine, HAS_MASK=mask is not None, SPLITS=splits > 1, **options,
+    )  # fmt: skip
+    nearest_code_search_kernel[(programs, heads)](
+        x, codebook, center, codes, bias, table, queries, lower, indices, rows, counts, part_distance, part_index, counts.shape[1],
+        positions, inner, num_codes, shape.tiles, splits, dim, shape.depth, *x.stride(), *codebook.stride(),
+        COSINE=cosine, **shape.search_options(),
+    )  # fmt: skip
     return indices

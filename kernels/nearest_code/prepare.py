@@ -1,70 +1,30 @@
-"""Kernels that round the operands of the coarse pass: the codes and, for D > 128, the queries."""
+"""Rounds the codes to float16 and tabulates the norms that the bound needs, for each tile of codes."""
 
 import triton
 import triton.language as tl
 
-from .bound import double_error_bound, round_to_bfloat16
-from .rows import load_rows, row_offsets
-
-
-@triton.jit(do_not_specialize=["num_codes", "stride_head"])
-def nearest_code_center_kernel(
-    codebook,  # [heads, K, D]
-    center,  # [heads, D]
-    max_norms,  # [heads, 4] set to zero
-    num_codes,
-    dim,
-    stride_head,
-    stride_k,
-    stride_d,
-    COSINE: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Set the center to the mean of SAMPLE codes, spread over the codebook. It affects the speed of a search, not its result."""
-    head = tl.program_id(0).to(tl.int64)
-    center += head * dim
-    tl.store(max_norms + head * 4 + tl.arange(0, 4), tl.zeros([4], tl.int32))
-    codes = codebook + head * stride_head + tl.arange(0, SAMPLE).to(tl.int64) * num_codes // SAMPLE * stride_k
-    square_of_mean = 0.0
-    mean_of_square = 0.0
-    for start in range(0, dim, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        mean = tl.zeros([BLOCK_D], tl.float32)
-        if not COSINE:
-            value = tl.load(codes[:, None] + d.to(tl.int64)[None, :] * stride_d, mask=(d < dim)[None, :], other=0).to(tl.float32)
-            usable = tl.abs(value) < 1e18
-            value = tl.where(usable, value, 0.0)
-            count = tl.maximum(tl.sum(usable.to(tl.float32), axis=0), 1.0)
-            mean = tl.sum(value, axis=0) / count
-            square_of_mean += tl.sum(mean * mean)
-            mean_of_square += tl.sum(tl.sum(value * value, axis=0) / count)
-        tl.store(center + d, mean, mask=d < dim)
-    if square_of_mean * 16 <= mean_of_square:
-        # Orders the zeros after the stores above, which other threads may have made to the same places.
-        tl.debug_barrier()
-        for start in range(0, dim, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            tl.store(center + d, tl.zeros([BLOCK_D], tl.float32), mask=d < dim)
+from .bound import LENGTH, LOW, MAX_CODE_LENGTH, OF_TILE, RESIDUAL, SCALE, TILE_COLUMNS, scale_for_float16
 
 
 @triton.jit
-def _atomic_max_nonnegative(target, value):
-    """Atomic maximum of nonnegative floats: their bits, as integers, have the same order. The result is deterministic."""
-    bits = value.to(tl.float32).to(tl.int32, bitcast=True)
-    if bits > tl.load(target):
-        tl.atomic_max(target, bits)
+def _sampled_mean(codes, d, dim, stride_d):
+    """Mean over sampled codes of the components d, and of their squares."""
+    value = tl.load(codes[:, None] + d.to(tl.int64)[None, :] * stride_d, mask=(d < dim)[None, :], other=0).to(tl.float32)
+    usable = tl.abs(value) < 1e18
+    value = tl.where(usable, value, 0.0)
+    count = tl.maximum(tl.sum(usable.to(tl.float32), axis=0), 1.0)
+    return tl.sum(value, axis=0) / count, tl.sum(value * value, axis=0) / count
 
 
-@triton.jit(do_not_specialize=["num_codes", "padded", "stride_head"])
-def nearest_code_prepare_codes_kernel(
+@triton.jit(do_not_specialize=["num_codes", "tiles", "stride_head"])
+def nearest_code_prepare_kernel(
     codebook,  # [heads, K, D]
-    center,  # [heads, D]
-    codes,  # [heads, padded, depth] rounded, in the order of the accumulators (see coarse.py)
-    bias,  # [heads, padded, BIAS_DEPTH]
-    max_norms,  # [heads, 4] largest |f|, |f - f~|, |l(f)| and |f|^2 / 2, as the bits of float32
+    center,  # [heads, D + 1], the last of which is the limit of the lengths of the codes that are scored
+    codes,  # [heads, tiles * BLOCK_K, depth] rounded
+    bias,  # [heads, tiles * BLOCK_K] -|f|^2 / 2, and -inf for what is never the nearest
+    table,  # [heads, tiles, TILE_COLUMNS]
     num_codes,
-    padded,
+    tiles,
     dim,
     depth,
     stride_head,
@@ -72,28 +32,68 @@ def nearest_code_prepare_codes_kernel(
     stride_d,
     COSINE: tl.constexpr,
     SPLIT: tl.constexpr,
-    BIAS_DEPTH: tl.constexpr,
-    BLOCK_CODES: tl.constexpr,
+    SAMPLE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Round the codes (normalized if COSINE) and their biases to bfloat16, and find the largest norms that the bound needs."""
+    """One tile of codes.
+
+    Each program computes the center, the mean of SAMPLE codes spread over the codebook, or zero if that is small beside their
+    lengths, and the limit, four times the length that three quarters of these codes have at most. Codes beyond the limit are not
+    scored, so that they do not enlarge the bound for the others; scan.py tells which rows they may be nearest to. Both affect the
+    speed of a search, not its result.
+    """
     head = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(0).to(tl.int64)
     codebook += head * stride_head
-    center += head * dim
-    codes += head * padded * depth
-    bias += head * padded * BIAS_DEPTH
-    max_norms += head * 4
-    k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    center += head * (dim + 1)
+    codes += head * tiles * BLOCK_K * depth
+    bias += head * tiles * BLOCK_K
+    table += (head * tiles + tile) * TILE_COLUMNS
+    k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = k < num_codes
+    sample = codebook + tl.arange(0, SAMPLE).to(tl.int64) * num_codes // SAMPLE * stride_k
+
+    keep_center = 0.0
+    if not COSINE:
+        square_of_mean = 0.0
+        mean_of_square = 0.0
+        for start in range(0, dim, BLOCK_D):
+            mean, mean_square = _sampled_mean(sample, start + tl.arange(0, BLOCK_D), dim, stride_d)
+            square_of_mean += tl.sum(mean * mean)
+            mean_of_square += tl.sum(mean_square)
+        keep_center = tl.where(square_of_mean * 16 > mean_of_square, 1.0, 0.0)
+
+    limit = MAX_CODE_LENGTH
+    if not COSINE:
+        sample_square = tl.zeros([SAMPLE], tl.float64)
+        for start in range(0, dim, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            mean = _sampled_mean(sample, d, dim, stride_d)[0] * keep_center
+            value = tl.load(sample[:, None] + d.to(tl.int64)[None, :] * stride_d, mask=(d < dim)[None, :], other=0).to(tl.float64)
+            value = tl.where((d < dim)[None, :], value - mean[None, :].to(tl.float64), 0.0)
+            sample_square += tl.sum(value * value, axis=1)
+        sample_length = tl.where(sample_square < 1e38, tl.sqrt(sample_square), 1e19).to(tl.float32)
+        shorter = tl.sum((sample_length[None, :] < sample_length[:, None]).to(tl.int32), axis=1)
+        usual = tl.max(tl.where(shorter < SAMPLE * 3 // 4, sample_length, 0.0))
+        limit = tl.where(usual > 0, tl.minimum(4 * usual, MAX_CODE_LENGTH), MAX_CODE_LENGTH)
+    if tile == 0:
+        tl.store(center + dim, limit)
 
     square = tl.zeros([BLOCK_K], tl.float64)
+    largest = tl.zeros([BLOCK_K], tl.float64)
     for start in range(0, dim, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
+        mean = tl.zeros([BLOCK_D], tl.float32)
+        if not COSINE:
+            mean = _sampled_mean(sample, d, dim, stride_d)[0] * keep_center
+        if tile == 0:
+            tl.store(center + d, mean, mask=d < dim)
         keep = inside[:, None] & (d < dim)[None, :]
         f = tl.load(codebook + k[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d, mask=keep, other=0).to(tl.float64)
-        f = tl.where(keep, f - tl.load(center + d, mask=d < dim, other=0)[None, :], 0.0)
+        f = tl.where(keep, f - mean[None, :].to(tl.float64), 0.0)
         square += tl.sum(f * f, axis=1)
+        largest = tl.maximum(largest, tl.max(tl.abs(f), axis=1))
     finite = inside & (square < float("inf"))
     factor = tl.full([BLOCK_K], 1.0, tl.float64)
     if COSINE:
@@ -102,19 +102,11 @@ def nearest_code_prepare_codes_kernel(
     half_square = length * length / 2
     if COSINE:
         half_square = tl.zeros([BLOCK_K], tl.float64)
-    # A longer code makes the bound infinite, unless all queries are very short: then it is not the nearest.
-    possible = finite & (half_square < 1e38)
-    bias_float32 = tl.where(possible, -half_square, 0.0).to(tl.float32)
-    bias_high = round_to_bfloat16(bias_float32)
-    bias_middle = round_to_bfloat16(bias_float32 - bias_high)
-    bias_low = round_to_bfloat16(bias_float32 - bias_high - bias_middle)
-    bias_high = tl.where(possible, bias_high, float("-inf"))
-
-    # In its group of four blocks, code u of block j goes to place 8 (u / 2) + 2 j + u % 2.
-    within = k % (4 * BLOCK_CODES)
-    u = within % BLOCK_CODES
-    place = k - within + u // 2 * 8 + within // BLOCK_CODES * 2 + u % 2
-    stored = k < padded
+    possible = finite & (length < limit)
+    length = tl.where(possible, length, 0.0)
+    half_square = tl.where(possible, half_square, 0.0)
+    scale, back = scale_for_float16(tl.max(tl.where(possible, largest * factor, 0.0)).to(tl.float32))
+    factor *= scale.to(tl.float64)
 
     width = dim
     if SPLIT:
@@ -124,83 +116,38 @@ def nearest_code_prepare_codes_kernel(
     for start in range(0, depth, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
         valid = column < width
-        d = column % dim
-        keep = finite[:, None] & valid[None, :]
-        f = tl.load(codebook + k[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d, mask=keep, other=0).to(tl.float64)
-        f -= tl.load(center + d, mask=valid, other=0)[None, :]
-        f = tl.where(keep, f * factor[:, None], 0.0)
-        value = f.to(tl.float32)
-        high = round_to_bfloat16(value)
-        residual = f - high
+        d = column
         if SPLIT:
-            low = round_to_bfloat16(value - high)
+            d = column % dim
+        mean = tl.zeros([BLOCK_D], tl.float32)
+        if not COSINE:
+            mean = tl.where(valid, _sampled_mean(sample, d, dim, stride_d)[0] * keep_center, 0.0)
+        keep = possible[:, None] & valid[None, :]
+        f = tl.load(codebook + k[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d, mask=keep, other=0).to(tl.float64)
+        f = tl.where(keep, (f - mean[None, :].to(tl.float64)) * factor[:, None], 0.0)
+        high = f.to(tl.float32).to(tl.float16)
+        residual = f - high.to(tl.float64)
+        if SPLIT:
+            low = residual.to(tl.float32).to(tl.float16)
             # The columns repeat each dimension; norms count the first copy.
-            low_once = tl.where((column < dim)[None, :], low, 0.0).to(tl.float64)
+            low_once = tl.where((column < dim)[None, :], low.to(tl.float64), 0.0)
             low_square += tl.sum(low_once * low_once, axis=1)
-            residual -= low
+            residual -= low.to(tl.float64)
             high = tl.where((column >= 2 * dim)[None, :], low, high)
-        residual = tl.where((column < dim)[None, :], residual, 0.0)
+            residual = tl.where((column < dim)[None, :], residual, 0.0)
         error += tl.sum(residual * residual, axis=1)
-        if BIAS_DEPTH == 0:
-            high = tl.where((column == width)[None, :], bias_high[:, None], high)
-            high = tl.where((column == width + 1)[None, :], bias_middle[:, None], high)
-            high = tl.where((column == width + 2)[None, :], bias_low[:, None], high)
-        high = high.to(codes.dtype.element_ty)
-        tl.store(codes + place[:, None] * depth + column[None, :], high, mask=stored[:, None] & (column < depth)[None, :])
-    if BIAS_DEPTH > 0:
-        column = tl.arange(0, BIAS_DEPTH)
-        high = tl.where((column == 0)[None, :], bias_high[:, None], 0.0)
-        high = tl.where((column == 1)[None, :], bias_middle[:, None], high)
-        high = tl.where((column == 2)[None, :], bias_low[:, None], high)
-        tl.store(bias + place[:, None] * BIAS_DEPTH + column[None, :], high.to(bias.dtype.element_ty), mask=stored[:, None])
+        tl.store(codes + k[:, None] * depth + column[None, :], high, mask=(column < depth)[None, :] & (k >= 0)[:, None])
+    tl.store(bias + k, tl.where(possible, -half_square, float("-inf")).to(tl.float32))
 
-    _atomic_max_nonnegative(max_norms, tl.max(length))
-    _atomic_max_nonnegative(max_norms + 1, tl.sqrt(tl.max(error)))
-    _atomic_max_nonnegative(max_norms + 2, tl.sqrt(tl.max(low_square)))
-    _atomic_max_nonnegative(max_norms + 3, tl.max(-bias_float32))
-
-
-@triton.jit(do_not_specialize=["first_outer", "first_inner", "count", "rows", "inner", "dim", "stride_head", "stride_outer"])
-def nearest_code_prepare_queries_kernel(
-    x,  # [heads, outer, D, inner]
-    center,  # [heads, D]
-    max_norms,  # [heads, 4]
-    queries,  # [heads, rows, depth] rounded
-    margin,  # [heads, rows] twice the error bound of the scores
-    first_outer,
-    first_inner,
-    count,
-    rows,
-    inner,
-    dim,
-    depth,
-    stride_head,
-    stride_outer,
-    stride_d,
-    stride_inner,
-    COSINE: tl.constexpr,
-    PLANAR: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Round the queries to bfloat16, with ones in the columns of the bias, and compute their margins."""
-    head = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = row < count
-    base = head * stride_head + row_offsets(row, first_outer, first_inner, inner, stride_outer, stride_inner)
-    target = queries + (head * rows + row)[:, None] * depth
-    square = tl.zeros([BLOCK_N], tl.float32)
-    error = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, depth, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        valid = d < dim
-        z = load_rows(x, base, inside, d, valid, stride_d, PLANAR) - tl.load(center + head * dim + d, mask=valid, other=0)[None, :]
-        z = tl.where(valid[None, :] & inside[:, None], z, 0.0)
-        high = round_to_bfloat16(z)
-        square += tl.sum(z * z, axis=1)
-        error += tl.sum((z - high) * (z - high), axis=1)
-        if depth >= dim + 3:
-            high = tl.where(((d >= dim) & (d < dim + 3))[None, :], 1.0, high)
-        tl.store(target + d[None, :], high.to(queries.dtype.element_ty), mask=inside[:, None])
-    twice = double_error_bound(square, error, tl.zeros([BLOCK_N], tl.float32), max_norms + head * 4, dim, depth + 16, COSINE)
-    tl.store(margin + head * rows + row, twice, mask=inside)
+    # Norms are rounded up.
+    up = 1.0 + 1e-6
+    most = tl.max(length)
+    float64_rounding = (dim + 4) * 2.220446049250313e-16
+    of_tile = 4.76837158203125e-07 * tl.max(half_square)
+    if not COSINE:
+        of_tile += float64_rounding * most * most
+    tl.store(table + LENGTH, (most * up).to(tl.float32))
+    tl.store(table + RESIDUAL, (tl.sqrt(tl.max(error)) * back.to(tl.float64) * up + 1e-36).to(tl.float32))
+    tl.store(table + LOW, (tl.sqrt(tl.max(low_square)) * back.to(tl.float64) * up).to(tl.float32))
+    tl.store(table + OF_TILE, (1.01 * of_tile).to(tl.float32))
+    tl.store(table + SCALE, back)

@@ -1,0 +1,189 @@
+"""The pass: float16 scores on the tensor cores, of which each row keeps what tells the nearest code or the few that can be it.
+
+A score plus its bound is an upper bound of the exact score. A code can be the nearest only if its upper bound reaches the row's
+threshold, the largest of all lower bounds. Largest upper bounds are kept over three partitions of the codes, so that there is
+no index to carry along with each score: a code k = tile BLOCK_K + group 16 + offset belongs to its tile, of which the three
+best are kept, to its group of 16 columns, and to its offset. If a single tile, group and offset reach the threshold, they name
+the nearest code.
+
+In the accumulators of the tensor cores a thread holds the columns 8i + 2j and 8i + 2j + 1 of a row, for one j of 4. So the
+offsets are split by j, and everything is kept for each j apart (a lane): nothing is exchanged between threads before the end.
+"""
+
+import triton
+import triton.language as tl
+
+from .bound import SCALE, TILE_COLUMNS, tile_bound
+from .rows import rounded_rows, row_offsets, stored_rows
+
+NOT_DECIDED = tl.constexpr(-1)  # in `first`: more codes than a pair or a box can be the nearest
+NONE = tl.constexpr(-1)  # in `last`: the first is the only one
+
+
+@triton.jit
+def tile_scores(
+    queries,  # [BLOCK_N, DEPTH] values, or if STREAM pointers [BLOCK_N] to rows of [depth]
+    back,  # [BLOCK_N]
+    codes,  # [.., depth]
+    bias,
+    table,
+    tile,
+    depth,
+    STREAM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Scores [BLOCK_N, BLOCK_K] of one tile of codes, as computed. BLOCK_D columns are multiplied at a time."""
+    k = tile * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    code = codes + k[:, None] * depth + column[None, :]
+    if STREAM:
+        score = tl.zeros([back.shape[0], BLOCK_K], tl.float32)
+        for start in range(0, depth, BLOCK_D):
+            a = tl.load(queries[:, None] + (start + column)[None, :])
+            b = tl.load(code + start)
+            score = tl.dot(a, tl.trans(b), score)
+    else:
+        score = tl.dot(queries, tl.trans(tl.load(code)))
+    factor = back * tl.load(table + tile * TILE_COLUMNS + SCALE)
+    return score * factor[:, None] + tl.load(bias + k)[None, :]
+
+
+@triton.jit
+def unscored_bound(length, limit, COSINE: tl.constexpr):
+    """An upper bound of the scores of codes beyond the limit, f (|z| - f / 2) for a length f >= limit; inf if there is none."""
+    if COSINE:
+        bound = tl.where(length < float("inf"), float("-inf"), float("inf"))
+    else:
+        bound = tl.where(length < 0.99 * limit, limit * (length - 0.499 * limit) + 1e-30, float("inf"))
+    return bound
+
+
+@triton.jit(
+    do_not_specialize=["positions", "inner", "tiles", "tiles_per_program", "num_counts", "dim", "stride_head", "stride_outer"]
+)  # fmt: skip
+def nearest_code_scan_kernel(
+    x,  # [heads, outer, D, inner]
+    center,  # [heads, D + 1]
+    codes,  # [heads, tiles * BLOCK_K, depth]
+    bias,  # [heads, tiles * BLOCK_K]
+    table,  # [heads, tiles, TILE_COLUMNS]
+    queries,  # [heads, splits, positions, depth], or unused if DEPTH <= 128
+    lower,  # [heads, splits, positions] the threshold
+    upper,  # [heads, splits, positions] the largest upper bound, or unused with one split
+    first,  # [heads, splits, positions] the lowest code that can be the nearest, or NOT_DECIDED
+    last,  # [heads, splits, positions] NONE; or the other of a pair; or -2 - code, the opposite corner of a box
+    counts,  # [heads, 1 + programs of the search] set to zero
+    num_counts,
+    positions,
+    inner,
+    tiles,
+    tiles_per_program,
+    dim,
+    depth,
+    stride_head,
+    stride_outer,
+    stride_d,
+    stride_inner,
+    COSINE: tl.constexpr,
+    PLANAR: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STREAM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    head = tl.program_id(2).to(tl.int64)
+    split = tl.program_id(1)
+    start_row = tl.program_id(0).to(tl.int64) * BLOCK_N
+    row = tl.arange(0, BLOCK_N)
+    inside = start_row + row < positions
+    base = head * stride_head + row_offsets(start_row, row, inner, stride_outer, stride_inner)
+    center += head * (dim + 1)
+    codes += head * tiles * BLOCK_K * depth
+    bias += head * tiles * BLOCK_K
+    table += head * tiles * TILE_COLUMNS
+    place = (head * tl.num_programs(1) + split) * positions + start_row + row
+    if (tl.program_id(0) == 0) & (split == 0):
+        for start in range(0, num_counts, 256):
+            number = start + tl.arange(0, 256)
+            tl.store(counts + head * num_counts + number, tl.zeros([256], tl.int32), mask=number < num_counts)
+
+    if DEPTH <= 128:
+        operand, back, bound = rounded_rows(x, center, base, inside, dim, stride_d, COSINE, PLANAR, SPLIT, DEPTH)
+    else:
+        target = queries + place * depth
+        back, bound = stored_rows(x, center, target, base, inside, dim, depth, stride_d, COSINE, PLANAR, BLOCK_D)
+        operand = queries + tl.where(inside, place, place - row) * depth
+        if not STREAM:
+            operand = tl.load(operand[:, None] + tl.arange(0, DEPTH)[None, :])
+    at_length, at_residual, at_low, at_zero, length = bound
+
+    GROUPS: tl.constexpr = BLOCK_K // 16
+    of_group = tl.full([BLOCK_N, GROUPS, 4], float("-inf"), tl.float32)
+    of_offset = tl.full([BLOCK_N, 2, 4, 2], float("-inf"), tl.float32)
+    best = tl.full([BLOCK_N, 4], float("-inf"), tl.float32)
+    second = best
+    third = best
+    largest_lower = best
+    best_tile = tl.zeros([BLOCK_N, 4], tl.int32)
+    second_tile = best_tile
+    begin = split * tiles_per_program
+    end = tl.minimum(begin + tiles_per_program, tiles)
+    for tile in range(begin, end):
+        score = tile_scores(operand, back, codes, bias, table, tile, depth, STREAM, BLOCK_K, DEPTH if not STREAM else BLOCK_D)
+        margin = tile_bound(table + tile * TILE_COLUMNS, at_length, at_residual, at_low, SPLIT)
+        score = tl.reshape(score, [BLOCK_N, GROUPS, 2, 4, 2])
+        group = tl.max(tl.max(score, axis=4), axis=2)
+        of_group = tl.maximum(of_group, group + margin[:, None, None])
+        of_offset = tl.maximum(of_offset, tl.max(score, axis=1) + margin[:, None, None, None])
+        highest = tl.max(group, axis=1)
+        largest_lower = tl.maximum(largest_lower, highest - margin[:, None])
+        highest += margin[:, None]
+        second_tile = tl.where(highest > best, best_tile, tl.where(highest > second, tile, second_tile))
+        best_tile = tl.where(highest > best, tile, best_tile)
+        rest = tl.minimum(best, highest)
+        best = tl.maximum(best, highest)
+        third = tl.maximum(third, tl.minimum(second, rest))
+        second = tl.maximum(second, rest)
+
+    threshold = tl.max(largest_lower, axis=1) - 2 * at_zero
+    unscored = unscored_bound(length, tl.load(center + dim), COSINE)
+    usable = (threshold > float("-inf")) & (unscored < threshold)
+    threshold = tl.where(unscored < float("inf"), threshold, float("-inf"))
+    lane = 2 * tl.arange(0, 4)[None, :]
+    reached = threshold[:, None]
+    active = best >= reached
+    other = second >= reached
+    num = active.to(tl.int32) + other.to(tl.int32)
+    too_many = third >= reached
+    low = tl.minimum(best_tile, tl.where(other, second_tile, best_tile)) * BLOCK_K + lane
+    high = tl.maximum(best_tile, tl.where(other, second_tile, best_tile)) * BLOCK_K + lane
+
+    group = 16 * tl.arange(0, GROUPS)[None, :, None]
+    reaches = of_group >= threshold[:, None, None]
+    num_groups = tl.sum(reaches.to(tl.int32), axis=1)
+    low += tl.min(tl.where(reaches, group, BLOCK_K), axis=1)
+    high += tl.max(tl.where(reaches, group, 0), axis=1)
+
+    offset = 8 * tl.arange(0, 2)[None, :, None, None] + tl.arange(0, 2)[None, None, None, :]
+    reaches = of_offset >= threshold[:, None, None, None]
+    num_offsets = tl.sum(tl.sum(reaches.to(tl.int32), axis=3), axis=1)
+    low += tl.min(tl.min(tl.where(reaches, offset, BLOCK_K), axis=3), axis=1)
+    high += tl.max(tl.max(tl.where(reaches, offset, 0), axis=3), axis=1)
+
+    lanes = tl.sum(active.to(tl.int32), axis=1)
+    total = tl.sum(tl.where(active, num * num_groups * num_offsets, 0), axis=1)
+    too_many = too_many | (num_groups > 2) | (num_offsets > 2)
+    box = (lanes == 1) & (tl.max((active & too_many).to(tl.int32), axis=1) == 0)
+    few = (total <= 2) & (tl.max((active & (third >= reached)).to(tl.int32), axis=1) == 0)
+    lowest = tl.min(tl.where(active, low, 0x7FFFFFFF), axis=1)
+    highest = tl.max(tl.where(active, high, 0), axis=1)
+    decided = usable & (few | box)
+    tl.store(first + place, tl.where(decided, lowest, NOT_DECIDED), mask=inside)
+    tl.store(last + place, tl.where(few, tl.where(lowest == highest, NONE, highest), -2 - highest), mask=inside)
+    tl.store(lower + place, threshold, mask=inside)
+    if SPLITS:
+        tl.store(upper + place, tl.maximum(tl.max(best, axis=1), unscored), mask=inside)
