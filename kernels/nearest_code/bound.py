@@ -9,7 +9,8 @@ which is at most |z||f|. Rounding is that of x - c, of |f|^2 / 2, of the score, 
 float64 distances that decide in the end.
 
 The bound is linear in the norms of a tile, so that it takes a few operations for each row and tile:
-    bound = at_length |f| + at_residual |f - f~| + at_low |l(f)| + of_tile + at_zero
+    bound = at_length |f| + at_residual |f - f~| + of_tile + at_zero
+where |l(f)| is taken as 2^-11 |f|, and |f| in the table of tiles is large enough for that.
 """
 
 import triton
@@ -18,10 +19,9 @@ import triton.language as tl
 # Columns of the table of tiles.
 LENGTH = tl.constexpr(0)  # largest |f|
 RESIDUAL = tl.constexpr(1)  # largest |f - f~|
-LOW = tl.constexpr(2)  # largest |l(f)|
-OF_TILE = tl.constexpr(3)  # the part of the bound that no row has an influence on
-SCALE = tl.constexpr(4)  # the codes of the tile are stored divided by this power of two
-TILE_COLUMNS = tl.constexpr(8)
+OF_TILE = tl.constexpr(2)  # the part of the bound that no row has an influence on
+SCALE = tl.constexpr(3)  # the codes of the tile are stored divided by this power of two
+TILE_COLUMNS = tl.constexpr(4)
 
 MAX_LENGTH = tl.constexpr(1e18)  # of a query; float64 decides for longer ones
 MAX_CODE_LENGTH = tl.constexpr(1e19)
@@ -37,7 +37,7 @@ def scale_for_float16(largest):
 
 @triton.jit
 def row_bound(square, error, low_square, back, dim, columns, COSINE: tl.constexpr):
-    """Coefficients of a row's bound from squared norms of z, z - z~ and l(z), all divided by back^2: at |f|, |f - f~|, |l(f)|, and 1.
+    """Coefficients of a row's bound from squared norms of z, z - z~ and l(z), all divided by back^2: at |f|, |f - f~|, and 1.
 
     The last result is the length |z|, rounded up, or infinity if the bound is of no use.
     """
@@ -45,31 +45,27 @@ def row_bound(square, error, low_square, back, dim, columns, COSINE: tl.constexp
     underflow = tl.sqrt(dim.to(tl.float32)) * 2.168404344971009e-19
     length = (tl.sqrt(square) + underflow) * back
     residual = (tl.sqrt(error) + underflow) * back
-    low = (tl.sqrt(low_square) + underflow) * back
+    low = (tl.sqrt(low_square) + underflow) * back * 4.8828125e-04  # 2^-11
     accumulation = (columns + 32) * 2.455637346e-07 * length  # 1.03 2^-22
     float64_rounding = (dim + 4) * 2.220446049250313e-16
     slack = 1.005 * (1.0 + dim * 2.4e-7)
     if COSINE:
-        at_length = slack * (residual + accumulation + float64_rounding * length)
+        at_length = slack * (residual + low + accumulation + float64_rounding * length)
         at_zero = length * 0.0 + 1e-30
     else:
-        at_length = slack * (residual + accumulation + 2 * float64_rounding * length)
+        at_length = slack * (residual + low + accumulation + 2 * float64_rounding * length)
         at_zero = slack * (float64_rounding * length * length) + 1e-30
     usable = (length < MAX_LENGTH) & (at_length < 1e18)
     zero = tl.zeros(length.shape, tl.float32)
     return (
         tl.where(usable, at_length, zero),
         tl.where(usable, slack * 1.01 * length, zero),
-        tl.where(usable, slack * low, zero),
         tl.where(usable, at_zero, zero),
         tl.where(usable, 1.01 * length, float("inf")),
     )
 
 
 @triton.jit
-def tile_bound(table, at_length, at_residual, at_low, SPLIT: tl.constexpr):
+def tile_bound(table, at_length, at_residual):
     """The bound for each row over a tile of codes, without `at_zero`. table: the tile's row of the table of tiles."""
-    bound = at_length * tl.load(table + LENGTH) + (at_residual * tl.load(table + RESIDUAL) + tl.load(table + OF_TILE))
-    if SPLIT:
-        bound += at_low * tl.load(table + LOW)
-    return bound
+    return at_length * tl.load(table + LENGTH) + (at_residual * tl.load(table + RESIDUAL) + tl.load(table + OF_TILE))

@@ -20,9 +20,9 @@ from .prepare import nearest_code_prepare_kernel
 from .scan import nearest_code_scan_kernel
 from .search import nearest_code_search_kernel
 from .settle import nearest_code_settle_kernel
-from .shape import SEARCH_PROGRAMS, SEARCH_ROWS, Shape
+from .shape import MAX_PROGRAMS, SEARCH_PROGRAMS, SEARCH_ROWS, Shape
 
-_TABLE_COLUMNS = 8
+_TABLE_COLUMNS = 4
 
 
 def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
@@ -66,7 +66,9 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
     )  # fmt: skip
 
     programs = triton.cdiv(SEARCH_PROGRAMS, heads)
-    queries = new(heads, splits, positions, shape.depth, dtype=torch.float16) if shape.depth > 128 else center
+    blocks = min(triton.cdiv(positions, shape.block_n), triton.cdiv(MAX_PROGRAMS, splits * heads))
+    scratch = max(splits * blocks * shape.block_n, programs * SEARCH_ROWS)
+    queries = new(heads, scratch, shape.depth, dtype=torch.float16)
     lower = new(heads, splits, positions)
     upper = new(heads, splits, positions) if splits > 1 else lower
     first = new(heads, splits, positions, dtype=torch.int32)
@@ -76,7 +78,7 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
     part_distance = new(heads, programs, SEARCH_ROWS, dtype=torch.float64)
     part_index = new(heads, programs, SEARCH_ROWS, dtype=torch.int64)
     planar = inner > 1 and x.stride(3) == 1 and x.stride(2) != 1
-    nearest_code_scan_kernel[(triton.cdiv(positions, shape.block_n), splits, heads)](
+    nearest_code_scan_kernel[(blocks, splits, heads)](
         x, center, codes, bias, table, queries, lower, upper, first, last, counts, counts.shape[1], positions, inner, shape.tiles,
         tiles_per_program, dim, shape.depth, *x.stride(), COSINE=cosine, PLANAR=planar, SPLITS=splits > 1, **shape.scan_options(),
     )  # fmt: skip

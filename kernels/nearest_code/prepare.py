@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .bound import LENGTH, LOW, MAX_CODE_LENGTH, OF_TILE, RESIDUAL, SCALE, TILE_COLUMNS, scale_for_float16
+from .bound import LENGTH, MAX_CODE_LENGTH, OF_TILE, RESIDUAL, SCALE, TILE_COLUMNS, scale_for_float16
 
 
 @triton.jit
@@ -146,8 +146,8 @@ def nearest_code_prepare_kernel(
     of_tile = 4.76837158203125e-07 * tl.max(half_square)
     if not COSINE:
         of_tile += float64_rounding * most * most
+    most = tl.maximum(most, 2048 * tl.sqrt(tl.max(low_square)) * back.to(tl.float64))
     tl.store(table + LENGTH, (most * up).to(tl.float32))
     tl.store(table + RESIDUAL, (tl.sqrt(tl.max(error)) * back.to(tl.float64) * up + 1e-36).to(tl.float32))
-    tl.store(table + LOW, (tl.sqrt(tl.max(low_square)) * back.to(tl.float64) * up).to(tl.float32))
     tl.store(table + OF_TILE, (1.01 * of_tile).to(tl.float32))
     tl.store(table + SCALE, back)

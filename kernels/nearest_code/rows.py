@@ -38,78 +38,55 @@ def _centered(x, center, base, inside, d, valid, stride_d, PLANAR: tl.constexpr)
 
 
 @triton.jit
-def rounded_rows(
+def round_rows(
     x,
     center,  # [D]
+    target,  # [rows, depth] for this program alone
     base,  # offsets of the rows
-    inside,
-    dim,
-    stride_d,
-    COSINE: tl.constexpr,
-    PLANAR: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """Read and round rows of at most DEPTH columns. Returns the operand [rows, DEPTH], the factor that undoes its scale, the bound."""
-    column = tl.arange(0, DEPTH)
-    if SPLIT:
-        valid = column < 3 * dim
-        d = column % dim
-    else:
-        valid = column < dim
-        d = column
-    z = _centered(x, center, base, inside, d, valid, stride_d, PLANAR)
-    scale, back = scale_for_float16(tl.max(tl.abs(z), axis=1))
-    z *= scale[:, None]
-    high = z.to(tl.float16)
-    residual = z - high.to(tl.float32)
-    low_square = tl.zeros([inside.shape[0]], tl.float32)
-    if SPLIT:
-        once = (column < dim)[None, :]  # split operands repeat each dimension; norms count the first copy
-        low = residual.to(tl.float16)
-        residual -= low.to(tl.float32)
-        low_square = tl.sum(tl.where(once, low.to(tl.float32) * low.to(tl.float32), 0.0), axis=1)
-        high = tl.where(((column >= dim) & (column < 2 * dim))[None, :], low, high)
-        residual = tl.where(once, residual, 0.0)
-        z = tl.where(once, z, 0.0)
-    square = tl.sum(z * z, axis=1)
-    error = tl.sum(residual * residual, axis=1)
-    bound = row_bound(square, error, low_square, back, dim, DEPTH, COSINE)
-    return high, back, bound
-
-
-@triton.jit
-def stored_rows(
-    x,
-    center,  # [D]
-    target,  # pointers [rows] to rows of [depth]
-    base,
     inside,
     dim,
     depth,
     stride_d,
     COSINE: tl.constexpr,
     PLANAR: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Read and round rows, and store them for this program. Returns the factor that undoes their scale, and the bound."""
+    """Read rows, round them to float16 and store them in `target`. Returns the factor that undoes their scale, and the bound.
+
+    They go through memory, a few hundred kilobytes that stay in the L2 cache, so that the tensor cores read them from shared memory:
+    values that come from registers would be held in registers. BLOCK_D columns are in registers at a time, all of them if SPLIT.
+    """
     column = tl.arange(0, BLOCK_D)
     largest = tl.zeros([inside.shape[0]], tl.float32)
-    for start in range(0, depth, BLOCK_D):
+    for start in range(0, dim, BLOCK_D):
         d = start + column
         z = _centered(x, center, base, inside, d, d < dim, stride_d, PLANAR)
         largest = tl.maximum(largest, tl.max(tl.abs(z), axis=1))
     scale, back = scale_for_float16(largest)
     square = tl.zeros([inside.shape[0]], tl.float32)
     error = tl.zeros([inside.shape[0]], tl.float32)
+    low_square = tl.zeros([inside.shape[0]], tl.float32)
+    tl.debug_barrier()  # the program may still be reading the rows before these
     for start in range(0, depth, BLOCK_D):
         d = start + column
-        z = _centered(x, center, base, inside, d, d < dim, stride_d, PLANAR) * scale[:, None]
+        valid = d < dim
+        if SPLIT:
+            valid = d < 3 * dim
+            d = d % dim
+        z = _centered(x, center, base, inside, d, valid, stride_d, PLANAR) * scale[:, None]
         high = z.to(tl.float16)
         residual = z - high.to(tl.float32)
+        if SPLIT:
+            once = (column < dim)[None, :]  # split operands repeat each dimension; norms count the first copy
+            low = residual.to(tl.float16)
+            residual = tl.where(once, residual - low.to(tl.float32), 0.0)
+            low_once = tl.where(once, low.to(tl.float32), 0.0)
+            low_square += tl.sum(low_once * low_once, axis=1)
+            high = tl.where(((column >= dim) & (column < 2 * dim))[None, :], low, high)
+            z = tl.where(once, z, 0.0)
         square += tl.sum(z * z, axis=1)
         error += tl.sum(residual * residual, axis=1)
-        tl.store(target[:, None] + d[None, :], high, mask=inside[:, None])
+        tl.store(target + tl.arange(0, inside.shape[0])[:, None] * depth + (start + column)[None, :], high)
     tl.debug_barrier()  # other threads of the program read what this one stored
-    bound = row_bound(square, error, tl.zeros([inside.shape[0]], tl.float32), back, dim, depth, COSINE)
-    return back, bound
+    return back, row_bound(square, error, low_square, back, dim, depth, COSINE)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .bound import SCALE, TILE_COLUMNS, tile_bound
-from .rows import rounded_rows, row_offsets, stored_rows
+from .rows import round_rows, row_offsets
 
 NOT_DECIDED = tl.constexpr(-1)  # in `first`: more codes than a pair or a box can be the nearest
 NONE = tl.constexpr(-1)  # in `last`: the first is the only one
@@ -60,7 +60,9 @@ def unscored_bound(length, limit, COSINE: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["positions", "inner", "tiles", "tiles_per_program", "num_counts", "dim", "stride_head", "stride_outer"]
+    do_not_specialize=[
+        "positions", "inner", "tiles", "tiles_per_program", "num_counts", "dim", "stride_head", "stride_outer",
+    ]
 )  # fmt: skip
 def nearest_code_scan_kernel(
     x,  # [heads, outer, D, inner]
@@ -68,7 +70,7 @@ def nearest_code_scan_kernel(
     codes,  # [heads, tiles * BLOCK_K, depth]
     bias,  # [heads, tiles * BLOCK_K]
     table,  # [heads, tiles, TILE_COLUMNS]
-    queries,  # [heads, splits, positions, depth], or unused if DEPTH <= 128
+    queries,  # [programs, BLOCK_N, depth]
     lower,  # [heads, splits, positions] the threshold
     upper,  # [heads, splits, positions] the largest upper bound, or unused with one split
     first,  # [heads, splits, positions] the lowest code that can be the nearest, or NOT_DECIDED
@@ -95,95 +97,104 @@ def nearest_code_scan_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Programs [rows, splits, heads]: each passes over its share of the codes for one tile of rows after the other."""
     head = tl.program_id(2).to(tl.int64)
     split = tl.program_id(1)
-    start_row = tl.program_id(0).to(tl.int64) * BLOCK_N
-    row = tl.arange(0, BLOCK_N)
-    inside = start_row + row < positions
-    base = head * stride_head + row_offsets(start_row, row, inner, stride_outer, stride_inner)
+    program = (head * tl.num_programs(1) + split) * tl.num_programs(0) + tl.program_id(0)
+    x += head * stride_head
     center += head * (dim + 1)
     codes += head * tiles * BLOCK_K * depth
     bias += head * tiles * BLOCK_K
     table += head * tiles * TILE_COLUMNS
-    place = (head * tl.num_programs(1) + split) * positions + start_row + row
+    queries += program * BLOCK_N * depth
+    begin = split * tiles_per_program
+    end = tl.minimum(begin + tiles_per_program, tiles)
+    row = tl.arange(0, BLOCK_N)
+    GROUPS: tl.constexpr = BLOCK_K // 16
     if (tl.program_id(0) == 0) & (split == 0):
         for start in range(0, num_counts, 256):
             number = start + tl.arange(0, 256)
             tl.store(counts + head * num_counts + number, tl.zeros([256], tl.int32), mask=number < num_counts)
 
-    if DEPTH <= 128:
-        operand, back, bound = rounded_rows(x, center, base, inside, dim, stride_d, COSINE, PLANAR, SPLIT, DEPTH)
-    else:
-        target = queries + place * depth
-        back, bound = stored_rows(x, center, target, base, inside, dim, depth, stride_d, COSINE, PLANAR, BLOCK_D)
-        operand = queries + tl.where(inside, place, place - row) * depth
+    for start_row in range(tl.program_id(0).to(tl.int64) * BLOCK_N, positions, tl.num_programs(0) * BLOCK_N):
+        inside = start_row + row < positions
+        base = row_offsets(start_row, row, inner, stride_outer, stride_inner)
+        place = (head * tl.num_programs(1) + split) * positions + start_row + row
+        back, bound = round_rows(x, center, queries, base, inside, dim, depth, stride_d, COSINE, PLANAR, SPLIT, BLOCK_D)
+        at_length, at_residual, at_zero, length = bound
+        # Through memory into the registers of the threads that have the scores of these rows, once instead of for every tile.
+        tl.store(lower + place, at_length, mask=inside)
+        tl.store(first + place, at_residual.to(tl.int32, bitcast=True), mask=inside)
+        tl.store(last + place, back.to(tl.int32, bitcast=True), mask=inside)
+        tl.debug_barrier()
+        at_length = tl.load(lower + place, mask=inside, other=0)
+        at_residual = tl.load(first + place, mask=inside, other=0).to(tl.float32, bitcast=True)
+        back = tl.load(last + place, mask=inside, other=0).to(tl.float32, bitcast=True)
+        operand = queries + row * depth
         if not STREAM:
             operand = tl.load(operand[:, None] + tl.arange(0, DEPTH)[None, :])
-    at_length, at_residual, at_low, at_zero, length = bound
 
-    GROUPS: tl.constexpr = BLOCK_K // 16
-    of_group = tl.full([BLOCK_N, GROUPS, 4], float("-inf"), tl.float32)
-    of_offset = tl.full([BLOCK_N, 2, 4, 2], float("-inf"), tl.float32)
-    best = tl.full([BLOCK_N, 4], float("-inf"), tl.float32)
-    second = best
-    third = best
-    largest_lower = best
-    best_tile = tl.zeros([BLOCK_N, 4], tl.int32)
-    second_tile = best_tile
-    begin = split * tiles_per_program
-    end = tl.minimum(begin + tiles_per_program, tiles)
-    for tile in range(begin, end):
-        score = tile_scores(operand, back, codes, bias, table, tile, depth, STREAM, BLOCK_K, DEPTH if not STREAM else BLOCK_D)
-        margin = tile_bound(table + tile * TILE_COLUMNS, at_length, at_residual, at_low, SPLIT)
-        score = tl.reshape(score, [BLOCK_N, GROUPS, 2, 4, 2])
-        group = tl.max(tl.max(score, axis=4), axis=2)
-        of_group = tl.maximum(of_group, group + margin[:, None, None])
-        of_offset = tl.maximum(of_offset, tl.max(score, axis=1) + margin[:, None, None, None])
-        highest = tl.max(group, axis=1)
-        largest_lower = tl.maximum(largest_lower, highest - margin[:, None])
-        highest += margin[:, None]
-        second_tile = tl.where(highest > best, best_tile, tl.where(highest > second, tile, second_tile))
-        best_tile = tl.where(highest > best, tile, best_tile)
-        rest = tl.minimum(best, highest)
-        best = tl.maximum(best, highest)
-        third = tl.maximum(third, tl.minimum(second, rest))
-        second = tl.maximum(second, rest)
+        of_group = tl.full([BLOCK_N, GROUPS, 4], float("-inf"), tl.float32)
+        of_offset = tl.full([BLOCK_N, 2, 4, 2], float("-inf"), tl.float32)
+        best = tl.full([BLOCK_N, 4], float("-inf"), tl.float32)
+        second = best
+        third = best
+        largest_lower = best
+        best_tile = tl.zeros([BLOCK_N, 4], tl.int32)
+        second_tile = best_tile
+        for tile in range(begin, end):
+            score = tile_scores(operand, back, codes, bias, table, tile, depth, STREAM, BLOCK_K, BLOCK_D if STREAM else DEPTH)
+            margin = tile_bound(table + tile * TILE_COLUMNS, at_length, at_residual)
+            score = tl.reshape(score, [BLOCK_N, GROUPS, 2, 4, 2])
+            group = tl.max(tl.max(score, axis=4), axis=2)
+            of_group = tl.maximum(of_group, group + margin[:, None, None])
+            of_offset = tl.maximum(of_offset, tl.max(score, axis=1) + margin[:, None, None, None])
+            highest = tl.max(group, axis=1)
+            largest_lower = tl.maximum(largest_lower, highest - margin[:, None])
+            highest += margin[:, None]
+            second_tile = tl.where(highest > best, best_tile, tl.where(highest > second, tile, second_tile))
+            best_tile = tl.where(highest > best, tile, best_tile)
+            rest = tl.minimum(best, highest)
+            best = tl.maximum(best, highest)
+            third = tl.maximum(third, tl.minimum(second, rest))
+            second = tl.maximum(second, rest)
 
-    threshold = tl.max(largest_lower, axis=1) - 2 * at_zero
-    unscored = unscored_bound(length, tl.load(center + dim), COSINE)
-    usable = (threshold > float("-inf")) & (unscored < threshold)
-    threshold = tl.where(unscored < float("inf"), threshold, float("-inf"))
-    lane = 2 * tl.arange(0, 4)[None, :]
-    reached = threshold[:, None]
-    active = best >= reached
-    other = second >= reached
-    num = active.to(tl.int32) + other.to(tl.int32)
-    too_many = third >= reached
-    low = tl.minimum(best_tile, tl.where(other, second_tile, best_tile)) * BLOCK_K + lane
-    high = tl.maximum(best_tile, tl.where(other, second_tile, best_tile)) * BLOCK_K + lane
+        threshold = tl.max(largest_lower, axis=1) - 2 * at_zero
+        unscored = unscored_bound(length, tl.load(center + dim), COSINE)
+        usable = (threshold > float("-inf")) & (unscored < threshold)
+        threshold = tl.where(unscored < float("inf"), threshold, float("-inf"))
+        lane = 2 * tl.arange(0, 4)[None, :]
+        reached = threshold[:, None]
+        active = best >= reached
+        other = second >= reached
+        num = active.to(tl.int32) + other.to(tl.int32)
+        too_many = third >= reached
+        low = tl.minimum(best_tile, tl.where(other, second_tile, best_tile)) * BLOCK_K + lane
+        high = tl.maximum(best_tile, tl.where(other, second_tile, best_tile)) * BLOCK_K + lane
 
-    group = 16 * tl.arange(0, GROUPS)[None, :, None]
-    reaches = of_group >= threshold[:, None, None]
-    num_groups = tl.sum(reaches.to(tl.int32), axis=1)
-    low += tl.min(tl.where(reaches, group, BLOCK_K), axis=1)
-    high += tl.max(tl.where(reaches, group, 0), axis=1)
+        group = 16 * tl.arange(0, GROUPS)[None, :, None]
+        reaches = of_group >= threshold[:, None, None]
+        num_groups = tl.sum(reaches.to(tl.int32), axis=1)
+        low += tl.min(tl.where(reaches, group, BLOCK_K), axis=1)
+        high += tl.max(tl.where(reaches, group, 0), axis=1)
 
-    offset = 8 * tl.arange(0, 2)[None, :, None, None] + tl.arange(0, 2)[None, None, None, :]
-    reaches = of_offset >= threshold[:, None, None, None]
-    num_offsets = tl.sum(tl.sum(reaches.to(tl.int32), axis=3), axis=1)
-    low += tl.min(tl.min(tl.where(reaches, offset, BLOCK_K), axis=3), axis=1)
-    high += tl.max(tl.max(tl.where(reaches, offset, 0), axis=3), axis=1)
+        offset = 8 * tl.arange(0, 2)[None, :, None, None] + tl.arange(0, 2)[None, None, None, :]
+        reaches = of_offset >= threshold[:, None, None, None]
+        num_offsets = tl.sum(tl.sum(reaches.to(tl.int32), axis=3), axis=1)
+        low += tl.min(tl.min(tl.where(reaches, offset, BLOCK_K), axis=3), axis=1)
+        high += tl.max(tl.max(tl.where(reaches, offset, 0), axis=3), axis=1)
 
-    lanes = tl.sum(active.to(tl.int32), axis=1)
-    total = tl.sum(tl.where(active, num * num_groups * num_offsets, 0), axis=1)
-    too_many = too_many | (num_groups > 2) | (num_offsets > 2)
-    box = (lanes == 1) & (tl.max((active & too_many).to(tl.int32), axis=1) == 0)
-    few = (total <= 2) & (tl.max((active & (third >= reached)).to(tl.int32), axis=1) == 0)
-    lowest = tl.min(tl.where(active, low, 0x7FFFFFFF), axis=1)
-    highest = tl.max(tl.where(active, high, 0), axis=1)
-    decided = usable & (few | box)
-    tl.store(first + place, tl.where(decided, lowest, NOT_DECIDED), mask=inside)
-    tl.store(last + place, tl.where(few, tl.where(lowest == highest, NONE, highest), -2 - highest), mask=inside)
-    tl.store(lower + place, threshold, mask=inside)
-    if SPLITS:
-        tl.store(upper + place, tl.maximum(tl.max(best, axis=1), unscored), mask=inside)
+        lanes = tl.sum(active.to(tl.int32), axis=1)
+        total = tl.sum(tl.where(active, num * num_groups * num_offsets, 0), axis=1)
+        too_many = too_many | (num_groups > 2) | (num_offsets > 2)
+        box = (lanes == 1) & (tl.max((active & too_many).to(tl.int32), axis=1) == 0)
+        few = (total <= 2) & (tl.max((active & (third >= reached)).to(tl.int32), axis=1) == 0)
+        lowest = tl.min(tl.where(active, low, 0x7FFFFFFF), axis=1)
+        highest = tl.max(tl.where(active, high, 0), axis=1)
+        decided = usable & (few | box)
+        tl.debug_barrier()
+        tl.store(first + place, tl.where(decided, lowest, NOT_DECIDED), mask=inside)
+        tl.store(last + place, tl.where(few, tl.where(lowest == highest, NONE, highest), -2 - highest), mask=inside)
+        tl.store(lower + place, threshold, mask=inside)
+        if SPLITS:
+            tl.store(upper + place, tl.maximum(tl.max(best, axis=1), unscored), mask=inside)

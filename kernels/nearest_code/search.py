@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .bound import TILE_COLUMNS, tile_bound
-from .rows import position_offsets, rounded_rows, stored_rows
+from .rows import position_offsets, round_rows
 from .scan import tile_scores, unscored_bound
 from .settle import distances_in_order
 
@@ -28,7 +28,7 @@ def nearest_code_search_kernel(
     codes,  # [heads, tiles * BLOCK_K, depth]
     bias,  # [heads, tiles * BLOCK_K]
     table,  # [heads, tiles, TILE_COLUMNS]
-    queries,  # [heads, splits, positions, depth]
+    queries,  # [heads, programs, BLOCK_N, depth]
     lower,  # [heads, splits, positions]
     indices,  # [heads, outer, inner]
     rows,  # [heads, positions]
@@ -69,6 +69,7 @@ def nearest_code_search_kernel(
     table += head * tiles * TILE_COLUMNS
     rows += head * positions
     counts += head * num_counts
+    queries += (head * programs + tl.program_id(0)) * BLOCK_N * depth
     part_distance += head * programs * BLOCK_N
     part_index += head * programs * BLOCK_N
     count = tl.load(counts)
@@ -87,15 +88,11 @@ def nearest_code_search_kernel(
         position = tl.load(rows + batch * BLOCK_N + lane, mask=inside, other=0)
         base = position_offsets(position, inner, stride_outer, stride_inner)
         place = head * splits * positions + position
-        if DEPTH <= 128:
-            operand, back, bound = rounded_rows(x, center, base, inside, dim, stride_d, COSINE, False, SPLIT, DEPTH)
-        else:
-            # Other programs that have these rows store the same values.
-            operand = queries + place * depth
-            back, bound = stored_rows(x, center, operand, base, inside, dim, depth, stride_d, COSINE, False, BLOCK_D)
-            if not STREAM:
-                operand = tl.load(operand[:, None] + tl.arange(0, DEPTH)[None, :])
-        at_length, at_residual, at_low, _, length = bound
+        back, bound = round_rows(x, center, queries, base, inside, dim, depth, stride_d, COSINE, False, SPLIT, BLOCK_D)
+        operand = queries + lane * depth
+        if not STREAM:
+            operand = tl.load(operand[:, None] + tl.arange(0, DEPTH)[None, :])
+        at_length, at_residual, _, length = bound
         threshold = tl.load(lower + place, mask=inside, other=float("inf"))
         collected = (threshold > float("-inf")) & (unscored_bound(length, tl.load(center + dim), COSINE) < threshold) & inside
         threshold = tl.where(collected, threshold, float("inf"))
@@ -103,8 +100,8 @@ def nearest_code_search_kernel(
         found = tl.full([BLOCK_N, SLOTS], -1, tl.int32)
         number = tl.zeros([BLOCK_N], tl.int32)
         for tile in range(begin, end):
-            score = tile_scores(operand, back, codes, bias, table, tile, depth, STREAM, BLOCK_K, DEPTH if not STREAM else BLOCK_D)
-            margin = tile_bound(table + tile * TILE_COLUMNS, at_length, at_residual, at_low, SPLIT)
+            score = tile_scores(operand, back, codes, bias, table, tile, depth, STREAM, BLOCK_K, BLOCK_D if STREAM else DEPTH)
+            margin = tile_bound(table + tile * TILE_COLUMNS, at_length, at_residual)
             column = tl.arange(0, BLOCK_K)[None, :]
             next_column = tl.where(score + margin[:, None] >= threshold[:, None], column, BLOCK_K)
             place_in_tile = tl.min(next_column, axis=1)

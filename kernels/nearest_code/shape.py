@@ -3,8 +3,7 @@
 Regimes, by D alone:
 - D <= 21: operands are split in two, x = xh + xl: the columns [xh, xl, xh] . [eh, eh, el] are nearly as accurate as float32. For
   these the comparisons are the limit, which take as long as a depth of 64 on the tensor cores, the columns of D = 21.
-- D <= 128: a program reads and rounds its queries once, holds them and passes over the codes.
-- D <= 256: the same, through memory, where a search of the listed rows reads them again.
+- D <= 256: a program holds its queries in shared memory and passes over the codes.
 - D > 256: both operands stream through shared memory.
 """
 
@@ -12,6 +11,7 @@ import torch
 import triton
 
 MIN_PROGRAMS = 264  # of a pass: two for each multiprocessor of an H200
+MAX_PROGRAMS = 528  # of a pass; each takes tiles of rows until none is left
 SEARCH_PROGRAMS = 264
 SEARCH_ROWS = 64
 BLOCK_D = 64  # columns loaded at a time if queries stream
@@ -67,7 +67,7 @@ class Shape:
     def scan_options(self) -> dict:
         return {
             "SPLIT": self.split_operands, "STREAM": not self.held, "DEPTH": self.depth if self.held else 1024, "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k, "BLOCK_D": BLOCK_D, "num_warps": 8, "num_stages": self.stages, "enable_fp_fusion": True,
+            "BLOCK_K": self.block_k, "BLOCK_D": min(self.depth, BLOCK_D), "num_warps": 8, "num_stages": self.stages, "enable_fp_fusion": True,
         }  # fmt: skip
 
     def settle_options(self) -> dict:
@@ -77,7 +77,7 @@ class Shape:
     def search_options(self) -> dict:
         return {
             "SPLIT": self.split_operands, "STREAM": not self.held, "DEPTH": self.depth if self.held else 1024, "BLOCK_N": SEARCH_ROWS,
-            "BLOCK_K": self.block_k, "BLOCK_D": BLOCK_D, "SLOTS": 8, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": False,
+            "BLOCK_K": self.block_k, "BLOCK_D": min(self.depth, BLOCK_D), "SLOTS": 8, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": False,
         }  # fmt: skip
 
 
