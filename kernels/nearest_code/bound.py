@@ -63,9 +63,3 @@ def row_bound(square, error, low_square, back, dim, columns, COSINE: tl.constexp
         tl.where(usable, at_zero, zero),
         tl.where(usable, 1.01 * length, float("inf")),
     )
-
-
-@triton.jit
-def tile_bound(table, at_length, at_residual):
-    """The bound for each row over a tile of codes, without `at_zero`. table: the tile's row of the table of tiles."""
-    return at_length * tl.load(table + LENGTH) + (at_residual * tl.load(table + RESIDUAL) + tl.load(table + OF_TILE))

@@ -15,6 +15,7 @@ tiles and launch options.
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .prepare import nearest_code_prepare_kernel
 from .scan import nearest_code_scan_kernel
@@ -65,6 +66,7 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
         COSINE=cosine, **shape.prepare_options(),
     )  # fmt: skip
 
+    operand = TensorDescriptor.from_tensor(codes.flatten(0, 1), [shape.block_k, shape.columns]) if shape.tma else codes
     programs = triton.cdiv(SEARCH_PROGRAMS, heads)
     blocks = min(triton.cdiv(positions, shape.block_n), triton.cdiv(MAX_PROGRAMS, splits * heads))
     scratch = max(splits * blocks * shape.block_n, programs * SEARCH_ROWS)
@@ -79,7 +81,7 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
     part_index = new(heads, programs, SEARCH_ROWS, dtype=torch.int64)
     planar = inner > 1 and x.stride(3) == 1 and x.stride(2) != 1
     nearest_code_scan_kernel[(blocks, splits, heads)](
-        x, center, codes, bias, table, queries, lower, upper, first, last, counts, counts.shape[1], positions, inner, shape.tiles,
+        x, center, operand, bias, table, queries, lower, upper, first, last, counts, counts.shape[1], positions, inner, shape.tiles,
         tiles_per_program, dim, shape.depth, *x.stride(), COSINE=cosine, PLANAR=planar, SPLITS=splits > 1, **shape.scan_options(),
     )  # fmt: skip
     options = shape.settle_options()
@@ -88,7 +90,7 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
         *x.stride(), *codebook.stride(), COSINE=cosine, HAS_MASK=mask is not None, SPLITS=splits > 1, **options,
     )  # fmt: skip
     nearest_code_search_kernel[(programs, heads)](
-        x, codebook, center, codes, bias, table, queries, lower, indices, rows, counts, part_distance, part_index, counts.shape[1],
+        x, codebook, center, operand, bias, table, queries, lower, indices, rows, counts, part_distance, part_index, counts.shape[1],
         positions, inner, num_codes, shape.tiles, splits, dim, shape.depth, *x.stride(), *codebook.stride(),
         COSINE=cosine, **shape.search_options(),
     )  # fmt: skip

@@ -13,7 +13,7 @@ offsets are split by j, and everything is kept for each j apart (a lane): nothin
 import triton
 import triton.language as tl
 
-from .bound import SCALE, TILE_COLUMNS, tile_bound
+from .bound import LENGTH, OF_TILE, RESIDUAL, SCALE, TILE_COLUMNS
 from .rows import round_rows, row_offsets
 
 NOT_DECIDED = tl.constexpr(-1)  # in `first`: more codes than a pair or a box can be the nearest
@@ -24,29 +24,45 @@ NONE = tl.constexpr(-1)  # in `last`: the first is the only one
 def tile_scores(
     queries,  # [BLOCK_N, DEPTH] values, or if STREAM pointers [BLOCK_N] to rows of [depth]
     back,  # [BLOCK_N]
-    codes,  # [.., depth]
-    bias,
-    table,
-    tile,
+    at_length,  # [BLOCK_N]
+    at_residual,  # [BLOCK_N]
+    codes,  # [heads * tiles * BLOCK_K, depth], a tensor descriptor if TMA
+    bias,  # [heads * tiles * BLOCK_K]
+    table,  # [heads * tiles, TILE_COLUMNS]
+    tile,  # among the tiles of all heads
     depth,
     STREAM: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Scores [BLOCK_N, BLOCK_K] of one tile of codes, as computed. BLOCK_D columns are multiplied at a time."""
-    k = tile * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
+    """Scores [BLOCK_N, BLOCK_K] of one tile of codes, and their bound for each row but for `at_zero`.
+
+    BLOCK_D columns are multiplied at a time.
+    """
     column = tl.arange(0, BLOCK_D)
-    code = codes + k[:, None] * depth + column[None, :]
+    k = tl.arange(0, BLOCK_K)
+    row = tile.to(tl.int64) * BLOCK_K
+    # These loads come first, since none that follows a product is started before it ends.
+    of_tile = table + tile.to(tl.int64) * TILE_COLUMNS
+    factor = back * tl.load(of_tile + SCALE)
+    margin = at_length * tl.load(of_tile + LENGTH) + (at_residual * tl.load(of_tile + RESIDUAL) + tl.load(of_tile + OF_TILE))
     if STREAM:
         score = tl.zeros([back.shape[0], BLOCK_K], tl.float32)
         for start in range(0, depth, BLOCK_D):
             a = tl.load(queries[:, None] + (start + column)[None, :])
-            b = tl.load(code + start)
+            if TMA:
+                b = codes.load([tile * BLOCK_K, start])
+            else:
+                b = tl.load((codes + row * depth + start) + (k[:, None] * depth + column[None, :]))
             score = tl.dot(a, tl.trans(b), score)
     else:
-        score = tl.dot(queries, tl.trans(tl.load(code)))
-    factor = back * tl.load(table + tile * TILE_COLUMNS + SCALE)
-    return score * factor[:, None] + tl.load(bias + k)[None, :]
+        if TMA:
+            b = codes.load([tile * BLOCK_K, 0])
+        else:
+            b = tl.load((codes + row * BLOCK_D) + (k[:, None] * BLOCK_D + column[None, :]))
+        score = tl.dot(queries, tl.trans(b))
+    return score * factor[:, None] + tl.load((bias + row) + k)[None, :], margin
 
 
 @triton.jit
@@ -67,7 +83,7 @@ def unscored_bound(length, limit, COSINE: tl.constexpr):
 def nearest_code_scan_kernel(
     x,  # [heads, outer, D, inner]
     center,  # [heads, D + 1]
-    codes,  # [heads, tiles * BLOCK_K, depth]
+    codes,  # [heads * tiles * BLOCK_K, depth], a tensor descriptor if TMA
     bias,  # [heads, tiles * BLOCK_K]
     table,  # [heads, tiles, TILE_COLUMNS]
     queries,  # [programs, BLOCK_N, depth]
@@ -91,6 +107,7 @@ def nearest_code_scan_kernel(
     PLANAR: tl.constexpr,
     SPLIT: tl.constexpr,
     STREAM: tl.constexpr,
+    TMA: tl.constexpr,
     SPLITS: tl.constexpr,
     DEPTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -103,10 +120,8 @@ def nearest_code_scan_kernel(
     program = (head * tl.num_programs(1) + split) * tl.num_programs(0) + tl.program_id(0)
     x += head * stride_head
     center += head * (dim + 1)
-    codes += head * tiles * BLOCK_K * depth
-    bias += head * tiles * BLOCK_K
-    table += head * tiles * TILE_COLUMNS
     queries += program * BLOCK_N * depth
+    first_tile = tl.program_id(2) * tiles
     begin = split * tiles_per_program
     end = tl.minimum(begin + tiles_per_program, tiles)
     row = tl.arange(0, BLOCK_N)
@@ -143,8 +158,10 @@ def nearest_code_scan_kernel(
         best_tile = tl.zeros([BLOCK_N, 4], tl.int32)
         second_tile = best_tile
         for tile in range(begin, end):
-            score = tile_scores(operand, back, codes, bias, table, tile, depth, STREAM, BLOCK_K, BLOCK_D if STREAM else DEPTH)
-            margin = tile_bound(table + tile * TILE_COLUMNS, at_length, at_residual)
+            score, margin = tile_scores(
+                operand, back, at_length, at_residual, codes, bias, table, first_tile + tile, depth,
+                STREAM, TMA, BLOCK_K, BLOCK_D if STREAM else DEPTH,
+            )  # fmt: skip
             score = tl.reshape(score, [BLOCK_N, GROUPS, 2, 4, 2])
             group = tl.max(tl.max(score, axis=4), axis=2)
             of_group = tl.maximum(of_group, group + margin[:, None, None])

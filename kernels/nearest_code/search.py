@@ -8,7 +8,6 @@ with all codes of the program.
 import triton
 import triton.language as tl
 
-from .bound import TILE_COLUMNS, tile_bound
 from .rows import position_offsets, round_rows
 from .scan import tile_scores, unscored_bound
 from .settle import distances_in_order
@@ -25,7 +24,7 @@ def nearest_code_search_kernel(
     x,  # [heads, outer, D, inner]
     codebook,  # [heads, K, D]
     center,  # [heads, D + 1]
-    codes,  # [heads, tiles * BLOCK_K, depth]
+    codes,  # [heads * tiles * BLOCK_K, depth], a tensor descriptor if TMA
     bias,  # [heads, tiles * BLOCK_K]
     table,  # [heads, tiles, TILE_COLUMNS]
     queries,  # [heads, programs, BLOCK_N, depth]
@@ -53,6 +52,7 @@ def nearest_code_search_kernel(
     COSINE: tl.constexpr,
     SPLIT: tl.constexpr,
     STREAM: tl.constexpr,
+    TMA: tl.constexpr,
     DEPTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -64,9 +64,7 @@ def nearest_code_search_kernel(
     x += head * stride_head
     codebook += head * stride_codebook
     center += head * (dim + 1)
-    codes += head * tiles * BLOCK_K * depth
-    bias += head * tiles * BLOCK_K
-    table += head * tiles * TILE_COLUMNS
+    first_tile = tl.program_id(1) * tiles
     rows += head * positions
     counts += head * num_counts
     queries += (head * programs + tl.program_id(0)) * BLOCK_N * depth
@@ -100,8 +98,10 @@ def nearest_code_search_kernel(
         found = tl.full([BLOCK_N, SLOTS], -1, tl.int32)
         number = tl.zeros([BLOCK_N], tl.int32)
         for tile in range(begin, end):
-            score = tile_scores(operand, back, codes, bias, table, tile, depth, STREAM, BLOCK_K, BLOCK_D if STREAM else DEPTH)
-            margin = tile_bound(table + tile * TILE_COLUMNS, at_length, at_residual)
+            score, margin = tile_scores(
+                operand, back, at_length, at_residual, codes, bias, table, first_tile + tile, depth,
+                STREAM, TMA, BLOCK_K, BLOCK_D if STREAM else DEPTH,
+            )  # fmt: skip
             column = tl.arange(0, BLOCK_K)[None, :]
             next_column = tl.where(score + margin[:, None] >= threshold[:, None], column, BLOCK_K)
             place_in_tile = tl.min(next_column, axis=1)

@@ -29,7 +29,9 @@ class Shape:
         split_operands: each operand is the sum of two float16 values.
         held: queries are held in registers and shared memory while the codes pass.
         depth: columns of the rounded operands.
+        columns: how many of them are multiplied at a time.
         block_n, block_k: queries and codes per tile of scores.
+        tma: codes are loaded through a tensor descriptor.
         stages: depth of the software pipeline.
         tiles: K in tiles, rounded up.
     """
@@ -44,7 +46,8 @@ class Shape:
         else:
             self.depth = triton.cdiv(dim, BLOCK_D) * BLOCK_D
         self.block_n, self.block_k = 128, 128
-        columns = self.depth if self.held else BLOCK_D
+        self.tma = major >= 9
+        columns = self.columns = self.depth if self.held else BLOCK_D
         resident = self.block_n * columns * 2 if self.held else 0
         stage = (self.block_k + (0 if self.held else self.block_n)) * columns * 2
         # Two programs share a multiprocessor where they fit: one multiplies while the other compares.
@@ -66,7 +69,7 @@ class Shape:
 
     def scan_options(self) -> dict:
         return {
-            "SPLIT": self.split_operands, "STREAM": not self.held, "DEPTH": self.depth if self.held else 1024, "BLOCK_N": self.block_n,
+            "SPLIT": self.split_operands, "STREAM": not self.held, "TMA": self.tma, "DEPTH": self.depth if self.held else 1024, "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k, "BLOCK_D": min(self.depth, BLOCK_D), "num_warps": 8, "num_stages": self.stages, "enable_fp_fusion": True,
         }  # fmt: skip
 
@@ -76,7 +79,7 @@ class Shape:
 
     def search_options(self) -> dict:
         return {
-            "SPLIT": self.split_operands, "STREAM": not self.held, "DEPTH": self.depth if self.held else 1024, "BLOCK_N": SEARCH_ROWS,
+            "SPLIT": self.split_operands, "STREAM": not self.held, "TMA": self.tma, "DEPTH": self.depth if self.held else 1024, "BLOCK_N": SEARCH_ROWS,
             "BLOCK_K": self.block_k, "BLOCK_D": min(self.depth, BLOCK_D), "SLOTS": 8, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": False,
         }  # fmt: skip
 
@@ -86,5 +89,5 @@ def _architecture(device: torch.device | int) -> tuple[int, int]:
     if isinstance(device, torch.device) and device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return properties.major, properties.shared_memory_per_block_optin
-    major = device if isinstance(device, int) else 9
+    major = device if isinstance(device, int) else 8
     return major, {8: 163 << 10, 12: 99 << 10}.get(major, 227 << 10)
