@@ -168,15 +168,13 @@ def bound(fails=True):
             check((family, d), x[::step].unsqueeze(-1), codebook[:260], None, number % 4 == 0)
 
 
-def halve_the_bound():
-    whole = rows.row_bound
+whole_row_bound = rows.row_bound
 
-    @triton.jit
-    def half(square, error, low_square, back, dim, columns, COSINE: tl.constexpr):
-        at_length, at_residual, at_zero, length = whole(square, error, low_square, back, dim, columns, COSINE)
-        return at_length * 0.5, at_residual * 0.5, at_zero * 0.5, length
 
-    rows.row_bound = half
+@triton.jit
+def half_row_bound(square, error, low_square, back, dim, columns, COSINE: tl.constexpr):
+    at_length, at_residual, at_zero, length = whole_row_bound(square, error, low_square, back, dim, columns, COSINE)
+    return at_length * 0.5, at_residual * 0.5, at_zero * 0.5, length
 
 
 if __name__ == "__main__":
@@ -187,6 +185,6 @@ if __name__ == "__main__":
     elif sys.argv[1] == "bound":
         bound()
     else:
-        halve_the_bound()
+        rows.row_bound = half_row_bound
         bound(fails=False)
     print(wrong_rows)
