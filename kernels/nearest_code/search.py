@@ -139,21 +139,21 @@ def nearest_code_search_kernel(
             nearest = tl.where(lane == current, index, nearest)
             current = tl.min(tl.where(all_codes & (lane > current), lane, BLOCK_N))
 
-        last_part = parts == 1
+        # The program that ends last takes the nearest of all parts, each of which has codes above those of the parts before it.
+        tl.store(part_distance + item % programs * BLOCK_N + lane, smallest)
+        tl.store(part_index + item % programs * BLOCK_N + lane, nearest)
+        tl.debug_barrier()
+        ended = 0
         if parts > 1:
-            tl.store(part_distance + item * BLOCK_N + lane, smallest)
-            tl.store(part_index + item * BLOCK_N + lane, nearest)
-            tl.debug_barrier()
-            last_part = tl.atomic_add(counts + 1 + batch, 1) == parts - 1
-            if last_part:
-                smallest = tl.full([BLOCK_N], float("inf"), tl.float64)
-                nearest = tl.full([BLOCK_N], NO_CODE, tl.int64)
-                for other in range(parts):
-                    at = (batch * parts + other) * BLOCK_N + lane
-                    away = tl.load(part_distance + at, cache_modifier=".cg")
-                    which = tl.load(part_index + at, cache_modifier=".cg")
-                    nearer = (which != NO_CODE) & ((away < smallest) | (nearest == NO_CODE))
-                    smallest = tl.where(nearer, away, smallest)
-                    nearest = tl.where(nearer, which, nearest)
-        if last_part:
+            ended = tl.atomic_add(counts + 1 + batch, 1)
+        if ended == parts - 1:
+            smallest = tl.full([BLOCK_N], float("inf"), tl.float64)
+            nearest = tl.full([BLOCK_N], NO_CODE, tl.int64)
+            for other in range(parts):
+                at = (batch * parts + other) % programs * BLOCK_N + lane
+                away = tl.load(part_distance + at, cache_modifier=".cg")
+                which = tl.load(part_index + at, cache_modifier=".cg")
+                nearer = (which != NO_CODE) & ((away < smallest) | (nearest == NO_CODE))
+                smallest = tl.where(nearer, away, smallest)
+                nearest = tl.where(nearer, which, nearest)
             tl.store(indices + head * positions + position, nearest, mask=inside)

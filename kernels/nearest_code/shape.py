@@ -3,8 +3,8 @@
 Regimes, by D alone:
 - D <= 21: operands are split in two, x = xh + xl: the columns [xh, xl, xh] . [eh, eh, el] are nearly as accurate as float32. For
   these the comparisons are the limit, which take as long as a depth of 64 on the tensor cores, the columns of D = 21.
-- D <= 256: a program holds its queries in shared memory and passes over the codes.
-- D > 256: both operands stream through shared memory.
+- D <= 256 (128 where shared memory or registers are too few): a program holds its queries and passes over the codes.
+- above: both operands stream through shared memory.
 """
 
 import torch
@@ -33,6 +33,7 @@ class Shape:
         block_n, block_k: queries and codes per tile of scores.
         tma: codes are loaded through a tensor descriptor.
         stages: depth of the software pipeline.
+        max_registers: for a thread of a pass.
         tiles: K in tiles, rounded up.
     """
 
@@ -40,18 +41,20 @@ class Shape:
         major, shared_memory = _architecture(device)
         self.dim = dim
         self.split_operands = dim <= 21
-        self.held = dim <= 256
+        wide = major in (9, 10)  # the tensor cores take operands from shared memory
+        self.held = dim <= (256 if wide else 128)
         if self.held:
             self.depth = max(16, triton.next_power_of_2(3 * dim if self.split_operands else dim))
         else:
             self.depth = triton.cdiv(dim, BLOCK_D) * BLOCK_D
-        self.block_n, self.block_k = 128, 128
+        self.block_n, self.block_k = 128, 128 if wide else 64
         self.tma = major >= 9
         columns = self.columns = self.depth if self.held else BLOCK_D
         resident = self.block_n * columns * 2 if self.held else 0
         stage = (self.block_k + (0 if self.held else self.block_n)) * columns * 2
         # Two programs share a multiprocessor where they fit: one multiplies while the other compares.
         share = shared_memory // 2 if self.depth <= 128 else shared_memory
+        self.max_registers = 128 if major == 9 and self.depth <= 128 else 255
         self.stages = min(max((share - resident - (4 << 10)) // stage, 1), 4)
         self.tiles = triton.cdiv(num_codes, self.block_k)
 
@@ -70,7 +73,8 @@ class Shape:
     def scan_options(self) -> dict:
         return {
             "SPLIT": self.split_operands, "STREAM": not self.held, "TMA": self.tma, "DEPTH": self.depth if self.held else 1024, "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k, "BLOCK_D": min(self.depth, BLOCK_D), "num_warps": 8, "num_stages": self.stages, "enable_fp_fusion": True,
+            "BLOCK_K": self.block_k, "BLOCK_D": min(self.depth, BLOCK_D), "num_warps": 8, "num_stages": self.stages, "maxnreg": self.max_registers,
+            "enable_fp_fusion": True,
         }  # fmt: skip
 
     def settle_options(self) -> dict:
