@@ -31,6 +31,7 @@ class Shape:
         depth: columns of the rounded operands.
         columns: how many of them are multiplied at a time.
         block_n, block_k: queries and codes per tile of scores.
+        warps: of a program of the pass.
         tma: codes are loaded through a tensor descriptor.
         stages: depth of the software pipeline.
         max_registers: for a thread of a pass.
@@ -47,14 +48,17 @@ class Shape:
             self.depth = max(16, triton.next_power_of_2(3 * dim if self.split_operands else dim))
         else:
             self.depth = triton.cdiv(dim, BLOCK_D) * BLOCK_D
-        self.block_n, self.block_k = 128, 128 if wide else 64
+        self.block_n, self.block_k, self.warps = 128, 128 if wide else 64, 8
+        if major == 9 and self.depth == 256:
+            # Two programs do not fit on a multiprocessor: one of twice as many rows, which halves the traffic of the codes.
+            self.block_n, self.block_k, self.warps = 256, 64, 16
         self.tma = major >= 9
         columns = self.columns = self.depth if self.held else BLOCK_D
         resident = self.block_n * columns * 2 if self.held else 0
         stage = (self.block_k + (0 if self.held else self.block_n)) * columns * 2
         # Two programs share a multiprocessor where they fit: one multiplies while the other compares.
         share = shared_memory // 2 if self.depth <= 128 else shared_memory
-        self.max_registers = 128 if major == 9 and self.depth <= 128 else 255
+        self.max_registers = 128 if major == 9 and self.depth <= 256 else 255
         self.stages = min(max((share - resident - (4 << 10)) // stage, 1), 4)
         self.tiles = triton.cdiv(num_codes, self.block_k)
 
@@ -73,7 +77,7 @@ class Shape:
     def scan_options(self) -> dict:
         return {
             "SPLIT": self.split_operands, "STREAM": not self.held, "TMA": self.tma, "DEPTH": self.depth if self.held else 1024, "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k, "BLOCK_D": min(self.depth, BLOCK_D), "num_warps": 8, "num_stages": self.stages, "maxnreg": self.max_registers,
+            "BLOCK_K": self.block_k, "BLOCK_D": min(self.depth, BLOCK_D), "num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.max_registers,
             "enable_fp_fusion": True,
         }  # fmt: skip
 
