@@ -32,6 +32,9 @@ def compile_triton(kernel, types, arguments, arch):
     constants = {name: value for name, value in arguments.items() if name in kernel.arg_names}
     constants |= {name: 1 for name in ("stride_d", "stride_code_d") if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    if arguments.get("TMA"):
+        columns = arguments["BLOCK_D" if arguments["STREAM"] else "DEPTH"]
+        signature["codes"] = f"tensordesc<fp16[{arguments['BLOCK_K']}, {columns}]>"
     aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name == "depth"]
     return compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}),
@@ -51,14 +54,16 @@ def types(dtype):
     """Types of the arguments of the search kernels."""
     pointers = {
         **dict.fromkeys(("x", "codebook"), dtype),
-        **dict.fromkeys(("codes", "bias", "queries"), "bf16"),
-        **dict.fromkeys(("center", "maxima", "best", "margin"), "fp32"),
-    } | {"mask": "i1", "indices": "i64", "max_norms": "i32"}
+        **dict.fromkeys(("codes", "queries"), "fp16"),
+        **dict.fromkeys(("center", "bias", "table", "lower", "upper"), "fp32"),
+        **dict.fromkeys(("first", "last", "counts"), "i32"),
+        **dict.fromkeys(("indices", "rows", "part_index"), "i64"),
+    } | {"mask": "i1", "part_distance": "fp64"}
     small = (
-        "count", "rows", "inner", "first_inner", "num_codes", "padded", "tiles", "blocks", "splits", "dim", "depth",
+        "num_counts", "inner", "num_codes", "tiles", "tiles_per_program", "splits", "dim", "depth",
         "stride_d", "stride_inner", "stride_k", "stride_code_d",
     )  # fmt: skip
-    large = ("first", "first_outer", "positions", "stride_head", "stride_outer", "stride_codebook")
+    large = ("positions", "stride_head", "stride_outer", "stride_codebook")
     return {
         **{name: f"*{kind}" for name, kind in pointers.items()},
         **dict.fromkeys(small, "i32"),
@@ -66,24 +71,30 @@ def types(dtype):
     }
 
 
-# D and K of every regime: split operands of depth 16 and 32, the bias among the columns and in an operand of its own, streamed
-# queries; blocks of 8, 32 and 128 codes.
-SHAPES = ((4, 8192), (8, 262144), (18, 262144), (32, 8192), (64, 512), (128, 262144), (256, 16384), (200, 262144))
+# D and K of every regime: split operands of each depth; queries held, two programs or one on a multiprocessor; streamed queries.
+SHAPES = ((4, 8192), (8, 262144), (18, 262144), (32, 8192), (64, 512), (128, 262144), (256, 16384), (600, 8192))
+
+# Of a thread over a tile of codes, on sm_90, for each score: all, and those that the pipe of comparisons and integers takes. By D.
+# flash-kmeans 0.3.1 takes 8.0 and 5.1 at D = 32, 9.2 and 5.4 at D = 128 and 11.7 and 5.9 at D = 256 (compiled by Triton 3.9).
+PER_SCORE = {4: (6, 3), 8: (6.3, 3.1), 16: (6.5, 3.1), 18: (6.5, 3.1), 32: (6.3, 3.1), 64: (6.5, 3.1), 128: (6.8, 3.1), 256: (10, 4)}
+ALU = ("FMNMX", "SEL", "FSEL", "FSETP", "ISETP", "LOP3", "PLOP3", "IADD3", "VIADD", "SHF", "LEA")
 
 
 def kernels():
     """Kernel, D, K, dtype, architectures, and a function from a Shape to the launch options."""
-    from genperf.kernels.nearest_code import coarse, exact, prepare, shape
+    from genperf.kernels.nearest_code import prepare, scan, search, settle
 
-    search = {"COSINE": False, "PLANAR": False}
     variants = {
-        "center": (prepare.nearest_code_center_kernel, lambda _: {"COSINE": False, **shape.CENTER_OPTIONS}),
-        "prepare_codes": (prepare.nearest_code_prepare_codes_kernel, lambda s: {"COSINE": False, **s.prepare_codes_options()}),
-        "prepare_queries": (prepare.nearest_code_prepare_queries_kernel, lambda _: {**search, **shape.PREPARE_QUERIES_OPTIONS}),
-        "coarse": (coarse.nearest_code_coarse_kernel, lambda s: {**search, **s.coarse_options()}),
-        "stream": (coarse.nearest_code_stream_kernel, lambda s: s.coarse_options()),
-        "rescore": (exact.nearest_code_rescore_kernel, lambda s: {**search, "HAS_MASK": True, **s.rescore_options()}),
-        "float64": (exact.nearest_code_float64_kernel, lambda s: {"COSINE": False, **s.float64_options()}),
+        "prepare": (prepare.nearest_code_prepare_kernel, lambda s: {"COSINE": False, **s.prepare_options()}),
+        "scan": (
+            scan.nearest_code_scan_kernel,
+            lambda s: {"COSINE": False, "PLANAR": False, "SPLITS": False, **s.scan_options()},
+        ),
+        "settle": (
+            settle.nearest_code_settle_kernel,
+            lambda s: {"COSINE": False, "HAS_MASK": True, "SPLITS": True, **s.settle_options()},
+        ),
+        "search": (search.nearest_code_search_kernel, lambda s: {"COSINE": False, **s.search_options()}),
     }
 
     def variant(name, dim, codes, dtype="fp32", archs=ARCHS):
@@ -91,15 +102,14 @@ def kernels():
         return pytest.param(kernel, dim, codes, dtype, archs, options, id=f"{name}-{dim}-{codes}-{dtype}")
 
     for dim, codes in SHAPES:
-        yield variant("coarse" if dim <= 128 else "stream", dim, codes)
-    for dim, codes in ((4, 8192), (18, 262144), (256, 16384)):
-        yield variant("rescore", dim, codes)
-    for name in ("center", "prepare_codes", "prepare_queries", "float64"):
+        yield variant("scan", dim, codes)
+    for dim, codes in ((4, 8192), (256, 16384), (600, 8192)):
+        yield variant("search", dim, codes)
+    for name in ("prepare", "settle"):
         yield variant(name, 64, 512)
     # Another dtype changes the loads alone.
-    for name in ("prepare_codes", "coarse", "prepare_queries", "rescore"):
+    for name in ("prepare", "scan"):
         yield variant(name, 16, 1024, "bf16", (90,))
-    yield variant("coarse", 16, 1024, "fp16", (90,))
 
 
 @pytest.mark.parametrize(("kernel", "dim", "codes", "dtype", "archs", "options"), list(kernels()))
@@ -109,22 +119,39 @@ def test_triton_kernels_compile(kernel, dim, codes, dtype, archs, options, tmp_p
     for arch in archs:
         launch = options(Shape(dim, codes, arch // 10))
         compiled = compile_triton(kernel, types(dtype), launch, arch)
-        used = resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
+        path = tmp_path / "kernel.cubin"
+        used = resources(compiled.asm["cubin"], path)
         assert compiled.metadata.shared <= SHARED_MEMORY[arch]
-        assert used["STACK"] == used["LOCAL"] == 0
+        scan = "scan" in kernel.__name__
+        # Where two programs share a multiprocessor, what is constant over the codes may lie in memory.
+        assert used["STACK"] + used["LOCAL"] <= (256 if scan and launch["maxnreg"] == 128 else 96)
         warps = launch["num_warps"] * min(65536 // (used["REG"] * 32 * launch["num_warps"]), 32)
         if compiled.metadata.shared:
             warps = min(warps, launch["num_warps"] * (SHARED_MEMORY[arch] // compiled.metadata.shared))
         print(f"sm_{arch}: {used['REG']} registers, {compiled.metadata.shared} bytes of shared memory, {warps} warps at a time")
-        # Where the epilogue is the limit, two programs must fit: one multiplies while the other takes maxima.
-        assert warps >= (16 if arch == 90 and dim <= 32 and "coarse" in kernel.__name__ else 8)
-        ptx = compiled.asm["ptx"]
-        if "coarse" in kernel.__name__ or "stream" in kernel.__name__:
-            assert {80: "bf16.bf16.f32", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch] in ptx
-            if arch == 90:
-                epilogue = ptx.partition("max.f32")[2].partition("bra")[0]
-                assert epilogue.count("max.f32") > 50
-                assert "shfl" not in epilogue, "the block maxima exchange values between threads"
+        # Two programs, or one of twice as many rows: some warps multiply while others compare.
+        assert warps >= (16 if arch == 90 and dim <= 256 and scan else 4 if "search" in kernel.__name__ else 8)
+        if scan:
+            assert {80: "f16.f16.f32", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch] in compiled.asm["ptx"]
+            assert arch == 80 or "cp.async.bulk.tensor" in compiled.asm["ptx"]
+            if arch == 90 and dim <= 256:
+                check_scan(path, dim, launch)
+
+
+def check_scan(path, dim, launch):
+    """The loop over the codes: instructions per score, nothing exchanged between threads, nothing spilled to memory."""
+    (instructions,) = disassemble(CUOBJDUMP, path, "sm_90a").values()
+    names = [instruction.opcode.split(None, 1)[0].split(".")[0] for instruction in instructions]
+    loops = [names[first : last + 1] for first, last in Kernel(instructions).loops()]
+    loop = min((names for names in loops if "HGMMA" in names), key=len)
+    scores = launch["BLOCK_N"] * launch["BLOCK_K"] / (32 * launch["num_warps"])
+    every, alu = len(loop) / scores, sum(name in ALU for name in loop) / scores
+    print(f"sm_90: {every:.2f} instructions per score, {alu:.2f} of them comparisons and integers, {loop.count('LDL')} reloads")
+    assert every <= PER_SCORE[dim][0]
+    assert alu <= PER_SCORE[dim][1]
+    assert "SHFL" not in loop, "the comparisons exchange values between threads"
+    assert loop.count("STL") <= 5
+    assert loop.count("LDL") <= 30
 
 
 LOAD, STORE, DIVISION, EXP = "LDG.E.128", "STG.E.128", "MUFU.RCP", "FFMA.SAT"  # FFMA.SAT begins an exact exponential
