@@ -51,16 +51,14 @@ def tile_scores(
         score = tl.zeros([back.shape[0], BLOCK_K], tl.float32)
         for start in range(0, depth, BLOCK_D):
             a = tl.load(queries[:, None] + (start + column)[None, :])
-            if TMA:
-                b = codes.load([tile * BLOCK_K, start])
-            else:
-                b = tl.load((codes + row * depth + start) + (k[:, None] * depth + column[None, :]))
+            b = (
+                codes.load([tile * BLOCK_K, start])
+                if TMA
+                else tl.load((codes + row * depth + start) + (k[:, None] * depth + column[None, :]))
+            )
             score = tl.dot(a, tl.trans(b), score)
     else:
-        if TMA:
-            b = codes.load([tile * BLOCK_K, 0])
-        else:
-            b = tl.load((codes + row * BLOCK_D) + (k[:, None] * BLOCK_D + column[None, :]))
+        b = codes.load([tile * BLOCK_K, 0]) if TMA else tl.load((codes + row * BLOCK_D) + (k[:, None] * BLOCK_D + column[None, :]))
         score = tl.dot(queries, tl.trans(b))
     return score * factor[:, None] + tl.load((bias + row) + k)[None, :], margin
 

@@ -76,9 +76,8 @@ class Shape:
 
     def scan_options(self) -> dict:
         return {
-            "SPLIT": self.split_operands, "STREAM": not self.held, "TMA": self.tma, "DEPTH": self.depth if self.held else 1024, "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k, "BLOCK_D": min(self.depth, BLOCK_D), "num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.max_registers,
-            "enable_fp_fusion": True,
+            **self._tile_options(), "BLOCK_N": self.block_n, "num_warps": self.warps, "num_stages": self.stages,
+            "maxnreg": self.max_registers, "enable_fp_fusion": True,
         }  # fmt: skip
 
     def settle_options(self) -> dict:
@@ -87,8 +86,13 @@ class Shape:
 
     def search_options(self) -> dict:
         return {
-            "SPLIT": self.split_operands, "STREAM": not self.held, "TMA": self.tma, "DEPTH": self.depth if self.held else 1024, "BLOCK_N": SEARCH_ROWS,
-            "BLOCK_K": self.block_k, "BLOCK_D": min(self.depth, BLOCK_D), "SLOTS": 8, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": False,
+            **self._tile_options(), "BLOCK_N": SEARCH_ROWS, "SLOTS": 8, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": False,
+        }  # fmt: skip
+
+    def _tile_options(self) -> dict:
+        return {
+            "SPLIT": self.split_operands, "STREAM": not self.held, "TMA": self.tma, "DEPTH": self.depth if self.held else 1024,
+            "BLOCK_K": self.block_k, "BLOCK_D": min(self.depth, BLOCK_D),
         }  # fmt: skip
 
 

@@ -4,8 +4,8 @@
     interpreted_search.py bound        adversarial data, on a model of the tensor cores
     interpreted_search.py half_bound   the same with half of the bound: prints the number of wrong rows
 
-The interpreter multiplies matrices in float32 with float32 sums. The model adds products as the tensor cores do: `depth` of them and the running
-sum at a time, each aligned to the largest of them and truncated to `bits` bits.
+The interpreter multiplies matrices in float32 with float32 sums. The model adds products as the tensor cores do: `depth` of them
+and the running sum at a time, each aligned to the largest of them and truncated to `bits` bits.
 """
 
 import os
@@ -73,7 +73,7 @@ def suite():
     # Every regime: split operands of each depth, held and streamed queries; several tiles, several programs over the codes.
     for d, k in (
         (1, 150), (1, 400), (3, 80), (4, 300), (5, 140), (8, 70), (9, 130), (10, 50), (16, 60), (21, 200), (22, 40),
-        (33, 80), (64, 20), (128, 9), (129, 150), (192, 9), (257, 5), (1000, 2), (1024, 130),
+        (33, 80), (64, 20), (128, 9), (129, 150), (257, 5), (1024, 130),
     ):  # fmt: skip
         x, codebook = testing.vectors("random", 5 if d < 100 else 1, k, d, (torch.float32, torch.float16)[d % 2], "cpu")
         check(("regime", d, k), x.unsqueeze(-1), codebook, None, d % 3 == 0)
@@ -170,7 +170,7 @@ def bound(fails=True):
         model()
         d = (9, 30, 2)[i % 3]
         x, codebook = make(d, adversarial.seeded(d))
-        step = max(1, len(x) // 12)
+        step = max(1, len(x) // 6)
         check((family, d), x[::step].unsqueeze(-1), codebook[:260], None, i % 4 == 0)
 
 
