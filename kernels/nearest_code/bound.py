@@ -42,7 +42,7 @@ def row_bound(square, error, low_square, back, dim, columns, COSINE: tl.constexp
     The last result is the length |z|, rounded up, or infinity if the bound is of no use.
     """
     # Squares below 2^-126 may underflow in the sums.
-    underflow = tl.sqrt(dim.to(tl.float32)) * 2.168404344971009e-19
+    underflow = dim * 2.168404344971009e-19
     length = (tl.sqrt(square) + underflow) * back
     residual = (tl.sqrt(error) + underflow) * back
     low = (tl.sqrt(low_square) + underflow) * back * 4.8828125e-04  # 2^-11

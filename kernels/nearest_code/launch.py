@@ -79,19 +79,22 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
     counts = new(heads, 1 + programs, dtype=torch.int32)
     part_distance = new(heads, programs, SEARCH_ROWS, dtype=torch.float64)
     part_index = new(heads, programs, SEARCH_ROWS, dtype=torch.int64)
+    # Strides of one element count as divisible by 16, so that what is aligned is loaded 16 bytes at a time.
+    strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    strides[2] = x.stride(2)
     planar = inner > 1 and x.stride(3) == 1 and x.stride(2) != 1
     nearest_code_scan_kernel[(blocks, splits, heads)](
         x, center, operand, bias, table, queries, lower, upper, first, last, counts, counts.shape[1], positions, inner, shape.tiles,
-        tiles_per_program, dim, shape.depth, *x.stride(), COSINE=cosine, PLANAR=planar, SPLITS=splits > 1, **shape.scan_options(),
+        tiles_per_program, dim, shape.depth, *strides, COSINE=cosine, PLANAR=planar, SPLITS=splits > 1, **shape.scan_options(),
     )  # fmt: skip
     options = shape.settle_options()
     nearest_code_settle_kernel[(triton.cdiv(positions, options["BLOCK_N"]), heads)](
         x, codebook, mask, lower, upper, first, last, indices, rows, counts, counts.shape[1], positions, inner, num_codes, splits, dim,
-        *x.stride(), *codebook.stride(), COSINE=cosine, HAS_MASK=mask is not None, SPLITS=splits > 1, **options,
+        *strides, *codebook.stride(), COSINE=cosine, HAS_MASK=mask is not None, SPLITS=splits > 1, **options,
     )  # fmt: skip
     nearest_code_search_kernel[(programs, heads)](
         x, codebook, center, operand, bias, table, queries, lower, indices, rows, counts, part_distance, part_index, counts.shape[1],
-        positions, inner, num_codes, shape.tiles, splits, dim, shape.depth, *x.stride(), *codebook.stride(),
+        positions, inner, num_codes, shape.tiles, splits, dim, shape.depth, *strides, *codebook.stride(),
         COSINE=cosine, **shape.search_options(),
     )  # fmt: skip
     return indices

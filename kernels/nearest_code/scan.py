@@ -73,11 +73,7 @@ def unscored_bound(length, limit, COSINE: tl.constexpr):
     return bound
 
 
-@triton.jit(
-    do_not_specialize=[
-        "positions", "inner", "tiles", "tiles_per_program", "num_counts", "dim", "stride_head", "stride_outer",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["num_counts", "positions", "inner", "tiles", "tiles_per_program"])
 def nearest_code_scan_kernel(
     x,  # [heads, outer, D, inner]
     center,  # [heads, D + 1]

@@ -15,11 +15,7 @@ from .settle import distances_in_order
 NO_CODE = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "positions", "inner", "num_codes", "tiles", "dim", "splits", "stride_head", "stride_outer", "stride_codebook", "num_counts",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["num_counts", "positions", "inner", "num_codes", "tiles", "splits"])
 def nearest_code_search_kernel(
     x,  # [heads, outer, D, inner]
     codebook,  # [heads, K, D]
