@@ -39,8 +39,8 @@ SIZES = ((1048576, 1024, 128), (4194304, 1024, 128), (65536, 16384, 256), (10000
          (1048576, 8192, 64), (1048576, 8192, 32), (1048576, 16384, 16), (1048576, 16384, 8))  # fmt: skip
 
 
-def loop_and_rest(cubin: bytes) -> tuple[list[str], list[str]]:
-    """Opcodes in the loop over the codes and outside it."""
+def loop_and_rest(cubin: bytes, chunks: int) -> tuple[list[str], list[str], int]:
+    """Opcodes in the loop over the codes and those outside it, where loops that load take `chunks` turns; and registers."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -48,14 +48,18 @@ def loop_and_rest(cubin: bytes) -> tuple[list[str], list[str]]:
         report = subprocess.run([CUOBJDUMP, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
     registers = max(map(int, re.findall(r"REG:(\d+)", report)))
     names = [instruction.opcode.split(None, 1)[0].split(".")[0] for instruction in instructions]
-    loops = [(first, last) for first, last in Kernel(instructions).loops() if "HGMMA" in names[first : last + 1]]
-    first, last = min(loops, key=lambda loop: loop[1] - loop[0])
-    return names[first : last + 1], names[:first] + names[last + 1 :], registers
+    loops = Kernel(instructions).loops()
+    first, last = min((loop for loop in loops if "HGMMA" in names[loop[0] : loop[1] + 1]), key=lambda loop: loop[1] - loop[0])
+    rest = names[:first] + names[last + 1 :]
+    for a, b in loops:
+        if (b < first or a > last) and "LDG" in names[a : b + 1]:
+            rest += (chunks - 1) * names[a : b + 1]
+    return names[first : last + 1], rest, registers
 
 
 def estimate(n, k, depth, block_n, block_k, warps, compiled, in_bytes) -> dict[str, float]:
     """Milliseconds of each resource, and the whole."""
-    loop, rest, registers = loop_and_rest(compiled.asm["cubin"])
+    loop, rest, registers = loop_and_rest(compiled.asm["cubin"], max(1, depth // 64))
     tiles, passes = -(-n // block_n), -(-k // block_k)
     threads = 32 * warps * tiles
 
