@@ -4,49 +4,10 @@ tests/compat/test_vqp_options.py trains each case beside upstream, and walks ups
 docs/drop-ins.md prints the tables (tests/compat/drop_ins.py).
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+import vqp_code_free_cases as code_free
+import vqp_codebook_cases as codebook
 
-from torch import nn
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A layer and its calls. What is a function of the library gets `vector_quantize_pytorch` of upstream or of genperf."""
-
-    name: str  # of the class
-    options: dict[str, Any] | Callable[[Any], dict[str, Any]]  # of the constructor
-    shape: tuple[int, ...]  # of the input
-    # Options of forward: the same in each step, or a function of the step.
-    call: dict[str, Any] | Callable[[int], dict[str, Any]] = dataclasses.field(default_factory=dict)
-    arguments: Callable[[Any], Sequence[Any]] = lambda library: ()  # of a constructor with *arguments
-    lr: float = 0.1
-    # Why results are not compared with upstream's, such as noise that is drawn in another order. Those layers are trained, and
-    # their shapes and state dicts are compared.
-    unequal: str = ""
-
-    def make(self, library: Any) -> nn.Module:
-        return getattr(library, self.name)(*self.arguments(library), **self.options_of(library))
-
-    def options_of(self, library: Any) -> dict[str, Any]:
-        return self.options(library) if callable(self.options) else self.options
-
-    def call_of(self, step: int) -> dict[str, Any]:
-        return self.call(step) if callable(self.call) else self.call
-
-    def covered(self, library: Any) -> set[str]:
-        """The options of constructor and forward that the case gives, and "*" if it gives positional arguments."""
-        return {*self.options_of(library), *self.call_of(0), *(["*"] if self.arguments(library) else [])}
-
-
-CASES: list[Case] = []
-
-# Why an option is missing in genperf, by class and option; a class that is missing has the option "".
-UNSUPPORTED: dict[tuple[str, str], str] = {}
-
-# How an option differs from upstream's; with the option "", the class.
-DIFFERS: dict[tuple[str, str], str] = {}
-
-# Options that are supported without a kernel; with the option "", the class.
-PLAIN: dict[tuple[str, str], str] = {}
+CASES = [*codebook.CASES, *code_free.CASES]
+UNSUPPORTED = {**codebook.UNSUPPORTED, **code_free.UNSUPPORTED}
+DIFFERS = {**codebook.DIFFERS, **code_free.DIFFERS}
+PLAIN = {**codebook.PLAIN, **code_free.PLAIN}

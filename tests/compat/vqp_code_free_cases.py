@@ -1,0 +1,14 @@
+"""Options of vector-quantize-pytorch's classes without a codebook: FSQ, FSP, LFQ, EvoLFQ, their residual forms, LatentQuantize, BinaryMapper."""
+
+from vqp_case import Case
+
+CASES: list[Case] = []
+
+# Why an option is missing in genperf, by class and option; a class that is missing has the option "".
+UNSUPPORTED: dict[tuple[str, str], str] = {}
+
+# How an option differs from upstream's; with the option "", the class.
+DIFFERS: dict[tuple[str, str], str] = {}
+
+# Options that are supported without a kernel; with the option "", the class.
+PLAIN: dict[tuple[str, str], str] = {}
