@@ -73,6 +73,94 @@ def unscored_bound(length, limit, COSINE: tl.constexpr):
     return bound
 
 
+@triton.jit
+def pass_over_codes(
+    operand,  # [BLOCK_N, DEPTH] values, or if STREAM pointers [BLOCK_N] to rows of [depth]
+    back,
+    at_length,
+    at_residual,
+    codes,
+    bias,
+    table,
+    first_tile,
+    begin,
+    end,
+    depth,
+    STREAM: tl.constexpr,
+    TMA: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """What the tiles begin ... end - 1 of a head leave of each row: the largest upper bounds, and the largest lower bound."""
+    GROUPS: tl.constexpr = BLOCK_K // 16
+    of_group = tl.full([BLOCK_N, GROUPS, 4], float("-inf"), tl.float32)
+    of_offset = tl.full([BLOCK_N, 2, 4, 2], float("-inf"), tl.float32)
+    best = tl.full([BLOCK_N, 4], float("-inf"), tl.float32)
+    second = best
+    third = best
+    largest_lower = best
+    best_tile = tl.zeros([BLOCK_N, 4], tl.int32)
+    second_tile = best_tile
+    for tile in range(begin, end):
+        score, margin = tile_scores(
+            operand, back, at_length, at_residual, codes, bias, table, first_tile + tile, depth,
+            STREAM, TMA, BLOCK_K, BLOCK_D if STREAM else DEPTH,
+        )  # fmt: skip
+        score = tl.reshape(score, [BLOCK_N, GROUPS, 2, 4, 2])
+        group = tl.max(tl.max(score, axis=4), axis=2)
+        of_group = tl.maximum(of_group, group + margin[:, None, None])
+        of_offset = tl.maximum(of_offset, tl.max(score, axis=1) + margin[:, None, None, None])
+        highest = tl.max(group, axis=1)
+        largest_lower = tl.maximum(largest_lower, highest - margin[:, None])
+        highest += margin[:, None]
+        second_tile = tl.where(highest > best, best_tile, tl.where(highest > second, tile, second_tile))
+        best_tile = tl.where(highest > best, tile, best_tile)
+        rest = tl.minimum(best, highest)
+        best = tl.maximum(best, highest)
+        third = tl.maximum(third, tl.minimum(second, rest))
+        second = tl.maximum(second, rest)
+    return of_group, of_offset, best, second, third, largest_lower, best_tile, second_tile
+
+
+@triton.jit
+def nearest_of_pass(passed, threshold, usable, BLOCK_K: tl.constexpr):
+    """`first` and `last` of the kernel below: the codes that reach the threshold, of which there is one, two, or a box."""
+    GROUPS: tl.constexpr = BLOCK_K // 16
+    of_group, of_offset, best, second, third, _, best_tile, second_tile = passed
+    lane = 2 * tl.arange(0, 4)[None, :]
+    reached = threshold[:, None]
+    active = best >= reached
+    other = second >= reached
+    num = active.to(tl.int32) + other.to(tl.int32)
+    too_many = third >= reached
+    low = tl.minimum(best_tile, tl.where(other, second_tile, best_tile)) * BLOCK_K + lane
+    high = tl.maximum(best_tile, tl.where(other, second_tile, best_tile)) * BLOCK_K + lane
+
+    group = 16 * tl.arange(0, GROUPS)[None, :, None]
+    reaches = of_group >= threshold[:, None, None]
+    num_groups = tl.sum(reaches.to(tl.int32), axis=1)
+    low += tl.min(tl.where(reaches, group, BLOCK_K), axis=1)
+    high += tl.max(tl.where(reaches, group, 0), axis=1)
+
+    offset = 8 * tl.arange(0, 2)[None, :, None, None] + tl.arange(0, 2)[None, None, None, :]
+    reaches = of_offset >= threshold[:, None, None, None]
+    num_offsets = tl.sum(tl.sum(reaches.to(tl.int32), axis=3), axis=1)
+    low += tl.min(tl.min(tl.where(reaches, offset, BLOCK_K), axis=3), axis=1)
+    high += tl.max(tl.max(tl.where(reaches, offset, 0), axis=3), axis=1)
+
+    lanes = tl.sum(active.to(tl.int32), axis=1)
+    total = tl.sum(tl.where(active, num * num_groups * num_offsets, 0), axis=1)
+    too_many = too_many | (num_groups > 2) | (num_offsets > 2)
+    box = (lanes == 1) & (tl.max((active & too_many).to(tl.int32), axis=1) == 0)
+    few = (total <= 2) & (tl.max((active & (third >= reached)).to(tl.int32), axis=1) == 0)
+    lowest = tl.min(tl.where(active, low, 0x7FFFFFFF), axis=1)
+    highest = tl.max(tl.where(active, high, 0), axis=1)
+    first = tl.where(usable & (few | box), lowest, NOT_DECIDED)
+    return first, tl.where(few, tl.where(lowest == highest, NONE, highest), -2 - highest)
+
+
 @triton.jit(do_not_specialize=["num_counts", "positions", "inner", "tiles", "tiles_per_program"])
 def nearest_code_scan_kernel(
     x,  # [heads, outer, D, inner]
@@ -119,7 +207,6 @@ def nearest_code_scan_kernel(
     begin = split * tiles_per_program
     end = tl.minimum(begin + tiles_per_program, tiles)
     row = tl.arange(0, BLOCK_N)
-    GROUPS: tl.constexpr = BLOCK_K // 16
     if (tl.program_id(0) == 0) & (split == 0):
         for start in range(0, num_counts, 256):
             number = start + tl.arange(0, 256)
@@ -143,69 +230,18 @@ def nearest_code_scan_kernel(
         if not STREAM:
             operand = tl.load(operand[:, None] + tl.arange(0, DEPTH)[None, :])
 
-        of_group = tl.full([BLOCK_N, GROUPS, 4], float("-inf"), tl.float32)
-        of_offset = tl.full([BLOCK_N, 2, 4, 2], float("-inf"), tl.float32)
-        best = tl.full([BLOCK_N, 4], float("-inf"), tl.float32)
-        second = best
-        third = best
-        largest_lower = best
-        best_tile = tl.zeros([BLOCK_N, 4], tl.int32)
-        second_tile = best_tile
-        for tile in range(begin, end):
-            score, margin = tile_scores(
-                operand, back, at_length, at_residual, codes, bias, table, first_tile + tile, depth,
-                STREAM, TMA, BLOCK_K, BLOCK_D if STREAM else DEPTH,
-            )  # fmt: skip
-            score = tl.reshape(score, [BLOCK_N, GROUPS, 2, 4, 2])
-            group = tl.max(tl.max(score, axis=4), axis=2)
-            of_group = tl.maximum(of_group, group + margin[:, None, None])
-            of_offset = tl.maximum(of_offset, tl.max(score, axis=1) + margin[:, None, None, None])
-            highest = tl.max(group, axis=1)
-            largest_lower = tl.maximum(largest_lower, highest - margin[:, None])
-            highest += margin[:, None]
-            second_tile = tl.where(highest > best, best_tile, tl.where(highest > second, tile, second_tile))
-            best_tile = tl.where(highest > best, tile, best_tile)
-            rest = tl.minimum(best, highest)
-            best = tl.maximum(best, highest)
-            third = tl.maximum(third, tl.minimum(second, rest))
-            second = tl.maximum(second, rest)
-
-        threshold = tl.max(largest_lower, axis=1) - 2 * at_zero
+        passed = pass_over_codes(
+            operand, back, at_length, at_residual, codes, bias, table, first_tile, begin, end, depth,
+            STREAM, TMA, DEPTH, BLOCK_N, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+        threshold = tl.max(passed[5], axis=1) - 2 * at_zero
         unscored = unscored_bound(length, tl.load(center + dim), COSINE)
         usable = (threshold > float("-inf")) & (unscored < threshold)
         threshold = tl.where(unscored < float("inf"), threshold, float("-inf"))
-        lane = 2 * tl.arange(0, 4)[None, :]
-        reached = threshold[:, None]
-        active = best >= reached
-        other = second >= reached
-        num = active.to(tl.int32) + other.to(tl.int32)
-        too_many = third >= reached
-        low = tl.minimum(best_tile, tl.where(other, second_tile, best_tile)) * BLOCK_K + lane
-        high = tl.maximum(best_tile, tl.where(other, second_tile, best_tile)) * BLOCK_K + lane
-
-        group = 16 * tl.arange(0, GROUPS)[None, :, None]
-        reaches = of_group >= threshold[:, None, None]
-        num_groups = tl.sum(reaches.to(tl.int32), axis=1)
-        low += tl.min(tl.where(reaches, group, BLOCK_K), axis=1)
-        high += tl.max(tl.where(reaches, group, 0), axis=1)
-
-        offset = 8 * tl.arange(0, 2)[None, :, None, None] + tl.arange(0, 2)[None, None, None, :]
-        reaches = of_offset >= threshold[:, None, None, None]
-        num_offsets = tl.sum(tl.sum(reaches.to(tl.int32), axis=3), axis=1)
-        low += tl.min(tl.min(tl.where(reaches, offset, BLOCK_K), axis=3), axis=1)
-        high += tl.max(tl.max(tl.where(reaches, offset, 0), axis=3), axis=1)
-
-        lanes = tl.sum(active.to(tl.int32), axis=1)
-        total = tl.sum(tl.where(active, num * num_groups * num_offsets, 0), axis=1)
-        too_many = too_many | (num_groups > 2) | (num_offsets > 2)
-        box = (lanes == 1) & (tl.max((active & too_many).to(tl.int32), axis=1) == 0)
-        few = (total <= 2) & (tl.max((active & (third >= reached)).to(tl.int32), axis=1) == 0)
-        lowest = tl.min(tl.where(active, low, 0x7FFFFFFF), axis=1)
-        highest = tl.max(tl.where(active, high, 0), axis=1)
-        decided = usable & (few | box)
+        first_code, last_code = nearest_of_pass(passed, threshold, usable, BLOCK_K)
         tl.debug_barrier()
-        tl.store(first + place, tl.where(decided, lowest, NOT_DECIDED), mask=inside)
-        tl.store(last + place, tl.where(few, tl.where(lowest == highest, NONE, highest), -2 - highest), mask=inside)
+        tl.store(first + place, first_code, mask=inside)
+        tl.store(last + place, last_code, mask=inside)
         tl.store(lower + place, threshold, mask=inside)
         if SPLITS:
-            tl.store(upper + place, tl.maximum(tl.max(best, axis=1), unscored), mask=inside)
+            tl.store(upper + place, tl.maximum(tl.max(passed[2], axis=1), unscored), mask=inside)
