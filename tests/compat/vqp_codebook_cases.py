@@ -1,5 +1,7 @@
-"""Options of vector-quantize-pytorch's classes with a codebook: VectorQuantize, ResidualVQ, GroupedResidualVQ, RandomProjectionQuantizer, SimVQ, ResidualSimVQ,
-HierarchicalVQ, Sequential."""
+"""Options of the classes of vector-quantize-pytorch that have a codebook.
+
+VectorQuantize, ResidualVQ, GroupedResidualVQ, RandomProjectionQuantizer, SimVQ, ResidualSimVQ, HierarchicalVQ, Sequential.
+"""
 
 from vqp_case import Case
 
