@@ -60,7 +60,8 @@ def tile_scores(
     else:
         b = codes.load([tile * BLOCK_K, 0]) if TMA else tl.load((codes + row * BLOCK_D) + (k[:, None] * BLOCK_D + column[None, :]))
         score = tl.dot(queries, tl.trans(b))
-    return score * factor[:, None] + tl.load((bias + row) + k)[None, :], margin
+    # Explicitly, for kernels that are compiled without fused multiply-adds.
+    return tl.fma(score, factor[:, None], tl.load((bias + row) + k)[None, :]), margin
 
 
 @triton.jit

@@ -27,6 +27,17 @@ def distances_in_order(x, codebook, valid, dim, stride_d, stride_code_d, COSINE:
     return tl.where(valid & (distance == distance), distance, float("inf"))
 
 
+@triton.jit
+def box_corners(first, last, corner, BLOCK_K: tl.constexpr):
+    """The codes at corners 0 ... 7 of the box that `first` and `last` name, and which exist. A pair is the corners 0 and 7."""
+    box = last < 0
+    last = tl.where(box, -2 - last, last)
+    k = tl.where(corner & 1 == 0, first & 9, last & 9) | (first & 6)
+    k |= tl.where(corner & 2 == 0, first, last) & (BLOCK_K - 16)
+    k |= tl.where(corner & 4 == 0, first, last) & -BLOCK_K
+    return tl.where(box, k, tl.where(corner == 0, first, last)), box | (corner == 0) | (corner == 7)
+
+
 @triton.jit(
     do_not_specialize=["positions", "inner", "num_codes", "splits", "dim", "stride_head", "stride_outer", "stride_codebook", "num_counts"]
 )  # fmt: skip
@@ -108,13 +119,9 @@ def nearest_code_settle_kernel(
         current = tl.sum(tl.where(chosen, position[None, :], 0), axis=1)
         a = tl.sum(tl.where(chosen, one[None, :], 0), axis=1)[:, None]
         b = tl.sum(tl.where(chosen, two[None, :], 0), axis=1)[:, None]
-        box = b < 0
-        b = tl.where(box, -2 - b, b)
-        k = tl.where(corner & 1 == 0, a & 9, b & 9) | (a & 6)
-        k |= tl.where(corner & 2 == 0, a, b) & (BLOCK_K - 16)
-        k |= tl.where(corner & 4 == 0, a, b) & -BLOCK_K
-        k = tl.where(box, k, tl.where(corner == 0, a, b)).to(tl.int64)
-        valid = present[:, None] & (box | (corner == 0) | (corner == 7)) & (k < num_codes)
+        k, exists = box_corners(a, b, corner, BLOCK_K)
+        k = k.to(tl.int64)
+        valid = present[:, None] & exists & (k < num_codes)
         base = position_offsets(current, inner, stride_outer, stride_inner)
         query = x + base[:, None] + tl.zeros([BATCH, 8], tl.int64)
         distance = distances_in_order(query, codebook + k * stride_k, valid, dim, stride_d, stride_code_d, COSINE)
