@@ -16,6 +16,8 @@ MOVED = {
     **{f"genperf.cli.{name}": f"genperf.fid.{name}" for name in _FID},
     "genperf.cli.errors": "genperf._errors",
     "genperf.nn.joint": "genperf._distributed",
+    "genperf.compat.vector_quantize_pytorch.fsq": "genperf.compat.vector_quantize_pytorch.finite_scalar_quantization",
+    "genperf.compat.vector_quantize_pytorch.lfq": "genperf.compat.vector_quantize_pytorch.lookup_free_quantization",
 }
 
 # Functions that were renamed with the move.

@@ -5,8 +5,8 @@
 Checkpoints load in both directions. Each class documents its differences from upstream.
 """
 
-from .fsq import FSQ
-from .lfq import LFQ
+from .finite_scalar_quantization import FSQ
+from .lookup_free_quantization import LFQ
 from .residual_vq import GroupedResidualVQ, ResidualVQ
 from .sim_vq import SimVQ
 from .vector_quantize import VectorQuantize
