@@ -8,15 +8,17 @@ sample of the codes, or zero if that mean is small beside their lengths, which k
 3. settle.py stores the indices of the rows that this decides, decides between two or a few codes in float64, and lists the rest.
 4. search.py searches the listed rows.
 
-No host synchronization; 4 launches whatever the sizes; memory beside the operands of 12 to 24 bytes a row. shape.py chooses the
-tiles and launch options.
+No host synchronization; 4 launches whatever the sizes, planned once for each kind of inputs (plan.py); memory beside the operands of
+12 to 24 bytes a row. shape.py chooses the tiles and launch options.
 """
+
+import functools
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .plan import Descriptor, Plan
 from .prepare import nearest_code_prepare_kernel
 from .scan import nearest_code_scan_kernel
 from .search import nearest_code_search_kernel
@@ -24,6 +26,7 @@ from .settle import nearest_code_settle_kernel
 from .shape import MAX_PROGRAMS, SEARCH_PROGRAMS, SEARCH_ROWS, Shape
 
 _TABLE_COLUMNS = 4
+_MAX_PLANS = 256
 
 
 def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool) -> Tensor:
@@ -31,70 +34,81 @@ def nearest_code(x: Tensor, codebook: Tensor, mask: Tensor | None, cosine: bool)
 
     With a codebook [heads, K, D], x, mask and indices have a leading dimension of heads too.
     """
-    if codebook.dim() == 2:
-        mask = None if mask is None else mask.unsqueeze(0)
-        return nearest_code(x.unsqueeze(0), codebook.unsqueeze(0), mask, cosine).squeeze(0)
-    if x.shape[3] >= 1 << 31:  # the kernels index inner positions with int32
-        indices = nearest_code(
-            x.transpose(2, 3).reshape(x.shape[0], -1, x.shape[2], 1),
-            codebook,
-            None if mask is None else mask.reshape(x.shape[0], -1, 1),
-            cosine,
-        )
-        return indices.reshape(x.shape[0], x.shape[1], x.shape[3])
-    heads, outer, dim, inner = x.shape
-    num_codes = codebook.shape[1]
-    positions = outer * inner
-    device = x.device
-    indices = torch.empty(heads, outer, inner, dtype=torch.int64, device=device)
-    if positions == 0:
+    sizes = x.shape
+    if sizes[-1] >= 1 << 31:  # the kernels index inner positions with int32
+        moved = x.transpose(-2, -1).flatten(-3, -2).unsqueeze(-1)
+        mask = None if mask is None else mask.flatten(-2, -1).unsqueeze(-1)
+        return nearest_code(moved, codebook, mask, cosine).unflatten(-2, (sizes[-3], sizes[-1])).squeeze(-1)
+    indices = torch.empty(sizes[:-2] + sizes[-1:], dtype=torch.int64, device=x.device)
+    if indices.numel() == 0:
         return indices
     mask = None if mask is None else mask.contiguous()
-
-    shape = Shape(dim, num_codes, device)
-    splits, tiles_per_program = shape.split(positions, heads)
-
-    def new(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(sizes, dtype=dtype, device=device)
-
-    center = new(heads, dim + 1)
-    codes = new(heads, shape.tiles * shape.block_k, shape.depth, dtype=torch.float16)
-    bias = new(heads, shape.tiles * shape.block_k)
-    table = new(heads, shape.tiles, _TABLE_COLUMNS)
-    nearest_code_prepare_kernel[(shape.tiles, heads)](
-        codebook, center, codes, bias, table, num_codes, shape.tiles, dim, shape.depth, *codebook.stride(),
-        COSINE=cosine, **shape.prepare_options(),
+    plan = _plan(
+        Shape, x.device, x.dtype, sizes, x.stride(), codebook.dtype, codebook.shape, codebook.stride(), mask is not None, cosine
     )  # fmt: skip
+    plan.run(x, codebook, mask, indices)
+    return indices
 
-    operand = TensorDescriptor.from_tensor(codes.flatten(0, 1), [shape.block_k, shape.columns]) if shape.tma else codes
+
+@functools.lru_cache(maxsize=_MAX_PLANS)
+def _plan(
+    make_shape: type[Shape],
+    device: torch.device,
+    dtype: torch.dtype,
+    x_sizes: tuple[int, ...],  # [heads, outer, D, inner], or without heads
+    x_strides: tuple[int, ...],
+    codebook_dtype: torch.dtype,
+    codebook_sizes: tuple[int, ...],  # [heads, K, D], or without heads
+    codebook_strides: tuple[int, ...],
+    has_mask: bool,
+    cosine: bool,
+) -> Plan:
+    """Buffers, sizes and options of the four launches. The dtypes are there because compiled kernels depend on them."""
+    if len(x_sizes) == 3:
+        x_sizes, x_strides = (1, *x_sizes), (0, *x_strides)
+        codebook_sizes, codebook_strides = (1, *codebook_sizes), (0, *codebook_strides)
+    heads, outer, dim, inner = x_sizes
+    num_codes = codebook_sizes[1]
+    positions = outer * inner
+    shape = make_shape(dim, num_codes, device)
+    splits, tiles_per_program = shape.split(positions, heads)
     programs = triton.cdiv(SEARCH_PROGRAMS, heads)
     blocks = min(triton.cdiv(positions, shape.block_n), triton.cdiv(MAX_PROGRAMS, splits * heads))
     scratch = max(splits * blocks * shape.block_n, programs * SEARCH_ROWS)
-    queries = new(heads, scratch, shape.depth, dtype=torch.float16)
-    lower = new(heads, splits, positions)
-    upper = new(heads, splits, positions) if splits > 1 else lower
-    first = new(heads, splits, positions, dtype=torch.int32)
-    last = new(heads, splits, positions, dtype=torch.int32)
-    rows = new(heads, positions, dtype=torch.int64)
-    counts = new(heads, 1 + programs, dtype=torch.int32)
-    part_distance = new(heads, programs, SEARCH_ROWS, dtype=torch.float64)
-    part_index = new(heads, programs, SEARCH_ROWS, dtype=torch.int64)
+
+    plan = Plan(device, inputs=("x", "codebook", "mask", "indices"))
+    plan.buffer("center", torch.float32, heads, dim + 1)
+    codes = plan.buffer("codes", torch.float16, heads, shape.tiles * shape.block_k, shape.depth)
+    plan.buffer("bias", torch.float32, heads, shape.tiles * shape.block_k)
+    plan.buffer("table", torch.float32, heads, shape.tiles, _TABLE_COLUMNS)
+    plan.buffer("queries", torch.float16, heads, scratch, shape.depth)
+    lower = plan.buffer("lower", torch.float32, heads, splits, positions)
+    upper = plan.buffer("upper", torch.float32, heads, splits, positions) if splits > 1 else lower
+    plan.buffer("first", torch.int32, heads, splits, positions)
+    plan.buffer("last", torch.int32, heads, splits, positions)
+    plan.buffer("rows", torch.int64, heads, positions)
+    plan.buffer("counts", torch.int32, heads, 1 + programs)
+    plan.buffer("part_distance", torch.float64, heads, programs, SEARCH_ROWS)
+    plan.buffer("part_index", torch.int64, heads, programs, SEARCH_ROWS)
+
     # Strides of one element count as divisible by 16, so that what is aligned is loaded 16 bytes at a time.
-    strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-    strides[2] = x.stride(2)
-    planar = inner > 1 and x.stride(3) == 1 and x.stride(2) != 1
-    nearest_code_scan_kernel[(blocks, splits, heads)](
-        x, center, operand, bias, table, queries, lower, upper, first, last, counts, counts.shape[1], positions, inner, shape.tiles,
-        tiles_per_program, dim, shape.depth, *strides, COSINE=cosine, PLANAR=planar, SPLITS=splits > 1, **shape.scan_options(),
-    )  # fmt: skip
-    options = shape.settle_options()
-    nearest_code_settle_kernel[(triton.cdiv(positions, options["BLOCK_N"]), heads)](
-        x, codebook, mask, lower, upper, first, last, indices, rows, counts, counts.shape[1], positions, inner, num_codes, splits, dim,
-        *strides, *codebook.stride(), COSINE=cosine, HAS_MASK=mask is not None, SPLITS=splits > 1, **options,
-    )  # fmt: skip
-    nearest_code_search_kernel[(programs, heads)](
-        x, codebook, center, operand, bias, table, queries, lower, indices, rows, counts, part_distance, part_index, counts.shape[1],
-        positions, inner, num_codes, shape.tiles, splits, dim, shape.depth, *strides, *codebook.stride(),
-        COSINE=cosine, **shape.search_options(),
-    )  # fmt: skip
-    return indices
+    stride_head, stride_outer, _, stride_inner = (0 if size == 1 else stride for size, stride in zip(x_sizes, x_strides, strict=True))
+    stride_d = x_strides[2]
+    stride_codebook, stride_k, stride_code_d = codebook_strides
+    common = {
+        "num_codes": num_codes, "tiles": shape.tiles, "dim": dim, "depth": shape.depth, "positions": positions, "inner": inner,
+        "splits": splits, "tiles_per_program": tiles_per_program, "num_counts": 1 + programs, "upper": upper,
+        "stride_head": stride_head, "stride_outer": stride_outer, "stride_d": stride_d, "stride_inner": stride_inner,
+        "stride_codebook": stride_codebook, "stride_k": stride_k, "stride_code_d": stride_code_d,
+        "COSINE": cosine, "PLANAR": inner > 1 and stride_inner == 1 and stride_d != 1, "SPLITS": splits > 1, "HAS_MASK": has_mask,
+    }  # fmt: skip
+    scanned = common | {"codes": Descriptor(codes, (shape.block_k, shape.columns)) if shape.tma else codes}
+
+    of_codebook = common | {"stride_head": stride_codebook, "stride_d": stride_code_d}
+    settle_options = shape.settle_options()
+    settle_blocks = triton.cdiv(positions, settle_options["BLOCK_N"])
+    plan.launch(nearest_code_prepare_kernel, (shape.tiles, heads, 1), of_codebook, shape.prepare_options())
+    plan.launch(nearest_code_scan_kernel, (blocks, splits, heads), scanned, shape.scan_options())
+    plan.launch(nearest_code_settle_kernel, (settle_blocks, heads, 1), common, settle_options)
+    plan.launch(nearest_code_search_kernel, (programs, heads, 1), scanned, shape.search_options())
+    return plan
