@@ -5,6 +5,7 @@ A launch through Triton binds the arguments and examines each of them for what t
 compiled. A plan holds no device memory and nothing that depends on the values of the inputs, so its launches may be captured in a graph.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -20,13 +21,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 _ALIGNMENT = 256  # bytes, of each buffer in the workspace
 _ELEMENT = torch.int32.itemsize  # of the workspace
 
-# Releases of Triton whose compiled kernels are launched by CompiledKernel.run with the arguments that `_launcher` passes. With others
+# Releases of Triton whose compiled kernels are launched by CompiledKernel.run with the arguments that `Plan._bind_to` makes. With others
 # every launch goes through Triton.
 _KNOWN = ((3, 6), (3, 7), (3, 8), (3, 9))
 _COMPILED_IS_KNOWN = tuple(map(int, triton.__version__.split(".")[:2])) in _KNOWN
 
-# Launches on a stream, with the address of the workspace and those of the inputs.
-_Launcher = Callable[[int, int, Sequence[int | None]], None]
+# Addresses for which the arguments of the launches are kept: an allocator that caches memory gives the same ones again.
+_MAX_ADDRESSES = 64
 
 
 class Input(NamedTuple):
@@ -93,7 +94,8 @@ class Plan:
         self._named: dict[str, Any] = {name: Input(i) for i, name in enumerate(inputs)}
         self._size = 0
         self._launches: list[_Launch] = []
-        self._launchers: dict[tuple[bool, ...], list[_Launcher]] = {}  # by which inputs are aligned
+        self._compiled: dict[tuple[bool, ...], list[Any]] = {}  # by which addresses are aligned
+        self._bind = lru_cache(_MAX_ADDRESSES)(self._bind_to)
 
     def buffer(self, name: str, dtype: torch.dtype, *sizes: int) -> Buffer:
         """Reserve an array that is not initialized."""
@@ -115,18 +117,19 @@ class Plan:
     def run(self, *inputs: Tensor | None) -> None:
         """Launch the kernels on the current stream of the device, which is the current device."""
         workspace = torch.empty(self._size, dtype=torch.int32, device=self._device)
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in inputs]
-        address = workspace.data_ptr()
-        aligned = (address % 16 == 0, *[at is None or at % 16 == 0 for at in addresses])
-        launchers = self._launchers.get(aligned)
-        if launchers is None or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
-            compiled = list(self._launch_through_triton(workspace, inputs))
-            if _COMPILED_IS_KNOWN and all(hasattr(kernel, "packed_metadata") for kernel in compiled):
-                self._launchers[aligned] = [_launcher(kernel, launch) for kernel, launch in zip(compiled, self._launches, strict=True)]
+        addresses = (workspace.data_ptr(), *[None if tensor is None else tensor.data_ptr() for tensor in inputs])
+        calls = None
+        if self._compiled and not (knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls):
+            stream = driver.active.get_current_stream(self._device.index)  # pyright: ignore[reportAttributeAccessIssue]
+            with contextlib.suppress(KeyError):  # not yet compiled for what is aligned
+                calls = self._bind(stream, *addresses)
+        if calls is None:
+            compiled = list(self._launch_through_triton(workspace, inputs))  # of None if interpreted
+            if _COMPILED_IS_KNOWN and None not in compiled:
+                self._compiled[_aligned(addresses)] = compiled
             return
-        stream = driver.active.get_current_stream(self._device.index)  # pyright: ignore[reportAttributeAccessIssue]
-        for launcher in launchers:
-            launcher(stream, address, addresses)
+        for function, arguments in calls:
+            function(*arguments)
 
     def _launch_through_triton(self, workspace: Tensor, inputs: Sequence[Tensor | None]) -> Iterator[Any]:
         for kernel, grid, arguments, options in self._launches:
@@ -140,30 +143,29 @@ class Plan:
             ]
             yield kernel[grid](*values, **options)
 
+    def _bind_to(self, stream: int, workspace: int, *inputs: int | None) -> list[tuple[Callable[..., None], list[Any]]]:
+        """Functions that launch the kernels, with their arguments."""
 
-def _launcher(compiled: Any, launch: _Launch) -> _Launcher:
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    x, y, z = launch.grid
-    buffers = [(i, value.offset) for i, value in enumerate(launch.arguments) if isinstance(value, Buffer)]
-    inputs = [(i, value.number) for i, value in enumerate(launch.arguments) if isinstance(value, Input)]
-    # A descriptor depends on nothing but the address, which an allocator that caches memory gives again.
-    descriptors = [
-        (i, value.buffer.offset, lru_cache(maxsize=16)(value.at))
-        for i, value in enumerate(launch.arguments)
-        if isinstance(value, Descriptor)
-    ]
+        def value_of(argument: Any) -> Any:
+            if isinstance(argument, Input):
+                return inputs[argument.number]
+            if isinstance(argument, Buffer):
+                return workspace + argument.offset
+            if isinstance(argument, Descriptor):
+                return argument.at(workspace + argument.buffer.offset)
+            return argument
 
-    def launcher(stream: int, workspace: int, addresses: Sequence[int | None]) -> None:
-        arguments = launch.arguments.copy()
-        for i, offset in buffers:
-            arguments[i] = workspace + offset
-        for i, number in inputs:
-            arguments[i] = addresses[number]
-        for i, offset, descriptor in descriptors:
-            arguments[i] = descriptor(workspace + offset)
-        run(x, y, z, stream, function, metadata, None, None, None, *arguments)
+        calls = []
+        for kernel, launch in zip(self._compiled[_aligned((workspace, *inputs))], self._launches, strict=True):
+            no_hooks = (None, None, None)
+            values = map(value_of, launch.arguments)
+            calls.append((kernel.run, [*launch.grid, stream, kernel.function, kernel.packed_metadata, *no_hooks, *values]))
+        return calls
 
-    return launcher
+
+def _aligned(addresses: Sequence[int | None]) -> tuple[bool, ...]:
+    """What Triton specializes a kernel for. The type, value and divisibility of every other argument are those of the plan."""
+    return tuple(address is None or address % 16 == 0 for address in addresses)
 
 
 def _rounded_up(size: int) -> int:
