@@ -40,7 +40,7 @@ class Shape:
 
     def __init__(self, dim: int, num_codes: int, device: torch.device | int) -> None:
         major, shared_memory = _architecture(device)
-        self.dim = dim
+        self.dim, self.num_codes = dim, num_codes
         self.split_operands = dim <= 21
         wide = major in (9, 10)  # the tensor cores take operands from shared memory
         self.held = dim <= (256 if wide else 128)
@@ -53,14 +53,18 @@ class Shape:
             # Two programs do not fit on a multiprocessor: one of twice as many rows, which halves the traffic of the codes.
             self.block_n, self.block_k, self.warps = 256, 64, 16
         self.tma = major >= 9
-        columns = self.columns = self.depth if self.held else BLOCK_D
-        resident = self.block_n * columns * 2 if self.held else 0
-        stage = (self.block_k + (0 if self.held else self.block_n)) * columns * 2
-        # Two programs share a multiprocessor where they fit: one multiplies while the other compares.
-        share = shared_memory // 2 if self.depth <= 128 else shared_memory
+        self.columns = self.depth if self.held else BLOCK_D
         self.max_registers = 128 if major == 9 and self.depth <= 256 else 255
-        self.stages = min(max((share - resident - (4 << 10)) // stage, 1), 4)
-        self.tiles = triton.cdiv(num_codes, self.block_k)
+        self._shared_memory = shared_memory
+        # Two programs share a multiprocessor where they fit: one multiplies while the other compares.
+        self.fit(2 if self.depth <= 128 else 1)
+
+    def fit(self, programs: int, most_stages: int = 4) -> None:
+        """Set the number of tiles, and as many stages as fit with so many programs on a multiprocessor, for the sizes of tiles."""
+        resident = self.block_n * self.columns * 2 if self.held else 0
+        stage = (self.block_k + (0 if self.held else self.block_n)) * self.columns * 2
+        self.stages = min(max((self._shared_memory // programs - resident - (4 << 10)) // stage, 1), most_stages)
+        self.tiles = triton.cdiv(self.num_codes, self.block_k)
 
     def split(self, rows: int, heads: int) -> tuple[int, int]:
         """Return the number of programs over the codes, and the tiles of codes for each."""
