@@ -234,6 +234,13 @@ def _middle(count: int, symmetric: bool) -> float:
     return (count - 1) / 2 if symmetric else count // 2
 
 
+def numbers_like(numbers: Sequence[float] | float, like: Tensor) -> Tensor | float:
+    """The numbers [D] as a factor or divisor of [..., D], in the dtype and on the device of `like`; a number if all are equal."""
+    if not isinstance(numbers, Sequence):
+        return numbers
+    return numbers[0] if len({*numbers}) == 1 else _column(numbers, like).squeeze(1)
+
+
 def _column(numbers: Sequence[float], like: Tensor) -> Tensor:
     """The numbers [D, 1], in the dtype and on the device of `like`."""
     if like.device.type == "cuda":

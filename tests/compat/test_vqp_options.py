@@ -42,7 +42,7 @@ def test_training_matches_upstream(case):
         each.eval()
     x = torch.randn(case.shape)
     results = [run(case, each, STEPS, x) for each in layers]
-    if not case.unequal:
+    if not (case.unequal or case.fails):
         compare(case, "evaluation", *results)
 
 
@@ -56,6 +56,10 @@ def train(case, reference, layer):
         found = []
         for each, x, optimizer in zip((reference, layer), inputs, optimizers, strict=True):
             optimizer.zero_grad()
+            if case.fails and each is reference:
+                with pytest.raises(case.fails):
+                    run(case, each, step, x)
+                continue
             results = run(case, each, step, x)
             differentiable = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
             if differentiable:
@@ -63,6 +67,8 @@ def train(case, reference, layer):
                 optimizer.step()
             gradients = [p.grad for p in (x, *each.parameters())]
             found.append([*results, *gradients, *each.state_dict().values()])
+        if case.fails:
+            continue
         if case.unequal:
             found = [[t.shape if isinstance(t, Tensor) else t for t in each if t is not None] for each in found]
         compare(case, f"step {step}", *found)
@@ -90,6 +96,8 @@ def compare(case, where, expected, found):
             assert all(each is None or not each.any() for each in (value, reference)), place
         elif not isinstance(reference, Tensor):
             assert value == reference, place
+        elif number in case.wrong:
+            assert value.shape == reference.shape, place
         else:
             floating = reference.is_floating_point()
             atol = 1e-4 * reference.abs().max().item() if floating and reference.numel() else 0

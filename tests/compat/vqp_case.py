@@ -17,10 +17,14 @@ class Case:
     # Options of forward: the same in each step, or a function of the step.
     call: dict[str, Any] | Callable[[int], dict[str, Any]] = dataclasses.field(default_factory=dict)
     arguments: Callable[[Any], Sequence[Any]] = lambda library: ()  # of a constructor with *arguments
-    lr: float = 0.1
+    lr: float = 0.02
     # Why results are not compared with upstream's, such as noise that is drawn in another order. Those layers are trained, and
     # their shapes and state dicts are compared.
     unequal: str = ""
+    # What upstream raises in training, in which case only genperf is trained.
+    fails: type[Exception] | None = None
+    # Results, by their place among the leaves of the returned value, in which upstream errs.
+    wrong: tuple[int, ...] = ()
 
     def make(self, library: Any) -> nn.Module:
         return getattr(library, self.name)(*self.arguments(library), **self.options_of(library))

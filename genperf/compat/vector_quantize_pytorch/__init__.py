@@ -5,10 +5,31 @@
 Checkpoints load in both directions. Each class documents its differences from upstream.
 """
 
+from .binary_mapper import BinaryMapper
+from .evo_lookup_free_quantization import EvoLFQ
+from .finite_scalar_perturbation import FSP
 from .finite_scalar_quantization import FSQ
+from .latent_quantization import LatentQuantize
 from .lookup_free_quantization import LFQ
+from .residual_fsq import GroupedResidualFSQ, ResidualFSQ
+from .residual_lfq import GroupedResidualLFQ, ResidualLFQ
 from .residual_vq import GroupedResidualVQ, ResidualVQ
 from .sim_vq import SimVQ
 from .vector_quantize import VectorQuantize
 
-__all__ = ["FSQ", "LFQ", "GroupedResidualVQ", "ResidualVQ", "SimVQ", "VectorQuantize"]
+__all__ = [
+    "FSP",
+    "FSQ",
+    "LFQ",
+    "BinaryMapper",
+    "EvoLFQ",
+    "GroupedResidualFSQ",
+    "GroupedResidualLFQ",
+    "GroupedResidualVQ",
+    "LatentQuantize",
+    "ResidualFSQ",
+    "ResidualLFQ",
+    "ResidualVQ",
+    "SimVQ",
+    "VectorQuantize",
+]

@@ -173,13 +173,16 @@ class FSQ(Placed):
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """The codes that `forward` returns with these indices in evaluation mode."""
         channel_first = self.channel_first or indices.ndim >= 3 + self.keep_num_codebooks_dim
-        codes = self._indices_to_codes(indices)
-        if self.orthogonal_rotation:
-            codes = codes @ self.orthogonal_rot.T.to(codes.dtype)
+        codes = self._quantized_codes(indices)
         if self.keep_num_codebooks_dim:
             codes = codes.flatten(-2)
         codes = self.project_out(codes)
         return for_inductor(channels_to(codes, 1)) if channel_first else codes
+
+    def _quantized_codes(self, indices: Tensor) -> Tensor:
+        """The codes that `forward` projects out; zeros for negative indices."""
+        codes = self._indices_to_codes(indices)
+        return codes @ self.orthogonal_rot.T.to(codes.dtype) if self.orthogonal_rotation else codes
 
     def _indices_to_codes(self, indices: Tensor) -> Tensor:
         dtype = parameter_dtype(self.project_out) or torch.float32

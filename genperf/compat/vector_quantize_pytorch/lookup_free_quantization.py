@@ -13,6 +13,7 @@ Differences from upstream:
   - Under torch.distributed, the codebook entropy is that of the global batch. Upstream discards the result of its all-reduce and
     divides the local mean by the number of ranks. With entropy_loss_weight=0, the breakdown is that of each rank alone.
   - Indices are exact up to 2^63 codes (upstream: 2^31). An entropy loss over more than 2^24 codes raises NotImplementedError.
+  - The mask may have x's shape without channels for images too; upstream takes [B, positions] or [B].
   - NaN inputs give NaN in evaluation mode too, and a mask that is False everywhere gives losses of 0, not NaN.
   - Half precision is always computed in float32 without a copy, for any `force_quantization_f32`.
   - Images are not permuted, and nothing synchronizes with the device. Inputs of two dimensions are supported.
@@ -21,7 +22,7 @@ Differences from upstream:
 For new code, see `genperf.nn.LookupFreeQuantizer`, which computes entropies over groups of bits for codebooks of any size.
 """
 
-from math import ceil, log2
+import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -138,7 +139,7 @@ class LFQ(Placed):
             if dim is None:
                 raise ValueError("LFQ: dim or codebook_size must be given, got None.")
             codebook_size = 1 << dim
-        suggested = 2 ** ceil(log2(max(2, codebook_size)))
+        suggested = 2 ** math.ceil(math.log2(max(2, codebook_size)))
         check("LFQ", f"codebook_size must be a power of 2, such as {suggested}", codebook_size, suggested == codebook_size)
         bits = codebook_size.bit_length() - 1
         check_bits("LFQ", bits)
@@ -202,12 +203,15 @@ class LFQ(Placed):
     def _codes(self, indices: Tensor, spherical: bool) -> Tensor:
         return lookup_free_decode(indices, self.codebook_dim, scale=self.codebook_scale, spherical=spherical, dtype=self.dtype)
 
+    def _quantized_codes(self, indices: Tensor) -> Tensor:
+        """The codes that `forward` projects out; zeros for negative indices."""
+        codes = self._codes(indices, self.spherical)
+        return codes @ self.orthogonal_rot.T.to(codes.dtype) if self.orthogonal_rotation else codes
+
     def indices_to_codes(self, indices: Tensor, project_out: bool = True) -> Tensor:
         """The quantized vectors that `forward` returns with these indices; with project_out=False, the codes before the projection."""
         channel_first = indices.ndim >= 3 + self.keep_num_codebooks_dim if self.channel_first is None else self.channel_first
-        codes = self._codes(indices, self.spherical)
-        if self.orthogonal_rotation:
-            codes = codes @ self.orthogonal_rot.T.to(codes.dtype)
+        codes = self._quantized_codes(indices)
         if self.keep_num_codebooks_dim:
             codes = codes.flatten(-2)
         if project_out:
@@ -235,7 +239,7 @@ class LFQ(Placed):
             x: [B, ..., dim]; [B, dim, ...] with channel_first or four or more dimensions.
             inv_temperature: inverse temperature of the code softmax whose entropies are computed.
             return_loss_breakdown: whether to return the terms of the loss too.
-            mask: bool, of x's shape without channels, or [B, positions]; vectors where it is False are left out of the losses.
+            mask: bool, of x's shape without channels, [B, positions] or [B]; vectors where it is False are left out of the losses.
 
         Returns:
             (quantized, indices, entropy_aux_loss): quantized, of x's shape and dtype; indices, int64, of x's shape without
@@ -246,7 +250,7 @@ class LFQ(Placed):
         channel = 1 if channel_first else x.ndim - 1
         check("LFQ", f"the channels of x must be {self.dim}", list(x.shape), x.shape[channel] == self.dim)
         if mask is not None:
-            mask = mask.reshape([*x.shape[:channel], *x.shape[channel + 1 :]])
+            mask = mask_of_positions(mask, x, channel)
         x = self.project_in(x, channel) if isinstance(self.project_in, CosineSimLinear) else linear(self.project_in, x, channel)
         if self.soft_clamp_input_value is not None:
             x = (x / self.soft_clamp_input_value).tanh() * self.soft_clamp_input_value
@@ -312,3 +316,20 @@ class LFQ(Placed):
             return (keys.argsort() < int(vectors * self.frac_per_sample_entropy)).reshape(shape)
         rank = keys.masked_fill(~mask.flatten(), torch.inf).argsort().argsort()
         return (rank < (mask.sum() * self.frac_per_sample_entropy).floor()).reshape(shape)
+
+
+def mask_of_positions(mask: Tensor, x: Tensor, channel: int) -> Tensor:
+    """A mask of positions, flattened positions or samples as one of x's shape without its channels."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"LFQ: mask must be bool, got {mask.dtype}.")
+    positions = [*x.shape[:channel], *x.shape[channel + 1 :]]
+    shape = list(mask.shape)
+    if shape == positions[:1]:
+        return mask.reshape(-1, *[1] * (len(positions) - 1)).expand(positions)
+    check(
+        "LFQ",
+        f"mask must have the shape {positions} of x without its channels, [B, positions] or [B]",
+        shape,
+        shape == positions or shape == [positions[0], math.prod(positions[1:])],
+    )
+    return mask.reshape(positions)
