@@ -59,6 +59,8 @@ def search_section(records: list[dict]) -> str:
 def checks_section(records: list[dict]) -> str:
     checks = [(f"smoke: {record['op']}", record) for record in of_step(records, "smoke")]
     checks += [(record["name"], record) for record in of_step(records, "invariants")]
+    timed = [record for record in of_step(records, "tiles") if "ok" in record]
+    checks += [(f"{record['workload']} with other tiles: {record['tiles']}", record) for record in timed]
     failed = [{"check": name, "result": str(record.get("error", "does not hold"))} for name, record in checks if not record["ok"]]
     text = f"{len(checks) - len(failed)} of {len(checks)} checks hold."
     for record in of_step(records, "tests"):
@@ -72,14 +74,14 @@ def tiles_section(records: list[dict]) -> str:
     chosen = {record["workload"]: record["eager_ms"] for record in of_step(records, "search")}
     by_workload: dict[str, list[dict]] = {}
     for record in of_step(records, "tiles"):
-        if "ms" in record:
+        if record.get("ok"):
             by_workload.setdefault(record["workload"], []).append(record)
     lines = [
         {
             "size": workload,
             "chosen, ms": milliseconds(chosen.get(workload)),
-            "fastest (queries x codes, warps)": "; ".join(
-                f"{record['block_n']} x {record['block_k']}, {record['warps']}: {milliseconds(record['ms'])} ms"
+            "fastest": "; ".join(
+                f"{record['tiles']}: {milliseconds(record['ms'])} ms"
                 for record in sorted(found, key=lambda record: record["ms"])[:BEST_TILES]
             ),
         }

@@ -103,9 +103,10 @@ def measuring_steps(rehearse: bool, out: Path) -> list[Step]:
     rivals = f"({goals}) and (flash or cdist or genperf) and not same"
     return [
         step("facts", 30),
+        step("search", 80),
+        step("tiles", 100),
         benchmark("ceilings", 40, ("ceilings",), "copy or product"),
         step("smoke", 90),
-        step("search", 80),
         benchmark("rivals", 80, ("nearest_code",), rivals, quick=False),
         benchmark("streaming", 90, STREAMING, "not compile"),
         benchmark("quantizers", 70, ("vector_quantize", "residual_vector_quantize"), "not compile"),
@@ -114,7 +115,6 @@ def measuring_steps(rehearse: bool, out: Path) -> list[Step]:
         step("counters", 60, "counted", counters, "ncu"),
         step("memcheck", 60, "checked", [*checker, "memcheck"], "compute-sanitizer"),
         step("racecheck", 60, "checked", [*checker, "racecheck"], "compute-sanitizer"),
-        step("tiles", 90),
     ]
 
 

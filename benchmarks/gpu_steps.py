@@ -8,13 +8,13 @@ With --rehearse the CPU stands in for the GPU, at small sizes, so that every lin
 import argparse
 import contextlib
 import functools
-import math
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ class Gpu:
 
     def size(self, workload: Workload) -> Workload:
         return workload
+
+    def compilers(self) -> Executor:
+        return ProcessPoolExecutor(8, mp_context=get_context("spawn"))
 
     def milliseconds(self, function: Callable[[], object]) -> float:
         """Median device time with a cold L2 cache."""
@@ -107,6 +110,9 @@ class Rehearsal(Gpu):
 
     def size(self, workload: Workload) -> Workload:
         return workload._replace(n=min(workload.n, 256), k=min(workload.k, 300), d=min(workload.d, 32))
+
+    def compilers(self) -> Executor:
+        return ThreadPoolExecutor(1)
 
     def milliseconds(self, function: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -341,42 +347,104 @@ def _does_not_wait(gpu: Gpu, call: Callable[..., Any], inputs: list[Tensor]) -> 
     return True
 
 
+class Tiles(NamedTuple):
+    """Sizes and launch options of the pass over the codes; None is what shape.py chooses."""
+
+    block_n: int | None = None
+    block_k: int | None = None
+    warps: int | None = None
+    registers: int | None = None
+    programs: int = 1  # on a multiprocessor, for which stages are fitted
+    stages: int = 4  # at most
+    most_programs: int | None = None  # of the launch
+
+    def __str__(self) -> str:
+        changed = [f"{name} {value}" for name, value in self._asdict().items() if value not in (None, self._field_defaults[name])]
+        return ", ".join(changed) or "chosen"
+
+
+# Two programs of 8 warps or one of 16 fill the registers of a multiprocessor where a thread has 128 of them.
+TILES = {
+    128: (
+        Tiles(),
+        Tiles(256, 128, 16, 128),
+        Tiles(256, 64, 16, 128),
+        Tiles(128, 64, 8, 128, programs=2),
+        Tiles(64, 128, 4, 128, programs=4),
+        Tiles(128, 256, 8, 255),
+        Tiles(128, 128, 8, 128, programs=2, stages=2),
+        Tiles(most_programs=264),
+        Tiles(most_programs=1056),
+    ),
+    256: (
+        Tiles(),
+        Tiles(256, 128, 16, 128),
+        Tiles(128, 64, 8, 255),
+        Tiles(128, 128, 8, 255),
+        Tiles(128, 64, 8, 128),
+        Tiles(256, 64, 16, 128, stages=2),
+        Tiles(most_programs=132),
+        Tiles(most_programs=264),
+    ),
+}
+
+
 def tiles(gpu: Gpu) -> None:
-    """Times of the search with other tiles than those that kernels/nearest_code/shape.py chooses."""
+    """Times of the search with other tiles than those that kernels/nearest_code/shape.py chooses, and whether its results are the same."""
+    with gpu.compilers() as pool:
+        for workload in GPU_GOALS:
+            candidates = TILES[128 if workload.d <= 128 else 256]
+            # They compile in parallel; an error of theirs occurs here as well.
+            list(pool.map(functools.partial(_compile_tiles, gpu, workload), candidates))
+            search = _tile_search(gpu, workload)
+            chosen = search()
+            for candidate in candidates:
+                found: dict[str, Any] = {"step": "tiles", "workload": workload.name, "tiles": str(candidate)}
+                try:
+                    with _launched_with(candidate):
+                        record(**found, ok=torch.equal(search(), chosen), ms=gpu.milliseconds(search))
+                except Exception as error:  # too many registers or too much shared memory
+                    record(**found, error=f"{type(error).__name__}: {error}"[:200])
+
+
+def _compile_tiles(gpu: Gpu, workload: Workload, candidate: Tiles) -> None:
+    with contextlib.suppress(Exception), _launched_with(candidate):
+        _tile_search(gpu, workload)()
+        gpu.synchronize()
+
+
+def _tile_search(gpu: Gpu, workload: Workload) -> Callable[[], Tensor]:
+    from genperf.kernels.nearest_code import launch  # pyright: ignore[reportMissingImports]
+
+    _, n, k, d = gpu.size(workload)
+    torch.manual_seed(0)
+    x, codebook = torch.randn(n, d, 1, device=gpu.name), torch.randn(k, d, device=gpu.name)
+    if gpu.name == "cuda":
+        return lambda: launch.nearest_code(x, codebook, None, False)
+
+    def rehearsed() -> Tensor:  # the launcher needs a GPU or Triton's interpreter
+        launch.Shape(d, k, x.device)
+        return genperf.nearest_code(x[:, :, 0], codebook)
+
+    return rehearsed
+
+
+@contextlib.contextmanager
+def _launched_with(candidate: Tiles) -> Iterator[None]:
+    """Within this context the launcher plans its launches with other tiles, since it keeps plans by the class of their shape."""
     from genperf.kernels.nearest_code import launch, shape  # pyright: ignore[reportMissingImports]
 
-    if gpu.name != "cuda":  # the launcher itself needs a GPU or Triton's interpreter
-        launch.nearest_code = lambda x, codebook, mask, cosine: genperf.nearest_code(x[:, :, 0], codebook)
-
-    for workload in GPU_GOALS:
-        name, n, k, d = gpu.size(workload)
-        x, codebook = torch.randn(n, d, 1, device=gpu.name), torch.randn(k, d, device=gpu.name)
-        for block_n in (64, 128, 256):
-            for block_k in (64, 128, 256):
-                for warps in (4, 8):
-                    facts = {"workload": name, "block_n": block_n, "block_k": block_k, "warps": warps}
-                    _time_tiles(gpu, launch, shape, (x, codebook), facts)
-
-
-def _time_tiles(gpu: Gpu, launch: Any, shape: Any, inputs: tuple[Tensor, Tensor], facts: dict[str, Any]) -> None:
     class Other(shape.Shape):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
-            self.block_n, self.block_k = facts["block_n"], max(facts["block_k"], self.block_codes)
-            group = max(self.block_k, 4 * self.block_codes)
-            self.padded = math.ceil(inputs[1].shape[0] / group) * group
-            self.blocks = self.padded // self.block_codes
+            if candidate.block_n is not None:
+                self.block_n, self.block_k = candidate.block_n, candidate.block_k
+                self.warps, self.max_registers = candidate.warps, candidate.registers
+                self.fit(candidate.programs, candidate.stages)
 
-        def coarse_options(self) -> dict[str, Any]:
-            return {**super().coarse_options(), "num_warps": facts["warps"]}
-
-    before, launch.Shape = launch.Shape, Other
-    try:
-        record(step="tiles", **facts, ms=gpu.milliseconds(lambda: launch.nearest_code(*inputs, None, False)))
-    except Exception as error:  # too many registers or too much shared memory
-        record(step="tiles", **facts, error=f"{type(error).__name__}: {error}"[:200])
-    finally:
-        launch.Shape = before
+    programs = candidate.most_programs or launch.MAX_PROGRAMS
+    with mock.patch.object(launch, "Shape", Other), mock.patch.object(launch, "MAX_PROGRAMS", programs):
+        yield
 
 
 def counted(gpu: Gpu) -> None:

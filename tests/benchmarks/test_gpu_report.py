@@ -44,7 +44,9 @@ def test_steps_run_and_record(run, tmp_path):
     searches = gpu_page.of_step(records, "search")
     assert [record["workload"] for record in searches] == [workload.name for workload in GPU_GOALS]
     assert all(record["wrong_rows"] == 0 and record["eager_ms"] > 0 for record in searches)
-    assert all("ms" in record for record in gpu_page.of_step(records, "tiles"))
+    assert {record["tiles"] for record in gpu_page.of_step(records, "tiles") if record["ms"] > 0} == {
+        str(tiles) for candidates in gpu_steps.TILES.values() for tiles in candidates
+    }
 
 
 def test_a_wrong_op_is_recorded_and_the_others_go_on(run, tmp_path, monkeypatch):
@@ -121,12 +123,12 @@ def test_page_of_made_up_records(tmp_path, capsys):
         row("nearest_code", goal.name, "flash-kmeans", 3.0, wrong_rows=0.01, **size),
         row("interpolate", "[64, 3]", "genperf", 1.0),
         {"step": "search", "workload": goal.name, **size, "eager_ms": 2.0, "graph_ms": 1.9, "host_us": 31.4, "wrong_rows": 0.0},
-        {"step": "kernels", "op": "nearest_code", "workload": goal.name, "kernels": {"coarse": {"calls": 1, "ms": 1.5}}},
+        {"step": "kernels", "op": "nearest_code", "workload": goal.name, "kernels": {"nearest_code_scan_kernel": {"calls": 1, "ms": 1.5}}},
         {"step": "smoke", "op": "interpolate", "ok": True, "error": 1e-7},
         {"step": "invariants", "name": "search: K = 2^20", "ok": False},
         {"step": "tests", "passed": 900, "failed": 1, "failures": ["tests/ops/test_kmeans.py::test_it"]},
-        *({"step": "tiles", "workload": goal.name, "block_n": n, "block_k": 128, "warps": 8, "ms": n / 64} for n in (256, 64, 128)),
-        {"step": "tiles", "workload": goal.name, "block_n": 512, "block_k": 128, "warps": 8, "error": "OutOfResources"},
+        *({"step": "tiles", "workload": goal.name, "tiles": f"block_n {n}", "ok": n != 64, "ms": n / 64} for n in (256, 64, 128)),
+        {"step": "tiles", "workload": goal.name, "tiles": "block_n 512", "error": "OutOfResources"},
     ]
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": "cut o')
     readme = tmp_path / "README.md"
@@ -135,10 +137,13 @@ def test_page_of_made_up_records(tmp_path, capsys):
     assert json.loads((tmp_path / "out/some-gpu.json").read_text()) == records
     assert (tmp_path / "out/some-gpu.png").stat().st_size > 1000
     page = (tmp_path / "out/some-gpu.md").read_text()
-    assert f"| {goal.name}, N = {goal.n}, K = {goal.k}, D = {goal.d} | 2 | 1.9 | 137.4 | 31 | 0% | coarse 1.5 (1) |" in page
-    assert "1 of 2 checks hold. Tests: 900 passed, 1 failed." in page
-    assert "| search: K = 2^20 | does not hold |\n| tests/ops/test_kmeans.py::test_it | failed |" in page
-    assert "| 2 | 64 x 128, 8: 1 ms; 128 x 128, 8: 2 ms; 256 x 128, 8: 4 ms |" in page
+    assert (
+        f"| {goal.name}, N = {goal.n}, K = {goal.k}, D = {goal.d} | 2 | 1.9 | 137.4 | 31 | 0% | nearest_code_scan_kernel 1.5 (1) |" in page
+    )
+    assert "3 of 5 checks hold. Tests: 900 passed, 1 failed." in page
+    different = f"| {goal.name} with other tiles: block_n 64 | does not hold |"
+    assert f"| search: K = 2^20 | does not hold |\n{different}\n| tests/ops/test_kmeans.py::test_it | failed |" in page
+    assert "| 2 | block_n 128: 2 ms; block_n 256: 4 ms |" in page
     assert "| facts | ok | 3 |" in page
     text = readme.read_text()
     assert text.startswith("before\n<!-- speed: table -->\nkept\n")

@@ -1,7 +1,9 @@
 """How the search is launched: from the second call of a kind on without Triton's binder, with the same arguments. The driver is a mock."""
 
+import sys
 import time
 import weakref
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -9,6 +11,9 @@ import torch
 from triton import knobs
 
 from mocked_driver import mocked_driver  # isort: skip
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import gpu_steps
 
 if knobs.runtime.interpret:
     pytest.skip("kernels are interpreted, not launched", allow_module_level=True)
@@ -124,3 +129,21 @@ def test_a_plan_holds_no_memory():
         driver.launches.clear()
         del x, codebook, mask
         assert [tensor() for tensor in tensors] == [None] * 3
+
+
+@pytest.mark.parametrize(("dim", "tiles"), [(dim, tiles) for dim, candidates in gpu_steps.TILES.items() for tiles in candidates], ids=str)
+def test_other_tiles_are_launched(dim, tiles):
+    """The candidates that a report of a GPU times."""
+    x, codebook = torch.empty(1 << 18, dim, 1), torch.randn(500, dim)
+    with mocked_driver(90) as driver:
+        with gpu_steps._launched_with(tiles):
+            launch.nearest_code(x, codebook, None, False)
+        prepare, scan, *_ = driver.sources
+        chosen = launch.Shape(dim, 500, x.device)
+        rows, _, _ = driver.launches[1][:3]
+    named = {source.fn.arg_names[i]: value for source, _ in (prepare, scan) for (i,), value in source.constants.items()}
+    block_n = tiles.block_n or chosen.block_n
+    assert (named["BLOCK_N"], named["BLOCK_K"]) == (block_n, tiles.block_k or chosen.block_k)
+    assert (scan[1]["num_warps"], scan[1]["maxnreg"]) == (tiles.warps or chosen.warps, tiles.registers or chosen.max_registers)
+    assert scan[1]["num_stages"] <= tiles.stages
+    assert rows == min((1 << 18) // block_n, tiles.most_programs or launch.MAX_PROGRAMS)
