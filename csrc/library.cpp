@@ -26,6 +26,13 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "code_statistics(Tensor x, Tensor indices, SymInt num_codes, Tensor? weights, Tensor? "
       "origins) "
       "-> (Tensor counts, Tensor sums)");
+  // Sums of k-means that do not depend on how the vectors are split: [2, K, D + 1] in float64, high
+  // and low parts, with the total weight in the last column; limits are the largest magnitudes of
+  // the summands and the weights. Without a codebook, cluster_distances returns norms.
+  m.def(
+      "cluster_sums(Tensor x, Tensor indices, SymInt num_codes, Tensor? weights, Tensor? scale, "
+      "Tensor limits, SymInt total) -> Tensor");
+  m.def("cluster_distances(Tensor x, Tensor? codebook, Tensor? indices, Tensor? scale) -> Tensor");
 
   // Softmax over all codes. x is [heads, outer, D, inner], codebook [heads, K, D]; mask and indices
   // are [heads, outer, inner]. `logits` is "distance", "squared_distance" or "dot". value is the
