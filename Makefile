@@ -46,11 +46,11 @@ clean:
 $(VENV)/torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q '$(TORCH)'
-	$(BIN)/pip install -q numpy ninja 'pybind11>=2.13' 'setuptools>=77'
+	$(BIN)/pip install -q numpy ninja 'setuptools>=77'
 	touch $@
 
 $(VENV)/installed-%: $(VENV)/torch $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation -e '.[$*]'
+	GENPERF_COMPILE=1 $(BIN)/pip install -q --no-build-isolation -e '.[$*]'
 	# A rival of the benchmarks and tests; what it depends on would bring another torch.
 	$(if $(filter train,$*),,$(BIN)/pip install -q --no-deps pytorch-fid==0.3.0)
 	touch $@

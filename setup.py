@@ -1,44 +1,79 @@
-"""Builds the compiled libraries with one ninja run: one CPU library per instruction set, the CUDA library, the probe."""
+"""Builds the compiled libraries with one ninja run: one CPU library per instruction set, the CUDA library, the probe.
 
+They need torch's headers and libraries, but the build does not import torch. Where it, a compiler or a supported system is missing,
+the Python package is installed alone, and says so when it is imported.
+"""
+
+import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+MIN_TORCH = (2, 11)
 DEFAULT_CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # those that nvcc knows, and PTX of the last of them
 CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+CXX = os.environ.get("CXX", "g++")
 X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS = os.environ.get("GENPERF_BUILD_ISAS", "x86-64 x86-64-v3 x86-64-v4").split() if X86 else ["native"]
 
-if "sdist" not in sys.argv:
-    try:
-        import ninja
-        import pybind11
-        import torch
-        from ninja.ninja_syntax import Writer
-        from torch.utils import cpp_extension
-    except ImportError as error:
-        sys.exit(
-            f"genperf compiles against the torch that will run it, and {error.name!r} cannot be imported by this build: install "
-            "torch>=2.11, setuptools, ninja and pybind11 first, then run `pip install --no-build-isolation .`."
-        )
+
+class Torch(NamedTuple):
+    folder: Path
+    version: str
+    cuda: str | None
+
+
+def find_torch() -> Torch | None:
+    """The torch of this interpreter, or if pip isolates the build, of the environment that pip installs into."""
+    installed_into = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    spec = PathFinder.find_spec("torch") or PathFinder.find_spec("torch", installed_into)
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent
+    stated = runpy.run_path(str(folder / "version.py"))
+    return Torch(folder, str(stated["__version__"]), stated["cuda"])
+
+
+def cpu_omission() -> str | None:
+    """Why this build leaves out all compiled libraries, or None."""
+    choice = os.environ.get("GENPERF_COMPILE", "auto")
+    if choice not in ("0", "1", "auto"):
+        sys.exit(f"genperf: GENPERF_COMPILE must be 0, 1 or auto, got {choice!r}.")
+    reason = None
+    if choice == "0":
+        reason = "GENPERF_COMPILE=0 was set"
+    elif sys.platform != "linux":
+        reason = f"there are no compiled libraries for {sys.platform}"
+    elif TORCH is None:
+        reason = "no torch was found when it was built; install torch, then genperf again"
+    elif tuple(map(int, re.findall(r"\d+", TORCH.version)[:2])) < MIN_TORCH:
+        reason = f"it needs torch 2.11 or newer and found {TORCH.version}; upgrade torch, then install genperf again"
+    elif not shutil.which(shlex.split(CXX)[0]):
+        reason = f"no C++ compiler: {CXX!r} is not on PATH; install g++ 10 or newer or name it in CXX, then install genperf again"
+    if reason and choice == "1":
+        sys.exit(f"genperf: GENPERF_COMPILE=1 cannot be met: {reason}.")
+    return reason
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME or CUDA_PATH; if neither is set, of PATH, or of the toolkit that torch or the system has."""
+    """nvcc of CUDA_HOME or CUDA_PATH; if neither is set, of PATH or of the system."""
     if CUDA_HOME:
         return shutil.which("nvcc", path=f"{CUDA_HOME}/bin")
-    homes = [home for home in (cpp_extension.CUDA_HOME, "/usr/local/cuda") if home]
-    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(f"{home}/bin" for home in homes))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def cuda_omission(nvcc: str | None) -> str | None:
@@ -48,9 +83,9 @@ def cuda_omission(nvcc: str | None) -> str | None:
         sys.exit(f"genperf: GENPERF_CUDA must be 0, 1 or auto, got {choice!r}.")
     if choice == "0":
         return "GENPERF_CUDA=0 was set"
-    if choice == "auto" and torch.version.cuda is None:
-        return f"torch {torch.__version__} has no CUDA"
-    wanted = (torch.version.cuda or "").split(".")[0]  # with a torch without CUDA, any toolkit
+    if choice == "auto" and TORCH.cuda is None:
+        return f"torch {TORCH.version} has no CUDA"
+    wanted = (TORCH.cuda or "").split(".")[0]  # with a torch without CUDA, any toolkit
     toolkit = f"CUDA toolkit {wanted}" if wanted else "a CUDA toolkit"
     if nvcc is None:
         searched = f"in {CUDA_HOME}/bin" if CUDA_HOME else "on PATH or in /usr/local/cuda/bin"
@@ -60,9 +95,7 @@ def cuda_omission(nvcc: str | None) -> str | None:
         if not found:
             reason = f"`{nvcc} --version` names no release; name the folder of {toolkit} in CUDA_HOME"
         elif wanted not in ("", found[1]):
-            reason = (
-                f"nvcc {found[1]}.{found[2]} does not match torch's CUDA {torch.version.cuda}; name the folder of {toolkit} in CUDA_HOME"
-            )
+            reason = f"nvcc {found[1]}.{found[2]} does not match torch's CUDA {TORCH.cuda}; name the folder of {toolkit} in CUDA_HOME"
         else:
             return None
     if choice == "1":
@@ -99,45 +132,55 @@ def libraries() -> list[Extension]:
     return [library("probe", "csrc/probe.cpp"), *cpu, *cuda]
 
 
-def definition(name: str, value: str) -> str:
-    return shlex.quote(f'-D{name}="{value}"')
+def compiler_version() -> str:
+    name = shlex.split(CXX)[-1]
+    stated = subprocess.run([*shlex.split(CXX), "--version"], capture_output=True, text=True).stdout.splitlines()
+    return stated[0] if stated else name
 
 
 class NinjaBuild(build_ext):
     def get_ext_filename(self, name: str) -> str:
-        filename = super().get_ext_filename(name)
-        return filename if name.endswith("_probe") else filename.replace(sysconfig.get_config_var("EXT_SUFFIX"), ".so")
+        return super().get_ext_filename(name).replace(sysconfig.get_config_var("EXT_SUFFIX"), ".so")
 
     def run(self) -> None:
-        cxx = os.environ.get("CXX", "g++")
-        if not shutil.which(shlex.split(cxx)[0]):
-            sys.exit(f"genperf: no C++ compiler: {cxx!r} is not on PATH; install one or name it in CXX.")
+        package = Path(self.get_ext_fullpath("genperf._probe")).resolve().parent
+        package.mkdir(parents=True, exist_ok=True)
+        # Read at import; the libraries themselves do not tell.
+        build_info = {
+            "cpu_omission": CPU_OMISSION, "isas": [] if CPU_OMISSION else ISAS, "cuda_omission": CUDA_OMISSION, "cuda_archs": CUDA_ARCHS,
+            "torch": TORCH and TORCH.version, "compiler": None if CPU_OMISSION else compiler_version(),
+        }  # fmt: skip
+        (package / "_build_info.json").write_text(json.dumps(build_info, indent=1) + "\n")
+        if CPU_OMISSION:
+            print(f"genperf: installed without compiled kernels: {CPU_OMISSION}.", file=sys.stderr)
+            return
+        try:
+            import ninja
+            from ninja.ninja_syntax import Writer
+        except ImportError:
+            sys.exit("genperf: the build needs ninja: `pip install ninja`, or build without --no-build-isolation.")
         build = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()  # pip's folder is new each time
         build.mkdir(parents=True, exist_ok=True)
         optimize = "-O3 -DNDEBUG" if os.environ.get("DEBUG", "0") in ("", "0") else "-O0 -g"
         common = f"-std=c++20 {optimize} -fPIC -I{shlex.quote(str(ROOT / 'csrc'))} -DTORCH_TARGET_VERSION=0x020b000000000000"
-        torch_headers = " ".join(f"-isystem {shlex.quote(path)}" for path in cpp_extension.include_paths())
-        torch_folders = " ".join(f"-L{shlex.quote(path)}" for path in cpp_extension.library_paths())
+        torch_headers = f"-isystem {shlex.quote(str(TORCH.folder / 'include'))}"
         warnings = f"-Wall -Wextra -fvisibility=hidden -ffp-contract=off {os.environ.get('CXXFLAGS', '')}"
         # libtorch leads to torch's CUDA library where there is one, though nothing in it is named at link time.
-        torch_libraries = f"{torch_folders} -Xlinker --no-as-needed -ltorch -ltorch_cpu"
-        built = f"{definition('GENPERF_ISAS', ','.join(ISAS))} {definition('GENPERF_TORCH', torch.__version__)}"
-        built += f" {definition('GENPERF_CUDA_ARCHS', ','.join(CUDA_ARCHS))} {definition('GENPERF_CUDA_OMISSION', CUDA_OMISSION or '')}"
-        built += f" -isystem {shlex.quote(sysconfig.get_path('include'))} -isystem {shlex.quote(pybind11.get_include())}"
+        torch_libraries = f"-L{shlex.quote(str(TORCH.folder / 'lib'))} -Xlinker --no-as-needed -ltorch -ltorch_cpu"
 
         with open(build / "build.ninja", "w") as file:
             graph = Writer(file, width=1000)
             depends = {"depfile": "$out.d", "deps": "gcc"}
-            graph.rule("cxx", f"{cxx} -MMD -MF $out.d {common} {warnings} $flags -c $in -o $out", description="$out", **depends)
-            graph.rule("link", f"{cxx} -shared $in -o $out $libraries {os.environ.get('LDFLAGS', '')}", description="$out")
+            graph.rule("cxx", f"{CXX} -MMD -MF $out.d {common} {warnings} $flags -c $in -o $out", description="$out", **depends)
+            graph.rule("link", f"{CXX} -shared $in -o $out $libraries {os.environ.get('LDFLAGS', '')}", description="$out")
             if not CUDA_OMISSION:
                 nvcc = f"{NVCC} -MMD -MF $out.d {common.replace('-fPIC', '-Xcompiler -fPIC')} {gencode_flags(CUDA_ARCHS)}"
-                graph.rule("nvcc", f"{nvcc} -ccbin {shlex.split(cxx)[-1]} -c $in -o $out", description="$out", **depends)
-                graph.rule("nvlink", f"{NVCC} -ccbin {shlex.split(cxx)[-1]} -shared $in -o $out $libraries", description="$out")
+                graph.rule("nvcc", f"{nvcc} -ccbin {shlex.split(CXX)[-1]} -c $in -o $out", description="$out", **depends)
+                graph.rule("nvlink", f"{NVCC} -ccbin {shlex.split(CXX)[-1]} -shared $in -o $out $libraries", description="$out")
             for extension in self.extensions:
                 name = extension.name.removeprefix("genperf._")
                 isa = name.removeprefix("cpu_").replace("_v", "-v").replace("x86_64", "x86-64")
-                flags = built if name == "probe" else torch_headers
+                flags = "" if name == "probe" else torch_headers
                 flags += f" -march={isa}" if X86 and name.startswith("cpu_") else ""
                 objects = {source: str(build / name / f"{source}.o") for source in extension.sources}
                 for source, target in objects.items():
@@ -152,9 +195,17 @@ class NinjaBuild(build_ext):
         print(f"genperf: built with CPU kernels for {', '.join(ISAS)}; {cuda}.", file=sys.stderr)
 
 
-if "sdist" not in sys.argv:
-    NVCC = find_nvcc()
-    CUDA_OMISSION = cuda_omission(NVCC)
-    CUDA_ARCHS = cuda_archs(NVCC) if NVCC and not CUDA_OMISSION else []
+class PlatformWheel(bdist_wheel):
+    """One wheel for every Python: nothing in the libraries depends on it."""
 
-setup(ext_modules=[] if "sdist" in sys.argv else libraries(), cmdclass={"build_ext": NinjaBuild})
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", "any" if CPU_OMISSION else super().get_tag()[2])
+
+
+TORCH = find_torch()
+CPU_OMISSION = cpu_omission()
+NVCC = None if CPU_OMISSION else find_nvcc()
+CUDA_OMISSION = CPU_OMISSION or cuda_omission(NVCC)
+CUDA_ARCHS = cuda_archs(NVCC) if NVCC and not CUDA_OMISSION else []
+
+setup(ext_modules=libraries(), cmdclass={"build_ext": NinjaBuild, "bdist_wheel": PlatformWheel})

@@ -1,7 +1,7 @@
 """Loads the compiled libraries: the best CPU library for this processor and, if built, the CUDA one."""
 
 import ctypes
-import importlib
+import json
 import os
 import struct
 import warnings
@@ -10,12 +10,8 @@ from typing import Any
 
 import torch
 
-_probe: Any = None  # the extension module that reads the processor's features; None if genperf is not compiled
-_probe_error: ImportError | None = None
-try:
-    _probe = importlib.import_module(f"{__package__}._probe")
-except ImportError as error:
-    _probe_error = error
+# What setup.py built or left out; empty if it never ran here.
+build_info: dict[str, Any] = {}
 
 # Instruction sets, best first. "amx" is the x86-64-v4 library with its AMX kernels enabled.
 ISAS = ("amx", "x86-64-v4", "x86-64-v3", "x86-64", "native")
@@ -36,16 +32,18 @@ def library_path(name: str) -> Path:
     return Path(__file__).parent / f"_{name}.so"
 
 
+def cpu_features() -> dict[str, bool]:
+    """The levels of instruction sets that this processor and kernel allow."""
+    names = ("x86-64", "x86-64-v3", "x86-64-v4", "avx512-bf16", "amx-bf16")
+    path = library_path("probe")
+    bits = ctypes.CDLL(str(path)).genperf_cpu_features() if path.exists() else 0
+    return {name: bool(bits >> place & 1) for place, name in enumerate(names)}
+
+
 def runnable_isas() -> list[str]:
     """The instruction sets that this build contains and this processor supports, best first."""
-    features = _probe.cpu_features()
-    supported = {
-        "amx": features["x86-64-v4"] and features["amx-bf16"],
-        "x86-64-v4": features["x86-64-v4"],
-        "x86-64-v3": features["x86-64-v3"],
-        "x86-64": features["x86-64"],
-        "native": True,
-    }
+    features = cpu_features()
+    supported = {**features, "amx": features["x86-64-v4"] and features["amx-bf16"], "native": True}
     return [name for name in ISAS if supported[name] and _isa_library(name).exists()]
 
 
@@ -53,10 +51,8 @@ def load() -> None:
     """Load the libraries and set `isa` and the `*_failure` variables. A library that does not load is a warning."""
     global cpu_failure, cuda_failure, triton_failure
     triton_failure = _find_triton()
-    if _probe is None:
-        cpu_failure = f"genperf is not compiled here ({_probe_error}); install it with `pip install --no-build-isolation .`."
-    else:
-        cpu_failure = _load_cpu()
+    _read_build_info()
+    cpu_failure = _load_cpu()
     if cpu_failure is not None:  # the CUDA library has kernels only; the schemas are in the CPU library
         cuda_failure = cpu_failure
         warnings.warn(f"{cpu_failure} Until then only the PyTorch references and the Triton search run.", RuntimeWarning, stacklevel=3)
@@ -64,6 +60,12 @@ def load() -> None:
         cuda_failure = _load_cuda()
     if torch.version.cuda is not None:
         torch.cuda._lazy_call(_check_devices)
+
+
+def _read_build_info() -> None:
+    path = Path(__file__).parent / "_build_info.json"
+    if path.exists():
+        build_info.update(json.loads(path.read_text()))
 
 
 def _isa_library(name: str) -> Path:
@@ -84,6 +86,13 @@ def _load(path: Path) -> None:
 
 def _load_cpu() -> str | None:
     global isa
+    if not build_info:
+        return (
+            f"{Path(__file__).parent} is a source tree of genperf without compiled libraries. If genperf is installed, start Python in "
+            "another folder; if not, install it with `pip install .`."
+        )
+    if build_info["cpu_omission"]:
+        return f"genperf is installed without its compiled libraries: {build_info['cpu_omission']}."
     runnable = runnable_isas()
     wanted = os.environ.get("GENPERF_ISA")
     if wanted and wanted not in runnable:
@@ -105,7 +114,7 @@ def _load_cpu() -> str | None:
 def _load_cuda() -> str | None:
     path = library_path("cuda")
     if not path.exists():
-        omission = _probe.build_info().get("cuda_omission") or "its CUDA library is gone"
+        omission = build_info["cuda_omission"] or "its CUDA library is gone"
         return f"genperf was built without CUDA kernels ({omission}); reinstall it from source to add them."
     try:
         _load(path)
@@ -118,7 +127,7 @@ def _load_cuda() -> str | None:
 
 def _check_devices() -> None:
     """Fill the failures of every GPU that this build or Triton has no kernels for."""
-    archs = _probe.build_info()["cuda_archs"].split(",") if cuda_failure is None else []
+    archs = build_info["cuda_archs"] if cuda_failure is None else []
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
         number = ".".join(map(str, capability))

@@ -54,13 +54,13 @@ def _implementation(op: str, device: torch.device, width: int) -> list[str]:
 
 
 def _build() -> dict[str, str]:
-    if _library._probe is None:
+    built = _library.build_info
+    if not built or built["cpu_omission"]:
         return {"compiled": f"no: {_library.cpu_failure}"}
-    built = _library._probe.build_info()
     loaded = f"{_library.isa} loaded, of {', '.join(_library.runnable_isas())} supported here"
     return {
         "cpu kernels": f"unavailable: {_library.cpu_failure}" if _library.cpu_failure else loaded,
-        "cuda kernels": f"unavailable: {_library.cuda_failure}" if _library.cuda_failure else f"built for {built['cuda_archs']}",
+        "cuda kernels": f"unavailable: {_library.cuda_failure}" if _library.cuda_failure else f"built for {', '.join(built['cuda_archs'])}",
         "built with": ", ".join(f"{name} {built[name]}" for name in ("compiler", "torch") if built.get(name)),
     }
 
@@ -71,8 +71,7 @@ def _processor() -> str:
     if cpuinfo.exists():
         models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = models[0] if models else name
-    features = _library._probe.cpu_features() if _library._probe else {}
-    supported = [feature for feature, has in features.items() if has]
+    supported = [feature for feature, has in _library.cpu_features().items() if has]
     return f"{name} ({', '.join(supported)})" if supported else name
 
 

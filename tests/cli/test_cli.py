@@ -424,7 +424,7 @@ def test_info_names_the_implementation_of_each_op(arguments, capsys):
 
 
 def test_info_without_compiled_kernels(monkeypatch, capsys):
-    monkeypatch.setattr("genperf._library._probe", None)
+    monkeypatch.setattr("genperf._library.build_info", {})
     monkeypatch.setattr("genperf._library.cpu_failure", "not compiled.")
     assert main([]) == 0
     page = capsys.readouterr().out

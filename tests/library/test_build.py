@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WITHOUT_TORCH = "import sys, runpy; sys.modules['torch'] = None; sys.argv[1:] = ['build']; runpy.run_path('setup.py', run_name='__main__')"
-
-
 HOPPER = {"GENPERF_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0;Hopper"}
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
@@ -20,8 +17,12 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 @pytest.mark.parametrize(
     ("sentence", "arguments", "environment"),
     [
-        ("'torch' cannot be imported by this build: install torch", ["-c", WITHOUT_TORCH], {}),
-        ("no C++ compiler: 'no-such-compiler' is not on PATH", ["setup.py", "build"], {"CXX": "no-such-compiler"}),
+        (
+            "GENPERF_COMPILE=1 cannot be met: no C++ compiler: 'no-such-compiler' is not on PATH",
+            ["setup.py", "build"],
+            {"CXX": "no-such-compiler", "GENPERF_COMPILE": "1"},
+        ),
+        ("GENPERF_COMPILE must be 0, 1 or auto, got 'yes'", ["setup.py", "build"], {"GENPERF_COMPILE": "yes"}),
         ("GENPERF_CUDA=1 cannot be met: no nvcc in /no/such/bin", ["setup.py", "build"], {"GENPERF_CUDA": "1", "CUDA_HOME": "/no/such"}),
         pytest.param("architectures such as 9.0 or 9.0+PTX, got 'Hopper'", ["setup.py", "build"], HOPPER, marks=needs_nvcc),
         ("GENPERF_CUDA must be 0, 1 or auto, got 'yes'", ["setup.py", "build"], {"GENPERF_CUDA": "yes"}),
@@ -35,7 +36,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 def test_failure_is_one_sentence(sentence, arguments, environment, tmp_path):
     command = [sys.executable, *(argument.format(tmp=tmp_path) for argument in arguments), "--build-lib", str(tmp_path)]
     environment = {**os.environ, "GENPERF_CUDA": "0", **environment}
-    run = subprocess.run(command[: None if "-c" not in command else 3], cwd=ROOT, env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode != 0
     assert sentence in run.stderr
     assert "Traceback" not in run.stderr
@@ -64,7 +65,11 @@ def cuda_build(tmp_path, monkeypatch):
             monkeypatch.delenv(name, raising=False)
         for name, value in {"CUDA_HOME": str(tmp_path / "toolkit"), **environment}.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr("torch.version.cuda", torch_cuda)
+        torch = tmp_path / "site" / "torch"
+        torch.mkdir(parents=True)
+        (torch / "__init__.py").touch()
+        (torch / "version.py").write_text(f"__version__ = '2.13.0'\ncuda = {torch_cuda!r}\n")
+        monkeypatch.syspath_prepend(tmp_path / "site")
         monkeypatch.setattr("setuptools.setup", lambda **_: None)
         decided = runpy.run_path(str(ROOT / "setup.py"))
         return decided["CUDA_OMISSION"], decided["CUDA_ARCHS"]
@@ -107,3 +112,23 @@ def test_ptx_of_the_highest_known_architecture_is_built(knows, archs, cuda_build
 
 def test_listed_architectures_are_built_as_listed(cuda_build):
     assert cuda_build("13.0", TORCH_CUDA_ARCH_LIST="8.6;9.0a")[1] == ["8.6", "9.0a"]
+
+
+def test_no_torch_is_a_reason_to_install_without_compiled_libraries(monkeypatch):
+    monkeypatch.setattr("importlib.machinery.PathFinder.find_spec", lambda *_: None)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    decided = runpy.run_path(str(ROOT / "setup.py"))
+    assert decided["CPU_OMISSION"] == "no torch was found when it was built; install torch, then genperf again"
+
+
+def test_package_without_compiler_installs_and_says_why(tmp_path):
+    build = [sys.executable, "setup.py", "build", "--build-base", str(tmp_path / "build"), "--build-lib", str(tmp_path / "lib")]
+    run = subprocess.run(build, cwd=ROOT, env={**os.environ, "CXX": "no-such-compiler"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    reason = "no C++ compiler: 'no-such-compiler' is not on PATH; install g++ 10 or newer or name it in CXX, then install genperf again"
+    assert f"genperf: installed without compiled kernels: {reason}." in run.stderr
+    assert not list(tmp_path.rglob("*.so"))
+    use = "import torch, genperf; print(genperf.nearest_code(torch.eye(3), torch.eye(3)).tolist())"
+    run = subprocess.run([sys.executable, "-W", "default", "-c", use], cwd=tmp_path / "lib", capture_output=True, text=True)
+    assert run.stdout == "[0, 1, 2]\n", run.stderr
+    assert f"genperf is installed without its compiled libraries: {reason}." in run.stderr
