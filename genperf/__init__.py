@@ -12,7 +12,8 @@ _library.load()
 _moved.install()
 
 from . import compat, losses, metrics, models, nn, ops  # noqa: E402
+from ._patch import patch, unpatch  # noqa: E402
 from .ops import *  # noqa: E402, F403
 
-__all__ = ["__version__", "compat", "losses", "metrics", "models", "nn"]
+__all__ = ["__version__", "compat", "losses", "metrics", "models", "nn", "patch", "unpatch"]
 __all__ += ops.__all__
