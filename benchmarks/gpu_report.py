@@ -93,7 +93,7 @@ def measuring_steps(rehearse: bool, out: Path) -> list[Step]:
 
     def benchmark(name: str, seconds: int, ops: tuple[str, ...], expression: str, quick: bool = True) -> Step:
         command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={FOLDER}"]
-        command += [f"--confcutdir={FOLDER}", f"--device={'cpu' if rehearse else 'cuda'}", "--quick", "-k", expression]
+        command += [f"--confcutdir={FOLDER}", f"--device={'cpu' if rehearse else 'cuda'}", *["--quick"] * quick, "-k", expression]
         command += ["--benchmark-disable"] if rehearse else ["--benchmark-enable", "--benchmark-warmup=off"]
         return Step(name, seconds, [*command, *(f"bench_{op}.py" for op in ops)])
 

@@ -15,7 +15,7 @@ import gpu_page  # noqa: E402
 import gpu_report  # noqa: E402
 import gpu_steps  # noqa: E402
 from gpu_report import Run, Step  # noqa: E402
-from workloads import GPU_GOALS  # noqa: E402
+from workloads import GPU_GOALS, QUICK  # noqa: E402
 
 
 def records_in(folder):
@@ -97,6 +97,9 @@ def test_steps_have_limits_and_commands_that_exist(tmp_path):
         assert scripts
         assert all((ROOT / "benchmarks" / script).exists() for script in scripts)
         assert not any("rehearse" in part or "disable" in part for part in step.command)
+        # Others are deselected by --quick.
+        goals = {workload.name for workload in GPU_GOALS if any(f"{workload.name}-N" in part for part in step.command)}
+        assert "--quick" not in step.command or goals <= set(QUICK)
     assert gpu_report.MEASURE_SECONDS + gpu_report.TEST_SECONDS <= 12 * 60
 
 
