@@ -93,6 +93,17 @@ class WithReference(nn.Module):
         return self.layer(x)
 
 
+class Likeliest(nn.Module):
+    """A mapper to codes that takes the likeliest ones, not a sample."""
+
+    def __init__(self, mapper: nn.Module) -> None:
+        super().__init__()
+        self.mapper = mapper
+
+    def forward(self, x: Tensor) -> object:
+        return self.mapper(x, deterministic=True)
+
+
 class Penalized(nn.Module):
     """A critic and its gradient penalty."""
 
@@ -152,6 +163,7 @@ def codes() -> dict[str, str]:
 
 
 TRAINING = {"ONNX": NA}
+UNUSED = {"DDP": "no: needs `find_unused_parameters=True`"}
 READS_VALUES = dict.fromkeys(("torch.compile", "torch.export"), "no: looks at values")
 
 
@@ -326,6 +338,39 @@ DROP_INS = [
     Row("compat.vector_quantize_pytorch.SimVQ", lambda: vqp.SimVQ(4, CODES), VECTORS),
     Row("compat.vector_quantize_pytorch.FSQ", lambda: vqp.FSQ([5, 5], dim=4), VECTORS, onnx="drop-in FSQ"),
     Row("compat.vector_quantize_pytorch.LFQ", lambda: vqp.LFQ(codebook_size=16, dim=4), VECTORS, frozen=freeze, onnx="drop-in LFQ"),
+    Row(
+        "compat.vector_quantize_pytorch.FSP",
+        lambda: vqp.FSP([5, 5], dim=4, quantize_rate=1.0),
+        VECTORS,
+        {"checkpointing": "yes, with `use_reentrant=False`"},
+        own_batch=True,
+    ),
+    Row("compat.vector_quantize_pytorch.ResidualFSQ", lambda: vqp.ResidualFSQ(levels=[5, 5, 5, 5], num_quantizers=2), VECTORS),
+    Row(
+        "compat.vector_quantize_pytorch.GroupedResidualFSQ",
+        lambda: vqp.GroupedResidualFSQ(dim=4, groups=2, levels=[5, 5], num_quantizers=2),
+        VECTORS,
+    ),
+    Row(
+        "compat.vector_quantize_pytorch.ResidualLFQ",
+        lambda: vqp.ResidualLFQ(dim=4, codebook_size=8, num_quantizers=2),
+        VECTORS,
+        frozen=freeze,
+    ),
+    Row(
+        "compat.vector_quantize_pytorch.GroupedResidualLFQ",
+        lambda: vqp.GroupedResidualLFQ(dim=4, groups=2, codebook_size=8, num_quantizers=2),
+        VECTORS,
+        frozen=freeze,
+    ),
+    Row(
+        "compat.vector_quantize_pytorch.EvoLFQ",
+        lambda: vqp.EvoLFQ(nn.Linear(4, 3), nn.Linear(3, 4), codebook_size=8),
+        VECTORS,
+        frozen=freeze,
+    ),
+    Row("compat.vector_quantize_pytorch.LatentQuantize", lambda: vqp.LatentQuantize([5, 4], 4), IMAGES, UNUSED),
+    Row("compat.vector_quantize_pytorch.BinaryMapper", lambda: Likeliest(vqp.BinaryMapper(4)), VECTORS, frozen=freeze),
     Row("compat.taming.VectorQuantizer", lambda: taming.VectorQuantizer(CODES, 4, 0.25), IMAGES, own_batch=True),
     Row("compat.taming.VectorQuantizer2", lambda: taming.VectorQuantizer2(CODES, 4, 0.25), IMAGES),
     Row("compat.taming.GumbelQuantize", lambda: taming.GumbelQuantize(4, 3, CODES), IMAGES, {"ONNX": "no: draws noise"}),

@@ -30,7 +30,7 @@ class BinaryMapper(Placed):
 
     Equivalent to (evaluation mode):
         sampled = logits.sigmoid().bernoulli().long()
-        one_hot = F.one_hot((sampled << torch.arange(bits)).sum(-1), 2**bits).float()
+        one_hot = F.one_hot((sampled * 2 ** torch.arange(bits)).sum(-1), 2**bits).float()
 
     Args:
         bits: number of bits of a code; the output has 2^bits channels.
@@ -116,7 +116,8 @@ class BinaryMapper(Placed):
             deterministic = self.deterministic_on_eval and not self.training
         probabilities = (wide.detach() / temperature).sigmoid()
         sampled = probabilities > 0.5 if deterministic else probabilities.bernoulli()
-        indices = (sampled.long() << torch.arange(self.bits, device=logits.device)).sum(-1)
+        # A product, not a shift, which torch.onnx cannot export.
+        indices = (sampled.long() * 2 ** torch.arange(self.bits, device=logits.device)).sum(-1)
         one_hot = wide.new_zeros(*indices.shape, self.num_codes).scatter_(-1, indices.unsqueeze(-1), 1)
         if self.training if straight_through is None else straight_through:
             one_hot = ValueOf.apply(one_hot, self._probabilities(wide))

@@ -82,7 +82,7 @@ class VectorNorm(nn.Module):
 
     def forward(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and the statistics [D] of vectors z [N, D]."""
-        if len(z) < 2:
+        if z.shape[0] < 2:  # not len(z), which torch.export takes for a constant
             zeros = z.new_zeros(z.shape[1])
             return zeros.sum(), dict.fromkeys(("mean", "variance", "skewness", "kurtosis"), zeros)
         variance, mean = torch.var_mean(z, 0)

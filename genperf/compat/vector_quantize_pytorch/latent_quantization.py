@@ -48,7 +48,8 @@ class LatentQuantize(Placed):
             output and to z.
         num_codebooks, keep_num_codebooks_dim: as in `FSQ`.
         codebook_dim: number of channels of a codebook; -1 for len(levels).
-        optimize_values: whether the values are parameters. The straight-through estimator gives them no gradient.
+        optimize_values: whether the values are parameters. The straight-through estimator gives them no gradient, so that
+            DistributedDataParallel needs find_unused_parameters=True.
         in_place_codebook_optimizer: makes the optimizer that trains the values in forward, from a list of them.
 
     Raises:
