@@ -10,6 +10,11 @@ STABLE_TORCH_LIBRARY(genperf, m) {
   // nearest_code also takes heads: x [heads, outer, D, inner] and codebook [heads, K, D]. On the
   // CPU it caches the packed codebooks.
   m.def("nearest_code(Tensor x, Tensor codebook, Tensor? mask, bool cosine) -> Tensor");
+  // The k nearest codes, nearest first: indices and distances [..., outer, inner, k]. Distances
+  // that are not wanted are empty.
+  m.def(
+      "nearest_codes(Tensor x, Tensor codebook, SymInt k, bool cosine, bool with_distances) -> "
+      "(Tensor indices, Tensor distances)");
   m.def("forget_codebooks() -> ()");
   // The loss of vector_quantize is the mean squared error times `weight`.
   m.def(

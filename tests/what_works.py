@@ -171,6 +171,7 @@ VECTORS, IMAGES, COVARIANCES = (BATCH, 5, 4), (BATCH, 4, 3, 2), (BATCH, 4, 5)
 
 OPS = [
     Row("nearest_code", lambda: Function(genperf.nearest_code, (CODES, 4)), VECTORS, codes()),
+    Row("nearest_codes", lambda: Function(lambda x, c: genperf.nearest_codes(x, c, 2), (CODES, 4)), VECTORS, codes()),
     Row("vector_quantize", lambda: Function(genperf.vector_quantize, (CODES, 4)), VECTORS),
     Row("residual_vector_quantize", lambda: Function(genperf.residual_vector_quantize, (2, CODES, 4)), VECTORS),
     Row("code_statistics", lambda: Function(lambda x: genperf.code_statistics(x, positions(x), CODES)), VECTORS, codes() | TRAINING),

@@ -18,6 +18,7 @@ from .lookup_free_quantize import lookup_free_decode, lookup_free_quantize
 from .matrix_sqrt import matrix_sqrt
 from .minibatch_similarity import minibatch_similarity
 from .nearest_code import nearest_code
+from .nearest_codes import nearest_codes
 from .residual_vector_quantize import residual_code_statistics, residual_vector_quantize
 from .sample_code import sample_code
 from .trace_sqrt_product import trace_sqrt_product
@@ -26,6 +27,7 @@ from .vector_quantize import vector_quantize
 # The only list of public ops, which `genperf` exports as well. Its order is that of `genperf info`.
 __all__ = [  # noqa: RUF022
     "nearest_code",
+    "nearest_codes",
     "vector_quantize",
     "residual_vector_quantize",
     "code_statistics",

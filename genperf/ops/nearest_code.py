@@ -146,6 +146,15 @@ def nearest_code_reference(x: Tensor, codebook: Tensor, metric: str = "euclidean
 
 
 def _nearest_in_order(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
+    return distances_in_order(rows, codes, metric).argmin(-1)
+
+
+def distances_in_order(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
+    """What the search compares, [n, K] for float64 rows [n, D] and codes [K, D]; infinite in place of NaN.
+
+    "euclidean": squared distances. "cosine": minus the signed square of the similarity times the squared length of the row.
+    """
+
     def term(d: int) -> Tensor:  # [n, K]
         if metric == "euclidean":
             return (rows[:, d, None] - codes[:, d]).square()
@@ -158,21 +167,28 @@ def _nearest_in_order(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
     if metric == "cosine":
         # The signed square has the order of the similarity and, unlike a square root, is the same on every device.
         distance *= distance.abs() / torch.where(norm > 0, norm, 1.0)
-    return distance.nan_to_num_(nan=float("inf"), posinf=float("inf"), neginf=float("-inf")).argmin(-1)
+    return distance.nan_to_num_(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
 
 
 def _nearest_by_matmul(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
-    """`_nearest_in_order` as a graph of a few nodes for any number of rows. Near-ties closer than float64 resolves may differ."""
+    return distances_by_matmul(rows, codes, metric).argmin(-1)
+
+
+def distances_by_matmul(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
+    """`distances_in_order` as a graph of a few nodes for any number of rows, for "euclidean" up to a constant of each row.
+
+    Near-ties closer than float64 resolves may differ.
+    """
     if metric == "euclidean":
         # The difference of two floats is usually exact in float64, and small where the data is far from the origin.
         shift = torch.where(codes[:1].isfinite(), codes[:1], 0)
         rows, codes = rows - shift, codes - shift
         distance = codes.square().sum(-1) - 2 * (rows @ codes.T)  # plus the squared norm of the row
-        return distance.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("inf")).argmin(-1)
+        return distance.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("inf"))
     similarity = rows @ codes.T
     norm = codes.square().sum(-1)
     similarity = similarity * similarity.abs() / torch.where(norm > 0, norm, 1.0)
-    return (-similarity).nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf")).argmin(-1)
+    return (-similarity).nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
 
 
 @implement_on_cuda("nearest_code", "(Tensor x, Tensor codebook, Tensor? mask, bool cosine) -> Tensor")

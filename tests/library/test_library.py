@@ -118,11 +118,12 @@ with FakeTensorMode():
     assert result.stdout == "FakeTensor(..., device='cuda:0', size=(5,), dtype=torch.int64)\n"
 
 
-def test_schemas_of_python_launchers_are_those_of_the_library():
+@pytest.mark.parametrize("op", ["nearest_code", "nearest_codes"])
+def test_schemas_of_python_launchers_are_those_of_the_library(op):
     """They are defined in Python where no library defines them."""
-    source = (Path(_library.__file__).parent / "ops" / "nearest_code.py").read_text()
-    schema = str(torch.ops.genperf.nearest_code.default._schema).removeprefix("genperf::nearest_code")
-    assert f'@implement_on_cuda("nearest_code", "{schema}")' in source
+    source = (Path(_library.__file__).parent / "ops" / f"{op}.py").read_text()
+    schema = str(getattr(torch.ops.genperf, op).default._schema).removeprefix(f"genperf::{op}")
+    assert re.search(rf'@implement_on_cuda\(\s*"{op}", "{re.escape(schema)}"\s*\)', source)
 
 
 @pytest.mark.parametrize(("broken", "kept"), [("cuda", 0), ("cpu", 0), ("cuda", 50_000)])

@@ -251,6 +251,7 @@ OTHER = {
     "nearest_code": (lambda x, c, impl: (genperf.nearest_code(x, c, impl=impl),), [(7, 3), (6, 3)]),
     "nearest_code, cosine": (lambda x, c, impl: (genperf.nearest_code(x, c, metric="cosine", impl=impl),), [(7, 3), (6, 3)]),
     "nearest_code, heads": (lambda x, c, impl: (genperf.nearest_code(x, c, impl=impl),), [(2, 7, 3), (2, 6, 3)]),
+    "nearest_codes": (lambda x, c, impl: genperf.nearest_codes(x, c, 3, return_distances=True, impl=impl), [(7, 3), (6, 3)]),
     "code_statistics": (lambda x, w, impl: genperf.code_statistics(x, torch.arange(7) % 5 - 1, 4, weights=w, impl=impl), [(7, 3), (7,)]),
     "residual_code_statistics": (
         lambda x, c, impl: genperf.residual_code_statistics(x, c, torch.arange(14).view(7, 2) % 7 - 1, impl=impl),

@@ -86,7 +86,7 @@ void search_amx(const PanelSearch<T, C>& search, int count, SearchScratch& s) {
   }
   for_each_run(panel, z_length * sizeof(uint16_t), [&](int64_t block, int64_t last) {
     for (int t = 0; t < tiles; ++t)
-      block_maxima_amx(panel, block, last, tile_z(t), tile_maxima(t));
+      block_maxima_amx(panel, panel.block_groups, block, last, tile_z(t), tile_maxima(t));
   });
   const int64_t words = s.words_per_query(panel);
   for (int t = 0; t < tiles; ++t) {

@@ -15,12 +15,17 @@ bool amx = false;
 
 // A compile-time D unrolls short loops and keeps the queries in registers.
 template <int kKnownDim>
-void maxima_fma(const CodePanel& panel, int64_t begin, int64_t end, const float* z, float* maxima) {
+void maxima_fma(const CodePanel& panel,
+                int64_t block_groups,
+                int64_t begin,
+                int64_t end,
+                const float* z,
+                float* maxima) {
   const int64_t dim = kKnownDim ? kKnownDim : panel.dim;
   for (int64_t block = begin; block < end; ++block) {
     Vec best[2] = {broadcast(-INFINITY), broadcast(-INFINITY)};
-    const int64_t first = block * panel.block_groups;
-    for (int64_t group = first; group < first + panel.block_groups; ++group) {
+    const int64_t first = block * block_groups;
+    for (int64_t group = first; group < first + block_groups; ++group) {
       for (int start = 0; start < kGroup; start += kCodes) {
         const float* values = panel.values.get() + group * dim * kGroup + start;
         const float* bias = panel.bias.get() + group * kGroup + start;
@@ -51,15 +56,16 @@ void maxima_fma(const CodePanel& panel, int64_t begin, int64_t end, const float*
 }  // namespace
 
 void block_maxima_fma(const CodePanel& panel,
+                      int64_t block_groups,
                       int64_t begin,
                       int64_t end,
                       const float* z,
                       float* maxima) {
-  using Kernel = void (*)(const CodePanel&, int64_t, int64_t, const float*, float*);
+  using Kernel = void (*)(const CodePanel&, int64_t, int64_t, int64_t, const float*, float*);
   static constexpr Kernel kernels[] = {maxima_fma<0>, maxima_fma<1>, maxima_fma<2>,
                                        maxima_fma<3>, maxima_fma<4>, maxima_fma<5>,
                                        maxima_fma<6>, maxima_fma<7>, maxima_fma<8>};
-  kernels[panel.dim <= 8 ? panel.dim : 0](panel, begin, end, z, maxima);
+  kernels[panel.dim <= 8 ? panel.dim : 0](panel, block_groups, begin, end, z, maxima);
 }
 
 #if defined(GENPERF_HAS_AMX)
@@ -95,13 +101,14 @@ constexpr int kScores = kAmxTile * kGroup;
 // one, the maxima of the other are taken.
 template <int kTiles>
 GENPERF_AMX void maxima_of_depth(const CodePanel& panel,
+                                 int64_t block_groups,
                                  int64_t begin,
                                  int64_t end,
                                  const uint16_t* z,
                                  float* maxima) {
   alignas(64) float scores[2][kGroup * kGroup];
-  const uint16_t* codes = panel.bf16_values.get() + begin * panel.block_groups * kTiles * kTileSize;
-  const float* bias = panel.bias.get() + begin * panel.block_groups * kGroup;
+  const uint16_t* codes = panel.bf16_values.get() + begin * block_groups * kTiles * kTileSize;
+  const float* bias = panel.bias.get() + begin * block_groups * kGroup;
   _tile_loadd(6, z, kTiles * 64);
   if constexpr (kTiles == 2)
     _tile_loadd(7, z + kDepth, kTiles * 64);
@@ -115,12 +122,12 @@ GENPERF_AMX void maxima_of_depth(const CodePanel& panel,
     };
     for (int i = 0; i < kGroup; ++i)
       best[i] = broadcast(-INFINITY);
-    for (int64_t group = 0; group < panel.block_groups; group += 2) {
+    for (int64_t group = 0; group < block_groups; group += 2) {
       GENPERF_SCORE(1, codes + kTiles * kTileSize);
       _tile_stored(0, scores[0], 64);
       take(scores[0], load(bias));
       codes += 2 * kTiles * kTileSize;
-      if (group + 2 < panel.block_groups || block + 1 < end) {
+      if (group + 2 < block_groups || block + 1 < end) {
         GENPERF_SCORE(0, codes);
       }
       _tile_stored(1, scores[1], 64);
@@ -136,17 +143,18 @@ GENPERF_AMX void maxima_of_depth(const CodePanel& panel,
 // Queries in tiles 4 and 5, two groups of codes in tiles 6 and 7, reloaded for every step in depth.
 // Loading all tiles before the products is 8 % faster when another process shares the core.
 GENPERF_AMX void maxima_of_any_depth(const CodePanel& panel,
+                                     int64_t block_groups,
                                      int64_t begin,
                                      int64_t end,
                                      const uint16_t* z,
                                      float* maxima) {
   alignas(64) float scores[2][kScores];
   const int64_t depth = panel.depth, row_bytes = depth * kDepth * sizeof(uint16_t);
-  const uint16_t* codes = panel.bf16_values.get() + begin * panel.block_groups * depth * kTileSize;
-  const float* bias = panel.bias.get() + begin * panel.block_groups * kGroup;
+  const uint16_t* codes = panel.bf16_values.get() + begin * block_groups * depth * kTileSize;
+  const float* bias = panel.bias.get() + begin * block_groups * kGroup;
   for (int64_t block = begin; block < end; ++block) {
     float* const out = maxima + block * kScores;
-    for (int64_t group = 0; group < panel.block_groups; group += 2) {
+    for (int64_t group = 0; group < block_groups; group += 2) {
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
@@ -180,6 +188,7 @@ GENPERF_AMX void maxima_of_any_depth(const CodePanel& panel,
 }  // namespace
 
 GENPERF_AMX void block_maxima_amx(const CodePanel& panel,
+                                  int64_t block_groups,
                                   int64_t begin,
                                   int64_t end,
                                   const uint16_t* z,
@@ -187,11 +196,12 @@ GENPERF_AMX void block_maxima_amx(const CodePanel& panel,
   const TileConfig config;
   _tile_loadconfig(&config);
   if (panel.depth > 2) {
-    maxima_of_any_depth(panel, begin, end, z, maxima);
+    maxima_of_any_depth(panel, block_groups, begin, end, z, maxima);
   } else {
     const auto kernel = panel.depth == 1 ? maxima_of_depth<1> : maxima_of_depth<2>;
     for (int first = 0; first < kAmxTile; first += kGroup)
-      kernel(panel, begin, end, z + first * panel.depth * kDepth, maxima + first * kGroup);
+      kernel(panel, block_groups, begin, end, z + first * panel.depth * kDepth,
+             maxima + first * kGroup);
   }
   _tile_release();
 }

@@ -12,8 +12,10 @@ namespace genperf {
 constexpr int kTile = 2 * kLanes;  // queries per tile
 constexpr int kAmxTile = 32;
 
-// Computes maxima [blocks, kTile] of blocks begin ... end - 1 from z [D, kTile].
+// Computes maxima [blocks, kTile] of blocks begin ... end - 1, of `block_groups` groups of codes
+// each, from z [D, kTile].
 void block_maxima_fma(const CodePanel& panel,
+                      int64_t block_groups,
                       int64_t begin,
                       int64_t end,
                       const float* z,
@@ -23,6 +25,7 @@ void block_maxima_fma(const CodePanel& panel,
 // Computes maxima [blocks, 32, 16] from z [32, depth, 32], one query per row. Maximum i of the 16
 // is over code i of each of the block's groups, whose number is even.
 void block_maxima_amx(const CodePanel& panel,
+                      int64_t block_groups,
                       int64_t begin,
                       int64_t end,
                       const uint16_t* z,

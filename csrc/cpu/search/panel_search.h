@@ -35,6 +35,36 @@ double exact_distance(const T* x,
   return std::isnan(sum) ? INFINITY : sum;
 }
 
+// The same of `kCount` codes, whose sums do not wait for each other.
+template <int kCount, class T, class C>
+void exact_distances(const T* x,
+                     int64_t x_stride,
+                     const C* const (&codes)[kCount],
+                     int64_t code_stride,
+                     int64_t dim,
+                     bool cosine,
+                     double (&distances)[kCount]) {
+  double sums[kCount] = {}, norms[kCount] = {};
+  for (int64_t d = 0; d < dim; ++d) {
+    const double a = double(x[d * x_stride]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      const double b = double(codes[i][d * code_stride]);
+      if (cosine) {
+        sums[i] -= a * b;
+        norms[i] += b * b;
+      } else {
+        sums[i] += (a - b) * (a - b);
+      }
+    }
+  }
+  for (int i = 0; i < kCount; ++i) {
+    if (cosine)
+      sums[i] *= std::abs(sums[i]) / (norms[i] > 0 ? norms[i] : 1.0);
+    distances[i] = std::isnan(sums[i]) ? INFINITY : sums[i];
+  }
+}
+
 template <class T, class C>
 struct PanelSearch {
   PanelSearch(const Positions<T>& x,
@@ -126,6 +156,25 @@ void search_fp32(const PanelSearch<T, C>& search, int count, SearchScratch& scra
 template <class T, class C>
 void search_amx(const PanelSearch<T, C>& search, int count, SearchScratch& scratch);
 #endif
+
+// Calls f(panel, first code) for the packed codebook, or for one part of it after the other.
+template <class C, class F>
+void for_each_panel(const Codes<C>& codebook, bool cosine, const F& f) {
+  const int64_t dim = codebook.dim;
+  const bool bf16 = searched_with_amx(dim);
+  const int64_t most = std::max<int64_t>(kPanelBytes / packed_code_bytes(dim, bf16), 2 * kGroup);
+  if (codebook.count <= most) {
+    f(*packed_codebook(codebook, cosine, bf16), 0);
+    return;
+  }
+  const int64_t panels = (codebook.count + most - 1) / most;
+  CodePanel panel = prepare_panel(codebook, largest_component(codebook),
+                                  (codebook.count + panels - 1) / panels, cosine, bf16);
+  for (int64_t first = 0; first < codebook.count; first += panel.capacity) {
+    pack_panel(panel, codebook, first);
+    f(panel, first);
+  }
+}
 
 // Calls f(first block, last block) for runs of blocks that stay in L2 while all tiles of queries
 // pass over them.

@@ -106,21 +106,11 @@ void search(const Positions<T>& x,
             bool cosine,
             int64_t* indices) {
   PanelSearch<T, C> search(x, codebook, mask, cosine, indices);
-  const bool bf16 = searched_with_amx(x.dim);
-  const int64_t most = std::max<int64_t>(kPanelBytes / packed_code_bytes(x.dim, bf16), 2 * kGroup);
-  if (codebook.count <= most) {
-    const auto packed = packed_codebook(codebook, cosine, bf16);
-    search_panel(search, *packed, 0);
-    return;
-  }
-  const int64_t panels = (codebook.count + most - 1) / most;
-  CodePanel panel = prepare_panel(codebook, largest_component(codebook),
-                                  (codebook.count + panels - 1) / panels, cosine, bf16);
-  search.distances = Buffer<double>(x.count());
-  for (int64_t first = 0; first < codebook.count; first += panel.capacity) {
-    pack_panel(panel, codebook, first);
-    search_panel(search, panel, first);
-  }
+  for_each_panel(codebook, cosine, [&](const CodePanel& panel, int64_t first_code) {
+    if (panel.codes < codebook.count && first_code == 0)
+      search.distances = Buffer<double>(x.count());
+    search_panel(search, panel, first_code);
+  });
 }
 
 #define INSTANTIATE(T, C) \
