@@ -17,6 +17,7 @@ MOVED = {
     "genperf.cli.errors": "genperf._errors",
     "genperf.nn.joint": "genperf._distributed",
     "genperf.compat.vector_quantize_pytorch.fsq": "genperf.compat.vector_quantize_pytorch.finite_scalar_quantization",
+    "genperf.compat.vector_quantize_pytorch.vector_quantize": "genperf.compat.vector_quantize_pytorch.vector_quantize_pytorch",
     "genperf.compat.vector_quantize_pytorch.lfq": "genperf.compat.vector_quantize_pytorch.lookup_free_quantization",
 }
 

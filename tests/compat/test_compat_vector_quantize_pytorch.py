@@ -578,39 +578,6 @@ def test_compiled_backward_uses_the_codes_from_before_the_update():
     torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
 
 
-UNSUPPORTED = [
-    ("VectorQuantize", {"straight_through": True, "rotation_trick": False}, "straight_through"),
-    ("VectorQuantize", {"vq_bridge": nn.Identity()}, "vq_bridge"),
-    ("VectorQuantize", {"in_place_codebook_optimizer": torch.optim.SGD}, "in_place_codebook_optimizer"),
-    ("VectorQuantize", {"manual_in_place_optimizer_update": True}, "manual_in_place_optimizer_update"),
-    ("VectorQuantize", {"affine_param": True}, "affine_param"),
-    ("VectorQuantize", {"sync_affine_param": True}, "sync_affine_param"),
-    ("ResidualVQ", {"implicit_neural_codebook": True}, "implicit_neural_codebook"),
-    ("ResidualVQ", {"mlp_kwargs": {"depth": 2}}, "mlp_kwargs"),
-    ("ResidualVQ", {"beam_size": 2}, "beam_size"),
-    ("ResidualVQ", {"eval_beam_size": 2}, "eval_beam_size"),
-    ("ResidualVQ", {"beam_score_quantizer_weights": [1.0, 1.0]}, "beam_score_quantizer_weights"),
-    ("ResidualVQ", {"affine_param": True}, "affine_param"),
-    ("GroupedResidualVQ", {"beam_size": 2}, "beam_size"),
-]
-
-
-@pytest.mark.parametrize(("name", "options", "option"), UNSUPPORTED)
-def test_unsupported_options(name, options, option):
-    sizes = {"dim": DIM, "codebook_size": CODES} | ({} if name == "VectorQuantize" else {"num_quantizers": 2})
-    with pytest.raises(NotImplementedError, match=f": {option} is not supported, got {option}="):
-        getattr(compat, name)(**sizes, **options)
-
-
-def test_unsupported_forward_arguments():
-    x = torch.randn(SEQUENCE)
-    for options in ({"topk": 2}, {"codebook_transform_fn": nn.Identity()}):
-        with pytest.raises(NotImplementedError, match=f"VectorQuantize: {next(iter(options))} is not supported"):
-            compat.VectorQuantize(DIM, CODES)(x, **options)
-    with pytest.raises(NotImplementedError, match="ResidualVQ: beam_size is not supported"):
-        compat.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=2)(x, beam_size=2)
-
-
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

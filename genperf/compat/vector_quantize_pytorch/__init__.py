@@ -9,13 +9,17 @@ from .binary_mapper import BinaryMapper
 from .evo_lookup_free_quantization import EvoLFQ
 from .finite_scalar_perturbation import FSP
 from .finite_scalar_quantization import FSQ
+from .hierarchical_vq import HierarchicalVQ
 from .latent_quantization import LatentQuantize
 from .lookup_free_quantization import LFQ
+from .random_projection_quantizer import RandomProjectionQuantizer
 from .residual_fsq import GroupedResidualFSQ, ResidualFSQ
 from .residual_lfq import GroupedResidualLFQ, ResidualLFQ
+from .residual_sim_vq import ResidualSimVQ
 from .residual_vq import GroupedResidualVQ, ResidualVQ
 from .sim_vq import SimVQ
-from .vector_quantize import VectorQuantize
+from .utils import Sequential
+from .vector_quantize_pytorch import VectorQuantize
 
 __all__ = [
     "FSP",
@@ -26,10 +30,14 @@ __all__ = [
     "GroupedResidualFSQ",
     "GroupedResidualLFQ",
     "GroupedResidualVQ",
+    "HierarchicalVQ",
     "LatentQuantize",
+    "RandomProjectionQuantizer",
     "ResidualFSQ",
     "ResidualLFQ",
+    "ResidualSimVQ",
     "ResidualVQ",
+    "Sequential",
     "SimVQ",
     "VectorQuantize",
 ]

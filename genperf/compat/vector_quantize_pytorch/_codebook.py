@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..._pickled import codebook_state
 from ...nn._codebook_init import codes_from_data
@@ -25,11 +24,9 @@ from ...nn._ema import (
 from ...nn._pending import Pending, add_step, load_pending, moved, pop_pending, save_pending
 from ...nn._sharded import writable_codes
 from ...nn._vectors import rows_at
-from ...ops._dispatch import choose_impl
 from ...ops._precision import accumulator_dtype
 from ...ops.code_statistics import codebook_statistics
-from ...ops.nearest_code import search, unavailable
-from ...ops.sample_code import draw_codes
+from . import _affine
 
 
 class Codebook(nn.Module):
@@ -39,6 +36,8 @@ class Codebook(nn.Module):
         embed: [h, K, d], a parameter if the codes learn by gradient, otherwise a buffer.
         cluster_size, embed_avg: [h, K] and [h, K, d], averages of each code's count and sum; buffers.
         initted: a buffer; False until k-means has set the codes.
+        vq_bridge: None, or a module that maps the parameter `embed` to the codes that are searched.
+        batch_mean, batch_variance, codebook_mean, codebook_variance: with affine_param, moving averages (see `_affine`); buffers.
         pending: the statistics of steps with accum_ema_update, or None (see `genperf.nn.VectorQuantizer`).
     """
 
@@ -46,6 +45,10 @@ class Codebook(nn.Module):
     cluster_size: Tensor
     embed_avg: Tensor
     initted: Tensor
+    batch_mean: Tensor | None
+    batch_variance: Tensor
+    codebook_mean: Tensor
+    codebook_variance: Tensor
 
     # Read by `genperf.nn.update_codebooks`.
     update = "step"
@@ -66,6 +69,11 @@ class Codebook(nn.Module):
         use_cosine_sim: bool,
         threshold_ema_dead_code: float,
         synchronized: bool,
+        vq_bridge: nn.Module | None = None,
+        affine_param: bool = False,
+        sync_affine_param: bool = False,
+        affine_param_batch_decay: float = 0.99,
+        affine_param_codebook_decay: float = 0.9,
     ) -> None:
         super().__init__()
         shape = (num_codebooks, codebook_size, dim)
@@ -92,6 +100,13 @@ class Codebook(nn.Module):
             self.embed = nn.Parameter(codes)
         else:
             self.register_buffer("embed", codes)
+        self.vq_bridge = vq_bridge
+        self.affine_param = affine_param
+        self.sync_affine_param = sync_affine_param
+        self.affine_param_batch_decay = affine_param_batch_decay
+        self.affine_param_codebook_decay = affine_param_codebook_decay
+        if affine_param:
+            _affine.register_buffers(self, num_codebooks, dim)
         # Read on the host, without a synchronization.
         self.needs_init = kmeans_init
         self.pending: Pending | None = None
@@ -119,10 +134,17 @@ class Codebook(nn.Module):
             self.needs_init = False
             self.initted.fill_(True)
 
-    def search_codes(self, dtype: torch.dtype, *, copy: bool) -> Tensor:
+    def search_codes(self, dtype: torch.dtype, *, copy: bool = False) -> Tensor:
         """The codes to search for vectors of `dtype`, [h, K, d]; a copy for backward if an update follows."""
         codes = saved_copy(self.embed) if copy else self.embed
-        return self.unit_codes(codes).to(accumulator_dtype(dtype))
+        codes = self.unit_codes(codes).to(accumulator_dtype(dtype))
+        with torch.autocast(codes.device.type, enabled=False):
+            codes = codes if self.vq_bridge is None else self.vq_bridge(codes)
+        return _affine.to_batch(self, codes) if self.affine_param else codes
+
+    def update_affine(self, vectors: Tensor, valid: Tensor | None) -> None:
+        """Move the averages of affine_param towards a batch; vectors [h, outer, d, inner], valid [h, outer, inner]."""
+        _affine.update(self, vectors.detach(), valid)
 
     @property
     def learns(self) -> bool:
@@ -133,19 +155,10 @@ class Codebook(nn.Module):
         """For the cosine similarity, unit vectors; a buffer holds them already."""
         return normalize_codes(codes) if self.metric == "cosine" and self.learns else codes
 
-    def assign(self, vectors: Tensor, codes: Tensor, valid: Tensor | None) -> Tensor:
-        """Indices [h, outer, inner] of the nearest codes."""
-        impl = choose_impl("nearest_code", None, unavailable(vectors.device, vectors.dtype))
-        return search(vectors.detach(), codes.detach(), valid, self.metric, impl)
-
-    def sample(self, vectors: Tensor, codes: Tensor, valid: Tensor | None, temperature: float, first: int) -> Tensor:
-        """Indices [h, outer, inner] sampled at a temperature, with the noise of vectors first, first + 1, ..."""
-        logits = "dot" if self.metric == "cosine" else "distance"
-        return draw_codes(vectors.detach(), codes.detach(), temperature, logits, 2, valid, first=first)
-
     def gather(self, vectors: Tensor, indices: Tensor, *, waits: bool = False) -> None:
         """Keep the statistics of a step for the next update; vectors [h, outer, d, inner], indices [h, outer, inner]."""
         counts, sums, indices = codebook_statistics(vectors, indices, self.codebook_size)
+        sums = _affine.to_codebook(self, sums, counts) if self.affine_param else sums
         # An update that waits must not depend on what becomes of x.
         last = (vectors.detach().clone() if waits else vectors.detach(), indices) if self.threshold_ema_dead_code > 0 else ()
         self.pending = add_step(self.pending, counts, sums, last)
@@ -186,8 +199,13 @@ class Codebook(nn.Module):
             step=torch.randint(2**31, (), device=self.embed.device) if replaces else None,
             counts_steps=False,
             valid=None if indices is None else (indices >= 0).flatten(1),
-            vectors_at=None if vectors is None else partial(rows_at, vectors),
+            vectors_at=None if vectors is None else partial(self._replacements, vectors),
         )
+
+    def _replacements(self, vectors: Tensor, row: Tensor) -> Tensor:
+        """The vectors [h, K, d] of a batch at positions `row`, as codes."""
+        rows = rows_at(vectors, row)
+        return _affine.to_codebook(self, rows) if self.affine_param else rows
 
     def _set_from_outside(self) -> bool:
         """Whether something but this layer has written the codes since its last update."""
@@ -220,7 +238,9 @@ class Codebook(nn.Module):
         check_code_weights("VectorQuantize", code_weights, self.embed)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(codebook_state(state))
+        state = codebook_state(state)
+        # Earlier releases had neither.
+        super().__setstate__(state if "affine_param" in state else {**state, "affine_param": False, "vq_bridge": None})
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -228,6 +248,8 @@ class Codebook(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         pending = pop_pending(state_dict, prefix) if self.has_ema else {}
+        if self.affine_param and prefix + "embed" in state_dict:
+            _affine.expect_batch_statistics(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "embed" in state_dict:
             self.needs_init = self.kmeans_init and (self.initted.is_meta or not bool(self.initted))
@@ -243,9 +265,3 @@ class Codebook(nn.Module):
         keep_precision_(self, averages)
         self.pending = moved(self.pending, self.cluster_size.device)
         return self
-
-
-def codes_at(codes: Tensor, indices: Tensor) -> Tensor:
-    """Codes [outer, d, inner] of indices [outer, inner] in codes [K, d], differentiable; zeros where an index is -1."""
-    found = F.embedding(indices.clamp(min=0), codes).transpose(1, 2)
-    return torch.where((indices >= 0).unsqueeze(1), found, 0)

@@ -3,15 +3,13 @@
 Above 400 lines: upstream has many arguments, and the differences from it are listed here.
 """
 
-import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..._distributed import all_reduce_sum, world_size
 from ..._typing import signature_of
 from ...nn._channels import channels_to
 from ...nn._ema import apply_updates, normalize_codes, saved_copy
@@ -22,8 +20,12 @@ from ...ops._layout import Positions, for_inductor
 from ...ops._precision import accumulator_dtype
 from ...ops._validate import check_mask
 from ...ops.residual_vector_quantize import ResidualOptions, finite_residual_statistics, quantize_residual, unavailable
-from .._unsupported import check_unsupported
-from .vector_quantize import VectorQuantize, loss_to_differentiate
+from ._beam_search import beam_search
+from ._implicit_codebook import MLP, Conditioned
+from ._quantize_dropout import common_seed, quantizers_to_run
+from .vector_quantize_pytorch import VectorQuantize, loss_to_differentiate
+
+__all__ = ["MLP", "GroupedResidualVQ", "ResidualVQ"]
 
 
 class ResidualStep(NamedTuple):
@@ -52,10 +54,13 @@ class ResidualVQ(nn.Module):
       - quantize_dropout draws the number of quantizers on the host. This synchronizes with the device only under
         torch.distributed, where the ranks have to agree. Such a step does not compile with fullgraph=True
         (`nn.ResidualVectorQuantizer` with quantizer_dropout does).
-
-    Not supported (NotImplementedError): implicit_neural_codebook, mlp_kwargs, beam_size, eval_beam_size,
-    beam_score_quantizer_weights, channel_last=False and accept_3d_fmap (which fail upstream too), and what `VectorQuantize`
-    does not support.
+      - channel_last=False, accept_3d_fmap and beams of images work, as does a beam search without a commitment loss, which scores
+        squared errors. Upstream raises errors.
+      - A frozen codebook is not updated after a beam search.
+      - A shared codebook with in_place_codebook_optimizer takes one step for all quantizers. Upstream gathers its gradients, and
+        leaves the step to the caller.
+      - The network of an implicit neural codebook runs in chunks, and with a gradient for the chosen codes only, unless a loss needs
+        the distances of all codes. Upstream stores its activations for every code of every vector.
 
     Raises:
         ValueError: an invalid argument, or arguments that exclude each other.
@@ -87,16 +92,6 @@ class ResidualVQ(nn.Module):
         **vq_kwargs: Any,
     ) -> None:
         super().__init__()
-        check_unsupported(
-            "ResidualVQ",
-            implicit_neural_codebook=(implicit_neural_codebook, False),
-            mlp_kwargs=(mlp_kwargs or None, None),
-            beam_size=(beam_size, None),
-            eval_beam_size=(eval_beam_size, None),
-            beam_score_quantizer_weights=(beam_score_quantizer_weights, None),
-            channel_last=(vq_kwargs.get("channel_last", True), True),
-            accept_3d_fmap=(vq_kwargs.get("accept_3d_fmap", False), False),
-        )
         sizes = codebook_size if isinstance(codebook_size, tuple) else (codebook_size,) * (num_quantizers or 0)
         num_quantizers = len(sizes) if num_quantizers is None else num_quantizers
         for rule, holds in (
@@ -104,6 +99,8 @@ class ResidualVQ(nn.Module):
             ("there must be num_quantizers, or a tuple of as many codebook sizes", 0 < num_quantizers == len(sizes)),
             ("a shared codebook needs one codebook size", not shared_codebook or len(set(sizes)) == 1),
             ("quantize_dropout_cutoff_index must not be negative", quantize_dropout_cutoff_index >= 0),
+            ("eval_beam_size needs a beam_size", eval_beam_size is None or beam_size is not None),
+            ("beam_score_quantizer_weights must be num_quantizers", len(beam_score_quantizer_weights or sizes) == len(sizes)),
         ):
             if not holds:
                 raise ValueError(f"ResidualVQ: {rule}.")
@@ -113,6 +110,9 @@ class ResidualVQ(nn.Module):
         self.project_in = nn.Linear(dim, codebook_dim) if self.has_projections else nn.Identity()
         self.project_out = nn.Linear(codebook_dim, dim) if self.has_projections else nn.Identity()
         self.accept_image_fmap = accept_image_fmap
+        # The quantizers see channels in the last dimension.
+        self.channels_first = channels_first(accept_image_fmap, vq_kwargs)
+        vq_kwargs = {name: value for name, value in vq_kwargs.items() if name not in ("channel_last", "accept_3d_fmap")}
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.num_quantizers = num_quantizers
         self.codebook_sizes = sizes
@@ -124,7 +124,9 @@ class ResidualVQ(nn.Module):
         self.diveq = diveq
         self.quant_grad_frac = 1.0 if diveq else quant_grad_frac
         if shared_codebook:
-            vq_kwargs |= {"manual_ema_update": True}
+            vq_kwargs |= {"manual_ema_update": True, "manual_in_place_optimizer_update": True}
+        if implicit_neural_codebook:
+            vq_kwargs |= {"learnable_codebook": True, "ema_update": False}
         if diveq:
             vq_kwargs |= {"ema_update": False, "learnable_codebook": True, "route_gradients_to_input": False, "commitment_weight": 0.0}
         self._steps = StepMemory[ResidualStep]()
@@ -133,10 +135,29 @@ class ResidualVQ(nn.Module):
         if shared_codebook:
             for layer in self.layers[1:]:
                 layer._codebook = self.layers[0]._codebook
+                layer.in_place_codebook_optimizer = self.layers[0].in_place_codebook_optimizer
+        self.beam_size = beam_size
+        self.eval_beam_size = beam_size if eval_beam_size is None else eval_beam_size
+        self.beam_score_quantizer_weights = beam_score_quantizer_weights or [1.0] * num_quantizers
+        self.implicit_neural_codebook = implicit_neural_codebook
+        self.mlps: Sequence[MLP | None] = (None,) * (num_quantizers - 1)
+        if implicit_neural_codebook:
+            unit, others = self.layers[0].use_cosine_sim, mlp_kwargs or {}
+            mlps = (MLP(codebook_dim, l2norm_output=unit, **others) for _ in range(num_quantizers - 1))
+            self.mlps = nn.ModuleList(mlps)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Earlier releases kept no steps."""
-        super().__setstate__({"_steps": StepMemory(), **state})
+        """Earlier releases kept no steps, and had neither beams nor implicit codebooks."""
+        if "beam_size" not in state:
+            number = state["num_quantizers"]
+            added = {"beam_size": None, "eval_beam_size": None, "beam_score_quantizer_weights": [1.0] * number}
+            added |= {"implicit_neural_codebook": False, "mlps": (None,) * (number - 1), "channels_first": state["accept_image_fmap"]}
+            state = {"_steps": StepMemory(), **state, **added}
+        super().__setstate__(state)
+
+    @property
+    def beam_score_weights(self) -> Tensor:
+        return torch.tensor(self.beam_score_quantizer_weights)
 
     @property
     def codebook_size(self) -> int:
@@ -150,13 +171,24 @@ class ResidualVQ(nn.Module):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes [num_quantizers, ..., d] of indices [..., q] of the first q quantizers; zeros for -1 and the remaining quantizers."""
-        indices = F.pad(self._checked(indices), (0, self.num_quantizers - indices.shape[-1]), value=-1)
-        return torch.stack([layer.get_codes_from_indices(i) for layer, i in zip(self.layers, indices.unbind(-1), strict=True)])
+        codes = list(self._codes(indices))
+        return torch.stack(codes + [torch.zeros_like(codes[0])] * (self.num_quantizers - len(codes)))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """The quantized that forward returns for the indices [..., q] of the first q quantizers, with channels last."""
-        codes = (layer.get_codes_from_indices(i) for layer, i in zip(self.layers, self._checked(indices).unbind(-1), strict=False))
-        return self.project_out(sum(codes))
+        return self.project_out(sum(self._codes(indices)))
+
+    def _codes(self, indices: Tensor) -> Iterator[Tensor]:
+        """The codes [..., d] of the first q quantizers, of indices [..., q]."""
+        total = None
+        for number, index in enumerate(self._checked(indices).unbind(-1)):
+            codes = self.layers[number].get_codes_from_indices(index)
+            if self.implicit_neural_codebook:
+                mlp = self.mlps[number - 1] if number > 0 else None
+                if mlp is not None and total is not None:
+                    codes = torch.where((index >= 0).unsqueeze(-1), mlp.transform(codes, total), 0)
+                total = codes if total is None else total + codes
+            yield codes
 
     def _checked(self, indices: Tensor) -> Tensor:
         if indices.shape[-1] > self.num_quantizers:
@@ -198,15 +230,16 @@ class ResidualVQ(nn.Module):
         beam_size: int | None = None,
         rand_quantize_dropout_fixed_seed: int | None = None,
     ) -> tuple[Tensor, ...]:
-        """Quantize x [..., dim], with accept_image_fmap [B, dim, H, W].
+        """Quantize x [..., dim], with accept_image_fmap, accept_3d_fmap or channel_last=False [B, dim, ...].
 
         Returns:
             quantized, of x's shape; indices [..., num_quantizers], -1 for quantizers that were dropped and at padding; losses
             [num_quantizers]; with return_all_codes also the codes [num_quantizers, ..., d]. With `indices` [..., num_quantizers]:
             quantized and the sum of the quantizers' cross-entropies.
         """
-        check_unsupported("ResidualVQ", beam_size=(beam_size, None))
-        x = x.movedim(1, -1) if self.accept_image_fmap else x
+        x = x.movedim(1, -1) if self.channels_first else x
+        if beam_size is None:
+            beam_size = self.beam_size if self.training else self.eval_beam_size
         frozen = freeze_codebook or self.layers[0].freeze_codebook
         targets = (None,) * self.num_quantizers
         if indices is not None:
@@ -221,13 +254,16 @@ class ResidualVQ(nn.Module):
         if again is not None:
             used = again.used
         elif self.training and self.quantize_dropout and indices is None:
-            used = self._random_num_quantizers(rand_quantize_dropout_fixed_seed)
+            cutoff, multiple = self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of
+            used = quantizers_to_run(self.num_quantizers, cutoff, multiple, rand_quantize_dropout_fixed_seed)
         codes = None
-        if indices is None and (self._can_fuse() if again is None else again.codes is not None):
+        options = {"sample_codebook_temp": sample_codebook_temp, "freeze_codebook": frozen}
+        if indices is None and beam_size is not None and beam_size > 1:
+            quantized_out, found, losses = self._beams(projected, mask, used, beam_size, options, updates=again is None)
+        elif indices is None and (self._can_fuse() if again is None else again.codes is not None):
             quantized_out, found, losses, codes = self._fused(projected, mask, used, frozen, again)
         else:
-            options = {"mask": mask, "sample_codebook_temp": sample_codebook_temp, "freeze_codebook": frozen}
-            quantized_out, found, losses = self._one_by_one(projected, targets[:used], options, updates=again is None)
+            quantized_out, found, losses = self._one_by_one(projected, targets[:used], {"mask": mask, **options}, updates=again is None)
         if self.training and again is None:
             self._steps.record(projected, ResidualStep(codes, used))
 
@@ -239,7 +275,7 @@ class ResidualVQ(nn.Module):
         if mask is not None:
             padding = 0 if self.return_zeros_for_masked_padding else x
             quantized_out = torch.where(mask.unsqueeze(-1), quantized_out, padding)
-        quantized_out = for_inductor(channels_to(quantized_out, 1)) if self.accept_image_fmap else quantized_out
+        quantized_out = for_inductor(channels_to(quantized_out, 1)) if self.channels_first else quantized_out
         if indices is not None:
             return quantized_out, losses.sum()
 
@@ -259,29 +295,60 @@ class ResidualVQ(nn.Module):
         self, x: Tensor, targets: Sequence[Tensor | None], options: dict[str, Any], *, updates: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The sum of the codes of as many quantizers as there are targets; their indices, None where targets are given; losses."""
-        first = self.layers[0]._codebook
-        shared = self.training and self.shared_codebook and not options["freeze_codebook"] and updates
         residual, quantized_out = x, torch.zeros_like(x)
-        residuals, found, losses = [], [], []
-        for layer, target in zip(self.layers, targets, strict=False):
-            if shared and first.threshold_ema_dead_code > 0:
-                residuals.append(residual.detach())
-            quantized, *index, loss = layer(residual, indices=target, **options)
-            passed = quantized if self.quant_grad_frac == 1 else quantized.detach()
-            if 0 < self.quant_grad_frac < 1:
-                passed = torch.lerp(passed, quantized, self.quant_grad_frac)
-            residual = residual - passed
+        inputs, found, losses = [], [], []
+        for number, (layer, target) in enumerate(zip(self.layers, targets, strict=False)):
+            inputs.append(residual.detach())
+            transform = self._transform(number, quantized_out)
+            quantized, *index, loss = layer(residual, indices=target, codebook_transform_fn=transform, **options)
+            residual = self._next_residual(residual, quantized)
             quantized_out = quantized_out + quantized
             found += index
             losses.append(loss)
-        if shared and first.ema_update:
-            first.update_ema()
-        if residuals:
-            mask = options["mask"]
-            samples = torch.stack(residuals, -2).flatten(0, -2).unsqueeze(0)
-            valid = None if mask is None else mask.unsqueeze(-1).expand(*mask.shape, len(residuals)).reshape(1, -1)
-            first.expire_codes_(normalize_codes(samples) if first.metric == "cosine" else samples, valid)
+        if updates and not options["freeze_codebook"]:
+            self._update_shared(inputs, options["mask"])
         return quantized_out, torch.stack(found, -1) if found else None, torch.stack(losses)
+
+    def _beams(
+        self, x: Tensor, mask: Tensor | None, used: int, beam_size: int, options: dict[str, Any], *, updates: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`_one_by_one` by beam search over the first `used` quantizers."""
+        layers = self.layers[:used]
+        weights = self.beam_score_quantizer_weights
+        best = beam_search(layers, x, mask, beam_size, weights, self._next_residual, self._transform, options)
+        losses = best.losses.flatten(0, -2)
+        losses = losses.sum(0) / (max(len(losses), 1) if mask is None else mask.sum().clamp(min=1))
+        if self.training and updates and not options["freeze_codebook"]:
+            inputs = [t.detach() for t in best.inputs]
+            for layer, vectors, index in zip(layers, inputs, best.indices.unbind(-1), strict=True):
+                layer.update_indices(vectors, index, mask)
+            self._update_shared(inputs, mask)
+        return best.quantized, best.indices, losses
+
+    def _next_residual(self, residual: Tensor, quantized: Tensor) -> Tensor:
+        passed = quantized if self.quant_grad_frac == 1 else quantized.detach()
+        if 0 < self.quant_grad_frac < 1:
+            passed = torch.lerp(passed, quantized, self.quant_grad_frac)
+        return residual - passed
+
+    def _transform(self, number: int, quantized: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What makes the codes of a quantizer from its codebook, given the sum of codes before it; None if the codebook holds them."""
+        mlp = self.mlps[number - 1] if number > 0 else None
+        return None if mlp is None else Conditioned(mlp, quantized)
+
+    @torch.no_grad()
+    def _update_shared(self, inputs: list[Tensor], mask: Tensor | None) -> None:
+        """End a training step of a shared codebook, which the quantizers have gathered statistics or gradients for."""
+        if not (self.training and self.shared_codebook):
+            return
+        first = self.layers[0]._codebook
+        if first.ema_update:
+            first.update_ema()
+        self.layers[0].update_in_place_optimizer()
+        if first.threshold_ema_dead_code > 0:
+            samples = torch.stack(inputs, -2).flatten(0, -2).unsqueeze(0)
+            valid = None if mask is None else mask.unsqueeze(-1).expand(*mask.shape, len(inputs)).reshape(1, -1)
+            first.expire_codes_(normalize_codes(samples) if first.metric == "cosine" else samples, valid)
 
     def _can_fuse(self) -> bool:
         """Whether each quantizer only takes the nearest code, with an EMA and a commitment loss."""
@@ -292,6 +359,8 @@ class ResidualVQ(nn.Module):
             layer.use_cosine_sim or codebook.threshold_ema_dead_code > 0 or layer.stochastic_sample_codes,
             layer.learnable_codebook or layer.has_codebook_diversity_loss or layer.has_codebook_orthogonal_loss,
             not layer.route_gradients_to_input or layer.directional_reparam or layer.commitment_use_cross_entropy_loss,
+            layer.straight_through or codebook.vq_bridge is not None or codebook.affine_param or self.implicit_neural_codebook,
+            layer.in_place_codebook_optimizer is not None,
             any(layer._codebook.needs_init for layer in self.layers),
         )
         return not any(needs_one_by_one)
@@ -336,13 +405,6 @@ class ResidualVQ(nn.Module):
         quantized, indices = positions.restore(quantized), positions.restore_indices(indices, used)
         return quantized, indices, loss_to_differentiate(losses) if self.training else torch.zeros_like(losses), codes
 
-    def _random_num_quantizers(self, seed: int | None) -> int:
-        """Number of quantizers that a training step runs; the same on all ranks."""
-        seed = common_seed() if seed is None else seed
-        last = random.Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
-        multiple = self.quantize_dropout_multiple_of
-        return min(-(-(last + 1) // multiple) * multiple, self.num_quantizers)
-
 
 class GroupedResidualVQ(nn.Module):
     """A `ResidualVQ` for each of the groups that the channels are split into; Yang et al., "HiFi-Codec" (2023).
@@ -360,12 +422,13 @@ class GroupedResidualVQ(nn.Module):
         self.dim = dim
         self.groups = groups
         self.accept_image_fmap = accept_image_fmap
+        self.channels_first = channels_first(accept_image_fmap, kwargs)
         rvqs = (ResidualVQ(dim=dim // groups, accept_image_fmap=accept_image_fmap, **kwargs) for _ in range(groups))
         self.rvqs = nn.ModuleList(rvqs)  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def split_dim(self) -> int:
-        return 1 if self.accept_image_fmap else -1
+        return 1 if self.channels_first else -1
 
     @property
     def codebooks(self) -> Tensor:
@@ -413,7 +476,5 @@ class GroupedResidualVQ(nn.Module):
         def __call__(self) -> None: ...
 
 
-def common_seed() -> int:
-    """A seed from torch's default generator, the same on all ranks."""
-    seed = torch.randint(0, 10_000, ())
-    return int(all_reduce_sum(seed) if world_size() > 1 else seed)
+def channels_first(accept_image_fmap: bool, vq_kwargs: dict[str, Any]) -> bool:
+    return accept_image_fmap or vq_kwargs.get("accept_3d_fmap", False) or not vq_kwargs.get("channel_last", True)

@@ -10,24 +10,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..._distributed import all_reduce_sum, world_size
 from ..._pickled import vector_quantize_state
 from ..._typing import signature_of
 from ...nn._channels import channels_to
-from ...nn._codebook_losses import diversity_loss, orthogonal_loss
+from ...nn._codebook_losses import orthogonal_loss
 from ...nn._ema import CodeWeights, normalize_codes, saved_copy
 from ...nn._recompute import Step, StepMemory
 from ...nn._sharded import check_gathered, writable_codes
 from ...nn._vectors import check_decoded, look_up, merge_heads, merge_indices, split_heads, split_indices
 from ...ops._autograd import ValueOf
 from ...ops._dispatch import choose_impl
-from ...ops._layout import Positions, as_one_codebook, for_inductor
+from ...ops._layout import Positions, fold_codebooks, for_inductor
 from ...ops._noise import first_sample
-from ...ops._precision import normalized
+from ...ops._precision import accumulator_dtype, normalized
 from ...ops._validate import check, check_layer_input
-from ...ops.code_cross_entropy import code_cross_entropy
 from ...ops.vector_quantize import quantize, unavailable
-from .._unsupported import check_unsupported
-from ._codebook import Codebook, codes_at
+from ._assignment import CodebookAssignment, TransformedAssignment, codes_at
+from ._codebook import Codebook
+
+__all__ = ["Codebook", "LossBreakdown", "VectorQuantize"]
 
 
 class LossBreakdown(NamedTuple):
@@ -64,8 +66,8 @@ class VectorQuantize(nn.Module):
         code in the former and as the first in the latter.
       - get_codes_from_indices joins the codes of heads that share a codebook; get_output_from_indices projects channels
         in any dimension.
-      - Diversity and cross-entropy losses are differentiated at the codes that they were computed from; upstream, with EMA, at
-        the codes after the update.
+      - Diversity and cross-entropy losses, and the softmax of straight_through, are differentiated at the codes that they were
+        computed from; upstream, with EMA, at the codes after the update.
       - A step without a valid vector leaves the averages unchanged, and a code that k-means assigns no vector to stays in place.
         Upstream decays the averages, and moves the code to the origin.
       - A function given as `ema_update_weight` receives the accumulated statistics, not only those of the last batch.
@@ -76,6 +78,10 @@ class VectorQuantize(nn.Module):
         searched and returned.
       - float64 is not cast to float32. The nearest code is exact, and quantized equals the code bitwise.
       - With `indices`, quantized is projected and has the same layout as without.
+      - Indices are decoded as forward quantizes: through vq_bridge, and with the statistics of affine_param. Upstream decodes
+        with the parameter `codebook` itself. Dead codes of affine_param are replaced by what maps to vectors of the batch.
+      - With torch.distributed, in_place_codebook_optimizer averages the gradients over the ranks that are there at each step. It
+        steps under torch.no_grad() too, and its loss reaches no module but the codebook.
 
     Differences by design: synchronization over ranks is decided at each step, not by whether torch.distributed was initialized
     before the constructor (sync_codebook=None means True), and k-means is synchronized whenever the codebook is
@@ -83,9 +89,6 @@ class VectorQuantize(nn.Module):
     and the noise of sample_codebook_temp are drawn with different random numbers.
 
     torch.compile(fullgraph=True) needs initialized codes: with kmeans_init, run the first step without it.
-
-    Not supported (NotImplementedError): straight_through, vq_bridge, in_place_codebook_optimizer,
-    manual_in_place_optimizer_update, affine_param and sync_affine_param; in forward, topk and codebook_transform_fn.
 
     Raises:
         ValueError: an invalid argument, or arguments that exclude each other.
@@ -139,23 +142,25 @@ class VectorQuantize(nn.Module):
         route_gradients_to_input: bool = True,
     ) -> None:
         super().__init__()
-        check_unsupported(
-            "VectorQuantize",
-            straight_through=(straight_through, False),
-            sync_affine_param=(sync_affine_param, False),
-            vq_bridge=(vq_bridge, None),
-            in_place_codebook_optimizer=(in_place_codebook_optimizer, None),
-            manual_in_place_optimizer_update=(manual_in_place_optimizer_update, False),
-            affine_param=(affine_param, False),
-        )
-        ema_update = not directional_reparam if ema_update is None else ema_update
-        learnable_codebook = directional_reparam if learnable_codebook is None else learnable_codebook
+        learns = directional_reparam or vq_bridge is not None
+        ema_update = not learns if ema_update is None else ema_update
+        learnable_codebook = learns if learnable_codebook is None else learnable_codebook
         rotation_trick = not directional_reparam and dim > 1 if rotation_trick is None else rotation_trick
         for rule, holds in (
-            ("rotation_trick and directional_reparam exclude each other", not (rotation_trick and directional_reparam)),
+            (
+                "straight_through, rotation_trick (on by default) and directional_reparam exclude each other",
+                straight_through + rotation_trick + directional_reparam <= 1,
+            ),
             ("directional_reparam needs a threshold_ema_dead_code", not directional_reparam or threshold_ema_dead_code > 0),
             ("learnable_codebook needs ema_update=False", not (learnable_codebook and ema_update)),
             ("learnable_codebook and use_cosine_sim exclude each other", not (learnable_codebook and use_cosine_sim)),
+            ("learnable_codebook and straight_through exclude each other", not (learnable_codebook and straight_through)),
+            ("vq_bridge needs a learnable_codebook", vq_bridge is None or learnable_codebook),
+            ("affine_param and use_cosine_sim exclude each other", not (affine_param and use_cosine_sim)),
+            (
+                "in_place_codebook_optimizer needs a learnable_codebook",
+                in_place_codebook_optimizer is None or learnable_codebook or orthogonal_reg_weight > 0,
+            ),
             ("sync_update_v must lie in [0, 1], and needs a learnable codebook", 0 <= sync_update_v <= bool(learnable_codebook)),
         ):
             if not holds:
@@ -166,7 +171,7 @@ class VectorQuantize(nn.Module):
             ("heads must be at least 1", heads, heads >= 1),
             ("codebook_size must be at least 1", codebook_size, codebook_size >= 1),
             ("codebook_dim must be at least 1", codebook_dim, codebook_dim >= 1),
-            ("decay must lie in [0, 1)", decay, 0 <= decay < 1),
+            ("decay must lie in [0, 1]", decay, 0 <= decay <= 1),
             ("eps must be positive", eps, eps > 0),
             ("kmeans_iters must not be negative", kmeans_iters, kmeans_iters >= 0),
             ("threshold_ema_dead_code must not be negative", threshold_ema_dead_code, threshold_ema_dead_code >= 0),
@@ -202,7 +207,15 @@ class VectorQuantize(nn.Module):
             use_cosine_sim=use_cosine_sim,
             threshold_ema_dead_code=threshold_ema_dead_code,
             synchronized=sync_codebook is None or sync_codebook,
+            vq_bridge=vq_bridge,
+            affine_param=affine_param,
+            sync_affine_param=sync_affine_param,
+            affine_param_batch_decay=affine_param_batch_decay,
+            affine_param_codebook_decay=affine_param_codebook_decay,
         )
+        make_optimizer = in_place_codebook_optimizer
+        self.in_place_codebook_optimizer = None if make_optimizer is None else make_optimizer(self._codebook.parameters())
+        self.manual_in_place_optimizer_update = manual_in_place_optimizer_update
         self.use_cosine_sim = use_cosine_sim
         self.learnable_codebook = learnable_codebook
         self.rotation_trick = rotation_trick
@@ -217,6 +230,7 @@ class VectorQuantize(nn.Module):
         self.orthogonal_reg_max_codes = orthogonal_reg_max_codes
         self.stochastic_sample_codes = stochastic_sample_codes
         self.sample_codebook_temp = sample_codebook_temp
+        self.straight_through = straight_through
         self.sync_update_v = sync_update_v
         self.route_gradients_to_input = route_gradients_to_input
         self.accept_image_fmap = accept_image_fmap
@@ -227,7 +241,8 @@ class VectorQuantize(nn.Module):
         self._steps = StepMemory()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(vector_quantize_state(state))
+        added = {"straight_through": False, "in_place_codebook_optimizer": None, "manual_in_place_optimizer_update": False}
+        super().__setstate__(added | vector_quantize_state(state))
 
     @property
     def ema_update(self) -> bool:
@@ -284,6 +299,18 @@ class VectorQuantize(nn.Module):
             present = indices if self.heads == 1 else indices[..., 0]
             output = torch.where((present >= 0).unsqueeze(-1), output, 0)
         return self._restore(output)
+
+    def update_in_place_optimizer(self) -> None:
+        """Step in_place_codebook_optimizer, with gradients averaged over ranks, and clear them; for manual_in_place_optimizer_update."""
+        optimizer = self.in_place_codebook_optimizer
+        if optimizer is None:
+            return
+        ranks = world_size() if self._codebook.synchronized else 1
+        for p in self._codebook.parameters():
+            if p.grad is not None and ranks > 1:
+                p.grad = all_reduce_sum(p.grad) / ranks
+        optimizer.step()
+        optimizer.zero_grad()
 
     def expire_codes_(self, x: Tensor) -> None:
         """In training, replace dead codes by vectors of x [..., heads * d], as they are after project_in."""
@@ -358,13 +385,16 @@ class VectorQuantize(nn.Module):
             mask: bool, x's shape without channels; False for padding. lens: int64 [B], lengths instead of a mask.
             ema_update_weight: [K] or [h, K], factors of each code's EMA step; or a function of the sums and counts that returns them.
             accum_ema_update: keep the statistics of this batch for the next step that updates.
+            topk: quantize with each of the nearest codes, without an update of the codebook; for one head.
+            codebook_transform_fn: a function of the codes [h, K, d] that returns codes [h, B, N, K, d] for each vector of x [B, N, dim].
             sample_codebook_temp, freeze_codebook, ema_update: override the constructor's.
 
         Returns:
             quantized, indices and loss, with return_loss_breakdown also `LossBreakdown`; with `indices`, quantized and loss.
             Padding is 0 in quantized (x with return_zeros_for_masked_padding=False) and -1 in the indices.
+            With topk, quantized, indices and the commitment loss, that of each vector, have another dimension: of quantized
+            [..., topk, dim] or [B, dim, ..., topk], otherwise the last one.
         """
-        check_unsupported("VectorQuantize", topk=(topk, None), codebook_transform_fn=(codebook_transform_fn, None))
         codebook = self._codebook
         x = self._channels_last(x)
         if lens is not None:
@@ -372,6 +402,9 @@ class VectorQuantize(nn.Module):
             mask = torch.arange(x.shape[1], device=x.device) < lens.unsqueeze(1)
         codebook.check_code_weights(ema_update_weight)
         check_gathered("VectorQuantize", codebook.embed)
+        topk = None if topk is None else self._check_topk(topk)
+        separate = self.heads in (1, codebook.num_codebooks)
+        check("VectorQuantize", "codebook_transform_fn needs one or separate heads", self.heads, codebook_transform_fn is None or separate)
 
         # Padding may be NaN, which must not reach the gradients of the projection.
         projected = self.project_in(torch.where(mask.unsqueeze(-1), x, 0) if mask is not None and self.has_projections else x)
@@ -385,44 +418,80 @@ class VectorQuantize(nn.Module):
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         ema_update = codebook.ema_update if ema_update is None else ema_update
         again = self._steps.recall(vectors) if self.training else None
-        updates = self.training and not frozen and (ema_update or codebook.threshold_ema_dead_code > 0) and again is None
-        # FSDP2 may gather initial codes for backward before they are written.
-        codes = codebook.search_codes(projected.dtype, copy=updates or starts)
-        codes = codes if again is None else ValueOf.apply(again.codebook, codes)
-        temperature = self._temperature(sample_codebook_temp)
+        trains = self.training and not frozen and again is None
+        updates = trains and topk is None and (ema_update or codebook.threshold_ema_dead_code > 0)
+        in_place = trains and self.in_place_codebook_optimizer is not None
+        soft_temperature = self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp
+        temperature = soft_temperature if self.training and self.stochastic_sample_codes else 0.0
         queries, vectors = vectors, self._unit(vectors)
-        if again is not None:
-            found = again.indices
-        elif temperature > 0:
-            found = codebook.sample(vectors, codes, valid, temperature, self._first_vector(vectors, projected))
-        else:
-            found = codebook.assign(queries, codes, valid)
-        if updates or (self.training and temperature > 0):
-            self._steps.record(queries, Step(codes.detach(), found))
-        folded, numbered = as_one_codebook(vectors, found, self.codebook_size)
-        quantized, commitment = self._quantize(folded, codes.flatten(0, 1), numbered, self.learnable_codebook and not frozen)
+        first = self._first_vector(vectors, projected) if temperature > 0 else 0
 
-        zero = codes.new_zeros(())
-        commits = self.training and self.has_commitment_loss
-        if commits and self.commitment_use_cross_entropy_loss:
-            commitment = self._cross_entropy(vectors, codes, found)
-        commitment = commitment if commits else zero
-        diversity = self._diversity(vectors, codes, valid) if self.training and self.has_codebook_diversity_loss else zero
-        if updates:
+        def assign(copy: bool) -> tuple[CodebookAssignment | TransformedAssignment, Tensor]:
+            if codebook.affine_param and again is None:
+                codebook.update_affine(vectors, valid)
+            codes = codebook.search_codes(projected.dtype, copy=copy)
+            codes = codes if again is None else ValueOf.apply(again.codebook, codes)
+            if codebook_transform_fn is None:
+                choice = CodebookAssignment(codes, codebook.metric)
+            else:
+                choice = TransformedAssignment(codebook_transform_fn, codes, codebook.metric)
+            return choice, choice.assign(queries, vectors, valid, temperature, first, topk) if again is None else again.indices
+
+        def update(found: Tensor) -> None:
             codebook.gather(vectors, found, waits=accum_ema_update)
             if not accum_ema_update:
                 codebook.apply_update(ema_update_weight, writes_codebook=ema_update and not codebook.manual_ema_update)
+
+        in_place_loss = zero = torch.zeros((), dtype=accumulator_dtype(projected.dtype), device=x.device)
+        if in_place:
+            with torch.enable_grad():
+                choice, found = assign(copy=True)
+                if updates:
+                    update(found)
+                in_place_loss = self._optimize_in_place(*choice.table(vectors.detach(), found))
+            updates = False
+        # FSDP2 may gather initial codes for backward before they are written, and `update_indices` may follow a step with topk.
+        choice, found = assign(copy=updates or starts or (trains and topk is not None and codebook.has_ema))
+        if updates or in_place or (self.training and (temperature > 0 or codebook.affine_param or topk is not None)):
+            self._steps.record(queries, Step(choice.codes.detach(), found))
+        moves_codes = self.learnable_codebook and not frozen
+        tokens = vectors
+        if topk is not None:
+            vectors, found = vectors.unsqueeze(-1).expand(*vectors.shape, topk).flatten(-2), found.flatten(-2)
+        folded, codes, numbered = choice.table(vectors, found)
+        soft = None
+        if self.training and self.straight_through and soft_temperature > 0 and topk is None and not self._routes_to(folded):
+            soft = fold_codebooks(choice.soft_codes(tokens, valid, soft_temperature))
+        quantized, commitment = self._quantize(folded, codes, numbered, moves_codes, soft)
+        sizes = positions.sizes
+        if topk is not None:
+            sizes = [*sizes, topk]
+            commitment = self._errors(folded, codes if moves_codes else codes.detach(), numbered).reshape(sizes)
+
+        has_commitment = self.has_commitment_loss if self.training else topk is not None
+        if has_commitment and self.commitment_use_cross_entropy_loss and topk is None:
+            commitment = choice.cross_entropy(tokens, found)
+        commitment = commitment if has_commitment else zero
+        diversity = zero
+        if self.training and self.has_codebook_diversity_loss:
+            diversity = choice.diversity(tokens, valid, self.codebook_diversity_temperature)
+        if updates:
+            update(found)
         orthogonal = self._orthogonality(found) if self.training and self.has_codebook_orthogonal_loss else zero
 
-        quantized = positions.restore(merge_heads(quantized, self.heads))
-        quantized = self._restore(self._mask_output(self.project_out(quantized), mask, x))
+        if topk is None:
+            quantized = self._mask_output(self.project_out(positions.restore(merge_heads(quantized, self.heads))), mask, x)
+        else:
+            quantized = self.project_out(quantized.unflatten(-1, (-1, topk)).movedim(1, -1).reshape(*sizes, -1))
+            quantized = self._mask_output(quantized, None if mask is None else mask.unsqueeze(-1), x.unsqueeze(-2))
+        quantized = self._restore(quantized) if x.dim() > 2 else quantized
         if indices is not None:
-            return quantized, self._cross_entropy(vectors, codes, self._split_indices(indices, vectors))
-        loss = self.commitment_weight * commitment if commits else zero
-        loss = loss + self.codebook_diversity_loss_weight * diversity + self.orthogonal_reg_weight * orthogonal
+            return quantized, choice.cross_entropy(tokens, self._split_indices(indices, tokens))
+        weight = self.commitment_weight if self.has_commitment_loss else 1.0
+        loss = weight * commitment + self.codebook_diversity_loss_weight * diversity + self.orthogonal_reg_weight * orthogonal
         loss = loss_to_differentiate(loss) if self.training else loss
-        outputs = quantized, merge_indices(found, positions.sizes, self.heads), loss
-        return (*outputs, LossBreakdown(commitment, diversity, orthogonal, zero)) if return_loss_breakdown else outputs
+        outputs = quantized, merge_indices(found, sizes, self.heads), loss
+        return (*outputs, LossBreakdown(commitment, diversity, orthogonal, in_place_loss)) if return_loss_breakdown else outputs
 
     if TYPE_CHECKING:
 
@@ -449,29 +518,64 @@ class VectorQuantize(nn.Module):
     def _split_indices(self, indices: Tensor, vectors: Tensor) -> Tensor:
         """Indices as forward returns them, as [h, outer, inner]."""
         outer = vectors.shape[0] * vectors.shape[1] // self.heads
-        return split_indices(indices.long().reshape(outer, vectors.shape[3], self.heads), self.heads, self._codebook.num_codebooks)
+        indices = indices.long().reshape(outer, vectors.shape[3], self.heads)
+        return split_indices(indices, self.heads, self._codebook.num_codebooks).contiguous()
 
     def _look_up(self, indices: Tensor) -> Tensor:
         """The codes [..., heads * d] of indices as forward returns them; zeros for -1."""
         indices = indices.long()
         check_decoded("VectorQuantize", indices, self.codebook_size)
         check_gathered("VectorQuantize.get_codes_from_indices", self._codebook.embed)
-        codes = self._codebook.unit_codes(self._codebook.embed)
+        codes = self._codebook.search_codes(self._codebook.embed.dtype).to(self._codebook.embed.dtype)
         return look_up(codes, indices.unsqueeze(-1) if self.heads == 1 else indices)
 
-    def _temperature(self, override: float | None) -> float:
-        if not (self.training and self.stochastic_sample_codes):
-            return 0.0
-        return self.sample_codebook_temp if override is None else override
+    def _check_topk(self, topk: int) -> int:
+        for rule, holds in (
+            ("topk must be at least 1", topk >= 1),
+            ("topk needs heads=1", self.heads == 1),
+            (
+                "topk and commitment_use_cross_entropy_loss exclude each other",
+                not (self.training and self.commitment_use_cross_entropy_loss),
+            ),
+            ("topk and in_place_codebook_optimizer exclude each other", not self.training or self.in_place_codebook_optimizer is None),
+        ):
+            if not holds:
+                raise ValueError(f"VectorQuantize: {rule}, got topk={topk}.")
+        return min(topk, self.codebook_size)
+
+    def _optimize_in_place(self, x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
+        """Step the optimizer of the codebook towards the vectors x [outer, d, inner] of codes [M, d]; returns the loss."""
+        impl = choose_impl("vector_quantize", None, unavailable(x.device, x.dtype), x, codes)
+        _, loss = quantize(x, codes, indices, 1.0, 0.0, "straight_through", impl)
+        parameters = [p for p in self._codebook.parameters() if p.requires_grad]
+        # Not backward(), after which DistributedDataParallel would expect no other gradient of the step.
+        for p, grad in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+            if grad is not None:
+                p.grad = grad if p.grad is None else p.grad + grad
+        if not self.manual_in_place_optimizer_update:
+            self.update_in_place_optimizer()
+        return loss.detach()
+
+    def _errors(self, x: Tensor, codes: Tensor, indices: Tensor) -> Tensor:  # [outer, d, inner], [M, d], [outer, inner]
+        """The mean squared error of each vector; 0 where an index is -1."""
+        errors = (codes_at(codes, indices).to(x.dtype) - x).square().mean(1)
+        return torch.where(indices >= 0, errors, 0)
+
+    def _routes_to(self, x: Tensor) -> bool:
+        """Whether the gradient of quantized goes to x past the assignment."""
+        return self.training and self.route_gradients_to_input and x.requires_grad
 
     def _first_vector(self, vectors: Tensor, x: Tensor) -> int:
         """Position, in each codebook, of the first vector of the batch's first sample (see `genperf.sample_offset`)."""
         batch = 0 if x.dim() == 1 else x.shape[0]
         return first_sample() * (vectors.shape[1] * vectors.shape[3] // batch) if batch > 0 else 0
 
-    def _quantize(self, x: Tensor, codes: Tensor, indices: Tensor, moves_codes: bool) -> tuple[Tensor, Tensor]:
-        """The codes of x [outer, d, inner], and the mean squared error; with `moves_codes` its gradient reaches the codes too."""
-        routed = self.training and self.route_gradients_to_input and x.requires_grad
+    def _quantize(self, x: Tensor, codes: Tensor, indices: Tensor, moves_codes: bool, soft: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The codes of x [outer, d, inner], and the mean squared error; with `moves_codes` its gradient reaches the codes too.
+
+        If it is not routed to x, the gradient of the codes also goes to the `soft` ones.
+        """
+        routed = self._routes_to(x)
         x = x if self.training else x.detach()
         impl = choose_impl("vector_quantize", None, unavailable(x.device, x.dtype), x, codes)
         gradient = "rotation" if self.rotation_trick else "straight_through"
@@ -486,20 +590,12 @@ class VectorQuantize(nn.Module):
             quantized = torch.where(valid, quantized, 0)
         elif not routed:
             quantized = codes_at(codes, indices).to(x.dtype) if codes.requires_grad else quantized.detach()
+            if soft is not None:
+                soft = torch.where((indices >= 0).unsqueeze(1), soft, 0).to(x.dtype)
+                quantized = quantized + (soft - soft.detach())
         if self.training and self.sync_update_v > 0:
             quantized = quantized + self.sync_update_v * (quantized - quantized.detach())
         return quantized, error
-
-    def _cross_entropy(self, vectors: Tensor, codes: Tensor, indices: Tensor) -> Tensor:
-        """Mean cross-entropy of the indices under the softmax of minus the distances, or of the cosines."""
-        logits = "dot" if self.use_cosine_sim else "distance"
-        losses = code_cross_entropy(vectors, codes, indices, logits=logits, channel_dim=2)
-        counted = (indices >= 0).flatten(1).sum(1)
-        return (losses * counted).sum() / counted.sum().clamp(min=1)
-
-    def _diversity(self, vectors: Tensor, codes: Tensor, valid: Tensor | None) -> Tensor:
-        temperature, metric = self.codebook_diversity_temperature, self._codebook.metric
-        return diversity_loss(vectors, codes, valid, inverse_temperature=temperature, metric=metric, epsilon=1e-5)
 
     def _orthogonality(self, indices: Tensor) -> Tensor:
         codes = saved_copy(self._codebook.embed)
