@@ -145,3 +145,12 @@ def test_submodules_have_the_classes_of_upstream(name):
     classes = [n for n, value in vars(theirs).items() if inspect.isclass(value) and value.__module__ == theirs.__name__ and n[0] != "_"]
     ours = importlib.import_module(f"genperf.compat.vector_quantize_pytorch.{name}")
     assert [n for n in classes if not hasattr(ours, n)] == [n for n in classes if (n, "") in vqp_cases.UNSUPPORTED]
+
+
+@pytest.mark.parametrize("name", sorted({case.name for case in vqp_cases.CASES}))
+def test_attributes_are_those_of_upstream(name):
+    """Public attributes and methods of an instance; for each class, of the first case."""
+    case = next(case for case in vqp_cases.CASES if case.name == name)
+    theirs, ours = (case.make(library) for library in (upstream, compat))
+    missing = {n for n in dir(theirs) if not n.startswith("_") and not hasattr(nn.Module, n)} - {*dir(ours)}
+    assert missing == {attribute for other, attribute in vqp_cases.WITHOUT if other == name}

@@ -11,3 +11,4 @@ CASES = [*codebook.CASES, *code_free.CASES]
 UNSUPPORTED = {**codebook.UNSUPPORTED, **code_free.UNSUPPORTED}
 DIFFERS = {**codebook.DIFFERS, **code_free.DIFFERS}
 PLAIN = {**codebook.PLAIN, **code_free.PLAIN}
+WITHOUT = {**codebook.WITHOUT, **code_free.WITHOUT}

@@ -15,3 +15,6 @@ DIFFERS: dict[tuple[str, str], str] = {}
 
 # Options that are supported without a kernel; with the option "", the class.
 PLAIN: dict[tuple[str, str], str] = {}
+
+# Why an attribute or method of a layer is missing, by class and name.
+WITHOUT: dict[tuple[str, str], str] = {}

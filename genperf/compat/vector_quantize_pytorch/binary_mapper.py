@@ -74,7 +74,7 @@ class BinaryMapper(Placed):
         """The divergence from fair coins in excess of kl_loss_threshold: its mean, or [...] for logits [..., bits]."""
         logits = logits.to(accumulator_dtype(logits.dtype))
         excess = F.relu(self.bits * NAT - self.binary_entropy(logits) - self.kl_loss_threshold)
-        return excess.mean() if reduce_aux_kl_loss else excess
+        return excess.sum() / max(1, excess.numel()) if reduce_aux_kl_loss else excess
 
     def log_prob(self, logits: Tensor, *, indices: Tensor | None = None, one_hot: Tensor | None = None, sum_bits: bool = True) -> Tensor:
         """The log-probability of codes, given as indices [...] or one_hot [..., 2^bits], or of each of their bits [..., bits]."""

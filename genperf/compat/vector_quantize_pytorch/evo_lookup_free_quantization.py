@@ -128,7 +128,7 @@ class EvoLFQ(Placed):
         indices = (codebooks * self.lfq.mask).sum(-1).reshape(-1, self.lfq.num_codebooks)
         with evaluating(self):
             codes = self.lfq.indices_to_codes(indices if self.lfq.keep_num_codebooks_dim else indices.squeeze(-1))
-            return self.decoder(codes.reshape(*bits.shape[:-1], -1))
+            return self.decoder(codes.reshape(*bits.shape[:-1], codes.shape[-1]))
 
     def init_random_population(
         self,

@@ -5,7 +5,7 @@ The arguments of constructor and forward, the returned values, the state_dict, t
 Differences from upstream:
   - Indices are exact for any codebook: int32 as upstream, or int64 for more than 2^31 - 1 codes. Upstream sums them in the dtype
     of z, which is wrong beyond 2^24 codes in float32 and 2^8 in bfloat16.
-  - Half precision is computed in float32. Under autocast, upstream can return an index past the last level.
+  - Half precision is computed in float32. Upstream does not reach the last of many levels, or under autocast returns an index past it.
   - For fewer than two vectors, which have no variance, norm_loss and the statistics are 0; upstream returns NaN.
   - Invalid arguments raise ValueError instead of AssertionError.
 """
@@ -213,19 +213,19 @@ class FSP(Placed):
 
         Args:
             z: [..., dim]; [B, dim, ...] with channel_first.
-            eps: distance from 0 and 1 that is kept in [0, 1]; None for the eps of z's dtype.
+            eps: distance from 0 and 1 that is kept in [0, 1]; None for the eps of z's dtype, at least float32.
 
         Returns:
             codes, of z's shape; indices, of z's shape without channels; norm_loss, the penalty of `VectorNorm`; and a dict with
             "level_indices" [..., len(levels)], channels last, "norm_info", the statistics, and in training, with quantize_rate < 1,
             "p_accept_prob", the share of noise that stays in [0, 1].
         """
-        eps = eps or torch.finfo(z.dtype).eps
         z = z.movedim(1, -1) if self.channel_first else z
         check("FSP", f"the channels of z must be {self.dim}", list(z.shape), z.shape[-1] == self.dim)
         z = self.project_in(z)
         sizes, dtype = z.shape[:-1], z.dtype
         z = z.reshape(-1, self.codebook_dim).to(accumulator_dtype(dtype))
+        eps = eps or torch.finfo(z.dtype).eps
         norm_loss, norm_info = self.vector_norm(z)
         places = self.act_func(z)
         middles, level_indices = self.quantize_act_value(places, eps)
@@ -240,9 +240,9 @@ class FSP(Placed):
         codes = self._codes(middles, eps)
         if self.need_inv_act:
             codes = ValueOf.apply(codes, z)
-        codes = self.project_out(codes.to(dtype).reshape(*sizes, -1))
+        codes = self.project_out(codes.to(dtype).reshape(*sizes, self.codebook_dim))
         codes = for_inductor(channels_to(codes, 1)) if self.channel_first else codes
-        info = {"level_indices": level_indices.reshape(*sizes, -1), "norm_info": norm_info, **info}
+        info = {"level_indices": level_indices.reshape(*sizes, self.codebook_dim), "norm_info": norm_info, **info}
         return codes, self.level_indices_to_indices(level_indices).reshape(sizes), norm_loss, info
 
     if TYPE_CHECKING:

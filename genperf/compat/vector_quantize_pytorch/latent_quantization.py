@@ -168,7 +168,7 @@ class LatentQuantize(Placed):
         out = linear(self.project_out, join_codebooks(codes, 1), 1)
         indices = indices.movedim(1, -1) if self.keep_num_codebooks_dim else codebooks_last(indices, 1)
         loss = z.new_zeros((), dtype=accumulator_dtype(z.dtype))
-        if self.training:
+        if self.training and z.numel() > 0:
             wide_z, wide_out = z.to(loss.dtype), out.to(loss.dtype)
             if self.commitment_loss_weight:
                 loss = loss + self.commitment_loss_weight * self.commitment_loss(wide_z, wide_out)

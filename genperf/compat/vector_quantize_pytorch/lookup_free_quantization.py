@@ -106,7 +106,6 @@ class LFQ(Placed):
     """
 
     mask: Tensor
-    zero: Tensor
     orthogonal_rot: Tensor
 
     def __init__(
@@ -193,6 +192,10 @@ class LFQ(Placed):
     @property
     def dtype(self) -> torch.dtype:
         return self._placed.dtype
+
+    @property
+    def zero(self) -> Tensor:
+        return self._placed.new_zeros(())
 
     def bits_to_codes(self, bits: Tensor) -> Tensor:
         return bits * self.codebook_scale * 2 - self.codebook_scale
