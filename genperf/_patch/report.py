@@ -1,5 +1,6 @@
 """What `genperf.patch` has replaced and what it has left."""
 
+import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -36,9 +37,16 @@ class PatchReport:
 
     def __str__(self) -> str:
         done = "would be replaced" if self.dry_run else "replaced"
-        rows = [("module", "class", ""), *((name or "(the model)", cls, f"{done} by {by}") for name, cls, by in self.replaced)]
-        rows += [(name or "(the model)", cls, f"left: {reason}") for name, cls, reason in self.left]
-        if len(rows) == 1:
+        rows = [(name, cls, f"{done} by {by}") for name, cls, by in self.replaced]
+        rows += [(name, cls, f"left: {reason}") for name, cls, reason in self.left]
+        if not rows:
             return "no quantizer found"
-        widths = [max(len(row[column]) for row in rows) for column in range(2)]
-        return "\n".join(f"{name:{widths[0]}}  {cls:{widths[1]}}  {text}".rstrip() for name, cls, text in rows)
+        # Modules whose names differ in numbers only are one row.
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for name, cls, text in rows:
+            groups.setdefault((re.sub(r"\d+", "*", name), cls, text), []).append(name or "(the model)")
+        lines = [
+            (names[0] if len(names) == 1 else f"{pattern} ({len(names)})", cls, text) for (pattern, cls, text), names in groups.items()
+        ]
+        widths = [max(len(line[column]) for line in lines) for column in range(2)]
+        return "\n".join(f"{name:{widths[0]}}  {cls:{widths[1]}}  {text}" for name, cls, text in lines)

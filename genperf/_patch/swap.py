@@ -12,6 +12,7 @@ import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 # The attribute of a subclass that names the class with genperf's methods, and the attribute of a module for `undo`.
@@ -88,7 +89,7 @@ def undo(module: nn.Module) -> None:
     values = vars(module)
     before, added = values.pop(_BEFORE, _Before({}, frozenset()))
     own = {name: value for name, value in values.items() if name not in _INTERNAL and name not in added} | before
-    options = {name: getattr(module, name, value) for name, value in own.items() if isinstance(value, _SCALARS)}
+    options = {name: _number(getattr(module, name, value)) for name, value in own.items() if isinstance(value, _SCALARS)}
     for name in added:
         values.pop(name, None)
     values.update(before)
@@ -96,10 +97,17 @@ def undo(module: nn.Module) -> None:
     module.__class__ = cls.__bases__[1]
 
 
+def _number(value: Any) -> Any:
+    """An option that genperf holds in a tensor, as a number."""
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+
+
 def set_by_user(step: Step, upstream: type) -> str | None:
     """Why the methods of a step cannot take the place of those of `upstream`: they were overridden, or set on the instance."""
     for name in _method_names(step.methods):
-        if getattr(type(step.module), name, None) is not getattr(upstream, name, None):
+        own = next((base for base in type(step.module).__mro__ if name in vars(base)), None)
+        # FSDPModule of torch has methods of the module's own, which come after those of genperf.
+        if own is not None and not issubclass(upstream, own) and own.__module__.partition(".")[0] != "torch":
             return f"a class derived from {upstream.__name__} overrides {name}"
         # Constructors of upstream set methods too; only those of classes that have attributes of genperf in their place.
         if name in vars(step.module) and (name == "forward" or not step.attributes):

@@ -47,7 +47,9 @@ _OPTIONS = ("sane_index_shape", "legacy")
 
 find = by_name(
     {
-        "taming.modules.vqvae.quantize.GumbelQuantize": Adapter("compat.taming.GumbelQuantize", _gumbel),
+        "taming.modules.vqvae.quantize.GumbelQuantize": Adapter(
+            "compat.taming.GumbelQuantize, which draws other noise from a seed", _gumbel
+        ),
         "taming.modules.vqvae.quantize.VectorQuantizer": Adapter(
             "compat.taming.VectorQuantizer", image_quantizer(compat.VectorQuantizer, "e_dim")
         ),

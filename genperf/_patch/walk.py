@@ -1,6 +1,7 @@
 """Walk a model and replace its quantizers."""
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
@@ -14,7 +15,7 @@ from .swap import Step, apply, joined_class, undo
 Only = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 # Names of classes that are listed as left if nothing in them is known.
-_QUANTIZER = re.compile(r"Quanti[sz]|Codebook|VQ(?!VAE|GAN|Model)|[FL]SQ|LFQ")
+_QUANTIZER = re.compile(r"(Quanti[sz](er|ation|e)|Codebook|VQ|FSQ|LFQ|BSQ)\d*$")
 _NOT_QUANTIZERS = ("torch", "genperf", "transformers.quantizers", "torchao", "bitsandbytes")
 
 
@@ -135,7 +136,8 @@ def _scripted_quantizer(module: torch.jit.ScriptModule) -> bool:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+    dynamo = sys.modules.get("torch._dynamo")  # an import takes a second, and nothing is compiled without it
+    return module._compiled_call_impl is not None or (dynamo is not None and isinstance(module, dynamo.OptimizedModule))
 
 
 def _has_quantizer(module: nn.Module) -> bool:
