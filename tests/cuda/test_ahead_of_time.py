@@ -1,9 +1,12 @@
 """The CUDA path without a GPU: kernels compile for each architecture within its limits, and CUDA ops trace on fake tensors."""
 
+import functools
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,146 +15,106 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import genperf
 from genperf import _library
+from genperf.ops._layout import as_positions
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+from compiled import CUOBJDUMP, compile_for
+from genperf.kernels.nearest_code import launch
+from mocked_driver import mocked_driver
 
 ROOT = Path(__file__).parents[2]
-ARCHS = (80, 90, 100)
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+ARCHS = (80, 90, 100, 120)
+CUDA_ARCHS = (80, 90, 100)  # nvcc takes as long for each, and sm_120 has the limits of sm_80
 MAX_REGISTERS = 128  # of 65536, so that a multiprocessor holds 512 threads
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
 
-def compile_triton(kernel, types, arguments, arch):
-    """Compile a Triton kernel for an architecture as a launch would, with aligned pointers and adjacent components."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
+class Case(NamedTuple):
+    """A call of the search."""
 
-    options = {name: value for name, value in arguments.items() if name not in kernel.arg_names}
-    constants = {name: value for name, value in arguments.items() if name in kernel.arg_names}
-    constants |= {name: 1 for name in ("stride_d", "stride_code_d") if name in kernel.arg_names}
-    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    if arguments.get("TMA"):
-        columns = arguments["BLOCK_D" if arguments["STREAM"] else "DEPTH"]
-        signature["codes"] = f"tensordesc<fp16[{arguments['BLOCK_K']}, {columns}]>"
-    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name == "depth"]
-    return compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}),
-        target=GPUTarget("cuda", arch, 32),
-        options=options,
-    )
+    dim: int
+    codes: int
+    x: Callable[[int], torch.Tensor] = lambda dim: torch.empty(1 << 17, dim)
+    channel: int = 1
+    mask: bool = False
 
 
-def resources(cubin: bytes, path: Path) -> dict[str, int]:
-    """Registers, and bytes of stack and of local memory, that a thread uses."""
-    path.write_bytes(cubin)
-    report = subprocess.run([CUOBJDUMP, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    return {name: max(map(int, re.findall(rf"{name}:(\d+)", report))) for name in ("REG", "STACK", "LOCAL")}
+# Every regime: split operands of each depth; queries held, two programs or one on a multiprocessor; streamed queries.
+CASES = {
+    **{f"rows-{dim}": Case(dim, codes) for dim, codes in ((3, 8192), (4, 8192), (8, 262144), (18, 262144), (32, 8192), (64, 512))},
+    **{f"rows-{dim}": Case(dim, codes) for dim, codes in ((128, 262144), (256, 16384), (600, 8192))},
+    "images": Case(64, 512, lambda dim: torch.empty(4, dim, 16, 16), mask=True),
+    "half": Case(16, 1024, lambda dim: torch.empty(1 << 17, dim, dtype=torch.bfloat16)),
+    "few rows": Case(128, 4096, lambda dim: torch.empty(1000, dim)),
+}
+VARIANTS = (
+    *[("scan", case, ARCHS) for case in ("rows-4", "rows-128", "rows-256", "rows-600")],
+    *[("scan", case, (90,)) for case in ("rows-3", "rows-8", "rows-18", "rows-32", "rows-64", "images", "half", "few rows")],
+    *[("search", case, ARCHS) for case in ("rows-4", "rows-256")],
+    ("search", "rows-600", (90,)),
+    *[(kernel, "images", ARCHS) for kernel in ("prepare", "settle")],
+    ("prepare", "half", (90,)),
+)
+
+# In the loop over the codes, for each score: all instructions of a thread, and those that the pipe of comparisons and integers takes.
+# flash-kmeans 0.3.1 takes 8.0 and 5.1 at D = 32, 9.2 and 5.4 at D = 128 and 11.7 and 5.9 at D = 256 on sm_90 (compiled by Triton 3.9).
+PER_SCORE = {
+    80: {4: (11.3, 4.8), 128: (14, 4.9)},
+    90: {
+        3: (6, 3), 4: (6, 3), 8: (6.3, 3.1), 16: (6.5, 3.1), 18: (6.5, 3.1), 32: (6.3, 3.1), 64: (6.5, 3.1), 128: (6.8, 3.1),
+        256: (10, 4),
+    },
+    100: {4: (8, 3.1), 128: (8.3, 3.1), 256: (8.9, 3.6)},
+    120: {4: (11.4, 4.8), 128: (14, 4.7)},
+}  # fmt: skip
+MATRIX_INSTRUCTION = {80: "f16.f16.f32", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "f16.f16.f32"}
 
 
-def types(dtype):
-    """Types of the arguments of the search kernels."""
-    pointers = {
-        **dict.fromkeys(("x", "codebook"), dtype),
-        **dict.fromkeys(("codes", "queries"), "fp16"),
-        **dict.fromkeys(("center", "bias", "table", "lower", "upper"), "fp32"),
-        **dict.fromkeys(("first", "last", "counts"), "i32"),
-        **dict.fromkeys(("indices", "rows", "part_index"), "i64"),
-    } | {"mask": "i1", "part_distance": "fp64"}
-    small = (
-        "num_counts", "inner", "num_codes", "tiles", "tiles_per_program", "splits", "dim", "depth",
-        "stride_d", "stride_inner", "stride_k", "stride_code_d",
-    )  # fmt: skip
-    large = ("positions", "stride_head", "stride_outer", "stride_codebook")
-    return {
-        **{name: f"*{kind}" for name, kind in pointers.items()},
-        **dict.fromkeys(small, "i32"),
-        **dict.fromkeys(large, "i64"),
-    }
+@functools.cache
+def sources(case: str, arch: int):
+    """What a call of the search compiles for an architecture: by kernel, its source as specialized by the launch, and its options."""
+    dim, codes, make, channel, mask = CASES[case]
+    x = as_positions(make(dim), channel)
+    codebook = torch.empty(codes, dim, dtype=x.dtype)
+    with mocked_driver(arch) as driver:
+        launch.nearest_code(x, codebook, torch.empty(x.shape[0], x.shape[2], dtype=torch.bool) if mask else None, False)
+    return {source.fn.__name__.removeprefix("nearest_code_").removesuffix("_kernel"): (source, kept) for source, kept in driver.sources}
 
 
-# D and K of every regime: split operands of each depth; queries held, two programs or one on a multiprocessor; streamed queries.
-SHAPES = ((4, 8192), (8, 262144), (18, 262144), (32, 8192), (64, 512), (128, 262144), (256, 16384), (600, 8192))
-
-# Of a thread over a tile of codes, on sm_90, for each score: all, and those that the pipe of comparisons and integers takes. By D.
-# flash-kmeans 0.3.1 takes 8.0 and 5.1 at D = 32, 9.2 and 5.4 at D = 128 and 11.7 and 5.9 at D = 256 (compiled by Triton 3.9).
-PER_SCORE = {4: (6, 3), 8: (6.3, 3.1), 16: (6.5, 3.1), 18: (6.5, 3.1), 32: (6.3, 3.1), 64: (6.5, 3.1), 128: (6.8, 3.1), 256: (10, 4)}
-ALU = ("FMNMX", "SEL", "FSEL", "FSETP", "ISETP", "LOP3", "PLOP3", "IADD3", "VIADD", "SHF", "LEA")
-
-
-def kernels():
-    """Kernel, D, K, dtype, architectures, and a function from a Shape to the launch options."""
-    from genperf.kernels.nearest_code import prepare, scan, search, settle
-
-    variants = {
-        "prepare": (prepare.nearest_code_prepare_kernel, lambda s: {"COSINE": False, **s.prepare_options()}),
-        "scan": (
-            scan.nearest_code_scan_kernel,
-            lambda s: {"COSINE": False, "PLANAR": False, "SPLITS": False, **s.scan_options()},
-        ),
-        "settle": (
-            settle.nearest_code_settle_kernel,
-            lambda s: {"COSINE": False, "HAS_MASK": True, "SPLITS": True, **s.settle_options()},
-        ),
-        "search": (search.nearest_code_search_kernel, lambda s: {"COSINE": False, **s.search_options()}),
-    }
-
-    def variant(name, dim, codes, dtype="fp32", archs=ARCHS):
-        kernel, options = variants[name]
-        return pytest.param(kernel, dim, codes, dtype, archs, options, id=f"{name}-{dim}-{codes}-{dtype}")
-
-    for dim, codes in SHAPES:
-        yield variant("scan", dim, codes)
-    for dim, codes in ((4, 8192), (256, 16384), (600, 8192)):
-        yield variant("search", dim, codes)
-    for name in ("prepare", "settle"):
-        yield variant(name, 64, 512)
-    # Another dtype changes the loads alone.
-    for name in ("prepare", "scan"):
-        yield variant(name, 16, 1024, "bf16", (90,))
-
-
-@pytest.mark.parametrize(("kernel", "dim", "codes", "dtype", "archs", "options"), list(kernels()))
-def test_triton_kernels_compile(kernel, dim, codes, dtype, archs, options, tmp_path):
-    from genperf.kernels.nearest_code.shape import Shape
-
+@pytest.mark.parametrize(("kernel", "case", "archs"), VARIANTS)
+def test_triton_kernels_compile(kernel, case, archs):
     for arch in archs:
-        launch = options(Shape(dim, codes, arch // 10))
-        compiled = compile_triton(kernel, types(dtype), launch, arch)
-        path = tmp_path / "kernel.cubin"
-        used = resources(compiled.asm["cubin"], path)
-        assert compiled.metadata.shared <= SHARED_MEMORY[arch]
-        scan = "scan" in kernel.__name__
-        # Where two programs share a multiprocessor, what is constant over the codes may lie in memory.
-        assert used["STACK"] + used["LOCAL"] <= (256 if scan and launch["maxnreg"] == 128 else 96)
-        warps = launch["num_warps"] * min(65536 // (used["REG"] * 32 * launch["num_warps"]), 32)
-        if compiled.metadata.shared:
-            warps = min(warps, launch["num_warps"] * (SHARED_MEMORY[arch] // compiled.metadata.shared))
-        print(f"sm_{arch}: {used['REG']} registers, {compiled.metadata.shared} bytes of shared memory, {warps} warps at a time")
+        source, options = sources(case, arch)[kernel]
+        compiled = compile_for(arch, source, options)
+        print(
+            f"sm_{arch}: {compiled.registers} registers, {compiled.stack} bytes of stack, {compiled.shared} bytes of shared memory, "
+            f"{compiled.programs} programs of {compiled.warps} warps at a time"
+        )
+        dim = CASES[case].dim
+        # What is constant over the codes may lie in memory.
+        assert compiled.stack <= (256 if kernel == "scan" else 96)
         # Two programs, or one of twice as many rows: some warps multiply while others compare.
-        assert warps >= (16 if arch == 90 and dim <= 256 and scan else 4 if "search" in kernel.__name__ else 8)
-        if scan:
-            assert {80: "f16.f16.f32", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch] in compiled.asm["ptx"]
-            assert arch == 80 or "cp.async.bulk.tensor" in compiled.asm["ptx"]
-            if arch == 90 and dim <= 256:
-                check_scan(path, dim, launch)
+        warps = compiled.programs * compiled.warps
+        assert warps >= (16 if arch == 90 and dim <= 256 and kernel == "scan" else 8)
+        if kernel == "scan":
+            assert MATRIX_INSTRUCTION[arch] in compiled.ptx
+            assert arch == 80 or "cp.async.bulk.tensor" in compiled.ptx
+        if kernel == "scan" and dim in PER_SCORE[arch]:
+            check_scan(compiled, arch, dim, source)
 
 
-def check_scan(path, dim, launch):
-    """The loop over the codes: instructions per score, nothing exchanged between threads, nothing spilled to memory."""
-    (instructions,) = disassemble(CUOBJDUMP, path, "sm_90a").values()
-    names = [instruction.opcode.split(None, 1)[0].split(".")[0] for instruction in instructions]
-    loops = [names[first : last + 1] for first, last in Kernel(instructions).loops()]
-    loop = min((names for names in loops if "HGMMA" in names), key=len)
-    scores = launch["BLOCK_N"] * launch["BLOCK_K"] / (32 * launch["num_warps"])
-    every, alu = len(loop) / scores, sum(name in ALU for name in loop) / scores
-    print(f"sm_90: {every:.2f} instructions per score, {alu:.2f} of them comparisons and integers, {loop.count('LDL')} reloads")
-    assert every <= PER_SCORE[dim][0]
-    assert alu <= PER_SCORE[dim][1]
-    assert "SHFL" not in loop, "the comparisons exchange values between threads"
-    assert loop.count("STL") <= 5
-    assert loop.count("LDL") <= 30
+def check_scan(compiled, arch, dim, source):
+    """The loop over the codes: instructions per score, no stores, and on sm_90 nothing exchanged between threads."""
+    sizes = {source.fn.arg_names[i]: value for (i,), value in source.constants.items()}
+    every, alu = compiled.per_score(sizes["BLOCK_N"], sizes["BLOCK_K"])
+    loads = compiled.loop.count("LDL")
+    print(f"sm_{arch}: {every:.2f} instructions per score, {alu:.2f} of them comparisons and integers, {loads} reloads")
+    assert every <= PER_SCORE[arch][dim][0]
+    assert alu <= PER_SCORE[arch][dim][1]
+    assert compiled.loop.count("STL") <= 5
+    assert loads <= 30
+    assert arch != 90 or "SHFL" not in compiled.loop, "the comparisons exchange values between threads"
 
 
 LOAD, STORE, DIVISION, EXP = "LDG.E.128", "STG.E.128", "MUFU.RCP", "FFMA.SAT"  # FFMA.SAT begins an exact exponential
@@ -198,12 +161,12 @@ def check_instructions(limits, compiled):
 @needs_nvcc
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda path: path.stem)
 def test_cuda_kernels_compile_without_spills(source, tmp_path):
-    targets = [flag for arch in ARCHS for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
+    targets = [flag for arch in CUDA_ARCHS for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
     command = ["nvcc", "-std=c++20", "-O3", *targets, "-Xptxas", "-v", "-I", ROOT / "csrc", "-c", source, "-o", tmp_path / "kernel.o"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
-    assert len(frames) >= len(ARCHS), run.stderr
+    assert len(frames) >= len(CUDA_ARCHS), run.stderr
     assert all(frame == ("0", "0", "0") for frame in frames), run.stderr
     kernels = re.findall(r"entry function '(\w+)' for '(sm_\d+)'.*?Used (\d+) registers", run.stderr, re.DOTALL)
     for name, arch, registers in sorted(kernels, key=lambda kernel: (kernel[1], -int(kernel[2]))):
