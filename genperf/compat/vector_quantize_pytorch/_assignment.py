@@ -16,6 +16,7 @@ from ...ops._dispatch import choose_impl
 from ...ops._layout import as_one_codebook
 from ...ops.code_cross_entropy import code_cross_entropy
 from ...ops.nearest_code import search, unavailable
+from ...ops.nearest_codes import MAX_K, nearest_codes
 from ...ops.sample_code import draw_codes
 from ._implicit_codebook import Conditioned
 
@@ -42,8 +43,12 @@ class CodebookAssignment:
         if topk is None:
             impl = choose_impl("nearest_code", None, unavailable(queries.device, queries.dtype))
             return search(queries.detach(), codes, valid, self.metric, impl)
-        parts = [best(logits_reference(rows.unsqueeze(-1), codes, None, self.logits), temperature, topk) for rows in self._chunks(vectors)]
-        found = torch.cat(parts, 1).unflatten(1, (vectors.shape[1], vectors.shape[3]))
+        if temperature == 0 and topk <= MAX_K:
+            found = nearest_codes(queries.detach(), codes, topk, metric=self.metric, channel_dim=2)
+        else:
+            logits = (logits_reference(rows.unsqueeze(-1), codes, None, self.logits) for rows in self._chunks(vectors))
+            found = torch.cat([best(each, temperature, topk) for each in logits], 1)
+            found = found.unflatten(1, (vectors.shape[1], vectors.shape[3]))
         return found if valid is None else found.masked_fill(~valid.unsqueeze(-1), -1)
 
     def table(self, vectors: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
