@@ -95,6 +95,11 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "residual_vector_quantize(Tensor x, Tensor codebooks, Tensor? mask, Tensor? num_quantizers, "
       "bool "
       "cosine) -> (Tensor quantized, Tensor indices, Tensor mse, Tensor valid)");
+  // The same on CUDA by a search and a launch for each codebook.
+  m.def(
+      "residual_vector_quantize_in_steps(Tensor x, Tensor codebooks, Tensor? mask, Tensor? "
+      "num_quantizers, bool cosine) -> (Tensor quantized, Tensor indices, Tensor mse, Tensor "
+      "valid)");
   m.def(
       "residual_vector_quantize_backward(Tensor? grad_quantized, Tensor? grad_mse, Tensor x, "
       "Tensor codebooks, Tensor indices, Tensor valid, float commitment_weight, bool rotation, "

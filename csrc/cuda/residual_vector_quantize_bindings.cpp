@@ -38,7 +38,8 @@ Tensor search(const Tensor& x,
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> residual_vector_quantize(
+// For sizes at which the Triton kernel that runs all levels at once does not pay.
+std::tuple<Tensor, Tensor, Tensor, Tensor> residual_vector_quantize_in_steps(
     Tensor x,
     Tensor codebooks,
     std::optional<Tensor> mask,
@@ -144,7 +145,7 @@ Tensor residual_vector_quantize_backward(std::optional<Tensor> grad_quantized,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(genperf, CUDA, m) {
-  m.impl("residual_vector_quantize", TORCH_BOX(&residual_vector_quantize));
+  m.impl("residual_vector_quantize_in_steps", TORCH_BOX(&residual_vector_quantize_in_steps));
   m.impl("residual_vector_quantize_backward", TORCH_BOX(&residual_vector_quantize_backward));
 }
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._deprecation import renamed_arguments
 from ._autograd import Function, ValueOf, apply, call, differentiate, need_function, need_graph, saved_tensors
-from ._dispatch import choose_impl, native_unavailable, register_fake
+from ._dispatch import choose_impl, implement_on_cuda, native_unavailable, register_fake
 from ._layout import Positions, as_positions, positions_shape
 from ._precision import accumulator_dtype
 from ._validate import can_branch_on, check_index_range, check_mask, check_tensor, check_vectors
@@ -47,9 +47,9 @@ def residual_vector_quantize(
         return quantized, torch.stack(indices, -1), torch.stack(losses)
 
     The residual is float32 (float64 for a float64 x), rounded after each subtraction; every index is the exact nearest code of
-    that residual. On the CPU a block of vectors runs through all quantizers while its residual stays in cache, forward and
-    backward. No tensor of size positions x K or positions x Q x D is stored, and images [B, D, H, W] (channel_dim=1) are read
-    and written in place.
+    that residual. A block of vectors runs through all quantizers while its residual stays in cache: on the CPU forward and
+    backward, on CUDA forward, in one launch for up to 256 dimensions. No tensor of size positions x K or positions x Q x D is
+    stored, and images [B, D, H, W] (channel_dim=1) are read and written in place.
 
     Args:
         x: float32, bfloat16, float16 or float64; any strides.
@@ -354,6 +354,19 @@ def _statistics_reference(x: Tensor, codebooks: Tensor, indices: Tensor) -> tupl
     return torch.stack(counts), torch.stack(sums)
 
 
+@implement_on_cuda("residual_vector_quantize")
+def _launch(x: Tensor, codebooks: Tensor, mask: Tensor | None, num_quantizers: Tensor | None, cosine: bool) -> tuple[Tensor, ...]:
+    """All quantizers in one launch where that pays, and otherwise in a search and a launch for each."""
+    # A checkout has these files in kernels/.
+    from genperf.kernels.nearest_code import residual_launch  # pyright: ignore[reportMissingImports]
+
+    if not residual_launch.pays(x, codebooks):
+        return torch.ops.genperf.residual_vector_quantize_in_steps(x, codebooks, mask, num_quantizers, cosine)
+    with torch.cuda.device_of(x):
+        return residual_launch.residual_vector_quantize(x, codebooks, mask, num_quantizers, cosine)
+
+
+@register_fake("residual_vector_quantize_in_steps")
 @register_fake("residual_vector_quantize")
 def _(x: Tensor, codebooks: Tensor, mask: Tensor | None, num_quantizers: Tensor | None, cosine: bool) -> tuple[Tensor, ...]:
     total = codebooks.shape[0]

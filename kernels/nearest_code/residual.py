@@ -1,0 +1,279 @@
+"""All quantizers of a residual quantizer in one launch: a program takes a tile of rows through one after the other.
+
+For each quantizer the residual is rounded and the codes pass as in scan.py. Rows that the certificate leaves with a few codes, and
+those whose codes a second pass collects, are decided in float64; rows with too many codes, or without a bound, are compared with
+all codes in float64, a few rows at a time. What a program keeps between these steps lies in memory of its own, small enough for
+the L2 cache, and so do the values that are the same for all codes of a pass: its loop needs the registers. For the same reason
+`nothing`, a zero that the compiler does not know, is added to row numbers, so that no address is computed long before its use.
+"""
+
+import triton
+import triton.language as tl
+
+from .decide import SLOTS, collect_codes, decide_candidates, nearest_of_all
+from .rows import load_rows, round_rows, row_offsets
+from .scan import NONE, nearest_of_pass, pass_over_codes, unscored_bound
+from .settle import box_corners
+
+# Arrays [BLOCK_N] of a program.
+CHOSEN, NOTHING, FLAT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+BACK, AT_LENGTH, AT_RESIDUAL, AT_ZERO, ROW_LENGTH, THRESHOLD = (tl.constexpr(i) for i in range(6))
+INTEGERS, FLOATS = tl.constexpr(2 + 2 * SLOTS.value), tl.constexpr(6)
+
+
+@triton.jit
+def search_residual(
+    residual,  # [BLOCK_N, D] the rows of this program
+    queries,  # [BLOCK_N, depth]
+    floats,  # [FLOATS, BLOCK_N]
+    integers,  # [INTEGERS, BLOCK_N], of which CHOSEN gets the index of the nearest code
+    distances,  # [BLOCK_N SLOTS]
+    kept,  # [BLOCK_N] the rows that are searched
+    codebook,  # [K, D]
+    center,  # [D + 1]
+    codes,
+    bias,
+    table,
+    first_tile,
+    tiles,
+    num_codes,
+    dim,
+    depth,
+    stride_k,
+    stride_code_d,
+    COSINE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TMA: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    ROWS: tl.constexpr,
+    CODES: tl.constexpr,
+):
+    """The exact search of one quantizer for the rows of a program."""
+    lane = tl.arange(0, BLOCK_N)
+    chosen = integers + CHOSEN * BLOCK_N
+    flat = integers + FLAT * BLOCK_N
+    row = lane + tl.load(integers + NOTHING * BLOCK_N, volatile=True)
+    back, bound = round_rows(residual, center, queries, row * dim, kept, dim, depth, 1, COSINE, False, SPLIT, BLOCK_D)
+    at_length, at_residual, at_zero, length = bound
+    tl.store(floats + BACK * BLOCK_N + row, back)
+    tl.store(floats + AT_LENGTH * BLOCK_N + row, at_length)
+    tl.store(floats + AT_RESIDUAL * BLOCK_N + row, at_residual)
+    tl.store(floats + AT_ZERO * BLOCK_N + row, at_zero)
+    tl.store(floats + ROW_LENGTH * BLOCK_N + row, length)
+    tl.debug_barrier()
+    passed = pass_over_codes(
+        tl.load((queries + row * depth)[:, None] + tl.arange(0, DEPTH)[None, :]), tl.load(floats + BACK * BLOCK_N + row),
+        tl.load(floats + AT_LENGTH * BLOCK_N + row), tl.load(floats + AT_RESIDUAL * BLOCK_N + row), codes, bias, table, first_tile,
+        0, tiles, depth, False, TMA, DEPTH, BLOCK_N, BLOCK_K, BLOCK_D,
+    )  # fmt: skip
+
+    nothing = tl.load(integers + NOTHING * BLOCK_N, volatile=True)
+    row = lane + nothing
+    threshold = tl.max(passed[5], axis=1) - 2 * tl.load(floats + AT_ZERO * BLOCK_N + row)
+    unscored = unscored_bound(tl.load(floats + ROW_LENGTH * BLOCK_N + row), tl.load(center + dim), COSINE)
+    usable = (threshold > float("-inf")) & (unscored < threshold)
+    first, last = nearest_of_pass(passed, threshold, usable, BLOCK_K)
+    tl.store(chosen + row, first)
+    few = kept & (first >= 0) & (last != NONE)
+    found, exists = box_corners(first[:, None], last[:, None], tl.arange(0, SLOTS)[None, :], BLOCK_K)
+    found = tl.where(few[:, None] & exists & (found < num_codes), found, -1)
+    every = kept & (first < 0)
+    collected = every & usable
+    if tl.max(collected.to(tl.int32)) > 0:
+        tl.store(floats + THRESHOLD * BLOCK_N + row, tl.where(collected, threshold, float("inf")))
+        tl.debug_barrier()
+        reaching, number = collect_codes(
+            tl.load((queries + row * depth)[:, None] + tl.arange(0, DEPTH)[None, :]), tl.load(floats + BACK * BLOCK_N + row),
+            tl.load(floats + AT_LENGTH * BLOCK_N + row), tl.load(floats + AT_RESIDUAL * BLOCK_N + row),
+            tl.load(floats + THRESHOLD * BLOCK_N + row), codes, bias + nothing, table + nothing, first_tile, tiles, depth, nothing,
+            TMA, DEPTH, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        every = every & ((collected == 0) | (number > SLOTS))
+        found = tl.where((collected & (number <= SLOTS))[:, None], reaching, found)
+    decide_candidates(
+        found, chosen, flat, distances, residual, codebook, dim, stride_k, stride_code_d, COSINE, BLOCK_N, CANDIDATES,
+        BLOCK_D if BLOCK_D < 32 else 32,
+    )  # fmt: skip
+
+    if tl.max(every.to(tl.int32)) > 0:
+        if not COSINE:
+            # All distances from a row that is not finite count as infinite.
+            infinite = tl.zeros([BLOCK_N], tl.int32)
+            for start in range(0, dim, BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                value = tl.load(residual + row[:, None] * dim + d[None, :], mask=(d < dim)[None, :], other=0)
+                infinite = tl.maximum(infinite, tl.max((tl.abs(value) < float("inf")).to(tl.int32) ^ 1, axis=1))
+            tl.store(chosen + row, tl.zeros([BLOCK_N], tl.int32), mask=every & (infinite > 0))
+            every = every & (infinite == 0)
+        tl.debug_barrier()
+        tl.store(flat + tl.cumsum(every.to(tl.int32), axis=0) - 1, lane, mask=every)
+        tl.debug_barrier()
+        number_of_rows = tl.sum(every.to(tl.int32))
+        for start in range(0, number_of_rows, ROWS):
+            place = start + tl.arange(0, ROWS)
+            current = tl.load(flat + place, mask=place < number_of_rows, other=0)
+            nearest = nearest_of_all(residual + current * dim, codebook, num_codes, dim, stride_k, stride_code_d, COSINE, ROWS, CODES)
+            tl.store(chosen + current, nearest.to(tl.int32), mask=place < number_of_rows)
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["positions", "inner", "quantizers", "tiles", "num_codes", "prepared_step"])
+def residual_quantize_kernel(
+    x,  # [outer, D, inner]
+    codebook,  # [Q, K, D] float32
+    center,  # [Q or 1, D + 1]
+    codes,  # [(Q or 1) tiles * BLOCK_K, depth], a tensor descriptor if TMA
+    bias,  # [Q or 1, tiles * BLOCK_K]
+    table,  # [Q or 1, tiles, TILE_COLUMNS]
+    mask,  # [outer, inner]
+    limit,  # [] the number of quantizers that run
+    residual,  # [programs, BLOCK_N, D] float32
+    queries,  # [programs, BLOCK_N, depth]
+    floats,  # [programs, FLOATS, BLOCK_N] float32
+    integers,  # [programs, INTEGERS, BLOCK_N] int32
+    distances,  # [programs, BLOCK_N SLOTS] float64
+    quantized,  # [outer, D, inner]
+    indices,  # [outer, inner, Q]
+    squares,  # [Q, tiles of rows] float64, of what a quantizer leaves
+    valid,  # [tiles of rows] int32, rows that the mask keeps
+    positions,
+    inner,
+    quantizers,
+    tiles,
+    num_codes,
+    prepared_step,  # 1, or 0 if all quantizers share a codebook, which is then prepared once
+    dim,
+    depth,
+    stride_outer,
+    stride_d,
+    stride_inner,
+    stride_out_outer,
+    stride_out_d,
+    stride_out_inner,
+    stride_codebook,
+    stride_k,
+    stride_code_d,
+    COSINE: tl.constexpr,
+    PLANAR: tl.constexpr,
+    PLANAR_OUT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TMA: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    ROWS: tl.constexpr,
+    CODES: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    residual += program * BLOCK_N * dim
+    queries += program * BLOCK_N * depth
+    floats += program * BLOCK_N * FLOATS
+    integers += program * BLOCK_N * INTEGERS
+    distances += program * BLOCK_N * SLOTS
+    tl.store(integers + NOTHING * BLOCK_N, 0)
+    lane = tl.arange(0, BLOCK_N)
+    levels = quantizers
+    if HAS_LIMIT:
+        levels = tl.minimum(tl.maximum(tl.load(limit), 1), quantizers).to(tl.int32)
+
+    for start_row in range(program * BLOCK_N, positions, tl.num_programs(0) * BLOCK_N):
+        tile_of_rows = start_row // BLOCK_N
+        inside = start_row + lane < positions
+        kept = inside
+        if HAS_MASK:
+            kept &= tl.load(mask + start_row + lane, mask=inside, other=0) != 0
+        tl.store(valid + tile_of_rows, tl.sum(kept.to(tl.int32)))
+        base = row_offsets(start_row, lane, inner, stride_outer, stride_inner)
+        for start in range(0, dim, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            value = load_rows(x, base, kept, d, d < dim, stride_d, PLANAR)
+            tl.store(residual + lane[:, None] * dim + d[None, :], value, mask=(d < dim)[None, :])
+        tl.debug_barrier()
+
+        of_quantizer = codebook
+        for level in range(levels):
+            search_residual(
+                residual, queries, floats, integers, distances, kept, of_quantizer, center + level * prepared_step * (dim + 1), codes,
+                bias, table, level * prepared_step * tiles, tiles, num_codes, dim, depth, stride_k, stride_code_d,
+                COSINE, SPLIT, TMA, DEPTH, BLOCK_N, BLOCK_K, BLOCK_D, CANDIDATES, ROWS, CODES,
+            )  # fmt: skip
+            row = lane + tl.load(integers + NOTHING * BLOCK_N, volatile=True)
+            index = tl.load(integers + CHOSEN * BLOCK_N + row)
+            tl.store(indices + (start_row + row) * quantizers + level, tl.where(kept, index, -1).to(tl.int64), mask=inside)
+            square = tl.zeros([BLOCK_N], tl.float32)
+            of_code = of_quantizer + index.to(tl.int64) * stride_k
+            for start in range(0, dim, BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                keep = kept[:, None] & (d < dim)[None, :]
+                place = residual + row[:, None] * dim + d[None, :]
+                code = tl.load(of_code[:, None] + d.to(tl.int64)[None, :] * stride_code_d, mask=keep, other=0)
+                value = tl.load(place, mask=keep, other=0) - code
+                tl.store(place, value, mask=keep)
+                square += tl.sum(value * value, axis=1)
+            tl.store(squares + level * tl.cdiv(positions, BLOCK_N) + tile_of_rows, tl.sum(square.to(tl.float64)))
+            of_quantizer += stride_codebook
+            tl.debug_barrier()
+
+        row = lane + tl.load(integers + NOTHING * BLOCK_N, volatile=True)
+        of_indices = indices + (start_row + row) * quantizers
+        for level in range(levels, quantizers):
+            tl.store(of_indices + level, tl.full([BLOCK_N], -1, tl.int64), mask=inside)
+        base = row_offsets(start_row, row, inner, stride_out_outer, stride_out_inner)
+        for start in range(0, dim, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            keep = kept[:, None] & (d < dim)[None, :]
+            of_component = codebook + d.to(tl.int64)[None, :] * stride_code_d
+            first = tl.load(of_indices, mask=kept, other=0)
+            total = tl.load(of_component + first[:, None] * stride_k, mask=keep, other=0)
+            for level in range(1, levels):
+                of_component += stride_codebook
+                other = tl.load(of_indices + level, mask=kept, other=0)
+                total += tl.load(of_component + other[:, None] * stride_k, mask=keep, other=0)
+            result = total.to(quantized.dtype.element_ty)
+            to = d.to(tl.int64) * stride_out_d
+            if PLANAR_OUT:
+                tl.store(quantized + base[None, :] + to[:, None], tl.trans(result), mask=inside[None, :] & (d < dim)[:, None])
+            else:
+                tl.store(quantized + base[:, None] + to[None, :], result, mask=inside[:, None] & (d < dim)[None, :])
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["tiles_of_rows", "quantizers", "dim"])
+def residual_finish_kernel(
+    squares,  # [Q, tiles of rows]
+    valid,  # [tiles of rows]
+    limit,  # []
+    mse,  # [Q]
+    num_valid,  # []
+    tiles_of_rows,
+    quantizers,
+    dim,
+    HAS_LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The mean square that a quantizer leaves, 0 if it does not run, summed in an order that sizes alone decide."""
+    level = tl.program_id(0)
+    levels = quantizers
+    if HAS_LIMIT:
+        levels = tl.minimum(tl.maximum(tl.load(limit), 1), quantizers).to(tl.int32)
+    square = tl.zeros([BLOCK], tl.float64)
+    number = tl.zeros([BLOCK], tl.int64)
+    for start in range(0, tiles_of_rows, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        inside = tile < tiles_of_rows
+        number += tl.load(valid + tile, mask=inside, other=0)
+        square += tl.load(squares + level.to(tl.int64) * tiles_of_rows + tile, mask=inside, other=0)
+    count = tl.sum(number)
+    elements = count.to(tl.float64) * dim
+    mean = tl.where((elements > 0) & (level < levels), tl.sum(square) / tl.where(elements > 0, elements, 1.0), 0.0)
+    tl.store(mse + level, mean.to(tl.float32))
+    if level == 0:
+        tl.store(num_valid, count)
