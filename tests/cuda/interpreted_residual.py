@@ -5,10 +5,10 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-
-from genperf import testing
 from genperf.kernels.nearest_code import residual_launch
 from genperf.kernels.nearest_code.residual_launch import residual_vector_quantize
+
+from genperf import testing
 from genperf.ops.residual_vector_quantize import ResidualOptions, quantize_residual
 
 
