@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc kernels genperf -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test lint format bench systems gpu-report clean
+.PHONY: demo test lint format docs wheels bench systems gpu-report clean
 
 demo: $(VENV)/installed-train
 	$(BIN)/python -m genperf
@@ -26,6 +26,14 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+# The documentation as a site, in build/site. A broken link is an error.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
+# A wheel of the CPU libraries in dist/, tested with each of PYTHONS.
+wheels: $(VENV)/torch
+	.ci/wheels $(PYTHONS)
 
 bench: $(VENV)/installed-bench
 	$(BIN)/genperf bench --device cpu --out benchmarks/results

@@ -1,0 +1,61 @@
+"""Hooks of mkdocs: pages of the API reference, one for each public package, and the Markdown files outside of docs/."""
+
+import ast
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "genperf.ops": ("Ops", "They are names of `genperf` too: `genperf.nearest_code`."),
+    "genperf.nn": ("Layers", ""),
+    "genperf.losses": ("Losses", ""),
+    "genperf.metrics": ("Metrics", ""),
+    "genperf.models": ("Models", ""),
+    "genperf.compat.vector_quantize_pytorch": ("vector-quantize-pytorch", "[What works, and what differs](../drop-ins.md)."),
+    "genperf.compat.taming": ("taming-transformers", "[What works, and what differs](../drop-ins.md)."),
+    "genperf.compat.diffusers": ("diffusers", "[What works, and what differs](../drop-ins.md)."),
+    "genperf.compat.pytorch_fid": ("pytorch-fid", "[What works, and what differs](../drop-ins.md)."),
+    "genperf.compat.torchmetrics": ("torchmetrics", "[What works, and what differs](../drop-ins.md)."),
+}
+OUTSIDE = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "benchmarks/results/*.md",
+    "benchmarks/results/**/*.png",
+)
+
+
+def public_names(module: str) -> list[str]:
+    """`__all__` of a module, without an import."""
+    folder = ROOT / module.replace(".", "/")
+    tree = ast.parse((folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")).read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    return [node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_")]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for module, (title, text) in PACKAGES.items():
+        entries = "".join(f"::: {module}.{name}\n\n" for name in public_names(module))
+        page = f"api/{module.removeprefix('genperf.').replace('.', '-')}.md"
+        files.append(File.generated(config, page, content=f"# {title}: `{module}`\n\n{text}\n\n{entries}"))
+    for pattern in OUTSIDE:
+        for path in sorted(ROOT.glob(pattern)):
+            name = str(path.relative_to(ROOT))
+            files.append(File.generated(config, name if path.suffix else f"{name}.md", abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links out of docs/ lead to the copies; links into docs/ from them lose their folder."""
+    outside = page.file.abs_src_path is not None and not page.file.abs_src_path.startswith(config.docs_dir)
+    if outside:
+        up = "../" * page.file.src_uri.count("/")
+        return re.sub(r"\]\((\.\./)*docs/", f"]({up}", markdown)
+    return markdown.replace("](../", "](") if page.file.src_uri.count("/") == 0 else markdown
