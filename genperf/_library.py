@@ -1,6 +1,8 @@
 """Loads the compiled libraries: the best CPU library for this processor and, if built, the CUDA one."""
 
 import ctypes
+import importlib
+import importlib.util
 import json
 import os
 import struct
@@ -153,7 +155,11 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 def _find_triton() -> str | None:
     try:
-        import triton  # noqa: F401
+        if torch.version.cuda is None:  # nothing will run on it here, and an import takes half a second
+            if importlib.util.find_spec("triton") is None:
+                raise ImportError("No module named 'triton'")
+        else:
+            importlib.import_module("triton")
     except ImportError as error:
         return f"triton cannot be imported ({error})."
     return None

@@ -9,10 +9,13 @@ FAST_DOUBLE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 FAST_HALF = {(7, 0), (8, 0), (9, 0), (10, 0), (10, 3)}
 
 
-@torch.compiler.assume_constant_result
 def has_fast_double(device: torch.device) -> bool:
     """Whether float64 products are not much slower than float32 products. True on a CPU, and where the device cannot be asked."""
     return torch.version.hip is not None or _capability(device) in FAST_DOUBLE | {None}
+
+
+# As torch.compiler.assume_constant_result marks it, which imports torch._dynamo for that: more than a second.
+has_fast_double._dynamo_marked_constant = True
 
 
 def has_fast_half(device: torch.device) -> bool:

@@ -211,3 +211,10 @@ def test_missing_cuda_library_is_one_warning_and_none_where_the_reference_was_as
         warnings.simplefilter("error")
         penalize()
     assert len(caught) == 1
+
+
+def test_import_leaves_what_takes_seconds_to_others():
+    heavy = ["torch._dynamo", "triton", "sympy", "matplotlib", "torchmetrics", "torchvision"]
+    code = f"import torch, sys; before = set(sys.modules); import genperf; print([name for name in {heavy} if name in sys.modules.keys() - before])"
+    result = run(code)
+    assert result.stdout == ("[]\n" if torch.version.cuda is None else "['triton']\n"), result.stderr
