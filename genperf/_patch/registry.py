@@ -38,8 +38,14 @@ def override(methods: type, by: str, needs: Sequence[str] = ()) -> Adapter:
     return Adapter(by, steps)
 
 
+def has(module: nn.Module, name: str) -> bool:
+    """`hasattr` that reads no property: Mimi's `embed` keeps the codes of when it was first read."""
+    instance = (vars(module), module._parameters, module._buffers, module._modules)
+    return hasattr(type(module), name) or any(name in names for names in instance)
+
+
 def require(module: nn.Module, names: Sequence[str]) -> None:
-    missing = [name for name in names if not hasattr(module, name)]
+    missing = [name for name in names if not has(module, name)]
     if missing:
         raise UnsupportedError(f"this version of the class has no attribute {missing[0]}")
 
@@ -54,7 +60,7 @@ def checked(step: Step, upstream: type) -> Step:
 def from_template(module: nn.Module, upstream: type, template: nn.Module) -> Step:
     """Give a module the methods and options of `template`, a module of genperf.compat, and let it keep its tensors and children."""
     require(module, [*template._parameters, *template._buffers, *template._modules])
-    attributes = {name: value for name, value in attributes_of(template).items() if not (_holds_tensors(value) and hasattr(module, name))}
+    attributes = {name: value for name, value in attributes_of(template).items() if not (_holds_tensors(value) and has(module, name))}
     if "_placed" in attributes:  # a tensor of `Placed` that tells where the layer is
         tensors = [*module.parameters(), *module.buffers()]
         placed = next(

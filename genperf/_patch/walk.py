@@ -79,7 +79,7 @@ def patch(model: nn.Module, *, only: Only | None = None, dry_run: bool = False) 
     report.left += [
         Left(name, type(module).__name__, "genperf does not know this class")
         for name, module in unknown
-        if not any(id(child) in handled for child in module.modules()) and not _is_part(name, report)
+        if not _has_quantizer(module) and not _is_part(name, report)
     ]
     return report
 
