@@ -444,6 +444,7 @@ class ElsewhereRow:
 
     name: str
     tests: dict[str, str]  # column -> file::test
+    package: str = ""  # without which the class cannot be imported
 
     @property
     def label(self) -> str:
@@ -453,20 +454,30 @@ class ElsewhereRow:
         return YES if column in self.tests else NA
 
 
-TORCHMETRICS = ElsewhereRow(
-    "compat.torchmetrics.FrechetInceptionDistance",
-    {
-        "mixed precision": "compat/test_compat_torchmetrics.py::test_half_precision_features",
-        "DDP": "compat/test_compat_torchmetrics.py::test_ranks_are_synchronized",
-    },
-)
+ELSEWHERE = [
+    ElsewhereRow(
+        "compat.torchmetrics.FrechetInceptionDistance",
+        {
+            "mixed precision": "compat/test_compat_torchmetrics.py::test_half_precision_features",
+            "DDP": "compat/test_compat_torchmetrics.py::test_ranks_are_synchronized",
+        },
+        "torchmetrics",
+    ),
+    ElsewhereRow(
+        "compat.torcheval.FrechetInceptionDistance",
+        {
+            "mixed precision": "compat/test_compat_torcheval.py::test_half_precision_features",
+            "DDP": "compat/test_compat_torcheval.py::test_states_are_merged_copied_and_loaded",
+        },
+    ),
+]
 
 SECTIONS: dict[str, list[Any]] = {
     "Ops": OPS,
     "Layers": LAYERS,
     "Losses": LOSSES,
     "Metrics": MEASURES,
-    "Drop-ins": [*DROP_INS, TORCHMETRICS],
+    "Drop-ins": [*DROP_INS, *ELSEWHERE],
 }
 ROWS: dict[str, Row] = {row.label: row for rows in (OPS, LAYERS, LOSSES, DROP_INS) for row in rows}
 METRICS = {row.name: row for row in MEASURES}
@@ -517,7 +528,7 @@ def public_names() -> set[str]:
     names |= {f"losses.{name}" for name in losses.__all__ if callable(getattr(losses, name))}
     for package, module in (("nn", layers), ("metrics", metrics)):
         names |= {f"{package}.{name}" for name in module.__all__ if is_module(getattr(module, name))}
-    for library in (*compat.__all__, "torchmetrics"):
+    for library in (*compat.__all__, "torcheval", "torchmetrics"):
         try:
             module = getattr(compat, library)
         except ModuleNotFoundError:  # torchmetrics

@@ -1,6 +1,7 @@
 """Drop-in replacements for classes of other libraries, with their names and semantics.
 
-The libraries need not be installed, except torchmetrics, whose class `compat.torchmetrics` extends; it is imported on first use.
+The libraries need not be installed, except torchmetrics, whose class `compat.torchmetrics` extends. `compat.torchmetrics` and
+`compat.torcheval`, which uses torcheval where it is installed, are imported on first use.
 """
 
 import importlib
@@ -11,6 +12,6 @@ __all__ = ["diffusers", "pytorch_fid", "taming", "vector_quantize_pytorch"]
 
 
 def __getattr__(name: str) -> object:
-    if name == "torchmetrics":
-        return importlib.import_module(".torchmetrics", __name__)
+    if name in ("torcheval", "torchmetrics"):
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -34,8 +34,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-from ..ops.covariance_factor import working_dtype
-from ..ops.frechet_distance import frechet_distance
+from ._feature_sums import distance_of_sums
 
 
 class FrechetInceptionDistance(fid.FrechetInceptionDistance):
@@ -59,19 +58,7 @@ class FrechetInceptionDistance(fid.FrechetInceptionDistance):
             raise RuntimeError(
                 f"FrechetInceptionDistance: there must be at least two real and two generated images, got {counts[0]} and {counts[1]}."
             )
-        mean1, cov1, factor1 = _moments(self.real_features_sum, self.real_features_cov_sum, counts[0])
-        mean2, cov2, factor2 = _moments(self.fake_features_sum, self.fake_features_cov_sum, counts[1])
-        distance = frechet_distance(mean1, cov1, mean2, cov2, factor1=factor1, factor2=factor2)
+        real = self.real_features_sum, self.real_features_cov_sum, counts[0]
+        fake = self.fake_features_sum, self.fake_features_cov_sum, counts[1]
+        distance = distance_of_sums(real, fake)
         return distance.to(torch.promote_types(getattr(self, "orig_dtype", torch.float32), torch.float32))
-
-
-def _moments(total: Tensor, outer: Tensor, count: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Mean, and covariance or factor, of `count` samples from their sum and the sum of their outer products."""
-    dtype = working_dtype(total.device)
-    mean = total.to(dtype) / count
-    cov = (outer.to(dtype) - count * torch.outer(mean, mean)) / (count - 1)
-    rank = count - 1
-    if rank >= mean.shape[0] or not cov.isfinite().all():
-        return mean, cov, None
-    values, vectors = torch.linalg.eigh(cov)
-    return mean, None, vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()

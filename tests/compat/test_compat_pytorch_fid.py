@@ -114,8 +114,8 @@ def test_equal_statistics_have_distance_zero(count):
     assert 0 <= distance <= 1e-6 * np.trace(sigma)
 
 
-def test_numbers_lists_and_dtypes():
-    assert calculate_frechet_distance(1.0, 4.0, 3, 9) == pytest.approx(4 + (2 - 3) ** 2)
+def test_lists_and_dtypes():
+    assert calculate_frechet_distance([1.0], [[4.0]], [3], [[9]]) == pytest.approx(4 + (2 - 3) ** 2)
     assert calculate_frechet_distance([0, 0], [[4, 0], [0, 1]], [1, 0], [[1, 0], [0, 1]]) == pytest.approx(1 + 1)
     arguments = (*statistics(300, 5), *statistics(300, 5, seed=1))
     single = [a.astype(np.float32) for a in arguments]
@@ -149,6 +149,9 @@ def test_arguments_are_not_changed():
         ((np.zeros(2), np.eye(2), np.zeros(2), np.eye(3)), "covariances must have one shape"),
         ((np.zeros(3), np.eye(2), np.zeros(3), np.eye(2)), "covariances \\[d, d\\]"),
         ((np.zeros((1, 2)), np.eye(2), np.zeros((1, 2)), np.eye(2)), "means must have shape \\[d\\]"),
+        ((1.0, 4.0, 3, 9), r"got \(\) and \(\). Were the features flattened\?"),
+        (([1.0], 4.0, [3.0], 9.0), r"got \(1,\) and \(\). Were the features flattened\?"),
+        ((np.zeros(2), np.ones(2), np.zeros(2), np.ones(2)), r"got \(2,\) and \(2,\). Were the features flattened\?"),
     ],
 )
 def test_bad_shapes(arguments, message):
