@@ -4,7 +4,7 @@ For each quantizer the residual is rounded and the codes pass as in scan.py. Row
 those whose codes a second pass collects, are decided in float64; rows with too many codes, or without a bound, are compared with
 all codes in float64, a few rows at a time. What a program keeps between these steps lies in memory of its own, small enough for
 the L2 cache, and so do the values that are the same for all codes of a pass: its loop needs the registers. For the same reason
-`nothing`, a zero that the compiler does not know, is added to row numbers, so that no address is computed long before its use.
+addresses are computed from a zero that the compiler does not know, so that it does not compute them long before their use.
 """
 
 import triton
@@ -16,18 +16,34 @@ from .scan import NONE, nearest_of_pass, pass_over_codes, unscored_bound
 from .settle import box_corners
 
 # Arrays [BLOCK_N] of a program.
-CHOSEN, NOTHING, FLAT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+CHOSEN, FLAT = tl.constexpr(0), tl.constexpr(1)
 BACK, AT_LENGTH, AT_RESIDUAL, AT_ZERO, ROW_LENGTH, THRESHOLD = (tl.constexpr(i) for i in range(6))
-INTEGERS, FLOATS = tl.constexpr(2 + 2 * SLOTS.value), tl.constexpr(6)
+INTEGERS, FLOATS = tl.constexpr(1 + 2 * SLOTS.value), tl.constexpr(6)
+
+
+@triton.jit
+def memory_of_program(residual, queries, floats, integers, distances, zero, dim, depth, BLOCK_N: tl.constexpr):
+    """Zero, and the arrays of this program, whose addresses are computed here and not before."""
+    nothing = tl.load(zero, volatile=True)
+    first = (tl.program_id(0) + nothing).to(tl.int64) * BLOCK_N
+    return (
+        nothing,
+        residual + first * dim,
+        queries + first * depth,
+        floats + first * FLOATS,
+        integers + first * INTEGERS,
+        distances + first * SLOTS,
+    )
 
 
 @triton.jit
 def search_residual(
-    residual,  # [BLOCK_N, D] the rows of this program
-    queries,  # [BLOCK_N, depth]
-    floats,  # [FLOATS, BLOCK_N]
-    integers,  # [INTEGERS, BLOCK_N], of which CHOSEN gets the index of the nearest code
-    distances,  # [BLOCK_N SLOTS]
+    residuals,  # [programs, BLOCK_N, D]
+    all_queries,  # [programs, BLOCK_N, depth]
+    all_floats,  # [programs, FLOATS, BLOCK_N]
+    all_integers,  # [programs, INTEGERS, BLOCK_N], of which CHOSEN gets the index of the nearest code
+    all_distances,  # [programs, BLOCK_N SLOTS]
+    zero,
     kept,  # [BLOCK_N] the rows that are searched
     codebook,  # [K, D]
     center,  # [D + 1]
@@ -54,9 +70,10 @@ def search_residual(
 ):
     """The exact search of one quantizer for the rows of a program."""
     lane = tl.arange(0, BLOCK_N)
-    chosen = integers + CHOSEN * BLOCK_N
-    flat = integers + FLAT * BLOCK_N
-    row = lane + tl.load(integers + NOTHING * BLOCK_N, volatile=True)
+    nothing, residual, queries, floats, _, _ = memory_of_program(
+        residuals, all_queries, all_floats, all_integers, all_distances, zero, dim, depth, BLOCK_N
+    )
+    row = lane + nothing
     back, bound = round_rows(residual, center, queries, row * dim, kept, dim, depth, 1, COSINE, False, SPLIT, BLOCK_D)
     at_length, at_residual, at_zero, length = bound
     tl.store(floats + BACK * BLOCK_N + row, back)
@@ -71,8 +88,12 @@ def search_residual(
         0, tiles, depth, False, TMA, DEPTH, BLOCK_N, BLOCK_K, BLOCK_D,
     )  # fmt: skip
 
-    nothing = tl.load(integers + NOTHING * BLOCK_N, volatile=True)
+    nothing, residual, queries, floats, integers, distances = memory_of_program(
+        residuals, all_queries, all_floats, all_integers, all_distances, zero, dim, depth, BLOCK_N
+    )
     row = lane + nothing
+    chosen = integers + CHOSEN * BLOCK_N
+    flat = integers + FLAT * BLOCK_N
     threshold = tl.max(passed[5], axis=1) - 2 * tl.load(floats + AT_ZERO * BLOCK_N + row)
     unscored = unscored_bound(tl.load(floats + ROW_LENGTH * BLOCK_N + row), tl.load(center + dim), COSINE)
     usable = (threshold > float("-inf")) & (unscored < threshold)
@@ -131,11 +152,12 @@ def residual_quantize_kernel(
     table,  # [Q or 1, tiles, TILE_COLUMNS]
     mask,  # [outer, inner]
     limit,  # [] the number of quantizers that run
-    residual,  # [programs, BLOCK_N, D] float32
+    residuals,  # [programs, BLOCK_N, D] float32
     queries,  # [programs, BLOCK_N, depth]
     floats,  # [programs, FLOATS, BLOCK_N] float32
     integers,  # [programs, INTEGERS, BLOCK_N] int32
     distances,  # [programs, BLOCK_N SLOTS] float64
+    zero,  # [] int32, set by every program
     quantized,  # [outer, D, inner]
     indices,  # [outer, inner, Q]
     squares,  # [Q, tiles of rows] float64, of what a quantizer leaves
@@ -172,41 +194,41 @@ def residual_quantize_kernel(
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    residual += program * BLOCK_N * dim
-    queries += program * BLOCK_N * depth
-    floats += program * BLOCK_N * FLOATS
-    integers += program * BLOCK_N * INTEGERS
-    distances += program * BLOCK_N * SLOTS
-    tl.store(integers + NOTHING * BLOCK_N, 0)
+    tl.store(zero, 0)
+    tl.debug_barrier()
     lane = tl.arange(0, BLOCK_N)
     levels = quantizers
     if HAS_LIMIT:
         levels = tl.minimum(tl.maximum(tl.load(limit), 1), quantizers).to(tl.int32)
 
-    for start_row in range(program * BLOCK_N, positions, tl.num_programs(0) * BLOCK_N):
+    for start_row in range(tl.program_id(0).to(tl.int64) * BLOCK_N, positions, tl.num_programs(0) * BLOCK_N):
         tile_of_rows = start_row // BLOCK_N
         inside = start_row + lane < positions
         kept = inside
         if HAS_MASK:
             kept &= tl.load(mask + start_row + lane, mask=inside, other=0) != 0
         tl.store(valid + tile_of_rows, tl.sum(kept.to(tl.int32)))
-        base = row_offsets(start_row, lane, inner, stride_outer, stride_inner)
+        nothing, residual, _, _, _, _ = memory_of_program(residuals, queries, floats, integers, distances, zero, dim, depth, BLOCK_N)
+        row = lane + nothing
+        base = row_offsets(start_row, row, inner, stride_outer, stride_inner)
         for start in range(0, dim, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             value = load_rows(x, base, kept, d, d < dim, stride_d, PLANAR)
-            tl.store(residual + lane[:, None] * dim + d[None, :], value, mask=(d < dim)[None, :])
+            tl.store(residual + row[:, None] * dim + d[None, :], value, mask=(d < dim)[None, :])
         tl.debug_barrier()
 
         of_quantizer = codebook
         for level in range(levels):
             search_residual(
-                residual, queries, floats, integers, distances, kept, of_quantizer, center + level * prepared_step * (dim + 1), codes,
-                bias, table, level * prepared_step * tiles, tiles, num_codes, dim, depth, stride_k, stride_code_d,
+                residuals, queries, floats, integers, distances, zero, kept, of_quantizer, center + level * prepared_step * (dim + 1),
+                codes, bias, table, level * prepared_step * tiles, tiles, num_codes, dim, depth, stride_k, stride_code_d,
                 COSINE, SPLIT, TMA, DEPTH, BLOCK_N, BLOCK_K, BLOCK_D, CANDIDATES, ROWS, CODES,
             )  # fmt: skip
-            row = lane + tl.load(integers + NOTHING * BLOCK_N, volatile=True)
-            index = tl.load(integers + CHOSEN * BLOCK_N + row)
+            nothing, residual, _, _, own_integers, _ = memory_of_program(
+                residuals, queries, floats, integers, distances, zero, dim, depth, BLOCK_N
+            )
+            row = lane + nothing
+            index = tl.load(own_integers + CHOSEN * BLOCK_N + row)
             tl.store(indices + (start_row + row) * quantizers + level, tl.where(kept, index, -1).to(tl.int64), mask=inside)
             square = tl.zeros([BLOCK_N], tl.float32)
             of_code = of_quantizer + index.to(tl.int64) * stride_k
@@ -222,7 +244,7 @@ def residual_quantize_kernel(
             of_quantizer += stride_codebook
             tl.debug_barrier()
 
-        row = lane + tl.load(integers + NOTHING * BLOCK_N, volatile=True)
+        row = lane + tl.load(zero, volatile=True)
         of_indices = indices + (start_row + row) * quantizers
         for level in range(levels, quantizers):
             tl.store(of_indices + level, tl.full([BLOCK_N], -1, tl.int64), mask=inside)

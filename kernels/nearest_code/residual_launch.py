@@ -50,9 +50,10 @@ def pays(x: Tensor, codebooks: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=_MAX_PLANS)
 def _pays(device: torch.device, rows: int, dim: int, num_codes: int) -> bool:
-    """A program passes over all codes, where a search of a few rows divides them among all programs."""
-    shape = Shape(dim, num_codes, device)
-    return shape.held and (shape.tiles <= 32 or rows >= 132 * shape.block_n)
+    """By the cost model (benchmarks/results/residual_cost.md): what a program does between the codes of two quantizers takes less time
+    than the launches that it replaces, but a pass over many codes is slower than that of a search, which has fewer instructions and
+    divides the codes among programs if the rows are few."""
+    return Shape(dim, num_codes, device).held and num_codes <= 2048
 
 
 def residual_vector_quantize(
@@ -108,7 +109,8 @@ def _plan(
     codes = plan.buffer("codes", torch.float16, books, shape.tiles * shape.block_k, shape.depth)
     plan.buffer("bias", torch.float32, books, shape.tiles * shape.block_k)
     plan.buffer("table", torch.float32, books, shape.tiles, _TABLE_COLUMNS)
-    plan.buffer("residual", torch.float32, programs, shape.block_n, dim)
+    plan.buffer("zero", torch.int32, 1)
+    plan.buffer("residuals", torch.float32, programs, shape.block_n, dim)
     plan.buffer("queries", torch.float16, programs, shape.block_n, shape.depth)
     plan.buffer("floats", torch.float32, programs, FLOATS.value, shape.block_n)
     plan.buffer("integers", torch.int32, programs, INTEGERS.value, shape.block_n)
