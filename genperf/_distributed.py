@@ -36,6 +36,11 @@ def all_reduce_sum(value: Tensor, group: "dist.ProcessGroup | None" = None) -> T
     return total.to(value.device)
 
 
+def of_rank_0(value: Tensor) -> Tensor:
+    """The tensor of rank 0; ranks on different machines may round differently."""
+    return all_reduce_sum(value if dist.get_rank() == 0 else torch.zeros_like(value))
+
+
 def _on_group_device(value: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
     """`value` where the backend of the group can reach it: NCCL needs a GPU."""
     if value.device.type == "cpu" and dist.get_backend(group) == "nccl":

@@ -187,6 +187,7 @@ OPS = [
         VECTORS,
         codes() | TRAINING | READS_VALUES,
     ),
+    Row("residual_kmeans", lambda: Function(lambda x: genperf.residual_kmeans(x, CODES, 2)), VECTORS, codes() | TRAINING | READS_VALUES),
     Row("code_entropy", lambda: Function(genperf.code_entropy, (CODES, 4)), VECTORS, TRAINING, own_batch=True),
     Row("code_cross_entropy", lambda: Function(lambda x, c: genperf.code_cross_entropy(x, c, positions(x)), (CODES, 4)), VECTORS, TRAINING),
     Row("sample_code", lambda: Function(genperf.sample_code, (CODES, 4)), VECTORS, codes() | TRAINING),

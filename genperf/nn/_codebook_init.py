@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .._distributed import all_gather_ints, all_gather_rows, all_reduce_sum, world_size
+from .._distributed import all_gather_ints, all_gather_rows, of_rank_0, world_size
 from ..ops.kmeans import kmeans
 
 INITS = ("uniform", "data", "kmeans")
@@ -50,13 +50,13 @@ def codes_from_data(
         found = kmeans(rows, num_codes, iterations=iterations, metric=metric, heads=True, generator=generator)
         # A code without vectors counts as one vector: averages of zero would move it to the origin.
         codes, counts = found.codebook, found.counts.clamp(min=1)
-        counts = _of_rank_0(counts) if synchronized else counts
+        counts = of_rank_0(counts) if synchronized else counts
     else:
         order = torch.rand(rows.shape[:2], generator=generator, device=rows.device).argsort(1)
         drawn = order[:, torch.arange(num_codes, device=rows.device) % rows.shape[1]]
         codes = rows.gather(1, drawn.unsqueeze(-1).expand(-1, -1, rows.shape[2]))
         counts = codes.new_ones(codes.shape[:2])
-    return _of_rank_0(codes) if synchronized else codes, counts
+    return of_rank_0(codes) if synchronized else codes, counts
 
 
 def _global_rows(rows: Tensor, limit: int | None, synchronized: bool) -> tuple[Tensor, int]:
@@ -76,8 +76,3 @@ def _global_rows(rows: Tensor, limit: int | None, synchronized: bool) -> tuple[T
     if len(counts) > 1 and sum(counts) > 0:
         rows = all_gather_rows(rows.transpose(0, 1).contiguous(), counts).transpose(0, 1)
     return rows, seed
-
-
-def _of_rank_0(t: Tensor) -> Tensor:
-    """The tensor of rank 0; ranks on different machines may round differently."""
-    return all_reduce_sum(t if dist.get_rank() == 0 else torch.zeros_like(t))

@@ -12,13 +12,14 @@ from .gaussian_sample import gaussian_sample
 from .gradient_norm_penalty import gradient_norm_penalty
 from .gumbel_sample import gumbel_sample
 from .interpolate import interpolate, perturb
-from .kmeans import KMeansResult, kmeans
+from .kmeans import KMeansProgress, KMeansResult, kmeans
 from .lookup_free_entropy import lookup_free_entropy
 from .lookup_free_quantize import lookup_free_decode, lookup_free_quantize
 from .matrix_sqrt import matrix_sqrt
 from .minibatch_similarity import minibatch_similarity
 from .nearest_code import nearest_code
 from .nearest_codes import nearest_codes
+from .residual_kmeans import ResidualKMeansResult, residual_kmeans
 from .residual_vector_quantize import residual_code_statistics, residual_vector_quantize
 from .sample_code import sample_code
 from .trace_sqrt_product import trace_sqrt_product
@@ -34,6 +35,9 @@ __all__ = [  # noqa: RUF022
     "residual_code_statistics",
     "kmeans",
     "KMeansResult",
+    "KMeansProgress",
+    "residual_kmeans",
+    "ResidualKMeansResult",
     "code_entropy",
     "code_cross_entropy",
     "sample_code",

@@ -1,30 +1,25 @@
 """K-means with exact search and without a distance matrix."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._distributed import world_size
 from ._autograd import transformed
 from ._dispatch import choose_impl, native_unavailable
+from ._kmeans_fit import KMeansOptions, KMeansProgress, fit
+from ._kmeans_vectors import Vectors
 from ._layout import as_positions, positions_shape
 from ._precision import accumulator_dtype
-from ._validate import check_channel_dim, check_float, check_tensor
-from .code_statistics import statistics
-from .nearest_code import check_metric, search
+from ._validate import check_channel_dim, check_float, check_positions, check_tensor
+from .nearest_code import check_metric
 from .nearest_code import unavailable as search_unavailable
 
 INITS = ("k-means++", "random")
-
-# k-means||: the number of candidates per code, and the number of rounds in which they are drawn.
-_OVERSAMPLING = 2
-_DRAW_ROUNDS = 5
-# Rounds that merge the candidates into K codes. The first ones merge a part of the surplus, the last ones all of it.
-_MERGE_ROUNDS = 16
-_LAST_ROUNDS = 4
-
-# Elements of temporary tensors.
-_CHUNK = 1 << 22
+UPDATES = ("lloyd", "ema")
 
 
 class KMeansResult(NamedTuple):
@@ -33,11 +28,11 @@ class KMeansResult(NamedTuple):
     codebook: Tensor
     """[K, D], float32 (float64 for a float64 x); unit vectors for "cosine"."""
     indices: Tensor
-    """int64, x's shape without channel_dim: the nearest code of each vector in `codebook`."""
+    """int64, x's shape without channel_dim: the nearest code of each vector in `codebook`, or its code in the balanced assignment."""
     counts: Tensor
-    """[K], the number of vectors of each code, in the codebook's dtype as in `code_statistics`."""
+    """[K], the number of vectors of each code, or the sum of their weights, in the codebook's dtype."""
     inertia: Tensor
-    """Sum of the squared distances between the vectors (normalized for "cosine") and their codes, a float64 scalar."""
+    """Sum of the squared distances between the vectors (normalized for "cosine") and their codes, weighted, a float64 scalar."""
 
 
 def kmeans(
@@ -46,9 +41,17 @@ def kmeans(
     *,
     iterations: int = 25,
     init: str | Tensor = "k-means++",
+    n_init: int = 1,
     metric: str = "euclidean",
+    weights: Tensor | None = None,  # [...]
+    update: str = "lloyd",
+    batch_size: int | None = None,
+    decay: float | None = None,
+    balance: float | None = None,
     channel_dim: int = -1,
     heads: bool = False,
+    synchronized: bool = False,
+    callback: Callable[[KMeansProgress], Any] | None = None,
     generator: torch.Generator | None = None,
     impl: str | None = None,
 ) -> KMeansResult:
@@ -62,7 +65,9 @@ def kmeans(
         indices = nearest_code(x, codebook)
 
     The search is exact and the sums are deterministic, so a generator state gives one result per device, and no iteration increases the
-    inertia by more than rounding. No positions x K or K x K matrix is built, and on CUDA nothing synchronizes with the host.
+    inertia by more than rounding. On the CPU the result is the same, bitwise, for any number of threads, and for any split of the vectors
+    over ranks. No positions x K or K x K matrix is built, and on CUDA an iteration does not synchronize with the host and can be captured
+    in a graph. x may be a memory-mapped file (`torch.from_numpy(numpy.load(path, mmap_mode="c"))`): it is read in chunks, in order.
 
     "cosine" is spherical k-means (Dhillon and Modha, 2001): vectors are normalized, and codes are the normalized sums. A zero vector has no
     direction and moves no code.
@@ -73,19 +78,36 @@ def kmeans(
     Args:
         x: float32, bfloat16, float16 or float64, finite (not checked on CUDA), at least one vector; any strides, not copied.
         num_codes: K. If x has fewer than K distinct vectors, codes repeat, and only the first of equal codes has vectors.
-        iterations: the number of updates of the codebook. On the CPU the loop ends earlier if the codebook no longer changes.
+        iterations: the number of updates of the codebook, or of passes over x with update="ema". The loop ends earlier if the codebook
+            no longer changes.
         init: the initial codes.
             "k-means++": draws 2 K candidates in five rounds, with probabilities proportional to the squared distance to earlier
             candidates, the parallel variant of k-means++ (Bahmani et al., "Scalable K-Means++", 2012). Then merges them into K codes
             where that increases the inertia least (Ward, "Hierarchical Grouping to Optimize an Objective Function", 1963), with partners
-            found by search. Takes about as long as ten iterations.
-            "random": random vectors of x, each drawn once before any is drawn twice.
+            found by search. Of more than 65,536 and 128 K vectors, the candidates come from a sample of so many. Takes about as long
+            as four iterations.
+            "random": random vectors of x, each drawn once before any is drawn twice, whatever their weights.
             A tensor [K, D] of codes.
+        n_init: the number of runs, each from other initial codes; the one with the least inertia is returned.
         metric: "euclidean" or "cosine", as in `nearest_code`.
+        weights: of x's shape without channel_dim, a floating dtype, finite, not negative (not checked on CUDA), not all 0. A vector with
+            weight 2 counts as two vectors.
+        update: "lloyd", or "ema": codes are moving averages of the vectors of mini-batches, which takes fewer passes over many vectors.
+        batch_size: vectors in a mini-batch; by default 16 K, and at least a sixteenth of all.
+        decay: share of an average that is kept in each mini-batch, in [0, 1); by default averages remember about half a pass.
+        balance: a code has at most `balance` times the mean number of vectors, rounded down, and at least as many as an even split
+            needs; at least 1. A vector is then assigned to the code with the least sum of squared distance and a price that rises for
+            crowded codes, or near to it. Reads values from the device. Not with weights, "ema" or synchronized.
         channel_dim: the dimension of x that holds the D channels; 1 for images [B, D, H, W].
         heads: dimension 0 of x is the heads, each with its own codebook. All results, and an init tensor, have a leading dimension of
             heads. Equal to one call per head, in order.
-        generator: generator for `init`, on any device; None for torch's default generator of x's device.
+        synchronized: cluster the vectors of all ranks of torch.distributed, as one process would the concatenated ones. Every rank must
+            call this, with the same arguments but for x, weights and generator; a rank may have no vectors. Random numbers are those of
+            rank 0. indices are those of the rank's vectors, the other results are equal on all ranks. On CUDA, equal to one process up to
+            rounding.
+        callback: called with a `KMeansProgress` before each update and at the end; a true result ends the run. The inertia is
+            computed for it.
+        generator: generator of random numbers, on any device; None for torch's default generator of x's device.
         impl: "native" (with the Triton search on CUDA), "reference", or None to choose automatically.
 
     Returns:
@@ -93,7 +115,8 @@ def kmeans(
 
     Raises:
         ValueError: no vectors, NaN or infinity in x (not checked on CUDA, where it would synchronize, nor within torch.vmap),
-            num_codes < 1, iterations < 0, an unknown init, metric or impl, an init tensor of the wrong shape, or an invalid channel_dim.
+            an argument out of its range, an unknown init, metric, update or impl, an init tensor of the wrong shape, an invalid
+            channel_dim, or options that exclude each other.
         TypeError: an unsupported dtype or an invalid generator.
         NotImplementedError: an `impl` that cannot run here.
     """
@@ -107,30 +130,89 @@ def kmeans(
             f"{op}: with heads, dimension 0 of x is the heads and cannot be the channels, "
             f"got channel_dim={channel_dim} for x of shape {list(x.shape)}."
         )
-    if x.numel() == 0:
+    synchronized = synchronized and world_size() > 1
+    if x.shape[channel] == 0 or (x.numel() == 0 and not synchronized):
         raise ValueError(f"{op}: x must have at least one vector of at least one dimension, got shape {list(x.shape)}.")
-    if num_codes < 1:
-        raise ValueError(f"{op}: num_codes must be at least 1, got {num_codes}.")
-    if iterations < 0:
-        raise ValueError(f"{op}: iterations must not be negative, got {iterations}.")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"{op}: generator must be a torch.Generator or None, got {type(generator).__name__}.")
+    options = KMeansOptions(iterations, init, n_init, update, batch_size, decay, balance, generator, callback)
+    check_options(op, num_codes, options, weights is not None, synchronized)
     _check_init(op, init, [x.shape[0]] * heads + [num_codes, x.shape[channel]], x.device)
+    check_weights(op, weights, x, channel)
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype))
-    # float64 holds the sum of any finite vectors of the other dtypes.
-    if _on_host(x.device) and not bool(x.detach().sum(dtype=torch.float64).isfinite()):
-        raise ValueError(f"{op}: x must be finite, got NaN or infinity among its values.")
 
     x = x.detach()
     with torch.no_grad():
         if not heads:
-            return _kmeans(x, channel, num_codes, iterations, init, metric, generator, chosen)
-        inits = init if isinstance(init, Tensor) else [init] * x.shape[0]
+            data = read_vectors(op, x, channel, metric, chosen, weights, synchronized)
+            return _result(x, channel, fit(data, num_codes, options))
+        each = [
+            read_vectors(op, head, channel - 1, metric, chosen, None if weights is None else weights[i], synchronized)
+            for i, head in enumerate(x)
+        ]
         found = [
-            _kmeans(head, channel - 1, num_codes, iterations, start, metric, generator, chosen)
-            for head, start in zip(x, inits, strict=True)
+            _result(x[i], channel - 1, fit(data, num_codes, options._replace(init=init[i] if isinstance(init, Tensor) else init), head=i))
+            for i, data in enumerate(each)
         ]
         return KMeansResult(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+
+
+def _result(x: Tensor, channel: int, found: tuple[Tensor, Tensor, Tensor, Tensor]) -> KMeansResult:
+    codebook, indices, counts, inertia = found
+    return KMeansResult(codebook, indices.reshape(positions_shape(x, channel)), counts, inertia)
+
+
+def read_vectors(op: str, x: Tensor, channel: int, metric: str, impl: str, weights: Tensor | None, synchronized: bool) -> Vectors:
+    """The vectors of x, which must be finite."""
+    positions = as_positions(x, channel)
+    if weights is not None:
+        weights = weights.detach().reshape(positions.shape[0], positions.shape[2]).to(accumulator_dtype(x.dtype))
+    data = Vectors(positions, metric, impl, weights, synchronized)
+    if data.count == 0:
+        raise ValueError(f"{op}: x must have at least one vector, got none on any rank.")
+    if data.on_host and not bool(data.finite):
+        raise ValueError(f"{op}: x must be finite, got NaN or infinity among its values.")
+    return data
+
+
+def check_options(op: str, num_codes: int, options: KMeansOptions, weighted: bool, synchronized: bool) -> None:
+    """Check what does not depend on the vectors."""
+    if num_codes < 1:
+        raise ValueError(f"{op}: num_codes must be at least 1, got {num_codes}.")
+    if options.iterations < 0:
+        raise ValueError(f"{op}: iterations must not be negative, got {options.iterations}.")
+    if options.n_init < 1:
+        raise ValueError(f"{op}: n_init must be at least 1, got {options.n_init}.")
+    if options.update not in UPDATES:
+        raise ValueError(f"{op}: update must be one of {', '.join(UPDATES)}, got {options.update!r}.")
+    for name, value in (("batch_size", options.batch_size), ("decay", options.decay)):
+        if value is not None and options.update != "ema":
+            raise ValueError(f'{op}: {name} is for update="ema", got {name}={value} with update={options.update!r}.')
+    if options.batch_size is not None and options.batch_size < 1:
+        raise ValueError(f"{op}: batch_size must be at least 1, got {options.batch_size}.")
+    if options.decay is not None and not 0 <= options.decay < 1:
+        raise ValueError(f"{op}: decay must lie in [0, 1), got {options.decay}.")
+    if options.balance is not None:
+        if not 1 <= options.balance < math.inf:
+            raise ValueError(f"{op}: balance must be a finite number of at least 1, got {options.balance}.")
+        for name, given in (("weights", weighted), ('update="ema"', options.update == "ema"), ("synchronized", synchronized)):
+            if given:
+                raise ValueError(f"{op}: balance cannot be combined with {name}, got balance={options.balance}.")
+    if options.generator is not None and not isinstance(options.generator, torch.Generator):
+        raise TypeError(f"{op}: generator must be a torch.Generator or None, got {type(options.generator).__name__}.")
+
+
+def check_weights(op: str, weights: Tensor | None, x: Tensor, channel: int) -> None:
+    if weights is None:
+        return
+    check_tensor(op, "weights", weights)
+    check_float(op, "weights", weights)
+    check_positions(op, "weights", weights, x, channel)
+    if weights.device.type != "cpu" or transformed() or weights.numel() == 0:
+        return
+    low, high = (float(bound) for bound in weights.detach().aminmax())
+    if not 0 <= low <= high < math.inf:
+        raise ValueError(f"{op}: weights must be finite and not negative, got {low} ... {high}.")
+    if high == 0:
+        raise ValueError(f"{op}: a weight must be above 0, got zeros.")
 
 
 def _check_init(op: str, init: str | Tensor, shape: list[int], device: torch.device) -> None:
@@ -151,191 +233,3 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | Non
     if native is None and device.type == "cuda":
         native = search_unavailable(device, dtype)["triton"]
     return {"native": native, "reference": None}
-
-
-def _kmeans(
-    x: Tensor,
-    channel: int,
-    num_codes: int,
-    iterations: int,
-    init: str | Tensor,
-    metric: str,
-    generator: torch.Generator | None,
-    impl: str,
-) -> KMeansResult:
-    data = _Data(as_positions(x, channel), metric, impl)
-    if isinstance(init, Tensor):
-        codebook = init.detach().to(data.dtype, copy=True)
-    elif init == "random":
-        order = data.uniform(data.count, generator).argsort(stable=True)
-        codebook = data.vectors(order[torch.arange(num_codes, device=x.device) % data.count])
-    else:
-        codebook = _initial_codes(data, num_codes, generator)
-    codebook = data.as_codes(codebook, codebook)
-
-    on_host = _on_host(x.device)
-    indices = data.search(codebook)
-    for _ in range(iterations):
-        counts, means = data.means(indices, num_codes)
-        updated = torch.where(counts.unsqueeze(1) > 0, data.as_codes(means, codebook), codebook)
-        # On a GPU the check would synchronize, so the replacement always runs; without empty codes it changes nothing.
-        if not on_host or bool((counts == 0).any()):
-            updated = _replace_empty_codes(data, updated, codebook, indices, counts == 0)
-        if on_host and torch.equal(updated, codebook):
-            break
-        codebook, indices = updated, data.search(updated)
-    distances = data.square_distances(codebook, indices)
-    return KMeansResult(
-        codebook,
-        indices.reshape(positions_shape(x, channel)),
-        data.counts(indices, num_codes),
-        distances.sum(dtype=torch.float64),
-    )
-
-
-def _on_host(device: torch.device) -> bool:
-    """Whether values can be read without device synchronization. Within torch.vmap they cannot be read."""
-    return device.type == "cpu" and not transformed()
-
-
-class _Data:
-    """The vectors under a metric. For "cosine" they are scaled to unit length on the fly, without a normalized copy."""
-
-    def __init__(self, x: Tensor, metric: str, impl: str) -> None:
-        self.x = x  # [outer, D, inner]
-        self.metric = metric
-        self.impl = impl
-        self.dtype = accumulator_dtype(x.dtype)
-        self.count = x.shape[0] * x.shape[2]
-        self.scale: Tensor | None = None  # [outer, inner]
-        if metric == "cosine":
-            norm = torch.linalg.vector_norm(x, dim=1, dtype=self.dtype)
-            self.scale = torch.where(norm >= torch.finfo(self.dtype).tiny, 1 / norm, 0)
-
-    def uniform(self, count: int, generator: torch.Generator | None) -> Tensor:
-        """Uniform random numbers [count] in [0, 1), float64."""
-        source = self.x.device if generator is None else generator.device
-        return torch.rand(count, dtype=torch.float64, device=source, generator=generator).to(self.x.device)
-
-    def search(self, codebook: Tensor) -> Tensor:
-        """Index [outer, inner] of the nearest code."""
-        return search(self.x, codebook, None, self.metric, self.impl)
-
-    def vectors(self, positions: Tensor) -> Tensor:
-        """The vectors [M, D] at positions [M]."""
-        outer, inner = positions // self.x.shape[2], positions % self.x.shape[2]
-        found = self.x[outer, :, inner].to(self.dtype)
-        return found if self.scale is None else found * self.scale[outer, inner].unsqueeze(1)
-
-    def means(self, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-        """Number [K] and mean [K, D] of the vectors of each code; NaN for a code without vectors."""
-        counts, sums = statistics(self.x, indices, num_codes, self.scale, None, self.impl)
-        if self.scale is not None:
-            counts = self.counts(indices, num_codes)
-        return counts, sums / counts.unsqueeze(1)
-
-    def counts(self, indices: Tensor, num_codes: int) -> Tensor:
-        """Number [K] of the vectors of each code."""
-        return statistics(self.x[:, :1], indices, num_codes, None, None, self.impl)[0]
-
-    def as_codes(self, means: Tensor, otherwise: Tensor) -> Tensor:
-        """The codes of clusters with these means. For "cosine", means of zero have no direction and give `otherwise`."""
-        if self.metric == "euclidean":
-            return means
-        norm = torch.linalg.vector_norm(means, dim=1, keepdim=True)
-        return torch.where(norm > 0, means / norm, otherwise)
-
-    def square_distances(self, codebook: Tensor, indices: Tensor) -> Tensor:
-        """Squared distance [outer, inner] of each vector to the code of its index."""
-        outer, dim, inner = self.x.shape
-        split = 0 if outer >= inner else 1
-        step = max(1, _CHUNK // (dim * min(outer, inner)))
-        parts = []
-        for start in range(0, indices.shape[split], step):
-            length = min(step, indices.shape[split] - start)
-            vectors = self.x.narrow(2 * split, start, length).to(self.dtype)
-            codes = codebook[indices.narrow(split, start, length)].transpose(1, 2)
-            if self.scale is None:
-                parts.append((vectors - codes).square().sum(1))
-            else:
-                scale = self.scale.narrow(split, start, length)
-                distance = (vectors * scale.unsqueeze(1) - codes).square().sum(1)
-                parts.append(torch.where(scale > 0, distance, 0))
-        return torch.cat(parts, split)
-
-
-def _initial_codes(data: _Data, num_codes: int, generator: torch.Generator | None) -> Tensor:
-    """Initial codes [K, D]: candidates drawn by k-means||, replaced by the means of their nearest vectors, and merged into K."""
-    batch = -(-num_codes * _OVERSAMPLING // _DRAW_ROUNDS)
-    strata = torch.arange(batch, device=data.x.device)
-    distances = torch.ones_like(data.x[:, 0], dtype=data.dtype)
-    indices = torch.zeros_like(distances, dtype=torch.int64)
-    for turn in range(_DRAW_ROUNDS):
-        drawn = _draw(distances, (strata + data.uniform(batch, generator)) / batch)
-        candidates = data.vectors(drawn)
-        found = data.search(candidates)
-        to_found = data.square_distances(candidates, found)
-        closer = to_found < distances if turn > 0 else torch.ones_like(found, dtype=torch.bool)
-        distances = torch.where(closer, to_found, distances)
-        indices = torch.where(closer, found + turn * batch, indices)
-    counts, means = data.means(indices, _DRAW_ROUNDS * batch)
-    return _merge(data, means.nan_to_num(0), counts, num_codes, generator)
-
-
-def _draw(weights: Tensor, quantiles: Tensor) -> Tensor:
-    """Positions at which the cumulative sum of the weights reaches these fractions of the total."""
-    # In integers, whose sum does not depend on the order; the sum of 2^33 weights still fits.
-    shares = (weights.double() / weights.max() * 2**30).nan_to_num(0, 0, 0).to(torch.int64).flatten()
-    reached = shares.cumsum(0)
-    drawn = torch.searchsorted(reached, (quantiles * reached[-1]).to(torch.int64), right=True)
-    return drawn.clamp(max=shares.shape[0] - 1)
-
-
-def _merge(data: _Data, centers: Tensor, counts: Tensor, num_codes: int, generator: torch.Generator | None) -> Tensor:
-    """Merge C clusters with these centers [C, D] and counts [C] into K, keeping the increase of the inertia small.
-
-    Merging two clusters adds n m / (n + m) |a - b|^2 to the inertia. Each round searches the nearest centers of a random half of the
-    clusters in the other half. Each cluster keeps the best partner that it has found so far, and the cheapest pairs merge.
-    """
-    own = torch.arange(len(centers), device=centers.device)
-
-    def cost(one: Tensor, other: Tensor) -> Tensor:
-        increase = (centers[one] - centers[other]).square().sum(1) / (1 / counts[one] + 1 / counts[other])
-        return torch.where((one != other) & (counts[one] > 0) & (counts[other] > 0), increase, torch.inf)
-
-    partner = own
-    for turn in range(_MERGE_ROUNDS):
-        left, right = data.uniform(len(centers), generator).argsort().tensor_split(2)
-        codes = torch.where(counts[right].unsqueeze(1) > 0, centers[right], torch.nan)  # NaN is never nearest
-        nearest = right[search(centers[left].unsqueeze(2), codes, None, "euclidean", data.impl).squeeze(1)]
-        known = partner[left]
-        partner = partner.scatter(0, left, torch.where(cost(left, nearest) < cost(left, known), nearest, known))
-
-        surplus = (counts > 0).sum() - num_codes
-        quota = surplus if turn >= _MERGE_ROUNDS - _LAST_ROUNDS else (surplus / 4).ceil()
-        costs = cost(own, partner)
-        rank = torch.empty_like(own).scatter(0, costs.argsort(stable=True), own)
-        merges = (rank < quota) & costs.isfinite()
-        merges &= ~(merges[partner] & (partner[partner] == own) & (own > partner))  # only one of two that are each other's partner,
-        merges &= ~merges[partner]  # and not into a cluster that is itself merged
-        target = torch.where(merges, partner, own)
-        alive = torch.where(counts > 0, target, -1)
-        counts, sums = statistics(centers.unsqueeze(2), alive.unsqueeze(1), len(own), counts.unsqueeze(1), None, data.impl)
-        centers = torch.where(counts.unsqueeze(1) > 0, sums / counts.unsqueeze(1), 0)
-        partner = target[partner]
-    # If there are still more than K, the largest are kept; if there are fewer, they are repeated.
-    kept = counts.argsort(descending=True, stable=True)
-    return centers[kept[torch.arange(num_codes, device=kept.device) % (counts > 0).sum()]]
-
-
-def _replace_empty_codes(data: _Data, updated: Tensor, codebook: Tensor, indices: Tensor, empty: Tensor) -> Tensor:
-    """`updated` with its empty codes replaced by vectors, chosen in proportion to the squared distance to their codes."""
-    number = torch.arange(len(codebook), device=codebook.device)
-    missing = empty.sum()
-    drawn = _draw(data.square_distances(codebook, indices), ((number.double() + 0.5) / missing.clamp(min=1)).clamp(max=1))
-    # The positions are ascending. One drawn more than once is followed by the next positions, so that all are distinct.
-    drawn = (drawn - number).cummax(0).values + number
-    drawn = torch.minimum(drawn, data.count - missing + number).clamp(0, data.count - 1)
-    place = drawn[(empty.cumsum(0) - 1).clamp(min=0)]
-    vectors = data.as_codes(data.vectors(place), codebook)
-    return torch.where(empty.unsqueeze(1), vectors, updated)

@@ -259,7 +259,9 @@ def test_cuda_sampling_and_penalties_trace_on_fake_tensors(dtype):
 
 
 # CUDA composes code_softmax and sample_code of torch's ops, and its eigenvalues are torch's.
-CPU_ONLY = {"code_softmax_rows", "code_softmax_rows_backward", "sample_code_rows", "symmetric_eigenvalues"}
+CPU_ONLY = {
+    "cluster_distances", "cluster_sums", "code_softmax_rows", "code_softmax_rows_backward", "sample_code_rows", "symmetric_eigenvalues",
+}  # fmt: skip
 
 
 def test_every_other_cpu_op_has_a_cuda_kernel():

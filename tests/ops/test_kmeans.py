@@ -12,8 +12,8 @@ from genperf import testing
 
 pytestmark = [pytest.mark.compiled, pytest.mark.search]
 
-# genperf.ops.kmeans is the function.
-module = importlib.import_module("genperf.ops.kmeans")
+
+fitting, vectors = (importlib.import_module(f"genperf.ops._kmeans_{name}") for name in ("fit", "vectors"))
 
 
 def seeded(seed=0):
@@ -229,7 +229,8 @@ def test_large_data_are_processed_in_chunks(device, monkeypatch):
             x = torch.randn(shape, device=device)
             whole = genperf.kmeans(x, 9, iterations=2, metric=metric, channel_dim=channel_dim, generator=seeded())
             with monkeypatch.context() as patch:
-                patch.setattr(module, "_CHUNK", 100)
+                patch.setattr(vectors, "_CHUNK", 100)
+                patch.setattr(vectors, "_SEARCH_CHUNK", 200)
                 parts = genperf.kmeans(x, 9, iterations=2, metric=metric, channel_dim=channel_dim, generator=seeded())
             assert torch.equal(parts.indices, whole.indices)
             torch.testing.assert_close(parts, whole)
@@ -266,7 +267,7 @@ def test_poisoned_memory(device):
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_no_device_synchronization(init, metric, monkeypatch):
     """The GPU path on fake tensors, where reading a value, or a shape that depends on one, is an error."""
-    monkeypatch.setattr(module, "_on_host", lambda device: False)
+    monkeypatch.setattr(vectors, "_on_host", lambda device: False)
     with FakeTensorMode():
         x = torch.empty(2, 8, 5, 7, dtype=torch.bfloat16)
         found = genperf.kmeans(x, 30, iterations=2, init=init, metric=metric, channel_dim=1)
@@ -281,7 +282,7 @@ def test_skipping_the_checks_of_values_has_no_effect(metric, device, monkeypatch
     start = x[:10].clone()
     start[5:] = 1e4
     looked = [genperf.kmeans(x, 10, iterations=i, init=start, metric=metric) for i in (1, 2, 40)]
-    monkeypatch.setattr(module, "_on_host", lambda device: False)
+    monkeypatch.setattr(vectors, "_on_host", lambda device: False)
     blind = [genperf.kmeans(x, 10, iterations=i, init=start, metric=metric) for i in (1, 2, 40)]
     for a, b in zip(looked, blind, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(a, b, strict=True))

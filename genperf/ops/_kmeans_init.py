@@ -1,0 +1,100 @@
+"""Initial codes of k-means, and vectors in place of codes that lost theirs."""
+
+import torch
+from torch import Tensor
+
+from ._kmeans_vectors import Vectors
+from .code_statistics import statistics
+from .nearest_code import search
+
+# k-means||: the number of candidates per code, and the number of rounds in which they are drawn.
+_OVERSAMPLING = 2
+_DRAW_ROUNDS = 5
+# Candidates come from a sample of at most this many vectors, or so many for each code: with 128 for each, the inertia is at most 1.5 %
+# above that of candidates from all vectors before the first iteration, and 0.5 % after ten.
+_SAMPLE = 1 << 16
+_SAMPLE_PER_CODE = 128
+# Rounds that merge the candidates into K codes. The first ones merge a part of the surplus, the last ones all of it.
+_MERGE_ROUNDS = 16
+_LAST_ROUNDS = 4
+
+
+def random_codes(data: Vectors, num_codes: int, generator: torch.Generator | None) -> Tensor:
+    """Random vectors [K, D], each drawn once before any is drawn twice."""
+    order = data.uniform(data.count, generator).argsort(stable=True)
+    return data.vectors(order[torch.arange(num_codes, device=order.device) % data.count])
+
+
+def initial_codes(data: Vectors, num_codes: int, generator: torch.Generator | None) -> Tensor:
+    """Initial codes [K, D]: candidates drawn by k-means||, replaced by the means of their nearest vectors, and merged into K."""
+    sample = max(_SAMPLE, _SAMPLE_PER_CODE * num_codes)
+    if data.count > sample:
+        number = torch.arange(sample, device=data.x.device)
+        positions = ((number + data.uniform(sample, generator)) * (data.count / sample)).long().clamp(max=data.count - 1)
+        data = data.take(positions)
+    batch = -(-num_codes * _OVERSAMPLING // _DRAW_ROUNDS)
+    strata = torch.arange(batch, device=data.x.device)
+    distances = torch.ones_like(data.x[:, 0], dtype=data.dtype)
+    indices = torch.zeros_like(distances, dtype=torch.int64)
+    for turn in range(_DRAW_ROUNDS):
+        drawn = data.draw(data.weigh(distances), (strata + data.uniform(batch, generator)) / batch)
+        candidates = data.vectors(drawn)
+        found = data.search(candidates)
+        to_found = data.square_distances(candidates, found)
+        closer = to_found < distances if turn > 0 else torch.ones_like(found, dtype=torch.bool)
+        distances = torch.where(closer, to_found, distances)
+        indices = torch.where(closer, found + turn * batch, indices)
+    totals = data.sums(indices, _DRAW_ROUNDS * batch)
+    means = (totals[:, :-1] / totals[:, -1:]).nan_to_num(0).to(data.dtype)
+    return _merge(data, means, totals[:, -1].to(data.dtype), num_codes, generator)
+
+
+def _merge(data: Vectors, centers: Tensor, counts: Tensor, num_codes: int, generator: torch.Generator | None) -> Tensor:
+    """Merge C clusters with these centers [C, D] and counts [C] into K, keeping the increase of the inertia small.
+
+    Merging two clusters adds n m / (n + m) |a - b|^2 to the inertia. Each round searches the nearest centers of a random half of the
+    clusters in the other half. Each cluster keeps the best partner that it has found so far, and the cheapest pairs merge.
+    """
+    own = torch.arange(len(centers), device=centers.device)
+
+    def cost(one: Tensor, other: Tensor) -> Tensor:
+        increase = (centers[one] - centers[other]).square().sum(1) / (1 / counts[one] + 1 / counts[other])
+        return torch.where((one != other) & (counts[one] > 0) & (counts[other] > 0), increase, torch.inf)
+
+    partner = own
+    for turn in range(_MERGE_ROUNDS):
+        left, right = data.uniform(len(centers), generator).argsort().tensor_split(2)
+        codes = torch.where(counts[right].unsqueeze(1) > 0, centers[right], torch.nan)  # NaN is never nearest
+        nearest = right[search(centers[left].unsqueeze(2), codes, None, "euclidean", data.impl).squeeze(1)]
+        known = partner[left]
+        partner = partner.scatter(0, left, torch.where(cost(left, nearest) < cost(left, known), nearest, known))
+
+        surplus = (counts > 0).sum() - num_codes
+        quota = surplus if turn >= _MERGE_ROUNDS - _LAST_ROUNDS else (surplus / 4).ceil()
+        costs = cost(own, partner)
+        rank = torch.empty_like(own).scatter(0, costs.argsort(stable=True), own)
+        merges = (rank < quota) & costs.isfinite()
+        merges &= ~(merges[partner] & (partner[partner] == own) & (own > partner))  # only one of two that are each other's partner,
+        merges &= ~merges[partner]  # and not into a cluster that is itself merged
+        target = torch.where(merges, partner, own)
+        alive = torch.where(counts > 0, target, -1)
+        counts, sums = statistics(centers.unsqueeze(2), alive.unsqueeze(1), len(own), counts.unsqueeze(1), None, data.impl)
+        centers = torch.where(counts.unsqueeze(1) > 0, sums / counts.unsqueeze(1), 0)
+        partner = target[partner]
+    # If there are still more than K, the largest are kept; if there are fewer, they are repeated.
+    kept = counts.argsort(descending=True, stable=True)
+    return centers[kept[torch.arange(num_codes, device=kept.device) % (counts > 0).sum()]]
+
+
+def replace_empty_codes(data: Vectors, updated: Tensor, codebook: Tensor, indices: Tensor, empty: Tensor) -> Tensor:
+    """`updated` with its empty codes replaced by vectors, chosen in proportion to the squared distance to their codes."""
+    number = torch.arange(len(codebook), device=codebook.device)
+    missing = empty.sum()
+    distances = data.weigh(data.square_distances(codebook, indices))
+    drawn = data.draw(distances, ((number.double() + 0.5) / missing.clamp(min=1)).clamp(max=1))
+    # The positions are ascending. One drawn more than once is followed by the next positions, so that all are distinct.
+    drawn = (drawn - number).cummax(0).values + number
+    drawn = torch.minimum(drawn, data.count - missing + number).clamp(0, data.count - 1)
+    place = drawn[(empty.cumsum(0) - 1).clamp(min=0)]
+    vectors = data.as_codes(data.vectors(place), codebook)
+    return torch.where(empty.unsqueeze(1), vectors, updated)

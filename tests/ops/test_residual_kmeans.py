@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+import genperf
+
+pytestmark = [pytest.mark.compiled, pytest.mark.search]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", [{}, {"update": "ema"}, {"weights": True, "n_init": 2}, {"balance": 1.05}], ids=str)
+def test_equals_kmeans_of_residuals(options, dtype, device):
+    x = torch.randn(2, 6, 150, generator=seeded()).to(dtype).to(device)
+    if "weights" in options:
+        options = options | {"weights": torch.rand(2, 150, generator=seeded()).to(device)}
+    generators = seeded(), seeded()
+    found = genperf.residual_kmeans(x, 10, 3, iterations=4, channel_dim=1, generator=generators[0], **options)
+    residual = x if dtype == torch.float64 else x.float()
+    assert found.codebooks.dtype == residual.dtype
+    for stage in range(3):
+        # The first stage reads x as it is.
+        single = genperf.kmeans(x if stage == 0 else residual, 10, iterations=4, channel_dim=1, generator=generators[1], **options)
+        assert torch.equal(single.codebook, found.codebooks[stage])
+        assert torch.equal(single.indices, found.indices[..., stage])
+        assert torch.equal(single.counts, found.counts[stage])
+        assert torch.equal(single.inertia, found.inertia[stage])
+        residual = residual - single.codebook[single.indices].movedim(-1, 1)
+    if "balance" not in options:
+        assert torch.equal(genperf.residual_vector_quantize(x, found.codebooks, channel_dim=1)[1], found.indices)
+    assert (found.inertia[1:] < found.inertia[:-1]).all()
+
+
+def test_callback_knows_the_stage():
+    seen = []
+    genperf.residual_kmeans(
+        torch.randn(60, 3), 4, 2, iterations=2, callback=lambda p: seen.append((p.stage, p.iteration)), generator=seeded()
+    )
+    assert sorted({stage for stage, _ in seen}) == [0, 1]
+    assert (1, 0) in seen
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("message", "error", "kwargs"),
+    [
+        ("stages must be at least 1, got 0", ValueError, {"stages": 0}),
+        ("num_codes must be at least 1, got 0", ValueError, {"num_codes": 0}),
+        ("init must be one of k-means..?.?, random", ValueError, {"init": torch.zeros(4, 3)}),
+        ("x must have at least one vector", ValueError, {"x": torch.zeros(0, 3)}),
+        ("x must be float32", TypeError, {"x": torch.zeros(5, 3, dtype=torch.int32)}),
+        ("x must be finite", ValueError, {"x": torch.full((5, 3), torch.nan)}),
+        ("balance cannot be combined with weights", ValueError, {"balance": 1.1, "weights": torch.ones(9)}),
+    ],
+)
+def test_bad_input(message, error, kwargs):
+    with pytest.raises(error, match=f"residual_kmeans: .*{message}"):
+        genperf.residual_kmeans(**{"x": torch.zeros(9, 3), "num_codes": 4, "stages": 2} | kwargs)
