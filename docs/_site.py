@@ -15,6 +15,7 @@ PACKAGES = {
     "genperf.losses": ("Losses", ""),
     "genperf.metrics": ("Metrics", ""),
     "genperf.models": ("Models", ""),
+    "genperf.clustering": ("Clustering", "[Guide](../clustering.md)."),
     "genperf.compat.vector_quantize_pytorch": ("vector-quantize-pytorch", "[What works, and what differs](../drop-ins.md)."),
     "genperf.compat.taming": ("taming-transformers", "[What works, and what differs](../drop-ins.md)."),
     "genperf.compat.diffusers": ("diffusers", "[What works, and what differs](../drop-ins.md)."),

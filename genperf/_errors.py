@@ -1,6 +1,7 @@
 """Errors of the command line that are printed as one sentence instead of a traceback."""
 
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -49,3 +50,8 @@ def import_extra(module: str, package: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(f"this command needs the package {package} ({error}); install it with `pip install 'genperf[{extra}]'`.") from error
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported."""
+    return importlib.util.find_spec(module) is not None

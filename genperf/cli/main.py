@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .._errors import UserError, is_out_of_memory, reason
 from .._program import exit_on_interrupt, restore_interrupt
 from .._version import __version__
-from . import bench, evaluate, fid, info, sample, systems, train
+from . import bench, evaluate, fid, info, kmeans, sample, systems, train
 from .streams import close_stdout, prepare_streams, stdout_failed
 
 # Each module has HELP, add_arguments(parser) and run(arguments) -> exit code.
@@ -18,6 +18,7 @@ SUBCOMMANDS = {
     "sample": sample,
     "evaluate": evaluate,
     "fid": fid,
+    "kmeans": kmeans,
     "bench": bench,
 }
 

@@ -1,0 +1,45 @@
+"""Identifiers of several codes: how many vectors share one."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Collisions(NamedTuple):
+    """How many vectors share an identifier."""
+
+    distinct: int
+    """Identifiers that some vector has."""
+    vectors: int
+    """Vectors whose identifier another vector has too."""
+    most: int
+    """The most vectors of one identifier."""
+
+
+def collisions(indices: Tensor) -> Collisions:  # [N, stages]
+    """Count the vectors that share an identifier, a row of non-negative `indices`."""
+    counts = torch.unique(_keys(indices), return_counts=True)[1]
+    return Collisions(len(counts), int(counts[counts > 1].sum()), int(counts.max()))
+
+
+def number_collisions(indices: Tensor) -> Tensor:  # [N, stages] -> [N]
+    """The number of earlier vectors with the same identifier: as one more code, it makes identifiers distinct."""
+    keys = _keys(indices)
+    order = keys.argsort(stable=True)
+    ordered = keys[order]
+    number = torch.arange(len(keys), device=keys.device)
+    first = torch.where(torch.cat([ordered.new_ones(1, dtype=torch.bool), ordered[1:] != ordered[:-1]]), number, 0).cummax(0).values
+    return torch.empty_like(number).scatter(0, order, number - first)
+
+
+def _keys(indices: Tensor) -> Tensor:
+    """A number [N] for each identifier, equal for equal ones."""
+    keys, bound = torch.zeros_like(indices[:, 0]), 1
+    for column in indices.unbind(1):
+        codes = int(column.max()) + 1
+        if bound * codes >= 1 << 63:
+            keys = torch.unique(keys, return_inverse=True)[1]
+            bound = len(keys)
+        keys, bound = keys * codes + column, bound * codes
+    return keys

@@ -1,0 +1,210 @@
+"""Residual k-means of the vectors of a file, stage by stage, with what it writes."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._errors import UserError, import_extra, is_installed, reason
+from .._files import write_atomically, write_text_atomically
+from ..ops._kmeans_fit import KMeansOptions, KMeansProgress
+from ..ops._kmeans_vectors import Stage
+from ..ops.kmeans import check_options, read_vectors, unavailable
+from ..ops.residual_kmeans import fit_stage
+from .identifiers import collisions, number_collisions
+from .pictures import write_sizes
+from .vector_files import SUFFIXES, open_vectors
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterSettings:
+    """What the result depends on."""
+
+    codes: int
+    stages: int = 3
+    iterations: int = 25
+    init: str = "k-means++"
+    n_init: int = 1
+    update: str = "lloyd"
+    batch_size: int | None = None
+    balance: float | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Clustering:
+    """Codebooks and identifiers."""
+
+    codebooks: Tensor
+    """[stages, K, D]"""
+    indices: Tensor
+    """int64 [N, stages]; with one more column, if asked for, that makes the identifiers distinct."""
+    counts: Tensor
+    """[stages, K]"""
+    report: dict[str, Any]
+    """Errors, collisions and sizes of the clusters, as in the .json file."""
+    written: list[Path]
+    """The files, the identifiers first."""
+
+
+def cluster_file(
+    path: Path,
+    settings: ClusterSettings,
+    out: Path,
+    *,
+    name: str | None = None,
+    distinct: bool = False,
+    resume: bool = False,
+    device: torch.device | None = None,
+    progress: Callable[[KMeansProgress], Any] | None = None,
+) -> Clustering:
+    """Cluster the vectors of a file, and write their identifiers and the codebooks.
+
+    The vectors of an .npy file are read in chunks, so on the CPU they may be larger than memory. After every stage the state is kept in
+    OUT.resume, until the end.
+
+    Args:
+        path, name: see `open_vectors`.
+        settings: what the result depends on.
+        out: identifiers, int32 [N, stages], in an .npy file with the codebooks in OUT.codebooks.npy; both in an .npz file; or as columns
+            code_0, code_1, ... in a .parquet file. OUT.json has the report, and OUT.png a picture if matplotlib is installed, OUT being
+            `out` without its suffix.
+        distinct: add a code that numbers the vectors of each identifier.
+        resume: continue with the stage that OUT.resume lacks. The result is that of one run.
+        device: for the clustering; the CPU by default.
+        progress: the callback of `residual_kmeans`.
+
+    Raises:
+        UserError: an invalid file, setting or state, or a file that cannot be written.
+    """
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"identifiers must go to a file of {', '.join(SUFFIXES)}, got {str(out)!r}.")
+    if out.suffix == ".parquet":
+        import_extra("pyarrow.parquet", "pyarrow", "cluster")
+    x = open_vectors(path, name)
+    state = out.with_name(out.name + ".resume")
+    described = {**dataclasses.asdict(settings), "shape": list(x.shape), "dtype": str(x.dtype)}
+    found = _load_state(state, described) if resume else []
+    started = time.perf_counter()
+    x = x if device is None else x.to(device)
+    try:
+        found = [tuple(part.to(x.device) for part in stage) for stage in found]
+        variance = _fit(x, settings, found, state, described, progress)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{str(error).rstrip('.')}.") from error
+    codebooks, columns, counts, inertia = (torch.stack(parts).cpu() for parts in zip(*found, strict=True))
+    indices = columns.T
+    report = _report(settings, x, indices, counts, inertia, variance)
+    report["seconds"] = round(time.perf_counter() - started, 2)
+    if distinct:
+        indices = torch.cat([indices, number_collisions(indices).unsqueeze(1)], 1)
+    written = _write(out, codebooks, indices, counts, report)
+    state.unlink(missing_ok=True)
+    return Clustering(codebooks, indices, counts, report, written)
+
+
+def _fit(
+    x: Tensor,
+    settings: ClusterSettings,
+    found: list[tuple[Tensor, ...]],
+    state: Path,
+    described: dict[str, Any],
+    progress: Callable[[KMeansProgress], Any] | None,
+) -> float:
+    """Add the missing stages to `found`: codebook, indices [N], counts and inertia of each. Returns the inertia of the mean."""
+    plain = KMeansOptions(1, "random", 1, "lloyd", None, None, None, torch.Generator().manual_seed(0), None)
+    options = KMeansOptions(
+        settings.iterations, settings.init, settings.n_init, settings.update, settings.batch_size, None, settings.balance, None, progress
+    )
+    check_options("kmeans", settings.codes, options, False, False)
+    impl = next(name for name, failure in unavailable(x.device, x.dtype).items() if failure is None)
+    with torch.no_grad():
+        data = read_vectors("kmeans", x, 1, "euclidean", impl, None, False)
+        for stage in range(len(found), settings.stages):
+            done = [Stage(codebook, indices.unsqueeze(1)) for codebook, indices, *_ in found]
+            # Each stage has its own random numbers, whether or not the earlier ones were resumed.
+            generator = torch.Generator().manual_seed((settings.seed + stage) % (1 << 63))
+            codebook, indices, counts, inertia = fit_stage(data, done, settings.codes, options._replace(generator=generator), stage)
+            found.append((codebook, indices.flatten(), counts, inertia))
+            _save_state(state, described, found)
+        return float(fit_stage(data, [], 1, plain, 0)[3])
+
+
+def _report(settings: ClusterSettings, x: Tensor, indices: Tensor, counts: Tensor, inertia: Tensor, variance: float) -> dict[str, Any]:
+    shared = collisions(indices)
+    share = counts.double() / counts.double().sum(1, keepdim=True)
+    return {
+        **dataclasses.asdict(settings),
+        "vectors": x.shape[0],
+        "dim": x.shape[1],
+        # By stage.
+        "mean_squared_distance": [float(value) / x.shape[0] for value in inertia],
+        "explained": [1 - float(value) / variance if variance > 0 else 1.0 for value in inertia],
+        "largest_cluster": [float(value) * settings.codes for value in share.amax(1)],
+        "empty_codes": (counts == 0).sum(1).tolist(),
+        "perplexity": [float(value) for value in torch.special.entr(share).sum(1).exp()],
+        # Of whole identifiers.
+        "distinct_identifiers": shared.distinct,
+        "colliding_vectors": shared.vectors,
+        "most_of_one_identifier": shared.most,
+    }
+
+
+def _write(out: Path, codebooks: Tensor, indices: Tensor, counts: Tensor, report: dict[str, Any]) -> list[Path]:
+    identifiers, books = indices.to(torch.int32).numpy(), codebooks.numpy()
+    written = [out]
+    try:
+        if out.suffix == ".npz":
+            write_atomically(out, lambda file: np.savez(file, ids=identifiers, codebooks=books))
+        else:
+            if out.suffix == ".npy":
+                write_atomically(out, lambda file: np.save(file, identifiers))
+            else:
+                pyarrow, parquet = (import_extra(module, "pyarrow", "cluster") for module in ("pyarrow", "pyarrow.parquet"))
+                table = pyarrow.table({f"code_{i}": np.ascontiguousarray(column) for i, column in enumerate(identifiers.T)})
+                write_atomically(out, lambda file: parquet.write_table(table, file))
+            written.append(out.with_suffix(".codebooks.npy"))
+            write_atomically(written[-1], lambda file: np.save(file, books))
+        written.append(out.with_suffix(".json"))
+        write_text_atomically(written[-1], json.dumps(report, indent=2) + "\n")
+        if is_installed("matplotlib"):
+            written.append(out.with_suffix(".png"))
+            write_sizes(written[-1], counts)
+    except OSError as error:
+        raise UserError(f"results cannot be written to {str(out.parent)!r}: {reason(error)}.") from error
+    return written
+
+
+def _save_state(state: Path, described: dict[str, Any], found: list[tuple[Tensor, ...]]) -> None:
+    arrays: dict[str, Any] = {
+        f"{name}_{i}": part.cpu().numpy() for i, stage in enumerate(found) for name, part in zip(_PARTS, stage, strict=True)
+    }
+    try:
+        write_atomically(state, lambda file: np.savez(file, settings=np.array(json.dumps(described)), **arrays))
+    except OSError as error:
+        raise UserError(f"the state cannot be written to {str(state)!r}: {reason(error)}.") from error
+
+
+_PARTS = ("codebook", "indices", "counts", "inertia")
+
+
+def _load_state(state: Path, described: dict[str, Any]) -> list[tuple[Tensor, ...]]:
+    if not state.exists():
+        raise UserError(f"there is nothing to resume: no file {str(state)!r}.")
+    try:
+        with np.load(state, allow_pickle=False) as file:
+            before = json.loads(str(file["settings"]))
+            stages = sum(name.startswith("codebook_") for name in file.files)
+            found = [tuple(torch.from_numpy(np.array(file[f"{name}_{i}"])) for name in _PARTS) for i in range(stages)]
+    except Exception as error:  # damaged files raise exceptions of many classes
+        raise UserError(f"the state cannot be read from {str(state)!r}: {reason(error)}.") from error
+    for key, value in described.items():
+        if before.get(key) != value and key != "stages":
+            raise UserError(f"a run is resumed with its own data and settings; {key} was {before.get(key)!r}, got {value!r}.")
+    return found[: described["stages"]]
