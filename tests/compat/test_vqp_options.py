@@ -37,11 +37,12 @@ def test_training_matches_upstream(case):
     assert shapes[0] == shapes[1]
     layer.load_state_dict(copy.deepcopy(reference.state_dict()))
     train(case, reference, layer)
-    reference.load_state_dict(copy.deepcopy(layer.state_dict()))
+    if not case.fails:
+        reference.load_state_dict(copy.deepcopy(layer.state_dict()))
     for each in layers:
         each.eval()
     x = torch.randn(case.shape)
-    results = [run(case, each, STEPS, x) for each in layers]
+    results = [run(case, each, STEPS, x) for each in (layers[1:] if case.fails else layers)]
     if not (case.unequal or case.fails):
         compare(case, "evaluation", *results)
 
@@ -66,7 +67,8 @@ def train(case, reference, layer):
                 sum(weighted(t, step) for t in differentiable).backward()
                 optimizer.step()
             gradients = [p.grad for p in (x, *each.parameters())]
-            found.append([*results, *gradients, *each.state_dict().values()])
+            state = each.state_dict()  # of genperf also with the statistics of steps that wait for an update
+            found.append([*results, *gradients, *(state[name] for name in reference.state_dict())])
         if case.fails:
             continue
         if case.unequal:

@@ -200,12 +200,12 @@ class HierarchicalVQ(nn.Module):
             pooled, valid = self.pool_residual(residual, shape, mask)
             valid = None if valid is None else valid.flatten(1)
             quantized, index, loss = self.get_vq(level)(pooled.flatten(2).mT, mask=valid, sample_codebook_temp=sample_codebook_temp)
-            quantized = self._upsample(quantized.mT.unflatten(2, shape), x.shape[2:], level)
+            quantized = self.upsample_to_full(quantized.mT.unflatten(2, shape), x.shape[2:], level)
             residual, output = residual - quantized, output + quantized
             outputs.append(output)
             found.append(index.unflatten(1, shape))
             losses.append(loss)
-        cutoff = self._nested_cutoff()
+        cutoff = self.sample_nested_cutoff(x.device)
         if cutoff is not None:
             output, losses = outputs[cutoff], losses[: cutoff + 1]
         output = output if mask is None else torch.where(mask.unsqueeze(1), output, 0)
@@ -224,7 +224,7 @@ class HierarchicalVQ(nn.Module):
         total = None
         for level, index in enumerate(indices):
             codes = self.get_vq(level).get_output_from_indices(index.flatten(1))
-            codes = self._upsample(codes.mT.unflatten(2, self.level_shapes[level]), shape, level)
+            codes = self.upsample_to_full(codes.mT.unflatten(2, self.level_shapes[level]), shape, level)
             total = codes if total is None else total + codes
         assert total is not None  # as there is a level
         return self._restore(total)
@@ -238,14 +238,15 @@ class HierarchicalVQ(nn.Module):
         pooled = pool(torch.where(mask.unsqueeze(1), t, 0), level_shape)
         return pooled / share.clamp(min=1e-6), share.squeeze(1) > 0
 
-    def _upsample(self, codes: Tensor, shape: Sequence[int], level: int) -> Tensor:
-        if tuple(codes.shape[2:]) != tuple(shape):
+    def upsample_to_full(self, q: Tensor, full_shape: Sequence[int], level_index: int) -> Tensor:
+        """The codes [B, dim, ...] of a level in a shape, after the convolution of the level."""
+        if tuple(q.shape[2:]) != tuple(full_shape):
             mode = ("linear", "bilinear", "trilinear")[self.spatial_dims - 1]
-            codes = F.interpolate(codes, size=tuple(shape), mode=mode, align_corners=False)
-        return self.choose_phi(level)(codes)
+            q = F.interpolate(q, size=tuple(full_shape), mode=mode, align_corners=False)
+        return self.choose_phi(level_index)(q)
 
-    def _nested_cutoff(self) -> int | None:
-        """The last level of the output of a training step, the same on all ranks; None for all."""
+    def sample_nested_cutoff(self, device: torch.device | None = None) -> int | None:
+        """The last level of the output of a training step, the same on all ranks; None for all. It is drawn on the host."""
         least = self.nested_dropout_min_levels
         if not self.training or self.nested_dropout == 0 or least >= self.num_levels:
             return None

@@ -156,6 +156,10 @@ class ResidualVQ(nn.Module):
         super().__setstate__(state)
 
     @property
+    def vq_is_ema_updating(self) -> bool:
+        return self.layers[0].ema_update
+
+    @property
     def beam_score_weights(self) -> Tensor:
         return torch.tensor(self.beam_score_quantizer_weights)
 
