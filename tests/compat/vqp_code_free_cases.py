@@ -17,10 +17,36 @@ CASES: list[Case] = []
 UNSUPPORTED: dict[tuple[str, str], str] = {}
 
 # How an option differs from upstream's; with the option "", the class.
-DIFFERS: dict[tuple[str, str], str] = {}
+DIFFERS: dict[tuple[str, str], str] = {
+    ("FSQ", "levels"): "indices are exact for every codebook; int64 from 2^31 codes on",
+    ("FSQ", "allowed_dtypes"): "an attribute; the quantization is at least float32",
+    ("FSQ", "force_quantization_f32"): "an attribute; the quantization is at least float32",
+    ("FSP", "levels"): "indices are exact for every codebook; int64 from 2^31 codes on",
+    ("FSP", "vector_norm"): "0 for a single vector, not NaN",
+    ("FSP", "eps"): "None is the eps of float32 in half precision too",
+    ("LFQ", "codebook_size"): "an entropy loss over more than 2^24 codes raises NotImplementedError",
+    ("LFQ", "mask"): "the batch entropy is that of the vectors that are left; also of x's shape without channels",
+    ("LFQ", "frac_per_sample_entropy"): "with a mask, of the vectors that are left",
+    ("LFQ", "force_quantization_f32"): "an attribute; the quantization is at least float32",
+    ("EvoLFQ", ""): "`encode` gives the bits of the indices with projections and rotations too, and `evolve` the best member",
+    ("ResidualFSQ", "quantize_dropout"): "drawn on the host; a step does not compile with fullgraph=True",
+    ("ResidualFSQ", "return_all_codes"): "works with is_channel_first; upstream raises an error",
+    ("GroupedResidualFSQ", "accept_image_fmap"): "implies is_channel_first; upstream needs both",
+    ("ResidualLFQ", "quantize_dropout"): "drawn on the host; a step does not compile with fullgraph=True",
+    ("ResidualLFQ", "dim"): "projections of images work; upstream raises an error",
+    ("GroupedResidualLFQ", "accept_image_fmap"): "projections work; upstream raises an error",
+    ("LatentQuantize", "levels"): "indices are exact; upstream truncates, often to the level below",
+    ("LatentQuantize", "optimize_values"): "False: the values follow the layer to another device",
+    ("LatentQuantize", "in_place_codebook_optimizer"): "trains the values; upstream raises AttributeError in training",
+    ("BinaryMapper", "straight_through"): "the output is one-hot without a rounding error",
+}
 
 # Options that are supported without a kernel; with the option "", the class.
-PLAIN: dict[tuple[str, str], str] = {}
+PLAIN: dict[tuple[str, str], str] = {
+    ("FSP", ""): "a few elementwise operations",
+    ("BinaryMapper", ""): "the probabilities of all codes are the output",
+    ("EvoLFQ", ""): "all but the LFQ",
+}
 
 # Why an attribute or method of a layer is missing, by class and name.
 WITHOUT: dict[tuple[str, str], str] = {
