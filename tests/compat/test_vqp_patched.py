@@ -66,7 +66,8 @@ def train(case, reference, layer, steps):
                     if p.grad is not None:
                         p.sub_(case.lr * p.grad)
             each.zero_grad()
-            found.append([*results, *gradients, *each.state_dict().values()])
+            state = each.state_dict()
+            found.append([*results, *gradients, *(state[name] for name in reference.state_dict())])
         if case.fails:
             continue
         if case.unequal:

@@ -180,6 +180,8 @@ CASES += [
     ),
     residual(IN_PLACE),
     residual({"accept_image_fmap": True}, IMAGE, fails=RuntimeError),
+    # Upstream only fails unless height, width and channels are equal.
+    residual({"dim": 4, "accept_image_fmap": True, "use_cosine_sim": True}, (2, 4, 4, 4)),
     residual({"channel_last": False}, (2, DIM, 12), fails=RuntimeError),
     residual({"accept_3d_fmap": True, "beam_size": 2}, VOLUME, fails=RuntimeError),
     residual(call={"indices": torch.arange(72).reshape(2, 12, 3) % CODES}, fails=ValueError),

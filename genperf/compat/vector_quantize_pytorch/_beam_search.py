@@ -49,7 +49,8 @@ def beam_search(
         masked = None if mask is None else mask.unsqueeze(-1).expand(*mask.shape, beams)
         transformed = transform(number, quantized)
         # [..., beams, k, d], and [..., beams, k] twice
-        codes, found, loss = layer(residual, None, masked, topk=beam_size, codebook_transform_fn=transformed, **options)
+        codes, found, loss = layer(layer.like_input(residual), None, masked, topk=beam_size, codebook_transform_fn=transformed, **options)
+        codes = layer.channels_last(codes)
         error = loss
         if loss.dim() == 0:  # without a commitment loss
             error = (codes.detach() - residual.detach().unsqueeze(-2)).square().mean(-1)

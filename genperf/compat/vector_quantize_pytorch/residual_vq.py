@@ -186,7 +186,8 @@ class ResidualVQ(nn.Module):
         """The codes [..., d] of the first q quantizers, of indices [..., q]."""
         total = None
         for number, index in enumerate(self._checked(indices).unbind(-1)):
-            codes = self.layers[number].get_codes_from_indices(index)
+            layer = self.layers[number]
+            codes = layer.channels_last(layer.get_codes_from_indices(index))
             if self.implicit_neural_codebook:
                 mlp = self.mlps[number - 1] if number > 0 else None
                 if mlp is not None and total is not None:
@@ -304,7 +305,8 @@ class ResidualVQ(nn.Module):
         for number, (layer, target) in enumerate(zip(self.layers, targets, strict=False)):
             inputs.append(residual.detach())
             transform = self._transform(number, quantized_out)
-            quantized, *index, loss = layer(residual, indices=target, codebook_transform_fn=transform, **options)
+            quantized, *index, loss = layer(layer.like_input(residual), indices=target, codebook_transform_fn=transform, **options)
+            quantized = layer.channels_last(quantized)
             residual = self._next_residual(residual, quantized)
             quantized_out = quantized_out + quantized
             found += index
@@ -325,7 +327,7 @@ class ResidualVQ(nn.Module):
         if self.training and updates and not options["freeze_codebook"]:
             inputs = [t.detach() for t in best.inputs]
             for layer, vectors, index in zip(layers, inputs, best.indices.unbind(-1), strict=True):
-                layer.update_indices(vectors, index, mask)
+                layer.update_indices(layer.like_input(vectors), index, mask)
             self._update_shared(inputs, mask)
         return best.quantized, best.indices, losses
 

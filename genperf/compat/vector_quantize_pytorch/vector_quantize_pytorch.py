@@ -290,7 +290,7 @@ class VectorQuantize(nn.Module):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes of indices as forward returns them, before project_out, in the layout of x; zeros for -1."""
-        return self._restore(self._look_up(indices))
+        return self.like_input(self._look_up(indices))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """The quantized that forward returns for these indices; zeros for -1."""
@@ -298,7 +298,7 @@ class VectorQuantize(nn.Module):
         if self.has_projections:
             present = indices if self.heads == 1 else indices[..., 0]
             output = torch.where((present >= 0).unsqueeze(-1), output, 0)
-        return self._restore(output)
+        return self.like_input(output)
 
     def update_in_place_optimizer(self) -> None:
         """Step in_place_codebook_optimizer, with gradients averaged over ranks, and clear them; for manual_in_place_optimizer_update."""
@@ -322,7 +322,7 @@ class VectorQuantize(nn.Module):
         """Update averages and codes as a training step that assigns these indices to x."""
         codebook = self._codebook
         if codebook.has_ema:
-            _, vectors, valid = self._to_vectors(self.project_in(self._channels_last(x)), mask)
+            _, vectors, valid = self._to_vectors(self.project_in(self.channels_last(x)), mask)
             found = self._split_indices(indices, vectors)
             check_decoded("VectorQuantize.update_indices", found, self.codebook_size)
             codebook.gather(self._unit(vectors), found if valid is None else torch.where(valid, found, -1))
@@ -396,7 +396,7 @@ class VectorQuantize(nn.Module):
             [..., topk, dim] or [B, dim, ..., topk], otherwise the last one.
         """
         codebook = self._codebook
-        x = self._channels_last(x)
+        x = self.channels_last(x)
         if lens is not None:
             check("VectorQuantize", "only one of mask and lens can be given", "both", mask is None)
             mask = torch.arange(x.shape[1], device=x.device) < lens.unsqueeze(1)
@@ -484,7 +484,7 @@ class VectorQuantize(nn.Module):
         else:
             quantized = self.project_out(quantized.unflatten(-1, (-1, topk)).movedim(1, -1).reshape(*sizes, -1))
             quantized = self._mask_output(quantized, None if mask is None else mask.unsqueeze(-1), x.unsqueeze(-2))
-        quantized = self._restore(quantized) if x.dim() > 2 else quantized
+        quantized = self.like_input(quantized) if x.dim() > 2 else quantized
         if indices is not None:
             return quantized, choice.cross_entropy(tokens, self._split_indices(indices, tokens))
         weight = self.commitment_weight if self.has_commitment_loss else 1.0
@@ -611,11 +611,11 @@ class VectorQuantize(nn.Module):
             return torch.where(mask.unsqueeze(-1), quantized, 0)
         return quantized
 
-    def _channels_last(self, x: Tensor) -> Tensor:
-        """View x with its channels in the last dimension."""
+    def channels_last(self, x: Tensor) -> Tensor:
+        """View x, an input or quantized, with its channels in the last dimension."""
         return x.movedim(1, -1) if self._channels_first and x.dim() > 2 else x
 
-    def _restore(self, t: Tensor) -> Tensor:
+    def like_input(self, t: Tensor) -> Tensor:
         """View t with its channels where x has them."""
         return for_inductor(channels_to(t, 1)) if self._channels_first and t.dim() > 2 else t
 
