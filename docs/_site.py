@@ -16,6 +16,7 @@ PACKAGES = {
     "genperf.metrics": ("Metrics", ""),
     "genperf.models": ("Models", ""),
     "genperf.clustering": ("Clustering", "[Guide](../clustering.md)."),
+    "genperf._patch": ("Patching", "`genperf.patch` and `genperf.unpatch`. [Guide](../patch.md)."),
     "genperf.compat.vector_quantize_pytorch": ("vector-quantize-pytorch", "[What works, and what differs](../drop-ins.md)."),
     "genperf.compat.taming": ("taming-transformers", "[What works, and what differs](../drop-ins.md)."),
     "genperf.compat.diffusers": ("diffusers", "[What works, and what differs](../drop-ins.md)."),

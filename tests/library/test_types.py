@@ -57,6 +57,7 @@ CALLS = {
     "losses.HistoricalAveraging(linear.parameters())()": "Tensor",
     "nn.VectorQuantizer(8, 4)(x, return_terms=True)": "tuple[Tensor, Tensor, Tensor, LossTerms]",
     "vector_quantize_pytorch.LFQ(dim=4)(x, return_loss_breakdown=True)": "tuple[Return, LossBreakdown]",
+    "genperf.patch(linear)": "PatchReport",
     "genperf.frechet_distance(x[0], x, x[0], x)": "Tensor",
     "genperf.frechet_distance(x[0], x, x[0], x, return_error=True)": "tuple[Tensor, Tensor]",
     "genperf.trace_sqrt_product(x, x, return_error=True)": "tuple[Tensor, Tensor]",
