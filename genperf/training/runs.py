@@ -22,6 +22,7 @@ class Settings:
     """Settings that determine the result of a run, together with the system's configuration."""
 
     data: str | None = None
+    size: int | None = None
     seed: int = 0
     epochs: int = 10
     batch_size: int = 64
@@ -93,7 +94,7 @@ def load_run(folder: Path, device: torch.device, *, data: str | None = None) -> 
     state = load_state(folder, str(folder))
     with using_checkpoint(folder / CHECKPOINT):
         settings = Settings(**state["settings"])
-        images = load_images(data if data is not None else settings.data)
+        images = load_images(data if data is not None else settings.data, settings.size)
         check_fingerprint(images, state, "--data")
         system = build_system(state["system"], settings, state["config"], images)
         system.load_state_dict(state["training"]["model"])

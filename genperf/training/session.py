@@ -16,9 +16,11 @@ from .checkpoint import save_checkpoint, using_checkpoint
 from .data import LabeledImages, load_images, split_held_out
 from .evaluation import evaluate, normal_images
 from .pictures import write_pictures
-from .runs import CHECKPOINT, EVALUATION, FORMAT, build_system, check_fingerprint, data_fingerprint, load_state, merge_options
+from .runs import CHECKPOINT, EVALUATION, FORMAT, Settings, build_system, check_fingerprint, data_fingerprint, load_state, merge_options
 from .timing import StepTimes, time_steps
 from .trainer import Training, make_fabric
+
+_LEAST_STEPS = 500
 
 
 class TrainingResults(NamedTuple):
@@ -64,10 +66,12 @@ class TrainingSession:
         with nullcontext() if state is None else using_checkpoint(folder / CHECKPOINT):
             self.settings, config = merge_options(name, settings, config, state)
             self.fabric = make_fabric(device, self.settings.precision)
-            data = load_images(self.settings.data)
+            data = load_images(self.settings.data, self.settings.size)
             if state is not None:
                 check_fingerprint(data, state, "--resume")
             images, self.held_out = split_held_out(data)
+            if state is None and "epochs" not in settings:
+                self.settings = dataclasses.replace(self.settings, epochs=_default_epochs(self.settings, len(images.images)))
 
             # cuDNN's default algorithms are not deterministic.
             torch.backends.cudnn.deterministic = True
@@ -147,6 +151,12 @@ class TrainingSession:
         except OSError as error:
             return TrainingResults(metrics, [], f"the results cannot be written to {str(self.folder)!r}: {reason(error)}.")
         return TrainingResults(metrics, [*pictures, *written])
+
+
+def _default_epochs(settings: Settings, images: int) -> int:
+    """Epochs of a run that does not name them: more for few images, whose epochs have few steps."""
+    steps_per_epoch = images // min(settings.batch_size, images)
+    return max(settings.epochs, -(-_LEAST_STEPS // steps_per_epoch))
 
 
 def _history_table(history: list[dict[str, float]]) -> str:

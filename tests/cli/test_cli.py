@@ -132,12 +132,21 @@ def test_resumed_run_equals_uninterrupted_one(npz, tmp_path, monkeypatch, capsys
     assert (tmp_path / "whole/reconstructions.png").read_bytes() == (tmp_path / "parts/reconstructions.png").read_bytes()
 
 
-def test_resume_can_add_epochs(npz, tmp_path):
+def test_resume_can_add_epochs(npz, tmp_path, capsys):
     assert train(npz, tmp_path / "long", *SMALL) == 0
+    assert train(npz, tmp_path / "long", "--resume") == 0
+    assert "genperf: the run has finished its 3 epochs; a larger --epochs continues it." in capsys.readouterr().err
     assert train(npz, tmp_path / "short", *SMALL, "--epochs", "1") == 0
     assert train(npz, tmp_path / "short", "--resume", "--epochs", "3") == 0
     long, short = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("long", "short"))
     assert_same(long, short)
+
+
+def test_few_images_are_seen_in_more_epochs(npz, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("genperf.training.session._LEAST_STEPS", 25)
+    assert train(npz, tmp_path, *SMALL[2:]) == 0
+    assert "an epoch of these images has 2 steps, so the run takes 13 epochs (--epochs)." in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["settings"]["epochs"] == 13
 
 
 def test_interrupt_restores_the_signal_handler(npz, tmp_path, monkeypatch):
@@ -223,7 +232,7 @@ def test_invalid_data(tmp_path, capsys):
     fails(tmp_path / "empty", "must hold images, but no file in it has the suffix of an image")
     folder = write_images(tmp_path / "sizes", ["L", "L"])
     Image.new("L", (4, 4)).save(folder / "small.png")
-    fails(folder, r"one size, got 12x8 in '.*0\.png' and 4x4 in '.*small\.png'")
+    fails(folder, r"one size unless --size gives it, got 12x8 in '.*0\.png' and 4x4 in '.*small\.png'")
     folder = write_images(tmp_path / "broken", ["L"])
     for content in ((folder / "0.png").read_bytes()[:45], b"no image"):
         (folder / "broken.png").write_bytes(content)
@@ -421,6 +430,14 @@ def test_info_names_the_implementation_of_each_op(arguments, capsys):
         for device in ("cpu", "cuda"):
             assert re.search(rf"^  {op} +{device} +(native|triton|eigen|polar|reference)$", page, re.M), (op, device)
     assert "not triton: the Triton kernel runs on CUDA" in page
+
+
+def test_info_as_json(capsys):
+    assert main(["info", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["torch"] == torch.__version__
+    assert list(content["ops"]) == list(info.OPS)
+    assert content["ops"]["nearest_code"]["cuda"]["implementation"] in ("triton", "reference")
 
 
 def test_info_without_compiled_kernels(monkeypatch, capsys):

@@ -291,3 +291,26 @@ def test_damaged_data_give_images_or_one_sentence(tmp_path, suffix):
     assert sentences
     for sentence in sentences:
         assert re.fullmatch(r"[^\n]{,1000}\.", sentence), sentence
+
+
+def test_size_scales_and_crops_images_of_mixed_sizes(tmp_path):
+    left = np.zeros((40, 80), np.uint8)
+    left[:, 40:] = 200
+    for name, pixels in (("a.png", left), ("b.png", left[:20, :60]), ("c.png", left.T)):
+        Image.fromarray(pixels).save(tmp_path / name)
+    with pytest.raises(
+        UserError, match=r"one size unless --size gives it, got 80x40 .* and 60x20 .*; --size 64 scales and crops them to 64x64\."
+    ):
+        load_images(str(tmp_path))
+    images = load_images(str(tmp_path), size=16).images
+    assert images.shape == (3, 1, 16, 16)
+    assert images[0, 0, :, :6].max() == 0  # the crop is centered: half is dark
+    torch.testing.assert_close(images[0, 0, :, 10:], torch.full((16, 6), 200 / 255), atol=0.02, rtol=0)
+    torch.testing.assert_close(images[0, 0], images[2, 0].T, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("data", [None, "a.npz"])
+def test_size_is_for_image_files(tmp_path, data):
+    path = data and write_npz(tmp_path)
+    with pytest.raises(UserError, match="--size is for folders and archives of images"):
+        load_images(path, size=8)
