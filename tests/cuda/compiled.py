@@ -36,8 +36,9 @@ class Compiled:
         warps: of a program.
         programs: on a multiprocessor at a time.
         loop: opcodes of the shortest loop that multiplies matrices.
-        rest: opcodes outside it.
-        loading_loops: opcodes of each other loop that reads memory, once each; they are part of `rest` too.
+        around: opcodes of the next loop around it, without its own.
+        rest: opcodes outside it, with those around it.
+        loading_loops: opcodes of each other loop that reads memory; they are part of `rest` too.
     """
 
     ptx: str
@@ -47,6 +48,7 @@ class Compiled:
     warps: int
     programs: int
     loop: list[str]
+    around: list[str]
     rest: list[str]
     loading_loops: list[list[str]]
 
@@ -72,10 +74,12 @@ def compile_for(arch: int, source: Any, options: Mapping[str, Any]) -> Compiled:
         key=lambda loop: loop[1] - loop[0],
         default=(0, -1),
     )
+    a, b = min(((a, b) for a, b in loops if a < first and b > last), key=lambda loop: loop[1] - loop[0], default=(first, last))
+    around = names[a:first] + names[last + 1 : b + 1]
     others = [names[a : b + 1] for a, b in loops if (b < first or a > last) and "LDG" in names[a : b + 1]]
     of_warp = -(-used["REG"] * 32 // 256) * 256
     programs = min(REGISTERS // (of_warp * warps), SHARED_MEMORY[arch] // (shared + RESERVED), WARPS[arch] // warps, PROGRAMS)
     return Compiled(
         compiled.asm["ptx"], used["REG"], used["STACK"] + used["LOCAL"], shared, warps, programs,
-        names[first : last + 1], names[:first] + names[last + 1 :], others,
+        names[first : last + 1], around, names[:first] + names[last + 1 :], others,
     )  # fmt: skip
