@@ -10,7 +10,7 @@ Regimes, by D alone:
 import torch
 import triton
 
-MIN_PROGRAMS = 264  # of a pass: two for each multiprocessor of an H200
+MIN_PROGRAMS = 264  # that a pass is divided for: two for each multiprocessor of an H200
 MAX_PROGRAMS = 528  # of a pass; each takes tiles of rows until none is left
 SEARCH_PROGRAMS = 264
 SEARCH_ROWS = 64
@@ -67,9 +67,23 @@ class Shape:
         self.tiles = triton.cdiv(self.num_codes, self.block_k)
 
     def split(self, rows: int, heads: int) -> tuple[int, int]:
-        """Return the number of programs over the codes, and the tiles of codes for each."""
-        splits = triton.cdiv(MIN_PROGRAMS, triton.cdiv(rows, self.block_n) * heads)
-        tiles_per_program = triton.cdiv(self.tiles, min(splits, self.tiles))
+        """Return the number of programs over the codes, and the tiles of codes for each.
+
+        Every program rounds its queries and decides them, which takes as long as `outside` tiles of codes. One program alone is
+        assumed to run at 1 / 1.4 of the rate of a multiprocessor that can hold two.
+        """
+        blocks = triton.cdiv(rows, self.block_n) * heads
+        multiprocessors = max(MIN_PROGRAMS // 2, 1)
+        least = 1.4 if self.max_registers * 32 * self.warps <= 1 << 15 else 1
+        outside = 12 if self.depth == 256 else 6
+
+        def cost(splits: int) -> float:
+            tiles = triton.cdiv(self.tiles, splits)
+            programs = triton.cdiv(blocks * triton.cdiv(self.tiles, tiles), multiprocessors)
+            return max(programs, least) * (tiles + outside)
+
+        most = min(self.tiles, triton.cdiv(2 * MIN_PROGRAMS, blocks))
+        tiles_per_program = triton.cdiv(self.tiles, min(range(1, most + 1), key=cost))
         return triton.cdiv(self.tiles, tiles_per_program), tiles_per_program
 
     def prepare_options(self) -> dict:

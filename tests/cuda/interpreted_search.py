@@ -123,7 +123,7 @@ def suite():
         check(("one head", d), heads[:1], codebooks[:1])
 
     # Several tiles of rows to a program and several programs over the codes, of sizes that divide nothing.
-    for d, k, most, least in ((3, 700, 1, 8), (24, 300, 1, 1), (140, 260, 2, 99), (300, 260, 1, 1)):
+    for d, k, most, least in ((3, 700, 1, 40), (24, 300, 1, 1), (140, 260, 2, 99), (300, 260, 1, 1)):
         shape.MIN_PROGRAMS, launch.MAX_PROGRAMS = least, most
         mask = torch.arange(300).unsqueeze(1) % 60 == 9
         check(("programs", d), vectors(300, d), torch.randn(k, d), mask)
