@@ -98,8 +98,6 @@ def compare(case, where, expected, found):
             assert all(each is None or not each.any() for each in (value, reference)), place
         elif not isinstance(reference, Tensor):
             assert value == reference, place
-        elif number in case.wrong:
-            assert value.shape == reference.shape, place
         else:
             floating = reference.is_floating_point()
             atol = 1e-4 * reference.abs().max().item() if floating and reference.numel() else 0

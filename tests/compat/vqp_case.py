@@ -23,8 +23,6 @@ class Case:
     unequal: str = ""
     # What upstream raises in training, in which case only genperf is trained.
     fails: type[Exception] | None = None
-    # Results, by their place among the leaves of the returned value, in which upstream errs.
-    wrong: tuple[int, ...] = ()
 
     def make(self, library: Any) -> nn.Module:
         return getattr(library, self.name)(*self.arguments(library), **self.options_of(library))

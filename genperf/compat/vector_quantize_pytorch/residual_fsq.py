@@ -17,7 +17,7 @@ Differences from upstream:
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,14 @@ class ResidualFSQ(Placed):
         summed = self.get_codes_from_indices(indices).sum(0)
         return self.project_out(summed.to(parameter_dtype(self.project_out) or summed.dtype))
 
+    @overload
+    def forward(
+        self, x: Tensor, return_all_codes: Literal[False] = False, rand_quantize_dropout_fixed_seed: int | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, x: Tensor, return_all_codes: bool = False, rand_quantize_dropout_fixed_seed: int | None = None
+    ) -> tuple[Tensor, ...]: ...
     def forward(self, x: Tensor, return_all_codes: bool = False, rand_quantize_dropout_fixed_seed: int | None = None) -> tuple[Tensor, ...]:
         """Quantize x.
 
