@@ -21,7 +21,10 @@ LENGTH = tl.constexpr(0)  # largest |f|
 RESIDUAL = tl.constexpr(1)  # largest |f - f~|
 OF_TILE = tl.constexpr(2)  # the part of the bound that no row has an influence on
 SCALE = tl.constexpr(3)  # the codes of the tile are stored divided by this power of two
-TILE_COLUMNS = tl.constexpr(4)
+SHORTEST = tl.constexpr(4)  # least |f| of the codes that are not scored because of their length, or inf
+FIRST_FINITE = tl.constexpr(5)  # the bits of an int32: the lowest code without NaN or infinity, or NO_CODE
+TILE_COLUMNS = tl.constexpr(8)
+NO_CODE = tl.constexpr(0x7FFFFFFF)
 
 MAX_LENGTH = tl.constexpr(1e18)  # of a query; float64 decides for longer ones
 MAX_CODE_LENGTH = tl.constexpr(1e19)
@@ -36,10 +39,31 @@ def scale_for_float16(largest):
 
 
 @triton.jit
+def _slack(dim):
+    return 1.005 * (1.0 + dim * 2.4e-7)
+
+
+@triton.jit
+def bound_at_residual(length, dim):
+    """The coefficient of |f - f~| for rows of at most a length, or 0 if it is not a number."""
+    return tl.where(length < float("inf"), _slack(dim) * length, 0.0)
+
+
+@triton.jit
+def bound_at_zero(length, dim, COSINE: tl.constexpr):
+    """The part of the bound that no code has an influence on."""
+    bound = tl.full(length.shape, 1e-30, tl.float32)
+    if not COSINE:
+        bound += _slack(dim) * ((dim + 4) * 2.220446049250313e-16 * length * length)
+    return tl.where(length < float("inf"), bound, 0.0)
+
+
+@triton.jit
 def row_bound(square, error, low_square, back, dim, columns, COSINE: tl.constexpr):
     """Coefficients of a row's bound from squared norms of z, z - z~ and l(z), all divided by back^2: at |f|, |f - f~|, and 1.
 
-    The last result is the length |z|, rounded up, or infinity if the bound is of no use.
+    The last result is the length |z|, rounded up, or infinity if the bound is of no use. It is NaN if all distances are infinite
+    by rule, since z has a NaN, or in the Euclidean metric an infinity. It is zero if z is, in the cosine metric.
     """
     # Squares below 2^-126 may underflow in the sums.
     underflow = dim * 2.168404344971009e-19
@@ -48,18 +72,13 @@ def row_bound(square, error, low_square, back, dim, columns, COSINE: tl.constexp
     low = (tl.sqrt(low_square) + underflow) * back * 4.8828125e-04  # 2^-11
     accumulation = (columns + 32) * 2.455637346e-07 * length  # 1.03 2^-22
     float64_rounding = (dim + 4) * 2.220446049250313e-16
-    slack = 1.005 * (1.0 + dim * 2.4e-7)
-    if COSINE:
-        at_length = slack * (residual + low + accumulation + float64_rounding * length)
-        at_zero = length * 0.0 + 1e-30
-    else:
-        at_length = slack * (residual + low + accumulation + 2 * float64_rounding * length)
-        at_zero = slack * (float64_rounding * length * length) + 1e-30
+    if not COSINE:
+        float64_rounding *= 2
+    at_length = _slack(dim) * (residual + low + accumulation + float64_rounding * length)
     usable = (length < MAX_LENGTH) & (at_length < 1e18)
-    zero = tl.zeros(length.shape, tl.float32)
-    return (
-        tl.where(usable, at_length, zero),
-        tl.where(usable, slack * 1.01 * length, zero),
-        tl.where(usable, at_zero, zero),
-        tl.where(usable, 1.01 * length, float("inf")),
-    )
+    at_most = tl.where(usable, 1.01 * length, float("inf"))
+    if COSINE:
+        at_most = tl.where(square == square, tl.where(square > 0, at_most, 0.0), float("nan"))
+    else:
+        at_most = tl.where(square < float("inf"), at_most, float("nan"))
+    return tl.where(usable, at_length, 0.0), bound_at_residual(at_most, dim), bound_at_zero(at_most, dim, COSINE), at_most

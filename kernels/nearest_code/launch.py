@@ -19,13 +19,12 @@ import triton
 from torch import Tensor
 
 from .plan import Descriptor, Plan
-from .prepare import nearest_code_prepare_kernel
+from .prepare import nearest_code_prepare_kernel, reserve_prepared
 from .scan import nearest_code_scan_kernel
 from .search import nearest_code_search_kernel
 from .settle import nearest_code_settle_kernel
 from .shape import MAX_PROGRAMS, SEARCH_PROGRAMS, SEARCH_ROWS, Shape
 
-_TABLE_COLUMNS = 4
 _MAX_PLANS = 256
 
 
@@ -77,10 +76,7 @@ def _plan(
     scratch = max(splits * blocks * shape.block_n, programs * SEARCH_ROWS)
 
     plan = Plan(device, inputs=("x", "codebook", "mask", "indices"))
-    plan.buffer("center", torch.float32, heads, dim + 1)
-    codes = plan.buffer("codes", torch.float16, heads, shape.tiles * shape.block_k, shape.depth)
-    plan.buffer("bias", torch.float32, heads, shape.tiles * shape.block_k)
-    plan.buffer("table", torch.float32, heads, shape.tiles, _TABLE_COLUMNS)
+    codes, of_codes = reserve_prepared(plan, shape, heads, num_codes)
     plan.buffer("queries", torch.float16, heads, scratch, shape.depth)
     lower = plan.buffer("lower", torch.float32, heads, splits, positions)
     upper = plan.buffer("upper", torch.float32, heads, splits, positions) if splits > 1 else lower
@@ -89,15 +85,15 @@ def _plan(
     plan.buffer("rows", torch.int64, heads, positions)
     plan.buffer("counts", torch.int32, heads, 1 + programs)
     plan.buffer("part_distance", torch.float64, heads, programs, SEARCH_ROWS)
-    plan.buffer("part_index", torch.int64, heads, programs, SEARCH_ROWS)
+    plan.buffer("part_index", torch.int32, heads, programs, SEARCH_ROWS)
 
     # Strides of one element count as divisible by 16, so that what is aligned is loaded 16 bytes at a time.
     stride_head, stride_outer, _, stride_inner = (0 if size == 1 else stride for size, stride in zip(x_sizes, x_strides, strict=True))
     stride_d = x_strides[2]
     stride_codebook, stride_k, stride_code_d = codebook_strides
     common = {
-        "num_codes": num_codes, "tiles": shape.tiles, "dim": dim, "depth": shape.depth, "positions": positions, "inner": inner,
-        "splits": splits, "tiles_per_program": tiles_per_program, "num_counts": 1 + programs, "upper": upper,
+        **of_codes, "positions": positions, "inner": inner, "splits": splits, "tiles_per_program": tiles_per_program,
+        "num_counts": 1 + programs, "upper": upper,
         "stride_head": stride_head, "stride_outer": stride_outer, "stride_d": stride_d, "stride_inner": stride_inner,
         "stride_codebook": stride_codebook, "stride_k": stride_k, "stride_code_d": stride_code_d,
         "COSINE": cosine, "PLANAR": inner > 1 and stride_inner == 1 and stride_d != 1, "SPLITS": splits > 1, "HAS_MASK": has_mask,
@@ -107,7 +103,7 @@ def _plan(
     of_codebook = common | {"stride_head": stride_codebook, "stride_d": stride_code_d}
     settle_options = shape.settle_options()
     settle_blocks = triton.cdiv(positions, settle_options["BLOCK_N"])
-    plan.launch(nearest_code_prepare_kernel, (shape.tiles, heads, 1), of_codebook, shape.prepare_options())
+    plan.launch(nearest_code_prepare_kernel, (shape.tiles, heads, 1), of_codebook, shape.prepare_options(drop_repeated=True))
     plan.launch(nearest_code_scan_kernel, (blocks, splits, heads), scanned, shape.scan_options())
     plan.launch(nearest_code_settle_kernel, (settle_blocks, heads, 1), common, settle_options)
     plan.launch(nearest_code_search_kernel, (programs, heads, 1), scanned, shape.search_options())

@@ -10,9 +10,10 @@ addresses are computed from a zero that the compiler does not know, so that it d
 import triton
 import triton.language as tl
 
+from .bound import TILE_COLUMNS
 from .decide import SLOTS, collect_codes, decide_candidates, nearest_of_all
 from .rows import load_rows, round_rows, row_offsets
-from .scan import NONE, nearest_of_pass, pass_over_codes, unscored_bound
+from .scan import NONE, nearest_of_pass, pass_over_codes, shortest_unscored, unscored_bound
 from .settle import box_corners
 
 # Arrays [BLOCK_N] of a program.
@@ -95,7 +96,9 @@ def search_residual(
     chosen = integers + CHOSEN * BLOCK_N
     flat = integers + FLAT * BLOCK_N
     threshold = tl.max(passed[5], axis=1) - 2 * tl.load(floats + AT_ZERO * BLOCK_N + row)
-    unscored = unscored_bound(tl.load(floats + ROW_LENGTH * BLOCK_N + row), tl.load(center + dim), COSINE)
+    unscored = unscored_bound(
+        tl.load(floats + ROW_LENGTH * BLOCK_N + row), shortest_unscored(table + first_tile * TILE_COLUMNS, tiles), COSINE
+    )
     usable = (threshold > float("-inf")) & (unscored < threshold)
     first, last = nearest_of_pass(passed, threshold, usable, BLOCK_K)
     tl.store(chosen + row, first)

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from .decide import SLOTS
 from .plan import Descriptor, Plan
-from .prepare import nearest_code_prepare_kernel
+from .prepare import nearest_code_prepare_kernel, reserve_prepared
 from .residual import FLOATS, INTEGERS, residual_finish_kernel, residual_quantize_kernel
 from .shape import Shape
 
-_TABLE_COLUMNS = 4
 _MAX_PLANS = 256
 
 
@@ -105,10 +104,7 @@ def _plan(
     programs = min(tiles_of_rows, shape.programs)
 
     plan = Plan(device, inputs=("x", "codebook", "mask", "limit", "quantized", "indices", "mse", "num_valid"))
-    plan.buffer("center", torch.float32, books, dim + 1)
-    codes = plan.buffer("codes", torch.float16, books, shape.tiles * shape.block_k, shape.depth)
-    plan.buffer("bias", torch.float32, books, shape.tiles * shape.block_k)
-    plan.buffer("table", torch.float32, books, shape.tiles, _TABLE_COLUMNS)
+    codes, of_codes = reserve_prepared(plan, shape, books, num_codes)
     plan.buffer("zero", torch.int32, 1)
     plan.buffer("residuals", torch.float32, programs, shape.block_n, dim)
     plan.buffer("queries", torch.float16, programs, shape.block_n, shape.depth)
@@ -127,8 +123,8 @@ def _plan(
     out_outer, out_d, out_inner, planar_out = layout(strides_out)
     stride_codebook, stride_k, stride_code_d = codebook_strides
     common = {
-        "positions": positions, "inner": inner, "quantizers": quantizers, "tiles": shape.tiles, "num_codes": num_codes,
-        "prepared_step": int(not shared), "dim": dim, "depth": shape.depth, "tiles_of_rows": tiles_of_rows,
+        "positions": positions, "inner": inner, "quantizers": quantizers, **of_codes,
+        "prepared_step": int(not shared), "tiles_of_rows": tiles_of_rows,
         "stride_outer": stride_outer, "stride_d": stride_d, "stride_inner": stride_inner,
         "stride_out_outer": out_outer, "stride_out_d": out_d, "stride_out_inner": out_inner,
         "stride_codebook": stride_codebook, "stride_k": stride_k, "stride_code_d": stride_code_d,
@@ -136,7 +132,7 @@ def _plan(
     }  # fmt: skip
     of_codebook = common | {"stride_head": stride_codebook, "stride_d": stride_code_d}
     passed = common | {"codes": Descriptor(codes, (shape.block_k, shape.columns)) if shape.tma else codes}
-    plan.launch(nearest_code_prepare_kernel, (shape.tiles, books, 1), of_codebook, shape.prepare_options())
+    plan.launch(nearest_code_prepare_kernel, (shape.tiles, books, 1), of_codebook, shape.prepare_options(drop_repeated=True))
     plan.launch(residual_quantize_kernel, (programs, 1, 1), passed, shape.residual_options())
     plan.launch(
         residual_finish_kernel, (quantizers, 1, 1), common, {"BLOCK": 256, "num_warps": 4, "enable_fp_fusion": False}

@@ -13,7 +13,7 @@ offsets are split by j, and everything is kept for each j apart (a lane): nothin
 import triton
 import triton.language as tl
 
-from .bound import LENGTH, OF_TILE, RESIDUAL, SCALE, TILE_COLUMNS
+from .bound import FIRST_FINITE, LENGTH, NO_CODE, OF_TILE, RESIDUAL, SCALE, SHORTEST, TILE_COLUMNS, bound_at_residual, bound_at_zero
 from .rows import round_rows, row_offsets
 
 NOT_DECIDED = tl.constexpr(-1)  # in `first`: more codes than a pair or a box can be the nearest
@@ -65,12 +65,34 @@ def tile_scores(
 
 
 @triton.jit
-def unscored_bound(length, limit, COSINE: tl.constexpr):
-    """An upper bound of the scores of codes beyond the limit, f (|z| - f / 2) for a length f >= limit; inf if there is none."""
+def shortest_unscored(table, tiles):
+    """The least length of the codes of a head that are not scored because of their length, or inf."""
+    shortest = tl.full([], float("inf"), tl.float32)
+    for start in range(0, tiles, 64):
+        tile = start + tl.arange(0, 64)
+        shortest = tl.minimum(shortest, tl.min(tl.load(table + SHORTEST + tile * TILE_COLUMNS, mask=tile < tiles, other=float("inf"))))
+    return shortest
+
+
+@triton.jit
+def first_finite_code(table, tiles):
+    """The lowest code of a head without NaN or infinity, or 0 if there is none."""
+    first = tl.full([], NO_CODE, tl.int32)
+    for start in range(0, tiles, 64):
+        tile = start + tl.arange(0, 64)
+        bits = tl.load(table + FIRST_FINITE + tile * TILE_COLUMNS, mask=tile < tiles, other=0).to(tl.int32, bitcast=True)
+        first = tl.minimum(first, tl.min(tl.where(tile < tiles, bits, NO_CODE)))
+    return tl.where(first == NO_CODE, 0, first)
+
+
+@triton.jit
+def unscored_bound(length, shortest, COSINE: tl.constexpr):
+    """An upper bound of the scores f (|z| - f / 2) of the codes that are not scored, of lengths f >= shortest; inf if there is none."""
     if COSINE:
         bound = tl.where(length < float("inf"), float("-inf"), float("inf"))
     else:
-        bound = tl.where(length < 0.99 * limit, limit * (length - 0.499 * limit) + 1e-30, float("inf"))
+        highest = tl.maximum(length, shortest)
+        bound = tl.where(length < float("inf"), highest * (length - 0.499 * highest) + 1e-30, float("inf"))
     return bound
 
 
@@ -208,6 +230,7 @@ def nearest_code_scan_kernel(
     begin = split * tiles_per_program
     end = tl.minimum(begin + tiles_per_program, tiles)
     row = tl.arange(0, BLOCK_N)
+    shortest = shortest_unscored(table + first_tile * TILE_COLUMNS, tiles)
     if (tl.program_id(0) == 0) & (split == 0):
         for start in range(0, num_counts, 256):
             number = start + tl.arange(0, 256)
@@ -218,14 +241,14 @@ def nearest_code_scan_kernel(
         base = row_offsets(start_row, row, inner, stride_outer, stride_inner)
         place = (head * tl.num_programs(1) + split) * positions + start_row + row
         back, bound = round_rows(x, center, queries, base, inside, dim, depth, stride_d, COSINE, PLANAR, SPLIT, BLOCK_D)
-        at_length, at_residual, at_zero, length = bound
+        at_length, _, _, length = bound
         # Through memory into the registers of the threads that have the scores of these rows, once instead of for every tile.
         tl.store(lower + place, at_length, mask=inside)
-        tl.store(first + place, at_residual.to(tl.int32, bitcast=True), mask=inside)
+        tl.store(first + place, length.to(tl.int32, bitcast=True), mask=inside)
         tl.store(last + place, back.to(tl.int32, bitcast=True), mask=inside)
         tl.debug_barrier()
         at_length = tl.load(lower + place, mask=inside, other=0)
-        at_residual = tl.load(first + place, mask=inside, other=0).to(tl.float32, bitcast=True)
+        at_residual = bound_at_residual(tl.load(first + place, mask=inside, other=0).to(tl.float32, bitcast=True), dim)
         back = tl.load(last + place, mask=inside, other=0).to(tl.float32, bitcast=True)
         operand = queries + row * depth
         if not STREAM:
@@ -235,14 +258,27 @@ def nearest_code_scan_kernel(
             operand, back, at_length, at_residual, codes, bias, table, first_tile, begin, end, depth,
             STREAM, TMA, DEPTH, BLOCK_N, BLOCK_K, BLOCK_D,
         )  # fmt: skip
-        threshold = tl.max(passed[5], axis=1) - 2 * at_zero
-        unscored = unscored_bound(length, tl.load(center + dim), COSINE)
+        tl.debug_barrier()
+        length = tl.load(first + place, mask=inside, other=0).to(tl.float32, bitcast=True)  # not held in registers over the pass
+        threshold = tl.max(passed[5], axis=1) - 2 * bound_at_zero(length, dim, COSINE)
+        unscored = unscored_bound(length, shortest, COSINE)
         usable = (threshold > float("-inf")) & (unscored < threshold)
         threshold = tl.where(unscored < float("inf"), threshold, float("-inf"))
         first_code, last_code = nearest_of_pass(passed, threshold, usable, BLOCK_K)
+        highest = tl.maximum(tl.max(passed[2], axis=1), unscored)
+        # All distances are infinite, or all to finite codes are zero: the first program over the codes says so.
+        by_rule = length != length
+        index = 0
+        if COSINE:
+            by_rule = by_rule | (length == 0)
+            index = tl.where(length == 0, first_finite_code(table + first_tile * TILE_COLUMNS, tiles), 0)
+        first_code = tl.where(by_rule, index, first_code)
+        last_code = tl.where(by_rule, NONE, last_code)
+        threshold = tl.where(by_rule, 0.0, threshold)
+        highest = tl.where(by_rule, tl.where(split == 0, 1.0, -1.0), highest)
         tl.debug_barrier()
         tl.store(first + place, first_code, mask=inside)
         tl.store(last + place, last_code, mask=inside)
         tl.store(lower + place, threshold, mask=inside)
         if SPLITS:
-            tl.store(upper + place, tl.maximum(tl.max(passed[2], axis=1), unscored), mask=inside)
+            tl.store(upper + place, highest, mask=inside)

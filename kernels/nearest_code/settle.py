@@ -10,11 +10,18 @@ from .scan import NONE, NOT_DECIDED
 @triton.jit
 def distances_in_order(x, codebook, valid, dim, stride_d, stride_code_d, COSINE: tl.constexpr):
     """Distances from vectors to codes, in the arithmetic of the reference. x, codebook: pointers to the first component of each."""
+    return distances_of_all(x, codebook, valid, valid, dim, stride_d, stride_code_d, COSINE)
+
+
+@triton.jit
+def distances_of_all(x, codebook, x_valid, code_valid, dim, stride_d, stride_code_d, COSINE: tl.constexpr):
+    """The same with the validity of vectors and codes apart; the shapes of x and codebook are broadcast against each other."""
+    valid = x_valid & code_valid
     distance = tl.zeros(valid.shape, tl.float64)
-    norm = tl.zeros(valid.shape, tl.float64)
+    norm = tl.zeros(code_valid.shape, tl.float64)
     for _ in range(dim):
-        a = tl.load(x, mask=valid, other=0).to(tl.float64)
-        b = tl.load(codebook, mask=valid, other=0).to(tl.float64)
+        a = tl.load(x, mask=x_valid, other=0).to(tl.float64)
+        b = tl.load(codebook, mask=code_valid, other=0).to(tl.float64)
         x += stride_d
         codebook += stride_code_d
         if COSINE:

@@ -86,10 +86,11 @@ class Shape:
         tiles_per_program = triton.cdiv(self.tiles, min(range(1, most + 1), key=cost))
         return triton.cdiv(self.tiles, tiles_per_program), tiles_per_program
 
-    def prepare_options(self) -> dict:
+    def prepare_options(self, *, drop_repeated: bool = False) -> dict:
+        """`drop_repeated`: codes that equal one of a lower index are never the nearest."""
         return {
-            "SPLIT": self.split_operands, "SAMPLE": 64, "BLOCK_K": self.block_k, "BLOCK_D": min(self.depth, 32), "num_warps": 8,
-            "enable_fp_fusion": True,
+            "SPLIT": self.split_operands, "DROP_REPEATED": drop_repeated, "SAMPLE": 64, "BLOCK_K": self.block_k,
+            "BLOCK_D": min(self.depth, 32), "num_warps": 8, "enable_fp_fusion": True,
         }  # fmt: skip
 
     def scan_options(self) -> dict:
@@ -104,7 +105,8 @@ class Shape:
 
     def search_options(self) -> dict:
         return {
-            **self._tile_options(), "BLOCK_N": SEARCH_ROWS, "SLOTS": 8, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": False,
+            **self._tile_options(), "BLOCK_N": SEARCH_ROWS, "SLOTS": 8, "ALL_ROWS": 32, "ALL_CODES": 64, "ALL_DIMS": 16,
+            "num_warps": 8, "num_stages": 2, "enable_fp_fusion": False,
         }  # fmt: skip
 
     def _tile_options(self) -> dict:
