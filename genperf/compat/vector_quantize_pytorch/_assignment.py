@@ -4,14 +4,16 @@ Vectors are [h, outer, d, inner], indices [h, outer, inner]. No [N, K] tensor is
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ...nn._codebook_losses import diversity_loss
+from ...ops._autograd import Function, apply
 from ...ops._code_softmax import logits_reference
+from ...ops._code_softmax_chunks import MIN_SQUARED_DISTANCE
 from ...ops._dispatch import choose_impl
 from ...ops._layout import as_one_codebook
 from ...ops.code_cross_entropy import code_cross_entropy
@@ -69,16 +71,46 @@ class CodebookAssignment:
     def soft_codes(self, vectors: Tensor, valid: Tensor | None, temperature: float) -> Tensor:
         """The mean code under the softmax, [h, outer, d, inner]. Its gradient reaches vectors and codes through the softmax alone."""
         vectors = vectors if valid is None else torch.where(valid.unsqueeze(2), vectors, 0)
-
-        def mean_code(rows: Tensor, codes: Tensor) -> Tensor:
-            return (logits_reference(rows.unsqueeze(-1), codes, None, self.logits) / temperature).softmax(-1) @ codes.detach()
-
-        parts = [checkpoint(mean_code, rows, self.codes, use_reentrant=False, preserve_rng_state=False) for rows in self._chunks(vectors)]
+        parts = [apply(_MeanCode, rows, self.codes, self.logits, temperature) for rows in self._chunks(vectors)]
         return torch.cat(parts, 1).unflatten(1, (vectors.shape[1], vectors.shape[3])).movedim(-1, 2)
 
     def _chunks(self, vectors: Tensor) -> Iterator[Tensor]:
         rows = vectors.movedim(2, -1).flatten(1, 2)
         yield from rows.split(max(1, CHUNK // (len(rows) * self.codes.shape[1])), 1)
+
+
+class _MeanCode(Function):
+    """The mean code under the softmax, with a gradient through the softmax alone. Backward computes the softmax again."""
+
+    @staticmethod
+    def forward(rows: Tensor, codes: Tensor, logits: str, temperature: float) -> Tensor:  # [h, N, d], [h, K, d]
+        return _softmax(rows, codes, logits, temperature)[1] @ codes
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        rows, codes, ctx.logits, ctx.temperature = inputs
+        ctx.save_for_backward(rows, codes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, codes = ctx.saved_tensors
+        logits, p = _softmax(rows, codes, ctx.logits, ctx.temperature)
+        with torch.autocast(rows.device.type, enabled=False):
+            of_p = grad @ codes.mT
+            weight = p * (of_p - (of_p * p).sum(-1, keepdim=True)) / ctx.temperature
+            if ctx.logits == "dot":
+                return (weight @ codes).to(rows.dtype), weight.mT @ rows.to(codes.dtype), None, None
+            weight = torch.where(logits < -(MIN_SQUARED_DISTANCE**0.5), weight / -logits, 0)
+            center = codes.mean(1, keepdim=True)
+            x, e = rows - center, codes - center
+            of_rows = weight @ e - x * weight.sum(2, keepdim=True)
+            return of_rows.to(rows.dtype), weight.mT @ x - e * weight.sum(1).unsqueeze(-1), None, None
+
+
+def _softmax(rows: Tensor, codes: Tensor, logits: str, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logits and softmax, [h, N, K]."""
+    found = logits_reference(rows.unsqueeze(-1), codes, None, logits)
+    return found, (found / temperature).softmax(-1)
 
 
 class TransformedAssignment:
@@ -109,6 +141,8 @@ class TransformedAssignment:
     def table(self, vectors: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As of `CodebookAssignment`; M is the number of vectors, each of which has a code of its own."""
         valid = indices >= 0
+        if valid.numel() == 0:
+            return CodebookAssignment(self.codes, self.metric).table(vectors, indices)
         chosen = self._codes_at(indices.clamp(min=0).flatten(1))
         numbers = torch.arange(valid[0].numel(), device=valid.device).view(valid.shape[1:]).expand_as(valid)
         vectors, numbers = as_one_codebook(vectors, torch.where(valid, numbers, -1), chosen.shape[1])

@@ -48,6 +48,10 @@ def loss_to_differentiate(loss: Tensor) -> Tensor:
     return loss
 
 
+def _same(t: Tensor) -> Tensor:
+    return t
+
+
 class VectorQuantize(nn.Module):
     """Replaces every vector by its nearest code; by default the codes learn by EMA.
 
@@ -423,6 +427,8 @@ class VectorQuantize(nn.Module):
         in_place = trains and self.in_place_codebook_optimizer is not None
         soft_temperature = self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp
         temperature = soft_temperature if self.training and self.stochastic_sample_codes else 0.0
+        if valid is not None and not (topk is None and codebook_transform_fn is None):
+            vectors = torch.where(valid.unsqueeze(2), vectors, 0)  # what follows is in plain PyTorch
         queries, vectors = vectors, self._unit(vectors)
         first = self._first_vector(vectors, projected) if temperature > 0 else 0
 
@@ -444,7 +450,8 @@ class VectorQuantize(nn.Module):
 
         in_place_loss = zero = torch.zeros((), dtype=accumulator_dtype(projected.dtype), device=x.device)
         if in_place:
-            with torch.enable_grad():
+            # Without hooks of gradient checkpointing, whose second run takes no step.
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
                 choice, found = assign(copy=True)
                 if updates:
                     update(found)
@@ -482,7 +489,7 @@ class VectorQuantize(nn.Module):
         if topk is None:
             quantized = self._mask_output(self.project_out(positions.restore(merge_heads(quantized, self.heads))), mask, x)
         else:
-            quantized = self.project_out(quantized.unflatten(-1, (-1, topk)).movedim(1, -1).reshape(*sizes, -1))
+            quantized = self.project_out(quantized.unflatten(-1, (-1, topk)).movedim(1, -1).reshape(*sizes, folded.shape[1]))
             quantized = self._mask_output(quantized, None if mask is None else mask.unsqueeze(-1), x.unsqueeze(-2))
         quantized = self.like_input(quantized) if x.dim() > 2 else quantized
         if indices is not None:
