@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import triton
-from genperf.kernels.nearest_code import launch, residual_launch, shape
+from genperf.kernels.nearest_code import launch, residual_launch, shape, top_k
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
@@ -81,7 +81,7 @@ def mocked_driver(arch: int) -> Iterator[Driver]:
     driver = Driver(arch)
     kernels = [
         kernel
-        for name in ("prepare", "scan", "settle", "search", "residual")
+        for name in ("prepare", "scan", "settle", "search", "residual", "candidates")
         for kernel in vars(sys.modules[f"genperf.kernels.nearest_code.{name}"]).values()
         if isinstance(kernel, triton.JITFunction)
     ]
@@ -89,6 +89,7 @@ def mocked_driver(arch: int) -> Iterator[Driver]:
     def forget() -> None:
         launch._plan.cache_clear()
         residual_launch._plan.cache_clear()
+        top_k._plan.cache_clear()
         for kernel in kernels:
             kernel.device_caches.pop(arch, None)
 
