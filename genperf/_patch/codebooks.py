@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops.nearest_code import nearest_code
 from ..ops.residual_vector_quantize import residual_vector_quantize
-from .swap import joined_class
+from .swap import is_replaced
 
 # With fewer vectors, joining the codebooks takes longer than the fused op saves.
 _FUSED_FROM = 64
@@ -29,15 +29,15 @@ def residual_indices(
 
     `codebooks` are what `layers`, whose projections are identities, search.
     """
-    shapes = {(codebook.shape, codebook.dtype, codebook.device) for codebook in codebooks}
     # In half precision the residual of upstream is rounded in each step, and that of the op is not.
-    full = x.dtype in (torch.float32, torch.float64)
-    fits = full and len(shapes) == 1 and x.dim() == 3 and codebooks[0].device == x.device
+    fits = x.dtype in (torch.float32, torch.float64) and x.dim() == 3 and x.shape[0] * x.shape[2] >= _FUSED_FROM
+    first = codebooks[0]
+    alike = all(codes.shape == first.shape and codes.dtype == first.dtype and codes.device == x.device for codes in codebooks)
     # A layer that is not replaced has methods of the user.
-    if not fits or x.shape[0] * x.shape[2] < _FUSED_FROM or any(joined_class(type(layer)) is None for layer in layers):
+    if not (fits and alike and all(is_replaced(layer) for layer in layers)):
         return None
     with torch.no_grad():
-        dtype = torch.promote_types(x.dtype, codebooks[0].dtype)
+        dtype = torch.promote_types(x.dtype, first.dtype)
         indices = residual_vector_quantize(x.detach(), torch.stack(list(codebooks)).to(dtype), channel_dim=1)[1]
     return indices.movedim(-1, 0).contiguous()
 

@@ -36,7 +36,7 @@ def _converted(value: Any) -> Any:
     return joined(Distribution, cls)(value.parameters, value.deterministic)
 
 
-_LATENTS = override(Latents, "compat.diffusers.DiagonalGaussianDistribution")
+_LATENTS = override(Latents, "compat.diffusers.DiagonalGaussianDistribution", is_quantizer=False)
 _QUANTIZERS = by_name(
     {
         "diffusers.models.autoencoders.vae.VectorQuantizer": Adapter(

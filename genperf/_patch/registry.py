@@ -22,20 +22,22 @@ class Adapter:
         by: what computes in their place, for the report.
         steps: the modules to replace and their methods, given the module and the upstream class that was recognized; or raises
             UnsupportedError, or one of the exceptions that a constructor raises for its arguments.
+        is_quantizer: whether what is below the module is part of a quantizer, and not a network around one.
     """
 
     by: str
     steps: Callable[[nn.Module, type], Sequence[Step]]
+    is_quantizer: bool = True
 
 
-def override(methods: type, by: str, needs: Sequence[str] = ()) -> Adapter:
+def override(methods: type, by: str, needs: Sequence[str] = (), is_quantizer: bool = True) -> Adapter:
     """An adapter that only replaces methods, which read the attributes `needs` of the module."""
 
     def steps(module: nn.Module, upstream: type) -> list[Step]:
         require(module, needs)
         return [checked(Step(module, methods, {}), upstream)]
 
-    return Adapter(by, steps)
+    return Adapter(by, steps, is_quantizer)
 
 
 def has(module: nn.Module, name: str) -> bool:

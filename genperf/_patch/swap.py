@@ -59,6 +59,11 @@ def joined_class(cls: type) -> type | None:
     return next((base for base in cls.__mro__ if _METHODS in vars(base)), None)
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """Whether genperf's methods are among those of a module; also within a compiled graph."""
+    return hasattr(module, _METHODS)
+
+
 def attributes_of(template: nn.Module) -> dict[str, Any]:
     """The attributes of a module that are no tensors of its state, no children and no hooks."""
     return {name: value for name, value in vars(template).items() if name not in _INTERNAL}

@@ -15,7 +15,7 @@ from torch import nn
 from ..compat import vector_quantize_pytorch as compat
 from .registry import Adapter, UnsupportedError, checked, constructed, from_template
 from .registry import find as find_adapter
-from .swap import Step
+from .swap import Step, joined_class
 
 Arguments = Callable[[Any], dict[str, Any]]
 
@@ -211,7 +211,7 @@ def _steps_below(module: nn.Module, template: nn.Module) -> Iterator[Step]:
     """The steps of what a quantizer consists of: its codebook, and quantizers, which its methods need to be genperf's."""
     for name, made in template._modules.items():
         child = module._modules.get(name)
-        if child is None or made is None:
+        if child is None or made is None or joined_class(type(child)) is not None:
             continue
         known = find_adapter(child)
         if known is not None:

@@ -51,16 +51,20 @@ def patch(model: nn.Module, *, only: Only | None = None, dry_run: bool = False) 
     names = {id(module): name for name, module in model.named_modules()}
     selected = _selection(only, list(names.values()))
     handled: set[int] = set()
+    parts: set[int] = set()
     unknown: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         if id(module) in handled or not selected(name, module):
             continue
-        if joined_class(type(module)) is not None:
-            report.left.append(Left(name, type(module).__name__, "it is replaced already"))
-            continue
         known = find(module)
+        if known is not None and known[1].is_quantizer:
+            parts |= {id(part) for part in module.modules()}
+        if joined_class(type(module)) is not None:
+            if known is not None:  # otherwise a part of a quantizer
+                report.left.append(Left(name, type(module).__name__, "it is replaced already"))
+            continue
         if known is None:
-            if _looks_like_quantizer(module):
+            if id(module) not in parts and _looks_like_quantizer(module):
                 unknown.append((name, module))
             continue
         upstream, adapter = known
@@ -77,9 +81,7 @@ def patch(model: nn.Module, *, only: Only | None = None, dry_run: bool = False) 
             for step in steps:
                 apply(step)
     report.left += [
-        Left(name, type(module).__name__, "genperf does not know this class")
-        for name, module in unknown
-        if not _has_quantizer(module) and not _is_part(name, report)
+        Left(name, type(module).__name__, "genperf does not know this class") for name, module in unknown if not _has_quantizer(module)
     ]
     return report
 
@@ -147,11 +149,6 @@ def _has_quantizer(module: nn.Module) -> bool:
 def _looks_like_quantizer(module: nn.Module) -> bool:
     cls = type(module)
     return _QUANTIZER.search(cls.__name__) is not None and not cls.__module__.startswith(_NOT_QUANTIZERS)
-
-
-def _is_part(name: str, report: PatchReport) -> bool:
-    """Whether a module belongs to a quantizer of the report."""
-    return any(name.startswith(f"{row.name}.") or row.name == "" for row in (*report.replaced, *report.left))
 
 
 def _selection(only: Only | None, names: list[str]) -> Callable[[str, nn.Module], bool]:
