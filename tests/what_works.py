@@ -337,7 +337,30 @@ DROP_INS = [
         VECTORS,
         frozen=freeze,
     ),
+    Row(
+        "compat.vector_quantize_pytorch.RandomProjectionQuantizer",
+        lambda: vqp.RandomProjectionQuantizer(dim=4, codebook_dim=3, codebook_size=CODES),
+        VECTORS,
+        codes(),
+    ),
     Row("compat.vector_quantize_pytorch.SimVQ", lambda: vqp.SimVQ(4, CODES), VECTORS),
+    Row(
+        "compat.vector_quantize_pytorch.ResidualSimVQ",
+        lambda: vqp.ResidualSimVQ(dim=4, num_quantizers=2, codebook_size=CODES),
+        VECTORS,
+    ),
+    Row(
+        "compat.vector_quantize_pytorch.HierarchicalVQ",
+        lambda: vqp.HierarchicalVQ(dim=4, codebook_size=CODES, scales=(1, 2, 4), kmeans_init=False, accept_image_fmap=True),
+        IMAGES,
+        frozen=freeze,
+    ),
+    Row(
+        "compat.vector_quantize_pytorch.Sequential",
+        lambda: vqp.Sequential(nn.Linear(4, 4), vqp.VectorQuantize(4, CODES)),
+        VECTORS,
+        frozen=freeze,
+    ),
     Row("compat.vector_quantize_pytorch.FSQ", lambda: vqp.FSQ([5, 5], dim=4), VECTORS, onnx="drop-in FSQ"),
     Row("compat.vector_quantize_pytorch.LFQ", lambda: vqp.LFQ(codebook_size=16, dim=4), VECTORS, frozen=freeze, onnx="drop-in LFQ"),
     Row(
