@@ -29,7 +29,7 @@ format: $(VENV)/installed-dev
 
 # The documentation as a site, in build/site. A broken link is an error.
 docs: $(VENV)/installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # A wheel of the CPU libraries in dist/, tested with each of PYTHONS.
 wheels: $(VENV)/torch

@@ -26,7 +26,6 @@ PACKAGES = {
 OUTSIDE = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
-    "LICENSE",
     "benchmarks/results/*.md",
     "benchmarks/results/**/*.png",
 )
@@ -49,8 +48,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, page, content=f"# {title}: `{module}`\n\n{text}\n\n{entries}"))
     for pattern in OUTSIDE:
         for path in sorted(ROOT.glob(pattern)):
-            name = str(path.relative_to(ROOT))
-            files.append(File.generated(config, name if path.suffix else f"{name}.md", abs_src_path=str(path)))
+            files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
     return files
 
 
