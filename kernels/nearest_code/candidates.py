@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
+from .bound import TILE_COLUMNS
 from .rows import position_offsets, round_rows, row_offsets
-from .scan import tile_scores, unscored_bound
+from .scan import shortest_unscored, tile_scores, unscored_bound
 from .settle import distances_in_order
 
 NO_CODE = tl.constexpr(0x3FFFFFFFFFFFFFFF)
@@ -176,6 +177,7 @@ def nearest_codes_collect_kernel(
     first_tile = tl.program_id(2) * tiles
     begin = split * tiles_per_program
     end = tl.minimum(begin + tiles_per_program, tiles)
+    shortest = shortest_unscored(table + first_tile * TILE_COLUMNS, tiles)
     row = tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)[None, :]
 
@@ -194,7 +196,7 @@ def nearest_codes_collect_kernel(
             threshold = kth_largest(largest, k, CLASSES) - 2 * at_zero
         else:
             threshold = tl.load(lower + head * positions + start_row + row, mask=inside, other=0)
-        unscored = unscored_bound(length, tl.load(center + dim), COSINE)
+        unscored = unscored_bound(length, shortest, COSINE)
         usable = inside & (threshold > float("-inf")) & (unscored < threshold)
         # Through memory, as the coefficients of the bound, since at_length has been read.
         tl.debug_barrier()

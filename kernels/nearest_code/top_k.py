@@ -17,10 +17,9 @@ from torch import Tensor
 
 from .candidates import nearest_codes_collect_kernel, nearest_codes_decide_kernel, nearest_codes_threshold_kernel
 from .plan import Descriptor, Plan
-from .prepare import nearest_code_prepare_kernel
+from .prepare import nearest_code_prepare_kernel, reserve_prepared
 from .shape import MAX_PROGRAMS, Shape
 
-_TABLE_COLUMNS = 4
 _MAX_PLANS = 256
 
 
@@ -100,10 +99,7 @@ def _plan(
     programs = heads * splits * blocks
 
     plan = Plan(device, inputs=("x", "codebook", "indices", "distances"))
-    plan.buffer("center", torch.float32, heads, dim + 1)
-    codes = plan.buffer("codes", torch.float16, heads, shape.tiles * shape.block_k, shape.depth)
-    plan.buffer("bias", torch.float32, heads, shape.tiles * shape.block_k)
-    plan.buffer("table", torch.float32, heads, shape.tiles, _TABLE_COLUMNS)
+    codes, of_codes = reserve_prepared(plan, shape, heads, num_codes)
     plan.buffer("queries", torch.float16, programs, shape.block_n, shape.depth)
     plan.buffer("held", torch.float32, programs, 3, shape.block_n)
     plan.buffer("lower", torch.float32, heads, splits, positions, shape.classes if splits > 1 else 1)
@@ -115,11 +111,10 @@ def _plan(
     stride_d = x_strides[2]
     stride_codebook, stride_k, stride_code_d = codebook_strides
     common = {
-        "num_codes": num_codes, "tiles": shape.tiles, "dim": dim, "depth": shape.depth, "positions": positions, "inner": inner, "k": k,
-        "splits": splits, "tiles_per_program": tiles_per_program, "stride_head": stride_head, "stride_outer": stride_outer,
-        "stride_d": stride_d, "stride_inner": stride_inner, "stride_codebook": stride_codebook, "stride_k": stride_k,
-        "stride_code_d": stride_code_d, "COSINE": cosine, "PLANAR": inner > 1 and stride_inner == 1 and stride_d != 1,
-        "SPLITS": splits > 1, "WITH_DISTANCES": with_distances,
+        **of_codes, "positions": positions, "inner": inner, "k": k, "splits": splits, "tiles_per_program": tiles_per_program,
+        "stride_head": stride_head, "stride_outer": stride_outer, "stride_d": stride_d, "stride_inner": stride_inner,
+        "stride_codebook": stride_codebook, "stride_k": stride_k, "stride_code_d": stride_code_d, "COSINE": cosine,
+        "PLANAR": inner > 1 and stride_inner == 1 and stride_d != 1, "SPLITS": splits > 1, "WITH_DISTANCES": with_distances,
     }  # fmt: skip
     scanned = common | {"codes": Descriptor(codes, (shape.block_k, shape.columns)) if shape.tma else codes}
     of_codebook = common | {"stride_head": stride_codebook, "stride_d": stride_code_d}

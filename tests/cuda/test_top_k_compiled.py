@@ -30,7 +30,7 @@ def test_kernels_compile(arch, dim, k):
         compiled = compile_for(arch, source, options)
         sizes = {source.fn.arg_names[i]: value for (i,), value in source.constants.items()}
         print(f"sm_{arch} {name}: {compiled.registers} registers, {compiled.stack} bytes of stack, {compiled.programs} programs at a time")
-        assert compiled.stack <= 96
+        assert compiled.stack <= 128  # what is constant over the codes
         assert compiled.programs >= (1 if dim == 256 else 2)
         if limit is not None:
             every, _ = compiled.per_score(sizes["BLOCK_N"], sizes["BLOCK_K"])
