@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._kmeans_vectors import _SEARCH_CHUNK, Vectors
+from ._kmeans_vectors import _SEARCH_CHUNK, Assignment, Vectors
 from .nearest_code import search
 
 # Rounds that adapt the prices. They are kept from one iteration of k-means to the next.
@@ -29,8 +29,8 @@ class BalancedAssignment:
         self.prices = torch.zeros(num_codes, dtype=torch.float64, device=data.x.device)
         self.step = _STEP
 
-    def __call__(self, codebook: Tensor) -> tuple[Tensor, Tensor]:
-        """Index [outer, inner] of the code of each vector, and the sums of the assignment."""
+    def __call__(self, codebook: Tensor, before: Assignment | None = None) -> Assignment:
+        """Assign all vectors, with the prices that earlier calls have left."""
         indices = self._search(codebook)
         distances = self.data.square_distances(codebook, indices)
         unit = distances.double().mean()
@@ -46,8 +46,7 @@ class BalancedAssignment:
             self.prices -= self.prices.min()
             indices = self._search(codebook)
             loads = self._loads(indices)
-        indices = self._make_room(codebook, indices)
-        return indices, self.data.sums(indices, self.num_codes)
+        return self.data.assignment(self._make_room(codebook, indices), self.num_codes)
 
     def _loads(self, indices: Tensor) -> Tensor:
         return torch.bincount(indices.flatten(), minlength=self.num_codes)

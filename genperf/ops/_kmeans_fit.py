@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ._kmeans_balance import BalancedAssignment
 from ._kmeans_init import initial_codes, random_codes, replace_empty_codes
-from ._kmeans_vectors import Vectors
+from ._kmeans_vectors import Assignment, Vectors
 
 # Vectors that a mini-batch takes in a row, so that reading it from a file does not take a page for each vector.
 _BLOCK = 32
@@ -55,12 +55,15 @@ class Clusters(NamedTuple):
     """A codebook with the assignment of the vectors to it."""
 
     codebook: Tensor  # [K, D]
-    indices: Tensor  # [outer, inner]
-    totals: Tensor  # [K, D + 1], sums of weighted vectors and of weights, float64
+    assignment: Assignment
+
+    @property
+    def indices(self) -> Tensor:
+        return self.assignment.indices
 
     @property
     def counts(self) -> Tensor:
-        return self.totals[:, -1]
+        return self.assignment.totals[:, -1]
 
 
 def fit(data: Vectors, num_codes: int, options: KMeansOptions, head: int = 0, stage: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -98,23 +101,23 @@ def _run(data: Vectors, num_codes: int, options: KMeansOptions, place: tuple[int
 
 def _lloyd(data: Vectors, codebook: Tensor, options: KMeansOptions, stops: Callable[[int, Clusters], bool]) -> Clusters:
     assign = data.assign if options.balance is None else BalancedAssignment(data, len(codebook), options.balance)
-    found = Clusters(codebook, *assign(codebook))
+    found = Clusters(codebook, assign(codebook))
     settled = FixedPoint(data.on_host)
     for turn in itertools.count():
         if stops(turn, found):
             break
         empty = found.counts == 0
-        updated = torch.where(empty.unsqueeze(1), found.codebook, data.as_codes(_means(found.totals, data), found.codebook))
+        updated = torch.where(empty.unsqueeze(1), found.codebook, data.as_codes(_means(found.assignment.totals, data), found.codebook))
         updated = _without_empty_codes(data, updated, found, empty)
         # Prices change the balanced assignment to the same codes.
         if options.balance is None and settled(updated, found.codebook):
             break
-        found = Clusters(updated, *assign(updated))
+        found = Clusters(updated, assign(updated, found.assignment))
     return found
 
 
 def _moving_averages(data: Vectors, codebook: Tensor, options: KMeansOptions, stops: Callable[[int, Clusters], bool]) -> Clusters:
-    found = Clusters(codebook, *data.assign(codebook))
+    found = Clusters(codebook, data.assign(codebook))
     averages = MovingAverages(data, found, options)
     for turn in itertools.count():
         if stops(turn, found):
@@ -123,7 +126,7 @@ def _moving_averages(data: Vectors, codebook: Tensor, options: KMeansOptions, st
         reads = not data.on_host or bool(empty.any())
         # A pass of its own assigns the vectors where somebody looks at the result.
         if reads or options.callback is not None or turn == options.iterations - 1:
-            found = Clusters(averages.codebook, *data.assign(averages.codebook))
+            found = Clusters(averages.codebook, data.assign(averages.codebook))
         if reads and turn < options.iterations - 1:
             empty &= found.counts == 0
             averages.replace(_without_empty_codes(data, averages.codebook, found, empty), empty)
@@ -156,7 +159,7 @@ class MovingAverages:
         # By default the averages remember about half an epoch.
         self.decay = options.decay if options.decay is not None else max(0.0, 1 - 2 * share)
         # Scaled to one batch, so that the first batches do not replace the start.
-        self.totals = start.totals * (share * (1 - self.decay))
+        self.totals = start.assignment.totals * (share * (1 - self.decay))
 
     def epoch(self) -> Tensor:
         """Update the codes with every vector once, mini-batch by mini-batch. Returns which codes got none, [K]."""
@@ -169,7 +172,7 @@ class MovingAverages:
             positions = (batch.sort().values.unsqueeze(1) * _BLOCK + within).flatten()
             if turn == len(batches) - 1:
                 positions = torch.cat([positions, rest])
-            totals = data.take(positions).assign(self.codebook)[1]
+            totals = data.take(positions).assign(self.codebook).totals
             counts = counts + totals[:, -1]
             self.totals = self.totals * self.decay + totals * (1 - self.decay)
             means = data.as_codes(_means(self.totals, data), self.codebook)

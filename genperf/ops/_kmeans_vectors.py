@@ -19,6 +19,9 @@ from .nearest_code import search
 _CHUNK = 1 << 22
 _SEARCH_CHUNK = 1 << 24
 
+# The share of vectors that change their code below which sums are updated, not computed anew.
+_FEW = 1 / 8
+
 
 class Stage(NamedTuple):
     """A quantizer whose codes are subtracted from the vectors."""
@@ -34,6 +37,19 @@ class Piece(NamedTuple):
     scale: Tensor | None  # [outer, inner]
     weights: Tensor | None  # [outer, inner]
     place: slice  # of the dimension that is split
+
+
+class Assignment(NamedTuple):
+    """Codes of the vectors, and sums [K, D + 1] of weighted vectors and, in the last column, of weights."""
+
+    indices: Tensor
+    """[outer, inner]"""
+    totals: Tensor
+    """[K, D + 1] in float64, over all ranks."""
+    own: Tensor
+    """Parts [parts, K, D + 1] of those of this rank."""
+    moved: float = 1.0
+    """The share of the vectors that were of another code before."""
 
 
 class Limits(NamedTuple):
@@ -127,25 +143,42 @@ class Vectors:
         found = [search(piece.vectors, codebook, None, self.metric, self.impl) for piece in self.pieces(_SEARCH_CHUNK)]
         return found[0] if len(found) == 1 else torch.cat(found, self.split)
 
-    def assign(self, codebook: Tensor) -> tuple[Tensor, Tensor]:
-        """Index [outer, inner] of the nearest code, and `sums` of the assignment. Each chunk is read once."""
-        found, totals = [], None
+    def assign(self, codebook: Tensor, before: Assignment | None = None) -> Assignment:
+        """Assign each vector to its nearest code. Each chunk is read once.
+
+        Once few vectors move to another code, the sums `before` change by those vectors alone. That is bitwise the same, since sums are
+        exact.
+        """
+        known = before is not None and self.by_kernel and self.on_host
+        updates = before is not None and before.moved < _FEW
+        found, moved, own = [], 0, before.own if before is not None and updates else None
         for piece in self.pieces(_SEARCH_CHUNK):
             indices = search(piece.vectors, codebook, None, self.metric, self.impl)
-            part = self._sums(piece, indices, len(codebook))
-            totals = part if totals is None else totals + part
             found.append(indices)
-        assert totals is not None
-        return found[0] if len(found) == 1 else torch.cat(found, self.split), self.all_reduce(totals).sum(0)
+            if before is not None and known:
+                was = self._at(before.indices, piece.place, self.split)
+                outer, inner = (indices != was).nonzero().unbind(1)
+                moved += len(outer)
+                if own is not None and updates:
+                    scale, weights = (None if t is None else t[outer, inner].unsqueeze(1) for t in (piece.scale, piece.weights))
+                    rows = Piece(piece.vectors[outer, :, inner].unsqueeze(2), scale, weights, piece.place)
+                    came, left = (self._sums(rows, t[outer, inner].unsqueeze(1), len(codebook)) for t in (indices, was))
+                    own = own + (came - left)
+                    continue
+            part = self._sums(piece, indices, len(codebook))
+            own = part if own is None else own + part
+        assert own is not None
+        indices = found[0] if len(found) == 1 else torch.cat(found, self.split)
+        return Assignment(indices, self.all_reduce(own).sum(0), own, moved / max(1, self.here) if known else 1.0)
 
-    def sums(self, indices: Tensor, num_codes: int) -> Tensor:
-        """Sums [K, D + 1] of the weighted vectors of each code, the last column of their weights; float64, over all ranks."""
+    def assignment(self, indices: Tensor, num_codes: int) -> Assignment:
+        """The sums of a given assignment."""
         totals = None
         for piece in self.pieces(_SEARCH_CHUNK):
             part = self._sums(piece, self._at(indices, piece.place, self.split), num_codes)
             totals = part if totals is None else totals + part
         assert totals is not None
-        return self.all_reduce(totals).sum(0)
+        return Assignment(indices, self.all_reduce(totals).sum(0), totals)
 
     def _sums(self, piece: Piece, indices: Tensor, num_codes: int) -> Tensor:
         vectors, scale, weights, _ = piece

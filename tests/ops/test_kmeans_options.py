@@ -78,6 +78,21 @@ def test_threads_do_not_change_the_result(options):
     assert same(results[0], results[1])
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("channel_dim", [0, 1])
+def test_updated_sums_equal_new_ones(channel_dim, metric, monkeypatch):
+    x = clusters(900, 30, 6, 1)
+    x[::9] *= 4096  # sums in another order would differ
+    x = x.movedim(1, channel_dim).contiguous()
+    options = {"iterations": 12, "metric": metric, "channel_dim": channel_dim, "weights": torch.rand(900, generator=seeded())}
+    results = []
+    for few, chunk in ((-1, 1 << 24), (2, 1 << 24), (2, 600), (0.125, 600)):  # never, always, and in the end
+        monkeypatch.setattr(vectors, "_FEW", few)
+        monkeypatch.setattr(vectors, "_SEARCH_CHUNK", chunk)
+        results.append(genperf.kmeans(x, 40, generator=seeded(), **options))
+    assert all(same(results[0], other) for other in results[1:])
+
+
 def test_best_of_several_runs():
     x = clusters(400, 30, 2, 12)
     single = [genperf.kmeans(x, 30, init="random", iterations=5, generator=seeded(seed)) for seed in range(4)]
