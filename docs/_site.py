@@ -10,7 +10,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
-    "genperf.ops": ("Ops", "They are names of `genperf` too: `genperf.nearest_code`."),
+    "genperf.ops": ("Ops", ""),
     "genperf.nn": ("Layers", ""),
     "genperf.losses": ("Losses", ""),
     "genperf.metrics": ("Metrics", ""),
@@ -21,6 +21,7 @@ PACKAGES = {
     "genperf.compat.taming": ("taming-transformers", "[What works, and what differs](../drop-ins.md)."),
     "genperf.compat.diffusers": ("diffusers", "[What works, and what differs](../drop-ins.md)."),
     "genperf.compat.pytorch_fid": ("pytorch-fid", "[What works, and what differs](../drop-ins.md)."),
+    "genperf.compat.torcheval": ("torcheval", "[What works, and what differs](../drop-ins.md)."),
     "genperf.compat.torchmetrics": ("torchmetrics", "[What works, and what differs](../drop-ins.md)."),
 }
 OUTSIDE = (
@@ -41,11 +42,22 @@ def public_names(module: str) -> list[str]:
     return [node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_")]
 
 
+def imported_from(module: str) -> str:
+    return "genperf" if module in ("genperf.ops", "genperf._patch") else module
+
+
+def entry(module: str, name: str) -> str:
+    """An entry of the reference, under the name that users import."""
+    # In a package, a name may be that of the module that defines it.
+    defined_in = f"{module}.{name}" if (ROOT / module.replace(".", "/") / f"{name}.py").exists() else module
+    return f"::: {defined_in}.{name}\n    options:\n      heading: {imported_from(module)}.{name}\n      toc_label: {name}\n\n"
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for module, (title, text) in PACKAGES.items():
-        entries = "".join(f"::: {module}.{name}\n\n" for name in public_names(module))
+        entries = "".join(entry(module, name) for name in public_names(module))
         page = f"api/{module.removeprefix('genperf.').replace('.', '-')}.md"
-        files.append(File.generated(config, page, content=f"# {title}: `{module}`\n\n{text}\n\n{entries}"))
+        files.append(File.generated(config, page, content=f"# {title}: `{imported_from(module)}`\n\n{text}\n\n{entries}"))
     for pattern in OUTSIDE:
         for path in sorted(ROOT.glob(pattern)):
             files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
