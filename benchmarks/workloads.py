@@ -89,3 +89,11 @@ IN_TURN = (
     Workload("LlamaGen-f16", 4096, 16384, 8),
     Workload("LDM-f4", 32768, 8192, 4),
 )
+
+# Searches of the k nearest codes: beam search, top-k sampling, and the neighbors of precision and recall of features. Size, and k.
+NEIGHBORS = (
+    (Workload("RQ-VAE-level", 4096, 16384, 256), 8),
+    (Workload("EnCodec-level", 4800, 1024, 128), 8),
+    (Workload("LlamaGen-f16", 4096, 16384, 8), 64),
+    (Workload("features", 10000, 10000, 2048), 5),
+)
