@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from genperf.compat import vector_quantize_pytorch as compat
+from genperf.compat.vector_quantize_pytorch.finite_scalar_perturbation import build_cdf_act
 
 upstream = pytest.importorskip("vector_quantize_pytorch")
 
@@ -59,12 +60,16 @@ def test_images_with_dropped_quantizers(name):
     layer = getattr(compat, name)(dim=6, num_quantizers=4, quantize_dropout=True, **options)
     x = torch.randn(2, 6, 3, 5)
     quantized, indices, *_, codes = layer(x, return_all_codes=True, rand_quantize_dropout_fixed_seed=3)
-    indices = indices.movedim(1, -1) if name == "ResidualFSQ" else indices
-    used = (indices >= 0).sum(-1)
+    if name == "ResidualFSQ":
+        grouped = compat.GroupedResidualFSQ(dim=6, groups=2, num_quantizers=4, accept_image_fmap=True, levels=[5, 4])
+        output, of_groups = grouped(x)
+        torch.testing.assert_close(grouped.get_output_from_indices(of_groups), output)
+    used = (indices >= 0).sum(1 if name == "ResidualFSQ" else -1)
     assert 0 < used.min() == used.max() < 4
     assert codes.shape == (4, 2, 3, 5, 2)
     assert not codes[used.max() :].any()
-    torch.testing.assert_close(layer.get_output_from_indices(indices).movedim(-1, 1), quantized)
+    output = layer.get_output_from_indices(indices)
+    torch.testing.assert_close(output if name == "ResidualFSQ" else output.movedim(-1, 1), quantized)
     sequence = x.flatten(2).transpose(1, 2)
     layer = (
         layer if name == "ResidualLFQ" else load(compat.ResidualFSQ(levels=[5, 4], dim=6, num_quantizers=4, quantize_dropout=True), layer)
@@ -96,6 +101,19 @@ def test_fsp_indices(channel_first, shape):
     assert torch.equal(layer.level_indices_to_indices(info["level_indices"]), indices)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_laplace_distribution(dtype):
+    """Its density is 1/2 at the middle, and neither function overflows."""
+    function, inverse = build_cdf_act("laplace")
+    z = torch.tensor([-1000, -1, 0, 1, 1000], dtype=dtype, requires_grad=True)
+    (slope,) = torch.autograd.grad(function(z).sum(), z)
+    torch.testing.assert_close(slope, (-z.abs()).exp() / 2)
+    p = torch.tensor([0.01, 0.25, 0.5, 0.75, 0.99], dtype=dtype, requires_grad=True)
+    torch.testing.assert_close(function(inverse(p)), p)
+    (slope,) = torch.autograd.grad(inverse(p).sum(), p)
+    torch.testing.assert_close(slope, 1 / torch.minimum(p, 1 - p))
+
+
 def test_fsp_where_upstream_errs():
     layer = compat.FSP([1000] * 3)
     _, indices, _, info = layer(torch.full((2, 3), 9.0, dtype=torch.bfloat16))
@@ -123,6 +141,17 @@ def test_latent_indices(options):
     torch.testing.assert_close(layer.quantize(codes + 0.01), codes)
 
 
+def test_latent_values_that_are_not_parameters_follow_the_layer():
+    layer = compat.LatentQuantize([3, 4], 2, optimize_values=False)
+    layer.values_per_latent[0] += 0.125
+    layer = layer.double()
+    assert {values.dtype for values in layer.values_per_latent} == {torch.float64}
+    out, indices, _ = layer(torch.zeros(1, 2, 5, dtype=torch.float64))
+    assert out.dtype == torch.float64
+    assert (out[:, 0] == 0.125).all()
+    assert torch.equal(layer.indices_to_codes(indices), out)
+
+
 def test_latent_indices_where_upstream_truncates():
     layer = compat.LatentQuantize([9, 6], 2)
     z = torch.randn(1, 2, 4000, generator=torch.Generator().manual_seed(0))
@@ -133,7 +162,7 @@ def test_latent_indices_where_upstream_truncates():
 
 
 def test_latent_values_learn_in_place():
-    layer = compat.LatentQuantize([5, 4], 2, in_place_codebook_optimizer=lambda values: torch.optim.SGD(values, lr=0.5))
+    layer = compat.LatentQuantize([5, 4], 2, in_place_codebook_optimizer=lambda values: torch.optim.SGD(values, lr=5))
     z = torch.rand(2, 2, 200) * 3
     before = [values.clone() for values in layer.values_per_latent]
     distances = [(layer(z)[0] - z).square().mean().item() for _ in range(30)]
@@ -227,6 +256,15 @@ def test_lfq_masks_samples_of_images(options):
     if not options:
         torch.testing.assert_close(losses[0], reference(x, mask=mask).entropy_aux_loss, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(losses[0], layer(x[mask]).entropy_aux_loss)
+
+
+def test_lfq_fraction_below_one_vector():
+    x, mask = torch.tensor([[[0.1, -0.2], [0.2, -0.1]]]), torch.tensor([[False, True]])
+    whole = compat.LFQ(dim=2, diversity_gamma=0.7)
+    part = compat.LFQ(dim=2, diversity_gamma=0.7, frac_per_sample_entropy=0.1)
+    torch.testing.assert_close(part(x[:, :1], 1.0).entropy_aux_loss, whole(x[:, :1], 1.0).entropy_aux_loss)
+    torch.testing.assert_close(part(x, 1.0, mask=mask).entropy_aux_loss, whole(x, 1.0, mask=mask).entropy_aux_loss)
+    assert part(x, 1.0, mask=mask & False).entropy_aux_loss == 0
 
 
 MADE = {

@@ -6,6 +6,7 @@ Differences from upstream:
   - Indices are exact for any codebook: int32 as upstream, or int64 for more than 2^31 - 1 codes. Upstream sums them in the dtype
     of z, which is wrong beyond 2^24 codes in float32 and 2^8 in bfloat16.
   - Half precision is computed in float32. Upstream does not reach the last of many levels, or under autocast returns an index past it.
+  - The slope of act_name="laplace" at 0 is 1/2; upstream's is 0.
   - For fewer than two vectors, which have no variance, norm_loss and the statistics are 0; upstream returns NaN.
   - Invalid arguments raise ValueError instead of AssertionError.
 """
@@ -28,14 +29,31 @@ from .._placed import Placed
 
 Curve = Callable[[Tensor], Tensor]
 
+
+def _laplace(z: Tensor) -> Tensor:
+    # Each half is clamped, so that the other one cannot overflow and the slope at 0 is that of both.
+    return torch.where(z < 0, z.clamp(max=0).exp() / 2, 1 - (-z.clamp(min=0)).exp() / 2)
+
+
+def _inverse_laplace(p: Tensor) -> Tensor:
+    return torch.where(p < 0.5, (2 * p.clamp(max=0.5)).log(), -(2 * (1 - p).clamp(max=0.5)).log())
+
+
 # Cumulative distribution functions and their inverses.
 CURVES: dict[str, tuple[Curve, Curve]] = {
     "tanh": (lambda z: (z.tanh() + 1) / 2, lambda p: (2 * p - 1).atanh()),
     "sigmoid": (torch.sigmoid, torch.logit),
     "normal": (lambda z: ((z / math.sqrt(2)).erf() + 1) / 2, lambda p: (2 * p - 1).erfinv() * math.sqrt(2)),
-    "laplace": (lambda z: (1 - z.sign() * torch.expm1(-z.abs())) / 2, lambda p: -(p - 0.5).sign() * torch.log1p(-2 * (p - 0.5).abs())),
+    "laplace": (_laplace, _inverse_laplace),
     "cauchy": (lambda z: z.atan() / math.pi + 0.5, lambda p: ((p - 0.5) * math.pi).tan()),
 }
+
+
+def build_cdf_act(act_name: str) -> tuple[Curve, Curve]:
+    """The cumulative distribution function of a name, and its inverse."""
+    check("FSP", f"act_name must be one of {[*CURVES]}", act_name, act_name in CURVES)
+    return CURVES[act_name]
+
 
 # The standard deviation of the uniform distribution on [0, 1].
 UNIFORM_DEVIATION = math.sqrt(1 / 12)
@@ -146,7 +164,7 @@ class FSP(Placed):
     ) -> None:
         super().__init__()
         check("FSP", "quantize_rate must lie in [0, 1]", quantize_rate, 0 <= quantize_rate <= 1)
-        check("FSP", f"act_name must be one of {[*CURVES]}", act_name, act_name in CURVES)
+        build_cdf_act(act_name)
         self._counts = check_levels("FSP", levels)
         self.codebook_size = math.prod(self._counts)
         check("FSP", "the product of levels must be at most 2^63 - 1", self.codebook_size, self.codebook_size < 2**63)

@@ -6,8 +6,8 @@ Differences from upstream:
   - Indices are those of the nearest values. Upstream computes them from the quantized values and truncates, which gives the level
     below where z + (value - z) is rounded down. They are exact for any codebook: int32, or int64 for more than 2^31 - 1 codes.
   - `indices_to_codes` gives the values that `forward` returns, in one dimension of channels for images too.
-  - in_place_codebook_optimizer takes a step in each training forward, on the mean squared distance of the values from z, before
-    quantizing. Upstream raises AttributeError in training.
+  - in_place_codebook_optimizer takes a step in each training forward before quantizing, on quantization_loss_weight times the mean
+    squared distance of the values from z, as in releases after 1.32, which raises AttributeError in training.
   - Values that are not optimized follow the layer to another device. `implicit_codebook` is computed when it is read.
   - Half precision is computed in float32, and images are not permuted.
   - Invalid arguments raise ValueError instead of AssertionError.
@@ -15,7 +15,7 @@ Differences from upstream:
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from torch.optim import Optimizer
 from ..._typing import signature_of
 from ...nn._channels import channels_to, codebooks_last, join_codebooks, linear, parameter_dtype, split_codebooks
 from ...ops._autograd import ValueOf
-from ...ops._layout import for_inductor
 from ...ops._precision import accumulator_dtype
 from ...ops._validate import check
 from ...ops.finite_scalar_quantize import basis_of, check_levels
@@ -89,19 +88,22 @@ class LatentQuantize(Placed):
         self.project_in = nn.Linear(dim, self.effective_codebook_dim) if self.has_projections else nn.Identity()
         self.project_out = nn.Linear(self.effective_codebook_dim, dim) if self.has_projections else nn.Identity()
         self.in_place_codebook_optimizer = in_place_codebook_optimizer
-        values = [initial_values(count) for count in self._counts]
         if optimize_values:
-            self.values_per_latent = nn.ParameterList(map(nn.Parameter, values))
+            self.values_per_latent = nn.ParameterList(nn.Parameter(initial_values(count)) for count in self._counts)
             if in_place_codebook_optimizer is not None:
                 self.in_place_codebook_optimizer = in_place_codebook_optimizer(self.values_per_latent)
         else:
-            self.values_per_latent = values
+            self.values_per_latent = [initial_values(count, self._placed.device) for count in self._counts]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LatentQuantize":
+        super()._apply(fn, recurse)
+        if isinstance(self.values_per_latent, list) and not self._placed.is_meta:
+            self.values_per_latent = [values.to(self._placed) for values in self.values_per_latent]
+        return self
 
     def _values(self, like: Tensor) -> list[Tensor]:
         """The values of each channel, on the device of `like` and in its dtype."""
-        if isinstance(self.values_per_latent, nn.ParameterList):
-            return [values.to(like.dtype) for values in self.values_per_latent]
-        return [initial_values(count, like.device).to(like.dtype) for count in self._counts]
+        return [values.to(like) for values in self.values_per_latent]
 
     @property
     def implicit_codebook(self) -> Tensor:
@@ -142,9 +144,11 @@ class LatentQuantize(Placed):
         codes = self._codes(indices)
         if self.keep_num_codebooks_dim:
             codes = codes.flatten(-2)
-        if project_out:
-            codes = self.project_out(codes.to(parameter_dtype(self.project_out) or codes.dtype))
-        return for_inductor(channels_to(codes, 1)) if codes.dim() > 1 else codes
+        # In the layout of `forward`, so that the projection rounds alike.
+        codes = channels_to(codes, min(1, codes.dim() - 1)).contiguous()
+        if not project_out:
+            return codes
+        return linear(self.project_out, codes.to(parameter_dtype(self.project_out) or codes.dtype), min(1, codes.dim() - 1))
 
     def _codes(self, indices: Tensor) -> Tensor:
         levels = zip(self._values(self._placed), self._counts, basis_of(self._counts), strict=True)
@@ -183,13 +187,14 @@ class LatentQuantize(Placed):
 
     @torch.enable_grad()
     def _train_values(self, z: Tensor, optimizer: Optimizer) -> None:
-        """One step of the optimizer on the mean squared distance of z [B, num_codebooks, codebook_dim, ...] from its nearest values."""
+        """One step of the optimizer on the weighted distance of z [B, num_codebooks, codebook_dim, ...] from its nearest values."""
         z = z.to(accumulator_dtype(z.dtype))
         values = self._values(z)
         levels = self._nearest(z, [each.detach() for each in values], 2)
         chosen = torch.stack([each[level] for each, level in zip(values, levels, strict=True)], 2)
         parameters = [*self.values_per_latent]
-        for parameter, gradient in zip(parameters, torch.autograd.grad(F.mse_loss(chosen, z), parameters), strict=True):
+        loss = self.quantization_loss_weight * F.mse_loss(chosen, z)
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = gradient
         optimizer.step()
         optimizer.zero_grad()

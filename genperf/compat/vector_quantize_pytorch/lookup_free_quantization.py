@@ -14,6 +14,7 @@ Differences from upstream:
     divides the local mean by the number of ranks. With entropy_loss_weight=0, the breakdown is that of each rank alone.
   - Indices are exact up to 2^63 codes (upstream: 2^31). An entropy loss over more than 2^24 codes raises NotImplementedError.
   - The mask may have x's shape without channels for images too; upstream takes [B, positions] or [B].
+  - `frac_per_sample_entropy` selects at least one vector; upstream returns NaN for a fraction below one vector.
   - NaN inputs give NaN in evaluation mode too, and a mask that is False everywhere gives losses of 0, not NaN.
   - Half precision is always computed in float32 without a copy, for any `force_quantization_f32`.
   - Images are not permuted, and nothing synchronizes with the device. Inputs of two dimensions are supported.
@@ -311,14 +312,15 @@ class LFQ(Placed):
         return entropies, loss
 
     def _random_subset(self, bits: Tensor, channel: int, mask: Tensor | None) -> Tensor:
-        """A mask of a random fraction of the vectors, or of those where `mask` is True."""
+        """A mask of a random fraction of the vectors, at least one, or of those where `mask` is True."""
         shape = [*bits.shape[:channel], *bits.shape[channel + 1 :]]
         vectors = bits.numel() // bits.shape[channel]
         keys = torch.randn(vectors, device=bits.device)
         if mask is None:
-            return (keys.argsort() < int(vectors * self.frac_per_sample_entropy)).reshape(shape)
+            return (keys.argsort() < max(1, int(vectors * self.frac_per_sample_entropy))).reshape(shape)
         rank = keys.masked_fill(~mask.flatten(), torch.inf).argsort().argsort()
-        return (rank < (mask.sum() * self.frac_per_sample_entropy).floor()).reshape(shape)
+        chosen = rank < (mask.sum() * self.frac_per_sample_entropy).floor().clamp(min=1)
+        return chosen.reshape(shape) & mask
 
 
 def mask_of_positions(mask: Tensor, x: Tensor, channel: int) -> Tensor:

@@ -5,9 +5,9 @@ to rounding.
 
 Differences from upstream:
   - With orthogonal_rotation, codes of indices are those that `forward` adds up; upstream leaves out the rotation.
-  - return_all_codes works with is_channel_first, and 4-dimensional inputs without it; both fail upstream.
-  - GroupedResidualFSQ with accept_image_fmap passes is_channel_first to its parts; upstream needs both. The output of indices is
-    channels-last; upstream joins the groups along the wrong dimension.
+  - With is_channel_first, indices are decoded as `forward` returns them, [B, num_quantizers, ...], to [B, dim, ...], and
+    return_all_codes works, as in releases after 1.32. Four-dimensional inputs work without it too.
+  - GroupedResidualFSQ with accept_image_fmap passes is_channel_first to its parts; upstream needs both.
   - Indices of fewer quantizers can be decoded with or without quantize_dropout.
   - quantize_dropout draws the number of quantizers on the host, and GroupedResidualFSQ draws a seed only with quantize_dropout.
     Such a step does not compile with fullgraph=True.
@@ -121,12 +121,17 @@ class ResidualFSQ(Placed):
         return torch.stack([layer.implicit_codebook for layer in self.layers])
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes [num_quantizers, ..., len(levels)] of indices [..., quantizers]; zeros for -1 and for quantizers that are left out."""
-        given = indices.shape[-1]
-        check(
-            "ResidualFSQ", f"indices must be of at most {self.num_quantizers} quantizers", list(indices.shape), given <= self.num_quantizers
-        )
-        indices = F.pad(indices, (0, self.num_quantizers - given), value=-1)
+        """The codes [num_quantizers, ..., len(levels)] of indices as `forward` returns them, or of the first quantizers alone.
+
+        They are zeros for -1 and for quantizers that are left out.
+        """
+        return self._codes_of(indices.movedim(1, -1) if self.is_channel_first else indices)
+
+    def _codes_of(self, indices: Tensor) -> Tensor:
+        """Of indices [..., quantizers]."""
+        left_out = self.num_quantizers - indices.shape[-1]
+        check("ResidualFSQ", f"indices must be of at most {self.num_quantizers} quantizers", list(indices.shape), left_out >= 0)
+        indices = F.pad(indices, (0, left_out), value=-1)
         codes = [
             layer._quantized_codes(index) * numbers_like(scale, self._placed)
             for layer, scale, index in zip(self.layers, self._scales, indices.unbind(-1), strict=True)
@@ -134,9 +139,10 @@ class ResidualFSQ(Placed):
         return torch.stack(codes).to(self._placed.dtype)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """The output [..., dim] of `forward` with these indices [..., quantizers]."""
+        """The output of `forward` with these indices."""
         summed = self.get_codes_from_indices(indices).sum(0)
-        return self.project_out(summed.to(parameter_dtype(self.project_out) or summed.dtype))
+        output = self.project_out(summed.to(parameter_dtype(self.project_out) or summed.dtype))
+        return for_inductor(channels_to(output, 1)) if self.is_channel_first else output
 
     @overload
     def forward(
@@ -185,7 +191,7 @@ class ResidualFSQ(Placed):
         if used < self.num_quantizers:
             indices = F.pad(indices.long(), (0, self.num_quantizers - used), value=-1)
         indices = indices.reshape(*sizes, *indices.shape[residual.dim() - 1 :])
-        codes = [self.get_codes_from_indices(indices)] if return_all_codes else []
+        codes = [self._codes_of(indices)] if return_all_codes else []
         quantized_out = self.project_out(quantized_out.to(dtype).reshape(*sizes, residual.shape[-1]))
         if self.is_channel_first:
             quantized_out, indices = for_inductor(channels_to(quantized_out, 1)), channels_to(indices, 1)
@@ -230,8 +236,8 @@ class GroupedResidualFSQ(nn.Module):
         return torch.stack([rvq.get_codes_from_indices(i) for rvq, i in zip(self.rvqs, indices, strict=True)])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """The output [..., dim] of indices [groups, ..., quantizers]."""
-        return torch.cat([rvq.get_output_from_indices(i) for rvq, i in zip(self.rvqs, indices, strict=True)], -1)
+        """The output of `forward` with these indices."""
+        return torch.cat([rvq.get_output_from_indices(i) for rvq, i in zip(self.rvqs, indices, strict=True)], self.split_dim)
 
     def forward(self, x: Tensor, return_all_codes: bool = False) -> tuple[Any, ...]:
         check("GroupedResidualFSQ", f"the channels of x must be {self.dim}", list(x.shape), x.shape[self.split_dim] == self.dim)

@@ -4,8 +4,8 @@ The arguments of constructor and forward, the returned values, the state_dict an
 to rounding.
 
 Differences from upstream:
-  - With spherical or orthogonal_rotation, codes of indices are those that `forward` adds up; upstream leaves out the normalization
-    and the rotation.
+  - With spherical or orthogonal_rotation, `codebooks` and the codes of indices are those that `forward` adds up; upstream leaves out
+    the normalization and the rotation.
   - Images [B, dim, ...] work with projections and with quantize_dropout. The output of their indices in GroupedResidualLFQ is
     channels-last; upstream joins the groups along the wrong dimension.
   - Indices of fewer quantizers can be decoded with or without quantize_dropout.
@@ -87,8 +87,10 @@ class ResidualLFQ(nn.Module):
 
     @property
     def codebooks(self) -> Tensor:
-        """All codes of each quantizer [num_quantizers, codebook_size, log2(codebook_size)], not normalized."""
-        return torch.stack([layer.codebook for layer in self.layers])
+        """All codes of each quantizer [num_quantizers, codebook_size, log2(codebook_size)]."""
+        first = self.layers[0]
+        every = torch.arange(first.codebook_size, device=first._placed.device)
+        return torch.stack([layer._quantized_codes(every) for layer in self.layers])
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes [num_quantizers, ..., log2(codebook_size)] of indices [..., quantizers]; zeros for -1 and for quantizers left out."""
