@@ -3,13 +3,10 @@
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "nn"))
 from forked_ranks import results_of_ranks
-
-pytestmark = pytest.mark.once
 
 
 def test_ranks_equal_one_process(tmp_path):

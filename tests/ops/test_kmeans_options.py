@@ -13,8 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import genperf
 from genperf import _library, testing
 
-pytestmark = [pytest.mark.compiled, pytest.mark.search]
-
 fitting, vectors, seeding = (importlib.import_module(f"genperf.ops._kmeans_{name}") for name in ("fit", "vectors", "init"))
 
 
@@ -195,7 +193,6 @@ def test_mapped_file(dtype, tmp_path, monkeypatch):
     assert same(found, genperf.kmeans(torch.from_numpy(data), 16, iterations=3, generator=seeded()))
 
 
-@pytest.mark.once
 def test_memory_is_that_of_chunks(monkeypatch):
     """Neither a copy of the vectors nor one of a stage's residual."""
     monkeypatch.setattr(vectors, "_SEARCH_CHUNK", 1 << 15)
@@ -266,7 +263,6 @@ class Record(TorchDispatchMode):
         return found
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     "options", [{}, {"metric": "cosine"}, {"init": "random", "n_init": 2}, {"update": "ema"}, {"weights": True}], ids=str
 )
@@ -290,7 +286,6 @@ def test_a_gpu_runs_without_waiting(options, monkeypatch):
     assert recorded[3].count("code_statistics") > recorded[1].count("code_statistics")
 
 
-@pytest.mark.once
 def test_recorder_notices_a_wait():
     with FakeTensorMode(), Record(), Indexing():
         x = torch.empty(5, device="cuda")
@@ -299,7 +294,6 @@ def test_recorder_notices_a_wait():
                 wait()
 
 
-@pytest.mark.once
 def test_fixed_point_on_a_gpu_is_noticed_later(monkeypatch):
     """The answer of an update arrives three updates later; until then nothing changes any more."""
     late = 3
@@ -344,7 +338,6 @@ def bad(message, error=ValueError, **kwargs):
     return pytest.param(message, error, {"x": torch.zeros(10, 3), "num_codes": 4} | kwargs, id=message[:40])
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("message", "error", "kwargs"),
     [

@@ -3,8 +3,6 @@ import torch
 
 import genperf
 
-pytestmark = [pytest.mark.compiled, pytest.mark.search]
-
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -42,7 +40,6 @@ def test_callback_knows_the_stage():
     assert (1, 0) in seen
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("message", "error", "kwargs"),
     [
