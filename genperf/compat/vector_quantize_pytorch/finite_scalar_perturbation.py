@@ -24,7 +24,7 @@ from ...ops._autograd import ValueOf
 from ...ops._layout import for_inductor
 from ...ops._precision import accumulator_dtype
 from ...ops._validate import check
-from ...ops.finite_scalar_quantize import basis_of, check_levels
+from ...ops.finite_scalar_quantize import basis_of, check_levels, numbers_like
 from .._placed import Placed
 
 Curve = Callable[[Tensor], Tensor]
@@ -195,16 +195,21 @@ class FSP(Placed):
             f"need_inv_act={self.need_inv_act}, quantize_rate={self.quantize_rate}"
         )
 
+    def _row(self, numbers: Sequence[int], like: Tensor) -> Tensor:
+        """Numbers [len(levels)], one for each channel, in the dtype and on the device of `like`."""
+        row = numbers_like(numbers, like)
+        return row if isinstance(row, Tensor) else like.new_full((self.codebook_dim,), row)
+
     def quantize_act_value(self, act_z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """The middles of the bins that places [..., len(levels)] in [0, 1] lie in, with a straight-through gradient, and their levels."""
-        levels = act_z.new_tensor(self._counts)
+        levels = self._row(self._counts, act_z)
         level_indices = (act_z.detach().clamp(max=1 - eps) * levels).floor().minimum(levels - 1)
         return ValueOf.apply((level_indices + 0.5) / levels, act_z), level_indices
 
     def level_indices_to_indices(self, level_indices: Tensor) -> Tensor:
         """The indices [...] of levels [..., len(levels)]."""
-        basis = torch.tensor(basis_of(self._counts), device=level_indices.device)
-        indices = (level_indices.long() * basis).sum(-1)
+        level_indices = level_indices.long()
+        indices = (level_indices * self._row(basis_of(self._counts), level_indices)).sum(-1)
         return indices.to(torch.int32) if self.codebook_size < 2**31 else indices
 
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
@@ -214,8 +219,8 @@ class FSP(Placed):
 
     def indices_to_act_value(self, indices: Tensor) -> Tensor:
         """The middles of the bins [..., len(levels)] of indices [...], in [0, 1]."""
-        levels = torch.tensor(self._counts, device=indices.device)
-        return (self.indices_to_level_indices(indices) + 0.5) / levels
+        places = self.indices_to_level_indices(indices) + 0.5
+        return places / self._row(self._counts, places)
 
     def indices_to_codes(self, indices: Tensor, eps: float = 1e-6) -> Tensor:
         """What `forward` returns in evaluation mode with these indices."""
@@ -249,7 +254,7 @@ class FSP(Placed):
         middles, level_indices = self.quantize_act_value(places, eps)
         info: dict[str, Any] = {}
         if self.training and self.quantize_rate < 1:
-            half_bins = 1 / (places.new_tensor(self._counts) * 2)
+            half_bins = 1 / (self._row(self._counts, places) * 2)
             noisy = places + half_bins * (torch.rand_like(places) * 2 - 1)
             accepted = (noisy > 0) & (noisy < 1)
             info["p_accept_prob"] = accepted.to(places.dtype).mean()
