@@ -10,16 +10,16 @@ addresses are computed from a zero that the compiler does not know, so that it d
 import triton
 import triton.language as tl
 
-from .bound import TILE_COLUMNS
+from .bound import TILE_COLUMNS, bound_at_residual, bound_at_zero
 from .decide import SLOTS, collect_codes, decide_candidates, nearest_of_all
 from .rows import load_rows, round_rows, row_offsets
-from .scan import NONE, nearest_of_pass, pass_over_codes, shortest_unscored, unscored_bound
+from .scan import NONE, first_finite_code, nearest_of_pass, pass_over_codes, shortest_unscored, unscored_bound
 from .settle import box_corners
 
 # Arrays [BLOCK_N] of a program.
 CHOSEN, FLAT = tl.constexpr(0), tl.constexpr(1)
-BACK, AT_LENGTH, AT_RESIDUAL, AT_ZERO, ROW_LENGTH, THRESHOLD = (tl.constexpr(i) for i in range(6))
-INTEGERS, FLOATS = tl.constexpr(1 + 2 * SLOTS.value), tl.constexpr(6)
+BACK, AT_LENGTH, ROW_LENGTH, THRESHOLD = (tl.constexpr(i) for i in range(4))
+INTEGERS, FLOATS = tl.constexpr(1 + 2 * SLOTS.value), tl.constexpr(4)
 
 
 @triton.jit
@@ -76,16 +76,15 @@ def search_residual(
     )
     row = lane + nothing
     back, bound = round_rows(residual, center, queries, row * dim, kept, dim, depth, 1, COSINE, False, SPLIT, BLOCK_D)
-    at_length, at_residual, at_zero, length = bound
+    at_length, _, _, length = bound
     tl.store(floats + BACK * BLOCK_N + row, back)
     tl.store(floats + AT_LENGTH * BLOCK_N + row, at_length)
-    tl.store(floats + AT_RESIDUAL * BLOCK_N + row, at_residual)
-    tl.store(floats + AT_ZERO * BLOCK_N + row, at_zero)
     tl.store(floats + ROW_LENGTH * BLOCK_N + row, length)
     tl.debug_barrier()
+    at_residual = bound_at_residual(tl.load(floats + ROW_LENGTH * BLOCK_N + row), dim)
     passed = pass_over_codes(
         tl.load((queries + row * depth)[:, None] + tl.arange(0, DEPTH)[None, :]), tl.load(floats + BACK * BLOCK_N + row),
-        tl.load(floats + AT_LENGTH * BLOCK_N + row), tl.load(floats + AT_RESIDUAL * BLOCK_N + row), codes, bias, table, first_tile,
+        tl.load(floats + AT_LENGTH * BLOCK_N + row), at_residual, codes, bias, table, first_tile,
         0, tiles, depth, False, TMA, DEPTH, BLOCK_N, BLOCK_K, BLOCK_D,
     )  # fmt: skip
 
@@ -95,12 +94,19 @@ def search_residual(
     row = lane + nothing
     chosen = integers + CHOSEN * BLOCK_N
     flat = integers + FLAT * BLOCK_N
-    threshold = tl.max(passed[5], axis=1) - 2 * tl.load(floats + AT_ZERO * BLOCK_N + row)
-    unscored = unscored_bound(
-        tl.load(floats + ROW_LENGTH * BLOCK_N + row), shortest_unscored(table + first_tile * TILE_COLUMNS, tiles), COSINE
-    )
+    length = tl.load(floats + ROW_LENGTH * BLOCK_N + row)
+    threshold = tl.max(passed[5], axis=1) - 2 * bound_at_zero(length, dim, COSINE)
+    unscored = unscored_bound(length, shortest_unscored(table + first_tile * TILE_COLUMNS, tiles), COSINE)
     usable = (threshold > float("-inf")) & (unscored < threshold)
     first, last = nearest_of_pass(passed, threshold, usable, BLOCK_K)
+    # All distances are infinite, or all to finite codes are zero.
+    by_rule = length != length
+    if COSINE:
+        by_rule = by_rule | (length == 0)
+        first = tl.where(length == 0, first_finite_code(table + first_tile * TILE_COLUMNS, tiles), tl.where(by_rule, 0, first))
+    else:
+        first = tl.where(by_rule, 0, first)
+    last = tl.where(by_rule, NONE, last)
     tl.store(chosen + row, first)
     few = kept & (first >= 0) & (last != NONE)
     found, exists = box_corners(first[:, None], last[:, None], tl.arange(0, SLOTS)[None, :], BLOCK_K)
@@ -110,11 +116,11 @@ def search_residual(
     if tl.max(collected.to(tl.int32)) > 0:
         tl.store(floats + THRESHOLD * BLOCK_N + row, tl.where(collected, threshold, float("inf")))
         tl.debug_barrier()
+        at_residual = bound_at_residual(tl.load(floats + ROW_LENGTH * BLOCK_N + row), dim)
         reaching, number = collect_codes(
             tl.load((queries + row * depth)[:, None] + tl.arange(0, DEPTH)[None, :]), tl.load(floats + BACK * BLOCK_N + row),
-            tl.load(floats + AT_LENGTH * BLOCK_N + row), tl.load(floats + AT_RESIDUAL * BLOCK_N + row),
-            tl.load(floats + THRESHOLD * BLOCK_N + row), codes, bias + nothing, table + nothing, first_tile, tiles, depth, nothing,
-            TMA, DEPTH, BLOCK_N, BLOCK_K,
+            tl.load(floats + AT_LENGTH * BLOCK_N + row), at_residual, tl.load(floats + THRESHOLD * BLOCK_N + row), codes,
+            bias + nothing, table + nothing, first_tile, tiles, depth, nothing, TMA, DEPTH, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         every = every & ((collected == 0) | (number > SLOTS))
         found = tl.where((collected & (number <= SLOTS))[:, None], reaching, found)
@@ -124,15 +130,6 @@ def search_residual(
     )  # fmt: skip
 
     if tl.max(every.to(tl.int32)) > 0:
-        if not COSINE:
-            # All distances from a row that is not finite count as infinite.
-            infinite = tl.zeros([BLOCK_N], tl.int32)
-            for start in range(0, dim, BLOCK_D):
-                d = start + tl.arange(0, BLOCK_D)
-                value = tl.load(residual + row[:, None] * dim + d[None, :], mask=(d < dim)[None, :], other=0)
-                infinite = tl.maximum(infinite, tl.max((tl.abs(value) < float("inf")).to(tl.int32) ^ 1, axis=1))
-            tl.store(chosen + row, tl.zeros([BLOCK_N], tl.int32), mask=every & (infinite > 0))
-            every = every & (infinite == 0)
         tl.debug_barrier()
         tl.store(flat + tl.cumsum(every.to(tl.int32), axis=0) - 1, lane, mask=every)
         tl.debug_barrier()

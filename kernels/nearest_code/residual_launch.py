@@ -23,6 +23,10 @@ _MAX_PLANS = 256
 class ResidualShape(Shape):
     """Tile sizes and launch options of residual quantization of `rows` vectors.
 
+    A thread has as many registers as there are. With half of them, for twice as many threads on a multiprocessor as on sm_90 for the
+    search, what a program keeps for its other steps is stored and loaded in the loop over the codes, and takes more of the L2 cache's
+    bandwidth than the codes.
+
     Attributes:
         programs: at most; two for each multiprocessor of an H200.
     """
@@ -30,9 +34,23 @@ class ResidualShape(Shape):
     def __init__(self, dim: int, num_codes: int, device: torch.device | int, rows: int) -> None:
         super().__init__(dim, num_codes, device)
         self.programs = 264
-        while self.block_n > 64 and triton.cdiv(rows, self.block_n) < self.programs:
-            self.block_n //= 2
-            self.warps //= 2
+        self.few_rows = triton.cdiv(rows, 128) < self.programs
+        self.max_registers = 255
+        if self.few_rows:
+            self.block_n, self.warps = 64, 4
+        elif self.major == 9:
+            self.block_n, self.block_k, self.warps = 128, 64, 4
+        self.fit(2, most_stages=3)
+
+    @property
+    def pays(self) -> bool:
+        """Whether one launch takes less time than a search and a launch for each quantizer.
+
+        By the cost model (benchmarks/results/residual_cost.md): what a program does between the codes of two quantizers takes less
+        time than the launches that it replaces, but its pass over many codes is slower than that of a search, which has fewer
+        instructions, divides the codes among programs if the rows are few, and takes more rows at a time if D is large.
+        """
+        return self.held and self.num_codes <= 2048 and (self.few_rows or self.depth <= 128)
 
     def residual_options(self) -> dict:
         """Fused multiply-adds are off for the distances in float64."""
@@ -49,10 +67,7 @@ def pays(x: Tensor, codebooks: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=_MAX_PLANS)
 def _pays(device: torch.device, rows: int, dim: int, num_codes: int) -> bool:
-    """By the cost model (benchmarks/results/residual_cost.md): what a program does between the codes of two quantizers takes less time
-    than the launches that it replaces, but a pass over many codes is slower than that of a search, which has fewer instructions and
-    divides the codes among programs if the rows are few."""
-    return Shape(dim, num_codes, device).held and num_codes <= 2048
+    return ResidualShape(dim, num_codes, device, rows).pays
 
 
 def residual_vector_quantize(

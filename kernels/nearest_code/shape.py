@@ -33,6 +33,7 @@ class Shape:
         block_n, block_k: queries and codes per tile of scores.
         warps: of a program of the pass.
         tma: codes are loaded through a tensor descriptor.
+        major: of the compute capability.
         stages: depth of the software pipeline.
         max_registers: for a thread of a pass.
         tiles: K in tiles, rounded up.
@@ -40,6 +41,7 @@ class Shape:
 
     def __init__(self, dim: int, num_codes: int, device: torch.device | int) -> None:
         major, shared_memory = _architecture(device)
+        self.major = major
         self.dim, self.num_codes = dim, num_codes
         self.split_operands = dim <= 21
         wide = major in (9, 10)  # the tensor cores take operands from shared memory

@@ -68,6 +68,8 @@ if __name__ == "__main__":
     outlier[50] *= 1e5
     x[0, 2], x[1, 0], x[2, 1], x[3] = torch.nan, torch.inf, -torch.inf, 1e30
     check("ways", x, torch.stack([codebook, twice, often, close, outlier, codebook[:1].expand(60, d)]))
+    x[4] = 0
+    check("ways of the cosine", x[:6, :5], torch.stack([codebook[:, :5], outlier[:, :5]]), None, None, True)
     check("one codebook", x[4:], twice.expand(3, -1, -1))
     check("all masked", x, twice.expand(2, -1, -1), torch.zeros(9, 1, dtype=torch.bool))
     for empty in (torch.zeros(0, 4, 3), torch.zeros(2, 4, 0)):
