@@ -11,7 +11,10 @@ from .nearest_code import search
 # Rounds that adapt the prices. They are kept from one iteration of k-means to the next.
 _ROUNDS = 16
 # The first change of a price, in mean squared distances for a code with e times its share of the vectors.
-_STEP = 0.3
+_STEP = 0.2
+# Prices are good enough once no more vectors than this share are above the capacity of their codes: more rounds take longer than moving
+# those, and leave a higher inertia.
+_REST = 1 / 200
 
 
 class BalancedAssignment:
@@ -37,7 +40,7 @@ class BalancedAssignment:
         loads, best = self._loads(indices), math.inf
         for _ in range(_ROUNDS):
             crowded = int((loads - self.capacity).clamp(min=0).sum())
-            if crowded == 0:
+            if crowded <= _REST * self.data.count:
                 break
             if crowded > best:
                 self.step /= 2
