@@ -13,7 +13,28 @@ constexpr int kCodes = kLanes == 16 ? 8 : 4;
 
 bool amx = false;
 
-// A compile-time D unrolls short loops and keeps the queries in registers.
+// Scores of kCodes codes for a tile of queries, from the components of the codes on. A compile-time
+// D unrolls short loops and keeps the queries in registers.
+template <int kKnownDim>
+[[gnu::always_inline]] inline void score_codes(const float* values,
+                                               const float* bias,
+                                               int64_t dim,
+                                               const float* z,
+                                               Vec (&score)[kCodes][2]) {
+  if constexpr (kKnownDim > 0)
+    dim = kKnownDim;
+  for (int c = 0; c < kCodes; ++c)
+    score[c][0] = score[c][1] = broadcast(bias[c]);
+  for (int64_t d = 0; d < dim; ++d) {
+    const Vec z0 = load(z + d * kTile), z1 = load(z + d * kTile + kLanes);
+    for (int c = 0; c < kCodes; ++c) {
+      const Vec value = broadcast(values[d * kGroup + c]);
+      score[c][0] = fma(value, z0, score[c][0]);
+      score[c][1] = fma(value, z1, score[c][1]);
+    }
+  }
+}
+
 template <int kKnownDim>
 void maxima_fma(const CodePanel& panel,
                 int64_t block_groups,
@@ -27,19 +48,9 @@ void maxima_fma(const CodePanel& panel,
     const int64_t first = block * block_groups;
     for (int64_t group = first; group < first + block_groups; ++group) {
       for (int start = 0; start < kGroup; start += kCodes) {
-        const float* values = panel.values.get() + group * dim * kGroup + start;
-        const float* bias = panel.bias.get() + group * kGroup + start;
         Vec score[kCodes][2];
-        for (int c = 0; c < kCodes; ++c)
-          score[c][0] = score[c][1] = broadcast(bias[c]);
-        for (int64_t d = 0; d < dim; ++d) {
-          const Vec z0 = load(z + d * kTile), z1 = load(z + d * kTile + kLanes);
-          for (int c = 0; c < kCodes; ++c) {
-            const Vec value = broadcast(values[d * kGroup + c]);
-            score[c][0] = fma(value, z0, score[c][0]);
-            score[c][1] = fma(value, z1, score[c][1]);
-          }
-        }
+        score_codes<kKnownDim>(panel.values.get() + group * dim * kGroup + start,
+                               panel.bias.get() + group * kGroup + start, dim, z, score);
         for (int width = kCodes / 2; width > 0; width /= 2)
           for (int c = 0; c < width; ++c)
             for (int v = 0; v < 2; ++v)
@@ -66,6 +77,17 @@ void block_maxima_fma(const CodePanel& panel,
                                        maxima_fma<3>, maxima_fma<4>, maxima_fma<5>,
                                        maxima_fma<6>, maxima_fma<7>, maxima_fma<8>};
   kernels[panel.dim <= 8 ? panel.dim : 0](panel, block_groups, begin, end, z, maxima);
+}
+
+void scores_fma(const CodePanel& panel, int64_t begin, int64_t end, const float* z, float* scores) {
+  for (int64_t k = begin * kGroup; k < end * kGroup; k += kCodes) {
+    Vec score[kCodes][2];
+    score_codes<0>(panel.values.get() + k / kGroup * panel.dim * kGroup + k % kGroup,
+                   panel.bias.get() + k, panel.dim, z, score);
+    for (int c = 0; c < kCodes; ++c)
+      for (int v = 0; v < 2; ++v)
+        store(scores + (k + c) * kTile + v * kLanes, score[c][v]);
+  }
 }
 
 #if defined(GENPERF_HAS_AMX)

@@ -21,6 +21,9 @@ void block_maxima_fma(const CodePanel& panel,
                       const float* z,
                       float* maxima);
 
+// Computes scores [codes, kTile] of the codes of groups begin ... end - 1 from z [D, kTile].
+void scores_fma(const CodePanel& panel, int64_t begin, int64_t end, const float* z, float* scores);
+
 #if defined(GENPERF_HAS_AMX)
 // Computes maxima [blocks, 32, 16] from z [32, depth, 32], one query per row. Maximum i of the 16
 // is over code i of each of the block's groups, whose number is even.

@@ -42,10 +42,11 @@ class CandidateLists {
   const float* thresholds(int64_t query) const { return thresholds_ + query; }
   int64_t count(int64_t query) const { return lists_[query].count; }
   const int32_t* places(int64_t query) const { return places_.get() + query * stride_; }
+  const float* values(int64_t query) const { return values_.get() + query * stride_; }
 
   void add(int64_t query, float value, int32_t place) {
     List& list = lists_[query];
-    values(query)[list.count] = value;
+    values_[query * stride_ + list.count] = value;
     places_[query * stride_ + list.count] = place;
     if (++list.count > list.limit)
       prune(query);
@@ -56,7 +57,8 @@ class CandidateLists {
   void add(int64_t query, Vec found, uint32_t bits, int32_t first) {
     List& list = lists_[query];
     const IVec place = first + lanes([](int lane) { return lane; });
-    _mm512_storeu_ps(values(query) + list.count, _mm512_maskz_compress_ps(bits, __m512(found)));
+    _mm512_storeu_ps(values_.get() + query * stride_ + list.count,
+                     _mm512_maskz_compress_ps(bits, __m512(found)));
     _mm512_storeu_si512(places_.get() + query * stride_ + list.count,
                         _mm512_maskz_compress_epi32(bits, __m512i(place)));
     list.count += __builtin_popcount(bits);
@@ -70,7 +72,7 @@ class CandidateLists {
     List& list = lists_[query];
     if (has_all_places(query))
       list.count = 0;
-    float* const value = values(query);
+    float* const value = values_.get() + query * stride_;
     int32_t* const place = places_.get() + query * stride_;
     const float reached = reached_by(value, list.count, k_) - list.margin;
     if (reached > threshold(query))
@@ -142,8 +144,6 @@ class CandidateLists {
   }
 
   void set_threshold(int64_t query, float value) { thresholds_[query] = value; }
-  float* values(int64_t query) { return values_.get() + query * stride_; }
-
   const int64_t k_, usual_limit_, largest_limit_, stride_;
   alignas(64) float thresholds_[kMostQueries];
   Buffer<List> lists_;
