@@ -60,5 +60,6 @@ def orthogonal_loss(
     number = counted.sum(1)
     with torch.autocast(codebook.device.type, enabled=False):  # sums of up to K squares exceed float16
         gram = codes.transpose(1, 2) @ codes
-    squares = gram.square().sum((1, 2)) - number  # without the cosine of each code with itself
+    # Without the cosine of each code with itself: 1, or 0 for a code of zeros.
+    squares = gram.square().sum((1, 2)) - codes.detach().square().sum(2).square().sum(1)
     return (squares / number.clamp(min=1).square()).mean()

@@ -333,6 +333,16 @@ def test_a_shared_codebook_takes_one_in_place_step():
     assert not torch.equal(layer.layers[0].codebook, before)
 
 
+def test_codes_of_zeros_are_orthogonal():
+    layer = vq(**LEARNED, orthogonal_reg_weight=1.0, commitment_weight=0.0)
+    layer.codebook = torch.zeros(CODES, DIM)
+    assert layer(torch.randn(4, DIM))[2] == 0
+    layer.codebook = torch.eye(CODES, DIM)
+    assert layer(torch.randn(4, DIM))[2].abs() < 1e-7
+    layer.codebook = torch.ones(CODES, DIM)
+    torch.testing.assert_close(layer(torch.randn(4, DIM))[2].detach(), torch.tensor(1 - 1 / CODES))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes_of_several_codes(dtype):
     torch.manual_seed(0)

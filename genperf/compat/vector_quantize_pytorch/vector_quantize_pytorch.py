@@ -65,7 +65,8 @@ class VectorQuantize(nn.Module):
         is valid.
       - The diversity loss takes the mean distribution over all valid vectors of a codebook. Upstream averages over the batch
         for each position of a sequence, across codebooks, and counts padding (for x [B, D] or [B, 1, D] they are equal).
-        Likewise, a code with only padding assigned to it is not active in the orthogonal loss.
+        Likewise, a code with only padding assigned to it is not active in the orthogonal loss, to which a code of zeros adds
+        nothing. Upstream subtracts 1 for it.
       - Index -1 means no code: zeros in get_codes_from_indices, no effect in update_indices. Upstream takes it as the last
         code in the former and as the first in the latter.
       - get_codes_from_indices joins the codes of heads that share a codebook; get_output_from_indices projects channels
