@@ -262,6 +262,7 @@ LAYERS = [
         IMAGES,
         onnx="LookupFreeQuantizer",
     ),
+    Row("nn.IndexBackpropQuantizer", lambda: layers.IndexBackpropQuantizer(CODES, 4, entropy_temperature=1.0), VECTORS),
     Row("nn.GumbelQuantizer", lambda: layers.GumbelQuantizer(4, 3), VECTORS),
     Row("nn.DiagonalGaussian", layers.DiagonalGaussian, IMAGES),
     Row("nn.ConditioningAugmentation", lambda: layers.ConditioningAugmentation(4, 3, deterministic=None), (BATCH, 4)),
@@ -373,7 +374,7 @@ DROP_INS = [
     Row("compat.vector_quantize_pytorch.ResidualFSQ", lambda: vqp.ResidualFSQ(levels=[5, 5, 5, 5], num_quantizers=2), VECTORS),
     Row(
         "compat.vector_quantize_pytorch.GroupedResidualFSQ",
-        lambda: vqp.GroupedResidualFSQ(dim=4, groups=2, levels=[5, 5], num_quantizers=2),
+        lambda: vqp.GroupedResidualFSQ(dim=4, groups=2, levels=[5, 5], num_quantizers=1),
         VECTORS,
     ),
     Row(
@@ -384,7 +385,7 @@ DROP_INS = [
     ),
     Row(
         "compat.vector_quantize_pytorch.GroupedResidualLFQ",
-        lambda: vqp.GroupedResidualLFQ(dim=4, groups=2, codebook_size=8, num_quantizers=2),
+        lambda: vqp.GroupedResidualLFQ(dim=4, groups=2, codebook_size=4, num_quantizers=1),
         VECTORS,
         frozen=freeze,
     ),
