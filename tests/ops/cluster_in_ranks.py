@@ -50,6 +50,11 @@ def work(world: int, rank: int) -> dict[str, list[Tensor]]:
         # The numbers of rank 0 count.
         options |= {"iterations": 6, "synchronized": True, "generator": torch.Generator().manual_seed(5 + rank)}
         found[name] = list(genperf.kmeans(mine, CODES, **options))
+    # Numbers of 53 bits, whose sums in another order differ in the last ones.
+    wide = share(torch.randn(COUNT, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), world, rank)
+    options = {"iterations": 6, "init": "random", "synchronized": True, "generator": torch.Generator().manual_seed(5)}
+    for metric in ("euclidean", "cosine"):
+        found[f"float64, {metric}"] = list(genperf.kmeans(wide, CODES, metric=metric, weights=share_of_weights, **options))
     half = share(vectors(torch.bfloat16), world, rank)
     options = {"iterations": 3, "synchronized": True, "generator": torch.Generator().manual_seed(5)}
     found["residual"] = list(genperf.residual_kmeans(half, CODES, 3, **options))
