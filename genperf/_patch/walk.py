@@ -52,6 +52,7 @@ def patch(model: nn.Module, *, only: Only | None = None, dry_run: bool = False) 
     selected = _selection(only, list(names.values()))
     handled: set[int] = set()
     parts: set[int] = set()
+    planned: list[Step] = []
     unknown: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         if id(module) in handled or not selected(name, module):
@@ -76,13 +77,14 @@ def patch(model: nn.Module, *, only: Only | None = None, dry_run: bool = False) 
             continue
         steps = [step for step in steps if id(step.module) not in handled and joined_class(type(step.module)) is None]
         handled |= {id(step.module) for step in steps}
-        report.replaced += _rows(steps, names)
-        if not dry_run:
-            for step in steps:
-                apply(step)
+        planned += steps
+    report.replaced = _rows(planned, names)
     report.left += [
         Left(name, type(module).__name__, "genperf does not know this class") for name, module in unknown if not _has_quantizer(module)
     ]
+    if not dry_run:  # only once nothing can fail
+        for step in planned:
+            apply(step)
     return report
 
 

@@ -199,6 +199,29 @@ def test_a_derived_class_without_methods_of_its_own():
     assert type(layer).__name__ == "Mine"
 
 
+def test_an_error_changes_nothing():
+    def only(name, module):
+        if name == "rest.fsq":
+            raise KeyError(name)
+        return True
+
+    net = model()
+    with pytest.raises(KeyError, match=r"rest\.fsq"):
+        genperf.patch(net, only=only)
+    assert not is_patched(net.first)
+
+
+def test_on_the_meta_device():
+    """A state dict that is loaded later tells whether codes are initialized."""
+    layers = [upstream.ResidualVQ(dim=8, num_quantizers=2, codebook_size=16)]
+    with torch.device("meta"):
+        layers.append(upstream.ResidualVQ(dim=8, num_quantizers=2, codebook_size=16))
+    assert genperf.patch(layers[1]).left == []
+    layers[1].to_empty(device="cpu").load_state_dict(layers[0].state_dict())
+    x = torch.randn(3, 4, 8)
+    torch.testing.assert_close(*(layer.eval()(x)[0] for layer in layers))
+
+
 def test_errors():
     with pytest.raises(TypeError, match=r"patch: model must be a torch.nn.Module, got int\."):
         genperf.patch(3)
