@@ -39,6 +39,7 @@ class ResidualFSQ(Placed):
 
     Equivalent to (levels L, no projection, evaluation mode):
         x = (x / clamp).tanh() * clamp                                     # clamp: 1 + 1 / (L - 1)
+        quantized = 0
         for n in range(num_quantizers):
             codes, indices = FSQ(levels, preserve_symmetry=True, bound_hard_clamp=True)((x - quantized) * L**n)
             quantized = quantized + codes / L**n

@@ -34,6 +34,7 @@ class ResidualLFQ(nn.Module):
     """Quantizes each vector with LFQ, then its residual with codes of half the size, quantizer by quantizer.
 
     Equivalent to (no projection, evaluation mode):
+        quantized = 0
         for n in range(num_quantizers):
             quantized = quantized + torch.where(x - quantized > 0, 2.0**-n, -(2.0**-n))
 
