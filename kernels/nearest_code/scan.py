@@ -240,9 +240,8 @@ def nearest_code_scan_kernel(
         inside = start_row + row < positions
         base = row_offsets(start_row, row, inner, stride_outer, stride_inner)
         place = (head * tl.num_programs(1) + split) * positions + start_row + row
-        back, bound = round_rows(
-            x, center, queries, base, inside, dim, depth, stride_d, COSINE, PLANAR, SPLIT, BLOCK_D, (not SPLIT) and DEPTH <= BLOCK_D
-        )  # fmt: skip
+        once: tl.constexpr = DEPTH <= BLOCK_D and not SPLIT and not PLANAR  # transposed they do not fit in the registers
+        back, bound = round_rows(x, center, queries, base, inside, dim, depth, stride_d, COSINE, PLANAR, SPLIT, BLOCK_D, once)
         at_length, _, _, length = bound
         # Through memory into the registers of the threads that have the scores of these rows, once instead of for every tile.
         tl.store(lower + place, at_length, mask=inside)
