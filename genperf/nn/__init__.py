@@ -10,6 +10,7 @@ from .conditioning_augmentation import ConditioningAugmentation
 from .diagonal_gaussian import DiagonalGaussian
 from .finite_scalar_quantizer import FiniteScalarQuantizer
 from .gumbel_quantizer import GumbelQuantizer
+from .index_backprop_quantizer import IndexBackpropQuantizer
 from .laplacian_pyramid import LaplacianPyramid
 from .lookup_free_quantizer import LookupFreeQuantizer
 from .minibatch_discrimination import MinibatchDiscrimination
@@ -24,6 +25,7 @@ __all__ = [
     "DiagonalGaussian",
     "FiniteScalarQuantizer",
     "GumbelQuantizer",
+    "IndexBackpropQuantizer",
     "LaplacianPyramid",
     "LookupFreeQuantizer",
     "LossTerms",

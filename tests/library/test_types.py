@@ -31,6 +31,7 @@ LAYERS = {
     "nn.DiagonalGaussian()": "tuple[Tensor, Tensor]",
     "nn.FiniteScalarQuantizer([8, 5, 5, 5])": "tuple[Tensor, Tensor]",
     "nn.GumbelQuantizer(4, 2)": THREE_TENSORS,
+    "nn.IndexBackpropQuantizer(8, 4)": THREE_TENSORS,
     "nn.LookupFreeQuantizer(4)": THREE_TENSORS,
     "nn.MinibatchDiscrimination(4, 3, 2)": "Tensor",
     "nn.ReferenceBatchNorm(4)": "Tensor",
