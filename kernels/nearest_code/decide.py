@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
+from .bound import NO_CODE
 from .scan import tile_scores
-from .settle import distances_in_order
+from .search import candidates_in_float32, nearest_in_float64, nearest_in_order
+from .settle import distances_in_order, distances_of_all
 
-NO_CODE = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 SLOTS = tl.constexpr(8)  # codes of a row that are compared in float64: those that a second pass collects, or the corners of a box
 
 
@@ -136,26 +137,37 @@ def decide_candidates(
 
 @triton.jit
 def nearest_of_all(
-    query,  # [ROWS] pointers to adjacent float32 components
+    residual,
+    row,  # [ROWS] of the program
+    present,
+    length,  # [ROWS] at least |z|; inf if there is no bound
+    center,
     codebook,
+    norms,
     num_codes,
     dim,
     stride_k,
     stride_code_d,
     COSINE: tl.constexpr,
-    ROWS: tl.constexpr,
     CODES: tl.constexpr,
+    DIMS: tl.constexpr,
 ):
-    """The nearest of all codes in float64."""
-    smallest = tl.full([ROWS], float("inf"), tl.float64)
-    nearest = tl.zeros([ROWS], tl.int64)
-    query_of_code = query[:, None] + tl.zeros([ROWS, CODES], tl.int32)
-    for start in range(0, num_codes, CODES):
-        k = (start + tl.arange(0, CODES).to(tl.int64))[None, :] + tl.zeros([ROWS, CODES], tl.int64)
-        valid = k < num_codes
-        distance = distances_in_order(query_of_code, codebook + k * stride_k, valid, dim, 1, stride_code_d, COSINE)
-        least = tl.min(distance, axis=1)
-        index = tl.min(tl.where(valid & (distance == least[:, None]), k, NO_CODE), axis=1)
-        nearest = tl.where(least < smallest, index, nearest)
-        smallest = tl.minimum(least, smallest)
-    return nearest
+    """The nearest of all codes: in float32 with its bound, and in float64 among those that this leaves."""
+    base = row.to(tl.int64) * dim
+    query = residual + base
+    which, complete = candidates_in_float32(
+        residual, base, present, length, center, codebook, norms, 0, num_codes, dim, 1, stride_k, stride_code_d, COSINE, CODES, DIMS
+    )  # fmt: skip
+    is_code = which != NO_CODE
+    of_candidate = codebook + tl.where(is_code, which, 0).to(tl.int64) * stride_k
+    distance = distances_of_all(query[:, None], of_candidate, present[:, None], is_code, dim, 1, stride_code_d, COSINE)
+    least, nearest = nearest_in_order(distance, which, is_code)
+    left = present & (complete == 0)
+    if tl.max(left.to(tl.int32)) > 0:
+        least_of_all, nearest_of_left = nearest_in_float64(
+            query, left, codebook, norms, 0, num_codes, dim, 1, stride_k, stride_code_d, COSINE, CODES
+        )  # fmt: skip
+        least = tl.where(left, least_of_all, least)
+        nearest = tl.where(left, nearest_of_left, nearest)
+    # Where no distance is finite, all of them are equal.
+    return tl.where(least < float("inf"), nearest, 0)

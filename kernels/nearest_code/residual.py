@@ -2,7 +2,7 @@
 
 For each quantizer the residual is rounded and the codes pass as in scan.py. Rows that the certificate leaves with a few codes, and
 those whose codes a second pass collects, are decided in float64; rows with too many codes, or without a bound, are compared with
-all codes in float64, a few rows at a time. What a program keeps between these steps lies in memory of its own, small enough for
+all codes as in search.py. What a program keeps between these steps lies in memory of its own, small enough for
 the L2 cache, and so do the values that are the same for all codes of a pass: its loop needs the registers. For the same reason
 addresses are computed from a zero that the compiler does not know, so that it does not compute them long before their use.
 """
@@ -50,6 +50,7 @@ def search_residual(
     center,  # [D + 1]
     codes,
     bias,
+    norms,  # [tiles * BLOCK_K]
     table,
     first_tile,
     tiles,
@@ -68,6 +69,7 @@ def search_residual(
     CANDIDATES: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
+    DIMS: tl.constexpr,
 ):
     """The exact search of one quantizer for the rows of a program."""
     lane = tl.arange(0, BLOCK_N)
@@ -136,9 +138,14 @@ def search_residual(
         number_of_rows = tl.sum(every.to(tl.int32))
         for start in range(0, number_of_rows, ROWS):
             place = start + tl.arange(0, ROWS)
-            current = tl.load(flat + place, mask=place < number_of_rows, other=0)
-            nearest = nearest_of_all(residual + current * dim, codebook, num_codes, dim, stride_k, stride_code_d, COSINE, ROWS, CODES)
-            tl.store(chosen + current, nearest.to(tl.int32), mask=place < number_of_rows)
+            present = place < number_of_rows
+            current = tl.load(flat + place, mask=present, other=0)
+            length_of_row = tl.load(floats + ROW_LENGTH * BLOCK_N + current)
+            nearest = nearest_of_all(
+                residual, current, present, length_of_row, center, codebook, norms, num_codes, dim, stride_k, stride_code_d,
+                COSINE, CODES, DIMS,
+            )  # fmt: skip
+            tl.store(chosen + current, nearest, mask=present)
     tl.debug_barrier()
 
 
@@ -149,6 +156,7 @@ def residual_quantize_kernel(
     center,  # [Q or 1, D + 1]
     codes,  # [(Q or 1) tiles * BLOCK_K, depth], a tensor descriptor if TMA
     bias,  # [Q or 1, tiles * BLOCK_K]
+    norms,  # [Q or 1, tiles * BLOCK_K]
     table,  # [Q or 1, tiles, TILE_COLUMNS]
     mask,  # [outer, inner]
     limit,  # [] the number of quantizers that run
@@ -193,6 +201,7 @@ def residual_quantize_kernel(
     CANDIDATES: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
+    DIMS: tl.constexpr,
 ):
     tl.store(zero, 0)
     tl.debug_barrier()
@@ -221,8 +230,9 @@ def residual_quantize_kernel(
         for level in range(levels):
             search_residual(
                 residuals, queries, floats, integers, distances, zero, kept, of_quantizer, center + level * prepared_step * (dim + 1),
-                codes, bias, table, level * prepared_step * tiles, tiles, num_codes, dim, depth, stride_k, stride_code_d,
-                COSINE, SPLIT, TMA, DEPTH, BLOCK_N, BLOCK_K, BLOCK_D, CANDIDATES, ROWS, CODES,
+                codes, bias, norms + level * prepared_step * tiles * BLOCK_K, table, level * prepared_step * tiles, tiles, num_codes,
+                dim, depth, stride_k, stride_code_d,
+                COSINE, SPLIT, TMA, DEPTH, BLOCK_N, BLOCK_K, BLOCK_D, CANDIDATES, ROWS, CODES, DIMS,
             )  # fmt: skip
             nothing, residual, _, _, own_integers, _ = memory_of_program(
                 residuals, queries, floats, integers, distances, zero, dim, depth, BLOCK_N

@@ -23,38 +23,40 @@ _MAX_PLANS = 256
 class ResidualShape(Shape):
     """Tile sizes and launch options of residual quantization of `rows` vectors.
 
-    A thread has as many registers as there are. With half of them, for twice as many threads on a multiprocessor as on sm_90 for the
-    search, what a program keeps for its other steps is stored and loaded in the loop over the codes, and takes more of the L2 cache's
-    bandwidth than the codes.
+    The tiles are such that the loop over the codes reads and writes no spilled values: beside the tiles in shared memory the L1 cache
+    is too small for them, and they would take more of the bandwidth of the L2 cache than the codes.
 
     Attributes:
-        programs: at most; two for each multiprocessor of an H200.
+        programs: at most; as many as the multiprocessors of an H200 hold.
     """
 
     def __init__(self, dim: int, num_codes: int, device: torch.device | int, rows: int) -> None:
         super().__init__(dim, num_codes, device)
-        self.programs = 264
+        self.rows = rows
+        self.programs, self.max_registers = 264, 255
         self.few_rows = triton.cdiv(rows, 128) < self.programs
-        self.max_registers = 255
         if self.few_rows:
             self.block_n, self.warps = 64, 4
+        elif self.major == 9 and self.depth <= 64:
+            self.block_n, self.block_k, self.warps = 64, 64, 4
+            self.programs, self.max_registers = 528, 128
         elif self.major == 9:
             self.block_n, self.block_k, self.warps = 128, 64, 4
-        self.fit(2, most_stages=3)
+        self.fit(self.programs // 132, most_stages=3)
 
     @property
     def pays(self) -> bool:
         """Whether one launch takes less time than a search and a launch for each quantizer.
 
         By the cost model (benchmarks/results/residual_cost.md): what a program does between the codes of two quantizers takes less
-        time than the launches that it replaces, but its pass over many codes is slower than that of a search, which has fewer
-        instructions, divides the codes among programs if the rows are few, and takes more rows at a time if D is large.
+        time than the launches that it replaces. For many rows these matter less. The pass of a search over many codes is faster: it has
+        fewer instructions, divides the codes among programs if the rows are few, and takes more rows at a time if D is large.
         """
-        return self.held and self.num_codes <= 2048 and (self.few_rows or self.depth <= 128)
+        return self.held and self.num_codes <= 2048 and (self.few_rows or (32 < self.depth <= 128 and self.rows <= 1 << 17))
 
     def residual_options(self) -> dict:
         """Fused multiply-adds are off for the distances in float64."""
-        options = {**self.scan_options(), "CANDIDATES": 32, "ROWS": 8, "CODES": 256, "enable_fp_fusion": False}
+        options = {**self.scan_options(), "CANDIDATES": 32, "ROWS": 32, "CODES": 64, "DIMS": 16, "enable_fp_fusion": False}
         del options["STREAM"]
         return options
 

@@ -23,7 +23,7 @@ def nearest_in_order(distance, k, valid):
 
 
 @triton.jit
-def _candidates_in_float32(
+def candidates_in_float32(
     x,
     base,  # offsets of the rows
     present,
@@ -98,7 +98,7 @@ def _candidates_in_float32(
 
 
 @triton.jit
-def _nearest_in_float64(
+def nearest_in_float64(
     x,  # pointers to rows
     present,
     codebook,
@@ -258,7 +258,7 @@ def nearest_code_search_kernel(
             of_chosen = tl.sum(tl.where(chosen, base[None, :], 0), axis=1)
             # NaN is a length too.
             length_of_chosen = tl.sum(tl.where(chosen, length[None, :], 0.0), axis=1)
-            which, complete = _candidates_in_float32(
+            which, complete = candidates_in_float32(
                 x, of_chosen, present, length_of_chosen, center, codebook, norms, begin, end, dim, stride_d, stride_k, stride_code_d,
                 COSINE, ALL_CODES, ALL_DIMS,
             )  # fmt: skip
@@ -269,7 +269,7 @@ def nearest_code_search_kernel(
             least, closest = nearest_in_order(away, which, is_code)
             left = present & (complete == 0)
             if tl.max(left.to(tl.int32)) > 0:
-                least_of_all, closest_of_all = _nearest_in_float64(
+                least_of_all, closest_of_all = nearest_in_float64(
                     pointers, left, codebook, norms, begin, end, dim, stride_d, stride_k, stride_code_d, COSINE, ALL_CODES
                 )  # fmt: skip
                 least = tl.where(left, least_of_all, least)

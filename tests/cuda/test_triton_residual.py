@@ -57,12 +57,12 @@ def test_the_kernel_as_compiled():
     # What is constant over the codes may be read again, as little as fits into the L1 cache.
     assert compiled.loop.count("LDL") <= 20
     assert "STL" not in compiled.loop
-    assert compiled.stack <= 768
+    assert compiled.stack <= 1024
 
 
 @pytest.mark.parametrize(
     ("rows", "num_codes", "dim", "at_once"),
-    [(1000, 1024, 128, True), (10**6, 256, 32, True), (1000, 16384, 128, False), (500, 9, 300, False)],
+    [(1000, 1024, 128, True), (10**5, 1024, 128, True), (10**6, 256, 32, False), (1000, 16384, 128, False), (500, 9, 300, False)],
 )
 def test_where_it_does_not_pay_each_quantizer_is_a_search_and_a_launch(rows, num_codes, dim, at_once, monkeypatch):
     x, codebooks = torch.empty(1, dim, rows, device="meta"), torch.empty(4, num_codes, dim, device="meta")
