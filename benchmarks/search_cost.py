@@ -37,12 +37,14 @@ LAUNCH, ROUND_TRIP = 2e-6, 0.8e-6  # seconds between kernels that follow each ot
 ENOUGH_WARPS = 16  # to multiply while others compare
 ASSUMPTIONS = f"""
 - An H200: {MULTIPROCESSORS} multiprocessors at {CLOCK / 1e9} GHz. In a clock each issues {ISSUE} instructions of threads, of which
-  {ALU_RATE} compare or compute with integers (ALU), and does {MATRIX_RATE} float16 FLOPs; L2 cache {L2 / 1e12} TB/s, memory {MEMORY / 1e12} TB/s.
+  {ALU_RATE} compare or compute with integers (ALU), and does {MATRIX_RATE} float16 FLOPs.
+  L2 cache: {L2 / 1e12} TB/s, memory: {MEMORY / 1e12} TB/s.
 - The pass over the codes takes as long as the slowest of issue, ALU, matrix, L2 and memory, each as if alone and at its full rate. With
   fewer than {ENOUGH_WARPS} warps on a multiprocessor the products and the comparisons of their scores follow each other.
 - Tiles of rows are divided evenly over the multiprocessors, and rounded up. Each tile of rows costs the instructions outside the loop
   over the codes once, loops that load once for each 64 columns.
-- Each launch takes {LAUNCH * 1e6:.0f} us. Preparing the codes takes {ROUND_TRIP * 1e6:.1f} us for each load that waits for the one before.
+- Each launch takes {LAUNCH * 1e6:.0f} us. Preparing the codes takes the time to issue its instructions,
+  and at least {ROUND_TRIP * 1e6:.1f} us for each load that waits for the one before.
   Rows that the pass leaves open (a few percent on normal data) are left out.
 - genperf reads float32, flash-kmeans float16 and norms of the points that are given (they are not timed); its kernel is not exact.
 """
@@ -123,12 +125,17 @@ def genperf_pass(workload: Workload) -> tuple[Pass, float]:
         launch.nearest_code(x, codebook, None, False)
         shape = Shape(d, k, x.device)
     splits, _ = shape.split(n, 1)
-    (source, options), *_ = [found for found in driver.sources if "scan" in found[0].fn.__name__]
+    sources = {source.fn.__name__: (source, options) for source, options in driver.sources}
     columns = None if shape.held else shape.columns
-    made = Pass(compile_for(90, source, options), n, k, shape.depth, shape.block_n, shape.block_k, 4 * d + 12 * splits + 8, splits, columns)
-    # The center, the limit of lengths, the norms, the rounded codes: each reads 32 columns at a time.
-    prepare = (2 + 3 * math.ceil(d / 32)) * ROUND_TRIP + 4 * k * d / MEMORY
-    return made, 1e3 * (prepare + n * (12 * splits + 8) / MEMORY + 4 * LAUNCH)
+    scan = compile_for(90, *sources["nearest_code_scan_kernel"])
+    made = Pass(scan, n, k, shape.depth, shape.block_n, shape.block_k, 4 * d + 12 * splits + 8, splits, columns)
+    # The center and the limit of lengths, the norms, the rounded codes, 32 columns at a time; repeated codes.
+    turns = math.ceil(d / 32)
+    prepare = compile_for(90, *sources["nearest_code_prepare_kernel"])
+    instructions = len(prepare.rest) + (turns - 1) * sum(map(len, prepare.loading_loops))
+    issue = math.ceil(shape.tiles / MULTIPROCESSORS) * instructions * 32 * prepare.warps / (ISSUE * CLOCK)
+    preparation = max(issue, (4 + 3 * turns) * ROUND_TRIP, 6 * k * d / MEMORY)
+    return made, 1e3 * (preparation + n * (12 * splits + 8) / MEMORY + 4 * LAUNCH)
 
 
 def flash_kmeans_pass(module: types.ModuleType, workload: Workload) -> tuple[Pass, float] | None:
