@@ -103,8 +103,8 @@ def _plan(
     of_codebook = common | {"stride_head": stride_codebook, "stride_d": stride_code_d}
     settle_options = shape.settle_options()
     settle_blocks = triton.cdiv(positions, settle_options["BLOCK_N"])
-    # In every call: nothing on the host tells whether a codebook is unchanged, and to compare it with a copy on the device takes a launch too,
-    # and reads 8 bytes for each component where this reads and writes 6.
+    # In every call: nothing on the host tells whether a codebook is unchanged, and to compare it with a copy on the device takes a
+    # launch too, and reads 8 bytes for each component where this reads and writes 6.
     plan.launch(nearest_code_prepare_kernel, (shape.tiles, heads, 1), of_codebook, shape.prepare_options(drop_repeated=True))
     plan.launch(nearest_code_scan_kernel, (blocks, splits, heads), scanned, shape.scan_options())
     plan.launch(nearest_code_settle_kernel, (settle_blocks, heads, 1), common, settle_options)
