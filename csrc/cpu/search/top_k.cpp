@@ -46,7 +46,7 @@ void top_k_fp32(const TopKSearch<T, C>& search, int64_t position, int count, Top
   for (int first = 0; first < count; first += kTile) {
     const int size = std::min(kTile, count - first);
     pack_queries(search.x, s.offsets + first, size, panel, tile_z(first));
-    s.start(error_bounds(tile_z(first), panel), first, size);
+    s.start<kTile>(error_bounds(tile_z(first), panel), first, size);
   }
   // A place of the lists is a code, if comparing every score takes less time than scoring the codes
   // of the listed groups again, or a group.
@@ -123,7 +123,7 @@ void top_k_amx(const TopKSearch<T, C>& search, int64_t position, int count, TopK
   for (int first = 0; first < count; first += kRows) {
     const int size = std::min(kRows, count - first);
     Tile<T>(x, s.offsets + first, size).read(copies + first * x.dim, rows + first);
-    s.start(pack_rows(rows + first, size, panel, tile_z(first)), first, size);
+    s.start<kRows>(pack_rows(rows + first, size, panel, tile_z(first)), first, size);
   }
   float* const maxima = s.maxima.get();
   const auto add = [&](int first, int64_t begin, int64_t end) {

@@ -110,8 +110,10 @@ struct TopKScratch {
         maxima(kRunMaxima),
         lists(chunk, k) {}
 
+  // Starts the lists of a tile of kQueries queries, of which the first `count` are there.
+  template <int kQueries>
   void start(const ErrorBounds& bounds, int first, int count) {
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kQueries; ++i) {
       has_nan[first + i] = bounds.has_nan[i];
       coarse[first + i] = bounds.coarse[i];
       fine[first + i] = bounds.fine[i];
