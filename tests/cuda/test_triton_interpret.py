@@ -1,4 +1,4 @@
-"""Triton kernels in the interpreter, in processes of their own because the interpreter must be chosen before they are imported."""
+"""Triton kernels in the interpreter, in a process of their own because the interpreter must be chosen before they are imported."""
 
 import subprocess
 import sys
@@ -11,17 +11,12 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parent / "interpreted_search.py"
 
 
-def wrong_rows(part):
-    run = subprocess.run([sys.executable, "-W", "ignore", SCRIPT, part], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return int(run.stdout)
-
-
-@pytest.mark.parametrize("part", ["suite", "bound"])
-def test_nearest_code(part):
-    """The adversarial data of `bound` is searched on a model of the tensor cores."""
-    assert wrong_rows(part) == 0
-
-
-def test_half_of_the_bound_is_too_small():
-    assert wrong_rows("half_bound") > 0
+def test_nearest_code():
+    """`bound` and `accumulation` search adversarial data on a model of the tensor cores. With bounds that are too small, they fail."""
+    parts = ("suite", "bound", "half_bound", "accumulation", "ways")
+    run = subprocess.run([sys.executable, "-W", "ignore", SCRIPT, *parts], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    wrong_rows = {part: int(number) for part, number in map(str.split, run.stdout.splitlines())}
+    assert [wrong_rows[part] for part in ("suite", "bound", "ways")] == [0, 0, 0]
+    assert wrong_rows["half_bound"] > 0
+    assert wrong_rows["accumulation"] > 0
