@@ -26,7 +26,7 @@ class KMeansProgress(NamedTuple):
     codebook: Tensor
     """[K, D]."""
     indices: Tensor
-    """[outer, inner], the code of each vector in `codebook`."""
+    """x's shape without channel_dim (and heads): the code of each vector in `codebook`."""
     counts: Tensor
     """[K], the weight of the vectors of each code."""
     inertia: Tensor
@@ -49,6 +49,14 @@ class KMeansOptions(NamedTuple):
     balance: float | None
     generator: torch.Generator | None
     callback: Callable[[KMeansProgress], Any] | None
+
+
+def with_shape(options: KMeansOptions, shape: list[int]) -> KMeansOptions:
+    """Options whose callback gets indices of this shape."""
+    callback = options.callback
+    if callback is None:
+        return options
+    return options._replace(callback=lambda progress: callback(progress._replace(indices=progress.indices.reshape(shape))))
 
 
 class Clusters(NamedTuple):

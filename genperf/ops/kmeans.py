@@ -10,7 +10,7 @@ from torch import Tensor
 from .._distributed import world_size
 from ._autograd import transformed
 from ._dispatch import choose_impl, native_unavailable
-from ._kmeans_fit import KMeansOptions, KMeansProgress, fit
+from ._kmeans_fit import KMeansOptions, KMeansProgress, fit, with_shape
 from ._kmeans_vectors import Vectors
 from ._layout import as_positions, positions_shape
 from ._precision import accumulator_dtype
@@ -143,11 +143,12 @@ def kmeans(
     with torch.no_grad():
         if not heads:
             data = read_vectors(op, x, channel, metric, chosen, weights, synchronized)
-            return _result(x, channel, fit(data, num_codes, options))
+            return _result(x, channel, fit(data, num_codes, with_shape(options, positions_shape(x, channel))))
         each = [
             read_vectors(op, head, channel - 1, metric, chosen, None if weights is None else weights[i], synchronized)
             for i, head in enumerate(x)
         ]
+        options = with_shape(options, positions_shape(x[0], channel - 1))
         found = [
             _result(x[i], channel - 1, fit(data, num_codes, options._replace(init=init[i] if isinstance(init, Tensor) else init), head=i))
             for i, data in enumerate(each)

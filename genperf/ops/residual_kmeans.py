@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .._distributed import world_size
 from ._dispatch import choose_impl
-from ._kmeans_fit import KMeansOptions, KMeansProgress, fit
+from ._kmeans_fit import KMeansOptions, KMeansProgress, fit, with_shape
 from ._kmeans_vectors import Stage, Vectors
+from ._layout import positions_shape
 from ._validate import check_channel_dim, check_float, check_tensor
 from .kmeans import INITS, check_options, check_weights, read_vectors, unavailable
 
@@ -88,14 +89,14 @@ def residual_kmeans(
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype))
     with torch.no_grad():
         data = read_vectors(op, x.detach(), channel, "euclidean", chosen, weights, synchronized)
+        shape = positions_shape(x, channel)
         done: list[Stage] = []
         found = []
         for stage in range(stages):
-            found.append(fit_stage(data, done, num_codes, options, stage))
+            found.append(fit_stage(data, done, num_codes, with_shape(options, shape), stage))
             done.append(Stage(*found[-1][:2]))
         codebooks, indices, counts, inertia = (torch.stack(parts, -1 if i == 1 else 0) for i, parts in enumerate(zip(*found, strict=True)))
-        shape = [*x.shape[:channel], *x.shape[channel + 1 :], stages]
-        return ResidualKMeansResult(codebooks, indices.reshape(shape), counts, inertia)
+        return ResidualKMeansResult(codebooks, indices.reshape(*shape, stages), counts, inertia)
 
 
 def fit_stage(

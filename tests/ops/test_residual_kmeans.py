@@ -33,9 +33,12 @@ def test_equals_kmeans_of_residuals(options, dtype, device):
 
 def test_callback_knows_the_stage():
     seen = []
-    genperf.residual_kmeans(
-        torch.randn(60, 3), 4, 2, iterations=2, callback=lambda p: seen.append((p.stage, p.iteration)), generator=seeded()
-    )
+
+    def note(progress):
+        seen.append((progress.stage, progress.iteration))
+        assert progress.indices.shape == (4, 15)
+
+    genperf.residual_kmeans(torch.randn(4, 3, 15), 4, 2, channel_dim=1, iterations=2, callback=note, generator=seeded())
     assert sorted({stage for stage, _ in seen}) == [0, 1]
     assert (1, 0) in seen
 
