@@ -265,7 +265,7 @@ class CountedSettle:
         return run
 
 
-candidates_in_float32 = second_look._candidates_in_float32
+candidates_in_float32 = second_look.candidates_in_float32
 
 
 def counted_candidates(*args):
@@ -316,7 +316,7 @@ def count_ways(n, k, d, printed):
     """Count the ways of rows, each row once: all codes in one part."""
     shape.SEARCH_PROGRAMS = launch.SEARCH_PROGRAMS = shape.MIN_PROGRAMS = 1
     launch.nearest_code_settle_kernel = CountedSettle()
-    second_look._candidates_in_float32 = counted_candidates
+    second_look.candidates_in_float32 = counted_candidates
     if printed:
         print(f"N = {n}, K = {k}, D = {d}, percent\n| data | certificate | pair | box | list | of these float32 | float64 with all codes |")
         print("|---|---|---|---|---|---|---|")
