@@ -459,6 +459,12 @@ MEASURES = [
         lambda m, x, real: m.update(x, real),
         lambda m: (m.compute_full(),),
     ),
+    MetricRow(
+        "metrics.MaximumMeanDiscrepancy",
+        metrics.MaximumMeanDiscrepancy,
+        lambda m, x, real: m.update(x, real),
+        lambda m: (m.compute(),),
+    ),
     MetricRow("metrics.PrecisionRecall", metrics.PrecisionRecall, lambda m, x, real: m.update(x, real), lambda m: tuple(m.compute())),
 ]
 

@@ -4,6 +4,7 @@ from .feature_moments import FeatureMoments
 from .frechet_distance import FrechetDistance
 from .frechet_reference import FrechetReference
 from .kernel_inception_distance import KernelInceptionDistance, polynomial_mmd
+from .maximum_mean_discrepancy import MaximumMeanDiscrepancy, gaussian_mmd
 from .mode_coverage import ModeCoverage, mode_coverage
 from .nearest_images import NearestImages, duplicate_rate, nearest_images
 from .precision_recall import PrecisionRecall, PrecisionRecallScores, precision_recall
@@ -14,11 +15,13 @@ __all__ = [
     "FrechetDistance",
     "FrechetReference",
     "KernelInceptionDistance",
+    "MaximumMeanDiscrepancy",
     "ModeCoverage",
     "NearestImages",
     "PrecisionRecall",
     "PrecisionRecallScores",
     "duplicate_rate",
+    "gaussian_mmd",
     "load_features",
     "load_moments",
     "load_statistics",

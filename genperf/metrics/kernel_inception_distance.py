@@ -1,18 +1,15 @@
 """The kernel inception distance between real and generated samples."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.covariance_factor import working_dtype
 from ._feature_rows import FeatureRows
 from ._features import finite_features, whole_number
+from ._kernel_sums import squared_mmd
 from ._two_samples import TwoSampleMetric
-
-# Rows and columns per block of the kernel matrix.
-_BLOCK = 512
 
 
 def polynomial_mmd(
@@ -151,22 +148,5 @@ def _checked_degree(name: str, degree: int, gamma: float | None, coef: float) ->
     return degree
 
 
-@torch.no_grad()
 def _mmd(real: Tensor, fake: Tensor, degree: int, gamma: float, coef: float) -> Tensor:
-    within = []
-    for x in (real, fake):
-        total = sum((k.fill_diagonal_(0).sum() if i == j else 2 * k.sum()) for i, j, k in _kernel_blocks(x, x, degree, gamma, coef))
-        within.append(total / (len(x) * (len(x) - 1)))
-    between = sum(k.sum() for _, _, k in _kernel_blocks(real, fake, degree, gamma, coef))
-    return within[0] + within[1] - 2 * between / (len(real) * len(fake))
-
-
-def _kernel_blocks(x: Tensor, y: Tensor, degree: int, gamma: float, coef: float) -> Iterator[tuple[int, int, Tensor]]:
-    """Blocks (i, j, kernel) of the kernel matrix of x and y; if x is y, only those on and above the diagonal."""
-    dtype = working_dtype(x.device)
-    for i, rows in enumerate(x.split(_BLOCK)):
-        rows = rows.to(dtype)
-        for j, columns in enumerate(y.split(_BLOCK)):
-            if x is y and j < i:
-                continue
-            yield i, j, rows.mm(columns.to(dtype).T).mul_(gamma).add_(coef).pow_(degree)
+    return squared_mmd(real, fake, lambda x, y: x.mm(y.T).mul_(gamma).add_(coef).pow_(degree), unbiased=True)

@@ -85,8 +85,8 @@ class IndexBackpropQuantizer(nn.Module):
 
         Returns:
             quantized, of x's shape and dtype: codes, with the gradient of the straight-through one-hot vectors; indices, int64, of x's
-            shape without channel_dim, the lowest on ties; loss, a float32 scalar (float64 for float64), 0 in evaluation mode. Differentiable
-            once.
+            shape without channel_dim, the lowest on ties; loss, a float32 scalar (float64 for float64), 0 in evaluation mode.
+            Differentiable once.
         """
         channel = check_input(type(self).__name__, x, self.channel_dim, mask)
         check(type(self).__name__, f"x must have {self.dim} channels", x.shape[channel], x.shape[channel] == self.dim)
