@@ -225,16 +225,15 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     table = {row.name: row for row in rows()}
     lines = [measured(table[name]) for name in selected(table, arguments.k)]
-    page = PAGE.format(
-        threads=torch.get_num_threads(), torch=torch.__version__, isa=genperf._library.isa, rows="\n".join(filter(None, lines))
-    )
+    facts = {"threads": torch.get_num_threads(), "load": os.getloadavg()[0], "torch": torch.__version__, "isa": genperf._library.isa}
+    page = PAGE.format(**facts, rows="\n".join(filter(None, lines)))
     return write(page, arguments, "patched_models")
 
 
 PAGE = """# Models before and after `genperf.patch`
 
-`python benchmarks/patched_models.py`, {threads} threads, torch {torch}, kernels of {isa}, float32, random weights. Milliseconds before and
-after, the shortest of several turns, and their ratio. "Quantizer" is the part that is replaced, within the model where there is a model
+`python benchmarks/patched_models.py`, {threads} threads at load {load:.0f}, torch {torch}, kernels of {isa}, float32, random weights. Milliseconds
+before and after, the shortest of several turns, and their ratio. "Quantizer" is the part that is replaced, within the model where there is a model
 around it; a training step is forward and backward. "Changed" are indices that patch changes, of all; "wrong" those that are not float64's,
 before and after.
 
