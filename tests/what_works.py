@@ -555,7 +555,7 @@ def batch(row: Row, seed: int = 1, count: int = 1) -> Tensor:
 
 def public_names() -> set[str]:
     """What needs a row: ops, layers, losses, metrics that collect samples, and drop-in classes."""
-    names = set(ops.__all__) - {"KMeansResult", "reference_ops", "sample_offset"}
+    names = set(ops.__all__) - {"KMeansProgress", "KMeansResult", "ResidualKMeansResult", "reference_ops", "sample_offset"}
     names |= {f"losses.{name}" for name in losses.__all__ if callable(getattr(losses, name))}
     for package, module in (("nn", layers), ("metrics", metrics)):
         names |= {f"{package}.{name}" for name in module.__all__ if is_module(getattr(module, name))}
