@@ -117,6 +117,17 @@ class Pass:
         }
 
 
+_compiled: dict[tuple[str, str], Compiled] = {}
+
+
+def compile_once(source: Any, options: dict[str, Any]) -> Compiled:
+    """A kernel does not depend on the numbers of rows and codes, so that many sizes share it."""
+    key = (source.hash(), str(options))
+    if key not in _compiled:
+        _compiled[key] = compile_for(90, source, options)
+    return _compiled[key]
+
+
 def genperf_pass(workload: Workload) -> tuple[Pass, float]:
     """The pass, and the milliseconds of everything else."""
     _, n, k, d = workload
@@ -127,11 +138,11 @@ def genperf_pass(workload: Workload) -> tuple[Pass, float]:
     splits, _ = shape.split(n, 1)
     sources = {source.fn.__name__: (source, options) for source, options in driver.sources}
     columns = None if shape.held else shape.columns
-    scan = compile_for(90, *sources["nearest_code_scan_kernel"])
+    scan = compile_once(*sources["nearest_code_scan_kernel"])
     made = Pass(scan, n, k, shape.depth, shape.block_n, shape.block_k, 4 * d + 12 * splits + 8, splits, columns)
     # The center and the limit of lengths, the norms, the rounded codes, 32 columns at a time; repeated codes.
     turns = math.ceil(d / 32)
-    prepare = compile_for(90, *sources["nearest_code_prepare_kernel"])
+    prepare = compile_once(*sources["nearest_code_prepare_kernel"])
     instructions = len(prepare.rest) + (turns - 1) * sum(map(len, prepare.loading_loops))
     issue = math.ceil(shape.tiles / MULTIPROCESSORS) * instructions * 32 * prepare.warps / (ISSUE * CLOCK)
     preparation = max(issue, (4 + 3 * turns) * ROUND_TRIP, 6 * k * d / MEMORY)
