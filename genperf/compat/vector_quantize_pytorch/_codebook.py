@@ -138,8 +138,9 @@ class Codebook(nn.Module):
         """The codes to search for vectors of `dtype`, [h, K, d]; a copy for backward if an update follows."""
         codes = saved_copy(self.embed) if copy else self.embed
         codes = self.unit_codes(codes).to(accumulator_dtype(dtype))
-        with torch.autocast(codes.device.type, enabled=False):
-            codes = codes if self.vq_bridge is None else self.vq_bridge(codes)
+        if self.vq_bridge is not None:
+            with torch.autocast(codes.device.type, enabled=False):
+                codes = self.vq_bridge(codes)
         return _affine.to_batch(self, codes) if self.affine_param else codes
 
     def update_affine(self, vectors: Tensor, valid: Tensor | None) -> None:

@@ -495,8 +495,11 @@ class VectorQuantize(nn.Module):
         quantized = self.like_input(quantized) if x.dim() > 2 else quantized
         if indices is not None:
             return quantized, choice.cross_entropy(tokens, self._split_indices(indices, tokens))
-        weight = self.commitment_weight if self.has_commitment_loss else 1.0
-        loss = weight * commitment + self.codebook_diversity_loss_weight * diversity + self.orthogonal_reg_weight * orthogonal
+        loss = commitment * (self.commitment_weight if self.has_commitment_loss else 1.0)
+        if self.training and self.has_codebook_diversity_loss:
+            loss = loss + self.codebook_diversity_loss_weight * diversity
+        if self.training and self.has_codebook_orthogonal_loss:
+            loss = loss + self.orthogonal_reg_weight * orthogonal
         loss = loss_to_differentiate(loss) if self.training else loss
         outputs = quantized, merge_indices(found, sizes, self.heads), loss
         return (*outputs, LossBreakdown(commitment, diversity, orthogonal, in_place_loss)) if return_loss_breakdown else outputs
