@@ -1,5 +1,8 @@
 """Sums, means and gathers over the ranks of torch.distributed."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +13,11 @@ from torch import distributed as dist
 def world_size(group: "dist.ProcessGroup | None" = None) -> int:
     """Number of ranks in the group; 1 without torch.distributed."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank(group: "dist.ProcessGroup | None" = None) -> int:
+    """This process's rank in the group; 0 without torch.distributed."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 
 def all_gather_ints(values: list[int], group: "dist.ProcessGroup | None" = None) -> list[list[int]]:
@@ -89,3 +97,18 @@ class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _AllReduceSum.apply(grad)
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Within this context the processes that torchrun has started are ranks; a process alone stays alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

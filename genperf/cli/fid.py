@@ -8,6 +8,7 @@ import re
 import time
 from typing import Any
 
+from .._distributed import process_group, rank
 from .._errors import UserError
 from ..fid.extractors import PIXELS
 from ..fid.scores import ScoreOptions, compare, save_statistics
@@ -92,10 +93,14 @@ def run(arguments: argparse.Namespace) -> int:
     values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(ScoreOptions)}
     chosen = ScoreOptions(**{**values, "device": options.device(arguments.device)})
     _check_inputs(arguments, chosen)
-    if arguments.save_stats is None:
-        results = compare(arguments.a, arguments.b, chosen)
-    else:
-        results = save_statistics(arguments.a, arguments.save_stats, chosen)
+    with process_group(chosen.device):
+        if arguments.save_stats is None:
+            results = compare(arguments.a, arguments.b, chosen)
+        else:
+            results = save_statistics(arguments.a, arguments.save_stats, chosen)
+        first = rank() == 0
+    if not first:
+        return 0
     results["seconds"] = time.perf_counter() - start
     return print_result(json.dumps(results) if arguments.json else _text(results))
 

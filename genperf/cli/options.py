@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import os
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,11 +116,15 @@ def _value(kind: type, optional: bool, choices: Sequence[object] | None) -> Call
 def device(name: str | None) -> torch.device:
     """The device of that name, which must be available; None for the first GPU, or for the CPU if there is none.
 
+    Under torchrun None is the GPU of the process's local rank.
+
     Raises:
         UserError: the name is invalid, or the device is not available.
     """
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        local_rank = os.environ.get("LOCAL_RANK")
+        gpu = "cuda" if local_rank is None else f"cuda:{local_rank}"
+        name = gpu if torch.cuda.is_available() else "cpu"
     try:
         selected = torch.device(name)
         if selected.type not in ("cpu", "cuda"):

@@ -28,6 +28,7 @@ def read_batches(
     size: tuple[int, int] | None,
     workers: int,
     exif: bool = True,
+    share: range | None = None,
 ) -> Generator[Tensor, None, None]:
     """Read images in order as batches, uint8 [B, channels, H, W]; the last one may be smaller.
 
@@ -37,24 +38,26 @@ def read_batches(
         size: width and height to resize to with Pillow's bicubic filter; None for no resizing, and then all images must have one size.
         workers: number of threads; Pillow releases the GIL while it decodes and resizes.
         exif: as in `open_image`.
+        share: consecutive indices of the images to read; None for all.
     """
     mode = "RGB" if channels == 3 else "L"
+    share = range(len(images)) if share is None else share
     first: np.ndarray | None = None
     with ThreadPoolExecutor(workers) as pool:
         # The queue is bounded, to limit the number of decoded images in memory.
-        remaining = iter(images)
+        remaining = islice(images, share.start, share.stop)
         queue: deque[Future[np.ndarray]] = deque()
         try:
-            for start in range(0, len(images), batch_size):
+            for start in share[::batch_size]:
                 free = 2 * batch_size + workers - len(queue)
                 queue.extend(pool.submit(_read, image, mode, size, exif) for image in islice(remaining, free))
                 batch = []
-                for index in range(start, min(start + batch_size, len(images))):
+                for index in range(start, min(start + batch_size, share.stop)):
                     pixels = queue.popleft().result()
                     first = pixels if first is None else first
                     if pixels.shape != first.shape:
                         raise UserError(
-                            f"images must have one size unless --size gives it, got {_size(first)} in {_name(images, 0, source)} "
+                            f"images must have one size unless --size gives it, got {_size(first)} in {_name(images, share.start, source)} "
                             f"and {_size(pixels)} in {_name(images, index, source)}."
                         )
                     batch.append(pixels)

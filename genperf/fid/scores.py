@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import metrics
+from .._distributed import all_gather_ints, all_gather_rows, rank, world_size
 from .._errors import UserError, import_extra, reason
 from ..ops.frechet_distance import frechet_distance
 from .extractors import Extractor, load_extractor
@@ -97,6 +98,9 @@ def save_statistics(path: str, out: Path, options: ScoreOptions) -> dict[str, An
         UserError: the input or an option is invalid, or the file cannot be written.
     """
     sides, extractor = _measure([path], options, features_needed_for="--save-stats")
+    facts = _facts([path], sides, extractor, options) | {"saved": str(out)}
+    if rank() > 0:
+        return facts
     try:
         metrics.save_statistics(out, sides[0].mean, sides[0].cov)
     except OSError as error:
@@ -105,7 +109,7 @@ def save_statistics(path: str, out: Path, options: ScoreOptions) -> dict[str, An
     except ValueError as error:
         rule = str(error).removeprefix("save_statistics: ").rstrip(".")
         raise UserError(f"--save-stats {str(out)!r} cannot be written: {rule}.") from error
-    return _facts([path], sides, extractor, options) | {"saved": str(out)}
+    return facts
 
 
 def _save_elsewhere(out: Path, side: _Side) -> str:
@@ -175,6 +179,7 @@ def _measure_source(source: Source, known: _Dimension | None, extractor: Extract
     if isinstance(source, Statistics):
         reference = source.reference.to(options.device)
         return _Side(reference.mean, reference.cov, reference=reference)
+    split = isinstance(source, Images) and world_size() > 1
     moments = metrics.FeatureMoments(unbiased=not options.biased, device=options.device)
     kept = []
     with contextlib.closing(_feature_batches(source, extractor, options)) as batches:
@@ -187,13 +192,26 @@ def _measure_source(source: Source, known: _Dimension | None, extractor: Extract
                 raise UserError(f"the features of {source.path!r} cannot be used: {rule}.") from error
             if options.needing_features:
                 kept.append(batch)
-    if moments.count <= moments.mean.numel():
+    if split:
+        kept = [_synchronize(moments, kept)]
+    if moments.count <= moments.mean.numel() and rank() == 0:
         print(
             f"genperf: {moments.count} samples of {moments.mean.numel()} features in {source.path!r} have a singular covariance; the "
             "distance is biased upwards, and comparable only with distances of as many samples.",
             file=sys.stderr,
         )
-    return _Side(moments.mean, moments.cov, moments.count, torch.cat(kept).to(options.device) if kept else None)
+    features = torch.cat(kept).to(options.device) if options.needing_features else None
+    return _Side(moments.mean, moments.cov, moments.count, features)
+
+
+def _synchronize(moments: metrics.FeatureMoments, kept: list[Tensor]) -> Tensor:
+    """Sum the moments of all ranks, and return the features that they have kept, in the order of the images."""
+    shares = all_gather_ints([moments.count, sum(map(len, kept))])
+    moments.sync()
+    if not any(rows for _, rows in shares):
+        return torch.empty(0)
+    own = torch.cat(kept) if kept else torch.empty(0, len(moments.mean), device=moments.device)
+    return all_gather_rows(own, [rows for _, rows in shares])
 
 
 def _feature_batches(source: Features | Images, extractor: Extractor | None, options: ScoreOptions) -> Generator[Tensor, None, None]:
@@ -207,11 +225,21 @@ def _feature_batches(source: Features | Images, extractor: Extractor | None, opt
     from .images import read_batches
 
     reading = {name: getattr(options, name) for name in ("batch_size", "channels", "size", "workers", "exif")}
-    bar = tqdm(total=len(source.images), unit="image", desc=source.path, mininterval=0.1 if sys.stderr.isatty() else 10)
-    with bar, contextlib.closing(read_batches(source.images, source.path, **reading)) as batches:
+    # Shares of consecutive images, so that the features of all ranks are in their order.
+    count, ranks = len(source.images), world_size()
+    share = range(count * rank() // ranks, count * (rank() + 1) // ranks)
+    bar = tqdm(total=len(share), unit="image", desc=source.path, mininterval=0.1 if sys.stderr.isatty() else 10, disable=rank() > 0)
+    size = [0, 0]
+    with bar, contextlib.closing(read_batches(source.images, source.path, share=share, **reading)) as batches:
         for batch in batches:
+            size = list(batch.shape[2:])
             yield extractor(batch)
             bar.update(len(batch))
+    if ranks > 1:
+        sizes = {tuple(each) for each in all_gather_ints(size)} - {(0, 0)}
+        if len(sizes) > 1:
+            got = " and ".join(f"{width}x{height}" for height, width in sorted(sizes))
+            raise UserError(f"images must have one size unless --size gives it, got {got} in {source.path!r}.")
 
 
 def _scores(a: _Side, b: _Side, options: ScoreOptions) -> dict[str, Any]:
