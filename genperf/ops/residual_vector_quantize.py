@@ -48,7 +48,7 @@ def residual_vector_quantize(
 
     The residual is float32 (float64 for a float64 x), rounded after each subtraction; every index is the exact nearest code of
     that residual. A block of vectors runs through all quantizers while its residual stays in cache: on the CPU forward and
-    backward, on CUDA forward, in one launch for codebooks of up to 2048 codes and 128 dimensions. No tensor of size
+    backward, on CUDA forward, in one launch for codebooks of up to 4096 codes and 128 dimensions. No tensor of size
     positions x K or positions x Q x D is stored, and images [B, D, H, W] (channel_dim=1) are read and written in place.
 
     Args:

@@ -52,7 +52,7 @@ class ResidualShape(Shape):
         time than the launches that it replaces. For many rows these matter less. The pass of a search over many codes is faster: it has
         fewer instructions, divides the codes among programs if the rows are few, and takes more rows at a time if D is large.
         """
-        return self.held and self.num_codes <= 2048 and (self.few_rows or (32 < self.depth <= 128 and self.rows <= 1 << 17))
+        return self.held and self.num_codes <= 4096 and (self.few_rows or (32 < self.depth <= 128 and self.rows <= 1 << 17))
 
     def residual_options(self) -> dict:
         """Fused multiply-adds are off for the distances in float64."""
