@@ -323,6 +323,33 @@ def test_the_in_place_optimizer_without_gradients_and_in_copies():
     assert torch.equal(layer.codebook, frozen)
 
 
+ADDED = {
+    compat.GroupedResidualVQ: ("channels_first",),
+    compat.ResidualVQ: (
+        "beam_size",
+        "eval_beam_size",
+        "beam_score_quantizer_weights",
+        "implicit_neural_codebook",
+        "mlps",
+        "channels_first",
+    ),
+    compat.VectorQuantize: ("straight_through", "in_place_codebook_optimizer", "manual_in_place_optimizer_update"),
+    vector_quantize_pytorch.Codebook: ("affine_param", "vq_bridge"),
+}
+
+
+def test_states_of_an_earlier_release_without_these_options():
+    torch.manual_seed(0)
+    layer = compat.GroupedResidualVQ(dim=2 * DIM, groups=2, codebook_size=CODES, num_quantizers=2, threshold_ema_dead_code=1e-9)
+    older, x = copy.deepcopy(layer), torch.randn(2, 5, 2 * DIM)
+    for module in older.modules():
+        state = {name: value for name, value in vars(module).items() if name not in ADDED.get(type(module), ())}
+        vars(module).clear()
+        module.__setstate__(state)
+    for mode in (True, False):
+        torch.testing.assert_close(older.train(mode)(x), layer.train(mode)(x))
+
+
 def test_a_shared_codebook_takes_one_in_place_step():
     torch.manual_seed(0)
     layer = residual(shared_codebook=True, **IN_PLACE)

@@ -432,6 +432,10 @@ class GroupedResidualVQ(nn.Module):
         rvqs = (ResidualVQ(dim=dim // groups, accept_image_fmap=accept_image_fmap, **kwargs) for _ in range(groups))
         self.rvqs = nn.ModuleList(rvqs)  # pyright: ignore[reportAttributeAccessIssue]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Earlier releases split images only."""
+        super().__setstate__({"channels_first": state["accept_image_fmap"], **state})
+
     @property
     def split_dim(self) -> int:
         return 1 if self.channels_first else -1
