@@ -232,10 +232,10 @@ def main() -> int:
 
 PAGE = """# Models before and after `genperf.patch`
 
-`python benchmarks/patched_models.py`, {threads} threads at load {load:.0f}, torch {torch}, kernels of {isa}, float32, random weights. Milliseconds
-before and after, the shortest of several turns, and their ratio. "Quantizer" is the part that is replaced, within the model where there is a model
-around it; a training step is forward and backward. "Changed" are indices that patch changes, of all; "wrong" those that are not float64's,
-before and after.
+`python benchmarks/patched_models.py`, {threads} threads at load {load:.0f}, torch {torch}, kernels of {isa}, float32, random weights.
+Milliseconds before and after, the shortest of several turns, and their ratio. "Quantizer" is the part that is replaced, within the model
+where there is a model around it; a training step is forward and backward. "Changed" are indices that patch changes, of all; "wrong" those
+that are not float64's, before and after.
 
 | model | size | quantizer | whole call | training step | changed | wrong |
 |---|---|---|---|---|---|---|
@@ -293,6 +293,9 @@ def spread_codes(row: Row, model: nn.Module) -> None:
         sums = next((name for name in ("embed_sum", "embedding_sum") if hasattr(module, name)), None)
         if sums is None:
             codes.copy_(drawn)
+            if hasattr(module, "embed_avg"):  # averages of a training that has begun: each code has three vectors
+                module.embed_avg.copy_(3 * codes)
+                module.cluster_size.fill_(3)
         else:  # Mimi's codes are sums divided by a usage, kept when they were first read
             getattr(module, sums).copy_(drawn)
             module.cluster_usage.fill_(1)
