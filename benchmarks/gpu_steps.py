@@ -172,6 +172,10 @@ def _spd(d: int, device: str) -> Tensor:
 # For every op: inputs on a device, and a call with them and `impl`.
 SMOKE: dict[str, tuple[Callable[[str], list[Tensor]], Callable[..., Any]]] = {
     "nearest_code": (_inputs((3000, 48), (700, 48)), genperf.nearest_code),
+    "nearest_codes": (
+        _inputs((1000, 48), (700, 48)),
+        lambda x, codebook, impl: genperf.nearest_codes(x, codebook, 5, return_distances=True, impl=impl),
+    ),
     "vector_quantize": (_inputs((4, 48, 16, 16), (700, 48)), functools.partial(genperf.vector_quantize, channel_dim=1)),
     "residual_vector_quantize": (_inputs((2000, 32), (4, 256, 32)), genperf.residual_vector_quantize),
     "code_statistics": (
@@ -181,6 +185,10 @@ SMOKE: dict[str, tuple[Callable[[str], list[Tensor]], Callable[..., Any]]] = {
     "kmeans": (
         _inputs((4000, 16), (50, 16)),
         lambda x, init, impl: tuple(genperf.kmeans(x, 50, iterations=4, init=init, impl=impl)),
+    ),
+    "residual_kmeans": (
+        _inputs((2000, 16)),
+        lambda x, impl: genperf.residual_kmeans(x, 20, 2, iterations=3, init="random", impl=impl)[:3],
     ),
     "code_entropy": (_inputs((600, 12), (100, 12)), genperf.code_entropy),
     "code_cross_entropy": (
@@ -297,7 +305,7 @@ def invariants(gpu: Gpu) -> None:
     for op, (make, call) in SMOKE.items():
         inputs = make(gpu.name)
         check(f"{op}: {REPEATS} runs are bitwise equal", functools.partial(_repeats, call, inputs))
-        if op not in ("kmeans", "matrix_sqrt"):  # these two read values back by their contract
+        if op not in ("kmeans", "residual_kmeans", "matrix_sqrt"):  # these read values back by their contract
             check(f"{op}: no wait for the device", functools.partial(_does_not_wait, gpu, call, inputs))
 
     shape = gpu.size(Workload("", 20000, 3000, 64))
