@@ -161,10 +161,23 @@ def suite():
     check("programs of heads", x, codebook, (torch.arange(129) % 32 == 0).expand(2, -1).unsqueeze(-1))
 
     shape.MIN_PROGRAMS, launch.MAX_PROGRAMS = most_programs
+    launch.Shape = WideShape
+    for d in (20, 200, 400):
+        x, codebook = testing.vectors("near_ties", 6, 150, d, torch.float32, "cpu")
+        check(("tiles of sm_90", d), torch.cat([x, codebook[:2]]).unsqueeze(-1), codebook)
+    launch.Shape = shape.Shape
     assert nearest_code(vectors(0, 5), torch.randn(7, 5), None, False).shape == (0, 1)
     torch.set_default_dtype(torch.float64)
     check("default dtype", vectors(9, 6).float(), torch.randn(50, 6, dtype=torch.float32))
     torch.set_default_dtype(torch.float32)
+
+
+class WideShape(shape.Shape):
+    """That of sm_90, without tensor descriptors."""
+
+    def __init__(self, dim, num_codes, device):
+        super().__init__(dim, num_codes, 9)
+        self.tma = False
 
 
 class SmallShape(shape.Shape):

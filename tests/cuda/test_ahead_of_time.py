@@ -43,7 +43,7 @@ class Case(NamedTuple):
 # Every regime: split operands of each depth; queries held, two programs or one on a multiprocessor; streamed queries.
 CASES = {
     **{f"rows-{dim}": Case(dim, codes) for dim, codes in ((4, 8192), (8, 262144), (18, 262144), (32, 8192), (64, 512))},
-    **{f"rows-{dim}": Case(dim, codes) for dim, codes in ((128, 262144), (256, 16384), (600, 8192))},
+    **{f"rows-{dim}": Case(dim, codes) for dim, codes in ((128, 262144), (256, 16384), (512, 8192), (600, 8192))},
     "images": Case(64, 512, lambda dim: torch.empty(4, dim, 16, 16), mask=True),
     "half": Case(16, 1024, lambda dim: torch.empty(1 << 17, dim, dtype=torch.bfloat16)),
     "few rows": Case(128, 4096, lambda dim: torch.empty(1000, dim)),
@@ -51,7 +51,7 @@ CASES = {
 VARIANTS = (
     *[("scan", case, ARCHS) for case in ("rows-4", "rows-128", "rows-256")],  # the last streams on sm_80 and sm_120
     ("scan", "rows-600", (90, 100)),
-    *[("scan", case, (90,)) for case in ("rows-8", "rows-18", "rows-32", "rows-64", "images", "half", "few rows")],
+    *[("scan", case, (90,)) for case in ("rows-8", "rows-18", "rows-32", "rows-64", "rows-512", "images", "half", "few rows")],
     ("search", "rows-256", ARCHS),
     *[("search", case, (90,)) for case in ("rows-4", "rows-600")],
     *[(kernel, "images", ARCHS) for kernel in ("prepare", "settle")],
@@ -64,7 +64,7 @@ PER_SCORE = {
     80: {4: (11.3, 4.8), 128: (14, 4.9)},
     90: {
         4: (6, 3), 8: (6.3, 3.1), 16: (6.5, 3.1), 18: (6.5, 3.1), 32: (6.3, 3.1), 64: (6.5, 3.1), 128: (6.8, 3.1),
-        256: (10, 4),
+        256: (10, 4), 512: (23.5, 7.8),
     },
     100: {4: (8, 3.1), 128: (8.3, 3.1), 256: (8.9, 3.6)},
     120: {4: (11.4, 4.8), 128: (14, 4.7)},
