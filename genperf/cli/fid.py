@@ -38,6 +38,9 @@ extractors:
   inception             Inception v3 with the weights of the original FID, from the package torch-fidelity. It takes uint8
                         [B, 3, H, W] and resizes to 299x299 like TensorFlow 1. Without --weights, the weights are taken from the
                         cache of torch.hub, and downloaded if they are not there; a message says so.
+  dinov2, clip          DINOv2's class token, or CLIP's image embedding. --weights names the folder of a model of the package
+                        transformers, such as a download of facebook/dinov2-large or openai/clip-vit-large-patch14-336. Images are
+                        resized (bicubic, antialiased) and normalized as in their training.
   module.path:callable  imported, with the current folder on the path. A callable without required arguments, such as a class, is called
                         once and returns the extractor. An nn.Module, or a callable with a required argument, is the extractor. A
                         module is put into evaluation mode and moved to the device. The input is float32 [B, 3, H, W] in [0, 1] on
@@ -60,8 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("a", metavar="A", type=options.path_text, help="statistics, features or images; by convention the real ones")
     add("b", metavar="B", nargs="?", type=options.path_text, help="statistics, features or images; by convention the generated ones")
-    add("--extractor", default="inception", metavar="NAME", help="inception or module.path:callable, see below (%(default)s)")
-    add("--weights", type=options.path, metavar="PATH", help="weights of Inception (those in the cache of torch.hub)")
+    add("--extractor", default="inception", metavar="NAME", help="inception, dinov2, clip or module.path:callable, see below (%(default)s)")
+    weights = "file of Inception's weights (that in the cache of torch.hub), or folder of dinov2 or clip"
+    add("--weights", type=options.path, metavar="PATH", help=weights)
     add("--pixels", choices=PIXELS, help="input of the extractor: float32 in [0, 1] (unit, the default) or [-1, 1] (signed), or uint8")
     add("--channels", type=int, choices=(1, 3), default=3, help="convert images to RGB (3) or grayscale (1), without alpha (%(default)s)")
     size = "resize all images, with Pillow's antialiased bicubic filter; without it all images of an input must have one size"

@@ -1,4 +1,4 @@
-"""Feature extractors of `genperf fid`: torch-fidelity's Inception, or a callable given by name."""
+"""Feature extractors of `genperf fid`: torch-fidelity's Inception, models of transformers, or a callable given by name."""
 
 import importlib
 import inspect
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._errors import UserError
 from ..metrics._features import finite_features, only_output
+from .pretrained_extractors import PRETRAINED, load_pretrained
 
 # Conversions from uint8 to the extractor's input.
 PIXELS = {
@@ -81,11 +82,12 @@ def _without_tf32() -> Iterator[None]:
 
 
 def load_extractor(name: str, *, pixels: str | None, weights: Path | None, device: torch.device) -> Extractor:
-    """Load the extractor "inception" or "module.path:callable".
+    """Load the extractor "inception", one of `PRETRAINED`, or "module.path:callable".
 
     Args:
         pixels: a key of `PIXELS`; None for "uint8" with Inception and "unit" otherwise.
-        weights: file of Inception's weights; None for those in the cache of torch.hub, downloaded if necessary.
+        weights: file of Inception's weights, or None for those in the cache of torch.hub, downloaded if necessary; for one of
+            `PRETRAINED` the folder of the model.
 
     Raises:
         UserError: the extractor cannot be loaded, or an option does not apply to it.
@@ -94,8 +96,12 @@ def load_extractor(name: str, *, pixels: str | None, weights: Path | None, devic
         if pixels not in (None, "uint8"):
             raise UserError(f"--pixels must be uint8 for --extractor inception, got {pixels}.")
         return Extractor(name, _inception(weights), pixels="uint8", device=device)
+    if name in PRETRAINED:
+        if pixels not in (None, "unit"):
+            raise UserError(f"--pixels must be unit for --extractor {name}, got {pixels}.")
+        return Extractor(name, load_pretrained(name, weights), pixels="unit", device=device)
     if weights is not None:
-        raise UserError(f"--weights are those of --extractor inception, got --extractor {name}.")
+        raise UserError(f"--weights are those of --extractor inception, {' or '.join(PRETRAINED)}, got --extractor {name}.")
     return Extractor(name, _import_callable(name), pixels=pixels or "unit", device=device)
 
 
@@ -125,7 +131,7 @@ def _import_callable(name: str) -> Callable[[Tensor], object]:
     """Import "module.path:callable". A callable without required arguments is a factory and is called."""
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
-        raise UserError(f"--extractor must be inception or module.path:callable, got {name!r}.")
+        raise UserError(f"--extractor must be inception, {', '.join(PRETRAINED)} or module.path:callable, got {name!r}.")
     if os.getcwd() not in sys.path and "" not in sys.path:  # `python -m` adds it, the installed script does not
         sys.path.insert(0, os.getcwd())
     try:

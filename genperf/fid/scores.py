@@ -18,6 +18,7 @@ from .._distributed import all_gather_ints, all_gather_rows, rank, world_size
 from .._errors import UserError, import_extra, reason
 from ..ops.frechet_distance import frechet_distance
 from .extractors import Extractor, load_extractor
+from .pretrained_extractors import PRETRAINED
 from .sources import Features, Images, Source, Statistics, open_source
 
 _CHUNK = 4096  # rows of a feature array per update of the moments
@@ -138,8 +139,8 @@ def _measure(paths: list[str], options: ScoreOptions, *, features_needed_for: st
     known = _check_sources(sources, options, features_needed_for)
     extractor = None
     if any(isinstance(source, Images) for source in sources):
-        if options.extractor == "inception" and options.channels != 3:
-            raise UserError(f"--extractor inception takes images of 3 channels, got --channels {options.channels}.")
+        if options.extractor in ("inception", *PRETRAINED) and options.channels != 3:
+            raise UserError(f"--extractor {options.extractor} takes images of 3 channels, got --channels {options.channels}.")
         import_extra("tqdm", "tqdm", "fid")
         extractor = load_extractor(options.extractor, pixels=options.pixels, weights=options.weights, device=options.device)
     sides = []

@@ -46,8 +46,8 @@ def test_feature_maps_are_averaged(world, extractors, capsys):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("Digits", "must be inception or module.path:callable, got 'Digits'"),
-        ("fid_extractors:", "must be inception or module.path:callable"),
+        ("Digits", "must be inception, dinov2, clip or module.path:callable, got 'Digits'"),
+        ("fid_extractors:", "must be inception, dinov2, clip or module.path:callable"),
         ("no_such_module:Digits", "'no_such_module:Digits' cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
         ("fid_extractors:Letters", "cannot be imported: AttributeError: .*Letters"),
         ("fid_extractors:not_callable", "must be a callable that maps images to features, got 3"),
@@ -126,7 +126,7 @@ def test_inception_errors(world, torch_fidelity, tmp_path, monkeypatch, capsys):
     fails("--weights must be a file, got '.*none.pth'", "--weights", tmp_path / "none.pth")
     (tmp_path / "text.pth").write_text("no weights")
     fails("the Inception weights from '.*text.pth' cannot be loaded: ", "--weights", tmp_path / "text.pth")
-    fails("--weights are those of --extractor inception, got --extractor fid_extractors:Digits", "--weights", "a", *DIGITS)
+    fails("--weights are those of --extractor inception, dinov2 or clip, got --extractor fid_extractors:Digits", "--weights", "a", *DIGITS)
     fails("--pixels must be uint8 for --extractor inception, got signed", "--pixels", "signed")
     fails("takes images of 3 channels, got --channels 1", "--channels", "1")
     assert fid(world / "low", world / "high") == 2
