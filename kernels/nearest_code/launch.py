@@ -3,10 +3,10 @@
 The nearest code has the largest score s = z.f - |f|^2 / 2, where z = x - c and f = code - c. The center c is the mean of a
 sample of the codes, or zero if that mean is small beside their lengths, which keeps half-precision inputs exact.
 
-1. prepare.py rounds the codes to float16, and finds the norms that the bound (bound.py) needs.
+1. prepare.py rounds the codes to float16, finds the norms that the bound (bound.py) needs, and leaves out repeated codes.
 2. scan.py computes the scores on the tensor cores and keeps for each row what tells its nearest code, or the few that may be it.
 3. settle.py stores the indices of the rows that this decides, decides between two or a few codes in float64, and lists the rest.
-4. search.py searches the listed rows.
+4. search.py searches the listed rows: it collects the codes in doubt again, and compares with all of them only in float32 first.
 
 No host synchronization; 4 launches whatever the sizes, planned once for each kind of inputs (plan.py); memory beside the operands of
 12 to 24 bytes a row. shape.py chooses the tiles and launch options.
