@@ -24,7 +24,7 @@ def test_folder_of_the_weights_is_needed(name, world, tmp_path, capsys):
 def test_missing_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     (tmp_path / "config.json").touch()
-    with pytest.raises(UserError, match="--extractor clip needs the package transformers .*; install it with `pip install transformers`"):
+    with pytest.raises(UserError, match=r"--extractor clip needs the package transformers .*; install it with `pip install transformers`"):
         load_extractor("clip", pixels=None, weights=tmp_path, device=CPU)
 
 
