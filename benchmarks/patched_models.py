@@ -309,8 +309,8 @@ def searches(row: Row, model: nn.Module) -> dict[Any, list[tuple[Tensor, Tensor]
         calls = found[module] = []
         original = getattr(module, row.search[type(module).__name__].method)
 
-        def recorded(x: Tensor, *more: Any, original: Any = original, calls: Any = calls) -> Any:
-            result = original(x, *more)
+        def recorded(x: Tensor, *more: Any, original: Any = original, calls: Any = calls, **options: Any) -> Any:
+            result = original(x, *more, **options)
             calls.append((x, indices_of(result)))
             return result
 
