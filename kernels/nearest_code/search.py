@@ -187,7 +187,7 @@ def nearest_code_search_kernel(
     count = tl.load(counts)
     # Codes are divided in units of ALL_CODES; if that leaves programs idle, rows too.
     units = tl.cdiv(num_codes, ALL_CODES)
-    size = tl.where(tl.cdiv(count, BLOCK_N // 4) * units <= programs, BLOCK_N // 4, BLOCK_N)
+    size = tl.where(tl.cdiv(count, BLOCK_N // 4).to(tl.int64) * units <= programs, BLOCK_N // 4, BLOCK_N)
     batches = tl.cdiv(count, size)
     parts = tl.minimum(tl.maximum(programs // tl.maximum(batches, 1), 1), units)
     per_part = tl.cdiv(units, parts) * ALL_CODES
