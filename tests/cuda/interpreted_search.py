@@ -30,10 +30,10 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 
 import test_nearest_code_bound as adversarial
-
-from genperf import testing
 from genperf.kernels.nearest_code import launch, nearest_code, rows, shape
 from genperf.kernels.nearest_code import search as second_look
+
+from genperf import testing
 from genperf.ops.nearest_code import search
 
 wrong_rows = 0
