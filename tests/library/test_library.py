@@ -74,7 +74,8 @@ genperf.nearest_code(torch.zeros(2, 3), torch.zeros(4, 3))
 def copy_of_the_package(folder, libraries=()):
     """Lines of Python after which `import genperf` imports a copy of the package with these of its libraries."""
     package = Path(_library.__file__).parent
-    for source in [*package.rglob("*.py"), *(path for name in libraries for path in package.glob(f"_{name}*.so"))]:
+    built = ["_build_info.json", *(f"_{name}*.so" for name in libraries)] if libraries else []
+    for source in [*package.rglob("*.py"), *(path for pattern in built for path in package.glob(pattern))]:
         target = folder / "genperf" / source.relative_to(package)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())
