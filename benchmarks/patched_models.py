@@ -232,7 +232,7 @@ def main() -> int:
 
 PAGE = """# Models before and after `genperf.patch`
 
-`python benchmarks/patched_models.py`, {threads} threads at load {load:.0f}, torch {torch}, kernels of {isa}, float32, random weights.
+`python benchmarks/patched_models.py`, {threads} thread(s) at load {load:.0f}, torch {torch}, kernels of {isa}, float32, random weights.
 Milliseconds before and after, the shortest of several turns, and their ratio. "Quantizer" is the part that is replaced, within the model
 where there is a model around it; a training step is forward and backward. "Changed" are indices that patch changes, of all; "wrong" those
 that are not float64's, before and after.
