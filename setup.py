@@ -151,6 +151,11 @@ class NinjaBuild(build_ext):
             "torch": TORCH and TORCH.version, "compiler": None if CPU_OMISSION else compiler_version(),
         }  # fmt: skip
         (package / "_build_info.json").write_text(json.dumps(build_info, indent=1) + "\n")
+        if not self.editable_mode and not self.inplace:  # a folder of an earlier build may hold libraries that this one leaves out
+            built = [] if CPU_OMISSION else [self.get_ext_filename(extension.name.split(".")[-1]) for extension in self.extensions]
+            for library in package.glob("_*.so"):
+                if library.name not in built:
+                    library.unlink()
         if CPU_OMISSION:
             print(f"genperf: installed without compiled kernels: {CPU_OMISSION}.", file=sys.stderr)
             return
