@@ -46,7 +46,7 @@ def all_reduce_sum(value: Tensor, group: "dist.ProcessGroup | None" = None) -> T
 
 def of_rank_0(value: Tensor) -> Tensor:
     """The tensor of rank 0; ranks on different machines may round differently."""
-    return all_reduce_sum(value if dist.get_rank() == 0 else torch.zeros_like(value))
+    return all_reduce_sum(value if rank() == 0 else torch.zeros_like(value))
 
 
 def _on_group_device(value: Tensor, group: "dist.ProcessGroup | None") -> Tensor:

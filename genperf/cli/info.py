@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if getattr(arguments, "json", False):  # which `genperf` without a command lacks
-        content = {"genperf": __version__, **_facts(), "ops": {op: _choices(op) for op in OPS}}
+        devices = _devices()
+        content = {"genperf": __version__, **_facts(), "ops": {op: _choices(op, devices) for op in OPS}}
         return print_page(json.dumps(content, indent=2))
     return print_page("\n".join(info_lines()))
 
@@ -35,8 +36,9 @@ def info_lines() -> list[str]:
     lines += [f"  {name:<12} {value}" for name, value in _facts().items()]
     lines += ["", "implementation for float32"]
     width = max(map(len, OPS))
+    devices = _devices()
     for op in OPS:
-        for device, choice in _choices(op).items():
+        for device, choice in _choices(op, devices).items():
             lines.append(f"  {op:<{width}} {device:<4} {choice['implementation']}")
             lines += [f"{'':{width + 8}}not {name}: {reason}" for name, reason in choice["unavailable"].items()]
     return lines
@@ -53,11 +55,14 @@ def _facts() -> dict[str, str]:
     }
 
 
-def _choices(op: str) -> dict[str, dict[str, Any]]:
+def _devices() -> list[torch.device]:
+    return [torch.device("cpu"), torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cuda")]
+
+
+def _choices(op: str, devices: list[torch.device]) -> dict[str, dict[str, Any]]:
     """For each type of device the implementation that the op selects, and why it does not select others."""
     # importlib, because `genperf.ops.<op>` names the function.
     module = importlib.import_module(f"genperf.ops.{op}")
-    devices = [torch.device("cpu"), torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cuda")]
     choices = {}
     for device in devices:
         unavailable = module.unavailable(device, torch.float32)

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from .decide import SLOTS
+from .layout import vector_layout
 from .plan import Descriptor, Plan
 from .prepare import nearest_code_prepare_kernel, reserve_prepared
 from .residual import FLOATS, INTEGERS, residual_finish_kernel, residual_quantize_kernel
@@ -131,13 +132,8 @@ def _plan(
     plan.buffer("squares", torch.float64, quantizers, tiles_of_rows)
     plan.buffer("valid", torch.int32, tiles_of_rows)
 
-    # Strides of one element count as divisible by 16, so that what is aligned is loaded 16 bytes at a time.
-    def layout(strides: tuple[int, ...]) -> tuple[int, int, int, bool]:
-        outer_stride, _, inner_stride = (0 if size == 1 else stride for size, stride in zip(sizes, strides, strict=True))
-        return outer_stride, strides[1], inner_stride, inner > 1 and inner_stride == 1 and strides[1] != 1
-
-    stride_outer, stride_d, stride_inner, planar = layout(strides)
-    out_outer, out_d, out_inner, planar_out = layout(strides_out)
+    stride_outer, stride_d, stride_inner, planar = vector_layout(sizes, strides)
+    out_outer, out_d, out_inner, planar_out = vector_layout(sizes, strides_out)
     stride_codebook, stride_k, stride_code_d = codebook_strides
     common = {
         "positions": positions, "inner": inner, "quantizers": quantizers, **of_codes,

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from .candidates import nearest_codes_collect_kernel, nearest_codes_decide_kernel, nearest_codes_threshold_kernel
+from .layout import vector_layout
 from .plan import Descriptor, Plan
 from .prepare import nearest_code_prepare_kernel, reserve_prepared
 from .shape import MAX_PROGRAMS, Shape
@@ -106,15 +107,14 @@ def _plan(
     plan.buffer("listed", torch.int32, heads, splits, positions, shape.slots)
     plan.buffer("counts", torch.int32, heads, splits, positions)
 
-    # Strides of one element count as divisible by 16, so that what is aligned is loaded 16 bytes at a time.
-    stride_head, stride_outer, _, stride_inner = (0 if size == 1 else stride for size, stride in zip(x_sizes, x_strides, strict=True))
-    stride_d = x_strides[2]
+    stride_head = 0 if heads == 1 else x_strides[0]
+    stride_outer, stride_d, stride_inner, planar = vector_layout(x_sizes[1:], x_strides[1:])
     stride_codebook, stride_k, stride_code_d = codebook_strides
     common = {
         **of_codes, "positions": positions, "inner": inner, "k": k, "splits": splits, "tiles_per_program": tiles_per_program,
         "stride_head": stride_head, "stride_outer": stride_outer, "stride_d": stride_d, "stride_inner": stride_inner,
         "stride_codebook": stride_codebook, "stride_k": stride_k, "stride_code_d": stride_code_d, "COSINE": cosine,
-        "PLANAR": inner > 1 and stride_inner == 1 and stride_d != 1, "SPLITS": splits > 1, "WITH_DISTANCES": with_distances,
+        "PLANAR": planar, "SPLITS": splits > 1, "WITH_DISTANCES": with_distances,
     }  # fmt: skip
     scanned = common | {"codes": Descriptor(codes, (shape.block_k, shape.columns)) if shape.tma else codes}
     of_codebook = common | {"stride_head": stride_codebook, "stride_d": stride_code_d}
