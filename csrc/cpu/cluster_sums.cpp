@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/common/code_gradient.h"
+#include "cpu/common/code_order.h"
 
 namespace genperf {
 namespace {
@@ -67,25 +68,15 @@ struct Sums {
   }
 
   void sum_by_code() const {
-    std::vector<int64_t> starts(num_codes + 1);
-    for (int64_t p = 0; p < x.count(); ++p)
-      if (indices[p] >= 0)
-        ++starts[indices[p] + 1];
-    for (int64_t k = 0; k < num_codes; ++k)
-      starts[k + 1] += starts[k];
-    Buffer<int64_t> order(starts[num_codes]);
-    std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-    for (int64_t p = 0; p < x.count(); ++p)
-      if (indices[p] >= 0)
-        order[next[indices[p]]++] = p;
+    const CodeOrder order(indices, x.count(), num_codes);
     torch::stable::parallel_for(0, num_codes, 16, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         double* const to_high = high + k * (x.dim + 1);
         double* const to_low = low + k * (x.dim + 1);
-        for (int64_t i = starts[k]; i < starts[k + 1]; ++i) {
-          const T* const vector = x.data + x.offset(order[i]);
+        for (int64_t i = order.starts[k]; i < order.starts[k + 1]; ++i) {
+          const T* const vector = x.data + x.offset(order.positions[i]);
           if (weights || scale) {
-            const double mass = factor(order[i]);
+            const double mass = factor(order.positions[i]);
             for (int64_t d = 0; d < x.dim; ++d)
               values.add(mass * double(vector[d]), to_high[d], to_low[d]);
           } else {

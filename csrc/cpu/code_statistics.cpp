@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/common/code_gradient.h"
+#include "cpu/common/code_order.h"
 
 namespace genperf {
 namespace {
@@ -37,23 +38,13 @@ struct Statistics {
   }
 
   void sum_by_code() const {
-    std::vector<int64_t> starts(num_codes + 1);
-    for (int64_t p = 0; p < x.count(); ++p)
-      if (indices[p] >= 0)
-        ++starts[indices[p] + 1];
-    for (int64_t k = 0; k < num_codes; ++k)
-      starts[k + 1] += starts[k];
-    Buffer<int64_t> order(starts[num_codes]);
-    std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-    for (int64_t p = 0; p < x.count(); ++p)
-      if (indices[p] >= 0)
-        order[next[indices[p]]++] = p;
+    const CodeOrder order(indices, x.count(), num_codes);
     torch::stable::parallel_for(0, num_codes, 16, [&](int64_t begin, int64_t end) {
       std::vector<double> total(x.dim);
       for (int64_t k = begin; k < end; ++k) {
         std::fill(total.begin(), total.end(), 0.0);
-        for (int64_t i = starts[k]; i < starts[k + 1]; ++i)
-          add(order[i], k, 0, x.dim, total.data(), 1);
+        for (int64_t i = order.starts[k]; i < order.starts[k + 1]; ++i)
+          add(order.positions[i], k, 0, x.dim, total.data(), 1);
         std::copy(total.begin(), total.end(), sums + k * x.dim);
       }
     });
