@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the compiled libraries with one ninja run: one CPU library per instruction set, the CUDA library, the probe.
 
 They need torch's headers and libraries, but the build does not import torch. Where it, a compiler or a supported system is missing,

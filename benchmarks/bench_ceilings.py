@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ceilings of the machine, to judge the other rows by: the bandwidth of a copy, the rate of matrix products."""
 
 import pytest

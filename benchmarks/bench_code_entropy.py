@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses and samples over all codes, float32: forward and backward of entropies and cross-entropy, and indices drawn from the softmax.
 
 The losses are first checked against float64 on some of the vectors, and the mean log-likelihood of sampled codes against its expectation.

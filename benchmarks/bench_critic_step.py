@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training step of a WGAN-GP critic, float32, with the gradient penalty and with its finite-difference estimate.
 
 torch.compile has no row: it does not support double backward.

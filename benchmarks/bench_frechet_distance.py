@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Frechet distance in float64: one evaluation, a small sample against a prepared reference, and its gradient for training.
 
 Features are rectified, correlated Gaussians. Each result is first compared with that of a symmetric eigendecomposition.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sampling with KL from packed moments, forward and backward, float32: latent images and a batch of vectors."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The WGAN-GP penalty of given gradients, forward and backward, float32."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gumbel-softmax with KL, hard, float32: forward alone, and forward and backward with a codebook (DALL-E's 8192 codes)."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training step, forward and backward, of FSQ, and of LFQ with its entropy loss, on float32 tokens [B, n, D]."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random points between real and fake images, float32; a copy shows the limit of the memory bandwidth."""
 
 import pytest

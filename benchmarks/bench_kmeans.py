@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ten iterations of Lloyd's algorithm from the same random points, float32: genperf against plain PyTorch, faiss and scikit-learn.
 
 The sum of squared distances to the nearest code is first checked to be within 1% of that of plain PyTorch.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The square root of a symmetric positive definite matrix, forward and backward, float64."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Minibatch discrimination, forward and backward, float32: the layer of Salimans et al. (2016) and a larger one."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nearest-code search, float32: genperf against plain PyTorch, torch.compile, faiss, vector-quantize-pytorch and flash-kmeans.
 
 Every contender is first checked against float64 on a sample of rows: genperf must have no wrong index, that share of the others is

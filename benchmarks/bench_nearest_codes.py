@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The k nearest codes, float32: genperf against torch.cdist with topk, and faiss.
 
 Every contender is first checked against float64 on a sample of rows: genperf must have no wrong row, that share of the others is

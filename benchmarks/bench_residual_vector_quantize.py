@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training step of residual VQ with 8 quantizers, forward, backward and EMA, on float32 tokens [B, T, D]."""
 
 import pytest

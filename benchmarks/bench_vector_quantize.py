@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training step of the quantizer, forward, backward and EMA, on channels-first float32 images."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`genperf bench --compare REV`: the running genperf and a build of another revision, timed in alternating turns.
 
 Both register the same torch ops, so each gets a process of its own; one of them runs at a time. Their outputs are compared first.

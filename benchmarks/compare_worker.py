@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One of the two processes of `genperf bench --compare`: runs workloads with the build of genperf in the folder that it is given.
 
 It reads requests from stdin, a JSON object a line, and answers each with a line. The workloads use public names only, so that they run on

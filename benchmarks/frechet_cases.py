@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`genperf bench --accuracy`: errors of methods for the Frechet distance and its gradient, on difficult covariances.
 
 Exact values come from the singular values of the factors that the covariances are made of, and never from a covariance.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The results page of gpu_report.py, from its records: NAME.json, NAME.md and NAME.png, and README's GPU table."""
 
 import json

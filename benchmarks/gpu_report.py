@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a quarter of an hour with a GPU should tell.
 
 python benchmarks/gpu_report.py measure --out FOLDER      at most 9 minutes: installs genperf, checks it and times it

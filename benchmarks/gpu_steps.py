@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Steps of gpu_report.py that are no benchmark: each runs in a process of its own, and appends what it finds as it finds it.
 
 python benchmarks/gpu_steps.py STEP [--rehearse]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ten iterations of k-means beside faiss and SuperKMeans, in turn: processor seconds of one thread, and inertia.
 
 python benchmarks/kmeans_rivals.py [--repeats N] [--sizes N,K,D ...]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How every benchmark is timed, and what is recorded with a time."""
 
 import ctypes

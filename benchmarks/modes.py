@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What --in-turn, --compare and --accuracy of `genperf bench` share: which rows run, and the page they print and write."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """genperf.patch on models of other libraries: times of the quantizer and of the whole model, and which indices change.
 
     python benchmarks/patched_models.py [-k WORDS] [--threads N] [--out benchmarks/results]

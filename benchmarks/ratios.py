@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`genperf bench --in-turn`: genperf and one rival after the other, timed in alternating turns of one process, beside goals.
 
 Standard normal float32 on the CPU, shortest wall times. Searches pack the codebook in every call. A training step of a layer is forward,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """README's tables of speed, from kept rows: what lies between `<!-- speed: NAME -->` and `<!-- /speed -->`."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report of `genperf bench`: the ceilings of a machine, every op beside its rivals, a chart.
 
 python benchmarks/report.py build/bench.json [--out FOLDER] [--name NAME]  writes NAME.json, .md and .png

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Estimated time of residual_vector_quantize on an H200, all quantizers in one launch beside a search and a launch for each: a model.
 
     python benchmarks/residual_cost.py > benchmarks/results/residual_cost.md

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Estimated time of the search on an H200, from counts of the kernels as compiled: a model, not a measurement.
 
     python benchmarks/search_cost.py [--flash FOLDER] [--records FILE]... > benchmarks/results/search_cost.md

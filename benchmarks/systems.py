@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains every system on MNIST digits and scores it on held-out digits; writes results/systems.{json,md} and systems/*.png.
 
 python benchmarks/systems.py [--only NAME ...] trains through `genperf train` and scores with the functions of `genperf evaluate`. With

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes that published models train with: vectors per device and step (N), codes (K), dimensions (D)."""
 
 from typing import NamedTuple

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Old names of arguments and attributes, which work with a DeprecationWarning until the next release."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums, means and gathers over the ranks of torch.distributed."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Errors of the command line that are printed as one sentence instead of a traceback."""
 
 import importlib

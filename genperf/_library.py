@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads the compiled libraries: the best CPU library for this processor and, if built, the CUDA one."""
 
 import ctypes

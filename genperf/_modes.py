@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Context managers that change the mode of a module for the duration of a block."""
 
 from collections.abc import Iterator

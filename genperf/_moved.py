@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Modules that have moved: their old names import the module at its new place, with a DeprecationWarning."""
 
 import importlib

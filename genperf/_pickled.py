@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State of layers pickled by earlier releases, with attributes renamed as they are now; for `__setstate__`."""
 
 from typing import Any

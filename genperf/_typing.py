@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Helpers for type checkers."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Helpers for testing ops: inputs that expose bugs, an error budget measured from plain PyTorch, and checks of the contract of an op."""
 
 import os

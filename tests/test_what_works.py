@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every cell of the table of docs/compatibility.md: a "yes" holds for the row, and what is said not to work fails."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of docs/compatibility.md: what works with every op, layer, loss, metric and drop-in class, and how each is called.
 
 python tests/what_works.py writes the table to the page. tests/test_what_works.py exercises every cell.

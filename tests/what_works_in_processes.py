@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the modules of the table of docs/compatibility.md on two ranks under DDP and FSDP2.
 
 python what_works_in_processes.py FOLDER

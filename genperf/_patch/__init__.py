@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """genperf.patch and genperf.unpatch. The package has another name than the function, which a submodule would shadow."""
 
 from .report import Left, PatchReport, Replaced

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The packages encodec, descript-audio-codec and moshi."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Methods in place of those that most codecs share: searches in a codebook, and residual quantization."""
 
 from collections.abc import Sequence

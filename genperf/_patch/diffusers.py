@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """diffusers: the quantizer of VQModel, and the latents of the autoencoders that return a DiagonalGaussianDistribution."""
 
 import sys

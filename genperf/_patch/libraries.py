@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The libraries that `genperf.patch` knows: for each top-level package a function from a class to its adapter, or None."""
 
 from . import audio_codecs, diffusers, taming, transformers, vector_quantize_pytorch

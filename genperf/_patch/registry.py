@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The classes that `genperf.patch` knows, by library."""
 
 from collections.abc import Callable, Sequence

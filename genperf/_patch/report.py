@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `genperf.patch` has replaced and what it has left."""
 
 import re

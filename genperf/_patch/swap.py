@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Give a module other methods without making another module.
 
 The class of the module becomes a subclass of itself, with genperf's methods before upstream's. The module stays the same object,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """taming-transformers: the quantizers of VQGAN, by those of genperf.compat.taming."""
 
 from collections.abc import Callable, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """transformers 5: the codecs and image tokenizers, and the Gumbel quantizers of wav2vec 2.0 and its kin."""
 
 from typing import Any

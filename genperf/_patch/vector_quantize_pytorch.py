@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vector-quantize-pytorch 1.32: each class by that of genperf.compat.vector_quantize_pytorch.
 
 A class is one line of `_CLASSES`: where upstream has it, and a function that reads from a module the arguments of the constructor

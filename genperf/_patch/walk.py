@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Walk a model and replace its quantizers."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`genperf bench`: time every op beside its rivals, or the whole of genperf beside another build of it."""
 
 import argparse

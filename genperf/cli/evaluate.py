@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`genperf evaluate`: score a trained system on held-out images."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`genperf fid`: the Frechet distance between two sets of images, features or statistics."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`genperf info`: versions, hardware, and the implementation that each op selects."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`genperf kmeans`: identifiers of vectors by residual k-means."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parsers of option values, whose errors state the rule."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`genperf sample`: draw samples from a trained system."""
 
 import argparse

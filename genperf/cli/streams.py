@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The standard streams of the command line: closed, full, without a reader, or with an encoding that lacks the characters of a path."""
 
 import errno

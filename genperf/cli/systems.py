@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`genperf systems`: list the systems that can be trained."""
 
 import argparse

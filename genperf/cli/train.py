@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`genperf train`: train a system on images."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Identifiers of vectors in files, by residual k-means: `genperf kmeans`."""
 
 from .identifiers import Collisions, collisions, number_collisions

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Identifiers of several codes: how many vectors share one."""
 
 from typing import NamedTuple

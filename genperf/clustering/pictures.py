@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A picture of the sizes of clusters."""
 
 from pathlib import Path

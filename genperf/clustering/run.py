@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Residual k-means of the vectors of a file, stage by stage, with what it writes."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vectors in .npy, .npz and .parquet files."""
 
 from pathlib import Path

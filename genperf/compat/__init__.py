@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Drop-in replacements for classes of other libraries, with their names and semantics.
 
 The libraries need not be installed, except torchmetrics, whose class `compat.torchmetrics` extends. `compat.torchmetrics` and

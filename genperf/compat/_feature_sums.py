@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gaussians fitted to features, from the sums that other libraries' metrics keep."""
 
 import torch

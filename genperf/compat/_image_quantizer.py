@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The image quantizer behind VectorQuantizer2 of taming-transformers and VectorQuantizer of diffusers."""
 
 from typing import TYPE_CHECKING

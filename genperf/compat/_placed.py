@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Device and dtype of a layer that may have no tensors."""
 
 from collections.abc import Callable

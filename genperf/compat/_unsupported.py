@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments of upstream's classes that the drop-ins do not support."""
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Remapping of indices to a subset of used codes, as in taming-transformers and diffusers."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VectorQuantizer and DiagonalGaussianDistribution of diffusers, implemented with genperf's ops.
 
 diffusers need not be installed.

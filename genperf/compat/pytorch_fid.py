@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Frechet distance of pytorch-fid, implemented with genperf.frechet_distance.
 
 Neither pytorch-fid nor scipy need be installed. To use it in pytorch-fid:

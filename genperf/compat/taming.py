@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantizers of taming-transformers, implemented with genperf.vector_quantize and genperf.gumbel_sample.
 
 taming-transformers need not be installed.

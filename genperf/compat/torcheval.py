@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FrechetInceptionDistance of torcheval, implemented with genperf.frechet_distance; torcheval need not be installed.
 
     from genperf.compat.torcheval import FrechetInceptionDistance

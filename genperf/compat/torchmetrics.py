@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FrechetInceptionDistance of torchmetrics, implemented with genperf.frechet_distance; torchmetrics must be installed.
 
     from genperf.compat.torchmetrics import FrechetInceptionDistance

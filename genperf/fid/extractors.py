@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Feature extractors of `genperf fid`: torch-fidelity's Inception, models of transformers, or a callable given by name."""
 
 import importlib

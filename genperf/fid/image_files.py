@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image files in folders and zip archives."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading of images for a feature extractor: decoded and resized in threads, batch by batch."""
 
 from collections import deque

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vision transformers of the package transformers as extractors, from a folder of weights."""
 
 import importlib

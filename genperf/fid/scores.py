@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores between two sets of images, features or statistics, and statistics of one."""
 
 import contextlib

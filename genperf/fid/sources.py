@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inputs of `genperf fid`: a file of statistics or features, or images."""
 
 import dataclasses

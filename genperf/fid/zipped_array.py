@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Zip archives: of images, or of arrays that may be larger than memory and are read row by row."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses over the ops of genperf."""
 
 from .adversarial import ADVERSARIAL_LOSSES, discriminator_loss, generator_loss

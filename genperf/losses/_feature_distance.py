@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a `FrechetLoss` keeps for one reference: its statistics, and the history of generated features."""
 
 import contextlib

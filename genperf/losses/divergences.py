@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Divergences between discrete distributions, and the Wasserstein distance between scalar samples."""
 
 import torch

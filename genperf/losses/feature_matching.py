@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Feature matching: a generator loss that compares mean features."""
 
 import torch

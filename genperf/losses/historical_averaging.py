@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Historical averaging: a penalty on the distance of parameters from their mean over time."""
 
 from collections.abc import Iterable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics of generated samples, and the feature statistics that they are computed from."""
 
 from .feature_moments import FeatureMoments

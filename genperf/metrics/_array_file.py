@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Named arrays in files of several formats, read without executing anything in the files."""
 
 import zipfile

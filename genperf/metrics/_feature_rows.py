@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Storage of all features, for metrics that need more than moments."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of features, and the base class of what stores them: one rule for shapes, devices and dtypes."""
 
 import operator

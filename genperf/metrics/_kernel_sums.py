@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The squared maximum mean discrepancy under any kernel, block by block."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pickles of plain data, loaded without executing anything in them."""
 
 import io

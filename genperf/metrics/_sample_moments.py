@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Differentiable mean and covariance of samples."""
 
 from typing import Any, NamedTuple

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Base class of metrics that compare real and generated samples."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streaming mean and covariance of features."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Frechet distance between real and generated samples, as a metric."""
 
 import os

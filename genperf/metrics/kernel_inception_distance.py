@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernel inception distance between real and generated samples."""
 
 from collections.abc import Callable

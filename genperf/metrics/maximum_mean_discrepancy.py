@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The maximum mean discrepancy between real and generated samples under a Gaussian kernel."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mode coverage: the classes of generated samples, and their distribution."""
 
 from typing import NamedTuple

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nearest training image of each sample, to detect memorization."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Precision, recall, density and coverage of generated samples."""
 
 from collections.abc import Callable, Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of features and feature statistics, in the layouts of common evaluators."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generative systems built from the ops, layers and losses of genperf and torch.nn; `System` is their common interface."""
 
 from .anomaly_detector import AnomalyDetector, AnomalyDetectorConfig

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generators and discriminators of GANs, fully connected and convolutional, with or without a condition.
 
 Generators map noise [B, latent_dim] and a condition [B, condition_dim] or None to images in [-1, 1]; discriminators map

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Base class of autoencoders with discrete codes and priors over them."""
 
 from collections.abc import Sequence

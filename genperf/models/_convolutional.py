@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Convolutional encoders and decoders: from images to a quarter of their height and width, or to vectors, and back."""
 
 from typing import Any

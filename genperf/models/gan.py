@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GAN: the training of generator and discriminator, with fully connected networks."""
 
 import math

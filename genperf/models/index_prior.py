@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Autoregressive prior over 2D maps of code indices."""
 
 import math

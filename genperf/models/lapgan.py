@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LAPGAN: a GAN for each band of a Laplacian pyramid."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Interpolation and attribute vectors in a latent space."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Semi-supervised GAN: a classifier trained on few labeled and many unlabeled images."""
 
 import itertools

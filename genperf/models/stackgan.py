@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """StackGAN: a conditional GAN at half the resolution, and a second one that refines its images."""
 
 import dataclasses

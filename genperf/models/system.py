@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interface of a generative system to training, sampling and evaluation."""
 
 import dataclasses

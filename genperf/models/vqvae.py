@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VQ-VAE."""
 
 from dataclasses import dataclass

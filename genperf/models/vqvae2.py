@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VQ-VAE-2: a hierarchy of codes at two resolutions."""
 
 from dataclasses import dataclass

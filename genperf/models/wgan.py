@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wasserstein GAN with weight clipping."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wasserstein GAN with gradient penalty."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Helpers for layers whose channel dimension can be anywhere: inputs are not permuted."""
 
 from collections.abc import Callable

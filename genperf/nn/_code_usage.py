@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Perplexity and dead codes of a codebook."""
 
 from typing import NamedTuple

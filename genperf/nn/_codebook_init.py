@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Initial codes from data: random vectors or k-means centers of the global batch, the same on every rank."""
 
 import itertools

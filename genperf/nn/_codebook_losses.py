@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loss terms of a codebook besides the quantization error: diversity and orthogonality."""
 
 import torch

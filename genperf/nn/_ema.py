@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The EMA of a codebook as functions of tensors: moving averages, codes from them, dead-code replacement, all-reduce.
 
 A layer owns its buffers under its own names. For an update it passes them as a `CodebookUpdate`, together with the statistics

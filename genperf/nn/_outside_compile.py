@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What torch.compile leaves to Python: initialization from data, writing to a sharded codebook, losses with a history.
 
 Imported only when it is needed: it loads torch._dynamo, which takes a second.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Statistics of training steps that wait for an update of the codebook.
 
 They are no buffers, which DistributedDataParallel would overwrite with those of rank 0. A state dict holds them only while

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training steps that gradient checkpointing runs a second time, in backward.
 
 The second run must see the codes and the random choices of the first one, and must not update anything again.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Codebooks that are parameters and are sharded by FSDP2.
 
 `torch.distributed.fsdp.fully_shard` gathers a parameter for forward, and keeps a shard of it, a DTensor, for the optimizer and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Views of the input of a quantizer layer as the vectors to search, and back.
 
 The search takes [codebooks, outer, D, inner]; the lookup takes all codebooks folded into one, [outer * codebooks, D, inner].

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batch normalization by the statistics of the global batch."""
 
 from typing import TYPE_CHECKING, Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conditioning augmentation: a condition sampled around an embedding, and its KL divergence."""
 
 from typing import TYPE_CHECKING

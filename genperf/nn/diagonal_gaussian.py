@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gaussian bottleneck layer: a reparameterized sample from an encoder's moments, and its KL divergence."""
 
 from typing import TYPE_CHECKING

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finite scalar quantization layer: a product of small grids in place of a learned codebook."""
 
 import math

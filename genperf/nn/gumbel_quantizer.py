@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gumbel-softmax quantization layer: samples codes of a learned codebook from logits."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vector quantization whose gradient reaches the whole codebook through the softmax over all codes."""
 
 from typing import TYPE_CHECKING

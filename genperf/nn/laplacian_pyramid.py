@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Laplacian pyramid: an image as bands of detail and a coarse image."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lookup-free quantization layer: codes are signs, and an entropy loss favors confident assignments and full codebook use."""
 
 from typing import TYPE_CHECKING

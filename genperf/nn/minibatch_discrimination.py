@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Minibatch discrimination layer: similarities between the samples of a batch, as features for a critic."""
 
 from typing import TYPE_CHECKING

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Residual vector quantization layer: several quantizers, each on the residual of the previous ones.
 
 Above 400 lines: a layer reads from top to bottom in one file, and a third of it is documentation.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vector quantization layer: a codebook learned by gradient or by EMA.
 
 Above 400 lines: a layer reads from top to bottom in one file, and a third of it is documentation.

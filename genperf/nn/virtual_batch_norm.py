@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Normalization by the statistics of a reference batch, without dependence between the samples of a batch."""
 
 from collections.abc import Iterator

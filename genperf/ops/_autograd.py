@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Helpers for autograd Functions, which also run under the transforms of torch.func."""
 
 from collections.abc import Callable, Sequence

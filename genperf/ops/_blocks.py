@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Blocked products of triangular and symmetric matrices, which skip zero blocks and compute one triangle of a symmetric result."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `code_entropy`, `code_cross_entropy` and `sample_code` share: the softmax over all codes, without the positions x codes matrix."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Softmax over all codes of a codebook, one chunk of logits at a time: the compiled ops behind `_code_softmax`.
 
 Forward keeps three numbers per position; backward computes the logits again. A chunk of logits is one matrix product; the squared norms of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a CUDA device multiplies fast, from its compute capability: no measurement, and the same decision on every machine."""
 
 import torch

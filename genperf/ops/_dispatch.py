@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Choice of an implementation: which ones an op has, why one cannot run here, and which one is used."""
 
 import logging

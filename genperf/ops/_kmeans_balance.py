@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Assignment of vectors to codes in which no code has more than its share."""
 
 import math

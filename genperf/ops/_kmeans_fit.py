@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Iterations of k-means: Lloyd's updates, updates by moving averages, restarts, and the end at a fixed point."""
 
 import itertools

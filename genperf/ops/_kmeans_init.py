@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Initial codes of k-means, and vectors in place of codes that lost theirs."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vectors that k-means clusters: scaled for a metric, weighted, read in chunks, and spread over ranks."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Views of tensors as positions and channels, or as rows, without a copy where strides allow it."""
 
 import math

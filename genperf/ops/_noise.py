@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Noise as a function of a seed and a position, in plain PyTorch. The kernels compute the same in csrc/noise.h.
 
 Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) maps a 64-bit seed, a row number and the number of a

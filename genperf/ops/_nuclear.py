@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """tr (cov1 cov2)^(1/2), the nuclear norm of F1' F2, and its gradients, from eigenvalues or from polar iterations."""
 
 import math

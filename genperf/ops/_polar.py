@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Polar factor and derivative of the matrix square root from matrix products alone.
 
 No step synchronizes with the host, so everything can be captured in a CUDA graph. The singular values are scaled into (0, 1] and driven to

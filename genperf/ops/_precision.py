@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Precision of sums, norms and matrix products."""
 
 from collections.abc import Iterator

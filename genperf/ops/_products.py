@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Matrix products of the polar iterations: symmetric results of which one triangle is computed, and float32 from half precision."""
 
 import torch

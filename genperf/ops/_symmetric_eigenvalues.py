@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Eigenvalues of a symmetric float64 matrix, the largest part of a Frechet distance on the CPU."""
 
 import math

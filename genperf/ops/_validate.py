@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of arguments. Each error names the op, the rule and the value."""
 
 from collections.abc import Sequence

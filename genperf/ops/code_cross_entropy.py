@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cross-entropy of target codes under the softmax over the codebook."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entropy of the softmax over the codes, per sample and of the batch mean."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts and sums of the vectors assigned to each code."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finite scalar quantization: each channel is rounded to its own levels; the codebook is the product of the levels."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Frechet distance of two Gaussians."""
 
 from typing import Literal, overload

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reparameterized sampling from diagonal Gaussians, with the KL divergence."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The penalty on the gradient norms of a critic."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gumbel-softmax sampling with the KL divergence to the uniform prior, of categories or of codes."""
 
 import math

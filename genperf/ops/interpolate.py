@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random points between real and fake samples, and around real samples, for gradient penalties."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """K-means with exact search and without a distance matrix."""
 
 import math

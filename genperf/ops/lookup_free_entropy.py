@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entropies of soft lookup-free codes, computed from the bits without the positions x codes matrix."""
 
 from collections.abc import Iterator

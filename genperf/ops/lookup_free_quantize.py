@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lookup-free quantization: the sign of each channel is one bit of the code."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The square root of a symmetric positive semi-definite matrix."""
 
 from typing import Any

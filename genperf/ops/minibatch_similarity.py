@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Similarity of each sample to the rest of the batch, for minibatch discrimination."""
 
 import math

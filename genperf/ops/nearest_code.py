@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nearest-neighbor search in a codebook, exact in float64."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The k nearest codes of each vector, exact in float64."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """K-means of residuals: identifiers of several codes for each vector."""
 
 from collections.abc import Callable, Sequence

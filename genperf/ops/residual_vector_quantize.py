@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Residual vector quantization: each quantizer quantizes the residual of the previous ones."""
 
 from typing import Any, NamedTuple

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sampling codes from the softmax over the codebook."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trace of the square root of a product of two covariances, the cross term of the Frechet distance."""
 
 from typing import Any, Literal, overload

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vector quantization: nearest code, straight-through or rotated gradient, and the loss of vectors and codes."""
 
 from typing import Any

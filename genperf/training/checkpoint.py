@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints: written atomically, loaded without executing code."""
 
 from collections.abc import Iterator

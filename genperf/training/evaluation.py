@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluation of a trained system with the scores that its methods support."""
 
 import json

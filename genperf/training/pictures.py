@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of a trained system's results, written as .png files."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs of `genperf train`: settings, checkpoint, and the trained system."""
 
 import dataclasses

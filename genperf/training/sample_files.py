@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of samples: one picture, a folder of pictures, or an .npz file."""
 
 import os

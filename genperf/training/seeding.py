@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seeding without side effects."""
 
 from collections.abc import Iterator

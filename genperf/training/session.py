@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run of `genperf train`, from its options to the files in its folder."""
 
 import csv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time of a training step with genperf's kernels and with the reference implementations."""
 
 import copy

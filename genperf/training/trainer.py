@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training loop. A run resumed at any step equals an uninterrupted one.
 
 The trainer supports bf16 and DDP; a multi-process run matches a single-process run up to rounding.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A certified bound on the error of the scores of the tensor cores.
 
 Let z~ and f~ be the operands as rounded, and l(z) and l(f) their low parts if they are split (whose product is left out). Then

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels of the search of the k nearest codes; top_k.py explains how it works."""
 
 import triton

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a program that holds its rows does about those that the pass over the codes leaves undecided."""
 
 import triton

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact nearest-code search on CUDA: float16 scores with a certified error bound, and float64 where they leave a doubt.
 
 The nearest code has the largest score s = z.f - |f|^2 / 2, where z = x - c and f = code - c. The center c is the mean of a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How vectors lie in memory, as the kernels are told."""
 
 from collections.abc import Sequence

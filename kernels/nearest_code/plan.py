@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launches of several kernels that share a workspace, planned once for all calls with inputs of the same kind.
 
 A launch through Triton binds the arguments and examines each of them for what the compiled kernel is specialized for, which takes 20 to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rounds the codes to float16, tabulates the norms that the bound needs for each tile of codes, and finds repeated codes."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All quantizers of a residual quantizer in one launch: a program takes a tile of rows through one after the other.
 
 For each quantizer the residual is rounded and the codes pass as in scan.py. Rows that the certificate leaves with a few codes, and

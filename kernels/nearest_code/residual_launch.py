@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Residual vector quantization on CUDA: three launches, whatever the number of quantizers.
 
 1. prepare.py rounds the codes of all quantizers, as it does for the heads of a search.

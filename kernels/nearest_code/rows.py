@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Queries: where they lie in x [heads, outer, D, inner], and how they are rounded to float16."""
 
 import triton

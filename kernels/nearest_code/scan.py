@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pass: float16 scores on the tensor cores, of which each row keeps what tells the nearest code or the few that can be it.
 
 A score plus its bound is an upper bound of the exact score. A code can be the nearest only if its upper bound reaches the row's

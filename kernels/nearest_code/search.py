@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Searches the listed rows: the codes that reach a row's threshold are collected and compared in float64.
 
 Rows are taken 64 at a time, or 16 if they are few, and their codes are divided among as many programs as are idle, of which the last

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Joins the parts of the codes, decides between two codes or the corners of a box in float64, and lists the rows left to search."""
 
 import triton

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiles and launch options of the search, chosen by D, K and the architecture.
 
 Regimes, by D alone:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact search of the k nearest codes on CUDA, with the scores and bounds of the search of the nearest one (launch.py).
 
 1. prepare.py rounds the codes to float16, and finds the norms that the bound needs.

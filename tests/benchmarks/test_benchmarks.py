@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every benchmark runs at a small size, with its checks and without timing; and the report of `genperf bench`."""
 
 import argparse

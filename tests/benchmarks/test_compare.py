@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`genperf bench --compare`: two builds of genperf, timed in turn."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report of a GPU: its steps with the CPU in place of the device, its time limits, and the page of made-up records."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`genperf bench --in-turn` and `--accuracy`, and what the modes of `genperf bench` share."""
 
 import argparse

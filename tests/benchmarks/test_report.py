@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report of speed: what measurements become, and that README shows the ones that are kept."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The committed table of trained systems: complete, and every goal reached."""
 
 import json

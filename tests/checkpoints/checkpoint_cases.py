@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layers, drop-ins and metrics whose checkpoints are tested, and the steps that are run on each.
 
 `write_fixtures.py` runs these cases with genperf at commit 27c15df, and `test_checkpoints.py` with the current genperf. Keywords have

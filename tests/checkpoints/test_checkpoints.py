@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State dicts, pickled modules and training runs written by genperf at commit 27c15df load, and give the same results as there."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The modules and public names of genperf at commit 27c15df can be imported from where they were."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write the files beside this script: checkpoints, pickled modules, runs and the public names of genperf at commit 27c15df.
 
 Run it with an editable install of that commit. Files that a later genperf wrote would not test what changed since.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`genperf evaluate`, `sample` and `systems`: what they print and write, their options and errors."""
 
 import argparse

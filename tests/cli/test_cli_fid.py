@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`genperf fid`: what it prints, its options and errors."""
 
 import errno

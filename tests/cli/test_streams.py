@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The program as it is run: its standard streams and its interruption."""
 
 import os

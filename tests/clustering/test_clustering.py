@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`genperf kmeans` and what it consists of: files of vectors, identifiers, stages that are resumed."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of docs/drop-ins.md: every class, option and method of the libraries that genperf.compat replaces.
 
 python tests/compat/drop_ins.py writes them to the page. tests/compat/test_drop_ins.py compares the page and the signatures; the options of

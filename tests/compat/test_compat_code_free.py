@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Methods of the quantizers of vector-quantize-pytorch that have no codebook, beside upstream; options are in vqp_code_free_cases.py."""
 
 import copy

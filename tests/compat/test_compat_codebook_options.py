@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the options of genperf.compat's vector quantizers do, where upstream draws other random numbers, errs, or needs more memory."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FSQ and LFQ of genperf.compat against vector-quantize-pytorch."""
 
 import copy

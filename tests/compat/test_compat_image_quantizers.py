@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The image quantizers of taming-transformers and diffusers against their formulas, and against diffusers where it is installed."""
 
 import copy

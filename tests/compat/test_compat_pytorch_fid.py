@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """genperf.compat.pytorch_fid against pytorch-fid, if it is installed with a compatible scipy, and against scipy."""
 
 import importlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """genperf.compat.torcheval against float64 arithmetic and, where it is installed, against torcheval."""
 
 import copy

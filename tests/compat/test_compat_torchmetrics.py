@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """genperf.compat.torchmetrics against torchmetrics, with a small module in place of Inception."""
 
 import multiprocessing

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VectorQuantize, ResidualVQ, GroupedResidualVQ and SimVQ of genperf.compat against vector-quantize-pytorch."""
 
 import copy

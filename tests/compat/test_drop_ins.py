@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/drop-ins.md names every option and method of the libraries that genperf.compat replaces, as far as they are installed."""
 
 import importlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every class and option of vector-quantize-pytorch, trained beside upstream for 20 steps."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every class and option of vector-quantize-pytorch, replaced by genperf.patch and trained beside the layer that was not."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a layer of vector-quantize-pytorch with some of its options is made and called."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every class and option of vector-quantize-pytorch 1.32: how a layer with it is made and called, and what differs in genperf.
 
 tests/compat/test_vqp_options.py trains each case beside upstream, and walks upstream's signatures, so that no option is left out.

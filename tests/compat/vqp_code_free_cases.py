@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options of the classes of vector-quantize-pytorch that have no codebook.
 
 FSQ, FSP, LFQ, EvoLFQ, ResidualFSQ, GroupedResidualFSQ, ResidualLFQ, GroupedResidualLFQ, LatentQuantize, BinaryMapper.

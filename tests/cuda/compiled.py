@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels compiled for an architecture without a GPU: what a thread uses, and the instructions of the loop over the codes."""
 
 import re

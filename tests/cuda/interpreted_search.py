@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton search in the interpreter. A script, run by test_triton_interpret.py: the interpreter must be chosen before any import.
 
     interpreted_search.py PART...      checks, each of which prints its number of wrong rows:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton search of the k nearest codes in the interpreter. A script, run by test_top_k_interpret.py.
 
 It checks shapes, layouts, heads, ties, lists that overflow and values that are not finite; and, on a model of the tensor cores, adversarial

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A mock of the driver of an NVIDIA GPU, which records what is compiled and launched.
 
 The tensors are on the CPU, and no kernel runs. The Python of Triton's own launcher does, so that its time counts.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA path without a GPU: kernels compile for each architecture within its limits, and CUDA ops trace on fake tensors."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels run on the GPU of their inputs, also where another GPU is current. The driver is a mock."""
 
 import contextlib

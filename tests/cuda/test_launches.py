@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What runs on the device for a call: the operators of PyTorch around each op, which are the same on every device.
 
 The launches of each op's kernels are counted by test_cuda_on_host*.py, where the kernels run on the CPU.

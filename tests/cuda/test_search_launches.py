@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the search is launched: from the second call of a kind on without Triton's binder, with the same arguments. The driver is a mock."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton search of the k nearest codes without a GPU: its kernels compile within the limits of each architecture."""
 
 import pytest

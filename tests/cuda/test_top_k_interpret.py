@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton search of the k nearest codes in the interpreter, in a process of its own (see test_triton_interpret.py)."""
 
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels in the interpreter, in a process of their own because the interpreter must be chosen before they are imported."""
 
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton kernel of residual_vector_quantize: in the interpreter, as launched, and as compiled."""
 
 import subprocess

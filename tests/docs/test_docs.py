@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """README.md and docs/: code blocks run, links lead to files, and every public name is on a page."""
 
 import re

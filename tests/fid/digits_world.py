@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folders of digits, extractors of their features, and the command that compares them: what the tests of `genperf fid` share."""
 
 import importlib

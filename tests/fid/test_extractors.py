@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Extractors of features: callables named on the command line, and Inception."""
 
 import sys

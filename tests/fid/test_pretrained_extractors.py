@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DINOv2 and CLIP as extractors, with random weights."""
 
 import sys

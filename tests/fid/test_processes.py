@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`torchrun -m genperf fid A B`: the images of each input are divided over the processes, and the scores are those of one process."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scores of `genperf fid` against direct formulas."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `genperf fid` reads: images in folders, archives and arrays, features, statistics files."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A build that cannot succeed stops with one sentence that says what to do."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loading the library that suits the processor, its override, and the errors where it cannot be loaded."""
 
 import importlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer and runs the tests of compiled kernels on it."""
 
 import os

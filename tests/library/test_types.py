@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The types that a type checker shows in a project that uses genperf."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses under the transforms of torch.func, with autograd and a loop over the samples as the oracle."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """metrics.MaximumMeanDiscrepancy beside its lines of plain PyTorch."""
 
 import io

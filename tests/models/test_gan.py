@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses and options of GANs against plain PyTorch, and the specifics of each GAN."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several ranks for one test: a script that forks them, and its start with a time limit.
 
 The ranks are forked from a process that has imported and compiled what they need, since that takes longer than their work.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.compile of convolution, op or layer, convolution: Inductor chooses memory layouts around convolutions.
 
 For each image size Inductor compiles a graph of its own, of any batch size: a convolution specializes its height and width, in plain

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers in exported programs: ONNX holds plain operators of PyTorch, torch.export and AOTInductor the compiled ops."""
 
 import pytest

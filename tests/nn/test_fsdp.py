@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantizers under FSDP2: the losses and states of DistributedDataParallel."""
 
 import pytest

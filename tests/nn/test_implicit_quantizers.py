@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nn.FiniteScalarQuantizer and nn.LookupFreeQuantizer, the quantizers with implicit codebooks."""
 
 import pytest

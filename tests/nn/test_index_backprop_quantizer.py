@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nn.IndexBackpropQuantizer beside its lines of plain PyTorch, and its memory."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random training schedules with uneven shares of the ranks: the states of one process on the joined batch, bitwise equal on all ranks."""
 
 import pytest

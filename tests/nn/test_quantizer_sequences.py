@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random sequences of what happens to a quantizer layer, against its documented rule in float64 after every move."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What reaches the codes of a quantizer and its averages, and what does not: overflow, casts, second runs, codes from outside."""
 
 import copy

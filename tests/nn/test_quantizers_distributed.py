@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantizers trained on several ranks: the same state on every rank, and that of one process on the global batch."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nn.VectorQuantizer with heads, a projection, masks, every layout and half precision, against plain PyTorch."""
 
 import importlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the codebook of nn.VectorQuantizer trains: initialization, dead-code replacement, regularizers, accumulation, compilation."""
 
 import copy

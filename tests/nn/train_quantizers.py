@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train quantizers with one process, two and three, and save their states, case by case.
 
 python train_quantizers.py FOLDER

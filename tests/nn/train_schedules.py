@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run random training schedules of quantizers with one, two and three ranks, and save indices and states.
 
 python train_schedules.py FOLDER

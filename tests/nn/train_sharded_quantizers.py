@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train quantizers under DistributedDataParallel and under FSDP2 with two and three ranks, and save losses and states.
 
 python train_sharded_quantizers.py FOLDER

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """k-means of one and of several ranks, which test_kmeans_distributed.py compares.
 
 Usage: cluster_in_ranks.py FOLDER. A rank saves [name, result, ...] as FOLDER/WORLD-RANK.pt.

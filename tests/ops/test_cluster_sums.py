@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sums and distances behind k-means: exact, and independent of how the vectors are split."""
 
 import math

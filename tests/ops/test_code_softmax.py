@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """code_entropy, code_cross_entropy and sample_code."""
 
 import math

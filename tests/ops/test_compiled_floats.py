@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.compile of ops whose Python floats are symbols: with dynamic shapes, and where a float changes between calls."""
 
 import inspect

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """k-means of several ranks equals that of one on the concatenated vectors, bitwise."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options of k-means: restarts, weights, moving averages, balance, callbacks, mapped files; threads; what a GPU would run."""
 
 import importlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """lookup_free_quantize and lookup_free_entropy."""
 
 import importlib

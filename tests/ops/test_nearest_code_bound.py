@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adversarial inputs for the search, which computes coarse scores with an error bound and rescores the remaining candidates exactly."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The noise of the ops that draw it: known answers, equality across implementations, and statistics at a fixed seed.
 
 Every statistic below is compared with its distribution under true randomness at 4.5 standard deviations, two-sided 7e-6;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The matrix products of the polar route: their number, those that only a large matrix or a GPU takes, and the choice of the route."""
 
 import collections

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """sample_offset and reference_ops."""
 
 import logging

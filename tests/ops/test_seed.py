@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the seeds of noise come from, and that no op copies numbers to a GPU, which would wait."""
 
 import ast

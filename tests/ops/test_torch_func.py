@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ops under the transforms of torch.func, with a loop over the samples as the oracle; and under other callers of backward."""
 
 from functools import partial

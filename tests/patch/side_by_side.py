@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compare a model that genperf.patch has changed with one that it has not."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """genperf.patch and genperf.unpatch on models with the quantizers of vector-quantize-pytorch."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """genperf.patch on the autoencoders of diffusers. Skipped where diffusers is not installed."""
 
 import pickle

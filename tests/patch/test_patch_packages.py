@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """genperf.patch on the packages encodec, descript-audio-codec, moshi and taming-transformers. Skipped where they cannot be imported."""
 
 from functools import partial

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """genperf.patch on the codecs, image tokenizers and Gumbel quantizers of transformers. Skipped where transformers is not installed."""
 
 import importlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small systems with known scores, and images that they are scored on."""
 
 from typing import NamedTuple

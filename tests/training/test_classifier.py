@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The classifier whose features the scores of samples use."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training under DDP, and training that is killed and resumed."""
 
 import json

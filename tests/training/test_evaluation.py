@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores of systems against their formulas."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train every system on a few random images in float64, in one process or under torchrun, and save losses and states.
 
 python train_small_systems.py FILE

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Classes of vector-quantize-pytorch with the same arguments, returned values and state_dicts; upstream need not be installed.
 
     from genperf.compat.vector_quantize_pytorch import VectorQuantize

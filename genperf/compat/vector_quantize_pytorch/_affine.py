@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Affine reparameterization of a codebook: codes follow the mean and variance of the batch; Huh et al., "Straightening Out the
 Straight-Through Estimator" (2023).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How vectors are assigned to codes, and the terms that need all codes: nearest or sampled codes, one or several a vector; softmaxes.
 
 Vectors are [h, outer, d, inner], indices [h, outer, inner]. No [N, K] tensor is stored: what no op computes takes chunks of vectors.

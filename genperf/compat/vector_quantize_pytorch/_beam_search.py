@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Beam search over the quantizers of a ResidualVQ: the best sums of codes, instead of the nearest code of each residual."""
 
 from collections.abc import Callable, Sequence

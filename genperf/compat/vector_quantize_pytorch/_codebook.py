@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The codes of a `VectorQuantize`: search, EMA, dead-code replacement and initialization, under upstream's buffer names."""
 
 from collections.abc import Callable

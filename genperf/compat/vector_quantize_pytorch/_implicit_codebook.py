@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The network of an implicit neural codebook (QINCo): codes of a quantizer as a function of what the quantizers before it decoded."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantizer dropout of the residual quantizers: a training step runs only the first quantizers, a random number of them."""
 
 import random

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """BinaryMapper of vector-quantize-pytorch in plain PyTorch; the package need not be installed.
 
 The arguments of constructor and forward, the returned values, the methods and the samples of a seed are those of upstream.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EvoLFQ of vector-quantize-pytorch over the drop-in LFQ; the package need not be installed.
 
 The arguments, the returned values, the state_dict, the methods and the random numbers of a seed are those of upstream.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FSP of vector-quantize-pytorch in plain PyTorch; the package need not be installed.
 
 The arguments of constructor and forward, the returned values, the state_dict, the methods and the noise of a seed are those of upstream.

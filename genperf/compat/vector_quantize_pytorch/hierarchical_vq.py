@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vector-quantize-pytorch's HierarchicalVQ over the drop-in VectorQuantize."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LatentQuantize of vector-quantize-pytorch over genperf.nearest_code; the package need not be installed.
 
 The arguments of constructor and forward, the returned values, the state_dict and the methods are those of upstream.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LFQ of vector-quantize-pytorch, implemented with genperf.lookup_free_quantize; the package need not be installed.
 
 The arguments of constructor and forward, the returned values, the state_dict and the methods are those of upstream. Values agree up

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vector-quantize-pytorch's RandomProjectionQuantizer over the drop-in VectorQuantize."""
 
 from typing import TYPE_CHECKING, Any, overload

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vector-quantize-pytorch's ResidualSimVQ over genperf.residual_vector_quantize."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vector-quantize-pytorch's ResidualVQ and GroupedResidualVQ over the drop-in VectorQuantize.
 
 Above 400 lines: upstream has many arguments, and the differences from it are listed here.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vector-quantize-pytorch's SimVQ over genperf.vector_quantize."""
 
 from collections.abc import Callable

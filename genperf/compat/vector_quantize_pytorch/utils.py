@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vector-quantize-pytorch's Sequential."""
 
 from typing import TYPE_CHECKING, Any

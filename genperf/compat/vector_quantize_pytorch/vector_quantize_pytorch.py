@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vector-quantize-pytorch's VectorQuantize over genperf's search and quantizer.
 
 Above 400 lines: upstream has 40 arguments, and the differences from it are listed here.
