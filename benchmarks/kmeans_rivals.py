@@ -23,7 +23,7 @@ ITERATIONS = 10
 SIZES = ("100000,1024,128", "50000,4096,768")
 
 
-def contenders(x: np.ndarray, codes: int) -> dict[str, Callable[[], np.ndarray]]:
+def contenders(x: np.ndarray, codes: int, threads: int = 1) -> dict[str, Callable[[], np.ndarray]]:
     vectors = torch.from_numpy(x)
 
     def of_genperf(**options: object) -> Callable[[], np.ndarray]:
@@ -38,14 +38,20 @@ def contenders(x: np.ndarray, codes: int) -> dict[str, Callable[[], np.ndarray]]
     try:
         from superkmeans import SuperKMeans
 
-        options = {"hierarchical": False, "iters": ITERATIONS, "sampling_fraction": 1.0, "max_points_per_cluster": len(x), "n_threads": 1}
+        options = {
+            "hierarchical": False,
+            "iters": ITERATIONS,
+            "sampling_fraction": 1.0,
+            "max_points_per_cluster": len(x),
+            "n_threads": threads,
+        }
         found["SuperKMeans"] = lambda: SuperKMeans(codes, x.shape[1], early_termination=False, **options).train(x)
     except ImportError:
         print("superkmeans is not installed")
     try:
         import faiss
 
-        faiss.omp_set_num_threads(1)
+        faiss.omp_set_num_threads(threads)
         faiss.cvar.distance_compute_blas_threshold = 1
 
         def cluster() -> np.ndarray:
