@@ -162,5 +162,5 @@ def _find_triton() -> str | None:
         else:
             importlib.import_module("triton")
     except ImportError as error:
-        return f"triton cannot be imported ({error})."
+        return f"triton cannot be imported ({error}); a torch with CUDA brings it, and `pip install triton` adds it."
     return None

@@ -2,9 +2,11 @@
 """Feature extractors of `genperf fid`: torch-fidelity's Inception, models of transformers, or a callable given by name."""
 
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,11 +110,11 @@ def load_extractor(name: str, *, pixels: str | None, weights: Path | None, devic
 
 def _inception(weights: Path | None) -> nn.Module:
     try:
-        module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-    except Exception as error:  # an incompatible torchvision raises more than ImportError
+        module = _import_inception()
+    except Exception as error:
         raise UserError(
-            f"--extractor inception needs the package torch-fidelity ({_reason(error)}); install it with `pip install 'genperf[fid]'`, "
-            f"or name another extractor."
+            f"--extractor inception needs the package torch-fidelity ({_reason(error)}); install it with "
+            f"`pip install --no-deps torch-fidelity`, or name another extractor."
         ) from error
     if weights is None:
         cached = Path(torch.hub.get_dir(), "checkpoints", Path(module.URL_INCEPTION_V3).name)
@@ -126,6 +128,23 @@ def _inception(weights: Path | None) -> nn.Module:
     except Exception as error:
         origin = module.URL_INCEPTION_V3 if weights is None else repr(str(weights))
         raise UserError(f"the Inception weights from {origin} cannot be loaded: {_reason(error)}.") from error
+
+
+def _import_inception() -> Any:
+    """torch-fidelity's module of Inception, which needs torch alone. The package itself imports torchvision, which depends on one torch."""
+    name = "torch_fidelity"
+    if name not in sys.modules:
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        package = types.ModuleType(name)
+        package.__path__ = list(spec.submodule_search_locations or [])
+        sys.modules[name] = package
+        try:
+            return importlib.import_module(f"{name}.feature_extractor_inceptionv3")
+        finally:
+            del sys.modules[name]  # another import of the package runs its own code
+    return importlib.import_module(f"{name}.feature_extractor_inceptionv3")
 
 
 def _import_callable(name: str) -> Callable[[Tensor], object]:

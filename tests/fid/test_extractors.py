@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Extractors of features: callables named on the command line, and Inception."""
 
+import importlib
 import sys
 import types
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from digits_world import DIGITS, assert_fails, direct_terms, fid, fid_json, files, statistics_of
 from PIL import Image
+
+from genperf.fid.extractors import _import_inception
 
 
 def test_extractors_run_without_tf32(world, extractors, tmp_path):
@@ -135,4 +138,24 @@ def test_inception_errors(world, torch_fidelity, tmp_path, monkeypatch, capsys):
     assert note in capsys.readouterr().err.splitlines()
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     monkeypatch.delitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3")
-    fails("--extractor inception needs the package torch-fidelity .*; install it with `pip install 'genperf\\[fid\\]'`, or name another")
+    fails("--extractor inception needs the package torch-fidelity .*; install it with `pip install --no-deps torch-fidelity`, or name")
+
+
+def test_inception_needs_no_torchvision(tmp_path, monkeypatch):
+    package = tmp_path / "torch_fidelity"
+    package.mkdir()
+    (package / "__init__.py").write_text("import no_such_torchvision")
+    (package / "helpers.py").write_text("URL = 'https://example.org/weights'")
+    (package / "feature_extractor_inceptionv3.py").write_text("from torch_fidelity.helpers import URL as URL_INCEPTION_V3")
+    for name in [name for name in sys.modules if name.split(".")[0] == "torch_fidelity"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        for _ in range(2):
+            assert _import_inception().URL_INCEPTION_V3 == "https://example.org/weights"
+        assert "torch_fidelity" not in sys.modules
+        with pytest.raises(ModuleNotFoundError, match="no_such_torchvision"):
+            importlib.import_module("torch_fidelity")
+    finally:
+        for name in ("helpers", "feature_extractor_inceptionv3"):
+            sys.modules.pop(f"torch_fidelity.{name}", None)
