@@ -31,7 +31,7 @@ format: $(VENV)/installed-dev
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-# A wheel of the CPU libraries in dist/, tested with each of PYTHONS.
+# A wheel of the CPU libraries in dist/, tested with each of PYTHONS, and with a cross compiler one for aarch64.
 wheels: $(VENV)/torch
 	.ci/wheels $(PYTHONS)
 

@@ -28,8 +28,25 @@ MIN_TORCH = (2, 11)
 DEFAULT_CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # those that nvcc knows, and PTX of the last of them
 CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
 CXX = os.environ.get("CXX", "g++")
-X86 = platform.machine() in ("x86_64", "AMD64")
-ISAS = os.environ.get("GENPERF_BUILD_ISAS", "x86-64 x86-64-v3 x86-64-v4").split() if X86 else ["native"]
+
+
+def target_machine() -> str:
+    """The processor that the compiler makes code for, which a cross compiler names."""
+    command = shlex.split(CXX)
+    if shutil.which(command[0]):
+        stated = subprocess.run([*command, "-dumpmachine"], capture_output=True, text=True).stdout.split("-")[0]
+        if stated in ("x86_64", "aarch64"):
+            return stated
+    return platform.machine()
+
+
+MACHINE = target_machine()
+CROSS = platform.machine() != MACHINE
+X86 = MACHINE in ("x86_64", "AMD64")
+if X86:
+    ISAS = os.environ.get("GENPERF_BUILD_ISAS", "x86-64 x86-64-v3 x86-64-v4").split()
+else:
+    ISAS = ["aarch64" if MACHINE == "aarch64" else "native"]
 
 
 class Torch(NamedTuple):
@@ -84,6 +101,8 @@ def cuda_omission(nvcc: str | None) -> str | None:
         sys.exit(f"genperf: GENPERF_CUDA must be 0, 1 or auto, got {choice!r}.")
     if choice == "0":
         return "GENPERF_CUDA=0 was set"
+    if CROSS:
+        return f"it was cross-compiled for {MACHINE}"
     if choice == "auto" and TORCH.cuda is None:
         return f"torch {TORCH.version} has no CUDA"
     wanted = (TORCH.cuda or "").split(".")[0]  # with a torch without CUDA, any toolkit
@@ -172,7 +191,13 @@ class NinjaBuild(build_ext):
         torch_headers = f"-isystem {shlex.quote(str(TORCH.folder / 'include'))}"
         warnings = f"-Wall -Wextra -fvisibility=hidden -ffp-contract=off {os.environ.get('CXXFLAGS', '')}"
         # libtorch leads to torch's CUDA library where there is one, though nothing in it is named at link time.
-        torch_libraries = f"-L{shlex.quote(str(TORCH.folder / 'lib'))} -Xlinker --no-as-needed -ltorch -ltorch_cpu"
+        lib = build / "lib" if CROSS else TORCH.folder / "lib"
+        torch_libraries = f"-L{shlex.quote(str(lib))} -Xlinker --no-as-needed -ltorch -ltorch_cpu"
+        if CROSS:  # torch here is of another processor: libraries without symbols lead to the one of the target
+            lib.mkdir(exist_ok=True)
+            for name in ("libtorch.so", "libtorch_cpu.so"):
+                stub = [*shlex.split(CXX), "-shared", f"-Wl,-soname,{name}", "-x", "c++", os.devnull, "-o", str(lib / name)]
+                subprocess.run(stub, check=True)
 
         with open(build / "build.ninja", "w") as file:
             graph = Writer(file, width=1000)
@@ -205,7 +230,8 @@ class PlatformWheel(bdist_wheel):
     """One wheel for every Python: nothing in the libraries depends on it."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return ("py3", "none", "any" if CPU_OMISSION else super().get_tag()[2])
+        platform_tag = f"linux_{MACHINE}" if CROSS else super().get_tag()[2]
+        return ("py3", "none", "any" if CPU_OMISSION else platform_tag)
 
 
 TORCH = find_torch()

@@ -4,10 +4,16 @@
 // libraries are newer: names the versions of symbols that the oldest system has.
 #pragma once
 
-#if defined(__x86_64__) && defined(__linux__)
-__asm__(".symver exp2,exp2@GLIBC_2.2.5");
-__asm__(".symver log,log@GLIBC_2.2.5");
-__asm__(".symver log2,log2@GLIBC_2.2.5");
+#if defined(__linux__) && (defined(__x86_64__) || defined(__aarch64__))
+#if defined(__x86_64__)
+#define GENPERF_OLDEST "GLIBC_2.2.5"
+#else
+#define GENPERF_OLDEST "GLIBC_2.17"
+#endif
+__asm__(".symver exp2,exp2@" GENPERF_OLDEST);
+__asm__(".symver log,log@" GENPERF_OLDEST);
+__asm__(".symver log2,log2@" GENPERF_OLDEST);
+#undef GENPERF_OLDEST
 #endif
 
 // Of glibc 2.32. std::shared_ptr reads it, to count without atomics in programs of one thread.

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import platform
 import struct
 import warnings
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 build_info: dict[str, Any] = {}
 
 # Instruction sets, best first. "amx" is the x86-64-v4 library with its AMX kernels enabled.
-ISAS = ("amx", "x86-64-v4", "x86-64-v3", "x86-64", "native")
+ISAS = ("amx", "x86-64-v4", "x86-64-v3", "x86-64", "aarch64", "native")
 
 # Why the CPU library, the CUDA library or Triton is not available, or None.
 cpu_failure: str | None = None
@@ -46,7 +47,12 @@ def cpu_features() -> dict[str, bool]:
 def runnable_isas() -> list[str]:
     """The instruction sets that this build contains and this processor supports, best first."""
     features = cpu_features()
-    supported = {**features, "amx": features["x86-64-v4"] and features["amx-bf16"], "native": True}
+    supported = {
+        **features,
+        "amx": features["x86-64-v4"] and features["amx-bf16"],
+        "aarch64": platform.machine() == "aarch64",
+        "native": True,
+    }
     return [name for name in ISAS if supported[name] and _isa_library(name).exists()]
 
 

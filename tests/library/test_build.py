@@ -2,6 +2,7 @@
 """A build that cannot succeed stops with one sentence that says what to do."""
 
 import os
+import platform
 import runpy
 import shutil
 import subprocess
@@ -113,6 +114,20 @@ def test_ptx_of_the_highest_known_architecture_is_built(knows, archs, cuda_build
 
 def test_listed_architectures_are_built_as_listed(cuda_build):
     assert cuda_build("13.0", TORCH_CUDA_ARCH_LIST="8.6;9.0a")[1] == ["8.6", "9.0a"]
+
+
+def test_a_cross_compiler_builds_for_its_target_without_cuda(tmp_path, monkeypatch):
+    target = "x86_64" if platform.machine() == "aarch64" else "aarch64"
+    compiler = tmp_path / "cross-g++"
+    compiler.write_text(f"#!/bin/sh\necho {target}-linux-gnu\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.delenv("GENPERF_BUILD_ISAS", raising=False)
+    monkeypatch.setenv("GENPERF_CUDA", "auto")
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    decided = runpy.run_path(str(ROOT / "setup.py"))
+    assert decided["ISAS"] == (["aarch64"] if target == "aarch64" else ["x86-64", "x86-64-v3", "x86-64-v4"])
+    assert decided["CUDA_OMISSION"] == f"it was cross-compiled for {target}"
 
 
 def test_no_torch_is_a_reason_to_install_without_compiled_libraries(monkeypatch):

@@ -58,9 +58,11 @@ inline void in_order(const Vec (&words)[4], float* out) {
   store(out + 3 * kLanes, Vec(GENPERF_UNPACK(hi_pd, ab2, cd2)));
 #undef GENPERF_UNPACK
 #else
-  for (int lane = 0; lane < kLanes; ++lane)
-    for (int w = 0; w < 4; ++w)
-      out[4 * (lane % 4 * (kLanes / 4) + lane / 4) + w] = words[w][lane];
+  static_assert(kLanes == 4);
+  Vec quads[4] = {words[0], words[1], words[2], words[3]};
+  transpose(quads);
+  for (int i = 0; i < 4; ++i)
+    store(out + i * kLanes, quads[i]);
 #endif
 }
 

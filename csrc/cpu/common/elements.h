@@ -57,6 +57,8 @@ inline Vec load(const Half* p) {
       _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
   return Vec(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__aarch64__)
+  return Vec(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->x))));
 #else
   return read(p, 1, kLanes);
 #endif
@@ -69,6 +71,8 @@ inline void store(Half* p, Vec v) {
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_u16(&p->x, vreinterpret_u16_f16(vcvt_f16_f32(float32x4_t(v))));
 #else
   write(p, 1, kLanes, v);
 #endif

@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include <cmath>
@@ -51,13 +53,20 @@ inline Vec fma(Vec a, Vec b, Vec c) {
   return Vec(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
 #elif defined(__FMA__)
   return Vec(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#elif defined(__aarch64__)
+  return Vec(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
 #else
   return a * b + c;
 #endif
 }
 
+// Of a NaN and a number, b on x86-64 and the number on aarch64.
 inline Vec max(Vec a, Vec b) {
+#if defined(__aarch64__)
+  return Vec(vmaxnmq_f32(float32x4_t(a), float32x4_t(b)));
+#else
   return a > b ? a : b;
+#endif
 }
 
 // Bit i is set where a[i] is not below b[i], as for NaN.
@@ -68,6 +77,8 @@ inline uint32_t not_below(Vec a, Vec b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(__m256(a), __m256(b), _CMP_NLT_UQ));
 #elif defined(__SSE__)
   return _mm_movemask_ps(_mm_cmpnlt_ps(__m128(a), __m128(b)));
+#elif defined(__aarch64__)
+  return vaddvq_u32(uint32x4_t(a < b ? UVec{} : UVec{1, 2, 4, 8}));
 #else
   uint32_t mask = 0;
   for (int i = 0; i < kLanes; ++i)
@@ -137,6 +148,8 @@ inline Vec sqrt(Vec v) {
   return Vec(_mm256_sqrt_ps(__m256(v)));
 #elif defined(__SSE__)
   return Vec(_mm_sqrt_ps(__m128(v)));
+#elif defined(__aarch64__)
+  return Vec(vsqrtq_f32(float32x4_t(v)));
 #else
   for (int i = 0; i < kLanes; ++i)
     v[i] = std::sqrt(v[i]);
@@ -164,6 +177,8 @@ inline DVec fma(DVec a, DVec b, DVec c) {
   return DVec(_mm512_fmadd_pd(__m512d(a), __m512d(b), __m512d(c)));
 #elif defined(__FMA__)
   return DVec(_mm256_fmadd_pd(__m256d(a), __m256d(b), __m256d(c)));
+#elif defined(__aarch64__)
+  return DVec(vfmaq_f64(float64x2_t(c), float64x2_t(a), float64x2_t(b)));
 #else
   return a * b + c;
 #endif
@@ -230,6 +245,8 @@ struct SimdPairs {
     low = U(_mm256_mul_epu32(__m256i(a), _mm256_set1_epi32(int(b))));
 #elif defined(__SSE2__)
     low = U(_mm_mul_epu32(__m128i(a), _mm_set1_epi32(int(b))));
+#elif defined(__aarch64__)
+    low = U(vmull_u32(vmovn_u64(uint64x2_t(a)), vdup_n_u32(b)));
 #else
     low = (a & 0xffffffffu) * uint64_t{b};
 #endif

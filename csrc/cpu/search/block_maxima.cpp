@@ -7,9 +7,13 @@
 namespace genperf {
 namespace {
 
-// Codes scored at a time. With two vectors of queries they need 16 of the 32 registers of AVX-512,
-// or 8 of 16 elsewhere.
-constexpr int kCodes = kLanes == 16 ? 8 : 4;
+// Codes scored at a time. With two vectors of queries they need 16 of the 32 registers of AVX-512
+// and aarch64, or 8 of 16 elsewhere.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kCodes = 8;
+#else
+constexpr int kCodes = 4;
+#endif
 
 bool amx = false;
 
@@ -20,17 +24,19 @@ template <int kKnownDim>
                                                const float* bias,
                                                int64_t dim,
                                                const float* z,
-                                               Vec (&score)[kCodes][2]) {
+                                               Vec (&score)[2][kCodes]) {
   if constexpr (kKnownDim > 0)
     dim = kKnownDim;
+#pragma GCC unroll 8
   for (int c = 0; c < kCodes; ++c)
-    score[c][0] = score[c][1] = broadcast(bias[c]);
+    score[0][c] = score[1][c] = broadcast(bias[c]);
   for (int64_t d = 0; d < dim; ++d) {
     const Vec z0 = load(z + d * kTile), z1 = load(z + d * kTile + kLanes);
+#pragma GCC unroll 8
     for (int c = 0; c < kCodes; ++c) {
       const Vec value = broadcast(values[d * kGroup + c]);
-      score[c][0] = fma(value, z0, score[c][0]);
-      score[c][1] = fma(value, z1, score[c][1]);
+      score[0][c] = fma(value, z0, score[0][c]);
+      score[1][c] = fma(value, z1, score[1][c]);
     }
   }
 }
@@ -48,15 +54,18 @@ void maxima_fma(const CodePanel& panel,
     const int64_t first = block * block_groups;
     for (int64_t group = first; group < first + block_groups; ++group) {
       for (int start = 0; start < kGroup; start += kCodes) {
-        Vec score[kCodes][2];
+        Vec score[2][kCodes];
         score_codes<kKnownDim>(panel.values.get() + group * dim * kGroup + start,
                                panel.bias.get() + group * kGroup + start, dim, z, score);
+#pragma GCC unroll 3
         for (int width = kCodes / 2; width > 0; width /= 2)
+#pragma GCC unroll 4
           for (int c = 0; c < width; ++c)
+#pragma GCC unroll 2
             for (int v = 0; v < 2; ++v)
-              score[c][v] = max(score[c][v], score[c + width][v]);
+              score[v][c] = max(score[v][c], score[v][c + width]);
         best[0] = max(best[0], score[0][0]);
-        best[1] = max(best[1], score[0][1]);
+        best[1] = max(best[1], score[1][0]);
       }
     }
     store(maxima + block * kTile, best[0]);
@@ -81,12 +90,12 @@ void block_maxima_fma(const CodePanel& panel,
 
 void scores_fma(const CodePanel& panel, int64_t begin, int64_t end, const float* z, float* scores) {
   for (int64_t k = begin * kGroup; k < end * kGroup; k += kCodes) {
-    Vec score[kCodes][2];
+    Vec score[2][kCodes];
     score_codes<0>(panel.values.get() + k / kGroup * panel.dim * kGroup + k % kGroup,
                    panel.bias.get() + k, panel.dim, z, score);
     for (int c = 0; c < kCodes; ++c)
       for (int v = 0; v < 2; ++v)
-        store(scores + (k + c) * kTile + v * kLanes, score[c][v]);
+        store(scores + (k + c) * kTile + v * kLanes, score[v][c]);
   }
 }
 
