@@ -47,8 +47,9 @@ def plain_lines(x, state):
     loss = state.commitment_weight * F.mse_loss(channels_last, quantized)
     with torch.no_grad():
         one_hot = F.one_hot(indices, state.num_codes).to(flat.dtype)
-        state.counts.mul_(state.decay).add_(one_hot.sum(0), alpha=1 - state.decay)
-        state.sums.mul_(state.decay).add_(one_hot.T @ flat, alpha=1 - state.decay)
+        state.counts.lerp_(one_hot.sum(0), 1 - state.decay)
+        # Inductor drops the alpha of an add_ of a product on processors without AMX.
+        state.sums.lerp_(one_hot.T @ flat, 1 - state.decay)
         total = state.counts.sum()
         smoothed = (state.counts + state.eps) / (total + state.num_codes * state.eps) * total
         state.codebook = state.sums / smoothed[:, None]
