@@ -28,6 +28,10 @@ def genperf_sample(logits, codebook=None):
     return genperf.gumbel_sample(logits, codebook, dim=1, hard=True)
 
 
+def reference_sample(logits):
+    return genperf.gumbel_sample(logits, dim=1, hard=True, impl="reference")
+
+
 CONTENDERS = {
     "genperf": lambda compiled: genperf_sample,
     "PyTorch": lambda compiled: plain_lines,
@@ -39,6 +43,16 @@ def exact_kl(logits):
     return genperf.gumbel_sample(logits, dim=1, impl="reference")[2]
 
 
+def verify(logits, sample, indices, kl):
+    """Check that the sample is that of the indices, the KL, and that the mean log-likelihood of the indices is the expected one."""
+    # The straight-through sum of plain PyTorch rounds its one-hot vectors.
+    torch.testing.assert_close(sample.movedim(1, -1), F.one_hot(indices, logits.shape[1]).float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(kl, exact_kl(logits), rtol=1e-3, atol=1e-4)
+    likelihood = logits.log_softmax(1).gather(1, indices.unsqueeze(1))
+    expected = (logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+    assert abs(likelihood.mean() - expected) < 5 * likelihood.std() / indices.numel() ** 0.5
+
+
 @pytest.mark.parametrize("contender", CONTENDERS)
 def test_gumbel_sample(benchmark, contender, size, compiled, device):
     shape = size(FORWARD)
@@ -46,13 +60,7 @@ def test_gumbel_sample(benchmark, contender, size, compiled, device):
     function = CONTENDERS[contender](compiled)
 
     sample, indices, kl = function(logits)
-    # The straight-through sum of plain PyTorch rounds its one-hot vectors.
-    torch.testing.assert_close(sample.movedim(1, -1), F.one_hot(indices, shape[1]).float(), rtol=0, atol=1e-6)
-    torch.testing.assert_close(kl, exact_kl(logits), rtol=1e-3, atol=1e-4)
-    likelihood = logits.log_softmax(1).gather(1, indices.unsqueeze(1))
-    expected = (logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
-    assert abs(likelihood.mean() - expected) < 5 * likelihood.std() / indices.numel() ** 0.5
-
+    verify(logits, sample, indices, kl)
     measure(
         benchmark, lambda: function(logits), device, moved=2 * 4 * logits.numel() + 12 * indices.numel(), least_rounds=MANY_ROUNDS,
         op="gumbel_sample", workload=f"hard, forward, {list(shape)}", contender=contender,

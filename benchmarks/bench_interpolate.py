@@ -29,6 +29,14 @@ CONTENDERS = {
 }
 
 
+def verify(mixed, real, fake):
+    """Check that each image of `mixed` lies between those of `real` and `fake`, at a place of its own."""
+    weight = ((mixed - fake) * (real - fake)).flatten(1).sum(1) / (real - fake).square().flatten(1).sum(1)
+    assert ((weight > -1e-6) & (weight < 1 + 1e-6)).all()
+    assert len(weight.unique()) == len(real)
+    torch.testing.assert_close(mixed, torch.lerp(fake, real, weight.view(-1, 1, 1, 1)), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_interpolate(benchmark, shape, contender, size, compiled, device):
@@ -39,10 +47,7 @@ def test_interpolate(benchmark, shape, contender, size, compiled, device):
     if contender == "clone":
         assert torch.equal(mixed, real)
     else:
-        weight = ((mixed - fake) * (real - fake)).flatten(1).sum(1) / (real - fake).square().flatten(1).sum(1)
-        assert ((weight > -1e-6) & (weight < 1 + 1e-6)).all()
-        assert len(weight.unique()) == shape[0]
-        torch.testing.assert_close(mixed, torch.lerp(fake, real, weight.view(-1, 1, 1, 1)), rtol=1e-4, atol=1e-4)
+        verify(mixed, real, fake)
     measure(
         benchmark, lambda: function(real, fake), device, moved=(2 if contender == "clone" else 3) * 4 * real.numel(),
         least_rounds=MANY_ROUNDS, op="interpolate", workload=str(list(shape)), contender=contender,

@@ -69,7 +69,7 @@ def measure(
         benchmark.extra_info["device_ms"] = do_bench(function, quantiles=[0.2, 0.5, 0.8])
     seconds = seconds_of(_synchronized(function, device))
     rounds = int(min(max(least_rounds if seconds < 1 else max(2, least_rounds // 3), MINIMUM_SECONDS / seconds), MAXIMUM_ROUNDS))
-    benchmark.pedantic(_synchronized(function, device), rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(_synchronized(function, device), rounds=rounds)  # peak_extra_bytes has warmed it up
     _record_row(benchmark)
 
 
