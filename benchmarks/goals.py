@@ -305,13 +305,13 @@ def facts() -> dict[str, object]:
     return {"device": device_name("cpu"), "threads": torch.get_num_threads(), "torch": torch.__version__, "genperf": library}
 
 
-def page(lines: list[dict[str, str]], found: dict[str, object], load: float, full: bool) -> str:
+def page(lines: list[dict[str, str]], found: dict[str, object], load: float, command: str) -> str:
     versions = [f"{name} {version}" for name in RIVALS if (version := _version(name))]
     head = "; ".join([machine([found]), *versions, f"load {load:.2f} at the start", datetime.date.today().isoformat()])
     judged = [one[""] for one in lines if one["goal"]]
     return f"""# Goals on a CPU
 
-`python benchmarks/goals.py{" --full" if full else ""}`. {head}.
+`{command}`. {head}.
 
 {judged.count("reached")} of {len(judged)} goals are reached. Every result is verified, then genperf and its rival are timed in alternating
 turns of one process. The ratio is the rival's time over that of genperf; "of it" is the time of genperf as a share of the rival's. Sizes of
@@ -356,7 +356,8 @@ def run(arguments: argparse.Namespace) -> int:
             if failed:
                 raise UserError(f"the rows could not be measured (exit code {failed}); the message is above.")
         lines += measured_lines
-    text = page(lines, known, load, arguments.full)
+    command = ["python benchmarks/goals.py", *(["--full"] if arguments.full else []), *([f"-k '{arguments.k}'"] if arguments.k else [])]
+    text = page(lines, known, load, " ".join(command))
     return write(text, arguments, NAME) or int(any(one[""] not in ("", "reached") for one in lines))
 
 

@@ -25,6 +25,7 @@ genperf is slower are in bold. This takes about 30 minutes on a quiet machine, o
 One of these options measures something else, and writes NAME.md:
   --in-turn      searches, quantizer layers and the training of a VQ-VAE, timed in alternating turns with a rival and compared with goals
   --compare REV  this genperf and a build of another git revision, timed in alternating turns, in milliseconds and as ratios
+  --goals        the goals of genperf on a CPU, each beside its rival, timed in turn; with --full at all sizes
   --accuracy     errors of the ways to compute a Frechet distance on difficult covariances
 
 exit codes: 0; 1 where a benchmark failed, a goal was missed or the outputs of two builds differ; 2 after an invalid option, with a sentence
@@ -37,6 +38,7 @@ _NONE_SELECTED = 5  # exit code of pytest
 # For each mode the module of the benchmarks that runs it, and the packages it needs.
 _MODES = {
     "in_turn": ("ratios", {"vector_quantize_pytorch": "vector-quantize-pytorch"}),
+    "goals": ("goals", {}),
     "compare": ("compare", {}),
     "accuracy": ("frechet_cases", {"scipy": "scipy", "torchmetrics": "torchmetrics"}),
 }
@@ -50,10 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mode.add_argument(
         "--compare", type=options.path_text, metavar="REV", help="a git revision of this checkout, or a folder with a built genperf"
     )
+    mode.add_argument("--goals", action="store_true", help="goals on a CPU, and whether they are reached")
     mode.add_argument("--accuracy", action="store_true", help="errors of Frechet distances")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one; the CPU for --in-turn, --accuracy")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: the GPU where there is one; the CPU for the modes that measure on it"
+    )
     parser.add_argument("-k", metavar="OPS", help="only what matches, as pytest's -k: 'nearest_code', 'gumbel_sample or interpolate'")
     parser.add_argument("--quick", action="store_true", help="fewer sizes of the searches, or fewer rounds")
+    parser.add_argument("--full", action="store_true", help="with --goals: all sizes")
     parser.add_argument("--out", type=options.path_text, default="runs/bench", metavar="FOLDER", help="for what is written (%(default)s)")
     parser.add_argument("--name", type=options.path_text, help="of the files that are written (of the report: the device's)")
 
@@ -63,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     module, packages = _MODES[mode] if mode is not None else (None, {"matplotlib": "matplotlib"})
     for needed, package in {"pytest_benchmark": "pytest-benchmark", **packages}.items():
         import_extra(needed, package, "bench")
-    if mode in ("in_turn", "accuracy") and arguments.device == "cuda":
+    if mode in ("in_turn", "goals", "accuracy") and arguments.device == "cuda":
         raise UserError(f"--{mode.replace('_', '-')} measures on the CPU, got --device cuda.")
     try:
         Path(arguments.out).mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ def test_page(monkeypatch):
     for line in lines:
         del line["what"]
     facts = {"device": "Some CPU", "threads": 2, "torch": "2", "genperf": "1, isa"}
-    page = goals.page(lines, facts, 0.5, True)
+    page = goals.page(lines, facts, 0.5, "python benchmarks/goals.py --full")
     assert "1 of 2 goals are reached" in page
     assert "`python benchmarks/goals.py --full`. Some CPU, 2 threads" in page
     assert "| w | 1 | 1000 ms | other | 2000 ms | 2.00x | >= 3x | missed |" in page
