@@ -82,7 +82,8 @@ Tensor interpolate(const Tensor& real,
     const uint64_t key = seed_of(seed);
     const float spread = *static_cast<const float*>(scale->const_data_ptr());
     rows.for_each([&](int64_t b, int64_t row, int64_t column, int64_t count, const auto& at) {
-      constexpr int64_t kSegment = 512;
+      // A lane adds up few numbers, of which narrow vectors would leave it many.
+      constexpr int64_t kSegment = kLanes == 4 ? 64 : 512;
       alignas(64) float buffer[kSegment + kDrawn + 4];
       const float share = (1 - weights[b]) * spread;
       for (int64_t start = 0; start < count; start += kSegment) {
@@ -128,7 +129,8 @@ std::tuple<Tensor, Tensor, Tensor> interpolate_backward(const Tensor& grad_mixed
       const bool vectorizable =
           std::all_of(at.begin(), at.end(), [](auto& x) { return x.vectorizable(); });
       double total = 0;
-      constexpr int64_t kSegment = 512;
+      // A lane adds up few numbers, of which narrow vectors would leave it many.
+      constexpr int64_t kSegment = kLanes == 4 ? 64 : 512;
       for (int64_t start = 0; start < count; start += kSegment) {
         Vec sums{};
         for_each_vector(std::min(kSegment, count - start), vectorizable, [&](int64_t i, auto n) {
