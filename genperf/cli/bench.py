@@ -71,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
         import_extra(needed, package, "bench")
     if mode in ("in_turn", "goals", "accuracy") and arguments.device == "cuda":
         raise UserError(f"--{mode.replace('_', '-')} measures on the CPU, got --device cuda.")
+    if arguments.full and mode != "goals":
+        raise UserError("--full needs --goals.")
     try:
         Path(arguments.out).mkdir(parents=True, exist_ok=True)
         if not os.access(arguments.out, os.W_OK):

@@ -135,6 +135,7 @@ def test_bench_in_a_checkout_uses_its_benchmarks():
         (["-k", "nothing"], "no benchmark can run here, of those that match -k 'nothing'"),
         (["-k", "wrong"], "every benchmark failed; .* of those that match -k 'wrong'"),
         (["-k", "a b"], r"could not run the benchmarks \(exit code 4\)"),
+        (["--full"], "--full needs --goals"),
         (["--out", "file"], "--out must be a folder that can be written, got 'file'"),
     ],
 )
