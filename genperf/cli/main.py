@@ -4,6 +4,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .._errors import UserError, is_out_of_memory, reason
 from .._program import exit_on_interrupt, restore_interrupt
@@ -68,8 +69,18 @@ def _failed(sentence: str) -> int:
     return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that reports unknown arguments with its own usage; argparse leaves those of a command to the parser of all commands."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        arguments, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return arguments, unknown
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="genperf",
         description="Compiled kernels for generative models; without a command: info.",
         epilog=_EPILOG,

@@ -416,6 +416,17 @@ def test_option_errors_state_the_rule(options, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["info", "kmeans data.npy --codes 4", "train vqvae", "fid A B"])
+def test_unknown_options_show_the_usage_of_their_command(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([*command.split(), "--no-such"])
+    assert exit.value.code == 2
+    usage, error = capsys.readouterr().err.rsplit("\n", 2)[:2]
+    name = f"genperf {' '.join(word for word in command.split() if word in ('info', 'kmeans', 'train', 'vqvae', 'fid'))}"
+    assert usage.startswith(f"usage: {name} ")
+    assert error == f"{name}: error: unrecognized arguments: --no-such"
+
+
 def test_options_out_of_range(npz, tmp_path, capsys):
     assert_fails(capsys, train(npz, tmp_path, *SMALL, "--lr", "0"), "--lr must be above 0, got 0")
     assert_fails(capsys, train(npz, tmp_path, *SMALL, "--decay", "1"), r"decay must be None or lie in \[0, 1\), got 1")
