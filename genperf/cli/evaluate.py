@@ -40,7 +40,7 @@ _MEANINGS = {
     "fid_training_images": "for comparison, that of training images",
     "fid_noise": "that of uniform noise",
     "fid_mean_image": "that of the mean training image alone",
-    "coverage": "classes, of {classes}, with at least 0.2 of their share of the training images among the generated images",
+    "coverage": "of {classes} classes, those with at least 0.2 of their share of the training images among the generated images",
     "label_accuracy": "share of generated images that are classified as their label",
     "class_kl": "nats, KL divergence of the generated images' classes from those of the training images",
     "duplicates": "share of generated images as near to a training image as the nearest 1 % of the held-out images",

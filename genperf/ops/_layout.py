@@ -24,29 +24,18 @@ class Positions:
         channel: the dimension of x that holds a vector, not negative.
         sizes: shape of x without its channel dimension.
         split: how many of those dimensions `outer` covers.
+        outer, inner: the positions before and after the split.
     """
 
-    __slots__ = ("channel", "sizes", "split", "vectors")
+    __slots__ = ("channel", "inner", "outer", "sizes", "split", "vectors")
 
     def __init__(self, x: Tensor, channel: int) -> None:
         self.channel = channel
         self.sizes = sizes = positions_shape(x, channel)
-        strides = [*x.stride()[:channel], *x.stride()[channel + 1 :]]
-        self.split = channel
-        for split in (channel, *range(len(sizes) + 1)):
-            if _collapses(sizes[:split], strides[:split]) and _collapses(sizes[split:], strides[split:]):
-                self.split = split
-                break
+        self.split = channel if x.is_contiguous() else _viewable_split(x, channel, sizes)
+        self.outer, self.inner = math.prod(sizes[: self.split]), math.prod(sizes[self.split :])
         moved = x if self.split == channel else x.movedim(channel, self.split)
         self.vectors = moved.reshape(self.outer, x.shape[channel], self.inner)
-
-    @property
-    def outer(self) -> int:
-        return math.prod(self.sizes[: self.split])
-
-    @property
-    def inner(self) -> int:
-        return math.prod(self.sizes[self.split :])
 
     def view_mask(self, mask: Tensor | None) -> Tensor | None:
         """View a mask or indices of x's positions as [outer, inner]."""
@@ -61,6 +50,15 @@ class Positions:
     def restore_indices(self, indices: Tensor, *last: int) -> Tensor:
         """View indices [outer, inner] in the shape of x without its channels, with further dimensions `last`."""
         return indices.reshape(*self.sizes, *last)
+
+
+def _viewable_split(x: Tensor, channel: int, sizes: list[int]) -> int:
+    """The first split, `channel` before all others, with which x is viewed without a copy; `channel` if there is none."""
+    strides = [*x.stride()[:channel], *x.stride()[channel + 1 :]]
+    for split in (channel, *range(len(sizes) + 1)):
+        if _collapses(sizes[:split], strides[:split]) and _collapses(sizes[split:], strides[split:]):
+            return split
+    return channel
 
 
 def as_positions(x: Tensor, channel: int) -> Tensor:
