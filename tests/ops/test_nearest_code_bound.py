@@ -148,6 +148,53 @@ def test_additions_that_all_round_the_wrong_way(device):
             check(x.to(device), codebook.to(device))
 
 
+def one_in_sixteen(codebook, long):
+    """Puts a code of `long` after every 15 codes of the codebook, whose rest follows at the end."""
+    count = min(len(codebook) // 15, len(long))
+    mixed = torch.cat([codebook[: 15 * count].view(count, 15, -1), long[:count, None]], dim=1)
+    return torch.cat([mixed.flatten(0, 1), codebook[15 * count :]])
+
+
+def beside_long_codes(family, dim, where):
+    """A family with codes 1000 times as long, in a block of their own or in all blocks, and near ties around some of these."""
+    generator = seeded(dim)
+    if family == "float32 roundings":
+        x, codebook = aligned_roundings("float32", dim, 240, (15, 16), "euclidean", generator)
+    else:
+        x, codebook = {"rounded_additions": rounded_additions, **FAMILIES}[family](dim, generator)
+    codebook = codebook[:2000]
+    size = 1000 * codebook.abs().max()
+    base = size * normalize(randn(generator, 4, dim), dim=1).to(x.dtype)
+    steps = torch.tensor([0.0, 0.0, 1e-7, -1e-7, 3e-7, 1e-4], dtype=x.dtype)
+    near = (base[:, None] + steps[:, None] * size * randn(generator, 4, 6, dim).sign()).flatten(0, 1)
+    far = size * 10.0 ** torch.rand(120, 1, generator=generator) * normalize(randn(generator, 120, dim), dim=1)
+    long = torch.cat([near, far.to(x.dtype)])
+    x = torch.cat([x, base, near[2::6] * 0.5 + base * 0.5, base * (1 + 1e-6), 0.4995 * base, 0.501 * base])
+    return x, torch.cat([codebook, long[:20]]) if where == "own block" else one_in_sixteen(codebook, long)
+
+
+@pytest.mark.parametrize("where", ["own block", "all blocks"])
+@pytest.mark.parametrize("family", ["float32 roundings", "rounded_additions", "rings", "one_bit", "equal_lengths", "zeros"])
+def test_near_ties_beside_codes_much_longer(family, where, device):
+    for dim in (5, 20, 64, 257):
+        x, codebook = beside_long_codes(family, dim, where)
+        check(x.to(device), codebook.to(device), message=where)
+        # A code that is not finite leaves the bounds of its block and of the others.
+        codebook[3, 0], codebook[40, -1], codebook[-2, 0] = math.nan, math.inf, -math.inf
+        check(x.to(device), codebook.to(device), message=f"{where}, not finite")
+
+
+def test_one_code_much_longer(device):
+    """At every place of a block, whose codes and those of other blocks are near ties."""
+    for dim in (3, 32, 80):
+        x, codebook = equal_lengths(dim, seeded(dim))
+        x = torch.cat([x, codebook[:16]])
+        for place in (0, 15, 16, 200, 499):
+            changed = codebook.clone()
+            changed[place] *= 1e4
+            check(torch.cat([x, changed[place, None]]).to(device), changed.to(device), message=f"{place}")
+
+
 def rings(dim, generator):
     """Around each of 12 queries 60 codes whose distances differ by less and less, down to below the resolution of float32."""
     x = 20 * randn(generator, 12, dim)

@@ -41,21 +41,57 @@ int64_t groups_to_a_block(int64_t codes, int64_t dim, bool bf16) {
 }
 
 // Every center gives a correct result; the mean of a sample of the codes makes the search fast.
+// Codes more than four times as long as half of the sample are left out of it, since a few of them
+// could move the center away from all others.
 template <class C>
 void find_center(const Codes<C>& codebook, float* center) {
   const int64_t step = (codebook.count + kCenterSample - 1) / kCenterSample;
+  const int64_t sampled = (codebook.count + step - 1) / step;
+  const auto component = [&](int64_t i, int64_t d) {
+    const double value = double(codebook.data[i * step * codebook.code_stride + d]);
+    return std::abs(value) < 1e30 ? value : 0.0;
+  };
+  double squares[kCenterSample], sorted[kCenterSample];
+  for (int64_t i = 0; i < sampled; ++i) {
+    squares[i] = 0;
+    for (int64_t d = 0; d < codebook.dim; ++d)
+      squares[i] += component(i, d) * component(i, d);
+  }
+  std::copy_n(squares, sampled, sorted);
+  std::nth_element(sorted, sorted + sampled / 2, sorted + sampled);
+  const double longest = 16 * sorted[sampled / 2];
   Buffer<double> sums(codebook.dim);
   std::fill_n(sums.get(), codebook.dim, 0.0);
-  for (int64_t k = 0; k < codebook.count; k += step) {
-    const C* code = codebook.data + k * codebook.code_stride;
-    for (int64_t d = 0; d < codebook.dim; ++d) {
-      const double value = double(code[d]);
-      sums[d] += std::abs(value) < 1e30 ? value : 0.0;
+  int64_t count = 0;
+  for (int64_t i = 0; i < sampled; ++i) {
+    if (squares[i] > longest)
+      continue;
+    ++count;
+    for (int64_t d = 0; d < codebook.dim; ++d)
+      sums[d] += component(i, d);
+  }
+  for (int64_t d = 0; d < codebook.dim; ++d)
+    center[d] = float(sums[d] / double(count));
+}
+
+// The largest |f| of each block, from the biases. What underflows in a bias is below 2^-62 in |f|.
+void set_block_norms(CodePanel& panel) {
+  const int64_t block_codes = panel.block_groups * kGroup;
+  float shortest = INFINITY, longest = 0;
+  for (int64_t block = 0; block < panel.blocks(); ++block) {
+    const int64_t begin = block * block_codes, end = std::min(begin + block_codes, panel.codes);
+    float largest = -1;
+    for (int64_t k = begin; k < end; ++k)
+      if (std::isfinite(panel.bias[k]))
+        largest = std::max(largest, -panel.bias[k]);
+    const float norm = std::sqrt(2 * std::max(largest, 0.0f)) + 0x1p-62f;
+    panel.block_norm[block] = norm;
+    if (largest >= 0) {
+      shortest = std::min(shortest, norm);
+      longest = std::max(longest, norm);
     }
   }
-  const double count = double((codebook.count + step - 1) / step);
-  for (int64_t d = 0; d < codebook.dim; ++d)
-    center[d] = float(sums[d] / count);
+  panel.uneven_blocks = longest > 2 * shortest;
 }
 
 void widen(Vec v, DVec& low, DVec& high) {
@@ -239,6 +275,8 @@ CodePanel prepare_panel(const Codes<C>& codebook,
   std::fill_n(panel.center.get(), round_up(panel.dim, kLanes), 0.0f);
   if (cosine)
     return panel;
+  if (!bf16)
+    panel.block_norm = Buffer<float>(panel.capacity / (panel.block_groups * kGroup));
   find_center(codebook, panel.center.get());
   for (int64_t d = 0; d < panel.dim; ++d)
     largest = std::max(largest, double(std::abs(panel.center[d])));
@@ -319,6 +357,8 @@ void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first) {
   panel.low_norm = low_norm;
   panel.residual = residual;
   panel.max_bias = max_bias;
+  if (!panel.bf16 && !panel.cosine)
+    set_block_norms(panel);
 }
 
 #define INSTANTIATE(C)                                                               \

@@ -48,6 +48,12 @@ struct CodePanel {
   double residual = 0;           // largest |part of f that bfloat16 leaves out|
   double max_bias = 0;           // largest |b|
 
+  // In float32, whether the largest |f| of some blocks is more than twice that of others. A block
+  // and a code then have error bounds of their own; the search with AMX and the search for k codes
+  // use those of the panel.
+  bool uneven_blocks = false;
+  Buffer<float> block_norm;  // [blocks], the largest |f| of each, unless bf16 or cosine
+
   int64_t blocks() const { return groups / block_groups; }
   int64_t bytes() const;
 };

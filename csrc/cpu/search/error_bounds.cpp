@@ -36,6 +36,14 @@ constexpr float kTiny = 0x1p-100f;   // covers underflow
 // errors: the true scores of its codes are then below that of the best code by more than the error
 // of float64. Norms and bounds are computed in float32, for which `slack` compensates. Anything
 // that is not finite makes the bound infinite, and no comparison then drops a code.
+//
+// Where the lengths of the codes differ much, one long code would make these bounds large for all.
+// Every error above is that of a single code, so its own F and |b| = F^2 / 2 bound it: let e be
+// the sum for F of the code, or of the longest code of its block. The error of the float64 distance
+// is split by (|z| + F)^2 <= 2 |z|^2 + 2 F^2. If w is the nearest code and j any other one, then
+//   score_w + e_w >= score_j - e_j,
+// so a code or block with score + e below the largest score - e is dropped. The comparison rounds
+// both sides by at most u (|z| F + |b|), which the factor 6 above includes.
 void ErrorBounds::set(int first, const QuerySquares& squares, const CodePanel& panel) {
   const int64_t dim = panel.dim;
   const float slack = 1.002f + dim * 4 * kUnit;
@@ -64,6 +72,15 @@ void ErrorBounds::set(int first, const QuerySquares& squares, const CodePanel& p
   };
   store(coarse + first, twice(scores));
   store(fine + first, twice(products));
+  if (panel.uneven_blocks) {
+    const float single = 1.0005f * slack, float64_unit = (dim + 4) * 2 * kUnit64;
+    const Vec separate = norm * norm * (2 * float64_unit) + kTiny;
+    store(per_length + first, norm * ((2 * dim + 10) * kUnit * slack * single));
+    store(constant + first,
+          product < 1e30f && broadcast(max_bias) < 1e30f ? separate * single : broadcast(INFINITY));
+    fine_square = (3 * kUnit + 2 * float64_unit) * slack * slack * single;
+    coarse_square = fine_square + dim * kUnit * slack * slack * single;
+  }
   for (int lane = 0; lane < kLanes; ++lane)
     has_nan[first + lane] = std::isnan(squares.total[lane]);
 }

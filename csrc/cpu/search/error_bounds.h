@@ -22,8 +22,30 @@ struct ErrorBounds {
   float fine[32];
   bool has_nan[32];
 
+  // For a panel with uneven blocks, half of these bounds for a code of length F:
+  //   per_length F + (coarse_square or fine_square) F^2 + constant.
+  float per_length[32];
+  float constant[32];
+  float coarse_square, fine_square;
+
   // Sets the bounds of kLanes queries.
   void set(int first, const QuerySquares& squares, const CodePanel& panel);
+
+  // Half of the coarse bound of kLanes queries for the codes of a block, of length block_norm.
+  Vec coarse_error(int first, float block_norm) const {
+    const Vec length = broadcast(block_norm);
+    return fma(load(per_length + first), length,
+               fma(length * length, broadcast(coarse_square), load(constant + first)));
+  }
+
+  // Half of the fine bound of one query for kLanes codes, from their biases -F^2 / 2. That of a
+  // code that is not finite is finite, so that its score stays -infinity.
+  Vec fine_error(int query, Vec bias) const {
+    const Vec doubled = bias * -2.0f;
+    const Vec square = doubled < 1e30f ? doubled : broadcast(1e30f);
+    return fma(broadcast(per_length[query]), sqrt(square) + 0x1p-62f,
+               fma(square, broadcast(fine_square), broadcast(constant[query])));
+  }
 };
 
 }  // namespace genperf

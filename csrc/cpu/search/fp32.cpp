@@ -22,16 +22,31 @@ void score_blocks(const PanelSearch<T, C>& search,
                   SearchScratch& s,
                   int query,
                   const float* z,
-                  float bound,
+                  const ErrorBounds& bounds,
+                  int lane,
                   const int32_t* blocks,
                   int64_t count) {
   const CodePanel& panel = *search.panel;
   const int64_t block_codes = panel.block_groups * kGroup;
   Vec best = broadcast(-INFINITY);
   for (int64_t i = 0; i < count; ++i)
-    for (int64_t g = 0; g < panel.block_groups; ++g)
-      best = max(best, score_group(panel, blocks[i] * panel.block_groups + g, z,
-                                   s.scores.get() + i * block_codes + g * kGroup));
+    for (int64_t g = 0; g < panel.block_groups; ++g) {
+      const int64_t group = blocks[i] * panel.block_groups + g;
+      float* scores = s.scores.get() + i * block_codes + g * kGroup;
+      const Vec highest = score_group(panel, group, z, scores);
+      if (!panel.uneven_blocks) {
+        best = max(best, highest);
+        continue;
+      }
+      // The scores become those that the codes have at most.
+      for (int k = 0; k < kGroup; k += kLanes) {
+        const Vec score = load(scores + k);
+        const Vec error = bounds.fine_error(lane, load(panel.bias.get() + group * kGroup + k));
+        best = max(best, score - error);
+        store(scores + k, score + error);
+      }
+    }
+  const float bound = panel.uneven_blocks ? 0 : bounds.fine[lane];
   const Vec threshold = broadcast(largest(best) - bound);
   typename PanelSearch<T, C>::BestCode nearest(search, s.offsets[query]);
   const float* scores = s.scores.get();
@@ -42,6 +57,36 @@ void score_blocks(const PanelSearch<T, C>& search,
         if (k + __builtin_ctz(bits) < panel.codes)
           nearest.offer(k + __builtin_ctz(bits));
   search.accept(s.positions[query], nearest);
+}
+
+// Calls f(lane, block) for the blocks that can hold the nearest code of queries first ... first +
+// kLanes - 1, from the maxima [blocks, kTile] of the tile.
+template <class F>
+void for_each_candidate(const CodePanel& panel,
+                        const ErrorBounds& bounds,
+                        const float* maxima,
+                        int first,
+                        const F& f) {
+  maxima += first;
+  const auto for_each = [&](Vec threshold, const auto& highest) {
+    for (int64_t block = 0; block < panel.blocks(); ++block)
+      for (uint32_t bits = not_below(highest(block), threshold); bits; bits &= bits - 1)
+        f(first + __builtin_ctz(bits), block);
+  };
+  Vec best = broadcast(-INFINITY);
+  if (!panel.uneven_blocks) {
+    const auto highest = [&](int64_t block) { return load(maxima + block * kTile); };
+    for (int64_t block = 0; block < panel.blocks(); ++block)
+      best = max(best, highest(block));
+    for_each(best - load(bounds.coarse + first), highest);
+    return;
+  }
+  const auto error = [&](int64_t block) {
+    return bounds.coarse_error(first, panel.block_norm[block]);
+  };
+  for (int64_t block = 0; block < panel.blocks(); ++block)
+    best = max(best, load(maxima + block * kTile) - error(block));
+  for_each(best, [&](int64_t block) { return load(maxima + block * kTile) + error(block); });
 }
 
 }  // namespace
@@ -63,24 +108,15 @@ void search_fp32(const PanelSearch<T, C>& search, int count, SearchScratch& s) {
     const float* z = tile_z(t);
     const ErrorBounds bounds = error_bounds(z, panel);
     int64_t candidates[kTile] = {};
-    for (int first = 0; first < kTile; first += kLanes) {
-      const float* maxima = tile_maxima(t) + first;
-      Vec best = broadcast(-INFINITY);
-      for (int64_t block = 0; block < panel.blocks(); ++block)
-        best = max(best, load(maxima + block * kTile));
-      const Vec threshold = best - load(bounds.coarse + first);
-      for (int64_t block = 0; block < panel.blocks(); ++block)
-        for (uint32_t bits = not_below(load(maxima + block * kTile), threshold); bits;
-             bits &= bits - 1) {
-          const int lane = first + __builtin_ctz(bits);
-          s.candidate_blocks[lane * panel.blocks() + candidates[lane]++] = int32_t(block);
-        }
-    }
+    for (int first = 0; first < kTile; first += kLanes)
+      for_each_candidate(panel, bounds, tile_maxima(t), first, [&](int lane, int64_t block) {
+        s.candidate_blocks[lane * panel.blocks() + candidates[lane]++] = int32_t(block);
+      });
     for (int lane = 0; lane < std::min(kTile, count - t * kTile); ++lane)
       if (bounds.has_nan[lane])
         search.accept_first(s.positions[t * kTile + lane]);
       else
-        score_blocks(search, s, t * kTile + lane, z + lane, bounds.fine[lane],
+        score_blocks(search, s, t * kTile + lane, z + lane, bounds, lane,
                      s.candidate_blocks.get() + lane * panel.blocks(), candidates[lane]);
   }
 }
