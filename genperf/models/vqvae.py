@@ -87,12 +87,12 @@ class VQVAE(CodeAutoencoder):
         def __call__(self) -> None: ...
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
-        """The losses of a player for a batch, by name: reconstruction and quantizer loss for "model", one in nats per code for "prior"."""
+        """The losses of a player for a batch, by name: reconstruction and quantizer loss for "model", nats per code for "prior"."""
         self.check_player(player)
         if player == "prior":
             assert self.prior is not None
             loss = self.prior.loss(self.encode(images))
-            return {"loss": loss}
+            return {"loss": loss, "nats_per_code": loss.detach()}
         return quantized_losses(self(images), images)
 
     @torch.no_grad()

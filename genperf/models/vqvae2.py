@@ -116,14 +116,14 @@ class VQVAE2(CodeAutoencoder):
         def __call__(self) -> None: ...
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
-        """The losses of a player for a batch, by name: reconstruction and quantizer loss for "model", one in nats per code for a prior."""
+        """The losses of a player for a batch, by name: reconstruction and quantizer loss for "model", nats per code for the priors."""
         self.check_player(player)
         if player != "model":
             assert self.top_prior is not None
             assert self.bottom_prior is not None
             top, bottom = self.encode(images)
             loss = self.top_prior.loss(top) if player == "top_prior" else self.bottom_prior.loss(bottom, self._condition(top))
-            return {"loss": loss}
+            return {"loss": loss, "nats_per_code": loss.detach()}
         return quantized_losses(self(images), images)
 
     @torch.no_grad()
