@@ -18,6 +18,9 @@
 namespace genperf {
 namespace {
 
+constexpr int64_t kKeptBytes = 512 << 10;  // y of a tile
+constexpr int64_t kMinKeptVectors = 4;
+
 template <class T>
 GumbelInputs<T> inputs_of(const Tensor& logits,
                           const std::optional<Tensor>& temperature,
@@ -81,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
         out.at(o, p.index, i).set(0, 1, broadcast(1.0f));
     };
     for_each_position(
-        in,
+        in, kTile, 0,
         [&](int64_t o, int64_t i, float* s) {
           SoftmaxSums softmax;
           PerturbedSums perturbed;
@@ -96,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
             row.set(k, int(std::min<int64_t>(kLanes, in.classes - k)),
                     scale * exp_or_zero<Simd>((load(s + k) - perturbed.largest) * in.inverse_tau));
         },
-        [&](int64_t o, int64_t i, int64_t n) {
+        [&](int64_t o, int64_t i, int64_t n, float*) {
           const bool vectorizable =
               in.logits.vectorizable() && in.noise.vectorizable() && out.vectorizable();
           TileState tile;
@@ -164,8 +167,13 @@ void gumbel_sample_backward(Tensor grad_logits,
       }
       return rows;
     }();
+    // Tiles whose y fit into the cache keep them between the two passes. With more classes, tiles
+    // would be too narrow for memory to be read in runs, and the noise is drawn again.
+    const int64_t vectors = std::min<int64_t>(kKeptBytes / (in.classes * sizeof(Vec)), kVectors);
+    const bool keeps = soft && vectors >= kMinKeptVectors;
+    const int64_t tile_size = keeps ? vectors * kLanes : kTile;
     for_each_position(
-        in,
+        in, tile_size, keeps ? tile_size * in.classes : 0,
         [&](int64_t o, int64_t i, float* s) {
           const float* const own = saved + in.position(o, i);
           const float log_sum = own[count], soft_log_sum = own[3 * count];
@@ -207,14 +215,18 @@ void gumbel_sample_backward(Tensor grad_logits,
             to.set(k, n, value);
           }
         },
-        [&](int64_t o, int64_t i, int64_t n) {
+        [&](int64_t o, int64_t i, int64_t n, float* kept) {
           const bool vectorizable = in.logits.vectorizable() && in.noise.vectorizable() &&
                                     upstream.vectorizable() && out.vectorizable();
           const Rows<float> own(statistics);
-          Vec product[kVectors] = {}, entropy[kVectors] = {};
+          Vec product[kVectors] = {}, entropy[kVectors] = {}, weight[kVectors] = {};
+          if (kl_grad)
+            for_each_vector(n, false, [&](int64_t at, int lanes) {
+              weight[at / kLanes] = kl_grad.at(o, 0, i + at).get(0, lanes);
+            });
           // Calls f(position, lanes, class, y, log q) for all elements. The first pass computes the
-          // sums that the second subtracts. Drawing the noise again is cheaper than storing it.
-          const auto for_all = [&](const auto& f) {
+          // sums that the second subtracts.
+          const auto for_all = [&](bool known, const auto& f) {
             for (int64_t k = 0; k < in.classes; k += 4)
               for_each_vector(n, vectorizable, [&](int64_t at, auto lanes) {
                 const int quad = int(std::min<int64_t>(4, in.classes - k));
@@ -223,32 +235,39 @@ void gumbel_sample_backward(Tensor grad_logits,
                 };
                 const Vec largest = saved(0), log_sum = saved(1), best = saved(2),
                           soft_log_sum = saved(3);
-                Vec l[4] = {}, s[4];
+                Vec l[4] = {}, y[4] = {};
                 for (int w = 0; w < quad; ++w)
                   l[w] = in.logits.at(o, k + w, i + at).get(0, lanes);
-                if (soft)
-                  in.perturb(o, i + at, lanes, k, l, s);
+                float* const place = kept + k * tile_size + at;
+                if (soft && known) {
+                  for (int w = 0; w < quad; ++w)
+                    y[w] = load(place + w * tile_size);
+                } else if (soft) {
+                  in.perturb(o, i + at, lanes, k, l, y);
+                  for (int w = 0; w < quad; ++w)
+                    y[w] = exp_or_zero<Simd>((y[w] - best) * in.inverse_tau - soft_log_sum);
+                  if (keeps)
+                    for (int w = 0; w < quad; ++w)
+                      store(place + w * tile_size, y[w]);
+                }
                 for (int w = 0; w < quad; ++w)
-                  f(at, lanes, k + w,
-                    soft ? exp_or_zero<Simd>((s[w] - best) * in.inverse_tau - soft_log_sum) : Vec{},
-                    relative_to(l[w], largest) - log_sum);
+                  f(at, lanes, k + w, y[w], relative_to(l[w], largest) - log_sum);
               });
           };
-          for_all([&](int64_t at, auto lanes, int64_t k, Vec y, Vec log_q) {
+          for_all(false, [&](int64_t at, auto lanes, int64_t k, Vec y, Vec log_q) {
             const int v = int(at / kLanes);
             if (soft)
               product[v] = fma(y, upstream.at(o, k, i + at).get(0, lanes), product[v]);
             if (kl_grad)
               entropy[v] = fma(exp_or_zero<Simd>(log_q), log_q, entropy[v]);
           });
-          for_all([&](int64_t at, auto lanes, int64_t k, Vec y, Vec log_q) {
+          for_all(keeps, [&](int64_t at, auto lanes, int64_t k, Vec y, Vec log_q) {
             const int v = int(at / kLanes);
             Vec value{};
             if (soft)
               value = in.inverse_tau * y * (upstream.at(o, k, i + at).get(0, lanes) - product[v]);
             if (kl_grad)
-              value = fma(kl_grad.at(o, 0, i + at).get(0, int(lanes)) * exp_or_zero<Simd>(log_q),
-                          log_q - entropy[v], value);
+              value = fma(weight[v] * exp_or_zero<Simd>(log_q), log_q - entropy[v], value);
             out.at(o, k, i + at).set(0, lanes, value);
           });
         });

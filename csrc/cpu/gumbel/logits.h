@@ -69,24 +69,26 @@ struct GumbelInputs {
 };
 
 // Calls classes(o, i, buffer) for every position if its classes are contiguous, else positions(o,
-// i, count) for every tile of positions.
+// i, count, buffer) for every tile of at most `tile_size` positions, with a buffer of `floats`.
 template <class T, class Classes, class Positions>
 void for_each_position(const GumbelInputs<T>& in,
+                       int64_t tile_size,
+                       int64_t floats,
                        const Classes& classes,
                        const Positions& positions) {
   const bool by_class = in.logits.row_stride == 1 || in.inner == 1;
-  const int64_t step = by_class ? 1 : std::min<int64_t>(kTile, in.inner);
+  const int64_t step = by_class ? 1 : std::min(tile_size, in.inner);
   const int64_t tiles = step ? (in.inner + step - 1) / step : 0;
   torch::stable::parallel_for(
       0, in.outer * tiles, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, in.classes * step)),
       [&](int64_t begin, int64_t end) {
-        const Buffer<float> buffer(by_class ? in.classes + kDrawn : 0);
+        const Buffer<float> buffer(by_class ? in.classes + kDrawn : floats);
         for (int64_t tile = begin; tile < end; ++tile) {
           const int64_t o = tile / tiles, i = tile % tiles * step;
           if (by_class)
             classes(o, i, buffer.get());
           else
-            positions(o, i, std::min(step, in.inner - i));
+            positions(o, i, std::min(step, in.inner - i), buffer.get());
         }
       });
 }
