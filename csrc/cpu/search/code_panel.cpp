@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <numeric>
 
 #include "cpu/common/elements.h"
 #include "cpu/common/simd.h"
@@ -47,29 +48,40 @@ template <class C>
 void find_center(const Codes<C>& codebook, float* center) {
   const int64_t step = (codebook.count + kCenterSample - 1) / kCenterSample;
   const int64_t sampled = (codebook.count + step - 1) / step;
-  const auto component = [&](int64_t i, int64_t d) {
-    const double value = double(codebook.data[i * step * codebook.code_stride + d]);
-    return std::abs(value) < 1e30 ? value : 0.0;
-  };
   double squares[kCenterSample], sorted[kCenterSample];
-  for (int64_t i = 0; i < sampled; ++i) {
-    squares[i] = 0;
-    for (int64_t d = 0; d < codebook.dim; ++d)
-      squares[i] += component(i, d) * component(i, d);
-  }
+  Buffer<double> sums(codebook.dim);
+  // Adds up the codes whose squared length is at most `longest`, and sets the squared lengths.
+  const auto sum_up = [&](double longest) {
+    std::fill_n(sums.get(), codebook.dim, 0.0);
+    int64_t count = 0;
+    for (int64_t i = 0; i < sampled; ++i) {
+      if (squares[i] > longest)
+        continue;
+      const C* code = codebook.data + i * step * codebook.code_stride;
+      const auto add = [&](int64_t d, double& square) {
+        const double value = double(code[d]), kept = std::abs(value) < 1e30 ? value : 0.0;
+        sums[d] += kept;
+        square += kept * kept;
+      };
+      double parts[8] = {};  // independent, so that no addition waits for the one before
+      int64_t d = 0;
+      for (; d + 8 <= codebook.dim; d += 8)
+        for (int part = 0; part < 8; ++part)
+          add(d + part, parts[part]);
+      for (; d < codebook.dim; ++d)
+        add(d, parts[0]);
+      squares[i] = std::accumulate(parts, parts + 8, 0.0);
+      ++count;
+    }
+    return count;
+  };
+  std::fill_n(squares, sampled, 0.0);
+  int64_t count = sum_up(INFINITY);
   std::copy_n(squares, sampled, sorted);
   std::nth_element(sorted, sorted + sampled / 2, sorted + sampled);
   const double longest = 16 * sorted[sampled / 2];
-  Buffer<double> sums(codebook.dim);
-  std::fill_n(sums.get(), codebook.dim, 0.0);
-  int64_t count = 0;
-  for (int64_t i = 0; i < sampled; ++i) {
-    if (squares[i] > longest)
-      continue;
-    ++count;
-    for (int64_t d = 0; d < codebook.dim; ++d)
-      sums[d] += component(i, d);
-  }
+  if (*std::max_element(squares, squares + sampled) > longest)
+    count = sum_up(longest);
   for (int64_t d = 0; d < codebook.dim; ++d)
     center[d] = float(sums[d] / double(count));
 }
