@@ -238,17 +238,17 @@ void gumbel_sample_backward(Tensor grad_logits,
                 Vec l[4] = {}, y[4] = {};
                 for (int w = 0; w < quad; ++w)
                   l[w] = in.logits.at(o, k + w, i + at).get(0, lanes);
-                float* const place = kept + k * tile_size + at;
+                const auto place = [&](int w) { return kept + (k + w) * tile_size + at; };
                 if (soft && known) {
                   for (int w = 0; w < quad; ++w)
-                    y[w] = load(place + w * tile_size);
+                    y[w] = load(place(w));
                 } else if (soft) {
                   in.perturb(o, i + at, lanes, k, l, y);
                   for (int w = 0; w < quad; ++w)
                     y[w] = exp_or_zero<Simd>((y[w] - best) * in.inverse_tau - soft_log_sum);
                   if (keeps)
                     for (int w = 0; w < quad; ++w)
-                      store(place + w * tile_size, y[w]);
+                      store(place(w), y[w]);
                 }
                 for (int w = 0; w < quad; ++w)
                   f(at, lanes, k + w, y[w], relative_to(l[w], largest) - log_sum);

@@ -82,8 +82,7 @@ Tensor interpolate(const Tensor& real,
     const uint64_t key = seed_of(seed);
     const float spread = *static_cast<const float*>(scale->const_data_ptr());
     rows.for_each([&](int64_t b, int64_t row, int64_t column, int64_t count, const auto& at) {
-      // A lane adds up few numbers, of which narrow vectors would leave it many.
-      constexpr int64_t kSegment = kLanes == 4 ? 64 : 512;
+      constexpr int64_t kSegment = 512;
       alignas(64) float buffer[kSegment + kDrawn + 4];
       const float share = (1 - weights[b]) * spread;
       for (int64_t start = 0; start < count; start += kSegment) {
