@@ -60,12 +60,12 @@ class Row(NamedTuple):
         return f"{self.work}, {self.size}"
 
 
-def line(what: str, seconds: float, rival: str, rival_seconds: float, goal: Goal | None = None) -> dict[str, str]:
-    """A line of a row; `what` says more about its work."""
-    share = goal is not None and goal.kind == "share"
-    ratio = f"{seconds / rival_seconds:.2f} of it" if share else f"{rival_seconds / seconds:.2f}x"
-    times = {"genperf": f"{milliseconds(seconds * 1e3)} ms", "rival": rival, "its time": f"{milliseconds(rival_seconds * 1e3)} ms"}
-    return {"what": what, **times, "ratio": ratio, **verdict(goal, None if goal is None else goal.reached(seconds, rival_seconds))}
+def line(what: str, times: tuple[float, float], rival: str, goal: Goal | None = None) -> dict[str, str]:
+    """A line of a row, from the seconds of genperf and of its rival; `what` says more about its work."""
+    own, other = times
+    ratio = f"{own / other:.2f} of it" if goal is not None and goal.kind == "share" else f"{other / own:.2f}x"
+    shown = {"genperf": f"{milliseconds(own * 1e3)} ms", "rival": rival, "its time": f"{milliseconds(other * 1e3)} ms"}
+    return {"what": what, **shown, "ratio": ratio, **verdict(goal, None if goal is None else goal.reached(own, other))}
 
 
 def verdict(goal: object, reached: bool | None) -> dict[str, str]:
@@ -102,13 +102,13 @@ def gumbel_lines(shape: tuple[int, ...]) -> Iterator[dict[str, str]]:
     compiled = torch.compile(bench.plain_lines)
     for function in (bench.genperf_sample, bench.plain_lines, compiled):
         bench.verify(logits.detach(), *(output.detach() for output in function(logits)))
-    yield line("forward", *_between(turns(lambda: bench.genperf_sample(logits), lambda: bench.plain_lines(logits)), "PyTorch"))
+    yield line("forward", turns(lambda: bench.genperf_sample(logits), lambda: bench.plain_lines(logits)), "PyTorch")
     own, plain = (functools.partial(backward, function(logits), True) for function in (bench.genperf_sample, bench.plain_lines))
-    yield line("backward", *_between(turns(own, plain), "PyTorch"), Goal("ms", 12))
+    yield line("backward", turns(own, plain), "PyTorch", Goal("ms", 12))
     del own, plain
     for rival, function, least in (("PyTorch", bench.plain_lines, 10), ("torch.compile", compiled, 5)):
         times = turns(lambda: both(bench.genperf_sample), lambda function=function: both(function))
-        yield line("forward and backward", *_between(times, rival), Goal("speed-up", least))
+        yield line("forward and backward", times, rival, Goal("speed-up", least))
 
 
 def gaussian_lines(shape: tuple[int, ...], goal: Goal) -> Iterator[dict[str, str]]:
@@ -127,7 +127,7 @@ def gaussian_lines(shape: tuple[int, ...], goal: Goal) -> Iterator[dict[str, str
     for function in (genperf.gaussian_sample, bench.plain_lines):
         bench.verify(moments.detach(), grad_sample, grad_kl, *step(function))
     times = turns(lambda: step(genperf.gaussian_sample), lambda: step(bench.plain_lines))
-    yield line("forward and backward", *_between(times, "PyTorch"), goal)
+    yield line("forward and backward", times, "PyTorch", goal)
 
 
 def interpolate_lines(shape: tuple[int, ...]) -> Iterator[dict[str, str]]:
@@ -140,7 +140,7 @@ def interpolate_lines(shape: tuple[int, ...]) -> Iterator[dict[str, str]]:
     for function in (genperf.interpolate, bench.lerp):
         bench.verify(function(real, fake), real, fake)
     times = turns(lambda: genperf.interpolate(real, fake), lambda: bench.lerp(real, fake))
-    yield line("", *_between(times, "torch.lerp with rand"), Goal("speed-up", 1))
+    yield line("", times, "torch.lerp with rand", Goal("speed-up", 1))
 
 
 def step_lines(n: int, k: int, d: int) -> Iterator[dict[str, str]]:
@@ -159,7 +159,7 @@ def step_lines(n: int, k: int, d: int) -> Iterator[dict[str, str]]:
             torch.ops.genperf.forget_codebooks()
 
     assert torch.equal(bench.step(x, bench.layer_of(codebook))()[0], search())
-    yield line("", *_between(turns(bench.step(x, bench.layer_of(codebook)), search), "its search"), Goal("share", 2))
+    yield line("", turns(bench.step(x, bench.layer_of(codebook)), search), "its search", Goal("share", 2))
 
 
 def product_lines(n: int, k: int, d: int) -> Iterator[dict[str, str]]:
@@ -174,7 +174,7 @@ def product_lines(n: int, k: int, d: int) -> Iterator[dict[str, str]]:
     product = a @ b.T
     torch.testing.assert_close(product[:64].double(), a[:64].double() @ b.double().T, rtol=1e-2, atol=1e-1)
     rival = f"{str(dtype).removeprefix('torch.')} matrix product"
-    yield line("", *_between(turns(search, lambda: torch.mm(a, b.T, out=product)), rival), Goal("share", 1.25))
+    yield line("", turns(search, lambda: torch.mm(a, b.T, out=product)), rival, Goal("share", 1.25))
 
 
 def faiss_lines(n: int, k: int, d: int) -> Iterator[dict[str, str]]:
@@ -183,7 +183,7 @@ def faiss_lines(n: int, k: int, d: int) -> Iterator[dict[str, str]]:
     x, codebook, search = _search(n, k, d)
     rival = bench.faiss_flat(x, codebook, None)
     assert (rival() == search()).float().mean() > 0.9
-    yield line("", *_between(turns(search, rival), "faiss"), Goal("speed-up", 2))
+    yield line("", turns(search, rival), "faiss", Goal("speed-up", 2))
 
 
 def neighbors_lines(n: int, num_codes: int, d: int, k: int) -> Iterator[dict[str, str]]:
@@ -193,7 +193,7 @@ def neighbors_lines(n: int, num_codes: int, d: int, k: int) -> Iterator[dict[str
     search, rival = bench.genperf_search(x, codebook, k), bench.torch_cdist(x, codebook, k)
     assert (search()[rows] == exact).all()
     assert (rival()[rows] == exact).all(-1).float().mean() > 0.9
-    yield line("", *_between(turns(search, rival), "torch.cdist+topk"), Goal("speed-up", 1))
+    yield line("", turns(search, rival), "torch.cdist+topk", Goal("speed-up", 1))
 
 
 def kmeans_lines(n: int, k: int, d: int, least: float, repeats: int = 2) -> Iterator[dict[str, str]]:
@@ -212,7 +212,7 @@ def kmeans_lines(n: int, k: int, d: int, least: float, repeats: int = 2) -> Iter
             seconds[name] = min(seconds[name], seconds_of(lambda name=name, cluster=cluster: codebooks.update({name: cluster()})))
     for rival, goal in (("SuperKMeans", Goal("speed-up", least)), ("faiss", None)):
         if rival in cases:
-            yield line("", seconds["genperf"], rival, seconds[rival], goal)
+            yield line("", (seconds["genperf"], seconds[rival]), rival, goal)
         else:
             yield _without(f"{rival} is not installed", goal)
     sums = {name: inertia(x, torch.from_numpy(codebook).contiguous()) for name, codebook in codebooks.items()}
@@ -254,10 +254,6 @@ def rows(full: bool) -> list[Row]:
 
 def _sizes(size: tuple[int, ...]) -> str:
     return ", ".join(map(str, size))
-
-
-def _between(times: tuple[float, float], rival: str) -> tuple[float, str, float]:
-    return times[0], rival, times[1]
 
 
 def _without(reason: str, goal: object) -> dict[str, str]:
@@ -352,9 +348,9 @@ def run(arguments: argparse.Namespace) -> int:
             path = Path(folder) / "lines"
             command = [sys.executable, __file__, *(["--full"] if arguments.full else []), "--threads", threads, "--lines", str(path)]
             failed = subprocess.run([*command, "--rows", *chosen], env={**os.environ, **environment}).returncode
-            known, *measured_lines = map(json.loads, path.read_text().splitlines()) if path.exists() else [{}]
             if failed:
                 raise UserError(f"the rows could not be measured (exit code {failed}); the message is above.")
+            known, *measured_lines = map(json.loads, path.read_text().splitlines())
         lines += measured_lines
     command = ["python benchmarks/goals.py", *(["--full"] if arguments.full else []), *([f"-k '{arguments.k}'"] if arguments.k else [])]
     text = page(lines, known, load, " ".join(command))

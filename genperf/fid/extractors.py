@@ -133,18 +133,19 @@ def _inception(weights: Path | None) -> nn.Module:
 def _import_inception() -> Any:
     """torch-fidelity's module of Inception, which needs torch alone. The package itself imports torchvision, which depends on one torch."""
     name = "torch_fidelity"
-    if name not in sys.modules:
-        spec = importlib.util.find_spec(name)
-        if spec is None:
-            raise ModuleNotFoundError(f"No module named {name!r}")
-        package = types.ModuleType(name)
-        package.__path__ = list(spec.submodule_search_locations or [])
-        sys.modules[name] = package
-        try:
-            return importlib.import_module(f"{name}.feature_extractor_inceptionv3")
-        finally:
-            del sys.modules[name]  # another import of the package runs its own code
-    return importlib.import_module(f"{name}.feature_extractor_inceptionv3")
+    inception = f"{name}.feature_extractor_inceptionv3"
+    if name in sys.modules:
+        return importlib.import_module(inception)
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+    package = types.ModuleType(name)
+    package.__path__ = list(spec.submodule_search_locations or [])
+    sys.modules[name] = package
+    try:
+        return importlib.import_module(inception)
+    finally:
+        del sys.modules[name]  # another import of the package runs its own code
 
 
 def _import_callable(name: str) -> Callable[[Tensor], object]:

@@ -29,7 +29,7 @@ def _few_turns(monkeypatch):
     ],
 )
 def test_a_goal_is_judged(goal, ratio, expected):
-    line = goals.line("", 1.0, "other", 2.0, goal)
+    line = goals.line("", (1.0, 2.0), "other", goal)
     assert (line["ratio"], line[""]) == (ratio, expected)
 
 
@@ -67,7 +67,7 @@ def test_a_wrong_result_and_a_missing_rival_are_said():
 
 
 def test_page(monkeypatch):
-    lines = [{"work": "w", "size": "1", **goals.line("", 1.0, "other", 2.0, goals.Goal("speed-up", bound))} for bound in (1, 3)]
+    lines = [{"work": "w", "size": "1", **goals.line("", (1.0, 2.0), "other", goals.Goal("speed-up", bound))} for bound in (1, 3)]
     for line in lines:
         del line["what"]
     facts = {"device": "Some CPU", "threads": 2, "torch": "2", "genperf": "1, isa"}

@@ -16,8 +16,7 @@ import readme  # noqa: E402
 import report  # noqa: E402
 
 # The rows that README names.
-KEPT = ROOT / re.search(r"\]\((benchmarks/results/[\w-]+)\.md\)", report.README.read_text())[1]
-KEPT = KEPT.with_suffix(".json")
+KEPT = (ROOT / re.search(r"\]\((benchmarks/results/[\w-]+\.md)\)", report.README.read_text())[1]).with_suffix(".json")
 MACHINE = {"device": "Some CPU", "threads": 2, "torch": "2.13.0", "load": 0.1}
 
 
