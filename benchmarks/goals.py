@@ -33,17 +33,20 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {"torch": {}, "own threads": {"OMP_WAI
 
 
 class Goal(NamedTuple):
-    """What a row is meant to reach: a speed-up, a share of the rival's time, or a time."""
+    """What a row is meant to reach: a speed-up, a share of the rival's time, a time, or microseconds beyond the rival's."""
 
     kind: str
     bound: float
 
     def __str__(self) -> str:
-        return {"speed-up": f">= {self.bound:g}x", "share": f"<= {self.bound:g} of it", "ms": f"<= {self.bound:g} ms"}[self.kind]
+        shown = {"speed-up": ">= {:g}x", "share": "<= {:g} of it", "ms": "<= {:g} ms", "us more": "<= {:g} us more"}
+        return shown[self.kind].format(self.bound)
 
     def reached(self, seconds: float, rival: float) -> bool:
         if self.kind == "speed-up":
             return rival >= self.bound * seconds
+        if self.kind == "us more":
+            return seconds - rival <= self.bound * 1e-6
         return seconds <= self.bound * (rival if self.kind == "share" else 1e-3)
 
 
@@ -63,7 +66,8 @@ class Row(NamedTuple):
 def line(what: str, times: tuple[float, float], rival: str, goal: Goal | None = None) -> dict[str, str]:
     """A line of a row, from the seconds of genperf and of its rival; `what` says more about its work."""
     own, other = times
-    ratio = f"{own / other:.2f} of it" if goal is not None and goal.kind == "share" else f"{other / own:.2f}x"
+    ratios = {"share": f"{own / other:.2f} of it", "us more": f"{(own - other) * 1e6:.1f} us more"}
+    ratio = ratios.get("" if goal is None else goal.kind, f"{other / own:.2f}x")
     shown = {"genperf": f"{milliseconds(own * 1e3)} ms", "rival": rival, "its time": f"{milliseconds(other * 1e3)} ms"}
     return {"what": what, **shown, "ratio": ratio, **verdict(goal, None if goal is None else goal.reached(own, other))}
 
@@ -222,6 +226,15 @@ def kmeans_lines(n: int, k: int, d: int, least: float, repeats: int = 2) -> Iter
         yield {"what": "sum of squared distances", **values, **verdict(">= 1x", own <= sums[others])}
 
 
+def small_call_lines() -> Iterator[dict[str, str]]:
+    """What a call costs beyond its compiled kernels, on one thread."""
+    import small_calls
+
+    for cost in small_calls.costs():
+        goal = None if cost.goal is None else Goal("us more", cost.goal)
+        yield line(f"{cost.name}, {cost.passes}", (cost.call / 1e6, cost.kernels / 1e6), "its kernels alone", goal)
+
+
 def rows(full: bool) -> list[Row]:
     """The rows of the table; with `full` in all their sizes."""
     from workloads import NEIGHBORS, SEARCHES, WORKLOADS
@@ -237,6 +250,7 @@ def rows(full: bool) -> list[Row]:
         Row("gaussian_sample", "128, 128", functools.partial(gaussian_lines, (128, 128), Goal("ms", 0.12))),
         Row("interpolate", _sizes(images), functools.partial(interpolate_lines, images)),
     ]
+    found += [Row("small calls", "64 vectors", small_call_lines)]
     found += [Row("training step", f"{_sizes(size)} {name}", functools.partial(step_lines, *size)) for name, *size in WORKLOADS]
     found += [Row("search", _sizes(size), functools.partial(product_lines, *size)) for size in products]
     found += [Row("nearest_codes", f"{_sizes(size)}, k {k}", functools.partial(neighbors_lines, *size, k)) for size, k in neighbors]

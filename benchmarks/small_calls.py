@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call of an op costs on a CPU beyond its compiled kernels, in microseconds: checks, views, the seed and autograd.
+
+python benchmarks/small_calls.py [-k WORDS]
+
+Inputs are small enough for the kernels to take a few microseconds. The kernels that a call runs are recorded, and called again by
+themselves with the same arguments; call and kernels are timed in turn, on one thread. Ops that are made of many calls of PyTorch
+(Frechet distance, matrix square root, k-means) are not here. For the layers, what their ops cost counts as well.
+"""
+
+import argparse
+import functools
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import genperf
+
+from modes import selected  # isort: skip
+from report import markdown  # isort: skip
+
+FORWARD_GOAL, BACKWARD_GOAL = 15.0, 45.0  # microseconds beyond the kernels
+ROUNDS = 150
+ROUND_SECONDS = 5e-4
+
+
+class Case(NamedTuple):
+    """A call, and the inputs that it is differentiated in; none where the op has no gradient."""
+
+    name: str
+    call: Callable[[], Any]
+    inputs: tuple[Tensor, ...] = ()
+    is_op: bool = True
+
+
+class Cost(NamedTuple):
+    """Microseconds of a call and of its kernels alone."""
+
+    name: str
+    passes: str
+    call: float
+    kernels: float
+    goal: float | None
+
+    @property
+    def beyond(self) -> float:
+        return self.call - self.kernels
+
+    @property
+    def verdict(self) -> str:
+        return "" if self.goal is None else "reached" if self.beyond <= self.goal else "missed"
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the calls of compiled ops of genperf, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func.namespace == "genperf":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def cases() -> list[Case]:
+    """The ops, then the layers, on 64 vectors or a batch of 64."""
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, requires_grad=True)
+
+    x, codebook, codebooks = leaf(64, 16), leaf(32, 16), leaf(4, 32, 16)
+    features, indices = leaf(64, 4), torch.randint(32, (64,))
+    moments, logits, kernels = leaf(128, 128), leaf(64, 32), leaf(8, 16, 4)
+    real, fake, gradients = torch.randn(64, 64), leaf(64, 64), leaf(64, 64)
+
+    def case(name: str, *inputs: Tensor, **options: Any) -> Case:
+        return Case(name, functools.partial(getattr(genperf, name), *inputs, **options), tuple(t for t in inputs if t.requires_grad))
+
+    ops = [
+        case("nearest_code", x.detach(), codebook.detach()),
+        case("nearest_codes", x.detach(), codebook.detach(), k=4),
+        case("code_statistics", x.detach(), indices, num_codes=32),
+        case("vector_quantize", x, codebook),
+        case("residual_vector_quantize", x, codebooks),
+        case("finite_scalar_quantize", features, levels=[8, 5, 5, 5]),
+        case("lookup_free_quantize", features),
+        case("lookup_free_entropy", features),
+        case("code_entropy", x, codebook),
+        case("code_cross_entropy", x, codebook, indices),
+        case("sample_code", x.detach(), codebook.detach()),
+        case("gaussian_sample", moments),
+        case("gumbel_sample", logits),
+        case("interpolate", real, fake),
+        case("perturb", real),
+        case("gradient_norm_penalty", gradients),
+        case("minibatch_similarity", kernels),
+    ]
+    layers = {"VectorQuantizer, eval": genperf.nn.VectorQuantizer(32, 16, decay=0.99).eval()}
+    layers["VectorQuantizer, EMA step"] = genperf.nn.VectorQuantizer(32, 16, decay=0.99)
+    layers["VectorQuantizer, learned"] = genperf.nn.VectorQuantizer(32, 16)
+    return ops + [
+        Case(name, functools.partial(layer, x), () if "eval" in name else (x, *layer.parameters()), False) for name, layer in layers.items()
+    ]
+
+
+def step_of(case: Case) -> Callable[[], Any]:
+    """Forward and backward of a case, from a gradient of ones."""
+    gradients: list[Tensor] = []
+
+    def step() -> Any:
+        found = case.call()
+        found = found if isinstance(found, tuple) else (found,)
+        outputs = [t for t in found if isinstance(t, Tensor) and t.requires_grad]
+        if not gradients:
+            gradients.extend(torch.ones_like(t) for t in outputs)
+        return *found, *torch.autograd.grad(outputs, case.inputs, gradients)
+
+    return step
+
+
+def kernels_of(call: Callable[[], Any]) -> Callable[[], None]:
+    """The compiled ops that `call` runs, with the arguments that it passes."""
+    with _Recorder() as recorder:
+        call()
+
+    def run() -> None:
+        for op, arguments, options in recorder.calls:
+            op(*arguments, **options)
+
+    return run
+
+
+def verify(call: Callable[[], Any]) -> None:
+    """Compare the results with those of the plain PyTorch references."""
+    torch.manual_seed(0)
+    found = call()
+    torch.manual_seed(0)
+    with genperf.reference_ops():
+        torch.testing.assert_close(found, call(), rtol=1e-3, atol=1e-4)
+
+
+def in_turn(*calls: Callable[[], Any], rounds: int = ROUNDS) -> list[float]:
+    """The least microseconds of each, over rounds of many calls."""
+    best = [float("inf")] * len(calls)
+    counts = [max(1, int(ROUND_SECONDS / _seconds(call, 20))) for call in calls]
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for place, (call, count) in enumerate(zip(calls, counts, strict=True)):
+                best[place] = min(best[place], _seconds(call, count))
+    finally:
+        if collects:
+            gc.enable()
+    return [seconds * 1e6 for seconds in best]
+
+
+def _seconds(call: Callable[[], Any], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
+
+
+def costs(chosen: Callable[[str], bool] = lambda name: True, rounds: int = ROUNDS) -> Iterator[Cost]:
+    """Verify and time forward without a gradient, then forward with backward, of every case that is chosen."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for case in cases():
+            if not chosen(case.name):
+                continue
+            passes = [("forward", torch.no_grad(), case.call, FORWARD_GOAL)]
+            if case.inputs:
+                passes.append(("forward and backward", torch.enable_grad(), step_of(case), BACKWARD_GOAL))
+            for name, mode, call, goal in passes:
+                with mode:
+                    if case.is_op:
+                        verify(call)
+                    kernels = kernels_of(call)
+                    with torch.no_grad():
+                        kernels()
+                    call_time, kernel_time = in_turn(call, _without_gradient(kernels), rounds=rounds)
+                yield Cost(case.name, name, call_time, kernel_time, goal if case.is_op else None)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _without_gradient(call: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> None:
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        call()
+        torch._C._set_grad_enabled(before)
+
+    return run
+
+
+def row(cost: Cost) -> dict[str, str]:
+    times = {"call, us": cost.call, "its kernels, us": cost.kernels, "beyond them, us": cost.beyond}
+    goal = {"goal": "" if cost.goal is None else f"<= {cost.goal:g}", "": cost.verdict}
+    return {"op": cost.name, "passes": cost.passes, **{name: f"{value:.1f}" for name, value in times.items()}, **goal}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-k", metavar="WORDS", help="only the ops that match, as pytest's -k")
+    arguments = parser.parse_args()
+    chosen = set(selected([case.name for case in cases()], arguments.k))
+    found = list(costs(chosen.__contains__))
+    print(markdown([row(cost) for cost in found]))
+    judged = [cost.verdict for cost in found if cost.verdict]
+    print(f"\n{judged.count('reached')} of {len(judged)} goals are reached.")
+    return int("missed" in judged)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
