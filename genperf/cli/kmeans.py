@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from .._distributed import process_group, rank
 from ..ops import KMeansProgress
 from . import options
 from .streams import print_result
@@ -18,7 +19,8 @@ Cluster vectors by k-means, and again what each stage leaves of them: every vect
 
 The data are an .npy file of vectors [N, D], which may be larger than memory, an .npz file, or a .parquet file with a column of lists.
 Identifiers go to --out (.npy, .npz or .parquet), codebooks, a report and a picture of the cluster sizes to files beside it. A run that is
-interrupted continues with --resume after its last complete stage.
+interrupted continues with --resume after its last complete stage. With torchrun -m genperf kmeans, every process clusters a part of the
+vectors; the result is that of one process.
 """
 
 
@@ -35,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--n-init", type=options.number(int, 1), default=1, metavar="N", help="runs of each stage, of which the best counts"
     )
+    metric = "euclidean, or cosine: vectors are normalized first, and so are the codes of the first stage (%(default)s)"
+    parser.add_argument("--metric", type=options.one_of("euclidean", "cosine"), default="euclidean", help=metric)
+    weights = ".npy file with a weight for each vector; one of weight 2 counts as two vectors"
+    parser.add_argument("--weights", type=options.path, metavar="FILE", help=weights)
     update = "lloyd, or ema: moving averages of mini-batches, which takes fewer iterations (%(default)s)"
     parser.add_argument("--update", type=options.one_of("lloyd", "ema"), default="lloyd", help=update)
     parser.add_argument("--batch-size", type=options.number(int, 1), metavar="N", help="vectors of a mini-batch")
@@ -53,35 +59,44 @@ def run(arguments: argparse.Namespace) -> int:
 
     given = vars(arguments)
     settings = ClusterSettings(**{field.name: given[field.name] for field in dataclasses.fields(ClusterSettings)})
-    progress = _Progress()
-    try:
-        found = cluster_file(
-            arguments.data,
-            settings,
-            arguments.out,
-            name=arguments.name,
-            distinct=arguments.distinct,
-            resume=arguments.resume,
-            device=options.device(arguments.device),
-            progress=progress.show,
-        )
-    except KeyboardInterrupt:
-        progress.end()
-        print(f"genperf: interrupted; the same command with --resume continues {arguments.out}.", file=sys.stderr)
-        return 130
-    finally:
-        progress.end()
+    device = options.device(arguments.device)
+    with process_group(device):
+        progress = _Progress(shown=rank() == 0)
+        try:
+            found = cluster_file(
+                arguments.data,
+                settings,
+                arguments.out,
+                name=arguments.name,
+                weights=arguments.weights,
+                distinct=arguments.distinct,
+                resume=arguments.resume,
+                device=device,
+                progress=progress.show,
+            )
+        except KeyboardInterrupt:
+            progress.end()
+            if progress.shown:
+                print(f"genperf: interrupted; the same command with --resume continues {arguments.out}.", file=sys.stderr)
+            return 130
+        finally:
+            progress.end()
+    if not progress.shown:
+        return 0
     return print_result(json.dumps(found.report, indent=2) if arguments.json else _text(found.report, found.written))
 
 
 class _Progress:
-    """A line on stderr that each iteration replaces."""
+    """A line on stderr that each iteration replaces, if it is shown."""
 
-    def __init__(self) -> None:
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
         self.open = False
 
     def show(self, progress: KMeansProgress) -> None:
-        mean = float(progress.inertia) / progress.indices.numel()
+        if not self.shown:
+            return
+        mean = float(progress.inertia) / float(progress.counts.double().sum())
         line = f"stage {progress.stage + 1}, iteration {progress.iteration}: mean squared distance {mean:.6g}"
         print(f"\r{line:<70}", end="", file=sys.stderr, flush=True)
         self.open = True

@@ -36,6 +36,28 @@ def open_vectors(path: Path, name: str | None = None) -> Tensor:
         raise UserError(f"vectors cannot be read from {str(path)!r}: {reason(error)}.") from error
     if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
         raise UserError(f"vectors must be a table of numbers [N, D], got {array.dtype} of shape {list(array.shape)} in {str(path)!r}.")
+    return _as_tensor(array)
+
+
+def open_weights(path: Path, count: int) -> Tensor:
+    """The weights [N] of `count` vectors, from an .npy file: float16, float32 or float64 as in the file; integers as float32.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    if path.suffix != ".npy":
+        raise UserError(f"weights must be in an .npy file, got {str(path)!r}.")
+    try:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except Exception as error:  # damaged files raise exceptions of many classes
+        raise UserError(f"weights cannot be read from {str(path)!r}: {reason(error)}.") from error
+    if array.shape != (count,) or array.dtype.kind not in "fiu":
+        raise UserError(f"weights must be {count} numbers, one for each vector, got {array.dtype} {list(array.shape)} in {str(path)!r}.")
+    return _as_tensor(array)
+
+
+def _as_tensor(array: np.ndarray) -> Tensor:
+    """A tensor of a floating dtype that torch has."""
     if array.dtype.kind in "iu" or array.dtype.itemsize > 8:
         array = array.astype(np.float32)
     return torch.from_numpy(array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")))

@@ -73,6 +73,7 @@ class Vectors:
         synchronized: the vectors of all ranks, in their order, are clustered together. All ranks then call the same methods.
         stages: quantizers whose codes are subtracted, one after the other.
         limits: those of a larger set of vectors that holds these.
+        unit: factors [outer, inner] of x, before the codes of the stages are subtracted.
     """
 
     def __init__(
@@ -84,12 +85,14 @@ class Vectors:
         synchronized: bool = False,
         stages: Sequence[Stage] = (),
         limits: Limits | None = None,
+        unit: Tensor | None = None,
     ) -> None:
         self.x = x
         self.metric = metric
         self.impl = impl
         self.weights = weights
         self.stages = stages
+        self.unit = unit
         self.dtype = accumulator_dtype(x.dtype)
         self.synchronized = synchronized and world_size() > 1
         self.here = x.shape[0] * x.shape[2]
@@ -129,6 +132,8 @@ class Vectors:
         for start in range(0, max(1, length), step):
             place = slice(start, min(length, start + step))
             vectors = self._at(self.x, place, 2 * self.split)
+            if self.unit is not None:
+                vectors = vectors.to(self.dtype) * self._at(self.unit, place, self.split).unsqueeze(1)
             for stage in self.stages:
                 codes = stage.codebook[self._at(stage.indices, place, self.split)]
                 vectors = vectors.to(self.dtype) - codes.transpose(1, 2)
@@ -252,6 +257,8 @@ class Vectors:
         """The vectors [M, D] at positions [M] of this rank."""
         outer, inner = positions // self.x.shape[2], positions % self.x.shape[2]
         found = self.x[outer, :, inner]
+        if self.unit is not None:
+            found = found.to(self.dtype) * self.unit[outer, inner].unsqueeze(1)
         for stage in self.stages:
             found = found.to(self.dtype) - stage.codebook[stage.indices[outer, inner]]
         return found
@@ -270,6 +277,10 @@ class Vectors:
             return found
         inside = (local >= 0) & (local < self.here)
         return all_reduce_sum(torch.where(inside.unsqueeze(1), found, 0))
+
+    def residual(self, stages: Sequence[Stage]) -> "Vectors":
+        """What the codes of these stages leave of the vectors, which are normalized first for "cosine". Its metric is "euclidean"."""
+        return Vectors(self.x, "euclidean", self.impl, self.weights, self.synchronized, stages, unit=self.scale)
 
     def take(self, positions: Tensor) -> "Vectors":
         """The vectors at ascending positions over all ranks; each rank keeps its own."""

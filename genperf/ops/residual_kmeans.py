@@ -14,6 +14,7 @@ from ._kmeans_vectors import Stage, Vectors
 from ._layout import positions_shape
 from ._validate import check_channel_dim, check_float, check_tensor
 from .kmeans import INITS, check_options, check_weights, read_vectors, unavailable
+from .nearest_code import check_metric
 
 
 class ResidualKMeansResult(NamedTuple):
@@ -37,6 +38,7 @@ def residual_kmeans(
     iterations: int = 25,
     init: str = "k-means++",
     n_init: int = 1,
+    metric: str = "euclidean",
     weights: Tensor | None = None,  # [...]
     update: str = "lloyd",
     batch_size: int | None = None,
@@ -60,8 +62,11 @@ def residual_kmeans(
     The indices are semantic identifiers, as recommender systems use them (Rajput et al., "Recommender Systems with Generative Retrieval",
     2023). Those of other vectors are `residual_vector_quantize(vectors, codebooks)[1]`, and so are those of x, without `balance`.
 
+    With metric="cosine" identifiers depend on directions: x is normalized, the first stage is spherical k-means, whose codes are unit
+    vectors, and the later ones are k-means of what is left of the unit vectors. Normalize other vectors before they are quantized.
+
     Args:
-        x, num_codes, weights, channel_dim: as in `kmeans`.
+        x, num_codes, metric, weights, channel_dim: as in `kmeans`.
         stages: the number of codebooks, at least 1.
         iterations, init, n_init, update, batch_size, decay, balance, synchronized, generator, impl: of the k-means of every stage;
             `init` is "k-means++" or "random".
@@ -85,11 +90,12 @@ def residual_kmeans(
     if init not in INITS:
         raise ValueError(f"{op}: init must be one of {', '.join(INITS)}, got {init!r}.")
     options = KMeansOptions(iterations, init, n_init, update, batch_size, decay, balance, generator, callback)
+    check_metric(op, metric)
     check_options(op, num_codes, options, weights is not None, synchronized)
     check_weights(op, weights, x, channel)
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype))
     with torch.no_grad():
-        data = read_vectors(op, x.detach(), channel, "euclidean", chosen, weights, synchronized)
+        data = read_vectors(op, x.detach(), channel, metric, chosen, weights, synchronized)
         shape = positions_shape(x, channel)
         done: list[Stage] = []
         found = []
@@ -104,6 +110,4 @@ def fit_stage(
     data: Vectors, done: Sequence[Stage], num_codes: int, options: KMeansOptions, stage: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codebook, indices [outer, inner], counts and inertia of the stage that follows those that are done."""
-    if done:
-        data = Vectors(data.x, data.metric, data.impl, data.weights, data.synchronized, tuple(done))
-    return fit(data, num_codes, options, stage=stage)
+    return fit(data.residual(tuple(done)) if done else data, num_codes, options, stage=stage)

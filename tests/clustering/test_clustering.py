@@ -60,6 +60,32 @@ def test_command(tmp_path, data, capsys):
     assert "stage 3, iteration 4: mean squared distance" in printed.err
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_weights_and_metric(tmp_path, data, metric, capsys):
+    weights = np.random.default_rng(1).integers(0, 5, 400)
+    np.save(tmp_path / "weights.npy", weights)
+    assert cluster(tmp_path, "--metric", metric, "--weights", str(tmp_path / "weights.npy"), "--seed", "3", out="ids.npz") == 0
+    with np.load(tmp_path / "ids.npz") as written:
+        ids, codebooks = torch.from_numpy(written["ids"]), torch.from_numpy(written["codebooks"])
+    x, mass = torch.from_numpy(data), torch.from_numpy(weights).double()
+    single = genperf.kmeans(x, CODES, iterations=4, weights=mass, metric=metric, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(single.codebook, codebooks[0])
+    assert torch.equal(single.indices, ids[:, 0].long())
+    rows = (x if metric == "euclidean" else torch.nn.functional.normalize(x)).double()
+    variance = mass @ (rows - mass @ rows / mass.sum()).square().sum(1) / mass.sum()
+    report = json.loads((tmp_path / "ids.json").read_text())
+    assert report["weight"] == mass.sum()
+    for stage in range(STAGES):
+        rows = rows - codebooks[stage][ids[:, stage].long()]
+        mean = float(mass @ rows.square().sum(1) / mass.sum())
+        assert report["mean_squared_distance"][stage] == pytest.approx(mean, rel=1e-5)
+        assert report["explained"][stage] == pytest.approx(1 - mean / float(variance), rel=1e-5)
+        share = np.bincount(ids[:, stage], weights, CODES) / weights.sum()
+        assert report["largest_cluster"][stage] == pytest.approx(share.max() * CODES)
+    progress = re.findall(r"stage 3, iteration 4: mean squared distance (\S+)", capsys.readouterr().err)
+    assert float(progress[-1]) == pytest.approx(report["mean_squared_distance"][-1], rel=1e-4)
+
+
 def test_identifiers_are_those_of_the_quantizer(tmp_path, data):
     assert cluster(tmp_path, out="ids.npz") == 0
     with np.load(tmp_path / "ids.npz") as found:
@@ -78,8 +104,12 @@ def test_distinct_identifiers(tmp_path, data, capsys):
     assert report["distinct_identifiers"] < 400
 
 
-@pytest.mark.parametrize("options", [(), ("--balance", "1.1"), ("--update", "ema", "--n-init", "2")], ids=str)
+@pytest.mark.parametrize(
+    "options", [(), ("--balance", "1.1"), ("--update", "ema", "--n-init", "2"), ("--metric", "cosine", "--weights", "weights.npy")], ids=str
+)
 def test_resumed_run_equals_uninterrupted_one(tmp_path, data, monkeypatch, capsys, options):
+    monkeypatch.chdir(tmp_path)
+    np.save("weights.npy", np.arange(400) % 3)
     assert cluster(tmp_path, *options) == 0
     fit_stage, stages = run.fit_stage, []
 
@@ -98,6 +128,9 @@ def test_resumed_run_equals_uninterrupted_one(tmp_path, data, monkeypatch, capsy
 
     assert cluster(tmp_path, *options, "--seed", "1", "--resume", out="parts.npy") == 2
     assert "seed was 0, got 1." in capsys.readouterr().err
+    np.save("other.npy", np.arange(400) % 2)
+    assert cluster(tmp_path, *options, "--weights", "other.npy", "--resume", out="parts.npy") == 2
+    assert f"weights was {399.0 if options[-1:] == ('weights.npy',) else None}, got 200.0." in capsys.readouterr().err
     calls = []
     monkeypatch.setattr(run, "fit_stage", lambda data, done, *rest: calls.append(len(done)) or fit_stage(data, done, *rest))
     assert cluster(tmp_path, *options, "--resume", out="parts.npy") == 0
@@ -159,6 +192,8 @@ def test_collisions(codes):
 def test_errors(tmp_path, data, monkeypatch, capsys):
     np.savez(tmp_path / "two.npz", a=data, b=data)
     np.save(tmp_path / "flat.npy", data[0])
+    np.save(tmp_path / "negative.npy", -np.ones(400, np.float32))
+    weights = {name: str(tmp_path / f"{name}.npy") for name in ("flat", "negative", "data", "none")} | {"text": str(tmp_path / "data.txt")}
     np.save(tmp_path / "nan.npy", data * np.nan)
     np.save(tmp_path / "text.npy", np.array([["a"]]))
     (tmp_path / "data.txt").write_text("1 2")
@@ -176,6 +211,11 @@ def test_errors(tmp_path, data, monkeypatch, capsys):
         ({"out": "ids.txt"}, (), r"identifiers must go to a file of \.npy"),
         ({"out": "missing/ids.npy"}, (), "the state cannot be written"),
         ({}, ("--resume",), "there is nothing to resume"),
+        ({}, ("--weights", weights["none"]), "weights cannot be read from .*No such file"),
+        ({}, ("--weights", weights["text"]), r"weights must be in an \.npy file"),
+        ({}, ("--weights", weights["flat"]), r"weights must be 400 numbers, one for each vector, got float32 \[5\]"),
+        ({}, ("--weights", weights["data"]), r"weights must be 400 numbers, one for each vector, got float32 \[400, 5\]"),
+        ({}, ("--weights", weights["negative"]), "weights must be finite and not negative"),
         ({}, ("--batch-size", "3"), 'batch_size is for update="ema"'),
     )
     for files, options, message in cases:

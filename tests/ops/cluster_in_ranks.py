@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """k-means of one and of several ranks, which test_kmeans_distributed.py compares.
 
-Usage: cluster_in_ranks.py FOLDER. A rank saves [name, result, ...] as FOLDER/WORLD-RANK.pt.
+Usage: cluster_in_ranks.py FOLDER. A rank saves [name, result, ...] as FOLDER/WORLD-RANK.pt, and the ranks of one world together identifiers
+of vectors in a file as FOLDER/WORLD.npz.
 """
 
+import contextlib
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import genperf
+from genperf.cli.main import main
 
 sys.path.append(str(Path(__file__).parents[1] / "nn"))
 from forked_ranks import fork_ranks
@@ -33,7 +38,15 @@ def share(t: Tensor, world: int, rank: int) -> Tensor:
     return t[bounds[rank] : bounds[rank + 1]]
 
 
-def work(world: int, rank: int) -> dict[str, list[Tensor]]:
+def command(world: int) -> str:
+    """Run `genperf kmeans` in this rank, with a number of vectors that the number of ranks does not divide; returns what it printed."""
+    folder, sizes = sys.argv[1], ("--codes", "8", "--stages", "2", "--iterations", "3", "--metric", "cosine", "--device", "cpu")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = main(["kmeans", f"{folder}/x.npy", "--weights", f"{folder}/weights.npy", "--out", f"{folder}/{world}.npz", *sizes])
+    return printed.getvalue() if code == 0 else f"exit code {code}"
+
+
+def work(world: int, rank: int) -> dict[str, Any]:
     x, weights = vectors(), torch.rand(COUNT, generator=torch.Generator().manual_seed(1))
     mine, share_of_weights = share(x, world, rank), share(weights, world, rank)
     far = x[:CODES].clone()
@@ -46,7 +59,7 @@ def work(world: int, rank: int) -> dict[str, list[Tensor]]:
         "empty codes": {"init": far},
         "ema": {"update": "ema", "batch_size": 128},
     }
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, Any] = {"printed": command(world)}
     for name, options in cases.items():
         # The numbers of rank 0 count.
         options |= {"iterations": 6, "synchronized": True, "generator": torch.Generator().manual_seed(5 + rank)}
@@ -69,4 +82,6 @@ def work(world: int, rank: int) -> dict[str, list[Tensor]]:
 
 
 if __name__ == "__main__":
+    np.save(f"{sys.argv[1]}/x.npy", vectors()[1:].numpy())
+    np.save(f"{sys.argv[1]}/weights.npy", np.arange(COUNT - 1) % 5)
     fork_ranks(work, sys.argv[1], [1, 2, 3])

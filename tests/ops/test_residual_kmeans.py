@@ -32,6 +32,25 @@ def test_equals_kmeans_of_residuals(options, dtype, device):
     assert (found.inertia[1:] < found.inertia[:-1]).all()
 
 
+def test_cosine_is_spherical_and_then_of_residuals_of_unit_vectors(device):
+    x, weights = torch.randn(150, 6, generator=seeded()).to(device), torch.rand(150, generator=seeded()).to(device)
+    options, generator = {"iterations": 4, "weights": weights}, seeded()
+    found = genperf.residual_kmeans(x, 10, 3, metric="cosine", generator=seeded(), **options)
+    unit = x * (1 / x.double().norm(dim=1, keepdim=True).float())
+    residual = unit
+    for stage in range(3):
+        metric = "cosine" if stage == 0 else "euclidean"
+        single = genperf.kmeans(x if stage == 0 else residual, 10, metric=metric, generator=generator, **options)
+        for name, expected in single._asdict().items():
+            part = found.indices[:, stage] if name == "indices" else getattr(found, f"{name}s" if name == "codebook" else name)[stage]
+            assert torch.equal(part, expected), (stage, name)
+        residual = residual - single.codebook[single.indices]
+    torch.testing.assert_close(found.codebooks[0].norm(dim=1), torch.ones(10, device=device))
+    assert torch.equal(genperf.residual_vector_quantize(unit, found.codebooks)[1], found.indices)
+    scaled = genperf.residual_kmeans(4 * x, 10, 3, metric="cosine", generator=seeded(), **options)
+    assert all(torch.equal(part, other) for part, other in zip(scaled, found, strict=True))
+
+
 def test_callback_knows_the_stage():
     seen = []
 
@@ -52,6 +71,7 @@ def test_callback_knows_the_stage():
         ("init must be one of k-means..?.?, random", ValueError, {"init": torch.zeros(4, 3)}),
         ("x must have at least one vector", ValueError, {"x": torch.zeros(0, 3)}),
         ("x must be float32", TypeError, {"x": torch.zeros(5, 3, dtype=torch.int32)}),
+        ("metric must be one of euclidean, cosine, got 'dot'", ValueError, {"metric": "dot"}),
         ("x must be finite", ValueError, {"x": torch.full((5, 3), torch.nan)}),
         ("balance cannot be combined with weights", ValueError, {"balance": 1.1, "weights": torch.ones(9)}),
     ],
