@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._errors import UserError, is_out_of_memory, reason
+from .._messages import log_on_stderr
 from .._program import exit_on_interrupt, restore_interrupt
 from .._version import __version__
 from . import bench, evaluate, fid, info, kmeans, sample, systems, train
@@ -50,7 +51,8 @@ def _run(argv: Sequence[str]) -> int:
     try:
         restore_interrupt()
         arguments = _parser().parse_args(argv)
-        return arguments.run(arguments)
+        with log_on_stderr():
+            return arguments.run(arguments)
     except UserError as error:
         return _failed(str(error))
     except BrokenPipeError as error:

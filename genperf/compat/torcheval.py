@@ -16,13 +16,13 @@ Differences from upstream:
   - A single real or fake image raises RuntimeError; upstream returns NaN.
 """
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._messages import warn_caller
 from ..ops._validate import check
 from ..ops.covariance_factor import working_dtype
 from ._feature_sums import distance_of_sums
@@ -128,7 +128,7 @@ class FrechetInceptionDistance:
         counts = int(self.num_real_images), int(self.num_fake_images)
         if 0 in counts:
             rule = "there must be real and generated images; returning 0.0"
-            warnings.warn(f"FrechetInceptionDistance: {rule}, got {counts[0]} and {counts[1]}.", RuntimeWarning, stacklevel=2)
+            warn_caller(f"FrechetInceptionDistance: {rule}, got {counts[0]} and {counts[1]}.", RuntimeWarning)
             return torch.tensor(0.0)
         if 1 in counts:
             raise RuntimeError(

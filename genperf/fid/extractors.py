@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import UserError
+from .._messages import log
 from ..metrics._features import finite_features, only_output
 from .pretrained_extractors import PRETRAINED, load_pretrained
 
@@ -119,7 +120,7 @@ def _inception(weights: Path | None) -> nn.Module:
     if weights is None:
         cached = Path(torch.hub.get_dir(), "checkpoints", Path(module.URL_INCEPTION_V3).name)
         if not cached.is_file():
-            print(f"genperf: torch-fidelity downloads its Inception weights from {module.URL_INCEPTION_V3} to {cached}.", file=sys.stderr)
+            log.warning("torch-fidelity downloads its Inception weights from %s to %s.", module.URL_INCEPTION_V3, cached)
     elif not weights.is_file():
         raise UserError(f"--weights must be a file, got {str(weights)!r}, which is not one.")
     try:

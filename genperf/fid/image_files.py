@@ -4,7 +4,6 @@
 import io
 import os
 import stat
-import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from .._errors import UserError, reason
+from .._messages import log
 
 Image.init()
 # Pillow detects the format from the content, not from the name. Excluded: EPS runs Ghostscript, IPTC opens any nested format, and the
@@ -111,7 +111,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _images(paths: Iterable[Path], source: str) -> list[Path]:
-    """Those with the suffix of an image that Pillow reads, sorted; a message on stderr counts photos in other formats."""
+    """Those with the suffix of an image that Pillow reads, sorted; a warning in the log counts photos in other formats."""
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     images, photos = [], Counter[str]()
     for path in paths:
@@ -122,7 +122,7 @@ def _images(paths: Iterable[Path], source: str) -> list[Path]:
             photos[suffix] += 1
     if photos:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(photos.items()))
-        print(f"genperf: photos in {source!r} that Pillow does not read are left out: {counts}.", file=sys.stderr)
+        log.warning("photos in %r that Pillow does not read are left out: %s.", source, counts)
     return sorted(images)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import metrics
 from .._distributed import all_gather_ints, all_gather_rows, rank, world_size
 from .._errors import UserError, import_extra, reason
+from .._messages import log
 from ..ops.frechet_distance import frechet_distance
 from .extractors import Extractor, load_extractor
 from .pretrained_extractors import PRETRAINED
@@ -197,10 +198,12 @@ def _measure_source(source: Source, known: _Dimension | None, extractor: Extract
     if split:
         kept = [_synchronize(moments, kept)]
     if moments.count <= moments.mean.numel() and rank() == 0:
-        print(
-            f"genperf: {moments.count} samples of {moments.mean.numel()} features in {source.path!r} have a singular covariance; the "
-            "distance is biased upwards, and comparable only with distances of as many samples.",
-            file=sys.stderr,
+        log.warning(
+            "%d samples of %d features in %r have a singular covariance; the distance is biased upwards, and comparable only with "
+            "distances of as many samples.",
+            moments.count,
+            moments.mean.numel(),
+            source.path,
         )
     features = torch.cat(kept).to(options.device) if options.needing_features else None
     return _Side(moments.mean, moments.cov, moments.count, features)

@@ -2,7 +2,6 @@
 """Choice of an implementation: which ones an op has, why one cannot run here, and which one is used."""
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -12,6 +11,7 @@ import torch._C._functorch as _functorch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .._messages import warn_caller
 from ._autograd import transformed
 
 log = logging.getLogger("genperf")
@@ -82,7 +82,7 @@ def _warn_missing_library(op: str, unavailable: dict[str, str | None]) -> None:
     reason = next((reason for reason in unavailable.values() if reason in missing), None)
     if reason is not None:
         _warned = True
-        warnings.warn(f"{op} runs its slower PyTorch reference on CUDA: {reason} See `genperf info`.", RuntimeWarning, stacklevel=4)
+        warn_caller(f"{op} runs its slower PyTorch reference on CUDA: {reason} See `genperf info`.", RuntimeWarning)
 
 
 def exporting_to_onnx() -> bool:

@@ -2,12 +2,12 @@
 """tr (cov1 cov2)^(1/2), the nuclear norm of F1' F2, and its gradients, from eigenvalues or from polar iterations."""
 
 import math
-import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._messages import warn_caller
 from . import _polar
 from ._blocks import congruence, gram, is_lower, lower_times, times_lower
 from ._device_rates import has_fast_double
@@ -146,7 +146,7 @@ def _factor(side: Side) -> Tensor:
 
 
 def _warn_indefinite() -> None:
-    warnings.warn("trace_sqrt_product: a covariance is far from positive semi-definite; only its positive part is used.", stacklevel=2)
+    warn_caller("trace_sqrt_product: a covariance is far from positive semi-definite; only its positive part is used.", UserWarning)
 
 
 def _scale_of(t: Tensor) -> Tensor:
