@@ -140,7 +140,7 @@ def _fit(
     )
     ranks = world_size()
     check_metric("kmeans", settings.metric)
-    check_options("kmeans", settings.codes, options, weights is not None, ranks > 1)
+    check_options("kmeans", settings.codes, options)
     bounds = [x.shape[0] * i // ranks for i in range(ranks + 1)]
     share = slice(bounds[rank()], bounds[rank() + 1])
     part, weights = x[share].to(device), None if weights is None else weights[share].to(device)

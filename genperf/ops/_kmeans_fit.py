@@ -109,7 +109,7 @@ def _run(data: Vectors, num_codes: int, options: KMeansOptions, place: tuple[int
 
 
 def _lloyd(data: Vectors, codebook: Tensor, options: KMeansOptions, stops: Callable[[int, Clusters], bool]) -> Clusters:
-    assign = data.assign if options.balance is None else BalancedAssignment(data, len(codebook), options.balance)
+    assign = _assigns(data, codebook, options)
     found = Clusters(codebook, assign(codebook))
     settled = FixedPoint(data.on_host)
     for turn in itertools.count():
@@ -125,9 +125,14 @@ def _lloyd(data: Vectors, codebook: Tensor, options: KMeansOptions, stops: Calla
     return found
 
 
+def _assigns(data: Vectors, codebook: Tensor, options: KMeansOptions) -> Callable[..., Assignment]:
+    return data.assign if options.balance is None else BalancedAssignment(data, len(codebook), options.balance)
+
+
 def _moving_averages(data: Vectors, codebook: Tensor, options: KMeansOptions, stops: Callable[[int, Clusters], bool]) -> Clusters:
-    found = Clusters(codebook, data.assign(codebook))
-    averages = MovingAverages(data, found, options)
+    assign = _assigns(data, codebook, options)
+    found = Clusters(codebook, assign(codebook))
+    averages = MovingAverages(data, found, options, assign if isinstance(assign, BalancedAssignment) else None)
     for turn in itertools.count():
         if stops(turn, found):
             break
@@ -135,7 +140,7 @@ def _moving_averages(data: Vectors, codebook: Tensor, options: KMeansOptions, st
         reads = not data.on_host or bool(empty.any())
         # A pass of its own assigns the vectors where somebody looks at the result.
         if reads or options.callback is not None or turn == options.iterations - 1:
-            found = Clusters(averages.codebook, data.assign(averages.codebook))
+            found = Clusters(averages.codebook, assign(averages.codebook))
         if reads and turn < options.iterations - 1:
             empty &= found.counts == 0
             averages.replace(_without_empty_codes(data, averages.codebook, found, empty), empty)
@@ -155,10 +160,14 @@ def _means(totals: Tensor, data: Vectors) -> Tensor:
 
 
 class MovingAverages:
-    """Codes as moving averages of the vectors of mini-batches, which are random blocks of the positions."""
+    """Codes as moving averages of the vectors of mini-batches, which are random blocks of the positions.
 
-    def __init__(self, data: Vectors, start: Clusters, options: KMeansOptions) -> None:
+    Batches are too small to be balanced: their vectors are assigned with the prices of `balanced`, which follow the averages.
+    """
+
+    def __init__(self, data: Vectors, start: Clusters, options: KMeansOptions, balanced: BalancedAssignment | None) -> None:
         self.data = data
+        self.balanced = balanced
         self.generator = options.generator
         self.codebook = start.codebook
         self.blocks = data.count // _BLOCK
@@ -181,9 +190,12 @@ class MovingAverages:
             positions = (batch.sort().values.unsqueeze(1) * _BLOCK + within).flatten()
             if turn == len(batches) - 1:
                 positions = torch.cat([positions, rest])
-            totals = data.take(positions).assign(self.codebook).totals
-            counts = counts + totals[:, -1]
-            self.totals = self.totals * self.decay + totals * (1 - self.decay)
+            part = data.take(positions)
+            found = part.assign(self.codebook) if self.balanced is None else self.balanced.of_batch(part, self.codebook)
+            counts = counts + found.totals[:, -1]
+            self.totals = self.totals * self.decay + found.totals * (1 - self.decay)
+            if self.balanced is not None:
+                self.balanced.follow(self.totals[:, -1])
             means = data.as_codes(_means(self.totals, data), self.codebook)
             self.codebook = torch.where(self.totals[:, -1:] > 0, means, self.codebook)
         return counts == 0

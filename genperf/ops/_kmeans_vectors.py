@@ -263,16 +263,18 @@ class Vectors:
             found = found.to(self.dtype) - stage.codebook[stage.indices[outer, inner]]
         return found
 
+    def own_vectors(self, positions: Tensor) -> Tensor:
+        """The vectors [M, D], under the metric, at positions [M] of this rank."""
+        found = self.rows(positions).to(self.dtype)
+        return found if self.scale is None else found * self.scale.flatten()[positions].unsqueeze(1)
+
     def vectors(self, positions: Tensor) -> Tensor:
         """The vectors [M, D], under the metric, at positions [M] over all ranks."""
         local = positions - self.start
         if self.synchronized and self.here == 0:
             found = torch.zeros(len(positions), self.x.shape[1], dtype=self.dtype, device=self.x.device)
         else:
-            place = local.clamp(0, self.here - 1) if self.synchronized else local
-            found = self.rows(place).to(self.dtype)
-            if self.scale is not None:
-                found = found * self.scale.flatten()[place].unsqueeze(1)
+            found = self.own_vectors(local.clamp(0, self.here - 1) if self.synchronized else local)
         if not self.synchronized:
             return found
         inside = (local >= 0) & (local < self.here)

@@ -96,9 +96,12 @@ def kmeans(
         update: "lloyd", or "ema": codes are moving averages of the vectors of mini-batches, which takes fewer passes over many vectors.
         batch_size: vectors in a mini-batch; by default 16 K, and at least a sixteenth of all.
         decay: share of an average that is kept in each mini-batch, in [0, 1); by default averages remember about half a pass.
-        balance: a code has at most `balance` times the mean number of vectors, rounded down, and at least as many as an even split
-            needs; at least 1. A vector is then assigned to the code with the least sum of squared distance and a price that rises for
-            crowded codes, or near to it. Reads values from the device. Not with weights, "ema" or synchronized.
+        balance: a code has at most `balance` times the mean number of vectors, rounded down, or as many as an even split needs if that
+            is more; at least 1. A vector is then assigned to the code with the least sum of squared distance and a price that rises for
+            crowded codes, or near to it. Reads values from the device. With weights, the limit is on their sum: a code exceeds it only
+            if each of its vectors has a weight above `balance` - 1 times the mean of the sums, and a vector whose weight alone exceeds
+            it shares its code with none but those of weight 0. With update="ema" mini-batches are assigned with prices that follow the
+            averages, and all vectors with the limit at the end.
         channel_dim: the dimension of x that holds the D channels; 1 for images [B, D, H, W].
         heads: dimension 0 of x is the heads, each with its own codebook. All results, and an init tensor, have a leading dimension of
             heads. Equal to one call per head, in order.
@@ -135,7 +138,7 @@ def kmeans(
     if x.shape[channel] == 0 or (x.numel() == 0 and not synchronized):
         raise ValueError(f"{op}: x must have at least one vector of at least one dimension, got shape {list(x.shape)}.")
     options = KMeansOptions(iterations, init, n_init, update, batch_size, decay, balance, generator, callback)
-    check_options(op, num_codes, options, weights is not None, synchronized)
+    check_options(op, num_codes, options)
     _check_init(op, init, [x.shape[0]] * heads + [num_codes, x.shape[channel]], x.device)
     check_weights(op, weights, x, channel)
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype))
@@ -175,7 +178,7 @@ def read_vectors(op: str, x: Tensor, channel: int, metric: str, impl: str, weigh
     return data
 
 
-def check_options(op: str, num_codes: int, options: KMeansOptions, weighted: bool, synchronized: bool) -> None:
+def check_options(op: str, num_codes: int, options: KMeansOptions) -> None:
     """Check what does not depend on the vectors."""
     if num_codes < 1:
         raise ValueError(f"{op}: num_codes must be at least 1, got {num_codes}.")
@@ -192,12 +195,8 @@ def check_options(op: str, num_codes: int, options: KMeansOptions, weighted: boo
         raise ValueError(f"{op}: batch_size must be at least 1, got {options.batch_size}.")
     if options.decay is not None and not 0 <= options.decay < 1:
         raise ValueError(f"{op}: decay must lie in [0, 1), got {options.decay}.")
-    if options.balance is not None:
-        if not 1 <= options.balance < math.inf:
-            raise ValueError(f"{op}: balance must be a finite number of at least 1, got {options.balance}.")
-        for name, given in (("weights", weighted), ('update="ema"', options.update == "ema"), ("synchronized", synchronized)):
-            if given:
-                raise ValueError(f"{op}: balance cannot be combined with {name}, got balance={options.balance}.")
+    if options.balance is not None and not 1 <= options.balance < math.inf:
+        raise ValueError(f"{op}: balance must be a finite number of at least 1, got {options.balance}.")
     if options.generator is not None and not isinstance(options.generator, torch.Generator):
         raise TypeError(f"{op}: generator must be a torch.Generator or None, got {type(options.generator).__name__}.")
 

@@ -91,7 +91,7 @@ def residual_kmeans(
         raise ValueError(f"{op}: init must be one of {', '.join(INITS)}, got {init!r}.")
     options = KMeansOptions(iterations, init, n_init, update, batch_size, decay, balance, generator, callback)
     check_metric(op, metric)
-    check_options(op, num_codes, options, weights is not None, synchronized)
+    check_options(op, num_codes, options)
     check_weights(op, weights, x, channel)
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype))
     with torch.no_grad():

@@ -58,6 +58,9 @@ def work(world: int, rank: int) -> dict[str, Any]:
         "weights": {"weights": share_of_weights, "n_init": 2},
         "empty codes": {"init": far},
         "ema": {"update": "ema", "batch_size": 128},
+        "balance": {"balance": 1.05, "metric": "cosine"},
+        "balance, weights": {"balance": 1.1, "weights": share_of_weights},
+        "balance, ema": {"balance": 1.05, "update": "ema", "batch_size": 128},
     }
     found: dict[str, Any] = {"printed": command(world)}
     for name, options in cases.items():

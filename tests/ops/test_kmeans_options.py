@@ -163,6 +163,38 @@ def test_balance(metric, count, codes, spread, balance, device):
     torch.testing.assert_close(found.inertia, (rows - found.codebook[found.indices]).double().square().sum(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"update": "ema"}, {"metric": "cosine"}], ids=str)
+def test_balance_of_weights(options, device):
+    x = clusters(3000, 9, 6, 3).to(device)
+    weights = torch.empty(3000, dtype=torch.float64).exponential_(generator=seeded()).clamp(0.1, 3).sub(0.1).to(device)  # some are 0
+    found = genperf.kmeans(x, 40, iterations=3, balance=1.05, weights=weights, generator=seeded(), **options)
+    sums = torch.zeros(40, dtype=torch.float64, device=device).index_add(0, found.indices, weights)
+    torch.testing.assert_close(found.counts.double(), sums, rtol=1e-6, atol=0)
+    assert weights.max() < 0.05 * sums.mean()
+    assert sums.max() <= 1.05 * sums.mean() * (1 + 1e-12)
+    free = genperf.kmeans(x, 40, iterations=3, weights=weights, generator=seeded(), **options)
+    assert free.counts.max() > 1.5 * sums.mean()
+    options |= {"iterations": 3, "balance": 1.04}  # a whole number of vectors, 78
+    even, expected = (genperf.kmeans(x, 40, weights=w, generator=seeded(), **options) for w in (torch.ones_like(weights), None))
+    assert same(even, expected)
+
+
+def test_balance_with_vectors_that_are_too_heavy(device):
+    """They are alone but for vectors without weight; of the others, each code has its share if their weights allow it."""
+    x = clusters(600, 5, 4, 2).to(device)
+    weights = torch.ones(600, device=device)
+    weights[:3], weights[3:200], weights[200:230] = 200.0, 0.0, 8.0
+    found = genperf.kmeans(x, 20, iterations=4, balance=1.1, weights=weights, generator=seeded())
+    limit = 1.1 * float(weights.sum()) / 20
+    for code, total in enumerate(found.counts.tolist()):
+        inside = weights[found.indices == code]
+        assert total <= limit or (inside.max() == 200 and (inside > 0).sum() == 1)
+    assert (found.counts > limit).sum() == 3
+    # Codes of two vectors of weight 1 cannot be emptied, since each limit leaves room for less than one.
+    found = genperf.kmeans(x[:7], 4, iterations=2, balance=1.05, weights=torch.ones(7, device=device).double(), generator=seeded())
+    assert found.counts.max() == 2
+
+
 def test_balance_costs_little(device):
     x = clusters(4000, 40, 8, 0).to(device)
     plain = genperf.kmeans(x, 40, iterations=10, generator=seeded())
@@ -348,8 +380,6 @@ def bad(message, error=ValueError, **kwargs):
         bad(r"decay must lie in \[0, 1\), got 1.0", update="ema", decay=1.0),
         bad("balance must be a finite number of at least 1, got 0.9", balance=0.9),
         bad("balance must be a finite number of at least 1, got nan", balance=math.nan),
-        bad("balance cannot be combined with weights", balance=1.1, weights=torch.ones(10)),
-        bad('balance cannot be combined with update="ema"', balance=1.1, update="ema"),
         bad("weights must be a tensor", TypeError, weights=[1.0] * 10),
         bad("weights must be float32", TypeError, weights=torch.ones(10, dtype=torch.int64)),
         bad(r"weights must have the shape of x without its channel dimension, \[10\]", weights=torch.ones(3)),

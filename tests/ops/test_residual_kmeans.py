@@ -10,7 +10,7 @@ def seeded(seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("options", [{}, {"update": "ema"}, {"weights": True, "n_init": 2}, {"balance": 1.05}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"update": "ema"}, {"weights": True, "n_init": 2}, {"weights": True, "balance": 1.05}], ids=str)
 def test_equals_kmeans_of_residuals(options, dtype, device):
     x = torch.randn(2, 6, 150, generator=seeded()).to(dtype).to(device)
     if "weights" in options:
@@ -73,7 +73,7 @@ def test_callback_knows_the_stage():
         ("x must be float32", TypeError, {"x": torch.zeros(5, 3, dtype=torch.int32)}),
         ("metric must be one of euclidean, cosine, got 'dot'", ValueError, {"metric": "dot"}),
         ("x must be finite", ValueError, {"x": torch.full((5, 3), torch.nan)}),
-        ("balance cannot be combined with weights", ValueError, {"balance": 1.1, "weights": torch.ones(9)}),
+        ("balance must be a finite number of at least 1, got 0.5", ValueError, {"balance": 0.5}),
     ],
 )
 def test_bad_input(message, error, kwargs):
