@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the compiled libraries with one ninja run: one CPU library per instruction set, the CUDA library, the probe.
+"""Builds the compiled libraries with one ninja run: one CPU library per instruction set, the CUDA libraries, the probe.
 
 They need torch's headers and libraries, but the build does not import torch. Where it, a compiler or a supported system is missing,
 the Python package is installed alone, and says so when it is imported.
@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent
 MIN_TORCH = (2, 11)
 DEFAULT_CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # those that nvcc knows, and PTX of the last of them
 CUDA_HOME = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+CUDA_HOMES = [home for home in os.environ.get("GENPERF_CUDA_HOMES", "").split(os.pathsep) if home]
 CXX = os.environ.get("CXX", "g++")
 
 
@@ -94,6 +95,12 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
+def cuda_release(nvcc: str) -> tuple[str, str] | None:
+    """The major and minor version of nvcc."""
+    found = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    return (found[1], found[2]) if found else None
+
+
 def cuda_omission(nvcc: str | None) -> str | None:
     """Why this build leaves out the CUDA kernels, or None."""
     choice = os.environ.get("GENPERF_CUDA", "auto")
@@ -103,6 +110,8 @@ def cuda_omission(nvcc: str | None) -> str | None:
         return "GENPERF_CUDA=0 was set"
     if CROSS:
         return f"it was cross-compiled for {MACHINE}"
+    if CUDA_HOMES:  # each gives the version that it is for, so torch's does not matter
+        return None
     if choice == "auto" and TORCH.cuda is None:
         return f"torch {TORCH.version} has no CUDA"
     wanted = (TORCH.cuda or "").split(".")[0]  # with a torch without CUDA, any toolkit
@@ -111,16 +120,32 @@ def cuda_omission(nvcc: str | None) -> str | None:
         searched = f"in {CUDA_HOME}/bin" if CUDA_HOME else "on PATH or in /usr/local/cuda/bin"
         reason = f"no nvcc {searched}; install {toolkit} or name its folder in CUDA_HOME"
     else:
-        found = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
-        if not found:
+        release = cuda_release(nvcc)
+        if release is None:
             reason = f"`{nvcc} --version` names no release; name the folder of {toolkit} in CUDA_HOME"
-        elif wanted not in ("", found[1]):
-            reason = f"nvcc {found[1]}.{found[2]} does not match torch's CUDA {TORCH.cuda}; name the folder of {toolkit} in CUDA_HOME"
+        elif wanted not in ("", release[0]):
+            reason = f"nvcc {'.'.join(release)} does not match torch's CUDA {TORCH.cuda}; name the folder of {toolkit} in CUDA_HOME"
         else:
             return None
     if choice == "1":
         sys.exit(f"genperf: GENPERF_CUDA=1 cannot be met: {reason}.")
     return reason
+
+
+def cuda_compilers() -> dict[str, str]:
+    """The nvcc of each CUDA library: cuda for the toolkit that is found, or such as cuda12 and cuda13 for those of GENPERF_CUDA_HOMES."""
+    if not CUDA_HOMES:
+        return {"cuda": NVCC}
+    compilers = {}
+    for home in CUDA_HOMES:
+        nvcc = shutil.which("nvcc", path=f"{home}/bin")
+        release = cuda_release(nvcc) if nvcc else None
+        if release is None:
+            sys.exit(f"genperf: GENPERF_CUDA_HOMES must list folders of CUDA toolkits, and there is no nvcc in {home}/bin.")
+        if f"cuda{release[0]}" in compilers:
+            sys.exit(f"genperf: GENPERF_CUDA_HOMES must list one CUDA toolkit of each major version, got two of {release[0]}.")
+        compilers[f"cuda{release[0]}"] = nvcc
+    return compilers
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -148,7 +173,7 @@ def libraries() -> list[Extension]:
         return Extension(f"genperf._{name}", sources)
 
     cpu = [library(f"cpu_{isa.replace('-', '_')}", "csrc/library.cpp", "csrc/cpu/**/*.cpp") for isa in ISAS]
-    cuda = [] if CUDA_OMISSION else [library("cuda", "csrc/cuda/*.cpp", "csrc/cuda/*.cu")]
+    cuda = [library(name, "csrc/cuda/*.cpp", "csrc/cuda/*.cu") for name in CUDA_COMPILERS]
     return [library("probe", "csrc/probe.cpp"), *cpu, *cuda]
 
 
@@ -204,25 +229,30 @@ class NinjaBuild(build_ext):
             depends = {"depfile": "$out.d", "deps": "gcc"}
             graph.rule("cxx", f"{CXX} -MMD -MF $out.d {common} {warnings} $flags -c $in -o $out", description="$out", **depends)
             graph.rule("link", f"{CXX} -shared $in -o $out $libraries {os.environ.get('LDFLAGS', '')}", description="$out")
-            if not CUDA_OMISSION:
-                nvcc = f"{NVCC} -MMD -MF $out.d {common.replace('-fPIC', '-Xcompiler -fPIC')} {gencode_flags(CUDA_ARCHS)}"
+            if CUDA_COMPILERS:
+                nvcc = f"$nvcc -MMD -MF $out.d {common.replace('-fPIC', '-Xcompiler -fPIC')} $gencode"
                 graph.rule("nvcc", f"{nvcc} -ccbin {shlex.split(CXX)[-1]} -c $in -o $out", description="$out", **depends)
-                graph.rule("nvlink", f"{NVCC} -ccbin {shlex.split(CXX)[-1]} -shared $in -o $out $libraries", description="$out")
+                graph.rule("nvlink", f"$nvcc -ccbin {shlex.split(CXX)[-1]} -shared $in -o $out $libraries", description="$out")
             for extension in self.extensions:
                 name = extension.name.removeprefix("genperf._")
                 isa = name.removeprefix("cpu_").replace("_v", "-v").replace("x86_64", "x86-64")
                 flags = "" if name == "probe" else torch_headers
                 flags += f" -march={isa}" if X86 and name.startswith("cpu_") else ""
                 objects = {source: str(build / name / f"{source}.o") for source in extension.sources}
+                nvcc = CUDA_COMPILERS.get(name)
+                variables = {"flags": flags}
+                if nvcc:
+                    variables.update(nvcc=shlex.quote(nvcc), gencode=gencode_flags(CUDA_ARCHS[name]))
                 for source, target in objects.items():
-                    graph.build(target, "nvcc" if source.endswith(".cu") else "cxx", str(ROOT / source), variables={"flags": flags})
+                    graph.build(target, "nvcc" if source.endswith(".cu") else "cxx", str(ROOT / source), variables=variables)
                 target = str(Path(self.get_ext_fullpath(extension.name)).resolve())
-                rule, used = "nvlink" if name == "cuda" else "link", "" if name == "probe" else torch_libraries
-                graph.build(target, rule, list(objects.values()), variables={"libraries": used})
+                variables["libraries"] = "" if name == "probe" else torch_libraries
+                graph.build(target, "nvlink" if nvcc else "link", list(objects.values()), variables=variables)
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         if subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build, *jobs]).returncode:
             sys.exit("genperf: the build failed; the compiler's message is above.")
-        cuda = f"without CUDA kernels: {CUDA_OMISSION}" if CUDA_OMISSION else f"with CUDA kernels for {', '.join(CUDA_ARCHS)}"
+        cuda = f"without CUDA kernels: {CUDA_OMISSION}" if CUDA_OMISSION else "with CUDA kernels for "
+        cuda += "; ".join(f"{', '.join(archs)}{f' in {name}' if CUDA_HOMES else ''}" for name, archs in CUDA_ARCHS.items())
         print(f"genperf: built with CPU kernels for {', '.join(ISAS)}; {cuda}.", file=sys.stderr)
 
 
@@ -238,6 +268,7 @@ TORCH = find_torch()
 CPU_OMISSION = cpu_omission()
 NVCC = None if CPU_OMISSION else find_nvcc()
 CUDA_OMISSION = CPU_OMISSION or cuda_omission(NVCC)
-CUDA_ARCHS = cuda_archs(NVCC) if NVCC and not CUDA_OMISSION else []
+CUDA_COMPILERS = {} if CUDA_OMISSION else cuda_compilers()
+CUDA_ARCHS = {name: cuda_archs(nvcc) for name, nvcc in CUDA_COMPILERS.items()}
 
 setup(ext_modules=libraries(), cmdclass={"build_ext": NinjaBuild, "bdist_wheel": PlatformWheel})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the compiled libraries: the best CPU library for this processor and, if built, the CUDA one."""
+"""Loads the compiled libraries: the best CPU library for this processor and, if built, a CUDA one."""
 
 import ctypes
 import importlib
@@ -9,6 +9,7 @@ import os
 import platform
 import struct
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ triton_failure: str | None = None
 cuda_device_failures: dict[int | None, str] = {}
 triton_device_failures: dict[int | None, str] = {}
 isa: str | None = None  # the instruction set of the loaded CPU library
+cuda_archs: list[str] = []  # the architectures of the loaded CUDA library
 
 MIN_TRITON_CAPABILITY = (8, 0)
 
@@ -120,8 +122,31 @@ def _load_cpu() -> str | None:
     return None
 
 
+def _cuda_library(libraries: Collection[str]) -> str | None:
+    """The CUDA library for this torch of those that were built.
+
+    A build beside a torch makes one, "cuda". A wheel has one for each major version of CUDA, such as "cuda12" and "cuda13"; None if none
+    of them is for this torch.
+    """
+    if all(name == "cuda" for name in libraries):
+        return "cuda"
+    name = f"cuda{str(torch.version.cuda).split('.')[0]}"
+    return name if name in libraries else None
+
+
 def _load_cuda() -> str | None:
-    path = library_path("cuda")
+    global cuda_archs
+    libraries = build_info["cuda_archs"]
+    name = _cuda_library(libraries)
+    if name is None:
+        built_for = " and ".join(library.removeprefix("cuda") for library in libraries)
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} has no CUDA, and the CUDA kernels of this genperf are for torch with CUDA {built_for}."
+        return (
+            f"the CUDA kernels of this genperf are for torch with CUDA {built_for}, and torch {torch.__version__} has CUDA "
+            f"{torch.version.cuda}; reinstall genperf from source to add them."
+        )
+    path = library_path(name)
     if not path.exists():
         omission = build_info["cuda_omission"] or "its CUDA library is gone"
         return f"genperf was built without CUDA kernels ({omission}); reinstall it from source to add them."
@@ -131,18 +156,18 @@ def _load_cuda() -> str | None:
         failure = f"The CUDA library does not load ({error}); reinstall genperf from source."
         warnings.warn(f"{failure} Until then the PyTorch references run on CUDA.", RuntimeWarning, stacklevel=4)
         return failure
+    cuda_archs = dict(libraries).get(name, [])  # none is known of a library that an earlier build left
     return None
 
 
 def _check_devices() -> None:
     """Fill the failures of every GPU that this build or Triton has no kernels for."""
-    archs = build_info["cuda_archs"] if cuda_failure is None else []
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
         number = ".".join(map(str, capability))
-        if archs and not any(_runs_on(arch, capability) for arch in archs):
+        if cuda_archs and not any(_runs_on(arch, capability) for arch in cuda_archs):
             cuda_device_failures[index] = (
-                f"the CUDA kernels were built for {', '.join(archs)}, and GPU {index} has compute capability {number}; "
+                f"the CUDA kernels were built for {', '.join(cuda_archs)}, and GPU {index} has compute capability {number}; "
                 f"reinstall genperf from source with TORCH_CUDA_ARCH_LIST={number}."
             )
         if capability < MIN_TRITON_CAPABILITY:

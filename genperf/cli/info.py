@@ -81,7 +81,7 @@ def _build() -> dict[str, str]:
     loaded = f"{_library.isa} loaded, of {', '.join(_library.runnable_isas())} supported here"
     return {
         "cpu kernels": f"unavailable: {_library.cpu_failure}" if _library.cpu_failure else loaded,
-        "cuda kernels": f"unavailable: {_library.cuda_failure}" if _library.cuda_failure else f"built for {', '.join(built['cuda_archs'])}",
+        "cuda kernels": f"unavailable: {_library.cuda_failure}" if _library.cuda_failure else f"built for {', '.join(_library.cuda_archs)}",
         "built with": ", ".join(f"{name} {built[name]}" for name in ("compiler", "torch") if built.get(name)),
     }
 

@@ -3,6 +3,7 @@
 
 import os
 import platform
+import re
 import runpy
 import shutil
 import subprocess
@@ -10,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from genperf import _library
 
 ROOT = Path(__file__).parents[2]
 HOPPER = {"GENPERF_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0;Hopper"}
@@ -53,17 +57,21 @@ esac
 KNOWS = "compute_75 compute_80 compute_90 compute_100 compute_120"
 
 
+def add_toolkit(folder, release, knows=KNOWS):
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(NVCC.format(release=release, knows=knows))
+    nvcc.chmod(0o755)
+
+
 @pytest.fixture
 def cuda_build(tmp_path, monkeypatch):
-    """What setup.py decides with a given torch and nvcc: the reason for leaving CUDA out, and the architectures."""
+    """What setup.py decides with a torch and an nvcc: the reason for leaving CUDA out, the architectures and the nvcc of each library."""
 
     def decide(torch_cuda, release="13.0", knows=KNOWS, **environment):
         if release:
-            nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
-            nvcc.parent.mkdir(parents=True)
-            nvcc.write_text(NVCC.format(release=release, knows=knows))
-            nvcc.chmod(0o755)
-        for name in ("TORCH_CUDA_ARCH_LIST", "GENPERF_CUDA", "CUDA_PATH"):
+            add_toolkit(tmp_path / "toolkit", release, knows)
+        for name in ("TORCH_CUDA_ARCH_LIST", "GENPERF_CUDA", "GENPERF_CUDA_HOMES", "CUDA_PATH"):
             monkeypatch.delenv(name, raising=False)
         for name, value in {"CUDA_HOME": str(tmp_path / "toolkit"), **environment}.items():
             monkeypatch.setenv(name, value)
@@ -74,7 +82,7 @@ def cuda_build(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path / "site")
         monkeypatch.setattr("setuptools.setup", lambda **_: None)
         decided = runpy.run_path(str(ROOT / "setup.py"))
-        return decided["CUDA_OMISSION"], decided["CUDA_ARCHS"]
+        return decided["CUDA_OMISSION"], decided["CUDA_ARCHS"], decided["CUDA_COMPILERS"]
 
     return decide
 
@@ -91,8 +99,8 @@ def cuda_build(tmp_path, monkeypatch):
     ],
 )
 def test_cuda_is_built_or_a_reason_is_kept(torch_cuda, release, environment, omission, cuda_build):
-    reason, archs = cuda_build(torch_cuda, release, **environment)
-    assert (reason is None) == (omission is None) == bool(archs)
+    reason, archs, compilers = cuda_build(torch_cuda, release, **environment)
+    assert (reason is None) == (omission is None) == (list(archs) == ["cuda"]) == (list(compilers) == ["cuda"])
     assert omission is None or reason.endswith(omission)
 
 
@@ -109,11 +117,83 @@ def test_cuda_that_was_asked_for_and_does_not_match_is_an_error(cuda_build):
     ],
 )
 def test_ptx_of_the_highest_known_architecture_is_built(knows, archs, cuda_build):
-    assert cuda_build("13.0", knows=knows)[1] == archs
+    assert cuda_build("13.0", knows=knows)[1] == {"cuda": archs}
+
+
+@pytest.mark.parametrize("torch_cuda", [None, "12.6"])
+def test_a_wheel_has_a_library_for_each_toolkit_with_the_architectures_that_it_knows(torch_cuda, cuda_build, tmp_path):
+    add_toolkit(tmp_path / "first", "12.6", "compute_75 compute_80 compute_90")
+    add_toolkit(tmp_path / "second", "13.0")
+    reason, archs, compilers = cuda_build(torch_cuda, GENPERF_CUDA_HOMES=f"{tmp_path / 'first'}:{tmp_path / 'second'}")
+    assert reason is None
+    assert archs == {"cuda12": ["7.5", "8.0", "9.0+PTX"], "cuda13": ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]}
+    assert compilers == {"cuda12": str(tmp_path / "first" / "bin" / "nvcc"), "cuda13": str(tmp_path / "second" / "bin" / "nvcc")}
+
+
+@pytest.mark.parametrize(
+    ("releases", "sentence"),
+    [(["13.0", "13.2"], "one CUDA toolkit of each major version, got two of 13"), ([None], "there is no nvcc in .*/0/bin")],
+)
+def test_toolkits_that_make_no_wheel_are_an_error(releases, sentence, cuda_build, tmp_path):
+    for index, release in enumerate(releases):
+        if release:
+            add_toolkit(tmp_path / str(index), release)
+    with pytest.raises(SystemExit, match=f"GENPERF_CUDA_HOMES must list .*{sentence}"):
+        cuda_build(None, GENPERF_CUDA_HOMES=":".join(str(tmp_path / str(index)) for index in range(len(releases))))
+
+
+WHEEL = {"cuda12": ["9.0+PTX"], "cuda13": ["12.0+PTX"]}
+
+
+@pytest.mark.parametrize(
+    ("libraries", "torch_cuda", "chosen"),
+    [
+        (["cuda"], "12.8", "cuda"),
+        (["cuda"], None, "cuda"),  # built beside a torch without CUDA, for tracing
+        ([], "13.0", "cuda"),
+        (WHEEL, "12.8", "cuda12"),
+        (WHEEL, "13.2", "cuda13"),
+        (WHEEL, "14.0", None),
+        (WHEEL, None, None),
+        (["cuda13"], "12.8", None),
+        (["cuda13"], "13.0", "cuda13"),
+    ],
+)
+def test_the_cuda_library_is_that_of_the_major_version_of_torch(libraries, torch_cuda, chosen, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    assert _library._cuda_library(libraries) == chosen
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "reason"),
+    [
+        (None, r"torch \S+ has no CUDA, and .* are for torch with CUDA 12 and 13"),
+        ("14.0", "CUDA 12 and 13, and torch .* has CUDA 14.0; re"),
+    ],
+)
+def test_a_wheel_without_a_library_for_the_cuda_of_torch_says_so(torch_cuda, reason, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setitem(_library.build_info, "cuda_archs", WHEEL)
+    monkeypatch.setattr(_library, "_load", lambda path: pytest.fail(f"{path} was loaded"))
+    assert re.search(reason, _library._load_cuda())
+
+
+def test_a_wheel_loads_the_library_for_the_cuda_of_torch(monkeypatch, tmp_path):
+    loaded = []
+    for name in WHEEL:
+        (tmp_path / f"_{name}.so").touch()
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setitem(_library.build_info, "cuda_archs", WHEEL)
+    monkeypatch.setattr(_library, "library_path", lambda name: tmp_path / f"_{name}.so")
+    monkeypatch.setattr(_library, "_load", loaded.append)
+    monkeypatch.setattr(_library, "cuda_archs", [])
+    assert _library._load_cuda() is None
+    assert _library.cuda_archs == ["9.0+PTX"]
+    assert [path.name for path in loaded] == ["_cuda12.so"]
 
 
 def test_listed_architectures_are_built_as_listed(cuda_build):
-    assert cuda_build("13.0", TORCH_CUDA_ARCH_LIST="8.6;9.0a")[1] == ["8.6", "9.0a"]
+    assert cuda_build("13.0", TORCH_CUDA_ARCH_LIST="8.6;9.0a")[1] == {"cuda": ["8.6", "9.0a"]}
 
 
 def test_a_cross_compiler_builds_for_its_target_without_cuda(tmp_path, monkeypatch):

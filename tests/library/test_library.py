@@ -169,7 +169,7 @@ def test_architectures_run_on_the_capabilities_they_are_for(arch, capability, ru
 
 def test_gpu_without_kernels_gets_the_reference_and_one_warning(monkeypatch):
     """Two GPUs: the first has kernels, the second, a Turing card, has none."""
-    monkeypatch.setitem(_library.build_info, "cuda_archs", ["8.0", "9.0"])
+    monkeypatch.setattr(_library, "cuda_archs", ["8.0", "9.0"])
     for failures in ("cuda_device_failures", "triton_device_failures"):
         monkeypatch.setattr(_library, failures, {})
     for failure in ("cuda_failure", "triton_failure"):
