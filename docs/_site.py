@@ -1,6 +1,7 @@
 """Hooks of mkdocs: pages of the API reference, one for each public package, and the Markdown files outside of docs/."""
 
 import ast
+import logging
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
+log = logging.getLogger("mkdocs.plugins.genperf")  # a warning of mkdocs' loggers is an error of a strict build
 PACKAGES = {
     "genperf.ops": ("Ops", ""),
     "genperf.nn": ("Layers", ""),
@@ -65,9 +67,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links out of docs/ lead to the copies; links into docs/ from them lose their folder."""
+    """Links out of docs/ lead to the copies; links into docs/ from them lose their folder; fences name only their language."""
+    markdown = re.sub(r"^(```\w+) no-run$", r"\1", markdown, flags=re.MULTILINE)  # what the tests of the pages do not run
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]  # the tabs lead on
     outside = page.file.abs_src_path is not None and not page.file.abs_src_path.startswith(config.docs_dir)
     if outside:
         up = "../" * page.file.src_uri.count("/")
         return re.sub(r"\]\((\.\./)*docs/", f"]({up}", markdown)
     return markdown.replace("](../", "](") if page.file.src_uri.count("/") == 0 else markdown
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> None:
+    if re.search(r"<p>```|<p>\|", html):
+        log.warning(f"{page.file.src_uri} has a code block or a table that is read as text.")
