@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ten iterations of Lloyd's algorithm from the same random points, float32: genperf against plain PyTorch, faiss and scikit-learn.
+"""Ten iterations of Lloyd's algorithm from the same random points, float32: genperf against plain PyTorch, faiss, scikit-learn, SuperKMeans.
 
-The sum of squared distances to the nearest code is first checked to be within 1% of that of plain PyTorch.
+The sum of squared distances to the nearest code is first checked to be within 1% of that of plain PyTorch. SuperKMeans assigns approximately,
+and starts from random points of its own, so that with few points it reaches a sum that differs by more.
 """
 
 import functools
@@ -11,6 +12,7 @@ import torch
 
 import genperf
 
+from kmeans_rivals import superkmeans  # isort: skip
 from measure import measure, skip_too_large  # isort: skip
 from workloads import Workload  # isort: skip
 
@@ -69,11 +71,20 @@ def scikit_learn_kmeans(x, first):
     return cluster
 
 
+def super_kmeans(x, first):
+    pytest.importorskip("superkmeans")
+    if x.is_cuda:
+        pytest.skip("SuperKMeans has no CUDA k-means")
+    cluster = superkmeans(x.numpy(), len(first), torch.get_num_threads(), ITERATIONS)
+    return lambda: torch.from_numpy(cluster().copy())
+
+
 CONTENDERS = {
     "genperf": (genperf_kmeans, 0),
     "PyTorch": (plain_lines, 8),
     "faiss": (faiss_kmeans, 0),
     "scikit-learn": (scikit_learn_kmeans, 0),
+    "SuperKMeans": (super_kmeans, 0),
 }
 
 
@@ -101,7 +112,7 @@ def test_kmeans(benchmark, workload, contender, size, device):
     cluster = make(x, first)
     codebook = cluster()
     assert codebook.shape == first.shape
-    assert inertia(x, codebook) == pytest.approx(expected, rel=0.01)
+    assert inertia(x, codebook) == pytest.approx(expected, rel=0.1 if contender == "SuperKMeans" and n < 1000 else 0.01)
     measure(
         benchmark, cluster, device, flops=2.0 * ITERATIONS * n * k * d, pairs=ITERATIONS * n * k,
         op="kmeans", workload=name, N=n, K=k, D=d, contender=contender,

@@ -12,7 +12,8 @@ import os
 import time
 from collections.abc import Callable
 
-os.environ["OMP_WAIT_POLICY"] = "passive"  # threads of one runtime that spin would starve the other
+if __name__ == "__main__":
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # threads of one runtime that spin would starve the other
 
 import numpy as np
 import torch
@@ -21,6 +22,18 @@ import genperf
 
 ITERATIONS = 10
 SIZES = ("100000,1024,128", "50000,4096,768")
+
+
+def superkmeans(x: np.ndarray, codes: int, threads: int, iterations: int = ITERATIONS) -> Callable[[], np.ndarray]:
+    """SuperKMeans with all vectors in all iterations, from random vectors of its own.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    from superkmeans import SuperKMeans
+
+    options = {"hierarchical": False, "sampling_fraction": 1.0, "max_points_per_cluster": len(x), "early_termination": False}
+    return lambda: SuperKMeans(codes, x.shape[1], iters=iterations, n_threads=threads, **options).train(x)
 
 
 def contenders(x: np.ndarray, codes: int, threads: int = 1) -> dict[str, Callable[[], np.ndarray]]:
@@ -36,16 +49,7 @@ def contenders(x: np.ndarray, codes: int, threads: int = 1) -> dict[str, Callabl
         "genperf, ema, 3 passes": of_genperf(iterations=3, init="random", update="ema"),
     }
     try:
-        from superkmeans import SuperKMeans
-
-        options = {
-            "hierarchical": False,
-            "iters": ITERATIONS,
-            "sampling_fraction": 1.0,
-            "max_points_per_cluster": len(x),
-            "n_threads": threads,
-        }
-        found["SuperKMeans"] = lambda: SuperKMeans(codes, x.shape[1], early_termination=False, **options).train(x)
+        found["SuperKMeans"] = superkmeans(x, codes, threads)
     except ImportError:
         print("superkmeans is not installed")
     try:
