@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ten iterations of Lloyd's algorithm from the same random points, float32: genperf against plain PyTorch, faiss, scikit-learn, SuperKMeans.
+"""Ten iterations of Lloyd's algorithm from the same random points, float32: genperf beside plain PyTorch, faiss, scikit-learn, SuperKMeans.
 
-The sum of squared distances to the nearest code is first checked to be within 1% of that of plain PyTorch. SuperKMeans assigns approximately,
-and starts from random points of its own, so that with few points it reaches a sum that differs by more.
+The sum of squared distances to the nearest code is first checked to be within 1% of that of plain PyTorch. SuperKMeans assigns
+approximately, and starts from random points of its own, so that with few points it reaches a sum that differs by more.
 """
 
 import functools
