@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled kernels for VQ-VAEs, VAEs and GANs on PyTorch, each validated against plain PyTorch."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import _program
 
-if _program.is_program():  # before torch is imported, which takes seconds
+if TYPE_CHECKING or not _program.is_program():
+    from ._public import *  # noqa: F403
+    from ._public import __all__ as __all__
+else:
     _program.exit_on_interrupt()
 
-from . import _library, _moved
-from ._version import __version__
-
-_library.load()
-_moved.install()
-
-from . import compat, losses, metrics, models, nn, ops  # noqa: E402
-from ._patch import patch, unpatch  # noqa: E402
-from .ops import *  # noqa: E402, F403
-
-__all__ = ["__version__", "compat", "losses", "metrics", "models", "nn", "patch", "unpatch"]
-__all__ += ops.__all__
+    # Importing torch takes a second or more, which a command that only prints its usage does not need.
+    def __getattr__(name: str) -> Any:
+        if name in ("__all__", "__version__") or not name.startswith("_"):
+            public = vars(importlib.import_module("genperf._public"))
+            if name == "__all__" or name in public.get("__all__", ()):  # absent while the module itself is imported
+                return public[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,11 +3,10 @@
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-
-import torch
 
 
 class UserError(Exception):
@@ -29,7 +28,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         "Storage size calculation overflowed",
         "numel: integer multiplication overflow",
     )
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sentence in str(error) for sentence in sentences)
+    torch = sys.modules.get("torch")
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or any(sentence in str(error) for sentence in sentences)
 
 
 @contextmanager

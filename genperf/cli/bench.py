@@ -15,8 +15,6 @@ from typing import Any
 from .._errors import UserError, import_extra, reason
 from . import options
 
-HELP = "measure every op beside plain PyTorch and its rivals, and write a report"
-
 _DESCRIPTION = """\
 Measure every op beside plain PyTorch, torch.compile and the best rivals that are installed. Each is first checked for the same result.
 Writes NAME.json, NAME.md and NAME.png: the machine and its ceilings, a line for every op and size, every contender, a chart. Rows in which

@@ -11,8 +11,6 @@ from ..fid.extractors import PIXELS
 from . import options
 from .streams import print_result
 
-HELP = "score a trained system on held-out images"
-
 _DESCRIPTION = """\
 Score a trained system on the images that were held out of its training, with every score that its methods support.
 

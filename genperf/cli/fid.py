@@ -16,8 +16,6 @@ from ..fid.scores import ScoreOptions, compare, save_statistics
 from . import options
 from .streams import print_result
 
-HELP = "Frechet distance (FID) between images, features or statistics"
-
 _DESCRIPTION = """\
 Frechet distance between two distributions of features (Heusel et al., 2017). With Inception features it is the FID.
 

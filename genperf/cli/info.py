@@ -16,8 +16,6 @@ from .._version import __version__
 from ..ops import OPS
 from .streams import print_page
 
-HELP = "show versions, hardware, and the implementation that each op selects"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="write the page as JSON")

@@ -12,8 +12,6 @@ from ..ops import KMeansProgress
 from . import options
 from .streams import print_result
 
-HELP = "cluster vectors into identifiers of one or more codes"
-
 _DESCRIPTION = """\
 Cluster vectors by k-means, and again what each stage leaves of them: every vector gets an identifier of one code per stage.
 

@@ -2,6 +2,7 @@
 """Entry point of the command line."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -10,19 +11,19 @@ from .._errors import UserError, is_out_of_memory, reason
 from .._messages import log_on_stderr
 from .._program import exit_on_interrupt, restore_interrupt
 from .._version import __version__
-from . import bench, evaluate, fid, info, kmeans, sample, systems, train
 from .streams import close_stdout, prepare_streams, stdout_failed
 
-# Each module has HELP, add_arguments(parser) and run(arguments) -> exit code.
+# Each is a module of this package with add_arguments(parser) and run(arguments) -> exit code. Only that of the given command is
+# imported, since most import torch, which takes a second or more.
 SUBCOMMANDS = {
-    "info": info,
-    "systems": systems,
-    "train": train,
-    "sample": sample,
-    "evaluate": evaluate,
-    "fid": fid,
-    "kmeans": kmeans,
-    "bench": bench,
+    "info": "show versions, hardware, and the implementation that each op selects",
+    "systems": "list the systems that can be trained, with their methods and options",
+    "train": "train a system on images",
+    "sample": "draw samples from a trained system",
+    "evaluate": "score a trained system on held-out images",
+    "fid": "Frechet distance (FID) between images, features or statistics",
+    "kmeans": "cluster vectors into identifiers of one or more codes",
+    "bench": "measure every op beside plain PyTorch and its rivals, and write a report",
 }
 
 _EPILOG = """\
@@ -49,10 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        restore_interrupt()
         arguments = _parser().parse_args(argv)
+        command = _module(arguments.command or "info")
+        restore_interrupt()
         with log_on_stderr():
-            return arguments.run(arguments)
+            return command.run(arguments)
     except UserError as error:
         return _failed(str(error))
     except BrokenPipeError as error:
@@ -71,6 +73,11 @@ def _failed(sentence: str) -> int:
     return 2
 
 
+def _module(command: str) -> Any:
+    importlib.import_module("genperf._public")  # loads the libraries, which modules of the package rely on
+    return importlib.import_module(f".{command}", __package__)
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser that reports unknown arguments with its own usage; argparse leaves those of a command to the parser of all commands."""
 
@@ -81,6 +88,20 @@ class _Parser(argparse.ArgumentParser):
         return arguments, unknown
 
 
+class _CommandParser(_Parser):
+    """The parser of a command, which gets its arguments when it parses; None for the parser of a subcommand of it."""
+
+    def __init__(self, *args: Any, command: str | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._command = command
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._command is not None:
+            _module(self._command).add_arguments(self)
+            self._command = None
+        return super().parse_known_args(args, namespace)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="genperf",
@@ -89,10 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"genperf {__version__}")
-    parser.set_defaults(run=info.run)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, module in SUBCOMMANDS.items():
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=_CommandParser)
+    for name, meaning in SUBCOMMANDS.items():
+        commands.add_parser(name, command=name, help=meaning, description=meaning)
     return parser

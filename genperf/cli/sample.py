@@ -11,8 +11,6 @@ from .._errors import UserError, import_extra
 from . import options
 from .streams import print_result
 
-HELP = "draw samples from a trained system"
-
 _MAX_COLUMNS = 16
 
 

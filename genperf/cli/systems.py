@@ -8,8 +8,6 @@ import inspect
 from ..models import SYSTEMS, System
 from .streams import print_page
 
-HELP = "list the systems that can be trained, with their methods and options"
-
 # In the order of the list.
 _METHODS = ("sample", "encode", "decode", "reconstruct", "denoise", "negative_elbo", "anomaly_score", "classify")
 

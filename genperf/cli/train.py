@@ -15,8 +15,6 @@ from .systems import summary
 if TYPE_CHECKING:
     from ..training.session import TrainingResults, TrainingSession
 
-HELP = "train a system on images"
-
 SETTINGS = (
     (
         "data",

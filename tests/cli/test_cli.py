@@ -460,6 +460,18 @@ def test_info_without_compiled_kernels(monkeypatch, capsys):
     assert re.search("nearest_code +cpu +reference\n +not native: not compiled.", page)
 
 
-def test_module_runs_as_a_program():
-    done = subprocess.run([sys.executable, "-m", "genperf", "--version"], capture_output=True, text=True, check=True)
-    assert re.fullmatch(r"genperf \d+\.\d+\.\d+\S*\n", done.stdout)
+@pytest.mark.parametrize(("argument", "shown"), [("--version", r"genperf \d+\.\d+\.\d+\S*\n"), ("--help", r"usage: genperf (.|\n)*")])
+def test_usage_of_the_program_does_not_import_torch(argument, shown):
+    command = [sys.executable, "-X", "importtime", "-m", "genperf", argument]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.fullmatch(shown, done.stdout)
+    imported = [line.split("|")[-1].strip() for line in done.stderr.splitlines()]
+    assert "genperf.cli.main" in imported
+    assert not [name for name in imported if name.split(".")[0] in ("torch", "numpy")]
+
+
+def test_program_has_the_public_names():
+    """They are loaded with the module of a command, or before that by whoever asks for one."""
+    program = "import sys; sys.argv = ['genperf']; import genperf; assert 'torch' not in sys.modules; genperf.nn; genperf.vector_quantize"
+    program += "; from genperf import *; assert {*genperf.__all__} <= {*globals()}; assert not hasattr(genperf, 'nonsense')"
+    subprocess.run([sys.executable, "-c", program], check=True)
