@@ -26,6 +26,8 @@ PACKAGES = {
     "genperf.compat.torcheval": ("torcheval", "[What works, and what differs](../drop-ins.md)."),
     "genperf.compat.torchmetrics": ("torchmetrics", "[What works, and what differs](../drop-ins.md)."),
 }
+# A name of the library is looked for more often than the model or the drop-in that mentions it.
+SEARCH_BOOSTS = {"nn": 4, "ops": 2, "losses": 2, "metrics": 2}
 OUTSIDE = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
@@ -69,6 +71,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links out of docs/ lead to the copies; links into docs/ from them lose their folder; fences name only their language."""
     markdown = re.sub(r"^(```\w+) no-run$", r"\1", markdown, flags=re.MULTILINE)  # what the tests of the pages do not run
+    if page.file.src_uri.startswith("benchmarks/"):
+        page.meta["search"] = {"exclude": True}  # tables of numbers under the names of all ops
+    elif page.file.src_uri.startswith("api/"):
+        page.meta["search"] = {"boost": SEARCH_BOOSTS.get(page.file.name, 0.5)}
     if page.is_homepage:
         page.meta["hide"] = ["navigation"]  # the tabs lead on
     outside = page.file.abs_src_path is not None and not page.file.abs_src_path.startswith(config.docs_dir)
