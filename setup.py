@@ -17,7 +17,7 @@ import sys
 import sysconfig
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -183,6 +183,35 @@ def compiler_version() -> str:
     return stated[0] if stated else name
 
 
+def find_ninja() -> str:
+    """The program of the package ninja, or where that is not from PyPI, the one on PATH."""
+    try:
+        from ninja import BIN_DIR
+
+        return str(Path(BIN_DIR) / "ninja")
+    except ImportError:
+        if found := shutil.which("ninja"):
+            return found
+        sys.exit("genperf: the build needs ninja: `pip install ninja`, or build without --no-build-isolation.")
+
+
+class Graph:
+    """Writes a file for ninja."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def _write(self, first_line: str, variables: dict[str, str]) -> None:
+        self.file.write(f"{first_line}\n" + "".join(f"  {name} = {value}\n" for name, value in variables.items()))
+
+    def rule(self, name: str, command: str, **variables: str) -> None:
+        self._write(f"rule {name}", {"command": command, **variables})
+
+    def build(self, target: str, rule: str, inputs: list[str], variables: dict[str, str]) -> None:
+        target, *inputs = (re.sub(r"([$ :])", r"$\1", path) for path in (target, *inputs))
+        self._write(f"build {target}: {rule} {' '.join(inputs)}", variables)
+
+
 class NinjaBuild(build_ext):
     def get_ext_filename(self, name: str) -> str:
         return super().get_ext_filename(name).replace(sysconfig.get_config_var("EXT_SUFFIX"), ".so")
@@ -204,11 +233,7 @@ class NinjaBuild(build_ext):
         if CPU_OMISSION:
             print(f"genperf: installed without compiled kernels: {CPU_OMISSION}.", file=sys.stderr)
             return
-        try:
-            import ninja
-            from ninja.ninja_syntax import Writer
-        except ImportError:
-            sys.exit("genperf: the build needs ninja: `pip install ninja`, or build without --no-build-isolation.")
+        ninja = find_ninja()
         build = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()  # pip's folder is new each time
         build.mkdir(parents=True, exist_ok=True)
         optimize = "-O3 -DNDEBUG" if os.environ.get("DEBUG", "0") in ("", "0") else "-O0 -g"
@@ -225,7 +250,7 @@ class NinjaBuild(build_ext):
                 subprocess.run(stub, check=True)
 
         with open(build / "build.ninja", "w") as file:
-            graph = Writer(file, width=1000)
+            graph = Graph(file)
             depends = {"depfile": "$out.d", "deps": "gcc"}
             graph.rule("cxx", f"{CXX} -MMD -MF $out.d {common} {warnings} $flags -c $in -o $out", description="$out", **depends)
             graph.rule("link", f"{CXX} -shared $in -o $out $libraries {os.environ.get('LDFLAGS', '')}", description="$out")
@@ -244,12 +269,12 @@ class NinjaBuild(build_ext):
                 if nvcc:
                     variables.update(nvcc=shlex.quote(nvcc), gencode=gencode_flags(CUDA_ARCHS[name]))
                 for source, target in objects.items():
-                    graph.build(target, "nvcc" if source.endswith(".cu") else "cxx", str(ROOT / source), variables=variables)
+                    graph.build(target, "nvcc" if source.endswith(".cu") else "cxx", [str(ROOT / source)], variables=variables)
                 target = str(Path(self.get_ext_fullpath(extension.name)).resolve())
                 variables["libraries"] = "" if name == "probe" else torch_libraries
                 graph.build(target, "nvlink" if nvcc else "link", list(objects.values()), variables=variables)
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        if subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build, *jobs]).returncode:
+        if subprocess.run([ninja, "-C", build, *jobs]).returncode:
             sys.exit("genperf: the build failed; the compiler's message is above.")
         cuda = f"without CUDA kernels: {CUDA_OMISSION}" if CUDA_OMISSION else "with CUDA kernels for "
         cuda += "; ".join(f"{', '.join(archs)}{f' in {name}' if CUDA_HOMES else ''}" for name, archs in CUDA_ARCHS.items())
