@@ -31,6 +31,7 @@ SEARCH_BOOSTS = {"nn": 4, "ops": 2, "losses": 2, "metrics": 2}
 OUTSIDE = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "recipes/*/README.md",
     "benchmarks/results/*.md",
     "benchmarks/results/**/*.png",
 )
