@@ -59,7 +59,7 @@ def read_batches(
                     if pixels.shape != first.shape:
                         raise UserError(
                             f"images must have one size unless --size gives it, got {_size(first)} in {_name(images, share.start, source)} "
-                            f"and {_size(pixels)} in {_name(images, index, source)}."
+                            f"and {_size(pixels)} in {_name(images, index, source)}; --size 299 resizes all to what Inception takes."
                         )
                     batch.append(pixels)
                 # [B, H, W(, 3)] -> [B, channels, H, W]
