@@ -58,21 +58,24 @@ def _merge(data: Vectors, centers: Tensor, counts: Tensor, num_codes: int, gener
     """
     own = torch.arange(len(centers), device=centers.device)
 
-    def cost(one: Tensor, other: Tensor) -> Tensor:
-        increase = (centers[one] - centers[other]).square().sum(1) / (1 / counts[one] + 1 / counts[other])
+    def cost(one: Tensor, rows: Tensor, other: Tensor) -> Tensor:
+        rows = Vectors(rows.unsqueeze(2), "euclidean", data.impl, limits=data.limits)
+        increase = rows.square_distances(centers, other.unsqueeze(1)).squeeze(1) / (1 / counts[one] + 1 / counts[other])
         return torch.where((one != other) & (counts[one] > 0) & (counts[other] > 0), increase, torch.inf)
 
     partner = own
     for turn in range(_MERGE_ROUNDS):
-        left, right = data.uniform(len(centers), generator).argsort().tensor_split(2)
+        left, right = (_alive(half, counts, data) for half in data.uniform(len(centers), generator).argsort().tensor_split(2))
         codes = torch.where(counts[right].unsqueeze(1) > 0, centers[right], torch.nan)  # NaN is never nearest
-        nearest = right[search(centers[left].unsqueeze(2), codes, None, "euclidean", data.impl).squeeze(1)]
-        known = partner[left]
-        partner = partner.scatter(0, left, torch.where(cost(left, nearest) < cost(left, known), nearest, known))
+        rows = centers[left]
+        nearest = right[search(rows.unsqueeze(2), codes, None, "euclidean", data.impl).squeeze(1)]
+        costs, found = cost(own, centers, partner), cost(left, rows, nearest)
+        known = costs[left]
+        partner = partner.scatter(0, left, torch.where(found < known, nearest, partner[left]))
+        costs = costs.scatter(0, left, torch.minimum(found, known))
 
         surplus = (counts > 0).sum() - num_codes
         quota = surplus if turn >= _MERGE_ROUNDS - _LAST_ROUNDS else (surplus / 4).ceil()
-        costs = cost(own, partner)
         rank = torch.empty_like(own).scatter(0, costs.argsort(stable=True), own)
         merges = (rank < quota) & costs.isfinite()
         merges &= ~(merges[partner] & (partner[partner] == own) & (own > partner))  # only one of two that are each other's partner,
@@ -85,6 +88,14 @@ def _merge(data: Vectors, centers: Tensor, counts: Tensor, num_codes: int, gener
     # If there are still more than K, the largest are kept; if there are fewer, they are repeated.
     kept = counts.argsort(descending=True, stable=True)
     return centers[kept[torch.arange(num_codes, device=kept.device) % (counts > 0).sum()]]
+
+
+def _alive(clusters: Tensor, counts: Tensor, data: Vectors) -> Tensor:
+    """Those of the clusters that have not been merged into another, on the CPU; a GPU would have to wait for their number."""
+    if not data.on_host:
+        return clusters
+    alive = clusters[counts[clusters] > 0]
+    return alive if len(alive) > 0 else clusters
 
 
 def replace_empty_codes(data: Vectors, updated: Tensor, codebook: Tensor, indices: Tensor, empty: Tensor) -> Tensor:
