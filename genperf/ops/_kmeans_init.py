@@ -59,8 +59,8 @@ def _merge(data: Vectors, centers: Tensor, counts: Tensor, num_codes: int, gener
     own = torch.arange(len(centers), device=centers.device)
 
     def cost(one: Tensor, rows: Tensor, other: Tensor) -> Tensor:
-        rows = Vectors(rows.unsqueeze(2), "euclidean", data.impl, limits=data.limits)
-        increase = rows.square_distances(centers, other.unsqueeze(1)).squeeze(1) / (1 / counts[one] + 1 / counts[other])
+        vectors = Vectors(rows.unsqueeze(2), "euclidean", data.impl, limits=data.limits)
+        increase = vectors.square_distances(centers, other.unsqueeze(1)).squeeze(1) / (1 / counts[one] + 1 / counts[other])
         return torch.where((one != other) & (counts[one] > 0) & (counts[other] > 0), increase, torch.inf)
 
     partner = own
