@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # The torch to install where the environment has none yet; TORCH= names another one.
 TORCH ?= torch==2.13.0
+# The codes in 6 epochs, then a class-conditional prior over them in 18.
+DEMO := --num-codes 64 --replace-dead-below 0.5 --class-conditional --batch-size 32 --epochs 24 --prior-only 0.75 --lr-decay 0.75 \
+	--lr-prior 0.002 --prior-width 96 --prior-layers 3 --prior-shift 2 --prior-dropout 0.1 --sample-temperature 0.7
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc kernels genperf -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
@@ -10,7 +13,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc kernels genperf -name '*.py
 
 demo: $(VENV)/installed-train
 	$(BIN)/python -m genperf
-	$(BIN)/genperf train vqvae --out runs/demo --overwrite
+	$(BIN)/genperf train vqvae $(DEMO) --out runs/demo --overwrite
 
 # One process per core with one thread each; tests of several threads set the number themselves.
 test: $(VENV)/installed-test

@@ -27,8 +27,10 @@ def run(arguments: argparse.Namespace) -> int:
 def abilities(system: type[System]) -> str:
     """The methods of a system, apart from training."""
     methods = ", ".join(method.replace("_", " ") for method in _METHODS if hasattr(system, method))
-    conditional = any(field.name == "num_classes" for field in dataclasses.fields(system.Config))
-    return methods + ("; needs labels" if conditional else "")
+    fields = {field.name for field in dataclasses.fields(system.Config)}
+    if "class_conditional" in fields:
+        return methods + "; --class-conditional needs labels"
+    return methods + ("; needs labels" if "num_classes" in fields else "")
 
 
 def summary(system: type[System]) -> str:

@@ -10,17 +10,16 @@ from torch.nn import functional as F
 
 from ..nn.batch_norm import BatchNorm
 from ..nn.gumbel_quantizer import GumbelQuantizer
-from ._code_autoencoder import CodeAutoencoder
+from ._code_autoencoder import CodeAutoencoder, CodeAutoencoderConfig
 from ._convolutional import DOWNSAMPLING, check_convolutional, image_decoder, image_encoder
-from .index_prior import IndexPrior
-from .system import SystemConfig, evaluating, option
+from .system import evaluating, option, shifted
 
 # Initial standard deviation of the logits of a code, above that of the Gumbel noise, 1.28.
 LOGIT_SCALE = 3.0
 
 
 @dataclass(frozen=True)
-class DiscreteVAEConfig(SystemConfig):
+class DiscreteVAEConfig(CodeAutoencoderConfig):
     """Configuration of a `DiscreteVAE`."""
 
     num_codes: int = option(256, "number of codes")
@@ -55,7 +54,7 @@ class DiscreteVAE(CodeAutoencoder):
 
     As the temperature decreases, the soft mixtures approach single codes, which evaluation uses. Images [B, C, H, W] are encoded to
     indices [B, H/4, W/4]. The player "prior" trains an autoregressive model of the indices, `IndexPrior`, on some of the
-    batches; `sample` draws from it.
+    batches, or after the model (`prior_only`); `sample` draws from it. Labels count only with `class_conditional`.
 
     Raises:
         ValueError: an invalid configuration, or images of another shape.
@@ -75,27 +74,28 @@ class DiscreteVAE(CodeAutoencoder):
                 raise ValueError(f"DiscreteVAE: {name} must be a finite number above 0, got {getattr(config, name)}.")
         if not 0 <= config.kl_weight < math.inf:
             raise ValueError(f"DiscreteVAE: kl_weight must be a finite number, at least 0, got {config.kl_weight}.")
-        self.check_prior_every()
+        self.check_prior_options()
         channels = config.image_shape[0]
         self.encoder = image_encoder(channels, config.hidden, config.num_codes)
         self.normalization = BatchNorm(config.num_codes)
         nn.init.constant_(self.normalization.weight, LOGIT_SCALE)
         self.quantizer = GumbelQuantizer(config.num_codes, config.dim, tau=config.tau_start, hard=config.hard, channel_dim=1)
         self.decoder = image_decoder(config.dim, config.hidden, channels)
-        self.prior = IndexPrior(config.num_codes, width=config.prior_width, layers=config.prior_layers) if config.prior_width else None
+        self.prior = self.make_prior() if config.prior_width else None
         self.players = ("model", "prior") if config.prior_width else ("model",)
 
     @property
     def tau(self) -> float:
         """The temperature at the current progress of the training."""
         start, end = self.config.tau_start, self.config.tau_end
-        return start * (end / start) ** self.progress
+        return start * (end / start) ** self.model_progress
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
         self.check_player(player)
         if player == "prior":
             assert self.prior is not None
-            return {"loss": self.prior.loss(self.encode(images))}
+            indices = self.encode(shifted(images, self.config.prior_shift))
+            return {"loss": self.prior.loss(indices, labels=self.prior_labels(labels))}
         self.quantizer.set_tau(self.tau)
         quantized, _, kl = self.quantizer(self._logits(images))
         reconstruction, kl = F.mse_loss(self.decoder(quantized).to(images.dtype), images), kl.mean()
@@ -119,15 +119,15 @@ class DiscreteVAE(CodeAutoencoder):
         """Decode n samples from the prior.
 
         Raises:
-            ValueError: n below 1, or labels, since the model is unconditional.
+            ValueError: n below 1, or labels of an unconditional model; those of a conditional one are [n].
             RuntimeError: a model without a prior.
         """
-        self.check_sample(n, labels)
+        labels = self.sample_labels(n, labels)
         if self.prior is None:
             raise RuntimeError("DiscreteVAE.sample: sampling needs a prior, got prior_width=0.")
         height, width = (side // DOWNSAMPLING for side in self.config.image_shape[1:])
         with evaluating(self):
-            return self.decode(self.prior.sample(n, height, width))
+            return self.decode(self.prior.sample(n, height, width, labels=labels, temperature=self.config.sample_temperature))
 
     def _logits(self, images: Tensor) -> Tensor:
         self.check_images(images)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn import functional as F
 
 from .._distributed import world_size
 from .._modes import evaluating as evaluating
@@ -127,6 +128,15 @@ def standard_normal(*shape: int, device: torch.device) -> Tensor:
     """Standard normal noise [B, ...], float32; `genperf.sample_offset` applies."""
     zeros = torch.zeros(shape, device=device)
     return gaussian_sample(zeros, zeros)[0]
+
+
+def shifted(images: Tensor, largest: int) -> Tensor:
+    """Shift all images by the same random offset of up to `largest` pixels in each direction, with replication padding."""
+    if largest == 0:
+        return images
+    down, right = torch.randint(2 * largest + 1, (2,)).tolist()
+    height, width = images.shape[2:]
+    return F.pad(images, [largest] * 4, mode="replicate")[:, :, down : down + height, right : right + width]
 
 
 def check_divisible(owner: str, image_shape: tuple[int, int, int], step: int) -> None:

@@ -13,7 +13,7 @@ from .._typing import signature_of
 from ..ops.gaussian_sample import gaussian_sample
 from ._convolutional import check_convolutional, vector_decoder, vector_encoder
 from .autoencoder import latent_plane
-from .system import System, SystemConfig, evaluating, option, standard_normal
+from .system import System, SystemConfig, evaluating, option, shifted, standard_normal
 
 LIKELIHOODS = ("bernoulli", "gaussian")
 
@@ -91,7 +91,7 @@ class VAE(System):
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
         self.check_player(player)
-        reconstruction, kl = (nats.mean() for nats in self(_shifted(images, self.config.shift)))
+        reconstruction, kl = (nats.mean() for nats in self(shifted(images, self.config.shift)))
         return {"loss": reconstruction + self.config.beta * kl, "reconstruction": reconstruction.detach(), "kl": kl.detach()}
 
     @torch.no_grad()
@@ -150,12 +150,3 @@ class VAE(System):
             log_sigma = self.log_sigma if sigma is None else torch.tensor(math.log(sigma))
             nats = 0.5 * ((images - outputs) * torch.exp(-log_sigma)).square() + log_sigma + 0.5 * math.log(2 * math.pi)
         return nats.flatten(1).sum(1)
-
-
-def _shifted(images: Tensor, largest: int) -> Tensor:
-    """Shift all images by the same random offset of up to `largest` pixels in each direction, with replication padding."""
-    if largest == 0:
-        return images
-    down, right = torch.randint(2 * largest + 1, (2,)).tolist()
-    height, width = images.shape[2:]
-    return F.pad(images, [largest] * 4, mode="replicate")[:, :, down : down + height, right : right + width]

@@ -10,17 +10,16 @@ from torch.nn import functional as F
 
 from .._typing import signature_of
 from ..nn.vector_quantizer import VectorQuantizer
-from ._code_autoencoder import CodeAutoencoder
+from ._code_autoencoder import CodeAutoencoder, CodeAutoencoderConfig
 from ._convolutional import DOWNSAMPLING, check_convolutional, image_decoder, image_encoder
-from .index_prior import IndexPrior
-from .system import SystemConfig, evaluating, option, share
+from .system import evaluating, option, share, shifted
 
 if TYPE_CHECKING:
     from .vqvae2 import VQVAE2Output
 
 
 @dataclass(frozen=True)
-class VQVAEConfig(SystemConfig):
+class VQVAEConfig(CodeAutoencoderConfig):
     """Configuration of a `VQVAE`."""
 
     hidden: int = option(64, "channels of the convolutions, an even number")
@@ -28,6 +27,7 @@ class VQVAEConfig(SystemConfig):
     num_codes: int = option(256, "number of codes")
     decay: float | None = option(0.99, "decay of the EMA codebook, in [0, 1), none: a codebook trained by gradient")
     commitment_weight: float = option(0.25, "weight of the commitment loss")
+    replace_dead_below: float = option(0.0, "replace codes whose EMA count falls below this by latents of the batch, 0: never")
     lr: float = option(2e-3, "learning rate of Adam")
     lr_prior: float = option(4e-3, "learning rate of Adam for the prior")
     prior_width: int = option(64, "width of the prior over the codes, 0: no prior and no samples")
@@ -50,10 +50,11 @@ class VQVAE(CodeAutoencoder):
     Equivalent to:
         quantized, indices, quantizer_loss = VectorQuantizer(encoder(images))
         loss = mse(decoder(quantized), images) + quantizer_loss                     # player "model"
-        loss = -log p(indices)                                                      # player "prior"
+        loss = -log p(indices | labels)                                             # player "prior"
 
     Images [B, C, H, W], H and W divisible by 4, are encoded to indices [B, H/4, W/4]. The prior, an `IndexPrior`, trains along
-    with the model on its current indices, so `sample` works at any time; with `prior_width=0` there is only one player.
+    with the model on its current indices, so `sample` works at any time, or after it (`prior_only`); with `prior_width=0` there is
+    only one player. Labels count only with `class_conditional`.
 
     Raises:
         ValueError: an invalid configuration, or images of another shape.
@@ -67,12 +68,12 @@ class VQVAE(CodeAutoencoder):
         super().__init__(config)
         config = self.config
         check_convolutional("VQVAE", config)
-        self.check_prior_every()
+        self.check_prior_options()
         channels = config.image_shape[0]
         self.encoder = image_encoder(channels, config.hidden, config.dim)
         self.quantizer = image_quantizer(config)
         self.decoder = image_decoder(config.dim, config.hidden, channels)
-        self.prior = IndexPrior(config.num_codes, width=config.prior_width, layers=config.prior_layers) if config.prior_width else None
+        self.prior = self.make_prior() if config.prior_width else None
         if self.prior is None:
             self.players = ("model",)
 
@@ -91,7 +92,8 @@ class VQVAE(CodeAutoencoder):
         self.check_player(player)
         if player == "prior":
             assert self.prior is not None
-            loss = self.prior.loss(self.encode(images))
+            indices = self.encode(shifted(images, self.config.prior_shift))
+            loss = self.prior.loss(indices, labels=self.prior_labels(labels))
             return {"loss": loss, "nats_per_code": loss.detach()}
         return quantized_losses(self(images), images)
 
@@ -108,18 +110,19 @@ class VQVAE(CodeAutoencoder):
         with evaluating(self):
             return self.decoder(self.quantizer.decode(indices)).clamp(0, 1)
 
-    def sample(self, n: int, labels: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
-        """Decode n samples from the prior; a temperature below 1 favors likely codes.
+    def sample(self, n: int, labels: Tensor | None = None, *, temperature: float | None = None) -> Tensor:
+        """Decode n samples from the prior, with config.sample_temperature unless another one is given.
 
         Raises:
-            ValueError: n below 1, or labels, since the model is unconditional.
+            ValueError: n below 1, or labels of an unconditional model; those of a conditional one are [n].
             RuntimeError: a model without a prior.
         """
-        self.check_sample(n, labels)
+        labels = self.sample_labels(n, labels)
+        temperature = self.config.sample_temperature if temperature is None else temperature
         if self.prior is None:
             raise RuntimeError("VQVAE.sample: sampling needs a prior, got prior_width=0.")
         height, width = (size // DOWNSAMPLING for size in self.config.image_shape[1:])
-        return self.decode(self.prior.sample(n, height, width, temperature=temperature))
+        return self.decode(self.prior.sample(n, height, width, labels=labels, temperature=temperature))
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
@@ -141,5 +144,11 @@ def quantized_losses(output: "VQVAEOutput | VQVAE2Output", images: Tensor) -> di
 def image_quantizer(config: VQVAEConfig) -> VectorQuantizer:
     """A quantizer of latents [B, dim, h, w], with codes initialized from the first batch."""
     return VectorQuantizer(
-        config.num_codes, config.dim, decay=config.decay, commitment_weight=config.commitment_weight, channel_dim=1, init="data"
+        config.num_codes,
+        config.dim,
+        decay=config.decay,
+        commitment_weight=config.commitment_weight,
+        channel_dim=1,
+        init="data",
+        replace_dead_below=config.replace_dead_below,
     )

@@ -12,8 +12,7 @@ from .._typing import signature_of
 from ..nn.batch_norm import BatchNorm
 from ._code_autoencoder import CodeAutoencoder
 from ._convolutional import ResidualBlock, check_convolutional
-from .index_prior import IndexPrior
-from .system import evaluating, share
+from .system import evaluating, share, shifted
 from .vqvae import VQVAEConfig, image_quantizer, quantized_losses
 
 
@@ -47,14 +46,16 @@ class VQVAE2(CodeAutoencoder):
         top, top_indices, top_loss = VectorQuantizer(top_encoder(fine))                     # [B, dim, H/4, W/4]
         bottom, bottom_indices, bottom_loss = VectorQuantizer(bottom_encoder(cat([fine, top_decoder(top)])))
         loss = mse(decoder(cat([upsample(top), bottom])), images) + top_loss + bottom_loss  # player "model"
-        loss = -log p(top_indices), loss = -log p(bottom_indices | top)                     # players "top_prior", "bottom_prior"
+        loss = -log p(top_indices | labels)                                                 # player "top_prior"
+        loss = -log p(bottom_indices | top, labels)                                         # player "bottom_prior"
 
     The downsampling factors are 4 and 2, for small images; the paper has 8 and 4. Encodings of the top level are batch-normalized
     before quantization (Lancucki et al., "Robust Training of Vector Quantized Bottleneck Models", 2020): otherwise the top
     codebook collapses, since the bottom level alone can reconstruct the images.
 
     Images [B, C, H, W], H and W divisible by 4, are encoded to `HierarchicalCodes`. The priors, `IndexPrior`s, train along with
-    the model on its current indices; with `prior_width=0` there is only one player.
+    the model on its current indices, or after it (`prior_only`); with `prior_width=0` there is only one player. Labels count only
+    with `class_conditional`.
 
     Raises:
         ValueError: an invalid configuration, or images of another shape.
@@ -70,7 +71,7 @@ class VQVAE2(CodeAutoencoder):
         if config.hidden < 4 or config.hidden % 4:
             raise ValueError(f"VQVAE2: hidden must be a positive multiple of 4, got {config.hidden}.")
         check_convolutional("VQVAE2", config)
-        self.check_prior_every()
+        self.check_prior_options()
         channels, hidden, dim = config.image_shape[0], config.hidden, config.dim
         self.encoder = nn.Sequential(nn.Conv2d(channels, hidden // 2, 4, stride=2, padding=1), ResidualBlock(hidden // 2), nn.ReLU())
         self.top_encoder = nn.Sequential(
@@ -98,8 +99,7 @@ class VQVAE2(CodeAutoencoder):
         )
         self.top_prior = self.bottom_prior = None
         if config.prior_width:
-            self.top_prior = IndexPrior(config.num_codes, width=config.prior_width, layers=config.prior_layers)
-            self.bottom_prior = IndexPrior(config.num_codes, width=config.prior_width, layers=config.prior_layers, num_conditions=dim)
+            self.top_prior, self.bottom_prior = self.make_prior(), self.make_prior(num_conditions=dim)
         else:
             self.players = ("model",)
 
@@ -121,8 +121,12 @@ class VQVAE2(CodeAutoencoder):
         if player != "model":
             assert self.top_prior is not None
             assert self.bottom_prior is not None
-            top, bottom = self.encode(images)
-            loss = self.top_prior.loss(top) if player == "top_prior" else self.bottom_prior.loss(bottom, self._condition(top))
+            top, bottom = self.encode(shifted(images, self.config.prior_shift))
+            labels = self.prior_labels(labels)
+            if player == "top_prior":
+                loss = self.top_prior.loss(top, labels=labels)
+            else:
+                loss = self.bottom_prior.loss(bottom, self._condition(top), labels)
             return {"loss": loss, "nats_per_code": loss.detach()}
         return quantized_losses(self(images), images)
 
@@ -143,19 +147,20 @@ class VQVAE2(CodeAutoencoder):
         with evaluating(self):
             return self._decode(self.top_quantizer.decode(top), self.bottom_quantizer.decode(bottom)).clamp(0, 1)
 
-    def sample(self, n: int, labels: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
-        """Decode n samples from the priors, top level first; a temperature below 1 favors likely codes.
+    def sample(self, n: int, labels: Tensor | None = None, *, temperature: float | None = None) -> Tensor:
+        """Decode n samples from the priors, top level first, with config.sample_temperature unless another one is given.
 
         Raises:
-            ValueError: n below 1, or labels, since the model is unconditional.
+            ValueError: n below 1, or labels of an unconditional model; those of a conditional one are [n].
             RuntimeError: a model without priors.
         """
-        self.check_sample(n, labels)
+        labels = self.sample_labels(n, labels)
+        temperature = self.config.sample_temperature if temperature is None else temperature
         if self.top_prior is None or self.bottom_prior is None:
             raise RuntimeError("VQVAE2.sample: sampling needs priors, got prior_width=0.")
         height, width = self.config.image_shape[1:]
-        top = self.top_prior.sample(n, height // 4, width // 4, temperature=temperature)
-        bottom = self.bottom_prior.sample(n, height // 2, width // 2, self._condition(top), temperature=temperature)
+        top = self.top_prior.sample(n, height // 4, width // 4, labels=labels, temperature=temperature)
+        bottom = self.bottom_prior.sample(n, height // 2, width // 2, self._condition(top), labels=labels, temperature=temperature)
         return self.decode(HierarchicalCodes(top, bottom))
 
     @torch.no_grad()

@@ -104,25 +104,26 @@ def write_comparison(path: Path, originals: Tensor, *others: Tensor) -> None:
 
 
 def write_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
-    """Plot each loss over the epochs in its own panel; not every epoch has every loss."""
+    """Plot each loss over the epochs in its own panel; not every epoch has every loss. Losses that are equal share a panel."""
     # Not pyplot, which keeps figures alive and looks for a display.
     Figure = import_extra("matplotlib.figure", "matplotlib", "train").Figure
     from matplotlib.ticker import MaxNLocator
 
-    names = list(dict.fromkeys(name for losses in history for name in losses))
-    columns = min(len(names), 3)
-    rows = -(-len(names) // columns)
+    names = dict.fromkeys(name for losses in history for name in losses)
+    curves = {name: [(epoch, losses[name]) for epoch, losses in enumerate(history, start=1) if name in losses] for name in names}
+    titles = {tuple(curve): name for name, curve in curves.items()}  # of equal losses the last one, which says what it measures
+    columns = min(len(titles), 3)
+    rows = -(-len(titles) // columns)
     figure = Figure(figsize=(4 * columns, 2.6 * rows), dpi=100, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for name, panel in zip(names, panels, strict=False):
-        epochs = [epoch for epoch, losses in enumerate(history, start=1) if name in losses]
-        panel.plot(epochs, [history[epoch - 1][name] for epoch in epochs], marker="." if len(epochs) < 20 else None)
+    for (curve, name), panel in zip(titles.items(), panels, strict=False):
+        panel.plot(*zip(*curve, strict=True), marker="." if len(curve) < 20 else None)
         panel.set_title(name.replace("_", " "), fontsize=10)
         panel.set_xlabel("epoch")
         panel.set_xlim(0.5, len(history) + 0.5)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
-    for panel in list(figure.axes)[len(names) :]:
+    for panel in list(figure.axes)[len(titles) :]:
         panel.set_axis_off()
     write_atomically(path, lambda file: figure.savefig(file, format="png"), sync=False)
 

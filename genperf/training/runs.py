@@ -45,9 +45,8 @@ class Run(NamedTuple):
 def build_system(name: str, settings: Settings, config: dict[str, Any], images: LabeledImages) -> System:
     """Build a system for these images, with the options `config` and weights initialized from the seed."""
     system_class = SYSTEMS[name]
-    fields = {field.name for field in dataclasses.fields(system_class.Config)}
     from_data: dict[str, Any] = {"image_shape": tuple(images.images.shape[1:])}
-    if "num_classes" in fields:
+    if _takes_labels(system_class, config):
         if images.labels is None:
             raise UserError(
                 f"{name} needs labels: a folder with one folder of images for each class, or an .npz with an array 'labels', got images "
@@ -60,6 +59,12 @@ def build_system(name: str, settings: Settings, config: dict[str, Any], images: 
     torch.manual_seed(settings.seed)
     with value_error_as_user_error():
         return system_class(system_class.Config(**{**from_data, **config}))
+
+
+def _takes_labels(system_class: type[System], config: dict[str, Any]) -> bool:
+    """Whether a system with these options is conditioned on labels, or learns them."""
+    options = {field.name: field.default for field in dataclasses.fields(system_class.Config)} | config
+    return "num_classes" in options and options.get("class_conditional", True)
 
 
 def load_state(folder: Path, purpose: str) -> dict[str, Any]:
@@ -102,16 +107,17 @@ def load_run(folder: Path, device: torch.device, *, data: str | None = None) -> 
     return Run(state["system"], system.to(device).eval(), settings, *split_held_out(images))
 
 
-def data_fingerprint(name: str, data: LabeledImages) -> dict[str, str | None]:
-    """Fingerprints of the images, and of the labels if the system uses them."""
-    uses_labels = {"num_classes", "normal_class"} & {field.name for field in dataclasses.fields(SYSTEMS[name].Config)}
+def data_fingerprint(name: str, config: dict[str, Any], data: LabeledImages) -> dict[str, str | None]:
+    """Fingerprints of the images, and of the labels if the system with these options uses them."""
+    system_class = SYSTEMS[name]
+    uses_labels = _takes_labels(system_class, config) or any(f.name == "normal_class" for f in dataclasses.fields(system_class.Config))
     labels = data.labels if uses_labels else None
     return {"images": fingerprint(data.images), "labels": None if labels is None else fingerprint(labels)}
 
 
 def check_fingerprint(data: LabeledImages, state: dict[str, Any], option: str) -> None:
     """Raise UserError unless the data are those of the checkpoint; `option` names the option that gave them."""
-    for what, found in data_fingerprint(state["system"], data).items():
+    for what, found in data_fingerprint(state["system"], state["config"], data).items():
         expected = state["data"][what]
         if found != expected:
             raise UserError(f"{option} needs the {what} that the run began with, {expected}, got {found} (shape and checksum).")

@@ -89,7 +89,7 @@ class TrainingSession:
             "system": name,
             "settings": dataclasses.asdict(self.settings),
             "config": config,
-            "data": data_fingerprint(name, data),
+            "data": data_fingerprint(name, config, data),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -387,6 +387,28 @@ def test_runs_with_other_labels_systems_and_options(tmp_path, capsys):
     assert_fails(capsys, main(["train", "lapgan", "--out", str(tmp_path / "one"), *tiny[:-1], "1"]), "more than 1 value per channel")
 
 
+def test_class_conditional_vqvae(npz, tmp_path, capsys):
+    out, unlabeled = tmp_path / "run", tmp_path / "unlabeled.npz"
+    options = ("--class-conditional", "--prior-only", "0.5", "--prior-shift", "1", *SMALL[:-1], "8")
+    assert train(npz, out, *options) == 0
+    history = json.loads((out / "metrics.json").read_text())["history"]  # of 3 epochs of 2 steps
+    assert [sorted(losses) for losses in (history[0], history[2])] == [
+        ["model_loss", "model_quantizer", "model_reconstruction"],
+        ["prior_loss", "prior_nats_per_code"],
+    ]
+    samples = tmp_path / "samples.npz"
+    assert main(["sample", str(out), "--labels", "11,3", "--n", "4", "--out", str(samples)]) == 0
+    with np.load(samples) as arrays:
+        assert arrays["labels"].tolist() == [11, 3, 11, 3]
+    with np.load(npz) as arrays:
+        images = arrays["images"]
+    np.savez(npz, images=images, labels=np.arange(12)[::-1])
+    assert_fails(capsys, main(["sample", str(out)]), "--data needs the labels that the run began with")
+    np.savez(unlabeled, images=images)
+    assert_fails(capsys, train(unlabeled, tmp_path / "other", *options), "needs labels: .* got images without labels")
+    assert train(unlabeled, tmp_path / "other", *SMALL) == 0
+
+
 def test_out_is_a_file(npz, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert_fails(capsys, train(npz, tmp_path / "file", *SMALL), "--out must be a folder")

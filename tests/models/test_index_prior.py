@@ -58,12 +58,39 @@ def test_loss_is_the_cross_entropy_in_nats(condition):
 @pytest.mark.parametrize("condition", [False, True])
 def test_cached_sampling_matches_forward(condition, monkeypatch):
     """The logits computed step by step are those of `forward` on the sampled map."""
-    prior, seen = make(condition), []
+    prior, seen, labels = make(condition, num_classes=3), [], torch.arange(5) % 3
     monkeypatch.setattr(index_prior, "gumbel_sample", lambda logits, **options: seen.append(logits) or gumbel_sample(logits, **options))
     _, condition = inputs(condition, 5)
-    drawn = prior.sample(5, 3, 4, condition, temperature=0.5)
+    drawn = prior.sample(5, 3, 4, condition, labels, temperature=0.5)
     assert drawn.shape == (5, 3, 4)
-    torch.testing.assert_close(0.5 * torch.stack(seen, 2), prior(drawn, condition).flatten(2), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(0.5 * torch.stack(seen, 2), prior(drawn, condition, labels).flatten(2), rtol=1e-4, atol=1e-5)
+
+
+def test_label_reaches_every_position():
+    prior, (indices, _) = make(num_classes=3), inputs()
+    labels = torch.tensor([1, 2])
+    logits = prior(indices, labels=labels)
+    changed = (prior(indices, labels=torch.tensor([1, 0])) - logits).abs().amax(1)
+    assert not changed[0].any()
+    assert (changed[1] > 0).all()
+    torch.testing.assert_close(prior.loss(indices, labels=labels), F.cross_entropy(logits, indices))
+    assert [name for name in prior.state_dict() if name not in make().state_dict()] == ["label.weight"]
+
+
+def test_dropout_is_noise_of_the_global_batch():
+    prior, (indices, _) = make(dropout=0.2).train(), inputs(batch=6)
+    shares = []
+    for first, part in ((0, indices), (0, indices[:2]), (2, indices[2:])):
+        torch.manual_seed(5)
+        with sample_offset(first):
+            shares.append(prior(part))
+    torch.testing.assert_close(shares[0], torch.cat(shares[1:]))
+    assert not torch.allclose(prior(indices), shares[0])
+    noise = prior.blocks[0]._drop(torch.ones(40_000, 1))
+    assert noise.mean() == pytest.approx(1, abs=0.02)
+    assert noise.std() == pytest.approx(0.5, abs=0.02)  # sqrt(0.2 / 0.8)
+    prior.eval()
+    assert torch.equal(prior(indices), make()(indices))
 
 
 def test_samples_follow_the_model_distribution():
@@ -112,6 +139,7 @@ def test_learns_a_pattern():
 
 
 INDICES = torch.zeros(2, 3, 4, dtype=torch.int64)
+LABELS = torch.tensor([0, 1])
 
 
 @pytest.mark.parametrize(
@@ -120,12 +148,19 @@ INDICES = torch.zeros(2, 3, 4, dtype=torch.int64)
         (lambda: make(width=6), ValueError, "width must be a positive multiple of 4, got 6"),
         (lambda: make(layers=0), ValueError, "layers must be at least 1, got 0"),
         (lambda: make(num_conditions=-1), ValueError, "num_conditions must not be negative, got -1"),
+        (lambda: make(num_classes=-1), ValueError, "num_classes must not be negative, got -1"),
+        (lambda: make(dropout=1.0), ValueError, r"dropout must lie in \[0, 1\), got 1.0"),
         (lambda: IndexPrior(0), ValueError, "num_codes must be at least 1, got 0"),
         (lambda: make()(INDICES.int()), TypeError, "indices must be int64, got torch.int32"),
         (lambda: make()(INDICES[0]), ValueError, r"indices must have shape \[B, h, w\], got \[3, 4\]"),
         (lambda: make()(INDICES, torch.zeros(2, C, 3, 4)), ValueError, r"condition must be None, got \[2, 3, 3, 4\]"),
         (lambda: make(True).loss(INDICES), ValueError, r"condition must have shape \[2, 3, 3, 4\], got None"),
         (lambda: make(True).sample(1, 3, 4, torch.zeros(2, C, 3, 4)), ValueError, r"must have shape \[1, 3, 3, 4\], got \[2, 3, 3, 4\]"),
+        (lambda: make()(INDICES, labels=LABELS), ValueError, r"labels must be None, got \[2\]"),
+        (lambda: make(num_classes=2).loss(INDICES), ValueError, r"labels must be int64 \[2\], got None"),
+        (lambda: make(num_classes=2)(INDICES, labels=LABELS.int()), TypeError, "labels must be int64, got torch.int32"),
+        (lambda: make(num_classes=2)(INDICES, labels=LABELS + 1), ValueError, r"labels must be \[B\] with values 0 ... 1, got 1 ... 2"),
+        (lambda: make(num_classes=2).sample(1, 2, 2, labels=LABELS), ValueError, r"labels must have shape \[1\], got \[2\]"),
         (lambda: make().sample(1, 2, 2, temperature=0), ValueError, "temperature must be a finite number above 0, got 0"),
     ],
 )

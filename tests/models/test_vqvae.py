@@ -5,6 +5,7 @@ from torch import distributed as dist
 from torch import multiprocessing
 from torch.nn import functional as F
 
+from genperf.models.discrete_vae import DiscreteVAE
 from genperf.models.vqvae import VQVAE
 from genperf.models.vqvae2 import VQVAE2
 from genperf.nn import VectorQuantizer
@@ -139,6 +140,63 @@ def test_samples_resemble_a_single_training_image():
     assert errors.median() < 0.02
 
 
+def test_samples_of_a_class_resemble_its_training_image():
+    """Half of the steps train the model, the others the prior alone, on one image of each class."""
+    model = small(lr=1e-2, lr_prior=1e-2, class_conditional=True, num_classes=2, prior_only=0.5, replace_dead_below=0.1, prior_dropout=0.1)
+    images, labels = blocks(2), torch.arange(8) % 2
+    optimizers = model.optimizers()
+    players, encoder = [], None
+    for step in range(120):
+        model.progress = step / 120
+        for player in model.players_at(step):
+            players.append(player)
+            model.zero_grad(set_to_none=True)
+            model.training_step(images[labels], labels, player=player)["loss"].backward()
+            optimizers[player].step()
+        if step == 59:
+            encoder = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("prior")}
+    assert players == ["model"] * 60 + ["prior"] * 60
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in encoder.items())
+    for wanted in (labels, None):
+        errors = (model.sample(8, wanted) - images[labels]).square().mean((1, 2, 3))
+        assert errors.median() < 0.02
+
+
+@pytest.mark.parametrize("system", [VQVAE, VQVAE2, DiscreteVAE])
+def test_class_conditional_priors(system):
+    model = small(system, class_conditional=True, num_classes=3)
+    images, labels = torch.rand(4, 1, 16, 16), torch.tensor([0, 1, 2, 0])
+    model.initialize(images)
+    model.eval()
+    for player in model.players[1:]:
+        losses = [model.training_step(images, shown, player=player)["loss"] for shown in (labels, labels.flip(0), labels)]
+        assert losses[0] == losses[2] != losses[1]
+        with pytest.raises(ValueError, match=r"^IndexPrior: labels must be int64 .*, got None"):
+            model.training_step(images, player=player)
+    drawn = []
+    for label in (0, 1):
+        torch.manual_seed(1)
+        drawn.append(model.sample(24, torch.full((24,), label)))
+    assert not torch.equal(*drawn)
+    cold = small(system, class_conditional=True, num_classes=3, sample_temperature=1e-4)
+    cold.load_state_dict(model.state_dict())
+    assert len(cold.sample(9, torch.ones(9, dtype=torch.int64)).unique(dim=0)) == 1
+    assert len(model.sample(4)) == 4
+    with pytest.raises(ValueError, match=r"^IndexPrior: labels must be \[B\] with values 0 ... 2, got 3 ... 3"):
+        model.sample(1, torch.tensor([3]))
+
+
+def test_priors_train_on_shifted_images(monkeypatch):
+    model = small(prior_shift=2).eval()
+    encoded = []
+    monkeypatch.setattr(model, "encode", lambda images: encoded.append(images) or VQVAE.encode(model, images))
+    image = torch.zeros(1, 1, 16, 16)
+    image[0, 0, 8, 8] = 1
+    for _ in range(200):
+        model.training_step(image, player="prior")
+    assert {tuple(shifted[0, 0].nonzero()[0].tolist()) for shifted in encoded} == {(y, x) for y in range(6, 11) for x in range(6, 11)}
+
+
 @BOTH
 def test_state_dict_gives_the_same_samples(system):
     source, target = small(system), small(system, decay=0.9)
@@ -215,6 +273,13 @@ def test_bad_images(system, shape):
         ({"num_codes": 0}, "num_codes"),
         ({"prior_width": 6}, "IndexPrior: width must be"),
         ({"prior_every": 0}, "prior_every must be at least 1, got 0"),
+        ({"prior_only": 1.0}, r"prior_only must be in \[0, 1\), got 1.0"),
+        ({"prior_only": 0.5, "prior_width": 0}, "prior_only must be 0 without a prior, got 0.5"),
+        ({"prior_shift": -1}, "prior_shift must be at least 0, got -1"),
+        ({"sample_temperature": 0.0}, "sample_temperature must be a finite number above 0, got 0.0"),
+        ({"prior_dropout": 1.0}, r"IndexPrior: dropout must lie in \[0, 1\), got 1.0"),
+        ({"class_conditional": True}, "num_classes must be at least 1 with class_conditional and 0 without it, got 0"),
+        ({"num_classes": 2}, "num_classes must be at least 1 with class_conditional and 0 without it, got 2"),
     ],
 )
 def test_bad_config(system, changes, message):

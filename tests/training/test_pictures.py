@@ -190,6 +190,14 @@ def test_curves_of_losses_missing_in_some_epochs(tmp_path):
     assert size(tmp_path / "two.png")[0] == 2 * size(tmp_path / "one.png")[0]
 
 
+def test_equal_losses_share_a_panel(tmp_path):
+    history = [{"loss": 3.0, "prior_loss": 2.0, "prior_nats_per_code": 2.0}, {"loss": 2.0}]
+    write_curves(tmp_path / "equal.png", history)
+    history[0]["prior_nats_per_code"] = 1.0
+    write_curves(tmp_path / "different.png", history)
+    assert 3 * size(tmp_path / "equal.png")[0] == 2 * size(tmp_path / "different.png")[0]
+
+
 def test_curves_need_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match="needs the package matplotlib"):
