@@ -64,7 +64,7 @@ def build_system(name: str, settings: Settings, config: dict[str, Any], images: 
 def _takes_labels(system_class: type[System], config: dict[str, Any]) -> bool:
     """Whether a system with these options is conditioned on labels, or learns them."""
     options = {field.name: field.default for field in dataclasses.fields(system_class.Config)} | config
-    return "num_classes" in options and options.get("class_conditional", True)
+    return "num_classes" in options and bool(options.get("class_conditional", True))
 
 
 def load_state(folder: Path, purpose: str) -> dict[str, Any]:
