@@ -8,12 +8,13 @@ import json
 import os
 import platform
 import struct
-import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ._messages import warn_caller
 
 # What setup.py built or left out; empty if it never ran here.
 build_info: dict[str, Any] = {}
@@ -66,7 +67,7 @@ def load() -> None:
     cpu_failure = _load_cpu()
     if cpu_failure is not None:  # the CUDA library has kernels only; the schemas are in the CPU library
         cuda_failure = cpu_failure
-        warnings.warn(f"{cpu_failure} Until then only the PyTorch references and the Triton search run.", RuntimeWarning, stacklevel=3)
+        warn_caller(f"{cpu_failure} Until then only the PyTorch references and the Triton search run.", RuntimeWarning)
     else:
         cuda_failure = _load_cuda()
     if torch.version.cuda is not None:
@@ -154,7 +155,7 @@ def _load_cuda() -> str | None:
         _load(path)
     except OSError as error:
         failure = f"The CUDA library does not load ({error}); reinstall genperf from source."
-        warnings.warn(f"{failure} Until then the PyTorch references run on CUDA.", RuntimeWarning, stacklevel=4)
+        warn_caller(f"{failure} Until then the PyTorch references run on CUDA.", RuntimeWarning)
         return failure
     cuda_archs = dict(libraries).get(name, [])  # none is known of a library that an earlier build left
     return None

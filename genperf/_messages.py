@@ -11,10 +11,11 @@ log = logging.getLogger("genperf")
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:
-    """`warnings.warn` at the innermost frame outside of genperf and torch, at any depth of the call."""
+    """`warnings.warn` at the innermost frame outside of genperf and torch, at any depth of a call or of an import."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("genperf", "torch"):
-        frame, level = frame.f_back, level + 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("genperf", "torch", "importlib"):
+        frame = frame.f_back
+        level += "importlib._bootstrap" not in frame.f_code.co_filename  # frames that `warn` does not count
     warnings.warn(message, category, stacklevel=level + 1)
 
 

@@ -102,7 +102,8 @@ except NotImplementedError as error:
     assert result.returncode == 0, result.stderr
     assert "torch.Size([5])" in result.stdout
     assert "is a source tree of genperf without compiled libraries" in result.stdout
-    assert "is a source tree of genperf without compiled libraries" in result.stderr
+    # At the line that imports genperf, though the warning comes from a module within.
+    assert re.search(r"^<string>:\d+: RuntimeWarning: .* is a source tree of genperf without compiled libraries", result.stderr, re.M)
 
 
 def test_triton_search_is_available_without_compiled_libraries(tmp_path):
