@@ -4,8 +4,9 @@
 python benchmarks/small_calls.py [-k WORDS]
 
 Inputs are small enough for the kernels to take a few microseconds. The kernels that a call runs are recorded, and called again by
-themselves with the same arguments; call and kernels are timed in turn, on one thread. Ops that are made of many calls of PyTorch
-(Frechet distance, matrix square root, k-means) are not here. For the layers, what their ops cost counts as well.
+themselves with the same arguments; call and kernels are timed in turn, on one thread. Backward is a call of the autograd engine, without
+the checks of torch.autograd.grad or backward, which a model pays once. Ops that are made of many calls of PyTorch (Frechet distance,
+matrix square root, k-means) are not here. For the layers, what their ops cost counts as well.
 """
 
 import argparse
@@ -113,15 +114,17 @@ def cases() -> list[Case]:
 
 def step_of(case: Case) -> Callable[[], Any]:
     """Forward and backward of a case, from a gradient of ones."""
-    gradients: list[Tensor] = []
+    first = case.call()
+    first = first if isinstance(first, tuple) else (first,)
+    places = [place for place, t in enumerate(first) if isinstance(t, Tensor) and t.requires_grad]
+    gradients = tuple(torch.ones_like(first[place]) for place in places)
+    # The call that torch.autograd.grad makes after its checks.
+    run_backward = torch.autograd.Variable._execution_engine.run_backward
 
-    def step() -> Any:
+    def step() -> tuple[Any, ...]:
         found = case.call()
-        found = found if isinstance(found, tuple) else (found,)
-        outputs = [t for t in found if isinstance(t, Tensor) and t.requires_grad]
-        if not gradients:
-            gradients.extend(torch.ones_like(t) for t in outputs)
-        return *found, *torch.autograd.grad(outputs, case.inputs, gradients)
+        outputs = tuple([found[place] for place in places]) if isinstance(found, tuple) else (found,)
+        return outputs, run_backward(outputs, gradients, False, False, case.inputs, False, accumulate_grad=False)
 
     return step
 

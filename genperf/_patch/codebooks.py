@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._choices import Metric
 from ..ops.nearest_code import nearest_code
 from ..ops.residual_vector_quantize import residual_vector_quantize
 from .swap import is_replaced
@@ -15,7 +16,7 @@ from .swap import is_replaced
 _FUSED_FROM = 64
 
 
-def nearest(x: Tensor, codebook: Tensor, channel_dim: int = -1, metric: str = "euclidean") -> Tensor:
+def nearest(x: Tensor, codebook: Tensor, channel_dim: int = -1, metric: Metric = "euclidean") -> Tensor:
     """`nearest_code`, also for a float32 x and codes in half precision."""
     codebook = codebook if codebook.dtype == x.dtype else codebook.to(torch.promote_types(x.dtype, codebook.dtype))
     return nearest_code(x, codebook, channel_dim=channel_dim, metric=metric)

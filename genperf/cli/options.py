@@ -5,6 +5,7 @@ import argparse
 import dataclasses
 import math
 import os
+import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,8 +79,8 @@ def add_field(group: argparse._ArgumentGroup, flag: str, field: dataclasses.Fiel
     Raises:
         TypeError: the field's type is not supported.
     """
-    types: tuple[typing.Any, ...] = typing.get_args(field.type) or (field.type,)
-    kind = next(t for t in types if t is not type(None))
+    kinds = _types_of(field.type)
+    kind = next(t for t in kinds if t is not type(None))
     shown = "none" if field.default is None else str(field.default)
     meaning = f"{field.metadata['help']} ({shown})".replace("%", "%%")
     if kind is bool:
@@ -88,8 +89,15 @@ def add_field(group: argparse._ArgumentGroup, flag: str, field: dataclasses.Fiel
     choices = field.metadata["choices"]
     if choices is not None:
         meaning = f"{field.metadata['help']}: {', '.join('none' if c is None else str(c) for c in choices)} ({shown})"
-    parse = _value(kind, type(None) in types, choices)
+    parse = _value(kind, type(None) in kinds, choices)
     group.add_argument(flag, type=parse, default=argparse.SUPPRESS, help=meaning, metavar=field.name.upper())
+
+
+def _types_of(annotation: object) -> tuple[typing.Any, ...]:
+    """The types of a union; str for texts to choose from."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    members = typing.get_args(annotation) if union else (annotation,)
+    return tuple(str if typing.get_origin(member) is typing.Literal else member for member in members)
 
 
 def _value(kind: type, optional: bool, choices: Sequence[object] | None) -> Callable[[str], object]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._choices import ClusterInit, ClusterUpdate, Impl, Metric
 from .._distributed import all_gather_rows, rank, world_size
 from .._errors import UserError, import_extra, is_installed, reason
 from .._files import write_atomically, write_text_atomically
@@ -33,10 +34,10 @@ class ClusterSettings:
     codes: int
     stages: int = 3
     iterations: int = 25
-    init: str = "k-means++"
+    init: ClusterInit = "k-means++"
     n_init: int = 1
-    metric: str = "euclidean"
-    update: str = "lloyd"
+    metric: Metric = "euclidean"
+    update: ClusterUpdate = "lloyd"
     batch_size: int | None = None
     balance: float | None = None
     seed: int = 0
@@ -144,7 +145,7 @@ def _fit(
     bounds = [x.shape[0] * i // ranks for i in range(ranks + 1)]
     share = slice(bounds[rank()], bounds[rank() + 1])
     part, weights = x[share].to(device), None if weights is None else weights[share].to(device)
-    impl = next(name for name, failure in unavailable(part.device, part.dtype).items() if failure is None)
+    impl: Impl = next(name for name, failure in unavailable(part.device, part.dtype).items() if failure is None)
     with torch.no_grad():
         data = read_vectors("kmeans", part, 1, settings.metric, impl, weights, True)
         done = [Stage(codebook.to(device), indices[share].to(device).unsqueeze(1)) for codebook, indices, *_ in found]

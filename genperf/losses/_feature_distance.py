@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._choices import Impl, Precision
 from ..metrics._sample_moments import Moments, population_moments, sample_moments
 from ..ops.covariance_factor import working_dtype
 from ..ops.frechet_distance import frechet_distance
@@ -86,7 +87,7 @@ class FeatureDistance(StatisticsModule):
         x = features.to(self.mean.dtype)
         return x if self.history is None else self.history.step(x, past)
 
-    def distance(self, step: Any, past: Any, precision: str, impl: str | None) -> Tensor:
+    def distance(self, step: Any, past: Any, precision: Precision, impl: Impl | None) -> Tensor:
         moments = batch_moments(step, self.unbiased) if self.history is None else self.history.moments(step, past)
         return frechet_distance(
             moments.mean,

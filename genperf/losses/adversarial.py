@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adversarial losses of discriminator and generator."""
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ADVERSARIAL_LOSSES = ("non-saturating", "saturating", "least-squares", "hinge", "wasserstein")
+from .._choices import AdversarialLoss
+
+ADVERSARIAL_LOSSES: tuple[AdversarialLoss, ...] = get_args(AdversarialLoss)
 SMOOTHED = ("non-saturating", "saturating", "least-squares")
 
 
-def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "non-saturating", *, label_smoothing: float = 0.0) -> Tensor:
+def discriminator_loss(
+    real_logits: Tensor, fake_logits: Tensor, kind: AdversarialLoss = "non-saturating", *, label_smoothing: float = 0.0
+) -> Tensor:
     """The loss of a discriminator or critic.
 
     Equivalent to (kind="non-saturating"):
@@ -60,7 +66,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "no
     return _mean(real_loss) + _mean(F.softplus(fake))
 
 
-def generator_loss(fake_logits: Tensor, kind: str = "non-saturating") -> Tensor:
+def generator_loss(fake_logits: Tensor, kind: AdversarialLoss = "non-saturating") -> Tensor:
     """The loss of a generator.
 
     Equivalent to (kind="non-saturating"):
@@ -94,7 +100,7 @@ def generator_loss(fake_logits: Tensor, kind: str = "non-saturating") -> Tensor:
     return -_mean(fake)
 
 
-def _check(op: str, kind: str, **logits: Tensor) -> None:
+def _check(op: str, kind: AdversarialLoss, **logits: Tensor) -> None:
     if kind not in ADVERSARIAL_LOSSES:
         raise ValueError(f"{op}: kind must be one of {', '.join(ADVERSARIAL_LOSSES)}, got {kind!r}.")
     for name, values in logits.items():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_map_only
 
+from .._choices import Impl, Precision
 from .._distributed import world_size
 from .._typing import signature_of
 from ..metrics._features import feature_matrix, whole_number
@@ -98,8 +99,8 @@ class FrechetLoss(nn.Module):
         normalize: bool = False,
         unbiased: bool = True,
         gather: bool = True,
-        precision: str = "float64",
-        impl: str | None = None,
+        precision: Precision = "float64",
+        impl: Impl | None = None,
     ) -> None:
         super().__init__()
         pairs = _named_pairs(reference, extractor)
@@ -115,8 +116,8 @@ class FrechetLoss(nn.Module):
         self.normalize = normalize
         self.unbiased = unbiased
         self.gather = gather
-        self.precision = precision
-        self.impl = impl
+        self.precision: Precision = precision
+        self.impl: Impl | None = impl
         self.distances: dict[str, Tensor] = {}
         self._steps = StepMemory[list[Any]]()
         # A tuple keeps modules out of state_dict(), parameters() and train().

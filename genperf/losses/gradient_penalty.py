@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from .._choices import Penalty
 from ..ops._autograd import transformed
 from ..ops.gaussian_sample import gaussian_sample
 from ..ops.gradient_norm_penalty import gradient_norm_penalty
@@ -34,7 +35,7 @@ def gradient_penalty(
     real: Tensor,  # [B, ...]
     fake: Tensor | None = None,  # [B, ...]
     *,
-    kind: str = "wgan-gp",
+    kind: Penalty = "wgan-gp",
     weight: float | Tensor = 10.0,
     center: float | None = None,
     condition: Any = None,
@@ -134,7 +135,7 @@ def gradient_penalty(
     return weight * sum(penalties[1:], penalties[0])
 
 
-def _points(kind: str, real: Tensor, fake: Tensor | None, generator: torch.Generator | None) -> list[Tensor]:
+def _points(kind: Penalty, real: Tensor, fake: Tensor | None, generator: torch.Generator | None) -> list[Tensor]:
     """The batches of points where `kind` penalizes the gradient."""
     if kind == "r1":
         return [real]
@@ -147,7 +148,7 @@ def _points(kind: str, real: Tensor, fake: Tensor | None, generator: torch.Gener
 
 
 def _check_arguments(
-    op: str, real: Tensor, fake: Tensor | None, kind: str, weight: float | Tensor, center: float | None, step: float
+    op: str, real: Tensor, fake: Tensor | None, kind: Penalty, weight: float | Tensor, center: float | None, step: float
 ) -> None:
     if kind not in CENTERS:
         raise ValueError(f"{op}: kind must be one of {', '.join(CENTERS)}, got {kind!r}.")

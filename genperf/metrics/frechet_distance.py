@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._choices import Impl
 from ._two_samples import TwoSampleMetric
 from .feature_moments import FeatureMoments
 from .frechet_reference import FrechetReference
@@ -87,7 +88,7 @@ class FrechetDistance(TwoSampleMetric):
             errors.append(f"FrechetDistance: the real samples are those of the reference, got a state with {count}.")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def compute(self, *, impl: str | None = None) -> Tensor:
+    def compute(self, *, impl: Impl | None = None) -> Tensor:
         """The distance between the samples so far, a scalar of float64 or of the reference's dtype.
 
         Args:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._choices import Impl
 from ..ops.covariance_factor import working_dtype
 from ._features import feature_matrix, finite_features
 from ._sample_moments import centered_factor, sample_moments
@@ -145,7 +146,7 @@ class FrechetReference:
         mean, factor = (t.to(dtype).to(device) for t in (self.mean, self.factor))
         return FrechetReference(mean, None if self._cov is None else self._cov.to(dtype).to(device), factor)
 
-    def distance(self, mean: Tensor, cov: Tensor, *, impl: str | None = None) -> Tensor:
+    def distance(self, mean: Tensor, cov: Tensor, *, impl: Impl | None = None) -> Tensor:
         """The Frechet distance to a mean [d] and covariance [d, d], differentiable in both; see `genperf.frechet_distance`.
 
         Raises:
@@ -154,7 +155,7 @@ class FrechetReference:
         mean, cov = (t.to(self.dtype) if isinstance(t, Tensor) else t for t in (mean, cov))
         return ops.frechet_distance(self.mean, None, mean, cov, factor1=self.factor, impl=impl)
 
-    def distance_to_features(self, features: Tensor, *, unbiased: bool = True, impl: str | None = None) -> Tensor:
+    def distance_to_features(self, features: Tensor, *, unbiased: bool = True, impl: Impl | None = None) -> Tensor:
         """The Frechet distance to the mean and covariance of features, differentiable in them.
 
         Equivalent to:

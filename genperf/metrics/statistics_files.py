@@ -5,12 +5,13 @@ import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .._choices import StatisticsLayout
 from .._files import write_atomically
 from ._array_file import ArrayFile
 
@@ -21,7 +22,7 @@ _FEATURE_KEYS = ("features", "feats", "reps", "all_features")
 
 # Names of a layout's second pair of mean and covariance.
 _SECOND_KEYS = {"adm": ("mu_s", "sigma_s"), "fd-loss": ("avg_mu", "avg_sigma")}
-LAYOUTS = ("pytorch-fid", "edm", "adm", "fd-loss", "stylegan")
+LAYOUTS: tuple[StatisticsLayout, ...] = get_args(StatisticsLayout)
 
 # Tolerance for symmetry and non-negativity, relative to the largest entry: covariances may be stored in half precision.
 _ROUNDING = 1e-3
@@ -99,7 +100,7 @@ def save_statistics(
     mean: Tensor | np.ndarray,  # [d]
     cov: Tensor | np.ndarray,  # [d, d]
     *,
-    layout: str = "pytorch-fid",
+    layout: StatisticsLayout = "pytorch-fid",
     second: tuple[Tensor | np.ndarray, Tensor | np.ndarray] | None = None,
     count: int | None = None,
 ) -> None:

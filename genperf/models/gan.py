@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from .._choices import AdversarialLoss, Penalty
 from ..losses.adversarial import ADVERSARIAL_LOSSES, SMOOTHED, discriminator_loss, generator_loss
 from ..losses.feature_matching import feature_matching
 from ..losses.gradient_penalty import CENTERS, gradient_penalty
@@ -25,13 +26,13 @@ class GANConfig(SystemConfig):
 
     latent_dim: int = option(64, "length of the generator's noise")
     width: int = option(256, "units of the hidden layers")
-    loss: str = option("non-saturating", "adversarial loss", choices=ADVERSARIAL_LOSSES)
+    loss: AdversarialLoss = option("non-saturating", "adversarial loss", choices=ADVERSARIAL_LOSSES)
     critic_steps: int = option(1, "discriminator steps per generator step")
     lr: float = option(1e-3, "learning rate of the generator")
     lr_discriminator: float | None = option(None, "learning rate of the discriminator, none: that of the generator")
     beta1: float = option(0.5, "decay of the gradient mean in Adam")
     beta2: float = option(0.999, "decay of the squared-gradient mean in Adam")
-    penalty: str | None = option(None, "gradient penalty of the discriminator, none: no penalty", choices=(None, *CENTERS))
+    penalty: Penalty | None = option(None, "gradient penalty of the discriminator, none: no penalty", choices=(None, *CENTERS))
     penalty_weight: float = option(10.0, "weight of the gradient penalty")
     label_smoothing: float = option(0.0, "one-sided: the discriminator's target for real images is 1 minus this")
     instance_noise: float = option(0.0, "standard deviation of noise on the discriminator's input, decreasing to 0 over the training")

@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from .._choices import Interpolation
 from ..ops._validate import check_float, check_tensor
 
 
@@ -72,7 +73,7 @@ def interpolations(
     a: Tensor,  # [B, ...]
     b: Tensor,  # [B, ...]
     steps: int,
-    kind: str = "slerp",
+    kind: Interpolation = "slerp",
 ) -> Tensor:  # [B, steps, ...]
     """Evenly spaced points from a to b, both included.
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .._choices import AdversarialLoss
 from .dcgan import DCGAN, DCGANConfig
 from .system import option
 
@@ -13,7 +14,7 @@ from .system import option
 class WGANConfig(DCGANConfig):
     """Configuration of a `WGAN`."""
 
-    loss: str = option("wasserstein", "adversarial loss", choices=("wasserstein",))
+    loss: AdversarialLoss = option("wasserstein", "adversarial loss", choices=("wasserstein",))
     critic_steps: int = option(5, "critic steps per generator step")
     lr: float = option(5e-4, "learning rate of the generator")
     beta1: float = option(0.0, "momentum of RMSprop")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops._layout import as_positions, for_inductor, from_positions
+from ..ops._layout import Positions, for_inductor
 from ..ops._validate import check_channel_dim, check_mask, check_tensor
 
 
@@ -28,8 +28,8 @@ def linear(layer: nn.Module, x: Tensor, channel: int) -> Tensor:
     channel %= x.dim()
     if isinstance(layer, nn.Identity) or channel == x.dim() - 1:
         return layer(x)
-    positions = as_positions(x, channel)
-    return from_positions(_apply(layer, positions), x, channel)
+    positions = Positions(x, channel)
+    return positions.restore(_apply(layer, positions.vectors))
 
 
 def project(
@@ -41,8 +41,8 @@ def project(
     channel %= x.dim()
     if channel == x.dim() - 1:
         return F.linear(x, weight)
-    positions = as_positions(x, channel)
-    return from_positions(_matmul(positions, weight, None), x, channel)
+    positions = Positions(x, channel)
+    return positions.restore(_matmul(positions.vectors, weight, None))
 
 
 def project_vectors(layer: nn.Module, vectors: Tensor) -> Tensor:

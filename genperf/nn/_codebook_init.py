@@ -2,15 +2,17 @@
 """Initial codes from data: random vectors or k-means centers of the global batch, the same on every rank."""
 
 import itertools
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from .._choices import CodebookInit, Metric
 from .._distributed import all_gather_ints, all_gather_rows, of_rank_0, world_size
 from ..ops.kmeans import kmeans
 
-INITS = ("uniform", "data", "kmeans")
+INITS: tuple[CodebookInit, ...] = get_args(CodebookInit)
 
 # k-means runs on at most this many vectors per code; more change its result little.
 KMEANS_VECTORS = 256
@@ -27,9 +29,9 @@ def codes_from_data(
     valid: Tensor | None,  # [codebooks, outer, inner], equal for every codebook
     num_codes: int,
     *,
-    init: str,
+    init: CodebookInit,
     iterations: int = 10,
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     synchronized: bool = True,
 ) -> tuple[Tensor, Tensor] | None:  # [codebooks, K, D], [codebooks, K]
     """Codes for each codebook, from vectors that are finite, and the number of vectors that each represents; None if there is no vector.

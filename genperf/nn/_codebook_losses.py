@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._choices import Metric
 from ..ops._precision import accumulator_dtype
 from ..ops.code_entropy import code_entropy
 
@@ -15,7 +16,7 @@ def diversity_loss(
     valid: Tensor | None,  # [codebooks, outer, inner]
     *,
     inverse_temperature: float,
-    metric: str,
+    metric: Metric,
     epsilon: float = 0.0,
 ) -> Tensor:
     """Negative entropy, in nats, of the batch mean of softmax(-inverse_temperature * distance) over the codes.

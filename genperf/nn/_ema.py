@@ -8,19 +8,20 @@ of its training steps. Shapes: [..., K] and [..., K, D], where ... is empty or t
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeGuard
+from typing import Protocol, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from .._choices import CodebookInit, Metric, UpdateTime
 from .._distributed import all_reduce_sum, world_size
 from ..ops._precision import HALF_DTYPES, accumulator_dtype, normalized
 from ..ops._validate import check
 from ..ops.nearest_code import METRICS
 from ._codebook_init import INITS
 
-UPDATES = ("step", "accumulate", "none")
+UPDATES: tuple[UpdateTime, ...] = get_args(UpdateTime)
 
 # Factors of 1 - decay for each code: a tensor, or a function of the batch's sums and counts.
 CodeWeights = Tensor | Callable[[Tensor, Tensor], Tensor]
@@ -232,7 +233,7 @@ class HasCodebook(Protocol):
 
     has_ema: bool
     synchronized: bool
-    update: str
+    update: UpdateTime
 
     def take_update(self) -> CodebookUpdate:
         """The pending update. Clears the layer's statistics."""
@@ -330,11 +331,11 @@ def check_codebook_options(
     decay: float | None,
     usage_decay: float,
     eps: float,
-    metric: str,
-    init: str,
+    metric: Metric,
+    init: CodebookInit,
     init_iterations: int,
     replace_dead_below: float,
-    update: str,
+    update: UpdateTime,
 ) -> None:
     """Check the constructor arguments that every layer with a codebook has."""
     check(name, "num_codes must be at least 1", num_codes, num_codes >= 1)
@@ -363,7 +364,7 @@ def keep_precision_(layer: nn.Module, before: dict[str, Tensor]) -> None:
             setattr(layer, name, wide.to(now.device, torch.float32))
 
 
-def check_step(name: str, update: str, code_weights: CodeWeights | None, codebook: Tensor) -> None:
+def check_step(name: str, update: UpdateTime, code_weights: CodeWeights | None, codebook: Tensor) -> None:
     """Check the arguments of a training step that concern the update."""
     if update not in UPDATES:
         raise ValueError(f"{name}: update must be one of {', '.join(UPDATES)}, got {update!r}.")

@@ -66,7 +66,7 @@ def merge_heads(vectors: Tensor, heads: int) -> Tensor:
 def merge_indices(indices: Tensor, sizes: list[int], heads: int) -> Tensor:
     """Indices [codebooks, outer, inner] in the shape `sizes` of the positions, with a last dimension of heads if there are several."""
     if heads == 1:
-        return indices.reshape(sizes)
+        return indices.reshape(*sizes) if sizes else indices.reshape(sizes)
     folded = fold_codebooks(indices)
     return folded.reshape(folded.shape[0] // heads, heads, folded.shape[1]).transpose(1, 2).reshape(*sizes, heads)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._choices import CodebookInit, Gradient, Metric, UpdateTime
 from .._deprecation import RenamedAttribute, renamed_arguments
 from .._pickled import quantizer_state
 from .._typing import signature_of
@@ -126,13 +127,13 @@ class ResidualVectorQuantizer(nn.Module):
         eps: float = 1e-5,
         codebook_weight: float = 1.0,
         commitment_weight: float = 0.25,
-        gradient: str = "straight_through",
-        metric: str = "euclidean",
+        gradient: Gradient = "straight_through",
+        metric: Metric = "euclidean",
         channel_dim: int = -1,
-        init: str = "uniform",
+        init: CodebookInit = "uniform",
         init_iterations: int = 10,
         replace_dead_below: float = 0.0,
-        update: str = "step",
+        update: UpdateTime = "step",
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -176,13 +177,13 @@ class ResidualVectorQuantizer(nn.Module):
         self.eps = eps
         self.codebook_weight = codebook_weight if decay is None else 0.0
         self.commitment_weight = commitment_weight
-        self.gradient = gradient
-        self.metric = metric
+        self.gradient: Gradient = gradient
+        self.metric: Metric = metric
         self.channel_dim = channel_dim
-        self.init = init
+        self.init: CodebookInit = init
         self.init_iterations = init_iterations
         self.replace_dead_below = replace_dead_below
-        self.update = update
+        self.update: UpdateTime = update
 
         shape = (groups if shared_codebook else groups * num_quantizers, num_codes, code_dim)
         codebook = uniform_codes(*shape)  # drawn in any case, so that one seed gives the modules built later the same weights
@@ -224,7 +225,7 @@ class ResidualVectorQuantizer(nn.Module):
         *,
         lengths: Tensor | None = None,
         num_quantizers: int | Tensor | None = None,
-        update: str | None = None,
+        update: UpdateTime | None = None,
         code_weights: CodeWeights | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize x.

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
+from .._choices import CodebookInit, Gradient, Metric, UpdateTime
 from .._deprecation import RenamedAttribute, renamed_arguments
 from .._pickled import quantizer_state
 from .._typing import signature_of
-from ..ops._autograd import ValueOf
+from ..ops._autograd import ValueOf, can_view_within, need_function
 from ..ops._dispatch import choose_impl
 from ..ops._layout import Positions
 from ..ops._noise import first_sample
@@ -157,14 +158,14 @@ class VectorQuantizer(nn.Module):
         orthogonal_weight: float = 0.0,
         orthogonal_used_only: bool = False,
         orthogonal_max_codes: int | None = None,
-        gradient: str = "straight_through",
-        metric: str = "euclidean",
+        gradient: Gradient = "straight_through",
+        metric: Metric = "euclidean",
         channel_dim: int = -1,
-        init: str = "uniform",
+        init: CodebookInit = "uniform",
         init_iterations: int = 10,
         replace_dead_below: float = 0.0,
         sample_temperature: float = 0.0,
-        update: str = "step",
+        update: UpdateTime = "step",
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -209,14 +210,14 @@ class VectorQuantizer(nn.Module):
         self.orthogonal_weight = orthogonal_weight
         self.orthogonal_used_only = orthogonal_used_only
         self.orthogonal_max_codes = orthogonal_max_codes
-        self.gradient = gradient
-        self.metric = metric
+        self.gradient: Gradient = gradient
+        self.metric: Metric = metric
         self.channel_dim = channel_dim
-        self.init = init
+        self.init: CodebookInit = init
         self.init_iterations = init_iterations
         self.replace_dead_below = replace_dead_below
         self.sample_temperature = sample_temperature
-        self.update = update
+        self.update: UpdateTime = update
 
         shape = (heads, num_codes, code_dim) if separate_codebooks else (num_codes, code_dim)
         codebook = uniform_codes(*shape)  # drawn in any case, so that one seed gives the modules built later the same weights
@@ -255,7 +256,7 @@ class VectorQuantizer(nn.Module):
         mask: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
-        update: str | None = None,
+        update: UpdateTime | None = None,
         code_weights: CodeWeights | None = None,
         return_terms: Literal[False] = False,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -266,7 +267,7 @@ class VectorQuantizer(nn.Module):
         mask: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
-        update: str | None = None,
+        update: UpdateTime | None = None,
         code_weights: CodeWeights | None = None,
         return_terms: Literal[True],
     ) -> tuple[Tensor, Tensor, Tensor, LossTerms]: ...
@@ -276,7 +277,7 @@ class VectorQuantizer(nn.Module):
         mask: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
-        update: str | None = None,
+        update: UpdateTime | None = None,
         code_weights: CodeWeights | None = None,
         return_terms: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, LossTerms]:
@@ -301,7 +302,8 @@ class VectorQuantizer(nn.Module):
             ValueError, TypeError: an invalid argument; the codebook is unchanged.
         """
         check_gathered("VectorQuantizer", self.codebook)
-        positions, mask = self._check_input(x, mask, lengths)
+        within = self._can_view_within(x)
+        positions, mask = self._check_input(x.detach() if within else x, mask, lengths)
         update = self.update if update is None else update
         check_step("VectorQuantizer", update, code_weights, self.codebook)
         vectors, valid = self._to_vectors(positions, mask)
@@ -324,12 +326,12 @@ class VectorQuantizer(nn.Module):
             indices = self._sample(vectors, codebook, valid, x)
         learned = codebook if self.codebook_weight > 0 else codebook.detach()
         weights = self.codebook_weight, self.commitment_weight
-        options = *weights, self.gradient, self.metric
-        quantized, indices, loss = quantize_codebooks(vectors, learned, valid, indices, *options, queries, codes)
+        options = *weights, self.gradient, self.metric, queries, codes, (x, positions.channel) if within else None
+        quantized, indices, loss = quantize_codebooks(vectors, learned, valid, indices, *options)
         if updates or (self.training and self.sample_temperature > 0):
             self._steps.record(queries, Step(codes.detach(), indices))
 
-        error, diversity, orthogonal = loss, loss.new_zeros(()), loss.new_zeros(())
+        error, diversity, orthogonal = loss, None, None
         if self.training and self.diversity_weight > 0:
             options = {"inverse_temperature": self.diversity_temperature, "metric": self.metric}
             diversity = diversity_loss(vectors, codebook, valid, **options)
@@ -344,8 +346,12 @@ class VectorQuantizer(nn.Module):
             if update == "step":
                 apply_updates([self.take_update()], code_weights, self.synchronized)
 
-        outputs = self._from_vectors(quantized, positions, mask), merge_indices(indices, positions.sizes, self.heads), loss
-        return (*outputs, LossTerms(error / (sum(weights) or 1.0), diversity, orthogonal)) if return_terms else outputs
+        quantized = quantized if within else self._from_vectors(quantized, positions, mask)
+        outputs = quantized, merge_indices(indices, positions.sizes, self.heads), loss
+        if not return_terms:
+            return outputs
+        terms = (loss.new_zeros(()) if term is None else term for term in (diversity, orthogonal))
+        return *outputs, LossTerms(error / (sum(weights) or 1.0), *terms)
 
     if TYPE_CHECKING:
 
@@ -460,6 +466,12 @@ class VectorQuantizer(nn.Module):
         if mask is not None and (self.project_in is not None or self.metric == "cosine"):
             x = torch.where(mask.unsqueeze(channel), x, 0)  # otherwise a masked NaN could reach the gradients
         return Positions(x, channel), mask
+
+    def _can_view_within(self, x: object) -> bool:
+        """Whether a Function can view x as vectors, since nothing else here needs a gradient of them."""
+        if self.heads > 1 or self.project_in is not None or self.metric == "cosine" or (self.training and self.diversity_weight > 0):
+            return False
+        return isinstance(x, Tensor) and can_view_within(x) and need_function(x, self.codebook)
 
     def _to_vectors(self, positions: Positions, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The vectors to search, [codebooks, outer, D, inner], and which are valid, [codebooks, outer, inner]."""

@@ -88,6 +88,46 @@ def apply(function: type[torch.autograd.Function], *arguments: object) -> Any:
 transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
+def can_view_within(x: Tensor) -> bool:
+    """Whether x can be passed to a Function of `viewing`: not where torch.compile or a transform of torch.func sees its views."""
+    return x.is_contiguous() and not torch.compiler.is_compiling() and not transformed()
+
+
+def viewing(function: type[Function]) -> type[Function]:
+    """A Function of contiguous x [..., D, ...] from one of vectors [outer, D, inner], so that autograd records one node instead of three.
+
+    These are its first argument, the first tensor that it saves, its first output and their gradients. Two further arguments are the
+    sizes of the vectors and the dimension of x that holds the channels.
+    """
+
+    class Viewing(Function):
+        @staticmethod
+        def forward(x: Tensor, *arguments: Any) -> tuple[Any, ...]:
+            *options, sizes, channel = arguments
+            first, *rest = function.forward(x.view(*sizes), *options)
+            shape = list(x.shape)
+            shape[channel] = first.shape[1]
+            # Autograd forbids to modify a view in place that a Function returns, unless it is detached.
+            return first.view(*shape).detach(), *rest
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+            *arguments, ctx.sizes, ctx.channel = inputs
+            ctx.shape = inputs[0].shape
+            function.setup_context(ctx, tuple(arguments), outputs)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor | None, *gradients: Any) -> tuple[Any, ...]:
+            if gradient is not None:
+                outer, _, inner = ctx.sizes
+                gradient = gradient.reshape(outer, gradient.shape[ctx.channel], inner)
+            grad_x, *rest = function.backward(ctx, gradient, *gradients)
+            return None if grad_x is None else grad_x.reshape(*ctx.shape), *rest, None, None
+
+    Viewing.__name__ = Viewing.__qualname__ = function.__name__
+    return Viewing
+
+
 def need_function(*tensors: Tensor | None) -> bool:
     """Whether an op must run as a Function: an input requires a gradient, or a transform of torch.func is active.
 
@@ -137,9 +177,11 @@ def is_batched(t: Tensor) -> bool:
 
 def saved_tensors(ctx: Any) -> tuple[Any, ...]:
     """The saved tensors, free of the wrappers of a transform that has ended, as when the function of torch.func.vjp calls backward."""
-    if not (torch.is_grad_enabled() or transformed()) or torch.compiler.is_compiling():
-        return ctx.saved_tensors
-    return tuple(None if t is None else _functorch.unwrap_if_dead(t) for t in ctx.saved_tensors)
+    saved: tuple[Any, ...] = ctx.saved_tensors
+    if (torch.is_grad_enabled() or transformed()) and not torch.compiler.is_compiling():
+        saved = tuple(None if t is None else _functorch.unwrap_if_dead(t) for t in saved)
+    sizes = getattr(ctx, "sizes", None)  # set by `viewing`
+    return saved if sizes is None else (saved[0].view(*sizes), *saved[1:])
 
 
 def need_graph(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> bool:

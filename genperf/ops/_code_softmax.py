@@ -2,24 +2,25 @@
 """What `code_entropy`, `code_cross_entropy` and `sample_code` share: the softmax over all codes, without the positions x codes matrix."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from .. import _library
+from .._choices import Impl, Logits
 from ._autograd import Function, apply, differentiate, need_function, need_graph, saved_tensors
 from ._code_softmax_chunks import MIN_SQUARED_DISTANCE
-from ._dispatch import choose_impl
+from ._dispatch import Reasons, choose_impl, remembered
 from ._layout import as_positions
 from ._precision import accumulator_dtype
 from ._validate import check_mask
 from .nearest_code import _as_head_positions, _check_search
 
-LOGITS = ("distance", "squared_distance", "dot")
+LOGITS: tuple[Logits, ...] = get_args(Logits)
 
 
-def check_arguments(op: str, x: Tensor, codebook: Tensor, temperature: float, logits: str, channel_dim: int, mask: Tensor | None) -> int:
+def check_arguments(op: str, x: Tensor, codebook: Tensor, temperature: float, logits: Logits, channel_dim: int, mask: Tensor | None) -> int:
     """Check the arguments that the ops share. Returns channel_dim as a non-negative number."""
     channel = _check_search(op, x, codebook, channel_dim)
     if logits not in LOGITS:
@@ -30,7 +31,8 @@ def check_arguments(op: str, x: Tensor, codebook: Tensor, temperature: float, lo
     return channel
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+@remembered
+def unavailable(device: torch.device, dtype: torch.dtype) -> Reasons:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
     return {"native": _library.cpu_failure, "reference": None}
 
@@ -49,9 +51,9 @@ def code_softmax(
     channel: int,
     mask: Tensor | None,
     indices: Tensor | None,
-    logits: str,
+    logits: Logits,
     temperature: float,
-    impl: str | None,
+    impl: Impl | None,
 ) -> tuple[Tensor, Tensor, Tensor | int]:
     """Entropy of the softmax, or with `indices` the cross-entropy, of each position. Expects validated arguments.
 
@@ -85,7 +87,7 @@ def code_softmax(
 class _CodeSoftmax(Function):
     @staticmethod
     def forward(
-        x: Tensor, codebook: Tensor, mask: Tensor | None, indices: Tensor | None, logits: str, temperature: float
+        x: Tensor, codebook: Tensor, mask: Tensor | None, indices: Tensor | None, logits: Logits, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.genperf.code_softmax(x, codebook, mask, indices, logits, temperature)
 
@@ -119,7 +121,7 @@ def code_softmax_reference(
     codebook: Tensor,  # [heads, K, D]
     mask: Tensor | None,  # [heads, outer, inner]
     indices: Tensor | None,  # [heads, outer, inner]
-    logits: str,
+    logits: Logits,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """The op in plain PyTorch, differentiated by autograd."""
@@ -137,7 +139,7 @@ def code_softmax_reference(
     return value if valid is None else torch.where(valid, value, 0), usage
 
 
-def logits_reference(x: Tensor, codebook: Tensor, valid: Tensor | None, logits: str) -> Tensor:
+def logits_reference(x: Tensor, codebook: Tensor, valid: Tensor | None, logits: Logits) -> Tensor:
     """The logits [heads, N, K]; where `valid` is False, finite logits of another vector."""
     dtype = accumulator_dtype(x.dtype)
     rows, codes = x.transpose(2, 3).flatten(1, 2).to(dtype), codebook.to(dtype)

@@ -1,26 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choice of an implementation: which ones an op has, why one cannot run here, and which one is used."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 import torch._C._functorch as _functorch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import _library
+from .._choices import Impl
 from .._messages import warn_caller
 from ._autograd import transformed
 
 log = logging.getLogger("genperf")
-IMPLEMENTATIONS = ("reference", "native", "triton", "eigen", "polar")
+IMPLEMENTATIONS: tuple[Impl, ...] = get_args(Impl)
 _only_reference = False
 _warned = False  # that a library is missing
 
 # A Python function that stands in for a compiled op.
 Implementation = TypeVar("Implementation", bound=Callable[..., object])
+
+# For each implementation, best first, a sentence that says why it cannot run, or None where it can.
+Reasons = dict[Impl, str | None]
 
 
 @contextmanager
@@ -37,7 +43,7 @@ def reference_ops() -> Iterator[None]:
         _only_reference = before
 
 
-def choose_impl(op: str, impl: str | None, unavailable: dict[str, str | None], *inputs: object) -> str:
+def choose_impl(op: str, impl: Impl | None, unavailable: Reasons, *inputs: object) -> Impl:
     """The name of the implementation to run.
 
     Args:
@@ -48,6 +54,19 @@ def choose_impl(op: str, impl: str | None, unavailable: dict[str, str | None], *
         ValueError: an unknown `impl`.
         NotImplementedError: a named `impl` that cannot run; it never falls back.
     """
+    if impl is None and not (
+        _only_reference
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+        or torch.compiler.is_exporting()
+        or torch._C._is_tracing()
+        or log.isEnabledFor(logging.DEBUG)
+    ):
+        for name, reason in unavailable.items():
+            if reason is None:
+                if name != "reference":
+                    return name
+                break
     reference_only = None
     if exporting_to_onnx():
         reference_only = "an ONNX graph holds operators of PyTorch only."
@@ -56,7 +75,7 @@ def choose_impl(op: str, impl: str | None, unavailable: dict[str, str | None], *
     if reference_only is not None:
         unavailable = {name: reason if name == "reference" else reason or reference_only for name, reason in unavailable.items()}
     if impl is None:
-        chosen = "reference" if _only_reference else next(name for name, reason in unavailable.items() if reason is None)
+        chosen: Impl = "reference" if _only_reference else next(name for name, reason in unavailable.items() if reason is None)
         if not torch.compiler.is_compiling() and log.isEnabledFor(logging.DEBUG):
             passed_over = "".join(f"; not {name}: {reason}" for name, reason in unavailable.items() if reason is not None)
             log.debug("%s runs %s%s", op, chosen, passed_over)
@@ -71,10 +90,8 @@ def choose_impl(op: str, impl: str | None, unavailable: dict[str, str | None], *
     return impl
 
 
-def _warn_missing_library(op: str, unavailable: dict[str, str | None]) -> None:
+def _warn_missing_library(op: str, unavailable: Reasons) -> None:
     """Warn once in a process if an op runs its reference on a GPU because something is not installed or not built."""
-    from genperf import _library
-
     global _warned
     if _warned or torch.compiler.is_compiling():
         return
@@ -100,10 +117,31 @@ def _has_tangent(inputs: tuple[object, ...]) -> bool:
     return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in inputs)
 
 
+def remembered(unavailable: Callable[[torch.device, torch.dtype], Reasons]) -> Callable[[torch.device, torch.dtype], Reasons]:
+    """Decorator: evaluate the reasons of an op once for each device and dtype. Callers must not change what they get."""
+    known: dict[object, Reasons] = {}
+
+    @functools.wraps(unavailable)
+    def recall(device: torch.device, dtype: torch.dtype) -> Reasons:
+        # The failures of a GPU are known when torch has initialized CUDA, which can be later than the first call.
+        if torch.compiler.is_compiling() or _library.cuda_device_failures or _library.triton_device_failures:
+            return unavailable(device, dtype)
+        key = device, dtype, _library.cpu_failure, _library.cuda_failure, _library.triton_failure
+        found = known.get(key)
+        if found is None:
+            found = known[key] = unavailable(device, dtype)
+        return found
+
+    return recall
+
+
+def also_not_native(reasons: Reasons, reason: str) -> Reasons:
+    """The reasons, with one why the compiled kernel cannot run for these arguments."""
+    return {**reasons, "native": reasons["native"] or reason}
+
+
 def native_unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the compiled kernel of `op` cannot run on this device and dtype, or None."""
-    from genperf import _library
-
     if device.type == "cpu":
         return _library.cpu_failure
     if device.type == "cuda":
@@ -113,7 +151,7 @@ def native_unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str
     return f"no compiled kernel for device {device.type!r}."
 
 
-def streaming_unavailable(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def streaming_unavailable(op: str, device: torch.device, dtype: torch.dtype) -> Reasons:
     """Implementations of an op whose kernels, on every device, take float32, bfloat16 and float16 only."""
     native = native_unavailable(op, device, dtype)
     if native is None and dtype == torch.float64:

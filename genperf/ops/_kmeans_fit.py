@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .._choices import ClusterInit, ClusterUpdate
 from ._kmeans_balance import BalancedAssignment
 from ._kmeans_init import initial_codes, random_codes, replace_empty_codes
 from ._kmeans_vectors import Assignment, Vectors
@@ -42,9 +43,9 @@ class KMeansOptions(NamedTuple):
     """Arguments of `kmeans` that do not depend on the vectors."""
 
     iterations: int
-    init: str | Tensor
+    init: ClusterInit | Tensor
     n_init: int
-    update: str
+    update: ClusterUpdate
     batch_size: int | None
     decay: float | None
     balance: float | None

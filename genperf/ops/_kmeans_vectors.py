@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from .._choices import Impl, Metric
 from .._distributed import all_gather_ints, all_gather_rows, all_reduce_sum, of_rank_0, world_size
 from ._autograd import call, transformed
 from ._dispatch import register_fake
@@ -79,8 +80,8 @@ class Vectors:
     def __init__(
         self,
         x: Tensor,
-        metric: str,
-        impl: str,
+        metric: Metric,
+        impl: Impl,
         weights: Tensor | None = None,
         synchronized: bool = False,
         stages: Sequence[Stage] = (),
@@ -88,8 +89,8 @@ class Vectors:
         unit: Tensor | None = None,
     ) -> None:
         self.x = x
-        self.metric = metric
-        self.impl = impl
+        self.metric: Metric = metric
+        self.impl: Impl = impl
         self.weights = weights
         self.stages = stages
         self.unit = unit

@@ -22,34 +22,42 @@ class Positions:
             row-major order of x's other dimensions. A channels-last tensor has inner = 1; a channels-first tensor, even a
             permuted one, has its pixels in `inner`.
         channel: the dimension of x that holds a vector, not negative.
+        shape: that of x.
         sizes: shape of x without its channel dimension.
         split: how many of those dimensions `outer` covers.
         outer, inner: the positions before and after the split.
     """
 
-    __slots__ = ("channel", "inner", "outer", "sizes", "split", "vectors")
+    __slots__ = ("channel", "inner", "outer", "shape", "sizes", "split", "vectors")
 
     def __init__(self, x: Tensor, channel: int) -> None:
         self.channel = channel
-        self.sizes = sizes = positions_shape(x, channel)
-        self.split = channel if x.is_contiguous() else _viewable_split(x, channel, sizes)
-        self.outer, self.inner = math.prod(sizes[: self.split]), math.prod(sizes[self.split :])
-        moved = x if self.split == channel else x.movedim(channel, self.split)
-        self.vectors = moved.reshape(self.outer, x.shape[channel], self.inner)
+        self.shape = shape = tuple(x.shape)
+        self.sizes = sizes = [*shape[:channel], *shape[channel + 1 :]]
+        self.split = split = channel if x.is_contiguous() else _viewable_split(x, channel, sizes)
+        self.outer, self.inner = math.prod(sizes[:split]), math.prod(sizes[split:])
+        moved = x if split == channel else x.movedim(channel, split)
+        self.vectors = moved.reshape(self.outer, shape[channel], self.inner)
 
     def view_mask(self, mask: Tensor | None) -> Tensor | None:
         """View a mask or indices of x's positions as [outer, inner]."""
         return None if mask is None else mask.reshape(self.outer, self.inner)
 
+    def view_like(self, t: Tensor) -> Tensor:
+        """View t, of x's shape, as [outer, D, inner]; a copy only where no such view exists."""
+        return t.movedim(self.channel, self.split).reshape(self.vectors.shape)
+
     def restore(self, y: Tensor) -> Tensor:
         """View y in the shape of x, with the channels that y has: [outer, D', inner], or [positions, D', 1]."""
-        split = self.split if y.shape[0] == self.outer else len(self.sizes)
-        y = y.reshape(*self.sizes[:split], y.shape[1], *self.sizes[split:])
+        outer, channels, _ = y.shape
+        split = self.split if outer == self.outer else len(self.sizes)
+        y = y.reshape(*self.sizes[:split], channels, *self.sizes[split:])
         return for_inductor(y if split == self.channel else y.movedim(split, self.channel))
 
     def restore_indices(self, indices: Tensor, *last: int) -> Tensor:
         """View indices [outer, inner] in the shape of x without its channels, with further dimensions `last`."""
-        return indices.reshape(*self.sizes, *last)
+        shape = [*self.sizes, *last]
+        return indices.reshape(*shape) if shape else indices.reshape(shape)  # numbers are read faster than a list
 
 
 def _viewable_split(x: Tensor, channel: int, sizes: list[int]) -> int:
@@ -68,7 +76,7 @@ def as_positions(x: Tensor, channel: int) -> Tensor:
 
 def fold_codebooks(t: Tensor) -> Tensor:
     """View vectors or indices [codebooks, outer, ...] as [outer * codebooks, ...]."""
-    return t.squeeze(0) if len(t) == 1 else t.transpose(0, 1).flatten(0, 1)
+    return t.squeeze(0) if t.shape[0] == 1 else t.transpose(0, 1).flatten(0, 1)
 
 
 def as_one_codebook(vectors: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -76,23 +84,11 @@ def as_one_codebook(vectors: Tensor, indices: Tensor, num_codes: int) -> tuple[T
 
     Code k of codebook c becomes c * num_codes + k; -1 stays.
     """
-    if len(indices) > 1:
-        first = torch.arange(len(indices), device=indices.device).view(-1, 1, 1) * num_codes
+    codebooks = indices.shape[0]
+    if codebooks > 1:
+        first = torch.arange(codebooks, device=indices.device).view(-1, 1, 1) * num_codes
         indices = torch.where(indices < 0, -1, indices + first)
     return fold_codebooks(vectors), fold_codebooks(indices)
-
-
-def like_positions(t: Tensor, positions: Tensor, x: Tensor, channel: int) -> Tensor:
-    """View t, of x's shape, as [outer, D, inner] with the outer and inner of x's `positions`; a copy only where no such view exists."""
-    split = position_split(positions, x, channel)
-    return t.movedim(channel, split).reshape(positions.shape)
-
-
-def from_positions(y: Tensor, x: Tensor, channel: int) -> Tensor:
-    """Undo `as_positions`: y [outer, D, inner] in the shape of x, but for its D."""
-    sizes = positions_shape(x, channel)
-    split = position_split(y, x, channel)
-    return for_inductor(y.reshape(*sizes[:split], y.shape[1], *sizes[split:]).movedim(split, channel))
 
 
 def for_inductor(image: Tensor) -> Tensor:
@@ -108,24 +104,19 @@ def for_inductor(image: Tensor) -> Tensor:
     return image if all(has_static_value(size) for size in image.shape) else image * 1
 
 
-def position_split(positions: Tensor, x: Tensor, channel: int) -> int:
-    sizes = positions_shape(x, channel)
-    split = 0
-    while math.prod(sizes[:split]) != positions.shape[0] or math.prod(sizes[split:]) != positions.shape[2]:
-        split += 1
-    return split
-
-
 def as_rows(read: Sequence[Tensor | None], written: Sequence[Tensor | None] = ()) -> list[Tensor | None]:
     """View tensors of one shape [B, ...] as [B, rows, columns], elements in row-major order.
 
     If no view fits all tensors, those that are only read are copied. Tensors that are written must be dense.
     """
     tensors = [t for t in (*read, *written) if t is not None]
-    shape = tensors[0].shape
-    if all(t.is_contiguous() for t in tensors):
-        sizes = (shape[0], 1, math.prod(shape[1:]))
-        return [None if t is None else t.view(sizes) for t in (*read, *written)]
+    shape = tuple(tensors[0].shape)
+    for t in tensors:
+        if not t.is_contiguous():
+            break
+    else:
+        batch, columns = shape[0], math.prod(shape[1:])
+        return [None if t is None else t.view(batch, 1, columns) for t in (*read, *written)]
     split = _row_split(shape, tensors) or _row_split(shape, [t for t in written if t is not None]) or 1
     sizes = (shape[0], math.prod(shape[1:split]), math.prod(shape[split:]))
     views = [None if t is None else t.reshape(sizes) for t in read]

@@ -20,6 +20,7 @@ _SEEDS = torch.iinfo(torch.int64).max
 WORD = 0xFFFFFFFF
 WEIGHT_QUAD = -(1 << 63)  # 2^63 as a signed integer: the quad reserved for the weight of a sample
 
+_CPU = torch.device("cpu")
 _first_sample = 0
 
 
@@ -63,6 +64,8 @@ def draw_seed(op: str, device: torch.device, generator: torch.Generator | None, 
         TypeError: generator is no torch.Generator.
         ValueError: the seed is drawn on the CPU while a CUDA graph captures the op, which would then repeat its noise.
     """
+    if generator is None and device == _CPU:
+        return torch.randint(_SEEDS, (), dtype=torch.int64, device=device)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"{op}: generator must be a torch.Generator or None, got {type(generator).__name__}.")
     source = device if generator is None else generator.device

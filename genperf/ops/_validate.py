@@ -11,6 +11,8 @@ from ._autograd import transformed, values_of
 from ._layout import positions_shape
 from ._precision import HALF_DTYPES
 
+FLOAT_DTYPES = (torch.float32, *HALF_DTYPES, torch.float64)
+
 
 def check_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
@@ -19,9 +21,10 @@ def check_tensor(op: str, name: str, value: object) -> None:
 
 def check_channel_dim(op: str, x: Tensor, channel_dim: int) -> int:
     """Check channel_dim. Returns it as a non-negative number."""
-    if x.dim() == 0 or not -x.dim() <= channel_dim < x.dim():
+    dims = x.dim()
+    if not -dims <= channel_dim < dims:
         raise ValueError(f"{op}: channel_dim must be a dimension of x, got channel_dim={channel_dim} for x of shape {list(x.shape)}.")
-    return channel_dim % x.dim()
+    return channel_dim % dims
 
 
 def check_positions(op: str, name: str, value: Tensor, x: Tensor, channel: int) -> None:
@@ -40,19 +43,33 @@ def check_vectors(op: str, x: Tensor, codebook: Tensor, channel_dim: int) -> int
     channel = check_channel_dim(op, x, channel_dim)
     if codebook.dim() != 2:
         raise ValueError(f"{op}: codebook must have shape [K, D], got {list(codebook.shape)}.")
-    if codebook.shape[0] == 0 or codebook.shape[1] == 0:
-        raise ValueError(f"{op}: codebook must hold at least one code of at least one dimension, got shape {list(codebook.shape)}.")
-    if x.shape[channel] != codebook.shape[1]:
+    _check_codes(op, x, codebook, channel, channel_dim)
+    return channel
+
+
+def check_codes(op: str, x: Tensor, codebook: Tensor, channel_dim: int) -> int:
+    """`check_vectors` with one or several codebooks, [..., K, D]."""
+    check_tensor(op, "x", x)
+    channel = check_channel_dim(op, x, channel_dim)
+    _check_codes(op, x, codebook, channel, channel_dim)
+    return channel
+
+
+def _check_codes(op: str, x: Tensor, codebook: Tensor, channel: int, channel_dim: int) -> None:
+    num_codes, code_dim = codebook.shape[-2:]
+    if num_codes == 0 or code_dim == 0:
+        shape = [num_codes, code_dim]
+        raise ValueError(f"{op}: codebook must hold at least one code of at least one dimension, got shape {shape}.")
+    if x.shape[channel] != code_dim:
         raise ValueError(
             f"{op}: the channel dimension of x must be as long as a code, got {x.shape[channel]} channels "
-            f"(x {list(x.shape)}, channel_dim={channel_dim}) and codes of {codebook.shape[1]}."
+            f"(x {list(x.shape)}, channel_dim={channel_dim}) and codes of {code_dim}."
         )
     check_float(op, "x", x)
     if codebook.dtype != x.dtype and not (codebook.dtype == torch.float32 and x.dtype in HALF_DTYPES):
         raise TypeError(f"{op}: codebook must have the dtype of x, or float32 with a half-precision x, got {codebook.dtype} and {x.dtype}.")
     if codebook.device != x.device:
         raise ValueError(f"{op}: x and codebook must be on one device, got {x.device} and {codebook.device}.")
-    return channel
 
 
 def check_layer_input(name: str, x: Tensor, mask: Tensor | None, *, dim: int, channel_dim: int, dtype: torch.dtype) -> int:
@@ -70,7 +87,7 @@ def check_layer_input(name: str, x: Tensor, mask: Tensor | None, *, dim: int, ch
 
 
 def check_float(op: str, name: str, value: Tensor) -> None:
-    if value.dtype not in (torch.float32, torch.float64, *HALF_DTYPES):
+    if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}.")
 
 

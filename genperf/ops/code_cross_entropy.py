@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from .._choices import Impl, Logits
 from ._code_softmax import check_arguments, code_softmax, unavailable
 from .code_statistics import check_indices
 
@@ -16,10 +17,10 @@ def code_cross_entropy(
     indices: Tensor,  # [...]
     *,
     temperature: float = 1.0,
-    logits: str = "distance",
+    logits: Logits = "distance",
     channel_dim: int = -1,
     mask: Tensor | None = None,  # [...]
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Cross-entropy between the softmax over all codes, as in `code_entropy`, and target indices.
 

@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from .._choices import Impl, Logits
 from ._code_softmax import check_arguments, code_softmax, unavailable
 
 __all__ = ["code_entropy", "unavailable"]
@@ -14,11 +15,11 @@ def code_entropy(
     codebook: Tensor,  # [K, D], or [heads, K, D]
     *,
     temperature: float = 1.0,
-    logits: str = "distance",
+    logits: Logits = "distance",
     channel_dim: int = -1,
     mask: Tensor | None = None,  # [...]
     epsilon: float = 0.0,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per-sample entropy of the code softmax, and entropy of its batch mean: the terms of entropy and diversity losses.
 

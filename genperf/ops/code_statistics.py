@@ -6,8 +6,9 @@ import math
 import torch
 from torch import Tensor
 
+from .._choices import Impl
 from ._autograd import call
-from ._dispatch import choose_impl, native_unavailable, register_fake
+from ._dispatch import Reasons, choose_impl, native_unavailable, register_fake, remembered
 from ._layout import as_one_codebook, as_positions
 from ._precision import accumulator_dtype
 from ._validate import can_branch_on, check_channel_dim, check_float, check_index_range, check_positions, check_tensor
@@ -20,7 +21,7 @@ def code_statistics(
     *,
     channel_dim: int = -1,
     weights: Tensor | None = None,  # [...]
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:  # [K], [K, D]
     """Number and sum of the vectors assigned to each code, from which EMA codebooks and k-means are updated.
 
@@ -74,7 +75,7 @@ def statistics(
     num_codes: int,
     weights: Tensor | None,  # [outer, inner]
     origins: Tensor | None,  # [K, D]
-    impl: str,
+    impl: Impl,
 ) -> tuple[Tensor, Tensor]:
     """`code_statistics` of checked arguments; with `origins`, the sums are of x - origins[indices]."""
     if impl == "reference":
@@ -93,15 +94,15 @@ def codebook_statistics(
     Also returns the indices, with -1 for those vectors.
     """
     impl = choose_impl("code_statistics", None, unavailable(x.device, x.dtype))
-    x, codebooks = x.detach(), len(x)
+    x, codebooks = x.detach(), x.shape[0]
 
     def compute(indices: Tensor) -> tuple[Tensor, Tensor]:
         counts, sums = statistics(*as_one_codebook(x, indices, num_codes), codebooks * num_codes, None, None, impl)
-        return counts.unflatten(0, (codebooks, num_codes)), sums.unflatten(0, (codebooks, num_codes))
+        return counts.reshape(codebooks, num_codes), sums.reshape(codebooks, num_codes, sums.shape[1])
 
     if can_branch_on(x):  # where the sums tell, which costs less than a look at every vector
         counts, sums = compute(indices)
-        if sums.sum().isfinite():  # faster than a look at each; a sum that overflows only takes the longer way
+        if math.isfinite(sums.sum().item()):  # faster than a look at each; a sum that overflows only takes the longer way
             return counts, sums, indices
     indices = torch.where(is_finite(x, 2), indices, -1)
     return (*compute(indices), indices)
@@ -121,7 +122,8 @@ def check_indices(op: str, indices: Tensor, x: Tensor, channel: int, num_codes: 
     check_index_range(op, indices, num_codes)
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+@remembered
+def unavailable(device: torch.device, dtype: torch.dtype) -> Reasons:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
     return {"native": native_unavailable("code_statistics", device, dtype), "reference": None}
 

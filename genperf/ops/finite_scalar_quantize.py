@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph, saved_tensors
-from ._dispatch import choose_impl, register_fake, streaming_unavailable
-from ._layout import as_positions, from_positions, positions_shape
+from .._choices import Impl
+from ._autograd import Function, ValueOf, apply, can_view_within, differentiate, need_function, need_graph, saved_tensors, viewing
+from ._dispatch import Reasons, choose_impl, register_fake, remembered, streaming_unavailable
+from ._layout import Positions
 from ._precision import accumulator_dtype
 from ._validate import check_channel_dim, check_float, check_index_range, check_tensor
 
@@ -28,7 +29,7 @@ def finite_scalar_quantize(
     symmetric: bool = False,
     hard_clamp: bool = False,
     channel_dim: int = -1,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Bound each channel and round it to one of its levels; Mentzer et al., "Finite Scalar Quantization" (FSQ, 2023).
 
@@ -142,7 +143,7 @@ def basis_of(levels: Sequence[int]) -> list[int]:
 
 
 def quantize_levels(
-    op: str, x: Tensor, levels: list[int], symmetric: bool, hard: bool, channel_dim: int, impl: str | None, indexed: bool = True
+    op: str, x: Tensor, levels: list[int], symmetric: bool, hard: bool, channel_dim: int, impl: Impl | None, indexed: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """`finite_scalar_quantize` of validated levels. Without `indexed` the indices are None, and the number of codes is not limited."""
     channel = check_channel_dim(op, x, channel_dim)
@@ -151,17 +152,26 @@ def quantize_levels(
             f"{op}: the channel dimension of x must have one channel for each of the {len(levels)} levels, got {x.shape[channel]} "
             f"(x {list(x.shape)}, channel_dim={channel_dim})."
         )
-    positions = as_positions(x, channel)
-    if choose_impl(op, impl, unavailable(x.device, x.dtype), x) == "reference":
-        quantized, indices = finite_scalar_quantize_reference(positions, levels, symmetric, hard, indexed)
-    elif need_function(x):
-        quantized, indices = apply(_FiniteScalarQuantize, positions, levels, symmetric, hard, indexed)
+    chosen = choose_impl(op, impl, unavailable(x.device, x.dtype), x)
+    differentiable = chosen != "reference" and need_function(x)
+    within = differentiable and can_view_within(x)
+    positions = Positions(x.detach() if within else x, channel)
+    vectors, options = positions.vectors, (levels, symmetric, hard, indexed)
+    if within:
+        quantized, indices = apply(_FiniteScalarQuantizeViewing, x, *options, vectors.shape, channel)
     else:
-        quantized, indices = torch.ops.genperf.finite_scalar_quantize(positions, levels, symmetric, hard, indexed)
-    return from_positions(quantized, x, channel), indices.reshape(positions_shape(x, channel)) if indexed else None
+        if chosen == "reference":
+            quantized, indices = finite_scalar_quantize_reference(vectors, *options)
+        elif differentiable:
+            quantized, indices = apply(_FiniteScalarQuantize, vectors, *options)
+        else:
+            quantized, indices = torch.ops.genperf.finite_scalar_quantize(vectors, *options)
+        quantized = positions.restore(quantized)
+    return quantized, positions.restore_indices(indices) if indexed else None
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+@remembered
+def unavailable(device: torch.device, dtype: torch.dtype) -> Reasons:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
     return streaming_unavailable("finite_scalar_quantize", device, dtype)
 
@@ -193,6 +203,9 @@ class _FiniteScalarQuantize(Function):
         else:
             grad_x = torch.ops.genperf.finite_scalar_quantize_backward(grad_quantized, x, levels, symmetric, hard)
         return grad_x, None, None, None, None
+
+
+_FiniteScalarQuantizeViewing = viewing(_FiniteScalarQuantize)
 
 
 def finite_scalar_quantize_reference(

@@ -5,6 +5,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from .._choices import Impl, Precision
 from ._dispatch import choose_impl
 from ._validate import check_float, check_tensor
 from .covariance_factor import working_dtype
@@ -20,9 +21,9 @@ def frechet_distance(
     *,
     factor1: Tensor | None = None,
     factor2: Tensor | None = None,
-    precision: str = "float64",
+    precision: Precision = "float64",
     return_error: Literal[False] = False,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor: ...
 @overload
 def frechet_distance(
@@ -33,9 +34,9 @@ def frechet_distance(
     *,
     factor1: Tensor | None = None,
     factor2: Tensor | None = None,
-    precision: str = "float64",
+    precision: Precision = "float64",
     return_error: Literal[True],
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def frechet_distance(
     mean1: Tensor,  # [..., d]
@@ -45,9 +46,9 @@ def frechet_distance(
     *,
     factor1: Tensor | None = None,  # [..., d, r1]
     factor2: Tensor | None = None,  # [..., d, r2]
-    precision: str = "float64",
+    precision: Precision = "float64",
     return_error: bool = False,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Squared Frechet (2-Wasserstein) distance of two Gaussians: FID, if they are fitted to Inception features.
 

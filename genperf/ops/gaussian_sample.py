@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import Function, apply, differentiate, need_function, need_graph, requires_grad, saved_tensors
-from ._dispatch import choose_impl, register_fake, streaming_unavailable
+from .._choices import Impl
+from ._autograd import Function, apply, differentiate, need_function, need_graph, requires_grad, saved_tensors, transformed
+from ._dispatch import Reasons, also_not_native, choose_impl, register_fake, remembered, streaming_unavailable
 from ._layout import as_rows, for_inductor, rows_fit
 from ._noise import draw_seed, first_sample, normal_noise
 from ._precision import HALF_DTYPES, accumulator_dtype
@@ -30,7 +31,7 @@ def gaussian_sample(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,  # [B, ...]
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample a diagonal Gaussian and compute its KL divergence; Kingma and Welling, "Auto-Encoding Variational Bayes" (2013).
 
@@ -83,7 +84,7 @@ def gaussian_sample(
         raise TypeError(f"{op}: dtype must be None, mean's dtype, or float32 with half-precision moments, got {dtype} for {mean.dtype}.")
     reasons = unavailable(mean.device, mean.dtype)
     if noise is not None and requires_grad(noise):
-        reasons["native"] = reasons["native"] or "noise requires a gradient, which the kernels do not compute."
+        reasons = also_not_native(reasons, "noise requires a gradient, which the kernels do not compute.")
     chosen = choose_impl(op, impl, reasons, mean, logvar, prior_mean, prior_logvar, noise)
 
     seed = draw_seed(op, mean.device, generator, by_value=True) if noise is None else None
@@ -99,21 +100,23 @@ def gaussian_sample(
     return for_inductor(sample), kl
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+@remembered
+def unavailable(device: torch.device, dtype: torch.dtype) -> Reasons:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
     return streaming_unavailable("gaussian_sample", device, dtype)
 
 
 def _check_moments(op: str, name: str, mean: Tensor, logvar_name: str, logvar: Tensor | None, dim: int) -> torch.Size:
     """Check packed or separate moments. Returns the shape of one half."""
-    if mean.dim() == 0:
+    dims = mean.dim()
+    if dims == 0:
         raise ValueError(f"{op}: {name} must have a batch dimension, got a scalar.")
     if logvar is None:
-        if not -mean.dim() <= dim < mean.dim() or dim % mean.dim() == 0:
+        if not -dims <= dim < dims or dim % dims == 0:
             raise ValueError(f"{op}: dim must be a dimension of {name} other than the batch, got dim={dim} for shape {list(mean.shape)}.")
-        if mean.shape[dim] % 2:
-            raise ValueError(f"{op}: packed moments must have an even size along dim={dim}, got {list(mean.shape)}.")
         shape = list(mean.shape)
+        if shape[dim] % 2:
+            raise ValueError(f"{op}: packed moments must have an even size along dim={dim}, got {shape}.")
         shape[dim] //= 2
         return torch.Size(shape)
     check_tensor(op, logvar_name, logvar)
@@ -164,26 +167,36 @@ def _all_halves(moments: Moments, dim: int) -> list[Tensor | None]:
 
 def _rows(inputs: Moments, extra: Sequence[Tensor | None], written: Moments | None, dim: int) -> list[Tensor | None]:
     """`as_rows` of the halves of `inputs`, of `extra`, and of the halves of `written`."""
-    # The common case, contiguous packed moments: one view of each tensor, unbound into its halves. Not under torch.compile, since Inductor
-    # (torch 2.13) loses writes through such views if sizes are dynamic.
-    packed = inputs[1] is None and not torch.compiler.is_compiling()
-    if packed and all(t is None or t.is_contiguous() for t in (*inputs, *extra, *(written or ()))):
-        shape = inputs[0].shape
-        rows = math.prod(shape[1:dim])
-        columns = math.prod(shape[dim:]) // 2
-
-        def halves(mean: Tensor | None, logvar: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-            if mean is None or logvar is not None:
-                return view(mean), view(logvar)
-            first, second = mean.view(shape[0], rows, 2, columns).unbind(2)
-            return first, second
-
-        def view(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.view(shape[0], rows, columns)
-
-        written_halves = (*halves(*written[:2]), *halves(*written[2:])) if written else ()
-        return [*halves(*inputs[:2]), *halves(*inputs[2:]), *map(view, extra), *written_halves]
+    # The common case, contiguous packed moments. Not under torch.compile, since Inductor (torch 2.13) loses writes through such views if
+    # sizes are dynamic, nor under a transform of torch.func, where the storage is that of a batch.
+    if inputs[1] is None and not torch.compiler.is_compiling() and not transformed():
+        for t in (*inputs, *extra, *(written or ())):
+            if t is not None and not t.is_contiguous():
+                break
+        else:
+            shape = tuple(inputs[0].shape)
+            sizes = shape[0], math.prod(shape[1:dim]), math.prod(shape[dim:]) // 2
+            found = _contiguous_halves(inputs, sizes)
+            found += [None if t is None else t.view(*sizes) for t in extra]
+            return found if written is None else found + _contiguous_halves(written, sizes)
     return as_rows([*_all_halves(inputs, dim), *extra], _all_halves(written, dim) if written else ())
+
+
+def _contiguous_halves(moments: Moments, sizes: tuple[int, int, int]) -> list[Tensor | None]:
+    """Contiguous mean, logvar and those of the prior, unpacked and viewed as [B, rows, columns]; halves of a row alternate in memory."""
+    mean, logvar, prior_mean, prior_logvar = moments
+    return [
+        *_contiguous_pair(mean, logvar, *sizes),
+        *((None, None) if prior_mean is None else _contiguous_pair(prior_mean, prior_logvar, *sizes)),
+    ]
+
+
+def _contiguous_pair(mean: Tensor, logvar: Tensor | None, batch: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    if logvar is not None:
+        return mean.view(batch, rows, columns), logvar.view(batch, rows, columns)
+    # Faster than chunk and a view.
+    sizes, strides, start = (batch, rows, columns), (2 * rows * columns, 2 * columns, 1), mean.storage_offset()
+    return mean.as_strided(sizes, strides, start), mean.as_strided(sizes, strides, start + columns)
 
 
 def _forward(
@@ -203,7 +216,7 @@ def _forward(
     shape = list(mean.shape)
     if logvar is None:
         shape[dim] //= 2
-    return sample.view(shape), kl
+    return sample.view(*shape), kl
 
 
 class _GaussianSample(Function):
@@ -220,7 +233,9 @@ class _GaussianSample(Function):
         free_bits: float,
         float32_sample: bool,
     ) -> tuple[Tensor, Tensor]:
-        return _forward(mean, logvar, prior_mean, prior_logvar, noise, seed, first, dim, free_bits, float32_sample)
+        sample, kl = _forward(mean, logvar, prior_mean, prior_logvar, noise, seed, first, dim, free_bits, float32_sample)
+        # Autograd forbids to modify a view in place that a Function returns, unless it is detached.
+        return sample.detach(), kl
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._choices import Impl
 from ._autograd import Function, apply, differentiate, need_function, need_graph, saved_tensors
-from ._dispatch import choose_impl, register_fake, streaming_unavailable
+from ._dispatch import Reasons, choose_impl, register_fake, remembered, streaming_unavailable
 from ._layout import as_rows
 from ._precision import accumulator_dtype
 from ._validate import check_float, check_tensor
@@ -19,7 +20,7 @@ def gradient_norm_penalty(
     *,
     center: float = 1.0,
     one_sided: bool = False,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Mean squared difference between each sample's gradient norm and `center`; Gulrajani et al., "Improved Training of WGANs" (2017).
 
@@ -56,21 +57,26 @@ def gradient_norm_penalty(
     chosen = choose_impl(op, impl, unavailable(gradients.device, gradients.dtype), gradients)
     if chosen == "reference":
         return gradient_norm_penalty_reference(gradients, center, one_sided)
-    (rows,) = as_rows([gradients])
     if need_function(gradients):
-        return apply(_GradientNormPenalty, rows, center, one_sided)[0]
-    return torch.ops.genperf.gradient_norm_penalty(rows, center, one_sided)[0]
+        return apply(_GradientNormPenalty, gradients, center, one_sided)[0]
+    return _forward(gradients, center, one_sided)[0]
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+@remembered
+def unavailable(device: torch.device, dtype: torch.dtype) -> Reasons:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
     return streaming_unavailable("gradient_norm_penalty", device, dtype)
+
+
+def _forward(gradients: Tensor, center: float, one_sided: bool) -> tuple[Tensor, Tensor]:
+    (rows,) = as_rows([gradients])
+    return torch.ops.genperf.gradient_norm_penalty(rows, center, one_sided)
 
 
 class _GradientNormPenalty(Function):
     @staticmethod
     def forward(gradients: Tensor, center: float, one_sided: bool) -> tuple[Tensor, Tensor]:
-        return torch.ops.genperf.gradient_norm_penalty(gradients, center, one_sided)
+        return _forward(gradients, center, one_sided)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
@@ -91,7 +97,9 @@ class _GradientNormPenalty(Function):
                 return (gradient_norm_penalty_reference(gradients, ctx.center, ctx.one_sided),)
 
             return (*differentiate(reference, (grad_penalty,), (gradients,), (True,)), None, None)
-        return torch.ops.genperf.gradient_norm_penalty_backward(grad_penalty, gradients, norms, ctx.center, ctx.one_sided), None, None
+        (rows,) = as_rows([gradients])
+        found = torch.ops.genperf.gradient_norm_penalty_backward(grad_penalty, rows, norms, ctx.center, ctx.one_sided)
+        return found.view(*gradients.shape), None, None
 
 
 def gradient_norm_penalty_reference(gradients: Tensor, center: float, one_sided: bool) -> Tensor:

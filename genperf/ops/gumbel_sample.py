@@ -8,9 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph, requires_grad, saved_tensors
-from ._dispatch import choose_impl, register_fake, streaming_unavailable
-from ._layout import as_positions, from_positions, like_positions, positions_shape
+from .._choices import Impl
+from ._autograd import (
+    Function,
+    ValueOf,
+    apply,
+    can_view_within,
+    differentiate,
+    need_function,
+    need_graph,
+    requires_grad,
+    saved_tensors,
+    viewing,
+)
+from ._dispatch import Reasons, also_not_native, choose_impl, register_fake, remembered, streaming_unavailable
+from ._layout import Positions
 from ._noise import draw_seed, first_sample, gumbel_noise
 from ._precision import HALF_DTYPES, accumulator_dtype
 from ._validate import check_float, check_noise, check_tensor
@@ -25,7 +37,7 @@ def gumbel_sample(
     dim: int = -1,
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,  # [..., K, ...]
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample categories by the Gumbel-softmax; Jang et al., "Categorical Reparameterization with Gumbel-Softmax" (2016).
 
@@ -85,30 +97,38 @@ def gumbel_sample(
     elif not 0 <= tau < math.inf:
         raise ValueError(f"{op}: tau must not be negative, got {tau!r}.")
     reasons = unavailable(logits.device, logits.dtype)
-    for name, value in (("tau", tau), ("noise", noise)):
-        if requires_grad(value):
-            reasons["native"] = reasons["native"] or f"{name} requires a gradient, which the kernels do not compute."
+    if noise is not None or isinstance(tau, Tensor):
+        for name, value in (("tau", tau), ("noise", noise)):
+            if requires_grad(value):
+                reasons = also_not_native(reasons, f"{name} requires a gradient, which the kernels do not compute.")
     chosen = choose_impl(op, impl, reasons, logits, codebook, tau, noise)
 
     temperature, tau = (tau.to(logits.device, torch.float32), 0.0) if isinstance(tau, Tensor) else (None, float(tau))
     seed = draw_seed(op, logits.device, generator, by_value=True) if noise is None else None
-    positions = as_positions(logits, dim)
+    differentiable = chosen != "reference" and need_function(logits, codebook)
+    within = differentiable and can_view_within(logits)
+    positions = Positions(logits.detach() if within else logits, dim)
+    vectors = positions.vectors
     if noise is not None:
-        noise = like_positions(noise, positions, logits, dim)
+        noise = positions.view_like(noise)
     # Rows of noise are positions; with the categories in the first dimension none belongs to a sample of the batch.
-    first = first_sample() * math.prod(positions_shape(logits, dim)[1:]) if dim != 0 else 0
-    arguments = (positions, codebook, temperature, tau, noise, seed, first, hard)
-    if chosen == "reference":
-        sample, indices, kl = gumbel_sample_reference(*arguments)
-    elif need_function(logits, codebook):
-        sample, indices, kl, _ = apply(_GumbelSample, *arguments)
+    first = first_sample() * math.prod(positions.sizes[1:]) if dim != 0 else 0
+    options = (codebook, temperature, tau, noise, seed, first, hard)
+    if within:
+        sample, indices, kl, _ = apply(_GumbelSampleViewing, logits, *options, vectors.shape, dim)
     else:
-        sample, indices, kl, _ = _forward(*arguments)
-    shape = positions_shape(logits, dim)
-    return from_positions(sample, logits, dim), indices.reshape(shape), kl.reshape(shape)
+        if chosen == "reference":
+            sample, indices, kl = gumbel_sample_reference(vectors, *options)
+        elif differentiable:
+            sample, indices, kl, _ = apply(_GumbelSample, vectors, *options)
+        else:
+            sample, indices, kl, _ = _forward(vectors, *options)
+        sample = positions.restore(sample)
+    return sample, positions.restore_indices(indices), positions.restore_indices(kl)
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+@remembered
+def unavailable(device: torch.device, dtype: torch.dtype) -> Reasons:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
     return streaming_unavailable("gumbel_sample", device, dtype)
 
@@ -218,6 +238,9 @@ class _GumbelSample(Function):
                 grad_codebook = _multiply_positions(soft, grad_sample)
             grad_codebook = grad_codebook.to(codebook.dtype)
         return (grad_logits, grad_codebook, *rest)
+
+
+_GumbelSampleViewing = viewing(_GumbelSample)
 
 
 def gumbel_sample_reference(

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._choices import Impl
 from ._autograd import Function, ValueOf, apply, call, need_function, need_graph, requires_grad, saved_tensors
-from ._dispatch import choose_impl, register_fake, streaming_unavailable
+from ._dispatch import Reasons, also_not_native, choose_impl, register_fake, remembered, streaming_unavailable
 from ._layout import as_rows, for_inductor
 from ._noise import draw_seed, first_sample, uniform_noise, uniform_weights
 from ._precision import accumulator_dtype
@@ -21,7 +22,7 @@ def interpolate(
     *,
     weight: Tensor | None = None,  # [B]
     generator: torch.Generator | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Mix real and fake samples with one random weight per sample; Gulrajani et al., "Improved Training of WGANs" (2017).
 
@@ -64,7 +65,7 @@ def perturb(
     scale: float | Tensor = 0.5,
     weight: Tensor | None = None,  # [B]
     generator: torch.Generator | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Move each sample a random fraction of the way to a noisy copy; Kodali et al., "On Convergence and Stability of GANs" (2017).
 
@@ -97,7 +98,8 @@ def perturb(
     return _mix(op, real, None, spread, weight, generator, impl)
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+@remembered
+def unavailable(device: torch.device, dtype: torch.dtype) -> Reasons:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
     return streaming_unavailable("interpolate", device, dtype)
 
@@ -116,7 +118,7 @@ def _mix(
     scale: Tensor | None,
     weight: Tensor | None,
     generator: torch.Generator | None,
-    impl: str | None,
+    impl: Impl | None,
 ) -> Tensor:
     if weight is not None:
         check_tensor(op, "weight", weight)
@@ -128,7 +130,7 @@ def _mix(
             )
     reasons = unavailable(real.device, real.dtype)
     if fake is None and requires_grad(weight):
-        reasons["native"] = reasons["native"] or "weight requires a gradient, which the kernel does not compute for noise."
+        reasons = also_not_native(reasons, "weight requires a gradient, which the kernel does not compute for noise.")
     chosen = choose_impl(op, impl, reasons, real, fake, weight)
     # A perturbation needs a seed for its noise even if the weight is given.
     seed = draw_seed(op, real.device, generator, by_value=True) if weight is None or fake is None else None
@@ -147,13 +149,14 @@ def _mix(
 
 def _forward(real: Tensor, fake: Tensor | None, scale: Tensor | None, weight: Tensor | None, seed: Tensor | None, first: int) -> Tensor:
     rows = as_rows([real, fake])
-    return torch.ops.genperf.interpolate(*rows, scale, weight, seed, first).view(real.shape)
+    return torch.ops.genperf.interpolate(*rows, scale, weight, seed, first).view(*real.shape)
 
 
 class _Interpolate(Function):
     @staticmethod
     def forward(real: Tensor, fake: Tensor, weight: Tensor | None, seed: Tensor | None, first: int) -> Tensor:
-        return _forward(real, fake, None, weight, seed, first)
+        # Autograd forbids to modify a view in place that a Function returns, unless it is detached.
+        return _forward(real, fake, None, weight, seed, first).detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: Tensor) -> None:
@@ -176,8 +179,10 @@ class _Interpolate(Function):
             return grad_real, grad_fake, grad_weight, None, None
         rows = as_rows([grad_mixed, real, fake])
         grad_real, grad_fake, grad_weight = torch.ops.genperf.interpolate_backward(*rows, weight, seed, ctx.first)
-        shape = grad_mixed.shape
-        return grad_real.view(shape), grad_fake.view(shape), grad_weight if ctx.needs_input_grad[2] else None, None, None
+        needed, shape = ctx.needs_input_grad, grad_mixed.shape
+        grad_real = grad_real.view(*shape) if needed[0] else None
+        grad_fake = grad_fake.view(*shape) if needed[1] else None
+        return grad_real, grad_fake, grad_weight if needed[2] else None, None, None
 
 
 def interpolate_reference(

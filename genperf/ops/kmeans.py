@@ -3,14 +3,15 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from .._choices import ClusterInit, ClusterUpdate, Impl, Metric
 from .._distributed import world_size
 from ._autograd import transformed
-from ._dispatch import choose_impl, native_unavailable
+from ._dispatch import Reasons, choose_impl, native_unavailable
 from ._kmeans_fit import KMeansOptions, KMeansProgress, fit, with_shape
 from ._kmeans_vectors import Vectors
 from ._layout import as_positions, positions_shape
@@ -19,8 +20,8 @@ from ._validate import check_channel_dim, check_float, check_positions, check_te
 from .nearest_code import check_metric
 from .nearest_code import unavailable as search_unavailable
 
-INITS = ("k-means++", "random")
-UPDATES = ("lloyd", "ema")
+INITS: tuple[ClusterInit, ...] = get_args(ClusterInit)
+UPDATES: tuple[ClusterUpdate, ...] = get_args(ClusterUpdate)
 
 
 class KMeansResult(NamedTuple):
@@ -41,11 +42,11 @@ def kmeans(
     num_codes: int,
     *,
     iterations: int = 25,
-    init: str | Tensor = "k-means++",
+    init: ClusterInit | Tensor = "k-means++",
     n_init: int = 1,
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     weights: Tensor | None = None,  # [...]
-    update: str = "lloyd",
+    update: ClusterUpdate = "lloyd",
     batch_size: int | None = None,
     decay: float | None = None,
     balance: float | None = None,
@@ -54,7 +55,7 @@ def kmeans(
     synchronized: bool = False,
     callback: Callable[[KMeansProgress], Any] | None = None,
     generator: torch.Generator | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> KMeansResult:
     """Fit a codebook of K codes to the vectors of x by Lloyd's algorithm (Lloyd, "Least squares quantization in PCM", 1982).
 
@@ -165,7 +166,7 @@ def _result(x: Tensor, channel: int, found: tuple[Tensor, Tensor, Tensor, Tensor
     return KMeansResult(codebook, indices.reshape(positions_shape(x, channel)), counts, inertia)
 
 
-def read_vectors(op: str, x: Tensor, channel: int, metric: str, impl: str, weights: Tensor | None, synchronized: bool) -> Vectors:
+def read_vectors(op: str, x: Tensor, channel: int, metric: Metric, impl: Impl, weights: Tensor | None, synchronized: bool) -> Vectors:
     """The vectors of x, which must be finite."""
     positions = as_positions(x, channel)
     if weights is not None:
@@ -216,7 +217,7 @@ def check_weights(op: str, weights: Tensor | None, x: Tensor, channel: int) -> N
         raise ValueError(f"{op}: a weight must be above 0, got zeros.")
 
 
-def _check_init(op: str, init: str | Tensor, shape: list[int], device: torch.device) -> None:
+def _check_init(op: str, init: ClusterInit | Tensor, shape: list[int], device: torch.device) -> None:
     if not isinstance(init, Tensor):
         if init not in INITS:
             raise ValueError(f"{op}: init must be one of {', '.join(INITS)} or a tensor of codes, got {init!r}.")
@@ -228,7 +229,7 @@ def _check_init(op: str, init: str | Tensor, shape: list[int], device: torch.dev
         raise ValueError(f"{op}: x and init must be on one device, got {device} and {init.device}.")
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def unavailable(device: torch.device, dtype: torch.dtype) -> Reasons:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
     native = native_unavailable("kmeans", device, dtype)
     if native is None and device.type == "cuda":

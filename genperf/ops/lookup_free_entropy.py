@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._choices import Impl
 from ._autograd import Function, apply, differentiate, need_function, need_graph, saved_tensors
-from ._dispatch import choose_impl
+from ._dispatch import Reasons, choose_impl, remembered
 from ._layout import as_positions
 from ._precision import accumulator_dtype, full_float32, normalized
 from ._validate import check_channel_dim, check_float, check_mask, check_tensor
@@ -30,7 +31,7 @@ def lookup_free_entropy(
     group_size: int | None = None,
     channel_dim: int = -1,
     mask: Tensor | None = None,  # [...]
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per-sample entropy of the soft codes of `lookup_free_quantize`, and entropy of their batch mean.
 
@@ -94,7 +95,7 @@ def check_group(op: str, group_size: int | None, bits: int) -> int:
 
 
 def code_mass(
-    op: str, x: Tensor, channel: int, mask: Tensor | None, sharpness: float, group: int, impl: str | None = None
+    op: str, x: Tensor, channel: int, mask: Tensor | None, sharpness: float, group: int, impl: Impl | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over the vectors that are not masked, and their number.
 
@@ -127,7 +128,8 @@ def entropy_of(mass: Tensor, floor: float | None = None) -> Tensor:  # [groups, 
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny if floor is None else floor).log()).sum(-1)
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+@remembered
+def unavailable(device: torch.device, dtype: torch.dtype) -> Reasons:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
     return {"native": None, "reference": None}
 

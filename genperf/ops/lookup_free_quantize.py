@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph, saved_tensors
-from ._dispatch import choose_impl, register_fake, streaming_unavailable
-from ._layout import as_positions, from_positions, positions_shape
+from .._choices import Impl
+from ._autograd import Function, ValueOf, apply, can_view_within, differentiate, need_function, need_graph, saved_tensors, viewing
+from ._dispatch import Reasons, choose_impl, register_fake, remembered, streaming_unavailable
+from ._layout import Positions
 from ._validate import check_channel_dim, check_float, check_tensor
 from .finite_scalar_quantize import check_indices
 
@@ -22,7 +23,7 @@ def lookup_free_quantize(
     scale: float = 1.0,
     spherical: bool = False,
     channel_dim: int = -1,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantize each channel to its sign: LFQ, Yu et al. (arXiv 2310.05737); BSQ, Zhao et al. (arXiv 2406.07548).
 
@@ -60,14 +61,22 @@ def lookup_free_quantize(
     channel = check_channel_dim(op, x, channel_dim)
     check_bits(op, x.shape[channel])
     check_scale(op, scale)
-    positions = as_positions(x, channel)
-    if choose_impl(op, impl, unavailable(x.device, x.dtype), x) == "reference":
-        quantized, indices = lookup_free_quantize_reference(positions, scale, spherical)
-    elif need_function(x):
-        quantized, indices = apply(_LookupFreeQuantize, positions, scale, spherical)
+    chosen = choose_impl(op, impl, unavailable(x.device, x.dtype), x)
+    differentiable = chosen != "reference" and need_function(x)
+    within = differentiable and can_view_within(x)
+    positions = Positions(x.detach() if within else x, channel)
+    vectors = positions.vectors
+    if within:
+        quantized, indices = apply(_LookupFreeQuantizeViewing, x, scale, spherical, vectors.shape, channel)
     else:
-        quantized, indices = torch.ops.genperf.lookup_free_quantize(positions, scale, spherical)
-    return from_positions(quantized, x, channel), indices.reshape(positions_shape(x, channel))
+        if chosen == "reference":
+            quantized, indices = lookup_free_quantize_reference(vectors, scale, spherical)
+        elif differentiable:
+            quantized, indices = apply(_LookupFreeQuantize, vectors, scale, spherical)
+        else:
+            quantized, indices = torch.ops.genperf.lookup_free_quantize(vectors, scale, spherical)
+        quantized = positions.restore(quantized)
+    return quantized, positions.restore_indices(indices)
 
 
 def lookup_free_decode(
@@ -124,7 +133,8 @@ def code_size(scale: float, spherical: bool, bits: int) -> float:
     return scale / bits**0.5 if spherical else scale
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+@remembered
+def unavailable(device: torch.device, dtype: torch.dtype) -> Reasons:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
     return streaming_unavailable("lookup_free_quantize", device, dtype)
 
@@ -156,6 +166,9 @@ class _LookupFreeQuantize(Function):
         else:
             grad_x = torch.ops.genperf.lookup_free_quantize_backward(grad_quantized, x, ctx.scale)
         return grad_x, None, None
+
+
+_LookupFreeQuantizeViewing = viewing(_LookupFreeQuantize)
 
 
 def lookup_free_quantize_reference(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._choices import Impl
 from . import _polar
 from ._autograd import Function, ValueOf, apply, differentiate, need_graph, saved_tensors
 from ._dispatch import choose_impl
@@ -14,7 +15,7 @@ from .covariance_factor import check_covariance, factor_without_sync, working_dt
 from .trace_sqrt_product import result_dtype, unavailable
 
 
-def matrix_sqrt(a: Tensor, *, impl: str | None = None) -> Tensor:
+def matrix_sqrt(a: Tensor, *, impl: Impl | None = None) -> Tensor:
     """Square root of symmetric positive semi-definite matrices.
 
     Equivalent to:
@@ -58,7 +59,7 @@ def matrix_sqrt_reference(a: Tensor) -> Tensor:
 
 class _MatrixSqrt(Function):
     @staticmethod
-    def forward(a: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(a: Tensor, impl: Impl) -> tuple[Tensor, Tensor, Tensor]:
         return (torch.ops.genperf.matrix_sqrt if torch.compiler.is_compiling() else _forward)(a, impl)
 
     @staticmethod
@@ -80,6 +81,7 @@ class _MatrixSqrt(Function):
         return found, None
 
 
+# These are ops, whose schemas are read from the annotations: they know no Literal.
 def _forward(a: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """The root, and its eigenvalues and eigenvectors, which backward needs, if impl is "eigen" (empty otherwise)."""
     if impl == "eigen":

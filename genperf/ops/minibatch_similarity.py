@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._choices import Impl
 from ._autograd import Function, apply, differentiate, need_function, need_graph, saved_tensors
-from ._dispatch import choose_impl, register_fake, streaming_unavailable
+from ._dispatch import Reasons, choose_impl, register_fake, remembered, streaming_unavailable
 from ._precision import accumulator_dtype
 from ._validate import check_float, check_tensor
 
 
 def minibatch_similarity(
     features: Tensor,  # [N, B, C]
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Sum of the similarities of each sample to all others; Salimans et al., "Improved Techniques for Training GANs" (2016).
 
@@ -53,7 +54,8 @@ def minibatch_similarity(
     return torch.ops.genperf.minibatch_similarity(features)
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+@remembered
+def unavailable(device: torch.device, dtype: torch.dtype) -> Reasons:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
     return streaming_unavailable("minibatch_similarity", device, dtype)
 

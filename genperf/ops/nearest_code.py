@@ -2,16 +2,19 @@
 """Nearest-neighbor search in a codebook, exact in float64."""
 
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from .. import _library
+from .._choices import Impl, Metric
 from ._autograd import call
-from ._dispatch import choose_impl, exporting_to_onnx, implement_on_cuda, native_unavailable, register_fake
-from ._layout import Positions, as_positions, positions_shape
-from ._validate import check_channel_dim, check_tensor, check_vectors
+from ._dispatch import Reasons, choose_impl, exporting_to_onnx, implement_on_cuda, native_unavailable, register_fake, remembered
+from ._layout import Positions, positions_shape
+from ._validate import check_channel_dim, check_codes, check_tensor, check_vectors
 
-METRICS = ("euclidean", "cosine")
+METRICS: tuple[Metric, ...] = get_args(Metric)
 
 # Elements of the float64 distance matrix that the reference holds at a time.
 _REFERENCE_CHUNK = 1 << 22
@@ -21,9 +24,9 @@ def nearest_code(
     x: Tensor,  # [..., D, ...]
     codebook: Tensor,  # [K, D], or [heads, K, D]
     *,
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     channel_dim: int = -1,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Index of the nearest code for every vector of x, exact in float64 whatever the dtype of the inputs.
 
@@ -65,11 +68,13 @@ def nearest_code(
     check_metric(op, metric)
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype))
     x, codebook = x.detach(), codebook.detach()
-    vectors = as_positions(x, channel) if codebook.dim() == 2 else _as_head_positions(x, channel)
-    return search(vectors, codebook, None, metric, chosen).reshape(positions_shape(x, channel))
+    if codebook.dim() == 2:
+        positions = Positions(x, channel)
+        return positions.restore_indices(search(positions.vectors, codebook, None, metric, chosen))
+    return search(_as_head_positions(x, channel), codebook, None, metric, chosen).reshape(positions_shape(x, channel))
 
 
-def search(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, impl: str) -> Tensor:
+def search(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: Metric, impl: Impl) -> Tensor:
     """Indices [outer, inner] for x [outer, D, inner], -1 where the mask is False; arguments already checked.
 
     With a codebook [heads, K, D], x, mask and indices have a first dimension of heads too.
@@ -100,7 +105,7 @@ def _check_search(op: str, x: Tensor, codebook: Tensor, channel_dim: int) -> int
         raise ValueError(
             f"{op}: x must have as many heads (dimension 0) as the codebook, got x {list(x.shape)} and codebook {list(codebook.shape)}."
         )
-    return check_vectors(op, x, codebook.select(0, 0), channel_dim)
+    return check_codes(op, x, codebook, channel_dim)
 
 
 def _as_head_positions(x: Tensor, channel: int) -> Tensor:
@@ -109,20 +114,19 @@ def _as_head_positions(x: Tensor, channel: int) -> Tensor:
     return x.movedim(channel, head.split + 1).reshape(x.shape[0], *head.vectors.shape)
 
 
-def check_metric(op: str, metric: str) -> None:
+def check_metric(op: str, metric: Metric) -> None:
     if metric not in METRICS:
         raise ValueError(f"{op}: metric must be one of {', '.join(METRICS)}, got {metric!r}.")
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+@remembered
+def unavailable(device: torch.device, dtype: torch.dtype) -> Reasons:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
     native = native_unavailable("nearest_code", device, dtype) if device.type != "cuda" else "on CUDA the search is a Triton kernel."
     return {"native": native, "triton": _triton_unavailable(device, dtype), "reference": None}
 
 
 def _triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    from genperf import _library
-
     if device.type != "cuda":
         return f"the Triton kernel runs on CUDA, not on {device.type!r}."
     if dtype == torch.float64:
@@ -130,7 +134,7 @@ def _triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return _library.triton_failure or _library.triton_device_failures.get(device.index)
 
 
-def nearest_code_reference(x: Tensor, codebook: Tensor, metric: str = "euclidean") -> Tensor:
+def nearest_code_reference(x: Tensor, codebook: Tensor, metric: Metric = "euclidean") -> Tensor:
     """The search in plain PyTorch: x [..., D], codebook [K, D] -> [...], or x [heads, ..., D], codebook [heads, K, D].
 
     Components are added in order, so that the sums, and the result of every near-tie, equal those of the kernels.
@@ -146,11 +150,11 @@ def nearest_code_reference(x: Tensor, codebook: Tensor, metric: str = "euclidean
     return torch.cat(found).reshape(x.shape[:-1])
 
 
-def _nearest_in_order(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
+def _nearest_in_order(rows: Tensor, codes: Tensor, metric: Metric) -> Tensor:
     return distances_in_order(rows, codes, metric).argmin(-1)
 
 
-def distances_in_order(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
+def distances_in_order(rows: Tensor, codes: Tensor, metric: Metric) -> Tensor:
     """What the search compares, [n, K] for float64 rows [n, D] and codes [K, D]; infinite in place of NaN.
 
     "euclidean": squared distances. "cosine": minus the signed square of the similarity times the squared length of the row.
@@ -171,11 +175,11 @@ def distances_in_order(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
     return distance.nan_to_num_(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
 
 
-def _nearest_by_matmul(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
+def _nearest_by_matmul(rows: Tensor, codes: Tensor, metric: Metric) -> Tensor:
     return distances_by_matmul(rows, codes, metric).argmin(-1)
 
 
-def distances_by_matmul(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
+def distances_by_matmul(rows: Tensor, codes: Tensor, metric: Metric) -> Tensor:
     """`distances_in_order` as a graph of a few nodes for any number of rows, for "euclidean" up to a constant of each row.
 
     Near-ties closer than float64 resolves may differ.

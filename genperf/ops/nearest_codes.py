@@ -7,8 +7,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from .._choices import Impl, Metric
 from ._autograd import call
-from ._dispatch import choose_impl, exporting_to_onnx, implement_on_cuda, native_unavailable, register_fake
+from ._dispatch import Reasons, choose_impl, exporting_to_onnx, implement_on_cuda, native_unavailable, register_fake, remembered
 from ._layout import as_positions, positions_shape
 from ._precision import accumulator_dtype
 from .nearest_code import (
@@ -32,10 +33,10 @@ def nearest_codes(
     codebook: Tensor,
     k: int,
     *,
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     channel_dim: int = -1,
     return_distances: Literal[False] = False,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor: ...
 @overload
 def nearest_codes(
@@ -43,20 +44,20 @@ def nearest_codes(
     codebook: Tensor,
     k: int,
     *,
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     channel_dim: int = -1,
     return_distances: Literal[True],
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def nearest_codes(
     x: Tensor,  # [..., D, ...]
     codebook: Tensor,  # [K, D], or [heads, K, D]
     k: int,
     *,
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     channel_dim: int = -1,
     return_distances: bool = False,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Indices of the k nearest codes for every vector of x, nearest first, exact in float64 whatever the dtype of the inputs.
 
@@ -109,13 +110,14 @@ def nearest_codes(
     return (indices.reshape(shape), distances.reshape(shape)) if return_distances else indices.reshape(shape)
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+@remembered
+def unavailable(device: torch.device, dtype: torch.dtype) -> Reasons:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
     native = native_unavailable("nearest_codes", device, dtype) if device.type != "cuda" else "on CUDA the search is a Triton kernel."
     return {"native": native, "triton": _triton_unavailable(device, dtype), "reference": None}
 
 
-def nearest_codes_reference(x: Tensor, codebook: Tensor, k: int, metric: str = "euclidean") -> tuple[Tensor, Tensor]:
+def nearest_codes_reference(x: Tensor, codebook: Tensor, k: int, metric: Metric = "euclidean") -> tuple[Tensor, Tensor]:
     """Indices and distances [..., k] in plain PyTorch: x [..., D], codebook [K, D], or x [heads, ..., D], codebook [heads, K, D].
 
     Components are added in order, as in `nearest_code_reference`.

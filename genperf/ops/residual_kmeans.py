@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._choices import ClusterInit, ClusterUpdate, Impl, Metric
 from .._distributed import world_size
 from ._dispatch import choose_impl
 from ._kmeans_fit import KMeansOptions, KMeansProgress, fit, with_shape
@@ -36,11 +37,11 @@ def residual_kmeans(
     stages: int,
     *,
     iterations: int = 25,
-    init: str = "k-means++",
+    init: ClusterInit = "k-means++",
     n_init: int = 1,
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     weights: Tensor | None = None,  # [...]
-    update: str = "lloyd",
+    update: ClusterUpdate = "lloyd",
     batch_size: int | None = None,
     decay: float | None = None,
     balance: float | None = None,
@@ -48,7 +49,7 @@ def residual_kmeans(
     synchronized: bool = False,
     callback: Callable[[KMeansProgress], Any] | None = None,
     generator: torch.Generator | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> ResidualKMeansResult:
     """Fit the codebooks of a residual quantizer, one stage after the other, each by k-means of what the earlier ones leave.
 

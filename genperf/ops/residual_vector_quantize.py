@@ -7,12 +7,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._choices import Gradient, Impl, Metric
 from .._deprecation import renamed_arguments
-from ._autograd import Function, ValueOf, apply, call, differentiate, need_function, need_graph, saved_tensors
-from ._dispatch import choose_impl, implement_on_cuda, native_unavailable, register_fake
+from ._autograd import (
+    Function,
+    ValueOf,
+    apply,
+    call,
+    can_view_within,
+    differentiate,
+    need_function,
+    need_graph,
+    saved_tensors,
+    viewing,
+)
+from ._dispatch import Reasons, choose_impl, implement_on_cuda, native_unavailable, register_fake, remembered
 from ._layout import Positions, as_positions, positions_shape
 from ._precision import accumulator_dtype
-from ._validate import can_branch_on, check_index_range, check_mask, check_tensor, check_vectors
+from ._validate import can_branch_on, check_codes, check_index_range, check_mask, check_tensor
 from .code_statistics import code_statistics_reference, is_finite
 from .code_statistics import unavailable as statistics_unavailable
 from .nearest_code import check_metric, search
@@ -27,12 +39,12 @@ def residual_vector_quantize(
     *,
     codebook_weight: float = 1.0,
     commitment_weight: float = 0.25,
-    gradient: str = "straight_through",
-    metric: str = "euclidean",
+    gradient: Gradient = "straight_through",
+    metric: Metric = "euclidean",
     channel_dim: int = -1,
     mask: Tensor | None = None,  # [...]
     num_quantizers: int | Tensor | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize each vector with Q quantizers in turn; Zeghidour et al., "SoundStream" (2021), algorithm 1.
 
@@ -88,7 +100,8 @@ def residual_vector_quantize(
     check_mask(op, mask, x, channel)
     check_num_quantizers(op, num_quantizers, codebooks.shape[0], x.device)
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype), x, codebooks)
-    positions = Positions(x, channel)
+    within = chosen == "native" and need_function(x, codebooks) and can_view_within(x)
+    positions = Positions(x.detach() if within else x, channel)
     quantized, indices, losses = quantize_residual(
         positions.vectors,
         codebooks,
@@ -97,8 +110,10 @@ def residual_vector_quantize(
         metric,
         ResidualOptions(codebook_weight, commitment_weight, gradient == "rotation"),
         chosen,
+        (x, channel) if within else None,
     )
-    return positions.restore(quantized), positions.restore_indices(indices, codebooks.shape[0]), losses
+    quantized = quantized if within else positions.restore(quantized)
+    return quantized, positions.restore_indices(indices, codebooks.shape[0]), losses
 
 
 class ResidualOptions(NamedTuple):
@@ -117,11 +132,17 @@ def quantize_residual(
     codebooks: Tensor,  # [Q, K, D]
     mask: Tensor | None,  # [outer, inner]
     num_quantizers: int | Tensor | None,
-    metric: str,
+    metric: Metric,
     options: ResidualOptions,
-    impl: str,
+    impl: Impl,
+    source: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [outer, D, inner], [outer, inner, Q], [Q]
-    """`residual_vector_quantize` of checked arguments."""
+    """`residual_vector_quantize` of checked arguments.
+
+    Args:
+        source: the tensor [..., D, ...] that x is a view of and its channel dimension, for which `can_view_within`; only with the native
+            implementation. It gets the gradient in place of x, and quantized has its shape.
+    """
     total = codebooks.shape[0]
     used = num_quantizers if isinstance(num_quantizers, int) else total
     limit = num_quantizers if isinstance(num_quantizers, Tensor) else None
@@ -129,6 +150,9 @@ def quantize_residual(
     if impl != "native":
         indices = _search_levels(x.detach(), codes.detach(), mask, limit, metric, impl)
         quantized, losses = _quantize_reference(x, codes, indices, *options)
+    elif source is not None:
+        whole, channel = source
+        quantized, indices, losses, _ = apply(_ResidualViewing, whole, codes, mask, limit, metric, *options, x.shape, channel)
     elif need_function(x, codes):
         quantized, indices, losses, _ = apply(_ResidualVectorQuantize, x, codes, mask, limit, metric, *options)
     else:
@@ -145,7 +169,7 @@ def residual_code_statistics(
     indices: Tensor,  # [..., Q]
     *,
     channel_dim: int = -1,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:  # [Q, K], [Q, K, D]
     """`code_statistics` of every quantizer: number and sum of the residuals assigned to each code.
 
@@ -189,7 +213,7 @@ def residual_statistics(
     x: Tensor,  # [outer, D, inner]
     codebooks: Tensor,  # [Q, K, D]
     indices: Tensor,  # [outer, inner, Q]
-    impl: str,
+    impl: Impl,
 ) -> tuple[Tensor, Tensor]:
     """`residual_code_statistics` of checked arguments."""
     codes, indices = codebooks.detach().to(accumulator_dtype(x.dtype)), indices.contiguous()
@@ -199,7 +223,7 @@ def residual_statistics(
 
 
 @torch.no_grad()
-def finite_residual_statistics(x: Tensor, codebooks: Tensor, indices: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+def finite_residual_statistics(x: Tensor, codebooks: Tensor, indices: Tensor, impl: Impl) -> tuple[Tensor, Tensor, Tensor]:
     """`residual_statistics` without vectors that are not finite; also the indices, with -1 for those vectors."""
     if can_branch_on(x):
         counts, sums = residual_statistics(x, codebooks, indices, impl)
@@ -209,7 +233,8 @@ def finite_residual_statistics(x: Tensor, codebooks: Tensor, indices: Tensor, im
     return (*residual_statistics(x, codebooks, indices, impl), indices)
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+@remembered
+def unavailable(device: torch.device, dtype: torch.dtype) -> Reasons:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
     native, triton = native_unavailable("residual_vector_quantize", device, dtype), search_unavailable(device, dtype)["triton"]
     if device.type == "cuda":
@@ -222,7 +247,7 @@ def _check_codebooks(op: str, x: Tensor, codebooks: Tensor, channel_dim: int) ->
     check_tensor(op, "codebooks", codebooks)
     if codebooks.dim() != 3 or codebooks.shape[0] == 0:
         raise ValueError(f"{op}: codebooks must have shape [Q, K, D] with at least one codebook, got {list(codebooks.shape)}.")
-    return check_vectors(op, x, codebooks.select(0, 0), channel_dim)
+    return check_codes(op, x, codebooks, channel_dim)
 
 
 def check_num_quantizers(op: str, num_quantizers: int | Tensor | None, total: int, device: torch.device) -> None:
@@ -244,7 +269,7 @@ class _ResidualVectorQuantize(Function):
         codebooks: Tensor,
         mask: Tensor | None,
         num_quantizers: Tensor | None,
-        metric: str,
+        metric: Metric,
         codebook_weight: float,
         commitment_weight: float,
         rotation: bool,
@@ -288,6 +313,9 @@ class _ResidualVectorQuantize(Function):
         return grad_x, grad_codebooks, *rest
 
 
+_ResidualViewing = viewing(_ResidualVectorQuantize)
+
+
 def _code_of(codebook: Tensor, indices: Tensor) -> Tensor:
     """The codes [outer, D, inner] of indices [outer, inner], zeros where an index is -1."""
     code = codebook[indices.clamp(min=0)].transpose(1, 2)
@@ -302,7 +330,7 @@ def _running(mask: Tensor | None, x: Tensor, q: int, num_quantizers: Tensor | No
     return runs.expand(x.shape[0], x.shape[2]) if mask is None else mask & runs
 
 
-def _search_levels(x: Tensor, codebooks: Tensor, mask: Tensor | None, limit: Tensor | None, metric: str, impl: str) -> Tensor:
+def _search_levels(x: Tensor, codebooks: Tensor, mask: Tensor | None, limit: Tensor | None, metric: Metric, impl: Impl) -> Tensor:
     """Indices [outer, inner, Q]; a search for each quantizer, the rest in plain PyTorch."""
     residual = x.to(codebooks.dtype)
     found = []

@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor
 
+from .._choices import Impl, Logits
 from ._autograd import call
 from ._code_softmax import check_arguments, logits_reference, unavailable, with_heads
 from ._dispatch import choose_impl
@@ -22,11 +23,11 @@ def sample_code(
     codebook: Tensor,  # [K, D], or [heads, K, D]
     *,
     temperature: float = 1.0,
-    logits: str = "distance",
+    logits: Logits = "distance",
     channel_dim: int = -1,
     mask: Tensor | None = None,  # [...]
     generator: torch.Generator | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Sample a code for every vector of x from the softmax over all codes: the stochastic counterpart of `nearest_code`.
 
@@ -57,11 +58,11 @@ def draw_codes(
     x: Tensor,
     codebook: Tensor,
     temperature: float,
-    logits: str,
+    logits: Logits,
     channel_dim: int,
     mask: Tensor | None,
     generator: torch.Generator | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
     first: int | None = None,
 ) -> Tensor:
     """`sample_code` with, if `first` is given, the noise of the vectors first, first + 1, ... of a larger batch in each head."""
@@ -90,7 +91,7 @@ def sample_code_reference(
     mask: Tensor | None,  # [heads, outer, inner]
     seed: Tensor | None,
     first: int,
-    logits: str,
+    logits: Logits,
     temperature: float,
 ) -> Tensor:
     """The op in plain PyTorch."""

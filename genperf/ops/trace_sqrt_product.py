@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trace of the square root of a product of two covariances, the cross term of the Frechet distance."""
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
+from .._choices import Impl, Precision
 from ._autograd import Function, ValueOf, apply, differentiate, need_graph, requires_grad, saved_tensors
 from ._device_rates import has_fast_double, is_capturing
-from ._dispatch import choose_impl
+from ._dispatch import Reasons, choose_impl
 from ._nuclear import Side, eigen_route, polar_route
 from ._validate import check_float, check_tensor
 from .covariance_factor import check_covariance, working_dtype
 
-PRECISIONS = ("float64", "mixed")
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @overload
@@ -23,9 +24,9 @@ def trace_sqrt_product(
     *,
     factor1: Tensor | None = None,
     factor2: Tensor | None = None,
-    precision: str = "float64",
+    precision: Precision = "float64",
     return_error: Literal[False] = False,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor: ...
 @overload
 def trace_sqrt_product(
@@ -34,9 +35,9 @@ def trace_sqrt_product(
     *,
     factor1: Tensor | None = None,
     factor2: Tensor | None = None,
-    precision: str = "float64",
+    precision: Precision = "float64",
     return_error: Literal[True],
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def trace_sqrt_product(
     cov1: Tensor | None,  # [..., d, d]
@@ -44,9 +45,9 @@ def trace_sqrt_product(
     *,
     factor1: Tensor | None = None,  # [..., d, r1]
     factor2: Tensor | None = None,  # [..., d, r2]
-    precision: str = "float64",
+    precision: Precision = "float64",
     return_error: bool = False,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute tr (cov1 cov2)^(1/2), the fidelity of two covariances.
 
@@ -116,12 +117,12 @@ def check_sides(op: str, sides: tuple[Side, Side]) -> None:
         raise ValueError(f"{op}: both sides must be on one device, got {first.device} and {second.device}.")
 
 
-def check_precision(op: str, precision: str) -> None:
+def check_precision(op: str, precision: Precision) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"{op}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
 
 
-def unavailable(device: torch.device, dtype: torch.dtype | None = None, precision: str = "float64") -> dict[str, str | None]:
+def unavailable(device: torch.device, dtype: torch.dtype | None = None, precision: Precision = "float64") -> Reasons:
     """Why each implementation cannot run on this device, or None; best first. All of them support every dtype.
 
     Where float64 is slow, the many float64 products of "polar" take longer than the few of "eigen", unless "eigen" would break the capture
@@ -136,7 +137,7 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def trace_of_sides(sides: tuple[Side, Side], precision: str, with_error: bool, impl: str) -> tuple[Tensor, Tensor]:
+def trace_of_sides(sides: tuple[Side, Side], precision: Precision, with_error: bool, impl: Impl) -> tuple[Tensor, Tensor]:
     """The op on validated sides: (trace, error) [...], differentiable."""
     first, second = sides
     dtype = result_dtype(first.tensor, second.tensor)
@@ -180,9 +181,9 @@ class _TraceSqrtProduct(Function):
         second_is_factor: bool,
         need_first: bool,
         need_second: bool,
-        precision: str,
+        precision: Precision,
         with_error: bool,
-        impl: str,
+        impl: Impl,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         compute = torch.ops.genperf.trace_sqrt_product if torch.compiler.is_compiling() else _compute
         return compute(first, second, first_is_factor, second_is_factor, need_first, need_second, precision, with_error, impl)
@@ -210,6 +211,7 @@ class _TraceSqrtProduct(Function):
         return (*found, *[None] * 7)
 
 
+# An op, whose schema is read from the annotations: they know no Literal.
 def _compute(
     first: Tensor,
     second: Tensor,

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vector quantization: nearest code, straight-through or rotated gradient, and the loss of vectors and codes."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph, saved_tensors
-from ._dispatch import choose_impl, native_unavailable, register_fake
+from .._choices import Gradient, Impl, Metric
+from ._autograd import Function, ValueOf, apply, can_view_within, differentiate, need_function, need_graph, saved_tensors, viewing
+from ._dispatch import Reasons, choose_impl, native_unavailable, register_fake, remembered
 from ._layout import Positions, as_one_codebook
 from ._precision import accumulator_dtype
 from ._validate import check_mask, check_vectors
@@ -15,7 +16,7 @@ from .code_statistics import check_indices
 from .nearest_code import check_metric, search
 from .nearest_code import unavailable as search_unavailable
 
-GRADIENTS = ("straight_through", "rotation")
+GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
 
 
 def vector_quantize(
@@ -24,12 +25,12 @@ def vector_quantize(
     *,
     codebook_weight: float = 1.0,
     commitment_weight: float = 0.25,
-    gradient: str = "straight_through",
-    metric: str = "euclidean",
+    gradient: Gradient = "straight_through",
+    metric: Metric = "euclidean",
     channel_dim: int = -1,
     mask: Tensor | None = None,  # [...]
     indices: Tensor | None = None,  # [...]
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Replace every vector by its nearest code; van den Oord et al., "Neural Discrete Representation Learning" (2017).
 
@@ -80,15 +81,22 @@ def vector_quantize(
         check_indices(op, indices, x, channel, codebook.shape[0])
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype), x, codebook)
 
-    positions = Positions(x, channel)
+    within = chosen == "native" and need_function(x, codebook) and can_view_within(x)
+    positions = Positions(x.detach() if within else x, channel)
     vectors, mask = positions.vectors, positions.view_mask(mask)
     if indices is None:
         found = search(vectors.detach(), codebook.detach(), mask, metric, chosen)
     else:
         found = indices.reshape(positions.outer, positions.inner).contiguous()
         found = found if mask is None else found.masked_fill(~mask, -1)
-    quantized, loss = quantize(vectors, codebook, found, codebook_weight, commitment_weight, gradient, chosen)
-    return positions.restore(quantized), positions.restore_indices(found), loss
+    weights = codebook_weight, commitment_weight
+    if within:
+        options = *weights, gradient == "rotation", vectors.shape, channel
+        quantized, loss, _ = apply(_VectorQuantizeViewing, x, codebook, found, *options)
+    else:
+        quantized, loss = quantize(vectors, codebook, found, *weights, gradient, chosen)
+        quantized = positions.restore(quantized)
+    return quantized, positions.restore_indices(found), loss
 
 
 def quantize(
@@ -97,8 +105,8 @@ def quantize(
     indices: Tensor,  # [outer, inner]
     codebook_weight: float,
     commitment_weight: float,
-    gradient: str,
-    impl: str,
+    gradient: Gradient,
+    impl: Impl,
 ) -> tuple[Tensor, Tensor]:
     """Quantized and loss of `vector_quantize` for given indices; arguments already checked."""
     if impl != "native":
@@ -116,25 +124,38 @@ def quantize_codebooks(
     indices: Tensor | None,  # [codebooks, outer, inner]
     codebook_weight: float,
     commitment_weight: float,
-    gradient: str,
-    metric: str,
+    gradient: Gradient,
+    metric: Metric,
     queries: Tensor | None = None,  # [codebooks, outer, D, inner]
     searched: Tensor | None = None,  # [codebooks, K, D], or [K, D]
+    source: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [outer * codebooks, D, inner], [codebooks, outer, inner], []
     """`vector_quantize` of checked arguments with several codebooks and one loss; `indices` replace the search.
 
     The search is of `queries` in `searched` where these are given: vectors and codes before they were rounded to unit vectors.
+
+    Args:
+        source: with one codebook, the tensor [..., D, ...] that x is a view of and its channel dimension, for which `can_view_within`.
+            It gets the gradient in place of x, and quantized has its shape.
     """
     impl = choose_impl("vector_quantize", None, unavailable(x.device, x.dtype), x, codebook)
     if indices is None:
         queries, searched = x if queries is None else queries, codebook if searched is None else searched.view(codebook.shape)
         indices = search(queries.detach(), searched.detach(), mask, metric, impl)
+    if source is not None:
+        whole, channel = source
+        if impl == "native":
+            vectors, options = x.squeeze(0), (codebook_weight, commitment_weight, gradient == "rotation")
+            found = apply(_VectorQuantizeViewing, whole, codebook.squeeze(0), indices.squeeze(0), *options, vectors.shape, channel)
+            return found[0], indices, found[1]
+        x = Positions(whole, channel).vectors.unsqueeze(0)
     folded, numbered = as_one_codebook(x, indices, codebook.shape[1])
     quantized, loss = quantize(folded, codebook.flatten(0, 1), numbered, codebook_weight, commitment_weight, gradient, impl)
-    return quantized, indices, loss
+    return quantized if source is None else Positions(*source).restore(quantized), indices, loss
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+@remembered
+def unavailable(device: torch.device, dtype: torch.dtype) -> Reasons:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
     native, triton = native_unavailable("vector_quantize", device, dtype), search_unavailable(device, dtype)["triton"]
     if device.type == "cuda":
@@ -178,13 +199,16 @@ class _VectorQuantize(Function):
         return grad_x, grad_codebook, None, None, None, None
 
 
+_VectorQuantizeViewing = viewing(_VectorQuantize)
+
+
 def vector_quantize_reference(
     x: Tensor,  # [outer, D, inner]
     codebook: Tensor,  # [K, D]
     codebook_weight: float,
     commitment_weight: float,
-    gradient: str,
-    metric: str,
+    gradient: Gradient,
+    metric: Metric,
     mask: Tensor | None,  # [outer, inner]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The quantizer in plain PyTorch, differentiated by autograd."""
@@ -194,7 +218,7 @@ def vector_quantize_reference(
 
 
 def _quantize_reference(
-    x: Tensor, codebook: Tensor, indices: Tensor, codebook_weight: float, commitment_weight: float, gradient: str
+    x: Tensor, codebook: Tensor, indices: Tensor, codebook_weight: float, commitment_weight: float, gradient: Gradient
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulator_dtype(x.dtype)
     valid = (indices >= 0).unsqueeze(1)  # [outer, 1, inner]

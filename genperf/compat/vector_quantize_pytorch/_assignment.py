@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..._choices import Logits, Metric
 from ...nn._codebook_losses import diversity_loss
 from ...ops._autograd import Function, apply
 from ...ops._code_softmax import logits_reference
@@ -30,10 +31,10 @@ CHUNK = 1 << 22
 class CodebookAssignment:
     """Vectors choose among the codes [h, K, d] of a codebook."""
 
-    def __init__(self, codes: Tensor, metric: str) -> None:
+    def __init__(self, codes: Tensor, metric: Metric) -> None:
         self.codes = codes
-        self.metric = metric
-        self.logits = "dot" if metric == "cosine" else "distance"
+        self.metric: Metric = metric
+        self.logits: Logits = "dot" if metric == "cosine" else "distance"
 
     def assign(
         self, queries: Tensor, vectors: Tensor, valid: Tensor | None, temperature: float, first: int, topk: int | None
@@ -84,7 +85,7 @@ class _MeanCode(Function):
     """The mean code under the softmax, with a gradient through the softmax alone. Backward computes the softmax again."""
 
     @staticmethod
-    def forward(rows: Tensor, codes: Tensor, logits: str, temperature: float) -> Tensor:  # [h, N, d], [h, K, d]
+    def forward(rows: Tensor, codes: Tensor, logits: Logits, temperature: float) -> Tensor:  # [h, N, d], [h, K, d]
         return _softmax(rows, codes, logits, temperature)[1] @ codes
 
     @staticmethod
@@ -108,7 +109,7 @@ class _MeanCode(Function):
             return of_rows.to(rows.dtype), weight.mT @ x - e * weight.sum(1).unsqueeze(-1), None, None
 
 
-def _softmax(rows: Tensor, codes: Tensor, logits: str, temperature: float) -> tuple[Tensor, Tensor]:
+def _softmax(rows: Tensor, codes: Tensor, logits: Logits, temperature: float) -> tuple[Tensor, Tensor]:
     """Logits and softmax, [h, N, K]."""
     found = logits_reference(rows.unsqueeze(-1), codes, None, logits)
     return found, (found / temperature).softmax(-1)
@@ -122,10 +123,10 @@ class TransformedAssignment:
     chunks without a gradient, and differentiated at the chosen codes only; of another function all codes are stored.
     """
 
-    def __init__(self, transform: Callable[[Tensor], Tensor], codes: Tensor, metric: str) -> None:
+    def __init__(self, transform: Callable[[Tensor], Tensor], codes: Tensor, metric: Metric) -> None:
         self.transform = transform
         self.codes = codes
-        self.metric = metric
+        self.metric: Metric = metric
         self._all: Tensor | None = None
 
     def assign(self, queries: Tensor, vectors: Tensor, valid: Tensor | None, temperature: float, first: int, topk: int | None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._choices import Metric
 from ..._pickled import codebook_state
 from ...nn._codebook_init import codes_from_data
 from ...nn._ema import (
@@ -89,7 +90,7 @@ class Codebook(nn.Module):
         self.eps = eps
         self.kmeans_init = kmeans_init
         self.kmeans_iters = kmeans_iters
-        self.metric = "cosine" if use_cosine_sim else "euclidean"
+        self.metric: Metric = "cosine" if use_cosine_sim else "euclidean"
         self.threshold_ema_dead_code = threshold_ema_dead_code
         self.synchronized = synchronized
 
