@@ -45,6 +45,58 @@ inline Vec magnitude(Vec v) {
   return Vec(UVec(v) & 0x7fffffffu);
 }
 
+// part = L1 distances of kRows samples, those from i on, to samples j ... j + kLanes - 1, in the
+// dimensions from c on: four of them as a tree, or if fewer are left, these.
+inline void distances_of_four(const Columns& features,
+                              int64_t i,
+                              int64_t j,
+                              int64_t c,
+                              Vec (&part)[kRows]) {
+  const auto difference = [&](int64_t c, int r) __attribute__((always_inline)) {
+    return magnitude(load(features.row(c) + j) - features.row(c)[i + r]);
+  };
+  if (c + 4 <= features.dims) {
+    for (int r = 0; r < kRows; ++r)
+      part[r] =
+          (difference(c, r) + difference(c + 1, r)) + (difference(c + 2, r) + difference(c + 3, r));
+    return;
+  }
+  std::fill_n(part, kRows, Vec{});
+  for (; c < features.dims; ++c)
+    for (int r = 0; r < kRows; ++r)
+      part[r] += difference(c, r);
+}
+
+// The same in all dimensions. If there are more than two sums of eight, what rounding takes from
+// their sum is kept, so that the error does not grow with the number of dimensions.
+inline void distances(const Columns& features, int64_t i, int64_t j, Vec (&distance)[kRows]) {
+  constexpr int kStep = 8;
+  const bool compensated = features.dims > 2 * kStep;
+  Vec lost[kRows] = {};
+  std::fill_n(distance, kRows, Vec{});
+  for (int64_t c = 0; c < features.dims; c += kStep) {
+    Vec part[kRows];
+    distances_of_four(features, i, j, c, part);
+    if (c + kStep / 2 < features.dims) {
+      Vec second[kRows];
+      distances_of_four(features, i, j, c + kStep / 2, second);
+      for (int r = 0; r < kRows; ++r)
+        part[r] += second[r];
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const Vec total = distance[r] + part[r];
+      if (compensated) {
+        const Vec added = total - distance[r];
+        lost[r] += (distance[r] - (total - added)) + (part[r] - added);
+      }
+      distance[r] = total;
+    }
+  }
+  if (compensated)
+    for (int r = 0; r < kRows; ++r)  // that of an infinite sum is NaN
+      distance[r] += lost[r] == lost[r] ? lost[r] : Vec{};
+}
+
 // Calls f(j, similarities of samples i + r to samples j ... j + kLanes - 1), r < kRows, with zeros
 // where the column is not after the row or either is past the end; begin(i) before and end(i) after
 // the calls for the same rows.
@@ -56,14 +108,8 @@ void for_each_pair(const Columns& features, const Begin& begin, const F& f, cons
   for (int64_t i = 0; i < features.samples; i += kRows) {
     begin(i);
     for (int64_t j = i / kLanes * kLanes; j < features.samples; j += kLanes) {
-      Vec distance[kRows] = {};
-      for (int64_t c = 0; c < features.dims; ++c) {
-        const float* const row = features.row(c);
-        const Vec column = load(row + j);
-        for (int r = 0; r < kRows; ++r)
-          distance[r] += magnitude(column - row[i + r]);
-      }
-      Vec similarity[kRows];
+      Vec distance[kRows], similarity[kRows];
+      distances(features, i, j, distance);
       for (int r = 0; r < kRows; ++r) {
         similarity[r] = exp_or_zero<Simd>(-distance[r]);
         if (j <= i + r || i + r >= features.samples || j + kLanes > features.samples) {

@@ -7,7 +7,7 @@ from genperf import testing
 
 pytestmark = pytest.mark.compiled
 
-SHAPES = [(2, 3, 4), (7, 31, 5), (33, 5, 16), (65, 3, 1), (31, 1, 33), (130, 7, 3)]
+SHAPES = [(2, 3, 4), (7, 31, 5), (33, 5, 16), (65, 3, 1), (31, 1, 33), (130, 7, 3), (17, 1, 200)]
 
 
 def similarity(features, impl=None):
