@@ -1,6 +1,7 @@
 """Hooks of mkdocs: pages of the API reference, one for each public package, and the Markdown files outside of docs/."""
 
 import ast
+import json
 import logging
 import re
 from pathlib import Path
@@ -58,11 +59,23 @@ def entry(module: str, name: str) -> str:
     return f"::: {defined_in}.{name}\n    options:\n      heading: {imported_from(module)}.{name}\n      toc_label: {name}\n\n"
 
 
+def notebook_page(path: Path) -> str:
+    """The cells of a notebook as Markdown, with a link to the notebook below the title."""
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+    title, _, rest = parts[0].partition("\n")
+    return "\n\n".join([title, f"[Open as a notebook]({path.name})", rest.strip(), *parts[1:]])
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for module, (title, text) in PACKAGES.items():
         entries = "".join(entry(module, name) for name in public_names(module))
         page = f"api/{module.removeprefix('genperf.').replace('.', '-')}.md"
         files.append(File.generated(config, page, content=f"# {title}: `{imported_from(module)}`\n\n{text}\n\n{entries}"))
+    for path in sorted(ROOT.glob("docs/tutorials/*.ipynb")):
+        files.append(File.generated(config, f"tutorials/{path.stem}.md", content=notebook_page(path)))
     for pattern in OUTSIDE:
         for path in sorted(ROOT.glob(pattern)):
             files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
@@ -70,12 +83,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links out of docs/ lead to the copies; links into docs/ from them lose their folder; fences name only their language."""
+    """Links out of docs/ lead to the copies; links into docs/ from them lose their folder; fences name only their language.
+
+    Links to notebooks lead to their pages.
+    """
     markdown = re.sub(r"^(```\w+) no-run$", r"\1", markdown, flags=re.MULTILINE)  # what the tests of the pages do not run
     if page.file.src_uri.startswith("benchmarks/"):
         page.meta["search"] = {"exclude": True}  # tables of numbers under the names of all ops
     elif page.file.src_uri.startswith("api/"):
         page.meta["search"] = {"boost": SEARCH_BOOSTS.get(page.file.name, 0.5)}
+    markdown = re.sub(r"(\]\((?:\.\./)*(?:docs/)?tutorials/[\w-]+)\.ipynb\)", r"\1.md)", markdown)
     if page.is_homepage:
         page.meta["hide"] = ["navigation"]  # the tabs lead on
     outside = page.file.abs_src_path is not None and not page.file.abs_src_path.startswith(config.docs_dir)
