@@ -1,6 +1,7 @@
 """Hooks of mkdocs: pages of the API reference, one for each public package, and the Markdown files outside of docs/."""
 
 import ast
+import functools
 import json
 import logging
 import re
@@ -38,10 +39,15 @@ OUTSIDE = (
 )
 
 
+@functools.cache
+def syntax_of(module: str) -> ast.Module:
+    folder = ROOT / module.replace(".", "/")
+    return ast.parse((folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")).read_text())
+
+
 def public_names(module: str) -> list[str]:
     """`__all__` of a module, without an import."""
-    folder = ROOT / module.replace(".", "/")
-    tree = ast.parse((folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")).read_text())
+    tree = syntax_of(module)
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return ast.literal_eval(node.value)
@@ -52,11 +58,34 @@ def imported_from(module: str) -> str:
     return "genperf" if module in ("genperf.ops", "genperf._patch") else module
 
 
-def entry(module: str, name: str) -> str:
-    """An entry of the reference, under the name that users import."""
+def first_line(module: str, name: str) -> str:
+    """The first line of the docstring of a name that the module defines or imports from a module of its package."""
+    is_package = (ROOT / module.replace(".", "/")).is_dir()
+    for node in reversed(syntax_of(module).body):  # overloads, which have no docstring, come first
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
+            return (ast.get_docstring(node) or "").partition("\n")[0]
+        if isinstance(node, ast.ImportFrom) and node.level and name in [alias.name for alias in node.names]:
+            above = node.level - is_package
+            package = module.split(".")[: -above if above else None]
+            return first_line(".".join([*package, *(node.module or "").split(".")]), name)
+    return ""
+
+
+def identifier(module: str, name: str) -> str:
     # In a package, a name may be that of the module that defines it.
     defined_in = f"{module}.{name}" if (ROOT / module.replace(".", "/") / f"{name}.py").exists() else module
-    return f"::: {defined_in}.{name}\n    options:\n      heading: {imported_from(module)}.{name}\n      toc_label: {name}\n\n"
+    return f"{defined_in}.{name}"
+
+
+def summary(module: str) -> str:
+    """A table of the entries, each with what it is."""
+    rows = (f"| [`{name}`][{identifier(module, name)}] | {first_line(module, name)} |" for name in public_names(module))
+    return "\n".join(["| | |", "|---|---|", *rows]) + "\n\n"
+
+
+def entry(module: str, name: str) -> str:
+    """An entry of the reference, under the name that users import."""
+    return f"::: {identifier(module, name)}\n    options:\n      heading: {imported_from(module)}.{name}\n      toc_label: {name}\n\n"
 
 
 def notebook_page(path: Path) -> str:
@@ -73,7 +102,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for module, (title, text) in PACKAGES.items():
         entries = "".join(entry(module, name) for name in public_names(module))
         page = f"api/{module.removeprefix('genperf.').replace('.', '-')}.md"
-        files.append(File.generated(config, page, content=f"# {title}: `{imported_from(module)}`\n\n{text}\n\n{entries}"))
+        files.append(File.generated(config, page, content=f"# {title}: `{imported_from(module)}`\n\n{text}\n\n{summary(module)}{entries}"))
     for path in sorted(ROOT.glob("docs/tutorials/*.ipynb")):
         files.append(File.generated(config, f"tutorials/{path.stem}.md", content=notebook_page(path)))
     for pattern in OUTSIDE:
