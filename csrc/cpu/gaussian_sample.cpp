@@ -65,8 +65,8 @@ struct Moments {
   }
 
   bool vectorizable() const {
-    return mean.vectorizable() && logvar.vectorizable() && prior_mean.vectorizable() &&
-           prior_logvar.vectorizable() && noise.vectorizable();
+    return mean.vectorizable() && logvar.vectorizable() && prior_mean.vectorizable_expanded() &&
+           prior_logvar.vectorizable_expanded() && noise.vectorizable();
   }
 };
 
@@ -118,8 +118,8 @@ void sample_segment(const Moments<T>& in,
     out.set(i, n, fma(variance.root, z, m));
     Vec prior_m{}, prior_lv{};
     if constexpr (kPrior) {
-      prior_m = in.prior_mean.get(i, n);
-      prior_lv = clamp(in.prior_logvar.get(i, n));
+      prior_m = in.prior_mean.get_expanded(i, n);
+      prior_lv = clamp(in.prior_logvar.get_expanded(i, n));
     }
     Vec divergence = Divergence<kPrior>(m, lv, variance.expm1, prior_m, prior_lv).value;
     if (free_bits > 0)
@@ -139,7 +139,8 @@ void backward_segment(const Moments<T>& in,
                       const float* grad_kl,
                       const Moments<T>& out,
                       int64_t count) {
-  const bool vectorizable = in.vectorizable() && out.vectorizable() && grad_sample.vectorizable();
+  const bool vectorizable =
+      in.vectorizable() && out.vectorizable() && grad_sample.vectorizable_expanded();
   for_each_vector(count, vectorizable, [&](int64_t i, auto n) {
     const Vec m = in.mean.get(i, n), raw = in.logvar.get(i, n), lv = clamp(raw);
     const ExpAndRoot<Simd> variance(lv);
@@ -147,8 +148,8 @@ void backward_segment(const Moments<T>& in,
     if (grad_kl) {
       Vec prior_m{}, prior_raw{};
       if constexpr (kPrior) {
-        prior_m = in.prior_mean.get(i, n);
-        prior_raw = in.prior_logvar.get(i, n);
+        prior_m = in.prior_mean.get_expanded(i, n);
+        prior_raw = in.prior_logvar.get_expanded(i, n);
       }
       const Divergence<kPrior> kl(m, lv, variance.expm1, prior_m, clamp(prior_raw));
       Vec kl_grad = broadcast(*grad_kl);
@@ -166,7 +167,7 @@ void backward_segment(const Moments<T>& in,
       out.prior_logvar.set(i, n, grad_prior_logvar);
     }
     if (grad_sample) {
-      const Vec g = grad_sample.get(i, n);
+      const Vec g = grad_sample.get_expanded(i, n);
       const Vec z = drawn ? load(drawn + i) : in.noise.get(i, n);
       grad_mean += g;
       grad_logvar = fma(0.5f * g, variance.root * z, grad_logvar);

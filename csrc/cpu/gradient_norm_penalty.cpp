@@ -35,8 +35,8 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty(const Tensor& gradients,
     std::vector<double> squares(rows.blocks());
     rows.for_each([&](int64_t b, int64_t row, int64_t column, int64_t count, const auto& at) {
       Doubles total{};
-      for_each_vector(count, at[0].vectorizable(), [&](int64_t i, auto n) {
-        const Doubles g = __builtin_convertvector(at[0].get(i, n), Doubles);
+      for_each_vector(count, at[0].vectorizable_expanded(), [&](int64_t i, auto n) {
+        const Doubles g = __builtin_convertvector(at[0].get_expanded(i, n), Doubles);
         total += g * g;
       });
       double square = 0;
@@ -83,10 +83,11 @@ Tensor gradient_norm_penalty_backward(const Tensor& grad_penalty,
       const Vec ratio = broadcast(float(factor / divisor));
       // A norm below about 1e-38 has no float32 inverse.
       const bool divide = std::isinf(ratio[0]) && !std::isinf(factor);
-      for_each_vector(count, at[0].vectorizable() && at[1].vectorizable(), [&](int64_t i, auto n) {
-        const Vec g = at[0].get(i, n);
-        at[1].set(i, n, divide ? float(factor) * (g / float(divisor)) : ratio * g);
-      });
+      for_each_vector(count, at[0].vectorizable_expanded() && at[1].vectorizable(),
+                      [&](int64_t i, auto n) {
+                        const Vec g = at[0].get_expanded(i, n);
+                        at[1].set(i, n, divide ? float(factor) * (g / float(divisor)) : ratio * g);
+                      });
     });
   });
   return out;

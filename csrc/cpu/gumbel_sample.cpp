@@ -189,7 +189,7 @@ void gumbel_sample_backward(Tensor grad_logits,
             if (soft) {
               const Vec y = exp_or_zero<Simd>((load(s + k) - best) * in.inverse_tau - soft_log_sum);
               store(s + k, y);
-              const Vec term = y * grad.get(k, n);
+              const Vec term = y * grad.get_expanded(k, n);
               product += n == kLanes                                 ? term
                          : IVec(GumbelInputs<T>::lane_numbers()) < n ? term
                                                                      : Vec{};
@@ -207,7 +207,7 @@ void gumbel_sample_backward(Tensor grad_logits,
             const int n = int(std::min<int64_t>(kLanes, in.classes - k));
             Vec value{};
             if (soft)
-              value = in.inverse_tau * load(s + k) * (grad.get(k, n) - mean_gradient);
+              value = in.inverse_tau * load(s + k) * (grad.get_expanded(k, n) - mean_gradient);
             if (kl_grad) {
               const Vec log_q = relative_to(row.get(k, n), largest) - log_sum;
               value += weight * exp_or_zero<Simd>(log_q) * (log_q - negative_entropy);
@@ -217,7 +217,7 @@ void gumbel_sample_backward(Tensor grad_logits,
         },
         [&](int64_t o, int64_t i, int64_t n, float* kept) {
           const bool vectorizable = in.logits.vectorizable() && in.noise.vectorizable() &&
-                                    upstream.vectorizable() && out.vectorizable();
+                                    upstream.vectorizable_expanded() && out.vectorizable();
           const Rows<float> own(statistics);
           Vec product[kVectors] = {}, entropy[kVectors] = {}, weight[kVectors] = {};
           if (kl_grad)
@@ -257,7 +257,7 @@ void gumbel_sample_backward(Tensor grad_logits,
           for_all(false, [&](int64_t at, auto lanes, int64_t k, Vec y, Vec log_q) {
             const int v = int(at / kLanes);
             if (soft)
-              product[v] = fma(y, upstream.at(o, k, i + at).get(0, lanes), product[v]);
+              product[v] = fma(y, upstream.at(o, k, i + at).get_expanded(0, lanes), product[v]);
             if (kl_grad)
               entropy[v] = fma(exp_or_zero<Simd>(log_q), log_q, entropy[v]);
           });
@@ -265,7 +265,8 @@ void gumbel_sample_backward(Tensor grad_logits,
             const int v = int(at / kLanes);
             Vec value{};
             if (soft)
-              value = in.inverse_tau * y * (upstream.at(o, k, i + at).get(0, lanes) - product[v]);
+              value = in.inverse_tau * y *
+                      (upstream.at(o, k, i + at).get_expanded(0, lanes) - product[v]);
             if (kl_grad)
               value = fma(weight[v] * exp_or_zero<Simd>(log_q), log_q - entropy[v], value);
             out.at(o, k, i + at).set(0, lanes, value);

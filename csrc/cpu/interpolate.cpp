@@ -126,14 +126,15 @@ std::tuple<Tensor, Tensor, Tensor> interpolate_backward(const Tensor& grad_mixed
     std::vector<double> partial(rows.blocks());
     rows.for_each([&](int64_t b, int64_t row, int64_t column, int64_t count, const auto& at) {
       const bool vectorizable =
-          std::all_of(at.begin(), at.end(), [](auto& x) { return x.vectorizable(); });
+          at[0].vectorizable_expanded() &&
+          std::all_of(at.begin() + 1, at.end(), [](auto& x) { return x.vectorizable(); });
       double total = 0;
       // A lane adds up few numbers, of which narrow vectors would leave it many.
       constexpr int64_t kSegment = kLanes == 4 ? 64 : 512;
       for (int64_t start = 0; start < count; start += kSegment) {
         Vec sums{};
         for_each_vector(std::min(kSegment, count - start), vectorizable, [&](int64_t i, auto n) {
-          const Vec g = at[0].get(start + i, n);
+          const Vec g = at[0].get_expanded(start + i, n);
           at[3].set(start + i, n, weights[b] * g);
           at[4].set(start + i, n, (1 - weights[b]) * g);
           if (at[1])

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Gathers the codes with the squared error, and computes the gradient of the input. Positions are
-// taken 32 at a time, so that both layouts are read and written along their contiguous dimension.
-// The error is summed in float64 over chunks that do not depend on the number of threads, so it is
-// the same in every run.
+// Gathers the codes with the squared error, and computes the gradient of the input. Channels-first
+// data are read and written component by component, many positions at a time, and the codes are
+// transposed for them. The error is summed in float64 over chunks that do not depend on the number
+// of threads, so it is the same in every run.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/common/planes.h"
 #include "cpu/common/positions.h"
 #include "cpu/common/vector_rows.h"
 
@@ -65,6 +66,57 @@ double copy_codes(const T* const* x,
   return total;
 }
 
+// Pointers to the codes of `count` <= kLanes positions, null for negative indices. Returns a mask
+// of the others.
+template <class C>
+IVec codes_of(const Codes<C>& codebook, const int64_t* indices, int count, const C** codes) {
+  IVec known{};
+  for (int lane = 0; lane < count; ++lane) {
+    const int64_t k = indices[lane];
+    codes[lane] = k < 0 ? nullptr : codebook.data + k * codebook.code_stride;
+    known[lane] = k < 0 ? 0 : -1;
+  }
+  return known;
+}
+
+// Copies the codes of positions first ... last - 1, and returns their squared distance to x. Both
+// are in_planes().
+template <class T, class C>
+double copy_codes_to_planes(const Positions<T>& x,
+                            const Codes<C>& codebook,
+                            const int64_t* indices,
+                            int64_t first,
+                            int64_t last,
+                            const Positions<T>& out) {
+  using Half = float __attribute__((vector_size(kDoubles * sizeof(float))));
+  DVec sums[2] = {};
+  x.for_each_run(first, last, kLanes, [&](int64_t position, int count, int64_t o, int64_t i) {
+    const C* codes[kLanes];
+    const IVec known = codes_of(codebook, indices + position, count, codes);
+    DVec low = sums[0], high = sums[1];
+    for (int64_t d = 0; d < x.dim; d += kLanes) {
+      const T* const in = x.at(o, i) + d * x.stride;
+      T* const to = out.at(o, i) + d * out.stride;
+      const int n = int(std::min<int64_t>(kLanes, x.dim - d));
+      Vec code[kLanes];
+      get_components(codes, count, d, n, code);
+      for (int c = 0; c < n; ++c) {
+        const Vec difference = known ? get_lanes(in + c * x.stride, count) - code[c] : Vec{};
+        Half halves[2];
+        std::memcpy(halves, &difference, sizeof(difference));
+        const DVec a = __builtin_convertvector(halves[0], DVec),
+                   b = __builtin_convertvector(halves[1], DVec);
+        low += a * a;
+        high += b * b;
+        set_lanes(to + c * out.stride, count, code[c]);
+      }
+    }
+    sums[0] = low;
+    sums[1] = high;
+  });
+  return sum(sums[0]) + sum(sums[1]);
+}
+
 template <class T, class C>
 void quantize(const Positions<T>& x,
               const Codes<C>& codebook,
@@ -73,12 +125,20 @@ void quantize(const Positions<T>& x,
               double* errors,
               int64_t* valid) {
   const bool contiguous = x.stride == 1 && out.stride == 1 && codebook.stride == 1;
+  const bool planes = in_planes(x) && in_planes(out) && codebook.stride == 1;
   const int64_t chunks = (x.count() + kChunk - 1) / kChunk;
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t last = std::min(x.count(), (chunk + 1) * kChunk);
       double error = 0;
       int64_t found = 0;
+      if constexpr (!std::is_same_v<T, double>)
+        if (planes) {
+          errors[chunk] = copy_codes_to_planes(x, codebook, indices, chunk * kChunk, last, out);
+          valid[chunk] = std::count_if(indices + chunk * kChunk, indices + last,
+                                       [](int64_t k) { return k >= 0; });
+          continue;
+        }
       for (int64_t first = chunk * kChunk; first < last; first += kRows) {
         const int count = int(std::min<int64_t>(kRows, last - first));
         const T* in[kRows];
@@ -107,6 +167,40 @@ void quantize(const Positions<T>& x,
   });
 }
 
+// The straight-through gradient at positions first ... last - 1. x and `out` are in_planes(); the
+// gradient has an inner stride of 1, or 0 as an expanded tensor.
+template <class T, class C>
+void quantize_planes_backward(const Positions<T>* gradient,
+                              const Positions<T>& x,
+                              const Codes<C>& codebook,
+                              const int64_t* indices,
+                              int64_t first,
+                              int64_t last,
+                              float commitment_scale,
+                              const Positions<T>& out) {
+  x.for_each_run(first, last, kLanes, [&](int64_t position, int count, int64_t o, int64_t i) {
+    const C* codes[kLanes];
+    const IVec known = codes_of(codebook, indices + position, count, codes);
+    const Vec scale = broadcast(commitment_scale);
+    for (int64_t d = 0; d < x.dim; d += kLanes) {
+      const T* const in = x.at(o, i) + d * x.stride;
+      const T* const from = gradient ? gradient->at(o, i) + d * gradient->stride : nullptr;
+      T* const to = out.at(o, i) + d * out.stride;
+      const int n = int(std::min<int64_t>(kLanes, x.dim - d));
+      Vec code[kLanes];
+      get_components(codes, count, d, n, code);
+      for (int c = 0; c < n; ++c) {
+        Vec value = scale * (get_lanes(in + c * x.stride, count) - code[c]);
+        if (gradient) {
+          const T* const p = from + c * gradient->stride;
+          value += gradient->inner_stride == 0 ? broadcast(float(*p)) : get_lanes(p, count);
+        }
+        set_lanes(to + c * out.stride, count, known ? value : Vec{});
+      }
+    }
+  });
+}
+
 template <class T, class C>
 void quantize_backward(const Positions<T>* gradient,
                        const Positions<T>& x,
@@ -118,6 +212,13 @@ void quantize_backward(const Positions<T>* gradient,
   using W = OpMath<T>;
   using P = Pack<W>;
   const int64_t dim = x.dim;
+  if constexpr (std::is_same_v<W, float>)
+    if (in_planes(x) && in_planes(out) && (!gradient || (!rotate && gradient->inner_stride <= 1))) {
+      torch::stable::parallel_for(0, x.count(), 32 * kRows, [&](int64_t begin, int64_t end) {
+        quantize_planes_backward(gradient, x, codebook, indices, begin, end, commitment_scale, out);
+      });
+      return;
+    }
   torch::stable::parallel_for(
       0, (x.count() + kRows - 1) / kRows, 32, [&](int64_t begin, int64_t end) {
         Buffer<W> buffer(3 * kRows * dim);
@@ -184,6 +285,7 @@ std::tuple<Tensor, Tensor, Tensor> vector_quantize(const Tensor& x,
   check_indices(indices, x);
   const int64_t* index = static_cast<const int64_t*>(indices.data_ptr());
   check_range(index, indices.numel(), codebook.size(0));
+  const Tensor rows = codebook.stride(1) == 1 ? codebook : torch::stable::contiguous(codebook);
   Tensor quantized = torch::stable::empty_like(x);
   Tensor loss = torch::stable::new_empty(x, {}, accumulator_type(x));
   Tensor valid = torch::stable::new_empty(x, {}, ScalarType::Long);
@@ -191,8 +293,8 @@ std::tuple<Tensor, Tensor, Tensor> vector_quantize(const Tensor& x,
   std::vector<double> errors(chunks);
   std::vector<int64_t> found(chunks);
   with_types(x, codebook, [&]<class T, class C>(T*, C*) {
-    quantize(Positions<T>(x), Codes<C>(codebook), index, Positions<T>(quantized), errors.data(),
-             found.data());
+    quantize(Positions<T>(x).merged(), Codes<C>(rows), index, Positions<T>(quantized).merged(),
+             errors.data(), found.data());
   });
   double error = 0;
   int64_t count = 0;
@@ -230,10 +332,10 @@ Tensor vector_quantize_backward(std::optional<Tensor> grad_quantized,
     std::optional<Positions<T>> gradient;
     if (grad_quantized.has_value()) {
       check_gradient(*grad_quantized, x);
-      gradient.emplace(*grad_quantized);
+      gradient.emplace(Positions<T>(*grad_quantized).merged());
     }
-    quantize_backward(gradient ? &*gradient : nullptr, Positions<T>(x), Codes<C>(rows), index,
-                      OpMath<T>(commitment_scale), rotation, Positions<T>(grad_x));
+    quantize_backward(gradient ? &*gradient : nullptr, Positions<T>(x).merged(), Codes<C>(rows),
+                      index, OpMath<T>(commitment_scale), rotation, Positions<T>(grad_x).merged());
   });
   return grad_x;
 }

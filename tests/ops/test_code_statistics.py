@@ -43,6 +43,21 @@ def test_native_equals_reference_in_every_layout(dtype, device):
                 torch.testing.assert_close(a, b, rtol=2e-7, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("dtype", [*testing.DTYPES, torch.float64], ids=str)
+def test_images_equal_their_rows(dtype, device):
+    """Bitwise, with codes that have no vector, and where blocks of positions and channels end early."""
+    for images, dim, pixels in [(5, 3, 8), (2, 20, 49), (3, 33, 1), (1, 8, 70), (1, 1, 40)]:
+        rows, _ = testing.vectors("random", images * pixels, 1, dim, dtype, device)
+        indices, weights = torch.randint(-1, 60, (images, pixels), device=device), torch.rand(images, pixels, device=device)
+        image = rows.unflatten(0, (images, pixels)).movedim(-1, 1).contiguous()
+        for given in (None, weights):
+            flat = None if given is None else given.flatten()
+            expected = genperf.code_statistics(rows, indices.flatten(), 70, weights=flat)
+            for laid_out in (image, torch.stack([image, image], -1)[..., 0]):
+                found = genperf.code_statistics(laid_out, indices, 70, weights=given, channel_dim=1)
+                assert all(map(torch.equal, found, expected))
+
+
 def test_bitwise_equal_in_every_run_and_for_any_number_of_threads(device):
     x, _ = testing.vectors("offset", 5000, 1, 37, torch.float32, device)
     indices = torch.randint(13, (5000,), device=device)

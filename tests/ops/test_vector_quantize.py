@@ -62,6 +62,30 @@ def test_layouts_agree(gradient, masked, device):
         assert torch.equal(found["indices"].flatten(), flat["indices"]), name
 
 
+@pytest.mark.parametrize("dtype", [*testing.DTYPES, torch.float64], ids=str)
+def test_images_equal_their_rows(dtype, device):
+    """Components are transposed in blocks, which end at the end of an image, of a vector and of the tensor."""
+    for images, dim, pixels in [(5, 3, 8), (2, 20, 49), (1, 16, 70), (3, 33, 1), (1, 1, 40), (2, 8, 530)]:
+        rows, codebook = testing.vectors("random", images * pixels, 11, dim, dtype, device)
+        indices = torch.randint(-1, 11, (images * pixels,), device=device)
+        upstream = torch.randn_like(rows)
+
+        def image(t, size=(images, pixels)):
+            return t.unflatten(0, size).movedim(-1, 1).contiguous() if t.dim() > 1 else t.view(size)
+
+        for gradient in ("straight_through", "rotation"):
+            found = []
+            for laid_out, codes, grad in ((rows, indices, upstream), (image(rows), image(indices), image(upstream))):
+                leaves = laid_out.clone().requires_grad_(), codebook.clone().requires_grad_()
+                quantized, _, loss = genperf.vector_quantize(*leaves, indices=codes, channel_dim=1, gradient=gradient)
+                found.append((quantized, loss, *torch.autograd.grad((quantized, loss), leaves, (grad, torch.ones_like(loss)))))
+            (quantized, loss, grad_x, grad_codebook), images_found = found
+            assert torch.equal(image(quantized), images_found[0])
+            assert torch.equal(image(grad_x), images_found[2])
+            assert torch.equal(grad_codebook, images_found[3])
+            torch.testing.assert_close(loss, images_found[1], rtol=2e-7, atol=0)
+
+
 def test_memory_format_is_kept(device):
     x = torch.randn(2, 16, 6, 5, device=device).to(memory_format=torch.channels_last)
     quantized, _, _ = genperf.vector_quantize(x, torch.randn(9, 16, device=device), channel_dim=1)

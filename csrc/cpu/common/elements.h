@@ -134,6 +134,9 @@ struct Rows {
 
   bool vectorizable() const { return !data || stride == 1; }
 
+  // Whether get_expanded() takes full vectors.
+  bool vectorizable_expanded() const { return vectorizable() || stride == 0; }
+
   // The elements of a row, starting at a column.
   Rows at(int64_t sample, int64_t row, int64_t column) const {
     Rows moved = *this;
@@ -158,6 +161,12 @@ struct Rows {
   Vec get(int64_t i, FullVector) const {
     return std::is_same_v<T, float> || float32 ? load(reinterpret_cast<const float*>(data) + i)
                                                : load(reinterpret_cast<const T*>(data) + i);
+  }
+
+  // get() of a tensor that may be expanded along its columns, such as the gradient of a sum.
+  template <class N>
+  Vec get_expanded(int64_t i, N n) const {
+    return stride == 0 && n == kLanes ? broadcast(get(0, 1)[0]) : get(i, n);
   }
 
   void set(int64_t i, FullVector, Vec v) const {

@@ -15,6 +15,7 @@
 #include <memory>
 #include <new>
 #include <type_traits>
+#include <utility>
 
 namespace genperf {
 
@@ -55,6 +56,35 @@ struct Positions {
 
   // Whether the components of a vector are contiguous.
   bool channels_last() const { return stride == 1; }
+
+  // The same vectors, with those of adjacent positions in one row where a row holds only one.
+  Positions merged() const {
+    Positions x = *this;
+    if (inner == 1) {
+      std::swap(x.outer, x.inner);
+      std::swap(x.outer_stride, x.inner_stride);
+    }
+    return x;
+  }
+
+  T* at(int64_t o, int64_t i) const { return data + o * outer_stride + i * inner_stride; }
+
+  // Calls f(position, count, o, i) for positions first ... last - 1, at most `limit` of one row o
+  // at a time.
+  template <class F>
+  void for_each_run(int64_t first, int64_t last, int64_t limit, const F& f) const {
+    int64_t o = first / std::max<int64_t>(inner, 1), i = first - o * inner;
+    while (first < last) {
+      const int64_t count = std::min({limit, last - first, inner - i});
+      f(first, int(count), o, i);
+      first += count;
+      i += count;
+      if (i == inner) {
+        i = 0;
+        ++o;
+      }
+    }
+  }
 };
 
 // [K, D], any strides.
@@ -138,10 +168,10 @@ inline void check_indices(const Tensor& indices, const Tensor& x) {
 }
 
 inline void check_range(const int64_t* indices, int64_t count, int64_t num_codes) {
-  bool inside = true;
+  uint64_t largest = 0;  // of index + 1
   for (int64_t i = 0; i < count; ++i)
-    inside &= indices[i] >= -1 && indices[i] < num_codes;
-  STD_TORCH_CHECK(inside, "indices must be in -1 ... ", num_codes - 1);
+    largest = std::max(largest, uint64_t(indices[i]) + 1);
+  STD_TORCH_CHECK(largest <= uint64_t(num_codes), "indices must be in -1 ... ", num_codes - 1);
 }
 
 inline void check_gradient(const Tensor& gradient, const Tensor& x) {

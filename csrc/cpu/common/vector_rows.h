@@ -115,6 +115,11 @@ class Tile {
 
   // Copies the vectors to `rows` [count, D].
   void copy(W* rows) const {
+    if (x_.stride == 0) {  // an expanded tensor
+      for (int lane = 0; lane < count_; ++lane)
+        std::fill_n(rows + lane * x_.dim, x_.dim, W(*at_[lane]));
+      return;
+    }
     for_each_block([&](T* p, int64_t lane, int64_t d,
                        auto n) { Pack<W>::set(rows + lane * x_.dim + d, n, Pack<W>::get(p, n)); },
                    [&](auto* p, int64_t lane, int64_t d) {
