@@ -17,8 +17,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = Path(__file__).parent
-# What the ops import.
-MODULES = ("_deprecation.py", "_distributed.py", "_messages.py", "_version.py")
 # The macro changes the namespace of the ops and that of C++: each version of the kernel keeps its functions to itself.
 CUDA_FLAGS = ("-std=c++20", "-Dgenperf=TORCH_EXTENSION_NAME")
 CXX_FLAGS = (*CUDA_FLAGS, "-ffp-contract=off")
@@ -59,6 +57,21 @@ def portable(text: str, package: str) -> str:
     return text
 
 
+def imported(paths: list[Path], level: int) -> set[str]:
+    """The modules at the root of the package that these modules import with so many dots."""
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+    return {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == level}
+
+
+def needed_modules() -> set[str]:
+    """The modules beside the ops that these need, and what those need."""
+    needed, found = {"_version"}, imported(list((ROOT / "genperf" / "ops").glob("*.py")), 2)
+    while found := {name for name in found if (ROOT / "genperf" / f"{name}.py").exists()} - needed - {"_library"}:
+        needed |= found
+        found = imported([ROOT / "genperf" / f"{name}.py" for name in found], 1)
+    return needed
+
+
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -83,8 +96,8 @@ def assemble(folder: Path) -> None:
         if '"genperf::' in text:  # the name of an op, which the macro does not reach
             source.write_text(text.replace('"genperf::', 'C10_STRINGIZE(genperf) "::'))
     package = folder / "torch-ext" / "genperf"
-    for name in MODULES:
-        write(package / name, (ROOT / "genperf" / name).read_text())
+    for name in needed_modules():
+        write(package / f"{name}.py", (ROOT / "genperf" / f"{name}.py").read_text())
     for path in (ROOT / "genperf" / "ops").glob("*.py"):
         write(package / "ops" / path.name, portable(path.read_text(), ".."))
     for path in (ROOT / "kernels").rglob("*.py"):
