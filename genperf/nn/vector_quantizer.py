@@ -15,7 +15,7 @@ from .._choices import CodebookInit, Gradient, Metric, UpdateTime
 from .._deprecation import RenamedAttribute, renamed_arguments
 from .._pickled import quantizer_state
 from .._typing import signature_of
-from ..ops._autograd import ValueOf, can_view_within, need_function
+from ..ops._autograd import ValueOf, can_view_within
 from ..ops._dispatch import choose_impl
 from ..ops._layout import Positions
 from ..ops._noise import first_sample
@@ -301,11 +301,12 @@ class VectorQuantizer(nn.Module):
         Raises:
             ValueError, TypeError: an invalid argument; the codebook is unchanged.
         """
-        check_gathered("VectorQuantizer", self.codebook)
+        own_codebook = self.codebook
+        check_gathered("VectorQuantizer", own_codebook)
         within = self._can_view_within(x)
         positions, mask = self._check_input(x.detach() if within else x, mask, lengths)
         update = self.update if update is None else update
-        check_step("VectorQuantizer", update, code_weights, self.codebook)
+        check_step("VectorQuantizer", update, code_weights, own_codebook)
         vectors, valid = self._to_vectors(positions, mask)
         starts = self.training and self._needs_init
         if starts:
@@ -319,11 +320,11 @@ class VectorQuantizer(nn.Module):
         # An update overwrites codes that backward still needs. FSDP2 may gather initial codes for backward before they are written.
         codes = saved_copy(self.codebook) if (updates and update == "step") or starts else self.codebook
         codes = codes if again is None else ValueOf.apply(again.codebook, codes)
-        codebook = self._search_codebook(codes)
+        codebook = codes if within else self._search_codebook(codes)
         queries, vectors = vectors, self._unit(vectors)
         indices = None if again is None else again.indices
         if indices is None and self.training and self.sample_temperature > 0:
-            indices = self._sample(vectors, codebook, valid, x)
+            indices = self._sample(vectors, self._search_codebook(codes), valid, x)
         learned = codebook if self.codebook_weight > 0 else codebook.detach()
         weights = self.codebook_weight, self.commitment_weight
         options = *weights, self.gradient, self.metric, queries, codes, (x, positions.channel) if within else None
@@ -337,14 +338,17 @@ class VectorQuantizer(nn.Module):
             diversity = diversity_loss(vectors, codebook, valid, **options)
             loss = loss + self.diversity_weight * diversity
         if self.training and self.orthogonal_weight > 0:
+            codebook = self._search_codebook(codes)
             options = {"used_only": self.orthogonal_used_only, "max_codes": self.orthogonal_max_codes}
             orthogonal = orthogonal_loss(codebook, indices, **options)
             loss = loss + self.orthogonal_weight * orthogonal
 
         if updates:
-            self._gather(vectors, indices, waits=update == "accumulate")
+            gathered = self._gather(vectors, indices, waits=update == "accumulate")
             if update == "step":
-                apply_updates([self.take_update()], code_weights, self.synchronized)
+                apply_updates([self.take_update(gathered)], code_weights, self.synchronized)
+            else:
+                self.pending = gathered
 
         quantized = quantized if within else self._from_vectors(quantized, positions, mask)
         outputs = quantized, merge_indices(indices, positions.sizes, self.heads), loss
@@ -413,14 +417,15 @@ class VectorQuantizer(nn.Module):
         check("VectorQuantizer", "usage of the codes needs a decay or replace_dead_below", self.decay, self.has_ema)
         return usage_from_counts(self.counts.double().flatten(), max(self.replace_dead_below, torch.finfo(torch.float32).tiny))
 
-    def take_update(self) -> CodebookUpdate:
-        """The update from the statistics gathered since the last one. Clears them."""
-        counts, sums, vectors, indices = self.pending or (None,) * 4
+    def take_update(self, pending: Pending | None = None) -> CodebookUpdate:
+        """The update from the statistics gathered since the last one (None: `self.pending`). Clears them."""
+        counts, sums, vectors, indices = pending or self.pending or (None,) * 4
         codebook, store = writable_codes(self, "codebook")
         valid = vectors_at = None
         if vectors is not None and indices is not None:
             valid, vectors_at = (indices >= 0).flatten(1), partial(rows_at, vectors)
-        self.pending = None
+        if self.pending is not None:
+            self.pending = None
         return CodebookUpdate(
             codebook=codebook,
             counts=self.counts,
@@ -471,7 +476,7 @@ class VectorQuantizer(nn.Module):
         """Whether a Function can view x as vectors, since nothing else here needs a gradient of them."""
         if self.heads > 1 or self.project_in is not None or self.metric == "cosine" or (self.training and self.diversity_weight > 0):
             return False
-        return isinstance(x, Tensor) and can_view_within(x) and need_function(x, self.codebook)
+        return isinstance(x, Tensor) and can_view_within(x)
 
     def _to_vectors(self, positions: Positions, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The vectors to search, [codebooks, outer, D, inner], and which are valid, [codebooks, outer, inner]."""
@@ -510,12 +515,12 @@ class VectorQuantizer(nn.Module):
         logits = "dot" if self.metric == "cosine" else "distance"
         return draw_codes(vectors.detach(), codebook.detach(), self.sample_temperature, logits, 2, valid, first=first)
 
-    def _gather(self, vectors: Tensor, indices: Tensor, *, waits: bool) -> None:
-        """Keep the statistics of a training step for the next update."""
+    def _gather(self, vectors: Tensor, indices: Tensor, *, waits: bool) -> Pending:
+        """The pending statistics with those of a training step."""
         counts, sums, indices = codebook_statistics(vectors, indices, self.num_codes)
         # An update that waits must not depend on what becomes of x.
         last = (vectors.detach().clone() if waits else vectors.detach(), indices) if self.replace_dead_below > 0 else ()
-        self.pending = add_step(self.pending, counts, sums, last)
+        return add_step(self.pending, counts, sums, last)
 
     @torch.no_grad()
     def init_in_first_step(self, vectors: Tensor, valid: Tensor | None) -> None:

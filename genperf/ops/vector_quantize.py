@@ -119,7 +119,7 @@ def quantize(
 
 def quantize_codebooks(
     x: Tensor,  # [codebooks, outer, D, inner]
-    codebook: Tensor,  # [codebooks, K, D]
+    codebook: Tensor,  # [codebooks, K, D]; with `source` possibly [K, D]
     mask: Tensor | None,  # [codebooks, outer, inner]
     indices: Tensor | None,  # [codebooks, outer, inner]
     codebook_weight: float,
@@ -135,23 +135,46 @@ def quantize_codebooks(
     The search is of `queries` in `searched` where these are given: vectors and codes before they were rounded to unit vectors.
 
     Args:
-        source: with one codebook, the tensor [..., D, ...] that x is a view of and its channel dimension, for which `can_view_within`.
-            It gets the gradient in place of x, and quantized has its shape.
+        source: with one codebook, the tensor [..., D, ...] that x and `queries` are a view of and its channel dimension, for which
+            `can_view_within`. It gets the gradient in place of x, and quantized has its shape.
     """
-    impl = choose_impl("vector_quantize", None, unavailable(x.device, x.dtype), x, codebook)
+    impl = choose_impl("vector_quantize", None, unavailable(x.device, x.dtype), x if source is None else source[0], codebook)
+    if source is not None and impl == "native":
+        codes = codebook if codebook.dim() == 2 else codebook.squeeze(0)
+        valid, given = (None if t is None else t.squeeze(0) for t in (mask, indices))
+        options = codebook_weight, commitment_weight, gradient, metric
+        return _quantize_source(x.squeeze(0), codes, valid, given, *options, *source)
+    if source is not None:
+        x, codebook = Positions(*source).vectors.unsqueeze(0), codebook.view(1, *codebook.shape[-2:])
     if indices is None:
         queries, searched = x if queries is None else queries, codebook if searched is None else searched.view(codebook.shape)
         indices = search(queries.detach(), searched.detach(), mask, metric, impl)
-    if source is not None:
-        whole, channel = source
-        if impl == "native":
-            vectors, options = x.squeeze(0), (codebook_weight, commitment_weight, gradient == "rotation")
-            found = apply(_VectorQuantizeViewing, whole, codebook.squeeze(0), indices.squeeze(0), *options, vectors.shape, channel)
-            return found[0], indices, found[1]
-        x = Positions(whole, channel).vectors.unsqueeze(0)
     folded, numbered = as_one_codebook(x, indices, codebook.shape[1])
     quantized, loss = quantize(folded, codebook.flatten(0, 1), numbered, codebook_weight, commitment_weight, gradient, impl)
     return quantized if source is None else Positions(*source).restore(quantized), indices, loss
+
+
+def _quantize_source(
+    vectors: Tensor,  # [outer, D, inner]
+    codebook: Tensor,  # [K, D]
+    mask: Tensor | None,  # [outer, inner]
+    indices: Tensor | None,  # [outer, inner]
+    codebook_weight: float,
+    commitment_weight: float,
+    gradient: Gradient,
+    metric: Metric,
+    x: Tensor,  # [..., D, ...]
+    channel: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # [..., D, ...], [1, outer, inner], []
+    if indices is None:
+        indices = search(vectors.detach(), codebook.detach(), mask, metric, "native")
+    if need_function(x, codebook):
+        options = codebook_weight, commitment_weight, gradient == "rotation", vectors.shape, channel
+        quantized, loss, _ = apply(_VectorQuantizeViewing, x, codebook, indices, *options)
+    else:
+        quantized, loss, _ = torch.ops.genperf.vector_quantize(vectors, codebook, indices, codebook_weight + commitment_weight)
+        quantized = quantized.view(*x.shape)
+    return quantized, indices.unsqueeze(0), loss
 
 
 @remembered
