@@ -23,6 +23,10 @@ _SEARCH_CHUNK = 1 << 24
 
 # The share of vectors that change their code below which sums are updated, not computed anew.
 _FEW = 1 / 8
+# The share of a search, in pairs of vectors and codes, below which only codes that have changed are searched.
+_PARTIAL = 1 / 2
+# Bounds of the rounding of squared distances, relative to them, and for "cosine" to the squared length of the vectors.
+_ROUNDING = 1e-5
 
 
 class Stage(NamedTuple):
@@ -52,6 +56,8 @@ class Assignment(NamedTuple):
     """Parts [parts, K, D + 1] of those of this rank."""
     moved: float = 1.0
     """The share of the vectors that were of another code before."""
+    codebook: Tensor | None = None
+    """[K, D], if every vector is of its nearest code."""
 
 
 class Limits(NamedTuple):
@@ -153,14 +159,16 @@ class Vectors:
     def assign(self, codebook: Tensor, before: Assignment | None = None) -> Assignment:
         """Assign each vector to its nearest code. Each chunk is read once.
 
-        Once few vectors move to another code, the sums `before` change by those vectors alone. That is bitwise the same, since sums are
-        exact.
+        Once few vectors move to another code, the sums `before` change by those vectors alone, and few codes change: only those are
+        searched. That is bitwise the same, since sums and search are exact.
         """
         known = before is not None and self.by_kernel and self.on_host
         updates = before is not None and before.moved < _FEW
         found, moved, own = [], 0, before.own if before is not None and updates else None
         for piece in self.pieces(_SEARCH_CHUNK):
-            indices = search(piece.vectors, codebook, None, self.metric, self.impl)
+            indices = self._search_changed(piece, codebook, before) if before is not None and updates and known else None
+            if indices is None:
+                indices = search(piece.vectors, codebook, None, self.metric, self.impl)
             found.append(indices)
             if before is not None and known:
                 was = self._at(before.indices, piece.place, self.split)
@@ -176,7 +184,44 @@ class Vectors:
             own = part if own is None else own + part
         assert own is not None
         indices = found[0] if len(found) == 1 else torch.cat(found, self.split)
-        return Assignment(indices, self.all_reduce(own).sum(0), own, moved / max(1, self.here) if known else 1.0)
+        return Assignment(indices, self.all_reduce(own).sum(0), own, moved / max(1, self.here) if known else 1.0, codebook)
+
+    def _search_changed(self, piece: Piece, codebook: Tensor, before: Assignment) -> Tensor | None:
+        """The nearest codes, by a search of the codes that have changed; None if those are too many.
+
+        A code that is as it was, or nearer than it was, is still nearer than the other codes that are as they were. It is compared with
+        the nearest of the codes that have changed. Vectors for which neither holds, or the comparison is within the rounding, search all.
+        """
+        if before.codebook is None:
+            return None
+        if self.metric == "cosine" and any(bool((codes == 0).all(1).any()) for codes in (codebook, before.codebook)):
+            return None  # distances to a code without a direction are not those of its angle
+        was = self._at(before.indices, piece.place, self.split)
+        changed = (codebook != before.codebook).any(1)
+        places, kept = changed.nonzero().squeeze(1), ~changed[was]
+        share = len(places) / len(codebook)
+        # About half of the codes that change come nearer to a vector.
+        if share + float((~kept).double().mean()) / 2 > _PARTIAL:
+            return None
+
+        def distances(vectors: Tensor, scale: Tensor | None, codes: Tensor, index: Tensor) -> Tensor:
+            return call(torch.ops.genperf.cluster_distances, vectors, codes, index.contiguous(), scale).double()
+
+        near = distances(piece.vectors, piece.scale, codebook, was)
+        limit = near * (1 + _ROUNDING) + (_ROUNDING if self.metric == "cosine" else 0)
+        outer, inner = (~kept).nonzero().unbind(1)
+        rows, scale = piece.vectors[outer, :, inner].unsqueeze(2), None if piece.scale is None else piece.scale[outer, inner].unsqueeze(1)
+        kept[outer, inner] = distances(rows, scale, before.codebook, was[outer, inner].unsqueeze(1)).squeeze(1) > limit[outer, inner]
+        if share + float((~kept).double().mean()) > _PARTIAL:
+            return None
+        if len(places) > 0:
+            other = places[search(piece.vectors, codebook[places], None, self.metric, self.impl)]
+            kept &= (other == was) | (distances(piece.vectors, piece.scale, codebook, other) > limit)
+        outer, inner = (~kept).nonzero().unbind(1)
+        rows = piece.vectors[outer, :, inner].unsqueeze(2)
+        indices = was.clone()
+        indices[outer, inner] = search(rows, codebook, None, self.metric, self.impl).squeeze(1)
+        return indices
 
     def assignment(self, indices: Tensor, num_codes: int) -> Assignment:
         """The sums of a given assignment."""

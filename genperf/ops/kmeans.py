@@ -68,7 +68,8 @@ def kmeans(
 
     The search is exact and the sums are deterministic, so a generator state gives one result per device, and no iteration increases the
     inertia by more than rounding. On the CPU the result is the same, bitwise, for any number of threads, and for any split of the vectors
-    over ranks. No positions x K or K x K matrix is built, and on CUDA an iteration does not synchronize with the host and can be captured
+    over ranks. Once few codes change, an iteration on the CPU searches those and the vectors that they concern, with the same result.
+    No positions x K or K x K matrix is built, and on CUDA an iteration does not synchronize with the host and can be captured
     in a graph. x may be a memory-mapped file (`torch.from_numpy(numpy.load(path, mmap_mode="c"))`): it is read in chunks, in order.
 
     "cosine" is spherical k-means (Dhillon and Modha, 2001): vectors are normalized, and codes are the normalized sums. A zero vector has no

@@ -83,11 +83,34 @@ def test_updated_sums_equal_new_ones(channel_dim, metric, monkeypatch):
     x = x.movedim(1, channel_dim).contiguous()
     options = {"iterations": 12, "metric": metric, "channel_dim": channel_dim, "weights": torch.rand(900, generator=seeded())}
     results = []
-    for few, chunk in ((-1, 1 << 24), (2, 1 << 24), (2, 600), (0.125, 600)):  # never, always, and in the end
+    # Sums are updated, and a part of the codes searched, never, always, and in the end.
+    for few, partial, chunk in ((-1, -1, 1 << 24), (2, 2, 1 << 24), (2, 2, 600), (2, 0.9, 1 << 24), (0.125, 0.5, 600)):
         monkeypatch.setattr(vectors, "_FEW", few)
+        monkeypatch.setattr(vectors, "_PARTIAL", partial)
         monkeypatch.setattr(vectors, "_SEARCH_CHUNK", chunk)
         results.append(genperf.kmeans(x, 40, generator=seeded(), **options))
     assert all(same(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize(("dtype", "zero"), [(torch.float32, False), (torch.float16, True), (torch.float64, False)], ids=str)
+def test_search_of_changed_codes_is_exact(dtype, zero, metric, monkeypatch):
+    """On a grid, where many vectors are as near to several codes, some vectors are zero, and codes repeat."""
+    monkeypatch.setattr(vectors, "_FEW", 2)
+    monkeypatch.setattr(vectors, "_PARTIAL", 3)
+    x = torch.randint(-2, 3, (1500, 3), generator=seeded()).to(dtype)
+    start = torch.cat([x[:40], x[:20]]).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    start[7] = 0 if zero else start[7]
+    search, turns, sizes = vectors.search, [], []
+    monkeypatch.setattr(vectors, "search", lambda rows, codes, *rest: sizes.append(len(codes)) or search(rows, codes, *rest))
+
+    def check(progress):
+        assert torch.equal(progress.indices, genperf.nearest_code(x, progress.codebook, metric=metric, impl="reference"))
+        turns.append(progress.iteration)
+
+    genperf.kmeans(x, 60, iterations=10, init=start, metric=metric, callback=check)
+    assert len(turns) > 3
+    assert min(sizes) < 30, "all codes were searched"
 
 
 def test_best_of_several_runs():
