@@ -6,7 +6,8 @@ python benchmarks/small_calls.py [-k WORDS]
 Inputs are small enough for the kernels to take a few microseconds. The kernels that a call runs are recorded, and called again by
 themselves with the same arguments; call and kernels are timed in turn, on one thread. Backward is a call of the autograd engine, without
 the checks of torch.autograd.grad or backward, which a model pays once. Ops that are made of many calls of PyTorch (Frechet distance,
-matrix square root, k-means) are not here. For the layers, what their ops cost counts as well.
+matrix square root, k-means) are not here. For the layers, what their ops cost counts as well. Kernels that are called again find the
+packed codebook of the search in its cache, which a training step has to pack.
 """
 
 import argparse

@@ -105,8 +105,9 @@ def viewing(function: type[Function]) -> type[Function]:
         def forward(x: Tensor, *arguments: Any) -> tuple[Any, ...]:
             *options, sizes, channel = arguments
             first, *rest = function.forward(x.view(*sizes), *options)
-            shape = list(x.shape)
-            shape[channel] = first.shape[1]
+            shape, channels = x.shape, first.shape[1]
+            if shape[channel] != channels:
+                shape = (*shape[:channel], channels, *shape[channel + 1 :])
             # Autograd forbids to modify a view in place that a Function returns, unless it is detached.
             return first.view(*shape).detach(), *rest
 
