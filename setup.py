@@ -257,7 +257,10 @@ class NinjaBuild(build_ext):
             if CUDA_COMPILERS:
                 nvcc = f"$nvcc -MMD -MF $out.d {common.replace('-fPIC', '-Xcompiler -fPIC')} $gencode"
                 graph.rule("nvcc", f"{nvcc} -ccbin {shlex.split(CXX)[-1]} -c $in -o $out", description="$out", **depends)
-                graph.rule("nvlink", f"$nvcc -ccbin {shlex.split(CXX)[-1]} -shared $in -o $out $libraries", description="$out")
+                # A wheel uses the CUDA runtime of torch: the static one needs glibc 2.34 from the system that links it.
+                runtime = " -cudart shared" if CUDA_HOMES else ""
+                nvlink = f"$nvcc -ccbin {shlex.split(CXX)[-1]} -shared{runtime} $in -o $out $libraries"
+                graph.rule("nvlink", nvlink, description="$out")
             for extension in self.extensions:
                 name = extension.name.removeprefix("genperf._")
                 isa = name.removeprefix("cpu_").replace("_v", "-v").replace("x86_64", "x86-64")

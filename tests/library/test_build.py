@@ -142,6 +142,27 @@ def test_toolkits_that_make_no_wheel_are_an_error(releases, sentence, cuda_build
         cuda_build(None, GENPERF_CUDA_HOMES=":".join(str(tmp_path / str(index)) for index in range(len(releases))))
 
 
+def test_each_library_of_a_wheel_is_built_by_its_toolkit_and_uses_the_runtime_of_torch(tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text(f"#!/bin/sh\n[ $1 = -dumpmachine ] && echo {platform.machine()}-linux-gnu\n")
+    compiler.chmod(0o755)
+    for release in ("12.6", "13.0"):
+        add_toolkit(tmp_path / release, release, "compute_80 compute_90" if release == "12.6" else KNOWS)
+    homes = ":".join(str(tmp_path / release) for release in ("12.6", "13.0"))
+    build = [sys.executable, "setup.py", "build", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path / "lib")]
+    environment = {name: value for name, value in os.environ.items() if name not in ("TORCH_CUDA_ARCH_LIST", "GENPERF_CUDA")}
+    run = subprocess.run(
+        build, cwd=ROOT, env={**environment, "CXX": str(compiler), "GENPERF_CUDA_HOMES": homes}, capture_output=True, text=True
+    )
+    assert "the build failed" in run.stderr  # the compiler makes nothing
+    graph = (tmp_path / "build.ninja").read_text()
+    assert re.search(r"rule nvlink\n  command = \$nvcc .* -shared -cudart shared ", graph)
+    for library, release, archs in (("cuda12", "12.6", [80, 90]), ("cuda13", "13.0", [75, 80, 90, 100, 120])):
+        variables = re.search(rf"^build \S+/_{library}\.so: nvlink .*\n((?:  .*\n)+)", graph, re.MULTILINE)[1]
+        assert f"nvcc = {tmp_path / release / 'bin' / 'nvcc'}\n" in variables
+        assert [int(number) for number in re.findall(r"code=sm_(\d+)", variables)] == archs
+
+
 WHEEL = {"cuda12": ["9.0+PTX"], "cuda13": ["12.0+PTX"]}
 
 
