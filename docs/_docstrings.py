@@ -1,9 +1,12 @@
-"""An extension of griffe: indented lines of code in docstrings, such as those of "Equivalent to:", are code blocks."""
+"""An extension of griffe: the indented code of docstrings, such as that of "Equivalent to:", is set as code, and choices are spelled out."""
 
 import re
 import textwrap
+from pathlib import Path
 
 import griffe
+
+ROOT = Path(__file__).parents[1]
 
 SECTIONS = re.compile(r"(Args|Attributes|Returns|Raises|Yields|Shape|Example|Examples):$")
 
@@ -30,7 +33,22 @@ def fence_code(text: str) -> str:
     return "\n".join(fenced)
 
 
-class Code(griffe.Extension):
+# The types of keyword arguments that choose, under the names that the sources use.
+CHOICES = dict(re.findall(r"^(\w+) = (Literal\[.+\])$", (ROOT / "genperf" / "_choices.py").read_text(), re.MULTILINE))
+
+
+def spelled_out(annotation: str | griffe.Expr | None) -> str | griffe.Expr | None:
+    """The annotation with the values that can be chosen in place of the name of their type."""
+    words = set(re.findall(r"\w+", str(annotation)))
+    return re.sub(r"\w+", lambda word: CHOICES.get(word[0], word[0]), str(annotation)) if words & CHOICES.keys() else annotation
+
+
+class Reference(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: object) -> None:
         if obj.docstring:
             obj.docstring.value = fence_code(obj.docstring.value)
+        if isinstance(obj, griffe.Function):
+            for parameter in obj.parameters:
+                parameter.annotation = spelled_out(parameter.annotation)
+        if isinstance(obj, griffe.Attribute):
+            obj.annotation = spelled_out(obj.annotation)
