@@ -1,4 +1,4 @@
-"""An extension of griffe: the indented code of docstrings, such as that of "Equivalent to:", is set as code, and choices are spelled out."""
+"""An extension of griffe: indented code of docstrings, such as that of "Equivalent to:", is set as code, and choices are spelled out."""
 
 import re
 import textwrap
