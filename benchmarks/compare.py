@@ -208,7 +208,7 @@ def built(root: Path, commit: str, temporary: Path) -> Path:
     # With relative paths ccache finds what it compiled in another temporary folder.
     environment = {"CCACHE_BASEDIR": str(temporary), **os.environ}
     if _library.isa not in (None, "native"):
-        environment.setdefault("GENPERF_BUILD_ISAS", "x86-64-v4" if _library.isa == "amx" else _library.isa)
+        environment.setdefault("GENPERF_BUILD_ISAS", _library.built_isa(_library.isa))
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(temporary / "objects"), "--build-lib", str(library)]
     if code := subprocess.run(command, cwd=source, env=environment, stdout=sys.stderr).returncode:
         raise UserError(f"--compare could not build {commit[:10]} (exit code {code}); the message is above.")

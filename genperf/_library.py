@@ -19,8 +19,8 @@ from ._messages import warn_caller
 # What setup.py built or left out; empty if it never ran here.
 build_info: dict[str, Any] = {}
 
-# Instruction sets, best first. "amx" is the x86-64-v4 library with its AMX kernels enabled.
-ISAS = ("amx", "x86-64-v4", "x86-64-v3", "x86-64", "aarch64", "native")
+# Instruction sets, best first. "amx" and "avx512-vnni" are the x86-64-v4 library with these kernels enabled.
+ISAS = ("amx", "avx512-vnni", "x86-64-v4", "x86-64-v3", "x86-64", "aarch64", "native")
 
 # Why the CPU library, the CUDA library or Triton is not available, or None.
 cpu_failure: str | None = None
@@ -41,7 +41,7 @@ def library_path(name: str) -> Path:
 
 def cpu_features() -> dict[str, bool]:
     """The levels of instruction sets that this processor and kernel allow."""
-    names = ("x86-64", "x86-64-v3", "x86-64-v4", "avx512-bf16", "amx-bf16")
+    names = ("x86-64", "x86-64-v3", "x86-64-v4", "avx512-bf16", "amx-bf16", "avx512-vnni")
     path = library_path("probe")
     bits = ctypes.CDLL(str(path)).genperf_cpu_features() if path.exists() else 0
     return {name: bool(bits >> place & 1) for place, name in enumerate(names)}
@@ -80,9 +80,13 @@ def _read_build_info() -> None:
         build_info.update(json.loads(path.read_text()))
 
 
+def built_isa(name: str) -> str:
+    """The instruction set under which setup.py builds the library of `name`."""
+    return "x86-64-v4" if name in ("amx", "avx512-vnni") else name
+
+
 def _isa_library(name: str) -> Path:
-    base = "x86-64-v4" if name == "amx" else name
-    return library_path("cpu_" + base.replace("-", "_"))
+    return library_path("cpu_" + built_isa(name).replace("-", "_"))
 
 
 def _load(path: Path) -> None:
@@ -120,6 +124,8 @@ def _load_cpu() -> str | None:
     isa = selected
     if isa == "amx":
         ctypes.CDLL(str(path)).genperf_allow_amx()
+    elif isa == "avx512-vnni":
+        ctypes.CDLL(str(path)).genperf_allow_vnni()
     return None
 
 

@@ -27,7 +27,7 @@ def test_compiled_tests_pass_under_sanitizers(tmp_path):
     # -Og compiles in half the time of -O1, and the tests take as long.
     flags = "-Og -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
     environment = {**os.environ, "CXX": "g++", "CXXFLAGS": flags, "LDFLAGS": "-fsanitize=address,undefined", "GENPERF_CUDA": "0"}
-    environment["GENPERF_BUILD_ISAS"] = "x86-64-v4" if _library.isa == "amx" else _library.isa  # the one that is loaded
+    environment["GENPERF_BUILD_ISAS"] = _library.built_isa(_library.isa)  # the one that is loaded
     build = subprocess.run(
         [sys.executable, "setup.py", "-q", "build", "--build-lib", tmp_path / "built"],
         cwd=checkout,

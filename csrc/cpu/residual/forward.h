@@ -38,15 +38,15 @@ class ResidualForward {
         errors_(tiles_of(x.count()) * stages) {}
 
   void run() {
-    const bool bf16 = searched_with_amx(x_.dim);
+    const Packing packing = packing_for(x_.dim, codebooks_.first.count, x_.count());
     const int64_t codes = (codebooks_.codebook_stride ? stages_ : 1) * codebooks_.first.count;
-    if (codes * packed_code_bytes(x_.dim, bf16) > kPanelBytes)
+    if (codes * packed_code_bytes(x_.dim, packing) > kPanelBytes)
       return by_stage();
     std::vector<std::shared_ptr<const CodePanel>> panels;
     for (int64_t stage = 0; stage < stages_; ++stage)
       panels.push_back(stage && !codebooks_.codebook_stride
                            ? panels[0]
-                           : packed_codebook(codebooks_.codes(stage), cosine_, bf16));
+                           : packed_codebook(codebooks_.codes(stage), cosine_, packing));
     by_block(panels);
   }
 

@@ -12,13 +12,6 @@ namespace genperf {
 
 static_assert(kRows == kAmxTile);
 
-template <class W>
-Vec centered(const W* x, Vec center, float scale, int count) {
-  alignas(64) W padded[kLanes] = {};
-  std::copy_n(x, count, padded);
-  return centered(padded, center, scale);
-}
-
 // Packs `count` rows to out [32, depth, 32], with zeros below. The columns are [zh, zh, zl] if the
 // panel is split.
 template <class W>
@@ -74,5 +67,42 @@ ErrorBounds pack_rows(const W* const* rows, int count, const CodePanel& panel, u
                panel);
   return bounds;
 }
+
+#if defined(GENPERF_HAS_AMX)
+
+// A tile of queries for the search with AMX.
+class AmxQueries {
+ public:
+  // Packs `count` rows to `packed`, which is kept.
+  template <class W>
+  void pack(const W* const* rows, int count, const CodePanel& panel, void* packed) {
+    z_ = static_cast<uint16_t*>(packed);
+    bounds = pack_rows(rows, count, panel, z_);
+  }
+
+  void block_maxima(const CodePanel& panel,
+                    int64_t block_groups,
+                    int64_t begin,
+                    int64_t end,
+                    float* maxima) const {
+    block_maxima_amx(panel, block_groups, begin, end, z_, maxima);
+  }
+
+  // A function of the maxima of query first + i in a block, and of i: what the scores of the codes
+  // are at least, up to the threshold.
+  auto lowest(const CodePanel&, int64_t, int) const {
+    return [](Vec maxima, int) { return maxima; };
+  }
+
+  // What the scores of candidates are not below, for kLanes queries.
+  Vec threshold(Vec lowest, int first) const { return lowest - load(bounds.coarse + first); }
+
+  ErrorBounds bounds;
+
+ private:
+  uint16_t* z_;
+};
+
+#endif
 
 }  // namespace genperf

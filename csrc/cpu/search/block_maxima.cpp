@@ -15,7 +15,7 @@ constexpr int kCodes = 8;
 constexpr int kCodes = 4;
 #endif
 
-bool amx = false;
+bool amx = false, vnni = false;
 
 // Scores of kCodes codes for a tile of queries, from the components of the codes on. A compile-time
 // D unrolls short loops and keeps the queries in registers.
@@ -241,9 +241,17 @@ bool amx_allowed() {
   return amx;
 }
 
+bool vnni_allowed() {
+  return vnni;
+}
+
 #else
 
 bool amx_allowed() {
+  return false;
+}
+
+bool vnni_allowed() {
   return false;
 }
 
@@ -254,4 +262,8 @@ bool amx_allowed() {
 // Called by the loader after the operating system has granted the tile state.
 extern "C" __attribute__((visibility("default"))) void genperf_allow_amx() {
   genperf::amx = true;
+}
+
+extern "C" __attribute__((visibility("default"))) void genperf_allow_vnni() {
+  genperf::vnni = true;
 }

@@ -35,7 +35,8 @@ void block_maxima_amx(const CodePanel& panel,
                       float* maxima);
 #endif
 
-// Whether AMX may be used; false until the loader allows it.
+// Whether AMX and AVX-512 VNNI may be used; false until the loader allows it.
 bool amx_allowed();
+bool vnni_allowed();
 
 }  // namespace genperf

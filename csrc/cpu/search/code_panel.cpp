@@ -9,6 +9,8 @@
 #include "cpu/common/elements.h"
 #include "cpu/common/simd.h"
 #include "cpu/common/vector_rows.h"
+#include "cpu/search/int8_codes.h"
+#include "cpu/search/interleave.h"
 
 namespace genperf {
 namespace {
@@ -17,23 +19,25 @@ constexpr int64_t kCenterSample = 256;
 constexpr int64_t kMaxBlocks = 1024;
 constexpr int64_t kSingleGroupDim =
     48;  // blocks have one group from this D on, because rescoring a block is expensive
-constexpr int64_t kMaxGroups = 64;  // per block, for AMX
-
-int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
+constexpr int64_t kMaxGroups = 64;  // per block, in low precision
 
 int64_t tile_depth(int64_t dim) {
   return (dim <= kMaxSplitDim ? 3 * dim + kDepth - 1 : dim + kDepth - 1) / kDepth;
 }
 
-// In float32 every candidate block is rescored as a whole. With AMX a query reads codes / groups
-// maxima, and rescores as many codes per candidate as a block has groups.
-int64_t groups_to_a_block(int64_t codes, int64_t dim, bool bf16) {
-  if (!bf16) {
+// In float32 every candidate block is rescored as a whole. In low precision a query reads codes /
+// groups maxima, and rescores as many codes per candidate as a block has groups.
+int64_t groups_to_a_block(int64_t codes, int64_t dim, Packing packing) {
+  if (packing == Packing::kFloat32) {
     const int64_t pairs = (codes + 2 * kGroup - 1) / (2 * kGroup);
     const int64_t groups = 2 * ((pairs + kMaxBlocks - 1) / kMaxBlocks);
     return groups == 2 && dim >= kSingleGroupDim ? 1 : groups;
+  }
+  if (packing == Packing::kInt8) {
+    int64_t groups = 1;
+    while (groups < kMaxGroups && groups * groups * (3 * dim + 128) < codes)
+      groups *= 2;
+    return groups;
   }
   int64_t groups = 4;
   while (groups < kMaxGroups && groups * groups * (dim + 128) < codes)
@@ -224,44 +228,32 @@ void split_to_bf16(const float* row, int64_t dim, uint16_t* bf16_row, PartSquare
   largest.rest = std::max(largest.rest, Pack<float>::total(left * left));
 }
 
-// [16, depth * 32] -> [depth, 16 pairs, 16, 2]
-void interleave_pairs(const uint16_t* rows, int64_t depth, uint16_t* values) {
-  for (int64_t t = 0; t < depth; ++t)
-    for (int first = 0; first < kGroup; first += kLanes)
-      for (int pair = 0; pair < kGroup; pair += kLanes) {
-        Vec block[kLanes];
-        for (int i = 0; i < kLanes; ++i)
-          std::memcpy(&block[i], rows + (first + i) * depth * kDepth + t * kDepth + 2 * pair,
-                      sizeof(Vec));
-        transpose(block);
-        for (int i = 0; i < kLanes; ++i)
-          std::memcpy(values + ((t * kGroup + pair + i) * kGroup + first) * 2, &block[i],
-                      sizeof(Vec));
-      }
-}
-
-// [16, row_length] -> [D, 16]
-void interleave(const float* rows, int64_t row_length, int64_t dim, float* values) {
-  for (int lane = 0; lane < kGroup; lane += kLanes)
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i)
-        block[i] = load(rows + (lane + i) * row_length + d);
-      transpose(block);
-      const int count = int(std::min<int64_t>(kLanes, dim - d));
-      for (int i = 0; i < count; ++i)
-        store(values + (d + i) * kGroup + lane, block[i]);
-    }
-}
-
 }  // namespace
 
-int64_t packed_code_bytes(int64_t dim, bool bf16) {
-  return sizeof(float) + (bf16 ? tile_depth(dim) * kDepth * sizeof(uint16_t) : dim * sizeof(float));
+int64_t packed_code_bytes(int64_t dim, Packing packing) {
+  switch (packing) {
+    case Packing::kBFloat16:
+      return sizeof(float) + tile_depth(dim) * kDepth * sizeof(uint16_t);
+    case Packing::kInt8:
+      return 5 * sizeof(float) + round_up(dim, 4);
+    default:
+      return (dim + 1) * sizeof(float);
+  }
 }
 
 int64_t CodePanel::bytes() const {
-  return capacity * packed_code_bytes(dim, bf16);
+  return capacity * packed_code_bytes(dim, packing);
+}
+
+int64_t CodePanel::query_bytes() const {
+  switch (packing) {
+    case Packing::kBFloat16:
+      return depth * kDepth * sizeof(uint16_t);
+    case Packing::kInt8:
+      return 4 * int8_units();
+    default:
+      return dim * sizeof(float);
+  }
 }
 
 template <class C>
@@ -269,25 +261,27 @@ CodePanel prepare_panel(const Codes<C>& codebook,
                         double largest,
                         int64_t capacity,
                         bool cosine,
-                        bool bf16) {
+                        Packing packing) {
   CodePanel panel;
   panel.dim = codebook.dim;
   panel.cosine = cosine;
-  panel.bf16 = bf16;
-  panel.split = bf16 && codebook.dim <= kMaxSplitDim;
+  panel.packing = packing;
+  panel.split = packing == Packing::kBFloat16 && codebook.dim <= kMaxSplitDim;
   panel.depth = tile_depth(codebook.dim);
-  panel.block_groups = groups_to_a_block(capacity, codebook.dim, bf16);
+  panel.block_groups = groups_to_a_block(capacity, codebook.dim, packing);
   panel.capacity = round_up(capacity, std::max<int64_t>(panel.block_groups, 2) * kGroup);
   panel.center = Buffer<float>(round_up(panel.dim, kLanes));
   panel.bias = Buffer<float>(panel.capacity);
-  if (bf16)
+  if (packing == Packing::kBFloat16)
     panel.bf16_values = Buffer<uint16_t>(panel.capacity * panel.depth * kDepth);
+  else if (packing == Packing::kInt8)
+    panel.int8 = int8_codes(panel);
   else
     panel.values = Buffer<float>(panel.capacity * panel.dim);
   std::fill_n(panel.center.get(), round_up(panel.dim, kLanes), 0.0f);
   if (cosine)
     return panel;
-  if (!bf16)
+  if (packing == Packing::kFloat32)
     panel.block_norm = Buffer<float>(panel.capacity / (panel.block_groups * kGroup));
   find_center(codebook, panel.center.get());
   for (int64_t d = 0; d < panel.dim; ++d)
@@ -306,11 +300,12 @@ void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first) {
   const auto pack_groups = [&](int64_t begin, int64_t end) {
     Buffer<float> rows(kGroup * row_length);
     std::fill_n(rows.get(), kGroup * row_length, 0.0f);
+    const bool bf16 = panel.packing == Packing::kBFloat16;
     const int64_t bf16_length = panel.depth * kDepth;
-    Buffer<uint16_t> bf16_rows(panel.bf16 ? kGroup * bf16_length : 0);
-    if (panel.bf16)
+    Buffer<uint16_t> bf16_rows(bf16 ? kGroup * bf16_length : 0);
+    if (bf16)
       std::fill_n(bf16_rows.get(), kGroup * bf16_length, 0);
-    double longest = 0, largest_bias = 0;
+    double lengths[kGroup], longest = 0, largest_bias = 0;
     PartSquares largest;
     for (int64_t group = begin; group < end; ++group) {
       for (int lane = 0; lane < kGroup; ++lane) {
@@ -319,6 +314,7 @@ void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first) {
         float* row = rows.get() + lane * row_length;
         double factor = panel.scale;
         double square = INFINITY;
+        lengths[lane] = 0;
         if (k < panel.codes) {
           if constexpr (std::is_same_v<C, double>)
             square = pack_code(code, panel.center.get(), factor, dim, row);
@@ -342,20 +338,23 @@ void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first) {
           factor = square > 0 ? 1 / std::sqrt(square) : 0.0;
           pack_code(code, panel.center.get(), factor, dim, row);
           panel.bias[k] = 0;
-          longest = std::max(longest, std::sqrt(square) * factor);
+          lengths[lane] = std::sqrt(square) * factor;
+          longest = std::max(longest, lengths[lane]);
         } else {
-          const double length = std::sqrt(square) * factor;
+          const double length = lengths[lane] = std::sqrt(square) * factor;
           panel.bias[k] = float(-length * length / 2);
           longest = std::max(longest, length);
           largest_bias = std::max(largest_bias, length * length / 2);
         }
-        if (panel.bf16)
+        if (bf16)
           (panel.split ? split_to_bf16 : round_to_bf16)(
               row, dim, bf16_rows.get() + lane * bf16_length, largest);
       }
-      if (panel.bf16)
+      if (bf16)
         interleave_pairs(bf16_rows.get(), panel.depth,
                          panel.bf16_values.get() + group * kGroup * bf16_length);
+      else if (panel.packing == Packing::kInt8)
+        pack_int8(panel, group, rows.get(), row_length, lengths);
       else
         interleave(rows.get(), row_length, dim, panel.values.get() + group * dim * kGroup);
     }
@@ -369,12 +368,14 @@ void pack_panel(CodePanel& panel, const Codes<C>& codebook, int64_t first) {
   panel.low_norm = low_norm;
   panel.residual = residual;
   panel.max_bias = max_bias;
-  if (!panel.bf16 && !panel.cosine)
+  if (panel.packing == Packing::kInt8)
+    set_block_errors(panel);
+  else if (panel.packing == Packing::kFloat32 && !panel.cosine)
     set_block_norms(panel);
 }
 
-#define INSTANTIATE(C)                                                               \
-  template CodePanel prepare_panel<C>(const Codes<C>&, double, int64_t, bool, bool); \
+#define INSTANTIATE(C)                                                                  \
+  template CodePanel prepare_panel<C>(const Codes<C>&, double, int64_t, bool, Packing); \
   template void pack_panel<C>(CodePanel&, const Codes<C>&, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

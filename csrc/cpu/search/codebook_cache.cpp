@@ -148,7 +148,8 @@ struct Key {
   int64_t count, dim, code_stride;
   size_t element;
   const void* type;  // distinguishes bfloat16 from float16
-  bool cosine, bf16;
+  bool cosine;
+  Packing packing;
   bool operator==(const Key&) const = default;
 };
 
@@ -172,9 +173,11 @@ double largest_component(const Codes<C>& codebook) {
 }
 
 template <class C>
-std::shared_ptr<const CodePanel> packed_codebook(const Codes<C>& codebook, bool cosine, bool bf16) {
+std::shared_ptr<const CodePanel> packed_codebook(const Codes<C>& codebook,
+                                                 bool cosine,
+                                                 Packing packing) {
   const Key key{codebook.data, codebook.count, codebook.dim, codebook.code_stride,
-                sizeof(C),     &kType<C>,      cosine,       bf16};
+                sizeof(C),     &kType<C>,      cosine,       packing};
   const Content content = content_of(codebook);
   std::shared_ptr<CodePanel> panel;
   {
@@ -190,7 +193,7 @@ std::shared_ptr<const CodePanel> packed_codebook(const Codes<C>& codebook, bool 
     }
   }
   panel = std::make_shared<CodePanel>(
-      prepare_panel(codebook, content.largest, codebook.count, cosine, bf16));
+      prepare_panel(codebook, content.largest, codebook.count, cosine, packing));
   pack_panel(*panel, codebook, 0);
   const std::lock_guard lock(mutex);
   entries.push_front({key, content.hash, panel});
@@ -209,7 +212,7 @@ void forget_codebooks() {
 
 #define INSTANTIATE(C)                                   \
   template double largest_component<C>(const Codes<C>&); \
-  template std::shared_ptr<const CodePanel> packed_codebook<C>(const Codes<C>&, bool, bool);
+  template std::shared_ptr<const CodePanel> packed_codebook<C>(const Codes<C>&, bool, Packing);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(torch::headeronly::BFloat16)

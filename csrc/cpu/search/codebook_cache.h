@@ -20,6 +20,8 @@ double largest_component(const Codes<C>& codebook);
 
 // The whole codebook as one panel.
 template <class C>
-std::shared_ptr<const CodePanel> packed_codebook(const Codes<C>& codebook, bool cosine, bool bf16);
+std::shared_ptr<const CodePanel> packed_codebook(const Codes<C>& codebook,
+                                                 bool cosine,
+                                                 Packing packing);
 
 }  // namespace genperf

@@ -4,13 +4,6 @@
 #include <cmath>
 
 namespace genperf {
-namespace {
-
-constexpr float kUnit = 0x1p-24f;    // half an ulp of 1 in float32
-constexpr float kUnit64 = 0x1p-53f;  // half an ulp of 1 in float64
-constexpr float kTiny = 0x1p-100f;   // covers underflow
-
-}  // namespace
 
 // Derivation. Let f be a packed code and z a packed query, |f| <= F (panel.norm), B the largest |b|
 // and u = 2^-24.
@@ -46,9 +39,7 @@ constexpr float kTiny = 0x1p-100f;   // covers underflow
 // both sides by at most u (|z| F + |b|), which the factor 6 above includes.
 void ErrorBounds::set(int first, const QuerySquares& squares, const CodePanel& panel) {
   const int64_t dim = panel.dim;
-  const float slack = 1.002f + dim * 4 * kUnit;
-  // Squares below 2^-126 are lost from the sums.
-  const float underflow = std::sqrt(float(dim)) * 0x1p-62f;
+  const float slack = error_slack(dim), underflow = lost_length(dim);
   const float length = float(panel.norm) * slack;
   const float low_length = float(panel.low_norm) * slack;
   const float residual = float(panel.residual) * slack;
@@ -62,7 +53,7 @@ void ErrorBounds::set(int first, const QuerySquares& squares, const CodePanel& p
   const Vec rounding = 6 * kUnit * (product + max_bias) + float64_error + kTiny;
   const Vec products = rounding + (dim + 2) * 2 * kUnit * product;
   Vec scores = products + dim * 2 * kUnit * max_bias;
-  if (panel.bf16) {
+  if (panel.packing == Packing::kBFloat16) {
     const Vec rest = root(squares.rest);
     scores = rounding + root(squares.low) * low_length + (norm + rest) * residual + rest * length +
              (panel.depth * kDepth + 2) * 2.2f * kUnit * product;

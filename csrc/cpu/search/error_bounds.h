@@ -3,12 +3,28 @@
 // Bounds on the errors of a query's scores.
 #pragma once
 
+#include <cmath>
+
 #include "cpu/common/simd.h"
 #include "cpu/search/code_panel.h"
 
 namespace genperf {
 
-// Squared lengths of kLanes queries z, and of their parts if the panel is bf16.
+constexpr float kUnit = 0x1p-24f;    // half an ulp of 1 in float32
+constexpr float kUnit64 = 0x1p-53f;  // half an ulp of 1 in float64
+constexpr float kTiny = 0x1p-100f;   // covers underflow
+
+// For norms and bounds that are computed in float32.
+inline float error_slack(int64_t dim) {
+  return 1.002f + dim * 4 * kUnit;
+}
+
+// Squares below 2^-126 are lost from a sum: the length that they have at most.
+inline float lost_length(int64_t dim) {
+  return std::sqrt(float(dim)) * 0x1p-62f;
+}
+
+// Squared lengths of kLanes queries z, and of their parts if the panel is in bfloat16.
 struct QuerySquares {
   Vec total{};
   Vec low{};   // of zl, if split

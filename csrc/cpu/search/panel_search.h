@@ -4,8 +4,13 @@
 // remaining candidates.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <numeric>
+#include <vector>
 
 #include "cpu/search/search.h"
 
@@ -154,22 +159,52 @@ void search_fp32(const PanelSearch<T, C>& search, int count, SearchScratch& scra
 
 #if defined(GENPERF_HAS_AMX)
 template <class T, class C>
-void search_amx(const PanelSearch<T, C>& search, int count, SearchScratch& scratch);
+void search_low_precision(const PanelSearch<T, C>& search, int count, SearchScratch& scratch);
 #endif
+
+// The chunks of a search. A search in 8 bits stops where so many codes of a query are scored again
+// that float32 takes less time, as among codes that are nearly equal, and goes on in float32.
+class Chunks {
+ public:
+  Chunks(int64_t count, bool may_stop) : left_(count), may_stop_(may_stop) {
+    std::iota(left_.begin(), left_.end(), 0);
+  }
+
+  // Calls f(scratch, chunk) on all threads, each with a scratch of its own from `make`, for the
+  // chunks that have not been searched. f returns how many codes of a query were scored again.
+  template <class Make, class F>
+  void search(const CodePanel& panel, const Make& make, const F& f) {
+    const float most = may_stop_ && panel.packing == Packing::kInt8 ? panel.codes / 4.0f : INFINITY;
+    std::atomic<float> rescored = 0;  // of the last chunk
+    torch::stable::parallel_for(0, int64_t(left_.size()), 1, [&](int64_t begin, int64_t end) {
+      auto scratch = make();
+      for (int64_t i = begin; i < end && rescored <= most; ++i) {
+        rescored = f(scratch, left_[i]);
+        left_[i] = -1;
+      }
+    });
+    std::erase(left_, -1);
+  }
+
+  bool stopped() const { return !left_.empty(); }
+
+ private:
+  std::vector<int64_t> left_;
+  const bool may_stop_;
+};
 
 // Calls f(panel, first code) for the packed codebook, or for one part of it after the other.
 template <class C, class F>
-void for_each_panel(const Codes<C>& codebook, bool cosine, const F& f) {
+void for_each_panel(const Codes<C>& codebook, bool cosine, Packing packing, const F& f) {
   const int64_t dim = codebook.dim;
-  const bool bf16 = searched_with_amx(dim);
-  const int64_t most = std::max<int64_t>(kPanelBytes / packed_code_bytes(dim, bf16), 2 * kGroup);
+  const int64_t most = std::max<int64_t>(kPanelBytes / packed_code_bytes(dim, packing), 2 * kGroup);
   if (codebook.count <= most) {
-    f(*packed_codebook(codebook, cosine, bf16), 0);
+    f(*packed_codebook(codebook, cosine, packing), 0);
     return;
   }
   const int64_t panels = (codebook.count + most - 1) / most;
   CodePanel panel = prepare_panel(codebook, largest_component(codebook),
-                                  (codebook.count + panels - 1) / panels, cosine, bf16);
+                                  (codebook.count + panels - 1) / panels, cosine, packing);
   for (int64_t first = 0; first < codebook.count; first += panel.capacity) {
     pack_panel(panel, codebook, first);
     f(panel, first);
@@ -182,7 +217,8 @@ template <class F>
 void for_each_run(const CodePanel& panel, int64_t code_bytes, const F& f) {
   constexpr int64_t kRunBytes = 192 << 10;
   const int64_t block_bytes = panel.block_groups * kGroup * code_bytes;
-  const int64_t step = std::max<int64_t>(1, kRunBytes / block_bytes);
+  const int64_t step =
+      std::max<int64_t>(2, kRunBytes / block_bytes / 2 * 2);  // blocks can be in pairs
   for (int64_t block = 0; block < panel.blocks(); block += step)
     f(block, std::min(block + step, panel.blocks()));
 }

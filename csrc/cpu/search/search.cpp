@@ -2,18 +2,19 @@
 //
 // The search has three passes, and none of them can lose the answer.
 //
-// 1. Scores s = z.f + b (code_panel.h) of all codes, in bfloat16 with AMX or in float32. Only the
-//    maximum of each block of codes is kept, with AMX one for each of its 16 columns. The error of
-//    a score has a bound that is computed per query (error_bounds.cpp), so a block whose maximum is
+// 1. Scores s = z.f + b (code_panel.h) of all codes, in bfloat16 with AMX, in 8 bits with AVX-512
+//    VNNI, or in float32. Only the maximum of each block of codes is kept, in low precision one for
+//    each of its 16 columns. The error of a score has a bound that is computed per query
+//    (error_bounds.cpp), in 8 bits per query and code (int8_codes.cpp), so a block whose maximum is
 //    more than twice the bound below the largest one cannot hold the nearest code.
 // 2. The codes of the remaining maxima, one or two of hundreds, are scored again in float32, under
-//    the bound of that arithmetic: from the packed codes or, with AMX, from the original inputs,
-//    which are not read otherwise.
+//    the bound of that arithmetic: from the packed codes or, after low precision, from the original
+//    inputs, which are not read otherwise.
 // 3. If more than one code remains, float64 on the original inputs decides, with components in
 //    ascending order and the lowest index on ties, as in the reference.
 //
-// AMX computes 16 to 32 scores per cycle for any D up to 32, float32 multiply-adds 32 / (D + 1).
-// Below D = 5 float32 is faster.
+// An instruction of VNNI computes 64 products, one of float32 16. AMX computes 16 to 32 scores per
+// cycle for any D up to 32, float32 multiply-adds 32 / (D + 1). Below D = 5 float32 is faster.
 #include "cpu/search/search.h"
 
 #include <torch/csrc/stable/library.h>
@@ -28,6 +29,10 @@ namespace {
 
 constexpr int64_t kQueryBytes = 1 << 20;  // queries in a chunk, with their maxima
 constexpr int64_t kMinAmxDim = 5;
+
+// Where 8 bits are faster, and their products do not overflow 32 bits.
+constexpr int64_t kMinInt8Dim = 16, kMaxInt8Dim = 32768, kMinInt8Codes = 128;
+constexpr int64_t kMinInt8Positions = 32;
 
 // The positions begin ... end - 1, at most one chunk, on the calling thread.
 template <class T, class C>
@@ -51,30 +56,37 @@ void search_positions(const PanelSearch<T, C>& search,
     }
   }
 #if defined(GENPERF_HAS_AMX)
-  if (search.panel->bf16)
-    return search_amx(search, count, s);
+  if (search.panel->low_precision())
+    return search_low_precision(search, count, s);
 #endif
   search_fp32(search, count, s);
 }
 
 template <class T, class C>
-void search_panel(PanelSearch<T, C>& search, const CodePanel& panel, int64_t first_code) {
+void search_chunks(PanelSearch<T, C>& search,
+                   const CodePanel& panel,
+                   int64_t chunk,
+                   Chunks& chunks) {
   search.panel = &panel;
-  search.first_code = first_code;
-  const int64_t positions = search.x.count();
-  const int64_t chunk = queries_per_chunk(panel, positions);
-  const int64_t chunks = (positions + chunk - 1) / chunk;
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    SearchScratch scratch(panel, chunk);
-    for (int64_t c = begin; c < end; ++c)
-      search_positions(search, c * chunk, std::min(positions, (c + 1) * chunk), scratch);
-  });
+  chunks.search(
+      panel, [&] { return SearchScratch(panel, chunk); },
+      [&](SearchScratch& scratch, int64_t c) {
+        scratch.rescored = 0;
+        const int64_t first = c * chunk, last = std::min(search.x.count(), first + chunk);
+        search_positions(search, first, last, scratch);
+        return float(scratch.rescored) / float(last - first);
+      });
 }
 
 }  // namespace
 
-bool searched_with_amx(int64_t dim) {
-  return amx_allowed() && dim >= kMinAmxDim;
+Packing packing_for(int64_t dim, int64_t codes, int64_t positions) {
+  if (amx_allowed() && dim >= kMinAmxDim)
+    return Packing::kBFloat16;
+  if (vnni_allowed() && dim >= kMinInt8Dim && dim <= kMaxInt8Dim && codes >= kMinInt8Codes &&
+      positions >= kMinInt8Positions)
+    return Packing::kInt8;
+  return Packing::kFloat32;
 }
 
 // Enough chunks to balance the threads, each small enough for the cache. Large codebooks, which are
@@ -106,10 +118,17 @@ void search(const Positions<T>& x,
             bool cosine,
             int64_t* indices) {
   PanelSearch<T, C> search(x, codebook, mask, cosine, indices);
-  for_each_panel(codebook, cosine, [&](const CodePanel& panel, int64_t first_code) {
-    if (panel.codes < codebook.count && first_code == 0)
+  const Packing packing = packing_for(x.dim, codebook.count, x.count());
+  for_each_panel(codebook, cosine, packing, [&](const CodePanel& panel, int64_t first_code) {
+    const bool whole = panel.codes == codebook.count;
+    if (!whole && first_code == 0)
       search.distances = Buffer<double>(x.count());
-    search_panel(search, panel, first_code);
+    search.first_code = first_code;
+    const int64_t chunk = queries_per_chunk(panel, x.count());
+    Chunks chunks((x.count() + chunk - 1) / chunk, whole);
+    search_chunks(search, panel, chunk, chunks);
+    if (chunks.stopped())
+      search_chunks(search, *packed_codebook(codebook, cosine, Packing::kFloat32), chunk, chunks);
   });
 }
 

@@ -14,26 +14,26 @@ constexpr int64_t kMaxQueries = 512;  // positions in a chunk
 // Buffers of one thread for searching a panel, `chunk` positions at a time.
 struct SearchScratch {
   SearchScratch(const CodePanel& panel, int64_t chunk)
-      : z(panel.bf16 ? 0 : chunk * panel.dim),
-        z_bf16(panel.bf16 ? chunk * panel.depth * kDepth : 0),
+      : z(panel.low_precision() ? 0 : chunk * panel.dim),
+        packed(panel.low_precision() ? chunk * panel.query_bytes() : 0),
         maxima(chunk * maxima_per_query(panel)),
-        candidate_blocks(panel.bf16 ? 0 : kRows * maxima_per_query(panel)),
-        candidate_bits(panel.bf16 ? kRows * words_per_query(panel) : 0),
+        candidate_blocks(panel.low_precision() ? 0 : kRows * maxima_per_query(panel)),
+        candidate_bits(panel.low_precision() ? kRows * words_per_query(panel) : 0),
         scores(panel.groups * kGroup),
-        codes(panel.bf16 ? panel.groups * kGroup : 0) {
-    if (panel.bf16)
+        codes(panel.low_precision() ? panel.groups * kGroup : 0) {
+    if (panel.low_precision())
       std::fill_n(candidate_bits.get(), kRows * words_per_query(panel), 0);
   }
 
   static int64_t maxima_per_query(const CodePanel& panel) {
-    return panel.blocks() * (panel.bf16 ? kGroup : 1);
+    return panel.blocks() * (panel.low_precision() ? kGroup : 1);
   }
 
   static int64_t words_per_query(const CodePanel& panel) { return (panel.blocks() + 3) / 4; }
 
   // Bytes of a packed query and its maxima.
   static int64_t query_bytes(const CodePanel& panel) {
-    return (panel.bf16 ? panel.depth * kDepth * 2 : panel.dim * 4) + maxima_per_query(panel) * 4;
+    return panel.query_bytes() + maxima_per_query(panel) * 4;
   }
 
   // Room for the rows of vectors that are not contiguous in memory.
@@ -46,21 +46,22 @@ struct SearchScratch {
   }
 
   int64_t positions[kMaxQueries], offsets[kMaxQueries];
-  Buffer<float> z;                   // [tiles, D, kTile], for float32
-  Buffer<uint16_t> z_bf16;           // [tiles, 32, depth, 32], for AMX
-  Buffer<float> maxima;              // [tiles, blocks, kTile], for AMX [tiles, blocks, 32, 16]
-  Buffer<int32_t> candidate_blocks;  // [kTile, blocks], for float32
-  Buffer<uint64_t> candidate_bits;   // [32, words], one bit per maximum, for AMX
+  Buffer<float> z;                   // [tiles, D, kTile], in float32
+  Buffer<char> packed;               // tiles of 32 queries, in low precision
+  Buffer<float> maxima;              // [tiles, blocks, kTile]; [tiles, blocks, 32, 16]
+  Buffer<int32_t> candidate_blocks;  // [kTile, blocks], in float32
+  Buffer<uint64_t> candidate_bits;   // [32, words], one bit per maximum, in low precision
   Buffer<float> scores;              // of the candidates of one query
-  Buffer<int32_t> codes;             // to which the scores belong, for AMX
+  Buffer<int32_t> codes;             // to which the scores belong, in low precision
+  int64_t rescored = 0;              // codes scored again in low precision
 
  private:
   Buffer<char> rows_;
   int64_t row_bytes_ = 0;
 };
 
-// Whether codes of this dimension are searched with AMX.
-bool searched_with_amx(int64_t dim);
+// How the search of a codebook for a number of positions packs the codes.
+Packing packing_for(int64_t dim, int64_t codes, int64_t positions);
 
 // Positions in a chunk, a multiple of kRows, for a search of `count` positions.
 int64_t queries_per_chunk(const CodePanel& panel, int64_t count);

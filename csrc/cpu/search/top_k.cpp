@@ -2,9 +2,9 @@
 //
 // The search of the k nearest codes has the passes of search.cpp.
 //
-// 1. Scores of all codes, in bfloat16 with AMX or in float32, go through the lists of
-//    candidate_lists.h as they come: the maxima of two codes with AMX; in float32 those of groups
-//    of 16, or every score, where the comparisons take less time than step 2.
+// 1. Scores of all codes go through the lists of candidate_lists.h as they come: in low precision
+//    the maxima of two codes; in float32 those of groups of 16, or every score, where the
+//    comparisons take less time than step 2.
 // 2. The codes of listed blocks are scored again in float32. A score that is below the k-th largest
 //    by more than the error bound of that arithmetic is dropped.
 // 3. If the remaining scores do not prove their order, or if distances are wanted, float64 on the
@@ -20,14 +20,16 @@
 #include "cpu/search/block_maxima.h"
 #include "cpu/search/fp32_queries.h"
 #include "cpu/search/group_scores.h"
+#include "cpu/search/int8_queries.h"
 #include "cpu/search/rescore.h"
 #include "cpu/search/top_k_choice.h"
 
 namespace genperf {
 namespace {
 
-constexpr int64_t kPair = 2;  // groups of a block, the fewest that the kernel of AMX takes
+constexpr int64_t kPair = 2;  // groups of a block, the fewest that the kernels take
 constexpr int64_t kRunBytes = 192 << 10;
+constexpr int64_t kMaxInt8Dim = 512;  // one bound for all codes leaves too many of them above
 
 // Calls f(first, last) for runs of blocks that stay in L2 while all tiles of queries pass over
 // them, and whose maxima fit their buffer.
@@ -110,20 +112,21 @@ void top_k_fp32(const TopKSearch<T, C>& search, int64_t position, int count, Top
 
 #if defined(GENPERF_HAS_AMX)
 
-template <class T, class C>
-void top_k_amx(const TopKSearch<T, C>& search, int64_t position, int count, TopKScratch& s) {
+template <class Queries, class T, class C>
+void top_k_columns(const TopKSearch<T, C>& search, int64_t position, int count, TopKScratch& s) {
   using W = OpMath<T>;
   constexpr int kScores = kRows * kGroup;
   const Positions<T>& x = search.x;
   const CodePanel& panel = *search.panel;
-  const int64_t z_length = panel.depth * kDepth;
-  const auto tile_z = [&](int first) { return s.z_bf16.get() + first * z_length; };
+  Queries queries[kMaxQueries / kRows];
   const W* rows[kMaxQueries];
   W* const copies = reinterpret_cast<W*>(s.rows.get());
   for (int first = 0; first < count; first += kRows) {
     const int size = std::min(kRows, count - first);
     Tile<T>(x, s.offsets + first, size).read(copies + first * x.dim, rows + first);
-    s.start<kRows>(pack_rows(rows + first, size, panel, tile_z(first)), first, size);
+    Queries& tile = queries[first / kRows];
+    tile.pack(rows + first, size, panel, s.packed.get() + first * panel.query_bytes());
+    s.start<kRows>(tile.bounds, first, size);
   }
   float* const maxima = s.maxima.get();
   const auto add = [&](int first, int64_t begin, int64_t end) {
@@ -135,11 +138,11 @@ void top_k_amx(const TopKSearch<T, C>& search, int64_t position, int count, TopK
           s.lists.add(first + i, found, bits, int32_t(block * kGroup));
       }
   };
-  const int64_t block_bytes = kPair * kGroup * z_length * sizeof(uint16_t);
+  const int64_t block_bytes = kPair * kGroup * panel.query_bytes();
   for_each_run(panel.groups / kPair, block_bytes, kScores, [&](int64_t begin, int64_t end) {
     for (int first = 0; first < count; first += kRows) {
       // A block has its place among those of the whole panel.
-      block_maxima_amx(panel, kPair, begin, end, tile_z(first), maxima - begin * kScores);
+      queries[first / kRows].block_maxima(panel, kPair, begin, end, maxima - begin * kScores);
       add(first, begin, end);
     }
   });
@@ -163,6 +166,7 @@ void top_k_amx(const TopKSearch<T, C>& search, int64_t position, int count, TopK
         }
     }
     const int64_t codes = s.codes.size();
+    s.rescored += codes;
     s.scores.resize(codes + kLanes);
     for (int64_t i = 0; i < codes; i += 4) {
       const C* four[4];
@@ -178,30 +182,32 @@ void top_k_amx(const TopKSearch<T, C>& search, int64_t position, int count, TopK
 #endif
 
 template <class T, class C>
-void search_panel(TopKSearch<T, C>& search, const CodePanel& panel, int64_t first_code) {
+void search_chunks(TopKSearch<T, C>& search,
+                   const CodePanel& panel,
+                   int64_t chunk,
+                   Chunks& chunks) {
   search.panel = &panel;
-  search.first_code = first_code;
-  const int64_t positions = search.x.count();
-  const int64_t share = positions / (4 * torch::stable::get_num_threads());
-  const int64_t chunk = std::clamp<int64_t>(share / kRows * kRows, kRows, kMaxQueries);
-  const int64_t chunks = (positions + chunk - 1) / chunk;
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+  const auto make = [&] {
     TopKScratch scratch(panel, chunk, search.k);
-    if (panel.bf16)
+    if (panel.low_precision())
       scratch.rows = Buffer<char>(chunk * search.x.dim * sizeof(OpMath<T>));
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t first = c * chunk;
-      const int count = int(std::min(chunk, positions - first));
-      for (int i = 0; i < count; ++i)
-        scratch.offsets[i] = search.x.offset(first + i);
+    return scratch;
+  };
+  chunks.search(panel, make, [&](TopKScratch& scratch, int64_t c) {
+    const int64_t first = c * chunk;
+    const int count = int(std::min(chunk, search.x.count() - first));
+    for (int i = 0; i < count; ++i)
+      scratch.offsets[i] = search.x.offset(first + i);
+    scratch.rescored = 0;
 #if defined(GENPERF_HAS_AMX)
-      if (panel.bf16) {
-        top_k_amx(search, first, count, scratch);
-        continue;
-      }
+    if (panel.packing == Packing::kInt8)
+      top_k_columns<Int8Queries>(search, first, count, scratch);
+    else if (panel.packing == Packing::kBFloat16)
+      top_k_columns<AmxQueries>(search, first, count, scratch);
 #endif
+    if (!panel.low_precision())
       top_k_fp32(search, first, count, scratch);
-    }
+    return float(scratch.rescored) / float(count);
   });
 }
 
@@ -215,10 +221,20 @@ void search_top_k(const Positions<T>& x,
                   int64_t* indices,
                   OpMath<T>* distances) {
   TopKSearch<T, C> search(x, codebook, k, cosine, indices, distances);
-  for_each_panel(codebook, cosine, [&](const CodePanel& panel, int64_t first_code) {
-    if (panel.codes < codebook.count && first_code == 0)
+  Packing packing = packing_for(x.dim, codebook.count, x.count());
+  if (packing == Packing::kInt8 && x.dim > kMaxInt8Dim)
+    packing = Packing::kFloat32;
+  const int64_t share = x.count() / (4 * torch::stable::get_num_threads());
+  const int64_t chunk = std::clamp<int64_t>(share / kRows * kRows, kRows, kMaxQueries);
+  for_each_panel(codebook, cosine, packing, [&](const CodePanel& panel, int64_t first_code) {
+    const bool whole = panel.codes == codebook.count;
+    if (!whole && first_code == 0)
       search.found = Buffer<Found>(x.count() * k);
-    search_panel(search, panel, first_code);
+    search.first_code = first_code;
+    Chunks chunks((x.count() + chunk - 1) / chunk, whole);
+    search_chunks(search, panel, chunk, chunks);
+    if (chunks.stopped())
+      search_chunks(search, *packed_codebook(codebook, cosine, Packing::kFloat32), chunk, chunks);
   });
 }
 

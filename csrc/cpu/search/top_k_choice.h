@@ -41,7 +41,7 @@ struct TopKSearch : PanelSearch<T, C> {
 
   // Codes whose float32 score is below this are farther than one with the given score.
   float lowered(float score, float bound) const {
-    return this->panel->bf16 && !this->cosine
+    return this->panel->low_precision() && !this->cosine
                ? score * this->distance_factor - this->distance_offset
                : score - bound;
   }
@@ -105,8 +105,8 @@ struct TopKSearch : PanelSearch<T, C> {
 // Buffers of one thread.
 struct TopKScratch {
   TopKScratch(const CodePanel& panel, int64_t chunk, int64_t k)
-      : z(panel.bf16 ? 0 : chunk * panel.dim),
-        z_bf16(panel.bf16 ? chunk * panel.depth * kDepth : 0),
+      : z(panel.low_precision() ? 0 : chunk * panel.dim),
+        packed(panel.low_precision() ? chunk * panel.query_bytes() : 0),
         maxima(kRunMaxima),
         lists(chunk, k) {}
 
@@ -124,11 +124,12 @@ struct TopKScratch {
   int64_t offsets[kMaxQueries];
   bool has_nan[kMaxQueries];
   float coarse[kMaxQueries], fine[kMaxQueries];  // of ErrorBounds
-  Buffer<float> z;                               // [tiles, D, kTile], for float32
-  Buffer<uint16_t> z_bf16;                       // [tiles, 32, depth, 32], for AMX
+  Buffer<float> z;                               // [tiles, D, kTile], in float32
+  Buffer<char> packed;                           // tiles of 32 queries, in low precision
   Buffer<float> maxima;                          // of a tile and a run
   CandidateLists lists;
   Buffer<char> rows;           // of vectors that are not contiguous in memory
+  int64_t rescored = 0;        // codes scored again in low precision
   std::vector<int32_t> codes;  // of one query, all that are left
   std::vector<float> scores;
   std::vector<Scored> left;

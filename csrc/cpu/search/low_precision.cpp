@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The first pass in bfloat16 with AMX, with the queries on the rows of a tile and 16 maxima for
-// each query and block; the second in float32 on the original inputs, or in float64 if those are
-// float64.
+// The first pass in bfloat16 with AMX or in 8 bits with AVX-512 VNNI, with 16 maxima for each query
+// and block; the second in float32 on the original inputs, or in float64 if those are float64.
 #include "cpu/search/code_panel.h"
 
 #if defined(GENPERF_HAS_AMX)
@@ -13,7 +12,7 @@
 #include <cmath>
 
 #include "cpu/search/amx_queries.h"
-#include "cpu/search/block_maxima.h"
+#include "cpu/search/int8_queries.h"
 #include "cpu/search/panel_search.h"
 #include "cpu/search/rescore.h"
 
@@ -31,25 +30,25 @@ void score_codes(const PanelSearch<T, C>& search,
                  const uint64_t* candidates,
                  int64_t words) {
   const CodePanel& panel = *search.panel;
-  const int64_t last = panel.codes - 1;
   int64_t scored = 0;
-  float* const scores = s.scores.get();
-  Vec4 best = Vec4{} - INFINITY;
   for (int64_t word = 0; word < words; ++word)
     for (uint64_t bits = candidates[word]; bits; bits &= bits - 1) {
       const int64_t block = word * 4 + __builtin_ctzll(bits) / kGroup;
       int64_t k = block * panel.block_groups * kGroup + __builtin_ctzll(bits) % kGroup;
-      for (int64_t g = 0; g < panel.block_groups; g += 4, scored += 4) {
-        const C* codes[4];
-        for (int c = 0; c < 4; ++c, k += kGroup) {
-          s.codes[scored + c] = int32_t(k);
-          codes[c] = search.code(std::min(k, last));
-        }
-        const Vec4 found = rescore(row, codes, search.x.dim, search.cosine);
-        std::memcpy(scores + scored, &found, sizeof(found));
-        best = found > best ? found : best;
-      }
+      for (int64_t g = 0; g < panel.block_groups; ++g, k += kGroup)
+        if (k < panel.codes)
+          s.codes[scored++] = int32_t(k);
     }
+  float* const scores = s.scores.get();
+  Vec4 best = Vec4{} - INFINITY;
+  for (int64_t i = 0; i < scored; i += 4) {
+    const C* codes[4];
+    for (int c = 0; c < 4; ++c)
+      codes[c] = search.code(s.codes[std::min(i + c, scored - 1)]);
+    const Vec4 found = rescore(row, codes, search.x.dim, search.cosine);
+    std::memcpy(scores + i, &found, sizeof(found));
+    best = found > best ? found : best;
+  }
   const float top = std::max(std::max(best[0], best[1]), std::max(best[2], best[3]));
   const float threshold =
       search.cosine ? top - bound : top * search.distance_factor - search.distance_offset;
@@ -58,51 +57,51 @@ void score_codes(const PanelSearch<T, C>& search,
     Vec4 found;
     std::memcpy(&found, scores + i, sizeof(found));
     for (uint32_t bits = not_below(found, threshold); bits; bits &= bits - 1)
-      if (const int64_t k = s.codes[i + __builtin_ctz(bits)]; k <= last)
-        nearest.offer(k);
+      if (const int64_t at = i + __builtin_ctz(bits); at < scored)
+        nearest.offer(s.codes[at]);
   }
   search.accept(s.positions[query], nearest);
+  s.rescored += scored;
 }
 
-}  // namespace
-
-template <class T, class C>
-void search_amx(const PanelSearch<T, C>& search, int count, SearchScratch& s) {
+template <class Queries, class T, class C>
+void search_columns(const PanelSearch<T, C>& search, int count, SearchScratch& s) {
   using W = OpMath<T>;
   constexpr int kScores = kRows * kGroup;
   const Positions<T>& x = search.x;
   const CodePanel& panel = *search.panel;
   const int tiles = (count + kRows - 1) / kRows;
-  const int64_t z_length = panel.depth * kDepth;
-  const auto tile_z = [&](int t) { return s.z_bf16.get() + t * kRows * z_length; };
   const auto tile_maxima = [&](int t) { return s.maxima.get() + t * panel.blocks() * kScores; };
   const W* rows[kMaxQueries];
-  ErrorBounds bounds[kMaxQueries / kRows];
+  Queries queries[kMaxQueries / kRows];
   W* const copies = static_cast<W*>(s.rows(count * x.dim * sizeof(W)));
   for (int t = 0; t < tiles; ++t) {
     const int first = t * kRows, size = std::min(kRows, count - first);
     Tile<T>(x, s.offsets + first, size).read(copies + first * x.dim, rows + first);
-    bounds[t] = pack_rows(rows + first, size, panel, tile_z(t));
+    queries[t].pack(rows + first, size, panel, s.packed.get() + first * panel.query_bytes());
   }
-  for_each_run(panel, z_length * sizeof(uint16_t), [&](int64_t block, int64_t last) {
+  for_each_run(panel, panel.query_bytes(), [&](int64_t block, int64_t last) {
     for (int t = 0; t < tiles; ++t)
-      block_maxima_amx(panel, panel.block_groups, block, last, tile_z(t), tile_maxima(t));
+      queries[t].block_maxima(panel, panel.block_groups, block, last, tile_maxima(t));
   });
   const int64_t words = s.words_per_query(panel);
   for (int t = 0; t < tiles; ++t) {
-    for (int first = 0; first < kRows; first += kGroup) {
+    const int size = std::min(kRows, count - t * kRows);
+    for (int first = 0; first < size; first += kGroup) {
       const float* maxima = tile_maxima(t) + first * kGroup;
       Vec best[kGroup];
       std::fill_n(best, kGroup, broadcast(-INFINITY));
-      for (int64_t block = 0; block < panel.blocks(); ++block)
+      for (int64_t block = 0; block < panel.blocks(); ++block) {
+        const auto lowest = queries[t].lowest(panel, block, first);
 #pragma GCC unroll 16
         for (int i = 0; i < kGroup; ++i)
-          best[i] = max(best[i], load(maxima + block * kScores + i * kGroup));
+          best[i] = max(best[i], lowest(load(maxima + block * kScores + i * kGroup), i));
+      }
       transpose(best);
 #pragma GCC unroll 16
       for (int i = 1; i < kGroup; ++i)
         best[0] = max(best[0], best[i]);
-      const Vec threshold = best[0] - load(bounds[t].coarse + first);
+      const Vec threshold = queries[t].threshold(best[0], first);
 #pragma GCC unroll 16
       for (int i = 0; i < kGroup; ++i)
         best[i] = broadcast(threshold[i]);
@@ -113,16 +112,28 @@ void search_amx(const PanelSearch<T, C>& search, int count, SearchScratch& s) {
           bits[i * words * 4 + block] =
               uint16_t(not_below(load(maxima + block * kScores + i * kGroup), best[i]));
     }
-    for (int i = 0; i < std::min(kRows, count - t * kRows); ++i)
-      if (bounds[t].has_nan[i])
+    const ErrorBounds& bounds = queries[t].bounds;
+    for (int i = 0; i < size; ++i)
+      if (bounds.has_nan[i])
         search.accept_first(s.positions[t * kRows + i]);
       else
-        score_codes(search, s, t * kRows + i, rows[t * kRows + i], bounds[t].fine[i],
+        score_codes(search, s, t * kRows + i, rows[t * kRows + i], bounds.fine[i],
                     s.candidate_bits.get() + i * words, words);
   }
 }
 
-#define INSTANTIATE(T, C) template void search_amx(const PanelSearch<T, C>&, int, SearchScratch&);
+}  // namespace
+
+template <class T, class C>
+void search_low_precision(const PanelSearch<T, C>& search, int count, SearchScratch& s) {
+  if (search.panel->packing == Packing::kInt8)
+    search_columns<Int8Queries>(search, count, s);
+  else
+    search_columns<AmxQueries>(search, count, s);
+}
+
+#define INSTANTIATE(T, C) \
+  template void search_low_precision(const PanelSearch<T, C>&, int, SearchScratch&);
 INSTANTIATE(float, float)
 INSTANTIATE(double, double)
 INSTANTIATE(BFloat16, BFloat16)
