@@ -14,7 +14,7 @@ from .._choices import Impl
 from ._autograd import Function, ValueOf, apply, can_view_within, differentiate, need_function, need_graph, saved_tensors, viewing
 from ._dispatch import Reasons, choose_impl, register_fake, remembered, streaming_unavailable
 from ._layout import Positions
-from ._precision import accumulator_dtype
+from ._precision import accumulator_dtype, clamp
 from ._validate import check_channel_dim, check_float, check_index_range, check_tensor
 
 MAX_CHANNELS = 64
@@ -240,7 +240,7 @@ def finite_scalar_quantize_reference(
 
 
 def _clamp(x: Tensor) -> Tensor:
-    return x.clamp(-1, 1)
+    return clamp(x, -1, 1)
 
 
 def _middle(count: int, symmetric: bool) -> float:

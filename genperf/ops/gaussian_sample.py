@@ -13,7 +13,7 @@ from ._autograd import Function, apply, differentiate, need_function, need_graph
 from ._dispatch import Reasons, also_not_native, choose_impl, register_fake, remembered, streaming_unavailable
 from ._layout import as_rows, for_inductor, rows_fit
 from ._noise import draw_seed, first_sample, normal_noise
-from ._precision import HALF_DTYPES, accumulator_dtype
+from ._precision import HALF_DTYPES, accumulator_dtype, clamp
 from ._validate import check_float, check_noise, check_tensor
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -295,7 +295,7 @@ def gaussian_sample_reference(
     dtype = accumulator_dtype(mean.dtype)
     sample_dtype = dtype if float32_sample else mean.dtype
     mean, logvar = (t.to(dtype) for t in _halves(mean, logvar, dim))
-    logvar = logvar.clamp(*LOGVAR_RANGE)
+    logvar = clamp(logvar, *LOGVAR_RANGE)
     if noise is None:
         assert seed is not None
         noise = normal_noise(seed, mean.shape[0], math.prod(mean.shape[1:]), dtype, first, mean.device).reshape(mean.shape)
@@ -304,11 +304,11 @@ def gaussian_sample_reference(
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
     else:
         prior_mean, prior_logvar = (t.to(dtype) for t in _halves(prior_mean, prior_logvar, dim))
-        prior_logvar = prior_logvar.clamp(*LOGVAR_RANGE)
+        prior_logvar = clamp(prior_logvar, *LOGVAR_RANGE)
         ratio = logvar - prior_logvar
         kl = 0.5 * ((mean - prior_mean).square() * torch.exp(-prior_logvar) + ratio.exp() - 1 - ratio)
     if free_bits > 0:
-        kl = kl.clamp(min=free_bits)
+        kl = clamp(kl, free_bits)
     return sample.to(sample_dtype), kl.reshape(kl.shape[0], math.prod(kl.shape[1:])).sum(1)
 
 
