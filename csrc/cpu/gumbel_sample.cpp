@@ -155,7 +155,16 @@ void gumbel_sample_backward(Tensor grad_logits,
                     "grad_kl must be float32 [outer, inner]");
   with_type(logits, [&]<class T>(T*) {
     const GumbelInputs<T> in = inputs_of<T>(logits, temperature, tau, noise, seed, first);
-    const Rows<T> upstream(grad_sample), out(grad_logits);
+    Rows<T> upstream(grad_sample);
+    const Rows<T> out(grad_logits);
+    // The gradient of a sum is one value in all places, which is read as a vector of copies.
+    T copies[kLanes];
+    const bool one_value =
+        upstream && upstream.batch_stride == 0 && upstream.row_stride == 0 && upstream.stride == 0;
+    if (one_value) {
+      std::fill_n(copies, kLanes, *reinterpret_cast<const T*>(upstream.data));
+      upstream.data = reinterpret_cast<char*>(copies);
+    }
     const bool soft = bool(upstream) && in.inverse_tau < FLT_MAX;
     const float* const saved = static_cast<const float*>(statistics.const_data_ptr());
     const Rows<float> kl_grad = [&] {
@@ -217,7 +226,7 @@ void gumbel_sample_backward(Tensor grad_logits,
         },
         [&](int64_t o, int64_t i, int64_t n, float* kept) {
           const bool vectorizable = in.logits.vectorizable() && in.noise.vectorizable() &&
-                                    upstream.vectorizable_expanded() && out.vectorizable();
+                                    (one_value || upstream.vectorizable()) && out.vectorizable();
           const Rows<float> own(statistics);
           Vec product[kVectors] = {}, entropy[kVectors] = {}, weight[kVectors] = {};
           if (kl_grad)
@@ -257,7 +266,7 @@ void gumbel_sample_backward(Tensor grad_logits,
           for_all(false, [&](int64_t at, auto lanes, int64_t k, Vec y, Vec log_q) {
             const int v = int(at / kLanes);
             if (soft)
-              product[v] = fma(y, upstream.at(o, k, i + at).get_expanded(0, lanes), product[v]);
+              product[v] = fma(y, upstream.at(o, k, i + at).get(0, lanes), product[v]);
             if (kl_grad)
               entropy[v] = fma(exp_or_zero<Simd>(log_q), log_q, entropy[v]);
           });
@@ -265,8 +274,7 @@ void gumbel_sample_backward(Tensor grad_logits,
             const int v = int(at / kLanes);
             Vec value{};
             if (soft)
-              value = in.inverse_tau * y *
-                      (upstream.at(o, k, i + at).get_expanded(0, lanes) - product[v]);
+              value = in.inverse_tau * y * (upstream.at(o, k, i + at).get(0, lanes) - product[v]);
             if (kl_grad)
               value = fma(weight[v] * exp_or_zero<Simd>(log_q), log_q - entropy[v], value);
             out.at(o, k, i + at).set(0, lanes, value);
