@@ -24,7 +24,7 @@ _SEARCH_CHUNK = 1 << 24
 # The share of vectors that change their code below which sums are updated, not computed anew.
 _FEW = 1 / 8
 # The share of a search, in pairs of vectors and codes, below which only codes that have changed are searched.
-_PARTIAL = 1 / 2
+_PARTIAL = 0.3
 # Bounds of the rounding of squared distances, relative to them, and for "cosine" to the squared length of the vectors.
 _ROUNDING = 1e-5
 
