@@ -168,7 +168,7 @@ def test_readme_follows_the_rows(tmp_path, monkeypatch):
     text = path.read_text()
     assert text.startswith("before\n<!-- speed: table -->\n\n| op | size |")
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
-    assert len(lines) == 6
+    assert len(lines) == 7
     op, size, genperf, _, _, memory = lines[0]
     assert (op, size, memory) == ("`nearest_code`", "16,384 vectors, 512 codes, D 64", "3 MB, rival 3 MB")
     assert float(genperf.removesuffix(" ms")) > 1000
