@@ -130,7 +130,8 @@ def line(workload: str, builds: list[Build], temporary: Path, budget: Budget) ->
     for what, of in (("min", min), ("median", statistics.median)):
         base, current = (of(seconds) for seconds in found)
         row |= {f"base, {what} ms": milliseconds(base * 1e3), f"current, {what} ms": milliseconds(current * 1e3)}
-        row[f"speed-up, {what}"] = f"{base / current:.2f}x"
+        ratio = base / current
+        row[f"speed-up, {what}"] = f"{ratio:.2f}x" if ratio >= 0.1 else f"{ratio:.3g}x"
     return row
 
 
