@@ -10,7 +10,7 @@ from .. import _library
 from ._dispatch import register_fake
 
 # Measured sizes from which the compiled kernel is faster than LAPACK, per instruction set. Without fused multiply-add it never is.
-MIN_SIZES = {"amx": 256, "avx512-vnni": 256, "x86-64-v4": 256, "x86-64-v3": 768}
+MIN_SIZES = {"x86-64-v4": 256, "x86-64-v3": 768}
 
 
 def symmetric_eigenvalues(
@@ -42,7 +42,7 @@ def symmetric_eigenvalues(
 
 def min_size() -> float:
     """The matrix size from which the compiled kernel is used on this machine."""
-    return math.inf if _library.isa is None else MIN_SIZES.get(_library.isa, math.inf)
+    return math.inf if _library.isa is None else MIN_SIZES.get(_library.built_isa(_library.isa), math.inf)
 
 
 @register_fake("symmetric_eigenvalues")

@@ -22,6 +22,10 @@ namespace genperf {
 #define GENPERF_HAS_VNNI 1
 #endif
 
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
 enum class Packing { kFloat32, kBFloat16, kInt8 };
 
 constexpr int kGroup = 16;  // codes per group

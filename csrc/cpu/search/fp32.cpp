@@ -122,12 +122,7 @@ void search_fp32(const PanelSearch<T, C>& search, int count, SearchScratch& s) {
 }
 
 #define INSTANTIATE(T, C) template void search_fp32(const PanelSearch<T, C>&, int, SearchScratch&);
-INSTANTIATE(float, float)
-INSTANTIATE(double, double)
-INSTANTIATE(BFloat16, BFloat16)
-INSTANTIATE(BFloat16, float)
-INSTANTIATE(Half, Half)
-INSTANTIATE(Half, float)
+GENPERF_FOR_SEARCH_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace genperf

@@ -10,10 +10,6 @@
 
 namespace genperf {
 
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 // [16, depth * 32] -> [depth, 16 pairs, 16, 2]
 inline void interleave_pairs(const uint16_t* rows, int64_t depth, uint16_t* values) {
   for (int64_t t = 0; t < depth; ++t)

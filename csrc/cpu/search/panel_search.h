@@ -70,6 +70,15 @@ void exact_distances(const T* x,
   }
 }
 
+// Calls a macro with the types of vectors and codes that can be searched.
+#define GENPERF_FOR_SEARCH_TYPES(F) \
+  F(float, float)                   \
+  F(double, double)                 \
+  F(BFloat16, BFloat16)             \
+  F(BFloat16, float)                \
+  F(Half, Half)                     \
+  F(Half, float)
+
 template <class T, class C>
 struct PanelSearch {
   PanelSearch(const Positions<T>& x,
@@ -192,6 +201,16 @@ class Chunks {
   std::vector<int64_t> left_;
   const bool may_stop_;
 };
+
+// Searches `count` chunks of positions: calls f(panel, chunks), and again with the codebook packed
+// in float32 if the search stopped, which it can only where the panel is the whole codebook.
+template <class C, class F>
+void search_chunks(const Codes<C>& codebook, const CodePanel& panel, int64_t count, const F& f) {
+  Chunks chunks(count, panel.codes == codebook.count);
+  f(panel, chunks);
+  if (chunks.stopped())
+    f(*packed_codebook(codebook, panel.cosine, Packing::kFloat32), chunks);
+}
 
 // Calls f(panel, first code) for the packed codebook, or for one part of it after the other.
 template <class C, class F>

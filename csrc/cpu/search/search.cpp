@@ -63,10 +63,10 @@ void search_positions(const PanelSearch<T, C>& search,
 }
 
 template <class T, class C>
-void search_chunks(PanelSearch<T, C>& search,
-                   const CodePanel& panel,
-                   int64_t chunk,
-                   Chunks& chunks) {
+void search_panel(PanelSearch<T, C>& search,
+                  const CodePanel& panel,
+                  int64_t chunk,
+                  Chunks& chunks) {
   search.panel = &panel;
   chunks.search(
       panel, [&] { return SearchScratch(panel, chunk); },
@@ -120,26 +120,19 @@ void search(const Positions<T>& x,
   PanelSearch<T, C> search(x, codebook, mask, cosine, indices);
   const Packing packing = packing_for(x.dim, codebook.count, x.count());
   for_each_panel(codebook, cosine, packing, [&](const CodePanel& panel, int64_t first_code) {
-    const bool whole = panel.codes == codebook.count;
-    if (!whole && first_code == 0)
+    if (panel.codes < codebook.count && first_code == 0)
       search.distances = Buffer<double>(x.count());
     search.first_code = first_code;
     const int64_t chunk = queries_per_chunk(panel, x.count());
-    Chunks chunks((x.count() + chunk - 1) / chunk, whole);
-    search_chunks(search, panel, chunk, chunks);
-    if (chunks.stopped())
-      search_chunks(search, *packed_codebook(codebook, cosine, Packing::kFloat32), chunk, chunks);
+    search_chunks(
+        codebook, panel, (x.count() + chunk - 1) / chunk,
+        [&](const CodePanel& p, Chunks& chunks) { search_panel(search, p, chunk, chunks); });
   });
 }
 
 #define INSTANTIATE(T, C) \
   template void search(const Positions<T>&, const Codes<C>&, const bool*, bool, int64_t*);
-INSTANTIATE(float, float)
-INSTANTIATE(double, double)
-INSTANTIATE(BFloat16, BFloat16)
-INSTANTIATE(BFloat16, float)
-INSTANTIATE(Half, Half)
-INSTANTIATE(Half, float)
+GENPERF_FOR_SEARCH_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 #define INSTANTIATE(T)                                                                            \

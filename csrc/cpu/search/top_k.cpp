@@ -29,7 +29,7 @@ namespace {
 
 constexpr int64_t kPair = 2;  // groups of a block, the fewest that the kernels take
 constexpr int64_t kRunBytes = 192 << 10;
-constexpr int64_t kMaxInt8Dim = 512;  // one bound for all codes leaves too many of them above
+constexpr int64_t kMaxInt8TopKDim = 512;  // one bound for all codes leaves too many of them above
 
 // Calls f(first, last) for runs of blocks that stay in L2 while all tiles of queries pass over
 // them, and whose maxima fit their buffer.
@@ -182,10 +182,7 @@ void top_k_columns(const TopKSearch<T, C>& search, int64_t position, int count, 
 #endif
 
 template <class T, class C>
-void search_chunks(TopKSearch<T, C>& search,
-                   const CodePanel& panel,
-                   int64_t chunk,
-                   Chunks& chunks) {
+void search_panel(TopKSearch<T, C>& search, const CodePanel& panel, int64_t chunk, Chunks& chunks) {
   search.panel = &panel;
   const auto make = [&] {
     TopKScratch scratch(panel, chunk, search.k);
@@ -222,31 +219,24 @@ void search_top_k(const Positions<T>& x,
                   OpMath<T>* distances) {
   TopKSearch<T, C> search(x, codebook, k, cosine, indices, distances);
   Packing packing = packing_for(x.dim, codebook.count, x.count());
-  if (packing == Packing::kInt8 && x.dim > kMaxInt8Dim)
+  if (packing == Packing::kInt8 && x.dim > kMaxInt8TopKDim)
     packing = Packing::kFloat32;
   const int64_t share = x.count() / (4 * torch::stable::get_num_threads());
   const int64_t chunk = std::clamp<int64_t>(share / kRows * kRows, kRows, kMaxQueries);
   for_each_panel(codebook, cosine, packing, [&](const CodePanel& panel, int64_t first_code) {
-    const bool whole = panel.codes == codebook.count;
-    if (!whole && first_code == 0)
+    if (panel.codes < codebook.count && first_code == 0)
       search.found = Buffer<Found>(x.count() * k);
     search.first_code = first_code;
-    Chunks chunks((x.count() + chunk - 1) / chunk, whole);
-    search_chunks(search, panel, chunk, chunks);
-    if (chunks.stopped())
-      search_chunks(search, *packed_codebook(codebook, cosine, Packing::kFloat32), chunk, chunks);
+    search_chunks(
+        codebook, panel, (x.count() + chunk - 1) / chunk,
+        [&](const CodePanel& p, Chunks& chunks) { search_panel(search, p, chunk, chunks); });
   });
 }
 
 #define INSTANTIATE(T, C)                                                                   \
   template void search_top_k(const Positions<T>&, const Codes<C>&, int64_t, bool, int64_t*, \
                              OpMath<T>*);
-INSTANTIATE(float, float)
-INSTANTIATE(double, double)
-INSTANTIATE(BFloat16, BFloat16)
-INSTANTIATE(BFloat16, float)
-INSTANTIATE(Half, Half)
-INSTANTIATE(Half, float)
+GENPERF_FOR_SEARCH_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace genperf
