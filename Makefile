@@ -1,7 +1,7 @@
 # Everything runs in a virtual environment of its own (.venv), made on first use.
 PYTHON ?= python3
 VENV ?= .venv
-# The torch to install where the environment has none yet; TORCH= names another one.
+# The torch to install where the environment has none yet; TORCH= names another one. `make wheels` takes several: the first builds.
 TORCH ?= torch==2.13.0
 # The codes in 6 epochs, then a class-conditional prior over them in 18.
 DEMO := --num-codes 64 --replace-dead-below 0.5 --class-conditional --batch-size 32 --epochs 24 --prior-only 0.75 --lr-decay 0.75 \
@@ -56,7 +56,7 @@ clean:
 
 $(VENV)/torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q '$(TORCH)'
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q '$(firstword $(TORCH))'
 	$(BIN)/pip install -q numpy ninja 'setuptools>=77'
 	touch $@
 

@@ -48,6 +48,14 @@ def test_failure_is_one_sentence(sentence, arguments, environment, tmp_path):
     assert "Traceback" not in run.stderr
 
 
+def test_wheels_are_built_beside_the_first_of_several_torches(tmp_path):
+    several = "torch==2.13.0 torch==2.11.0 torch"
+    command = ["make", "-n", "wheels", f"VENV={tmp_path / 'venv'}", f"TORCH={several}", "PYTHONS=python3.10 python3.13"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.findall(r"pip install -q '(torch.*?)'", run.stdout) == ["torch==2.13.0"]
+    assert ".ci/wheels python3.10 python3.13" in run.stdout
+
+
 NVCC = """#!/bin/sh
 case $1 in
   --version) echo Cuda compilation tools, release {release}, V{release}.1 ;;
