@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops._validate import check_index_range, check_tensor
+
 
 class CodeUsage(NamedTuple):
     """How a set of indices uses a codebook; scalars on the device of the indices."""
@@ -32,11 +34,18 @@ def code_usage(indices: Tensor, num_codes: int) -> CodeUsage:
 
     Returns:
         perplexity, float64; used, int64; dead, float32.
+
+    Raises:
+        TypeError: indices that are not an int64 tensor.
+        ValueError: no code.
+        IndexError: an index below -1, or num_codes or above (on the CPU).
     """
+    check_tensor("code_usage", "indices", indices)
     if indices.dtype != torch.int64:
         raise TypeError(f"code_usage: indices must be int64, got {indices.dtype}.")
     if num_codes < 1:
         raise ValueError(f"code_usage: num_codes must be at least 1, got {num_codes}.")
+    check_index_range("code_usage", indices, num_codes)
     flat = indices.reshape(-1)
     # Slot 0 is for the index -1. Not bincount, which synchronizes with the device to size its result.
     counts = torch.zeros(num_codes + 1, dtype=torch.float64, device=indices.device)

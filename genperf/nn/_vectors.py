@@ -32,6 +32,17 @@ def check_decoded(name: str, indices: Tensor, num_codes: int) -> None:
     check_index_range(name, indices, num_codes)
 
 
+def check_given_codes(name: str, codes: Tensor, counts: Tensor | None, codebook: Tensor) -> None:
+    """Codes must have the shape of the codebook, and counts that shape without D; one codebook may have leading dimensions of 1."""
+    check_tensor(name, "codes", codes)
+    if codes.shape[-2:] != codebook.shape[-2:] or codes.numel() != codebook.numel():
+        raise ValueError(f"{name}: codes must have shape {list(codebook.shape)}, got {list(codes.shape)}.")
+    if counts is not None:
+        check_tensor(name, "counts", counts)
+        if counts.shape[-1:] != codebook.shape[-2:-1] or counts.numel() != codebook.shape[:-1].numel():
+            raise ValueError(f"{name}: counts must have shape {list(codebook.shape[:-1])}, got {list(counts.shape)}.")
+
+
 def split_heads(
     vectors: Tensor,  # [outer, heads * D, inner]
     mask: Tensor | None,  # [outer, inner]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._typing import signature_of
-from ..ops._validate import check
+from ..ops._validate import check, check_index_range
 from ..ops.gumbel_sample import gumbel_sample
 
 
@@ -119,9 +119,11 @@ class GumbelQuantizer(nn.Module):
 
         Raises:
             TypeError: indices that are not int64.
+            IndexError: an index below 0, or num_codes or above (on the CPU).
         """
         if indices.dtype != torch.int64:
             raise TypeError(f"GumbelQuantizer.decode: indices must be int64, got {indices.dtype}.")
+        check_index_range("GumbelQuantizer.decode", indices, self.num_codes, 0)
         return F.embedding(indices, self.codebook).movedim(-1, self.channel_dim).contiguous()
 
     @torch.no_grad()

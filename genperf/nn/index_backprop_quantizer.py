@@ -14,6 +14,7 @@ from ..ops._validate import check
 from ..ops.code_entropy import code_entropy
 from ..ops.sample_code import sample_code
 from ._channels import channels_to, check_input, decode_codebooks
+from ._vectors import check_decoded
 
 
 class IndexBackpropQuantizer(nn.Module):
@@ -134,9 +135,9 @@ class IndexBackpropQuantizer(nn.Module):
 
         Raises:
             TypeError: indices that are not int64.
+            IndexError: an index below -1, or num_codes or above (on the CPU).
         """
-        if indices.dtype != torch.int64:
-            raise TypeError(f"IndexBackpropQuantizer.decode: indices must be int64, got {indices.dtype}.")
+        check_decoded("IndexBackpropQuantizer.decode", indices, self.num_codes)
         return decode_codebooks(indices, 1, self.channel_dim, lambda i: F.embedding(i.clamp(min=0), self.codebook), nn.Identity())
 
     def extra_repr(self) -> str:

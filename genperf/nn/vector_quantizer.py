@@ -45,7 +45,7 @@ from ._ema import (
 from ._pending import Pending, add_step, load_pending, moved, pop_pending, save_pending
 from ._recompute import Step, StepMemory
 from ._sharded import check_gathered, is_dtensor, whole, writable_codes
-from ._vectors import check_decoded, look_up, mask_from_lengths, merge_heads, merge_indices, rows_at, split_heads
+from ._vectors import check_decoded, check_given_codes, look_up, mask_from_lengths, merge_heads, merge_indices, rows_at, split_heads
 
 __all__ = ["CodeUsage", "LossTerms", "VectorQuantizer", "code_usage"]
 
@@ -402,9 +402,15 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_codes(self, codes: Tensor, counts: Tensor | None = None) -> None:
-        """Set the codebook, and the averages as if each code had `counts` vectors (None: one), all equal to it."""
+        """Set the codebook, and the averages as if each code had `counts` vectors (None: one), all equal to it.
+
+        Raises:
+            TypeError: codes or counts that are not tensors.
+            ValueError: codes of another shape than the codebook's, or counts of another shape than that without D.
+        """
         averages = (self.counts, self.sums) if self.has_ema else (None, None)
         codebook, store = writable_codes(self, "codebook")
+        check_given_codes("VectorQuantizer.set_codes", codes, counts, codebook)
         set_codes_(codebook, *averages, codes, counts, normalize=self.metric == "cosine")
         store()
         self._needs_init = False

@@ -63,7 +63,7 @@ def _check_codes(op: str, x: Tensor, codebook: Tensor, channel: int, channel_dim
     if x.shape[channel] != code_dim:
         raise ValueError(
             f"{op}: the channel dimension of x must be as long as a code, got {x.shape[channel]} channels "
-            f"(x {list(x.shape)}, channel_dim={channel_dim}) and codes of {code_dim}."
+            f"(x {list(x.shape)}, channel_dim={channel_dim}) and codes of {code_dim}{_other_channel_dim(x, code_dim)}."
         )
     check_float(op, "x", x)
     if codebook.dtype != x.dtype and not (codebook.dtype == torch.float32 and x.dtype in HALF_DTYPES):
@@ -72,13 +72,25 @@ def _check_codes(op: str, x: Tensor, codebook: Tensor, channel: int, channel_dim
         raise ValueError(f"{op}: x and codebook must be on one device, got {x.device} and {codebook.device}.")
 
 
-def check_layer_input(name: str, x: Tensor, mask: Tensor | None, *, dim: int, channel_dim: int, dtype: torch.dtype) -> int:
-    """Check the input of a layer whose codebook has `dtype`, and its mask. Returns the channel dimension as a non-negative number."""
+def _other_channel_dim(x: Tensor, channels: int) -> str:
+    """What an error says if one dimension of x is as long as its channels should be."""
+    dims = [dim for dim, size in enumerate(x.shape) if size == channels]
+    return f"; channel_dim={dims[0]} is that dimension of x" if len(dims) == 1 else ""
+
+
+def check_layer_input(
+    name: str, x: Tensor, mask: Tensor | None, *, dim: int, channel_dim: int, dtype: torch.dtype, is_option: bool = True
+) -> int:
+    """Check the input of a layer whose codebook has `dtype`, and its mask. Returns the channel dimension as a non-negative number.
+
+    `is_option`: whether channel_dim is an option of the layer, which an error may name.
+    """
     check_tensor(name, "x", x)
     channel = check_channel_dim(name, x, channel_dim)
     check_float(name, "x", x)
     if x.shape[channel] != dim:
-        raise ValueError(f"{name}: x must have {dim} channels in dimension {channel_dim}, got {list(x.shape)}.")
+        hint = _other_channel_dim(x, dim) if is_option else ""
+        raise ValueError(f"{name}: x must have {dim} channels in dimension {channel_dim}, got {list(x.shape)}{hint}.")
     if x.dtype != dtype and not (dtype == torch.float32 and x.dtype in HALF_DTYPES):
         rule = "x must have the dtype of the codebook, or half precision with a float32 codebook"
         raise TypeError(f"{name}: {rule}, got {x.dtype} and {dtype}.")

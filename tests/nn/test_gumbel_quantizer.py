@@ -56,6 +56,10 @@ def test_evaluation_matches_decode_of_encode(channel_dim, device):
     assert torch.equal(quantized.movedim(channel_dim, -1), layer.codebook[indices])
     with pytest.raises(TypeError, match="int64"):
         layer.decode(indices.int())
+    if torch.device(device).type == "cpu":
+        for wrong in (-1, 7):
+            with pytest.raises(IndexError, match=r"GumbelQuantizer.decode: indices must lie between 0 and 6, got "):
+                layer.decode(torch.tensor([3, wrong]))
 
 
 @pytest.mark.parametrize(

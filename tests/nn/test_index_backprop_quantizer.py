@@ -53,6 +53,11 @@ def test_quantized_vectors_are_codes():
     assert torch.equal(layer.encode(x), indices)
     assert loss.dtype == torch.float32
     assert layer.eval()(x)[2] == 0
+    for wrong in (-2, layer.num_codes):
+        with pytest.raises(
+            IndexError, match=rf"IndexBackpropQuantizer.decode: indices must lie between -1 and {layer.num_codes - 1}, got "
+        ):
+            layer.decode(torch.tensor([0, wrong]))
 
 
 def test_masked_vectors_have_no_effect():

@@ -186,6 +186,26 @@ def test_averages_stay_float32_in_a_half_precision_module(make, dtype):
 AVERAGES = ("counts", "sums", "cluster_size", "embed_avg")
 
 
+@each("ema", "heads", "residual")
+def test_given_codes_have_the_shape_of_the_codebook(make):
+    layer = make()
+    shape = layer.codebook.shape
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    counts = torch.ones(shape[:-1])
+    for codes, given, message in (
+        (torch.ones(*shape[:-2], shape[-1], shape[-2]), None, "codes must have shape"),
+        (torch.ones(shape).flatten(), None, "codes must have shape"),
+        (torch.ones(shape), counts.unsqueeze(-1), "counts must have shape"),
+        (torch.ones(shape), counts[..., :-1], "counts must have shape"),
+    ):
+        with pytest.raises(ValueError, match=f"^{type(layer).__name__}.set_codes: {message}"):
+            layer.set_codes(codes, given)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
+    layer.set_codes(torch.ones(1, *shape), counts.unsqueeze(0))
+    assert (layer.codebook == 1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_averages_of_half_precision_modules_move(dtype):
     layer = VectorQuantizer(1, 4, decay=0.99).to(dtype)

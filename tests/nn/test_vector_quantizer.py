@@ -237,3 +237,6 @@ def test_code_usage():
         code_usage(torch.zeros(3), 3)
     with pytest.raises(ValueError, match="num_codes"):
         code_usage(torch.zeros(3, dtype=torch.int64), 0)
+    for wrong in (-2, 5):
+        with pytest.raises(IndexError, match=rf"code_usage: indices must lie between -1 and 4, got {min(wrong, 0)} \.\.\. {max(wrong, 0)}"):
+            code_usage(torch.tensor([0, wrong]), 5)

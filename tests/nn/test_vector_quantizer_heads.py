@@ -215,6 +215,7 @@ def test_reference_ops_in_the_layer(caplog):
         (TypeError, "x must be float32", {"x": torch.zeros(2, 3, 4, dtype=torch.int64)}),
         (TypeError, "x must have the dtype of the codebook, .* got torch.float64 and torch.float32", {"x": torch.zeros(2, 3, 4).double()}),
         (ValueError, r"x must have 4 channels in dimension -1, got \[2, 3, 5\]", {"x": torch.zeros(2, 3, 5)}),
+        (ValueError, r"x must have 4 .* got \[2, 4, 5\]; channel_dim=1 is that dimension of x", {"x": torch.zeros(2, 4, 5)}),
         (TypeError, "mask must be bool", {"mask": torch.ones(2, 3)}),
         (ValueError, "mask must have the shape", {"mask": torch.ones(3, 2, dtype=torch.bool)}),
         (TypeError, "lengths must be a tensor, got list", {"lengths": [1, 2]}),

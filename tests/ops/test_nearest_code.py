@@ -233,7 +233,7 @@ GOOD = torch.zeros(4, 3)
         bad("codebook must have shape", GOOD, torch.zeros(3)),
         bad("at least one code", GOOD, torch.zeros(0, 3)),
         bad("as long as a code", GOOD, torch.zeros(5, 2)),
-        bad("as long as a code, got 4 channels", GOOD, torch.zeros(5, 3), channel_dim=0),
+        bad(r"as long as a code, got 4 channels .*; channel_dim=1 is that dimension of x", GOOD, torch.zeros(5, 3), channel_dim=0),
         bad("channel_dim must be a dimension", GOOD, torch.zeros(5, 3), channel_dim=2),
         bad("channel_dim must be a dimension", torch.tensor(1.0), torch.zeros(5, 3)),
         bad("metric must be one of", GOOD, torch.zeros(5, 3), metric="manhattan"),

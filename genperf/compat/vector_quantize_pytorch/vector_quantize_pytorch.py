@@ -512,7 +512,8 @@ class VectorQuantize(nn.Module):
 
     def _to_vectors(self, x: Tensor, mask: Tensor | None) -> tuple[Positions, Tensor, Tensor | None]:
         """Projected x [..., heads * d] as vectors [h, outer, d, inner], and which are valid, [h, outer, inner]."""
-        channel = check_layer_input("VectorQuantize", x, mask, dim=self.heads * self._codebook.dim, channel_dim=-1, dtype=x.dtype)
+        dim = self.heads * self._codebook.dim
+        channel = check_layer_input("VectorQuantize", x, mask, dim=dim, channel_dim=-1, dtype=x.dtype, is_option=False)
         if mask is not None and self.use_cosine_sim:
             x = torch.where(mask.unsqueeze(-1), x, 0)  # otherwise a masked NaN could reach the gradients
         positions = Positions(x, channel)
