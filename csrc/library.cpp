@@ -33,11 +33,19 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "-> (Tensor counts, Tensor sums)");
   // Sums of k-means that do not depend on how the vectors are split: [2, K, D + 1] in float64, high
   // and low parts, with the total weight in the last column; limits are the largest magnitudes of
-  // the summands and the weights. Without a codebook, cluster_distances returns norms.
+  // the summands and the weights. cluster_sums_add adds the vectors to sums or, with the codes of
+  // `before`, moves those whose code is another. cluster_means are those of the sums, or the code
+  // of `otherwise` without weight. Without a codebook, cluster_distances returns norms.
   m.def(
       "cluster_sums(Tensor x, Tensor indices, SymInt num_codes, Tensor? weights, Tensor? scale, "
       "Tensor limits, SymInt total) -> Tensor");
-  m.def("cluster_distances(Tensor x, Tensor? codebook, Tensor? indices, Tensor? scale) -> Tensor");
+  m.def(
+      "cluster_sums_add(Tensor(a!) sums, Tensor x, Tensor indices, Tensor? before, Tensor? "
+      "weights, Tensor? scale, Tensor limits, SymInt total) -> ()");
+  m.def("cluster_means(Tensor sums, Tensor otherwise) -> Tensor");
+  m.def(
+      "cluster_distances(Tensor x, Tensor? codebook, Tensor? indices, Tensor? scale, Tensor? "
+      "mask=None) -> Tensor");
 
   // Softmax over all codes. x is [heads, outer, D, inner], codebook [heads, K, D]; mask and indices
   // are [heads, outer, inner]. `logits` is "distance", "squared_distance" or "dot". value is the

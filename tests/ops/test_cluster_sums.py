@@ -70,6 +70,35 @@ def test_sums_of_float32_are_exact():
             assert Fraction(float(high[code, d])) + Fraction(float(low[code, d])) == exact
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, *testing.DTYPES], ids=str)
+def test_moved_vectors_change_the_sums_as_if_added_anew(dtype):
+    count, dim, codes = 600, 19, 7
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, limits = wide_range(count, dim, 1).to(dtype), torch.tensor([2.0**15, 1.0], dtype=torch.float64)
+    for factors in ((None, None), (torch.rand(count, 1, dtype=wide), torch.rand(count, 1, dtype=wide))):
+        for image in (False, True):
+            vectors = x.squeeze(-1).T.contiguous().unsqueeze(0) if image else x
+            weights, scale = (None if t is None else t.T if image else t for t in factors)
+            before, found = None, torch.zeros(2, codes, dim + 1, dtype=torch.float64)
+            for share in (1, 0.5, 0.01, 0):  # of the vectors that move
+                indices = torch.randint(-1, codes, (1, count) if image else (count, 1))
+                if before is not None:
+                    indices = torch.where(torch.rand(indices.shape) < share, indices, before)
+                ops.cluster_sums_add(found, vectors, indices, before, weights, scale, limits, count)
+                before = indices
+                assert torch.equal(found, ops.cluster_sums(vectors, indices, codes, weights, scale, limits, count))
+
+
+def test_means():
+    found = torch.randn(2, 5, 4, dtype=torch.float64)
+    found[:, 3, 3] = 0
+    totals = found.sum(0)
+    for dtype in (torch.float32, torch.float64):
+        otherwise = torch.randn(5, 3, dtype=dtype)
+        expected = torch.where(totals[:, 3:] == 0, otherwise, (totals[:, :3] / totals[:, 3:]).to(dtype))
+        assert torch.equal(ops.cluster_means(found, otherwise), expected)
+
+
 def test_sums_of_extreme_values():
     for value in (0.0, 1e-45, 3e38):
         x = torch.full((8, 2, 1), value)
@@ -109,6 +138,9 @@ def test_distances(dtype):
             image = x.squeeze(-1).T.contiguous().unsqueeze(0)
             by_channel = ops.cluster_distances(image, codebook, indices.T.contiguous(), None if factor is None else factor.T)
             assert torch.equal(by_channel.T, found)
+        mask = torch.rand(50, 1) < 0.5
+        masked = ops.cluster_distances(x, codebook, indices, None, mask)
+        assert torch.equal(masked, torch.where(mask, ops.cluster_distances(x, codebook, indices, None), math.inf))
         norms = ops.cluster_distances(x, None, None, None)
         torch.testing.assert_close(norms[:, 0], x.double().norm(dim=1)[:, 0].to(wide), rtol=1e-6, atol=0)
 
@@ -118,3 +150,18 @@ def test_distances(dtype):
 def test_bad_indices(index, message):
     with pytest.raises(RuntimeError, match=message):
         ops.cluster_distances(torch.zeros(2, 3, 1), torch.zeros(9, 3), torch.full((2, 1), index), None)
+
+
+@pytest.mark.once
+def test_bad_sums():
+    x, indices, limits = torch.zeros(2, 3, 1), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="sums must be"):
+        ops.cluster_sums_add(torch.zeros(2, 9, 3, dtype=torch.float64), x, indices, None, None, None, limits, 2)
+    found = torch.zeros(2, 9, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="indices must be in"):
+        ops.cluster_sums_add(found, x, indices, indices + 9, None, None, limits, 2)
+    assert not found.any()
+    with pytest.raises(RuntimeError, match="otherwise must be"):
+        ops.cluster_means(found, torch.zeros(9, 4))
+    with pytest.raises(RuntimeError, match="mask must be"):
+        ops.cluster_distances(x, torch.zeros(9, 3), indices, None, torch.ones(3, 1, dtype=torch.bool))
