@@ -73,7 +73,7 @@ class Clusters(NamedTuple):
 
     @property
     def counts(self) -> Tensor:
-        return self.assignment.totals[:, -1]
+        return self.assignment.counts
 
 
 def fit(data: Vectors, num_codes: int, options: KMeansOptions, head: int = 0, stage: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -117,7 +117,9 @@ def _lloyd(data: Vectors, codebook: Tensor, options: KMeansOptions, stops: Calla
         if stops(turn, found):
             break
         empty = found.counts == 0
-        updated = torch.where(empty.unsqueeze(1), found.codebook, data.as_codes(_means(found.assignment.totals, data), found.codebook))
+        updated = data.sums.means(found.assignment.sums, found.codebook)
+        if data.metric == "cosine":
+            updated = torch.where(empty.unsqueeze(1), found.codebook, data.as_codes(updated, found.codebook))
         updated = _without_empty_codes(data, updated, found, empty)
         # Prices change the balanced assignment to the same codes.
         if options.balance is None and settled(updated, found.codebook):

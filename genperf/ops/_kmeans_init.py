@@ -45,9 +45,9 @@ def initial_codes(data: Vectors, num_codes: int, generator: torch.Generator | No
         closer = to_found < distances if turn > 0 else torch.ones_like(found, dtype=torch.bool)
         distances = torch.where(closer, to_found, distances)
         indices = torch.where(closer, found + turn * batch, indices)
-    totals = data.assignment(indices, _DRAW_ROUNDS * batch).totals
-    means = (totals[:, :-1] / totals[:, -1:]).nan_to_num(0).to(data.dtype)
-    return _merge(data, means, totals[:, -1].to(data.dtype), num_codes, generator)
+    found = data.assignment(indices, _DRAW_ROUNDS * batch)
+    means = data.sums.means(found.sums, found.sums.new_zeros(_DRAW_ROUNDS * batch, data.x.shape[1], dtype=data.dtype))
+    return _merge(data, means, found.counts.to(data.dtype), num_codes, generator)
 
 
 def _merge(data: Vectors, centers: Tensor, counts: Tensor, num_codes: int, generator: torch.Generator | None) -> Tensor:

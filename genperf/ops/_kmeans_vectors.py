@@ -12,9 +12,8 @@ from torch import distributed as dist
 from .._choices import Impl, Metric
 from .._distributed import all_gather_ints, all_gather_rows, all_reduce_sum, of_rank_0, world_size
 from ._autograd import call, transformed
-from ._dispatch import register_fake
+from ._kmeans_sums import Assignment, ClusterSums, Limits, Piece
 from ._precision import accumulator_dtype
-from .code_statistics import statistics
 from .nearest_code import search
 
 # Elements that are converted, or searched and added up, at a time; on the CPU only, where a file may be behind them.
@@ -36,35 +35,14 @@ class Stage(NamedTuple):
     indices: Tensor  # [outer, inner]
 
 
-class Piece(NamedTuple):
-    """A part of the vectors."""
+class Changes(NamedTuple):
+    """What an update has done to a codebook."""
 
-    vectors: Tensor  # [outer, D, inner]
-    scale: Tensor | None  # [outer, inner]
-    weights: Tensor | None  # [outer, inner]
-    place: slice  # of the dimension that is split
-
-
-class Assignment(NamedTuple):
-    """Codes of the vectors, and sums [K, D + 1] of weighted vectors and, in the last column, of weights."""
-
-    indices: Tensor
-    """[outer, inner]"""
-    totals: Tensor
-    """[K, D + 1] in float64, over all ranks."""
-    own: Tensor
-    """Parts [parts, K, D + 1] of those of this rank."""
-    moved: float = 1.0
-    """The share of the vectors that were of another code before."""
-    codebook: Tensor | None = None
-    """[K, D], if every vector is of its nearest code."""
-
-
-class Limits(NamedTuple):
-    """What the grids of `cluster_sums` depend on."""
-
-    largest: Tensor  # of the magnitudes of the summands and of the weights, float64 [2]
-    total: int  # the number of all vectors
+    codebook: Tensor  # [K, D]
+    before: Tensor  # [K, D]
+    changed: Tensor  # [K], bool
+    places: Tensor  # of the codes that changed
+    codes: Tensor  # those
 
 
 class Vectors:
@@ -115,6 +93,7 @@ class Vectors:
             norm = torch.cat([self.norms(piece.vectors) for piece in self.pieces()], self.split)
             self.scale = torch.where(norm >= torch.finfo(self.dtype).tiny, 1 / norm, 0)
         self.limits = limits if limits is not None or x.device.type != "cpu" else self._limits()
+        self.sums = ClusterSums(impl, self.limits, in_place=self.by_kernel and self.on_host)
 
     def _limits(self) -> Limits:
         values = torch.stack([_magnitude(piece.vectors) for piece in self.pieces()]).amax()
@@ -162,88 +141,74 @@ class Vectors:
         Once few vectors move to another code, the sums `before` change by those vectors alone, and few codes change: only those are
         searched. That is bitwise the same, since sums and search are exact.
         """
-        known = before is not None and self.by_kernel and self.on_host
-        updates = before is not None and before.moved < _FEW
-        found, moved, own = [], 0, before.own if before is not None and updates else None
+        known = before if self.sums.in_place else None
+        updates = known is not None and known.moved < _FEW
+        changes = self._changes(codebook, known) if known is not None and updates else None
+        found, moved, own = [], 0, known.own if known is not None else None
+        if own is not None and not updates:
+            own.zero_()
         for piece in self.pieces(_SEARCH_CHUNK):
-            indices = self._search_changed(piece, codebook, before) if before is not None and updates and known else None
+            was = self._at(known.indices, piece.place, self.split) if known is not None else None
+            indices = self._search_changed(piece, changes, was) if changes is not None and was is not None else None
             if indices is None:
                 indices = search(piece.vectors, codebook, None, self.metric, self.impl)
             found.append(indices)
-            if before is not None and known:
-                was = self._at(before.indices, piece.place, self.split)
-                outer, inner = (indices != was).nonzero().unbind(1)
-                moved += len(outer)
-                if own is not None and updates:
-                    scale, weights = (None if t is None else t[outer, inner].unsqueeze(1) for t in (piece.scale, piece.weights))
-                    rows = Piece(piece.vectors[outer, :, inner].unsqueeze(2), scale, weights, piece.place)
-                    came, left = (self._sums(rows, t[outer, inner].unsqueeze(1), len(codebook)) for t in (indices, was))
-                    own = own + (came - left)
-                    continue
-            part = self._sums(piece, indices, len(codebook))
-            own = part if own is None else own + part
+            if was is not None:
+                moved += int((indices != was).sum())
+            if own is not None and was is not None and updates:
+                self.sums.move(own, piece, indices, was)
+            else:
+                own = self.sums.add(own, piece, indices, len(codebook))
         assert own is not None
         indices = found[0] if len(found) == 1 else torch.cat(found, self.split)
-        return Assignment(indices, self.all_reduce(own).sum(0), own, moved / max(1, self.here) if known else 1.0, codebook)
+        return Assignment(indices, self.all_reduce(own), own, moved / max(1, self.here) if known is not None else 1.0, codebook)
 
-    def _search_changed(self, piece: Piece, codebook: Tensor, before: Assignment) -> Tensor | None:
+    def _changes(self, codebook: Tensor, before: Assignment) -> Changes | None:
+        """The codes that have changed; None if they cannot be searched alone."""
+        if before.codebook is None:
+            return None
+        if self.metric == "cosine" and any(bool((codes == 0).all(1).any()) for codes in (codebook, before.codebook)):
+            return None  # distances to a code without a direction are not those of its angle
+        changed = (codebook != before.codebook).any(1)
+        places = changed.nonzero().squeeze(1)
+        return Changes(codebook, before.codebook, changed, places, codebook[places])
+
+    def _search_changed(self, piece: Piece, changes: Changes, was: Tensor) -> Tensor | None:
         """The nearest codes, by a search of the codes that have changed; None if those are too many.
 
         A code that is as it was, or nearer than it was, is still nearer than the other codes that are as they were. It is compared with
         the nearest of the codes that have changed. Vectors for which neither holds, or the comparison is within the rounding, search all.
         """
-        if before.codebook is None:
-            return None
-        if self.metric == "cosine" and any(bool((codes == 0).all(1).any()) for codes in (codebook, before.codebook)):
-            return None  # distances to a code without a direction are not those of its angle
-        was = self._at(before.indices, piece.place, self.split)
-        changed = (codebook != before.codebook).any(1)
-        places, kept = changed.nonzero().squeeze(1), ~changed[was]
-        share = len(places) / len(codebook)
+        share, kept = len(changes.places) / len(changes.codebook), ~changes.changed[was]
         # About half of the codes that change come nearer to a vector.
         if share + float((~kept).double().mean()) / 2 > _PARTIAL:
             return None
 
-        def distances(vectors: Tensor, scale: Tensor | None, codes: Tensor, index: Tensor) -> Tensor:
-            return call(torch.ops.genperf.cluster_distances, vectors, codes, index.contiguous(), scale).double()
+        def distances(codes: Tensor, index: Tensor, mask: Tensor | None = None) -> Tensor:
+            if mask is not None:
+                mask = mask.contiguous()
+            return torch.ops.genperf.cluster_distances(piece.vectors, codes, index.contiguous(), piece.scale, mask).double()
 
-        near = distances(piece.vectors, piece.scale, codebook, was)
-        limit = near * (1 + _ROUNDING) + (_ROUNDING if self.metric == "cosine" else 0)
-        outer, inner = (~kept).nonzero().unbind(1)
-        rows, scale = piece.vectors[outer, :, inner].unsqueeze(2), None if piece.scale is None else piece.scale[outer, inner].unsqueeze(1)
-        kept[outer, inner] = distances(rows, scale, before.codebook, was[outer, inner].unsqueeze(1)).squeeze(1) > limit[outer, inner]
+        limit = distances(changes.codebook, was) * (1 + _ROUNDING) + (_ROUNDING if self.metric == "cosine" else 0)
+        kept |= distances(changes.before, was, ~kept) > limit
         if share + float((~kept).double().mean()) > _PARTIAL:
             return None
-        if len(places) > 0:
-            other = places[search(piece.vectors, codebook[places], None, self.metric, self.impl)]
-            kept &= (other == was) | (distances(piece.vectors, piece.scale, codebook, other) > limit)
+        if len(changes.places) > 0:
+            other = changes.places[search(piece.vectors, changes.codes, None, self.metric, self.impl)]
+            kept &= distances(changes.codebook, other, kept & (other != was)) > limit
         outer, inner = (~kept).nonzero().unbind(1)
-        rows = piece.vectors[outer, :, inner].unsqueeze(2)
         indices = was.clone()
-        indices[outer, inner] = search(rows, codebook, None, self.metric, self.impl).squeeze(1)
+        rows = _rows(piece.vectors, outer, inner).unsqueeze(2)
+        indices[outer, inner] = search(rows, changes.codebook, None, self.metric, self.impl).squeeze(1)
         return indices
 
     def assignment(self, indices: Tensor, num_codes: int) -> Assignment:
         """The sums of a given assignment."""
-        totals = None
+        sums = None
         for piece in self.pieces(_SEARCH_CHUNK):
-            part = self._sums(piece, self._at(indices, piece.place, self.split), num_codes)
-            totals = part if totals is None else totals + part
-        assert totals is not None
-        return Assignment(indices, self.all_reduce(totals).sum(0), totals)
-
-    def _sums(self, piece: Piece, indices: Tensor, num_codes: int) -> Tensor:
-        vectors, scale, weights, _ = piece
-        if self.by_kernel:
-            assert self.limits is not None
-            return call(torch.ops.genperf.cluster_sums, vectors, indices, num_codes, weights, scale, *self.limits)
-        if self.impl == "reference":
-            return cluster_sums_reference(vectors, indices, num_codes, weights, scale)
-        factors = scale if weights is None else weights if scale is None else weights * scale
-        counts, sums = statistics(vectors, indices, num_codes, factors, None, self.impl)
-        if scale is not None:
-            counts = statistics(vectors[:, :1], indices, num_codes, weights, None, self.impl)[0]
-        return torch.cat([sums, counts.unsqueeze(1)], 1).double().unsqueeze(0)
+            sums = self.sums.add(sums, piece, self._at(indices, piece.place, self.split), num_codes)
+        assert sums is not None
+        return Assignment(indices, self.all_reduce(sums), sums)
 
     def square_distances(self, codebook: Tensor, indices: Tensor) -> Tensor:
         """Squared distance [outer, inner] of each vector to the code of its index, without weights."""
@@ -251,9 +216,8 @@ class Vectors:
         for piece in self.pieces():
             index = self._at(indices, piece.place, self.split)
             if self.by_kernel:
-                parts.append(
-                    call(torch.ops.genperf.cluster_distances, piece.vectors, codebook.contiguous(), index.contiguous(), piece.scale)
-                )
+                codes = codebook.contiguous()
+                parts.append(call(torch.ops.genperf.cluster_distances, piece.vectors, codes, index.contiguous(), piece.scale))
                 continue
             vectors, codes = piece.vectors.to(self.dtype), codebook[index].transpose(1, 2)
             if piece.scale is None:
@@ -372,24 +336,12 @@ def _on_host(device: torch.device) -> bool:
 
 def _magnitude(t: Tensor) -> Tensor:
     """The largest magnitude; NaN if there is one."""
-    return torch.linalg.vector_norm(t, math.inf) if t.numel() else t.new_zeros(())
+    if t.numel() == 0:
+        return t.new_zeros(())
+    low, high = t.aminmax()  # several times faster than a norm
+    return torch.maximum(-low, high)
 
 
-def cluster_sums_reference(x: Tensor, indices: Tensor, num_codes: int, weights: Tensor | None, scale: Tensor | None) -> Tensor:
-    """Sums [1, K, D + 1] in plain PyTorch, in float64: x [outer, D, inner], the others [outer, inner]."""
-    rows = x.transpose(1, 2).flatten(0, 1).double()
-    mass = torch.ones_like(rows[:, 0]) if weights is None else weights.flatten().double()
-    if scale is not None:
-        rows = rows * scale.flatten().double().unsqueeze(1)
-    rows = torch.cat([rows * mass.unsqueeze(1), mass.unsqueeze(1)], 1)
-    return rows.new_zeros(num_codes, rows.shape[1]).index_add(0, indices.flatten(), rows).unsqueeze(0)
-
-
-@register_fake("cluster_sums")
-def _(x: Tensor, indices: Tensor, num_codes: int, weights: Tensor | None, scale: Tensor | None, limits: Tensor, total: int) -> Tensor:
-    return x.new_empty(2, num_codes, x.shape[1] + 1, dtype=torch.float64)
-
-
-@register_fake("cluster_distances")
-def _(x: Tensor, codebook: Tensor | None, indices: Tensor | None, scale: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[2], dtype=accumulator_dtype(x.dtype))
+def _rows(vectors: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+    """Vectors [M, D] at places of vectors [outer, D, inner]."""
+    return vectors.squeeze(2).index_select(0, outer) if vectors.shape[2] == 1 else vectors[outer, :, inner]
