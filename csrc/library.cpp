@@ -31,6 +31,11 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "code_statistics(Tensor x, Tensor indices, SymInt num_codes, Tensor? weights, Tensor? "
       "origins) "
       "-> (Tensor counts, Tensor sums)");
+  // The update of codebooks [.., K, D] by EMA from the statistics of a batch. With `follow`,
+  // averages of codes that were set from outside become those of these codes first.
+  m.def(
+      "codebook_ema(Tensor(a!) codebook, Tensor(b!) counts, Tensor(c!) sums, Tensor batch_counts, "
+      "Tensor batch_sums, float decay, float eps, bool normalize, bool follow) -> ()");
   // Sums of k-means that do not depend on how the vectors are split: [2, K, D + 1] in float64, high
   // and low parts, with the total weight in the last column; limits are the largest magnitudes of
   // the summands and the weights. cluster_sums_add adds the vectors to sums or, with the codes of

@@ -15,6 +15,7 @@
 
 #include "cpu/common/code_gradient.h"
 #include "cpu/common/code_order.h"
+#include "cpu/common/outputs.h"
 #include "cpu/common/planes.h"
 
 namespace genperf {
@@ -171,6 +172,7 @@ std::tuple<Tensor, Tensor> code_statistics(const Tensor& x,
   const ScalarType type = accumulator_type(x);
   Tensor counts = torch::stable::new_empty(x, {num_codes}, type);
   Tensor sums = torch::stable::new_empty(x, {num_codes, x.size(1)}, type);
+  use_huge_pages(sums);
   Tensor contiguous_weights;
   if (weights.has_value()) {
     STD_TORCH_CHECK(weights->scalar_type() == type && weights->numel() == indices.numel(),
@@ -208,6 +210,7 @@ Tensor vector_quantize_backward_codebook(const Tensor& grad_mse,
                                          double codebook_weight) {
   const auto [counts, sums] = code_statistics(x, indices, codebook.size(0), std::nullopt, codebook);
   Tensor gradient = torch::stable::new_empty(codebook, {codebook.size(0), codebook.size(1)});
+  use_huge_pages(gradient);
   with_types(x, codebook, [&]<class T, class C>(T*, C*) {
     scale_code_gradient<OpMath<T>, C>(sums, grad_mse, valid, x.size(1), codebook_weight, gradient);
   });

@@ -3,6 +3,7 @@
 // Finite scalar quantization: bounds each channel and rounds it to a grid; backward is the gradient
 // of the bound.
 #include "cpu/common/implicit_codes.h"
+#include "cpu/common/outputs.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -40,7 +41,7 @@ std::tuple<Tensor, Tensor> finite_scalar_quantize(const Tensor& x,
                                                   bool indexed) {
   check_channels(x);
   const std::vector<ChannelGrid> grids = channel_grids(levels, x, symmetric, hard);
-  Tensor quantized = torch::stable::empty_like(x);
+  Tensor quantized = output_like(x);
   Tensor indices = indexed ? torch::stable::new_empty(x, {x.size(0), x.size(2)}, ScalarType::Long)
                            : torch::stable::new_empty(x, {0}, ScalarType::Long);
   with_type(x, [&]<class T>(T*) {
@@ -78,7 +79,7 @@ Tensor finite_scalar_quantize_backward(const Tensor& grad_quantized,
   check_channels(x);
   check_gradient(grad_quantized, x);
   const std::vector<ChannelGrid> grids = channel_grids(levels, x, symmetric, hard);
-  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_x = output_like(x);
   with_type(x, [&]<class T>(T*) {
     const int64_t rows =
         std::max({Lines<T>(x).rows, Lines<T>(grad_quantized).rows, Lines<T>(grad_x).rows});

@@ -12,6 +12,7 @@
 
 #include "cpu/common/draw.h"
 #include "cpu/common/elements.h"
+#include "cpu/common/outputs.h"
 
 namespace genperf {
 namespace {
@@ -207,7 +208,7 @@ std::tuple<Tensor, Tensor> gaussian_sample(const Tensor& mean,
                                            bool float32_sample) {
   check_inputs(mean, logvar, prior_mean, prior_logvar, noise, seed);
   const uint64_t key = seed_of(seed);
-  Tensor sample = torch::stable::empty_like(mean);
+  Tensor sample = output_like(mean);
   if (float32_sample)
     sample = torch::stable::to(sample, ScalarType::Float);
   Tensor kl = torch::stable::new_empty(mean, {mean.size(0)}, ScalarType::Float);
@@ -268,6 +269,8 @@ void gaussian_sample_backward(Tensor grad_mean,
     STD_TORCH_CHECK(grad_kl->scalar_type() == ScalarType::Float && grad_kl->dim() == 1 &&
                         grad_kl->size(0) == mean.size(0),
                     "grad_kl must be float32 [B]");
+  use_huge_pages(grad_mean);
+  use_huge_pages(grad_logvar);
   const uint64_t key = seed_of(seed);
   const Blocks blocks(mean);
   with_type(mean, [&]<class T>(T*) {

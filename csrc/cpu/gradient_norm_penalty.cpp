@@ -12,6 +12,7 @@
 
 #include "cpu/common/elements.h"
 #include "cpu/common/flat_rows.h"
+#include "cpu/common/outputs.h"
 
 namespace genperf {
 namespace {
@@ -72,7 +73,7 @@ Tensor gradient_norm_penalty_backward(const Tensor& grad_penalty,
       "norms must be contiguous float32 [B]");
   const double upstream = *static_cast<const float*>(grad_penalty.const_data_ptr());
   const float* const norm = static_cast<const float*>(norms.const_data_ptr());
-  Tensor out = torch::stable::empty_like(gradients);
+  Tensor out = output_like(gradients);
   with_type(gradients, [&]<class T>(T*) {
     FlatRows<T, 2> rows({Rows<T>(gradients), Rows<T>(out)}, gradients, false);
     rows.for_each([&](int64_t b, int64_t, int64_t, int64_t count, const auto& at) {

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "cpu/common/outputs.h"
 #include "cpu/gumbel/logits.h"
 #include "cpu/gumbel/scan.h"
 
@@ -56,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
                                                          bool hard,
                                                          bool dense) {
   const int64_t outer = logits.size(0), inner = logits.size(2);
-  Tensor sample = dense ? torch::stable::empty_like(logits) : torch::stable::new_empty(logits, {0});
+  Tensor sample = dense ? output_like(logits) : torch::stable::new_empty(logits, {0});
   Tensor indices = torch::stable::new_empty(logits, {outer, inner}, ScalarType::Long);
   Tensor kl = torch::stable::new_empty(logits, {outer, inner}, ScalarType::Float);
   Tensor statistics = torch::stable::new_empty(logits, {4, outer, inner}, ScalarType::Float);
@@ -149,6 +150,7 @@ void gumbel_sample_backward(Tensor grad_logits,
   if (grad_sample.has_value())
     check_rows(*grad_sample, logits, true, "grad_sample");
   check_rows(grad_logits, logits, true, "grad_logits");
+  use_huge_pages(grad_logits);
   if (grad_kl.has_value())
     STD_TORCH_CHECK(grad_kl->scalar_type() == ScalarType::Float && grad_kl->dim() == 2 &&
                         grad_kl->size(0) == logits.size(0) && grad_kl->size(1) == logits.size(2),

@@ -12,6 +12,7 @@
 #include "cpu/common/draw.h"
 #include "cpu/common/elements.h"
 #include "cpu/common/flat_rows.h"
+#include "cpu/common/outputs.h"
 
 namespace genperf {
 namespace {
@@ -70,7 +71,7 @@ Tensor interpolate(const Tensor& real,
                            scale->scalar_type() == ScalarType::Float && scale->numel() == 1),
       "without fake, a seed and a scale of one float32 must be given");
   const std::vector<float> weights = weights_of(weight, seed, first, real.size(0));
-  Tensor mixed = torch::stable::empty_like(real);
+  Tensor mixed = output_like(real);
   with_type(real, [&]<class T>(T*) {
     FlatRows<T, 3> rows({Rows<T>(real), Rows<T>(fake), Rows<T>(mixed)}, real, !fake.has_value());
     if (fake.has_value()) {
@@ -115,8 +116,8 @@ std::tuple<Tensor, Tensor, Tensor> interpolate_backward(const Tensor& grad_mixed
   }
   const int64_t samples = grad_mixed.size(0);
   const std::vector<float> weights = weights_of(weight, seed, first, samples);
-  Tensor grad_real = torch::stable::empty_like(grad_mixed);
-  Tensor grad_fake = torch::stable::empty_like(grad_mixed);
+  Tensor grad_real = output_like(grad_mixed);
+  Tensor grad_fake = output_like(grad_mixed);
   Tensor grad_weight =
       torch::stable::new_empty(grad_mixed, {real.has_value() ? samples : 0}, ScalarType::Float);
   with_type(grad_mixed, [&]<class T>(T*) {

@@ -3,6 +3,7 @@
 // Lookup-free quantization: the sign of each channel; backward is the gradient of the
 // normalization.
 #include "cpu/common/implicit_codes.h"
+#include "cpu/common/outputs.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -22,7 +23,7 @@ std::tuple<Tensor, Tensor> lookup_free_quantize(const Tensor& x, double scale, b
   std::vector<int64_t> basis;
   for (int64_t d = x.size(1) - 1; d >= 0; --d)
     basis.push_back(int64_t{1} << d);
-  Tensor quantized = torch::stable::empty_like(x);
+  Tensor quantized = output_like(x);
   Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(2)}, ScalarType::Long);
   with_type(x, [&]<class T>(T*) {
     const auto [in, out] = lines_of<T>(x, quantized);
@@ -67,7 +68,7 @@ void normalize_backward(const Positions<T>& gradient,
 Tensor lookup_free_quantize_backward(const Tensor& grad_quantized, const Tensor& x, double scale) {
   check_channels(x);
   check_gradient(grad_quantized, x);
-  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_x = output_like(x);
   with_type(x, [&]<class T>(T*) {
     normalize_backward(Positions<T>(grad_quantized), Positions<T>(x), scale, Positions<T>(grad_x));
   });

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "cpu/common/code_gradient.h"
+#include "cpu/common/outputs.h"
 #include "cpu/residual/codebooks.h"
 #include "cpu/residual/forward.h"
 #include "cpu/residual/statistics.h"
@@ -186,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_vector_quantize(
   }
   const bool* const mask_data =
       mask.has_value() ? static_cast<const bool*>(contiguous_mask.data_ptr()) : nullptr;
-  Tensor quantized = torch::stable::empty_like(x);
+  Tensor quantized = output_like(x);
   Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(2), count}, ScalarType::Long);
   Tensor mse = torch::stable::new_empty(x, {count}, accumulator_type(x));
   Tensor valid = torch::stable::new_empty(x, {}, ScalarType::Long);
@@ -231,7 +232,7 @@ Tensor residual_vector_quantize_backward(std::optional<Tensor> grad_quantized,
   }
   if (grad_quantized.has_value())
     check_gradient(*grad_quantized, x);
-  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_x = output_like(x);
   with_types(x, codes, [&]<class T>(T*, auto*) {
     using W = OpMath<T>;
     std::vector<W> scales(codes.size(0));
@@ -260,6 +261,7 @@ std::tuple<Tensor, Tensor> residual_code_statistics(const Tensor& x,
   const ScalarType type = accumulator_type(x);
   Tensor counts = torch::stable::new_empty(x, {codes.size(0), codes.size(1)}, type);
   Tensor sums = torch::stable::new_empty(x, {codes.size(0), codes.size(1), codes.size(2)}, type);
+  use_huge_pages(sums);
   with_types(x, codes, [&]<class T>(T*, auto*) {
     using W = OpMath<T>;
     residual_statistics(Positions<T>(x), Codebooks<W>(codes), index, after,

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/common/outputs.h"
 #include "cpu/common/planes.h"
 #include "cpu/common/positions.h"
 #include "cpu/common/vector_rows.h"
@@ -286,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor> vector_quantize(const Tensor& x,
   const int64_t* index = static_cast<const int64_t*>(indices.data_ptr());
   check_range(index, indices.numel(), codebook.size(0));
   const Tensor rows = codebook.stride(1) == 1 ? codebook : torch::stable::contiguous(codebook);
-  Tensor quantized = torch::stable::empty_like(x);
+  Tensor quantized = output_like(x);
   Tensor loss = torch::stable::new_empty(x, {}, accumulator_type(x));
   Tensor valid = torch::stable::new_empty(x, {}, ScalarType::Long);
   const int64_t chunks = (indices.numel() + kChunk - 1) / kChunk;
@@ -327,7 +328,7 @@ Tensor vector_quantize_backward(std::optional<Tensor> grad_quantized,
           ? 2 * commitment_weight * get_scalar(*grad_mse) / (double(count) * double(x.size(1)))
           : 0.0;
   const Tensor rows = codebook.stride(1) == 1 ? codebook : torch::stable::contiguous(codebook);
-  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_x = output_like(x);
   with_types(x, codebook, [&]<class T, class C>(T*, C*) {
     std::optional<Positions<T>> gradient;
     if (grad_quantized.has_value()) {

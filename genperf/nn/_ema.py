@@ -20,6 +20,7 @@ from ..ops._precision import HALF_DTYPES, accumulator_dtype, normalized
 from ..ops._validate import check
 from ..ops.nearest_code import METRICS
 from ._codebook_init import INITS
+from ._ema_kernel import run_kernel
 
 UPDATES: tuple[UpdateTime, ...] = get_args(UpdateTime)
 
@@ -201,6 +202,10 @@ class CodebookUpdate:
 
     def apply_(self, counts: Tensor, sums: Tensor, weights: Tensor | None) -> None:
         """Update averages and codes from the statistics of all ranks."""
+        if weights is None and self.writes_codebook:
+            tensors = self.codebook, self.counts, self.sums, counts, sums
+            if run_kernel(*tensors, self.decay, self.eps, normalize=self.normalize, follow=self.follows_codes):
+                return
         if self.follows_codes:
             follow_codes_(self.codebook, self.counts, self.sums, self.eps, self.normalize)
         ema_update_(self.counts, self.sums, counts, sums, self.decay, weights)
@@ -273,16 +278,19 @@ def apply_updates(updates: Sequence[CodebookUpdate], code_weights: CodeWeights |
     synchronized = synchronized and world_size() > 1 and len(updates) > 0
     replacing = [update for update in updates if update.replace_below > 0]
     statistics = [update.statistics() for update in updates]
-    drawn = [update.replacements(*place) for update, place in zip(replacing, _places(replacing, synchronized), strict=True)]
+    drawn = []
+    if replacing:
+        drawn = [update.replacements(*place) for update, place in zip(replacing, _places(replacing, synchronized), strict=True)]
     if synchronized:
         summed = sync_statistics([*updates, *replacing], statistics + drawn)
         statistics, drawn = summed[: len(updates)], summed[len(updates) :]
     weights = [_weights(code_weights, *batch, update.counts) for update, batch in zip(updates, statistics, strict=True)]
     for update, batch, of_codes in zip(updates, statistics, weights, strict=True):
         update.apply_(*batch, of_codes)
-    replacing_weights = (of_codes for update, of_codes in zip(updates, weights, strict=True) if update.replace_below > 0)
-    for update, found, of_codes in zip(replacing, drawn, replacing_weights, strict=True):
-        update.replace_(*found, of_codes)
+    if replacing:
+        replacing_weights = (of_codes for update, of_codes in zip(updates, weights, strict=True) if update.replace_below > 0)
+        for update, found, of_codes in zip(replacing, drawn, replacing_weights, strict=True):
+            update.replace_(*found, of_codes)
     for update in updates:
         update.store()
         if update.written is not None:

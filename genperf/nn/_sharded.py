@@ -40,12 +40,14 @@ def writable_codes(layer: nn.Module, name: str) -> tuple[Tensor, Callable[[], No
     return writable_sharded_codes(layer, name)
 
 
-@torch.no_grad()
 def _writable_codes(layer: nn.Module, name: str) -> tuple[Tensor, Callable[[], None]]:
     codebook = getattr(layer, name)
     shard = _shard_of(layer, name, codebook)
-    if shard is None:
-        return codebook, _nothing
+    return (codebook, _nothing) if shard is None else _gathered_codes(codebook, shard)
+
+
+@torch.no_grad()
+def _gathered_codes(codebook: Tensor, shard: "DTensor") -> tuple[Tensor, Callable[[], None]]:
     if is_dtensor(codebook):
         codes = codebook.full_tensor()
         # With an integer reshard_after_forward the layer has another shard than the optimizer until backward.

@@ -458,11 +458,15 @@ class VectorQuantizer(nn.Module):
 
     def _set_from_outside(self) -> bool:
         """Whether something but this layer may have written the codebook since its last update."""
-        return torch.compiler.is_compiling() or self._written != (id(self.codebook), self.codebook._version)
+        if torch.compiler.is_compiling():
+            return True
+        codebook = self.codebook
+        return self._written != (id(codebook), codebook._version)
 
     def _note_written(self) -> None:
         if not torch.compiler.is_compiling():
-            self._written = id(self.codebook), self.codebook._version
+            codebook = self.codebook
+            self._written = id(codebook), codebook._version
 
     def check_code_weights(self, code_weights: CodeWeights | None) -> None:
         """Raise a ValueError for weights that do not fit the codebook."""

@@ -83,7 +83,6 @@ def statistics(
     return call(torch.ops.genperf.code_statistics, x, indices, num_codes, weights, origins)
 
 
-@torch.no_grad()
 def codebook_statistics(
     x: Tensor,  # [codebooks, outer, D, inner]
     indices: Tensor,  # [codebooks, outer, inner]
@@ -94,10 +93,12 @@ def codebook_statistics(
     Also returns the indices, with -1 for those vectors.
     """
     impl = choose_impl("code_statistics", None, unavailable(x.device, x.dtype))
-    x, codebooks = x.detach(), x.shape[0]
+    x, codebooks = x.detach(), x.shape[0]  # so that no gradient is recorded below
 
     def compute(indices: Tensor) -> tuple[Tensor, Tensor]:
         counts, sums = statistics(*as_one_codebook(x, indices, num_codes), codebooks * num_codes, None, None, impl)
+        if codebooks == 1:
+            return counts.unsqueeze(0), sums.unsqueeze(0)
         return counts.reshape(codebooks, num_codes), sums.reshape(codebooks, num_codes, sums.shape[1])
 
     if can_branch_on(x):  # where the sums tell, which costs less than a look at every vector

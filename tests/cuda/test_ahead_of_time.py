@@ -263,7 +263,7 @@ def test_cuda_sampling_and_penalties_trace_on_fake_tensors(dtype):
 # CUDA composes code_softmax and sample_code of torch's ops, and its eigenvalues are torch's.
 CPU_ONLY = {
     "cluster_distances", "cluster_means", "cluster_sums", "cluster_sums_add", "code_softmax_rows", "code_softmax_rows_backward",
-    "sample_code_rows", "symmetric_eigenvalues",
+    "codebook_ema", "sample_code_rows", "symmetric_eigenvalues",
 }  # fmt: skip
 
 
