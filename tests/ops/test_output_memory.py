@@ -55,8 +55,8 @@ def results(op, x):
 @pytest.mark.parametrize(
     "op",
     [
-        "vector_quantize", "residual_vector_quantize", "finite_scalar_quantize", "lookup_free_quantize", "code_statistics", "gaussian_sample",
-        "gumbel_sample", "interpolate", "gradient_norm_penalty",
+        "vector_quantize", "residual_vector_quantize", "finite_scalar_quantize", "lookup_free_quantize", "code_statistics",
+        "gaussian_sample", "gumbel_sample", "interpolate", "gradient_norm_penalty",
     ],
 )  # fmt: skip
 def test_large_results_are_in_huge_pages(op):
