@@ -27,17 +27,23 @@ template <int kKnownDim>
                                                Vec (&score)[2][kCodes]) {
   if constexpr (kKnownDim > 0)
     dim = kKnownDim;
+  Vec sum[2][kCodes];  // in registers; GCC for aarch64 stores those of the caller in every step
 #pragma GCC unroll 8
   for (int c = 0; c < kCodes; ++c)
-    score[0][c] = score[1][c] = broadcast(bias[c]);
+    sum[0][c] = sum[1][c] = broadcast(bias[c]);
   for (int64_t d = 0; d < dim; ++d) {
     const Vec z0 = load(z + d * kTile), z1 = load(z + d * kTile + kLanes);
 #pragma GCC unroll 8
     for (int c = 0; c < kCodes; ++c) {
       const Vec value = broadcast(values[d * kGroup + c]);
-      score[0][c] = fma(value, z0, score[0][c]);
-      score[1][c] = fma(value, z1, score[1][c]);
+      sum[0][c] = fma(value, z0, sum[0][c]);
+      sum[1][c] = fma(value, z1, sum[1][c]);
     }
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < kCodes; ++c) {
+    score[0][c] = sum[0][c];
+    score[1][c] = sum[1][c];
   }
 }
 
