@@ -39,6 +39,13 @@ OUTSIDE = (
 )
 
 
+def example_page(path: Path) -> str:
+    """An example program as a page, below the first sentence of its docstring."""
+    text = path.read_text()
+    title = (ast.get_docstring(ast.parse(text)) or path.stem).partition("\n")[0].rstrip(".")
+    return f"# {title}\n\n```python\n{text}```\n"
+
+
 @functools.cache
 def syntax_of(module: str) -> ast.Module:
     folder = ROOT / module.replace(".", "/")
@@ -105,6 +112,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, page, content=f"# {title}: `{imported_from(module)}`\n\n{text}\n\n{summary(module)}{entries}"))
     for path in sorted(ROOT.glob("docs/tutorials/*.ipynb")):
         files.append(File.generated(config, f"tutorials/{path.stem}.md", content=notebook_page(path)))
+    for path in sorted(ROOT.glob("docs/examples/*.py")):
+        files.append(File.generated(config, f"examples/{path.stem}.md", content=example_page(path)))
     for pattern in OUTSIDE:
         for path in sorted(ROOT.glob(pattern)):
             files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
@@ -114,7 +123,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links out of docs/ lead to the copies; links into docs/ from them lose their folder; fences name only their language.
 
-    Links to notebooks lead to their pages.
+    Links to notebooks and examples lead to their pages.
     """
     markdown = re.sub(r"^(```\w+) no-run$", r"\1", markdown, flags=re.MULTILINE)  # what the tests of the pages do not run
     if page.file.src_uri.startswith("benchmarks/"):
@@ -122,6 +131,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     elif page.file.src_uri.startswith("api/"):
         page.meta["search"] = {"boost": SEARCH_BOOSTS.get(page.file.name, 0.5)}
     markdown = re.sub(r"(\]\((?:\.\./)*(?:docs/)?tutorials/[\w-]+)\.ipynb\)", r"\1.md)", markdown)
+    markdown = re.sub(r"(\]\(examples/\w+)\.py\)", r"\1.md)", markdown)
     if page.is_homepage:
         page.meta["hide"] = ["navigation"]  # the tabs lead on
     outside = page.file.abs_src_path is not None and not page.file.abs_src_path.startswith(config.docs_dir)

@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 import genperf
 
@@ -42,32 +40,10 @@ def shell_commands(page):
                 yield from line.split("&&")
 
 
-def readme_names():
-    """The tensors and networks that the examples of README.md use without defining them."""
-    features = torch.randn(100, 16)
-    mean, cov = features.mean(0), features.T.cov()
-    return {
-        "x": torch.randn(2, 64, 8, 8),
-        "codebook": torch.randn(32, 64),
-        "moments": torch.randn(2, 8, 4, 4),
-        "logits": torch.randn(2, 32, 8, 8),
-        "tau": 0.5,
-        "critic": nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 1)),
-        "real": torch.rand(4, 3, 8, 8),
-        "fake": torch.rand(4, 3, 8, 8),
-        "mean1": mean,
-        "cov1": cov,
-        "mean2": mean,
-        "cov2": cov,
-    }
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
-    if page == README:
-        namespace |= readme_names()
     for block in python_blocks(page, "python"):
         exec(block, namespace)
     assert all(python_blocks(page, "python no-run"))  # they compile
