@@ -31,9 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", type=options.number(int, 1), default=3, metavar="N", help="codes of an identifier (%(default)s)")
     parser.add_argument("--out", type=options.path, default=Path("ids.npy"), metavar="PATH", help="file of identifiers (%(default)s)")
     parser.add_argument("--iterations", type=options.number(int, 0), default=25, metavar="N", help="of each stage (%(default)s)")
-    parser.add_argument("--init", type=options.one_of("k-means++", "random"), default="k-means++", help="initial codes (%(default)s)")
     parser.add_argument(
-        "--n-init", type=options.number(int, 1), default=1, metavar="N", help="runs of each stage, of which the best counts"
+        "--init", type=options.one_of("k-means++", "random"), default="k-means++", help="k-means++, or random: vectors (%(default)s)"
+    )
+    parser.add_argument(
+        "--n-init", type=options.number(int, 1), default=1, metavar="N", help="runs of each stage, of which the best counts (%(default)s)"
     )
     metric = "euclidean, or cosine: vectors are normalized first, and so are the codes of the first stage (%(default)s)"
     parser.add_argument("--metric", type=options.one_of("euclidean", "cosine"), default="euclidean", help=metric)
@@ -118,7 +120,7 @@ def _text(report: dict[str, object], written: list[Path]) -> str:
         "largest": f"{each('largest_cluster', '.2f')} times the mean cluster",
         "empty codes": each("empty_codes", "d"),
         "identifiers": f"{report['distinct_identifiers']} distinct; {report['colliding_vectors']} vectors share theirs, "
-        f"at most {report['most_of_one_identifier']} one",
+        f"at most {report['most_of_one_identifier']} the same one",
         "written": ", ".join(map(str, written)),
     }
     return "\n".join(f"{name:<13}{text}" for name, text in lines.items())

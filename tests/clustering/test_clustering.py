@@ -56,7 +56,7 @@ def test_command(tmp_path, data, capsys):
         assert picture.width >= 400
     assert {path.name for path in tmp_path.iterdir()} == {"data.npy", "ids.npy", "ids.codebooks.npy", "ids.json", "ids.png"}
     printed = capsys.readouterr()
-    assert f"{len(rows)} distinct; {counts[counts > 1].sum()} vectors share theirs, at most {counts.max()} one" in printed.out
+    assert f"{len(rows)} distinct; {counts[counts > 1].sum()} vectors share theirs, at most {counts.max()} the same one" in printed.out
     assert "stage 3, iteration 4: mean squared distance" in printed.err
 
 
@@ -187,6 +187,26 @@ def test_collisions(codes):
     for row, number in zip(indices.tolist(), numbers.tolist(), strict=True):
         assert number == seen.get(tuple(row), 0)
         seen[tuple(row)] = number + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_collisions_of_narrow_indices(dtype):
+    """As in ids.npy: products of the numbers of codes need more bits than the indices have."""
+    indices = torch.tensor([[0, 1, 2], [256, 1, 2], [4095, 4095, 4095]]).to(dtype)
+    assert clustering.collisions(indices) == (3, 0, 1)
+    assert clustering.number_collisions(indices).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("function", [clustering.collisions, clustering.number_collisions])
+def test_invalid_identifiers(function):
+    for indices, error, message in (
+        (torch.zeros(3, 2), TypeError, "indices must be integers, got torch.float32"),
+        ([[1, 2]], TypeError, "indices must be a tensor, got list"),
+        (torch.zeros(3, dtype=torch.int64), ValueError, r"indices must have shape \[N, stages\], neither of them 0, got \[3\]"),
+        (torch.zeros(0, 2, dtype=torch.int64), ValueError, r"got \[0, 2\]"),
+    ):
+        with pytest.raises(error, match=f"^{function.__name__}: .*{message}"):
+            function(indices)
 
 
 def test_errors(tmp_path, data, monkeypatch, capsys):
