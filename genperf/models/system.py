@@ -100,10 +100,12 @@ class System(nn.Module):
         return type(self).__name__
 
     def check_images(self, images: Tensor) -> None:
-        """Raise ValueError unless the images have the shape in the configuration."""
+        """Raise ValueError unless the images have the shape in the configuration, and TypeError unless they are floats."""
         if list(images.shape[1:]) != list(self.config.image_shape):
             expected = _listed(self.config.image_shape)
             raise ValueError(f"{self.name}: images must have shape [B, {expected}], got {list(images.shape)}.")
+        if not images.is_floating_point():
+            raise TypeError(f"{self.name}: images must be floats in [0, 1], got {images.dtype}.")
 
     def check_player(self, player: str) -> None:
         """Raise ValueError unless the system has this player."""

@@ -210,3 +210,5 @@ def test_unknown_player(system):
 def test_bad_images(method, shape):
     with pytest.raises(ValueError, match=r"images must have shape \[B, 1, 8, 8\], got \["):
         getattr(small(AnomalyDetector), method)(torch.rand(shape))
+    with pytest.raises(TypeError, match=r"^AnomalyDetector: images must be floats in \[0, 1\], got torch.uint8"):
+        getattr(small(AnomalyDetector), method)(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))

@@ -215,6 +215,8 @@ def test_bad_calls(kind):
     images, labels = batch(system)
     with pytest.raises(ValueError, match=rf"^{name}: images must have shape \[B, 1, 8, 8\], got \[6, 1, 7, 8\]"):
         system.training_step(images[:, :, 1:], labels, player="generator")
+    with pytest.raises(TypeError, match=rf"^{name}: images must be floats in \[0, 1\], got torch.uint8"):
+        system.training_step(images.to(torch.uint8), labels, player="discriminator")
     with pytest.raises(ValueError, match=f"^{name}: player must be one of discriminator, generator, got 'model'"):
         system.training_step(images, labels, player="model")
     with pytest.raises(ValueError, match=f"^{name}: n must be at least 1, got 0"):
