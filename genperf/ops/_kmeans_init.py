@@ -56,46 +56,57 @@ def _merge(data: Vectors, centers: Tensor, counts: Tensor, num_codes: int, gener
     Merging two clusters adds n m / (n + m) |a - b|^2 to the inertia. Each round searches the nearest centers of a random half of the
     clusters in the other half. Each cluster keeps the best partner that it has found so far, and the cheapest pairs merge.
     """
-    own = torch.arange(len(centers), device=centers.device)
-
-    def cost(one: Tensor, rows: Tensor, other: Tensor) -> Tensor:
-        vectors = Vectors(rows.unsqueeze(2), "euclidean", data.impl, limits=data.limits)
-        increase = vectors.square_distances(centers, other.unsqueeze(1)).squeeze(1) / (1 / counts[one] + 1 / counts[other])
-        return torch.where((one != other) & (counts[one] > 0) & (counts[other] > 0), increase, torch.inf)
-
-    partner = own
+    partner = torch.arange(len(centers), device=centers.device)
+    centers, counts, partner = _merged(data, centers, counts, partner, partner, generator)
     for turn in range(_MERGE_ROUNDS):
-        left, right = (_alive(half, counts, data) for half in data.uniform(len(centers), generator).argsort().tensor_split(2))
-        codes = torch.where(counts[right].unsqueeze(1) > 0, centers[right], torch.nan)  # NaN is never nearest
-        rows = centers[left]
-        nearest = right[search(rows.unsqueeze(2), codes, None, "euclidean", data.impl).squeeze(1)]
-        costs, found = cost(own, centers, partner), cost(left, rows, nearest)
-        known = costs[left]
-        partner = partner.scatter(0, left, torch.where(found < known, nearest, partner[left]))
-        costs = costs.scatter(0, left, torch.minimum(found, known))
-
         surplus = (counts > 0).sum() - num_codes
+        if data.on_host and int(surplus) <= 0:
+            break
+        own = torch.arange(len(centers), device=centers.device)
+        left = own[: (len(own) + 1) // 2]
+        rows, codes = centers[: len(left)], centers[len(left) :]
+        if not data.on_host:
+            codes = torch.where(counts[len(left) :].unsqueeze(1) > 0, codes, torch.nan)  # NaN is never nearest
+        nearest = search(rows.unsqueeze(2), codes, None, "euclidean", data.impl).squeeze(1) + len(left)
+        costs, found = _costs(data, centers, counts, own, partner), _costs(data, centers, counts, left, nearest)
+        known = costs[: len(left)]
+        partner = torch.cat([torch.where(found < known, nearest, partner[: len(left)]), partner[len(left) :]])
+        costs = torch.cat([torch.minimum(found, known), costs[len(left) :]])
+
         quota = surplus if turn >= _MERGE_ROUNDS - _LAST_ROUNDS else (surplus / 4).ceil()
         rank = torch.empty_like(own).scatter(0, costs.argsort(stable=True), own)
         merges = (rank < quota) & costs.isfinite()
         merges &= ~(merges[partner] & (partner[partner] == own) & (own > partner))  # only one of two that are each other's partner,
         merges &= ~merges[partner]  # and not into a cluster that is itself merged
-        target = torch.where(merges, partner, own)
-        alive = torch.where(counts > 0, target, -1)
-        counts, sums = statistics(centers.unsqueeze(2), alive.unsqueeze(1), len(own), counts.unsqueeze(1), None, data.impl)
-        centers = torch.where(counts.unsqueeze(1) > 0, sums / counts.unsqueeze(1), 0)
-        partner = target[partner]
+        centers, counts, partner = _merged(data, centers, counts, partner, torch.where(merges, partner, own), generator)
     # If there are still more than K, the largest are kept; if there are fewer, they are repeated.
     kept = counts.argsort(descending=True, stable=True)
     return centers[kept[torch.arange(num_codes, device=kept.device) % (counts > 0).sum()]]
 
 
-def _alive(clusters: Tensor, counts: Tensor, data: Vectors) -> Tensor:
-    """Those of the clusters that have not been merged into another, on the CPU; a GPU would have to wait for their number."""
-    if not data.on_host:
-        return clusters
-    alive = clusters[counts[clusters] > 0]
-    return alive if len(alive) > 0 else clusters
+def _merged(
+    data: Vectors, centers: Tensor, counts: Tensor, partner: Tensor, target: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Centers, counts and partners of clusters of which each is merged into its target, in random order.
+
+    On the CPU those that have vectors; a GPU would have to wait for their number.
+    """
+    own = torch.arange(len(centers), device=centers.device)
+    order = data.uniform(len(centers), generator).argsort()
+    if data.on_host:
+        order = order[((counts > 0) & (target == own))[order]]
+    place = torch.full_like(own, -1).scatter(0, order, own[: len(order)])
+    to = torch.where(counts > 0, place[target], -1)
+    counts, sums = statistics(centers.unsqueeze(2), to.unsqueeze(1), len(order), counts.unsqueeze(1), None, data.impl)
+    centers = sums.div_(torch.where(counts > 0, counts, 1).unsqueeze(1))
+    return centers, counts, place[target[partner[order]]]
+
+
+def _costs(data: Vectors, centers: Tensor, counts: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """What merging the clusters `one`, the first ones, with others adds to the inertia."""
+    vectors = Vectors(centers[: len(one)].unsqueeze(2), "euclidean", data.impl, limits=data.limits)
+    increase = vectors.square_distances(centers, other.unsqueeze(1)).squeeze(1) / (1 / counts[: len(one)] + 1 / counts[other])
+    return torch.where((one != other) & (counts[: len(one)] > 0) & (counts[other] > 0), increase, torch.inf)
 
 
 def replace_empty_codes(data: Vectors, updated: Tensor, codebook: Tensor, indices: Tensor, empty: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ class Vectors:
         if share + float((~kept).double().mean()) > _PARTIAL:
             return None
         if len(changes.places) > 0:
-            other = changes.places[search(piece.vectors, changes.codes, None, self.metric, self.impl)]
+            other = changes.places[search(piece.vectors, changes.codes, kept.contiguous(), self.metric, self.impl)]
             kept &= distances(changes.codebook, other, kept & (other != was)) > limit
         outer, inner = (~kept).nonzero().unbind(1)
         indices = was.clone()
