@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adversarial inputs for the first pass of the search in 8 bits, which codebooks of 128 codes and 16 dimensions take with AVX-512 VNNI."""
+"""Adversarial inputs for the first pass of the search in 8 bits: with AVX-512 VNNI, at least 32 codes of 32 dimensions, or 128 of 16."""
 
 import pytest
 import torch
@@ -129,7 +129,9 @@ def test_values_that_overflow_or_vanish(metric, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("rows", "codes", "dim"), [(32, 128, 16), (33, 129, 17), (100, 145, 63), (257, 1000, 65), (40, 4099, 18)])
+@pytest.mark.parametrize(
+    ("rows", "codes", "dim"), [(32, 128, 16), (33, 129, 17), (100, 145, 63), (257, 1000, 65), (40, 4099, 18), (65, 37, 47)]
+)
 def test_shapes(rows, codes, dim, dtype, device):
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, dim, generator=generator).to(device, dtype)

@@ -31,7 +31,8 @@ constexpr int64_t kQueryBytes = 1 << 20;  // queries in a chunk, with their maxi
 constexpr int64_t kMinAmxDim = 5;
 
 // Where 8 bits are faster, and their products do not overflow 32 bits.
-constexpr int64_t kMinInt8Dim = 16, kMaxInt8Dim = 32768, kMinInt8Codes = 128;
+constexpr int64_t kMinInt8Dim = 16, kMaxInt8Dim = 32768;
+constexpr int64_t kMinInt8Codes = 32, kMinInt8CodesOfFewDims = 128, kFewDims = 32;
 constexpr int64_t kMinInt8Positions = 32;
 
 // The positions begin ... end - 1, at most one chunk, on the calling thread.
@@ -83,7 +84,8 @@ void search_panel(PanelSearch<T, C>& search,
 Packing packing_for(int64_t dim, int64_t codes, int64_t positions) {
   if (amx_allowed() && dim >= kMinAmxDim)
     return Packing::kBFloat16;
-  if (vnni_allowed() && dim >= kMinInt8Dim && dim <= kMaxInt8Dim && codes >= kMinInt8Codes &&
+  const int64_t least = dim < kFewDims ? kMinInt8CodesOfFewDims : kMinInt8Codes;
+  if (vnni_allowed() && dim >= kMinInt8Dim && dim <= kMaxInt8Dim && codes >= least &&
       positions >= kMinInt8Positions)
     return Packing::kInt8;
   return Packing::kFloat32;
