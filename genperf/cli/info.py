@@ -33,13 +33,16 @@ def info_lines() -> list[str]:
     """The info page, line by line."""
     lines = [f"genperf {__version__}"]
     lines += [f"  {name:<12} {value}" for name, value in _facts().items()]
-    lines += ["", "implementation for float32"]
+    lines += ["", "implementation for float32; a reason against another one is given once"]
     width = max(map(len, OPS))
     devices = _devices()
+    said: set[tuple[str, str]] = set()
     for op in OPS:
         for device, choice in _choices(op, devices).items():
             lines.append(f"  {op:<{width}} {device:<4} {choice['implementation']}")
-            lines += [f"{'':{width + 8}}not {name}: {reason}" for name, reason in choice["unavailable"].items()]
+            reasons = [each for each in choice["unavailable"].items() if each not in said]
+            lines += [f"{'':{width + 8}}not {name}: {reason}" for name, reason in reasons]
+            said.update(reasons)
     return lines
 
 

@@ -7,13 +7,16 @@ import sys
 from typing import TYPE_CHECKING
 
 from .._errors import UserError, import_extra
-from ..models import SYSTEMS
+from ..models import SYSTEMS, System
 from . import options
 from .streams import print_result
 from .systems import summary
 
 if TYPE_CHECKING:
     from ..training.session import TrainingResults, TrainingSession
+
+# Steps in which every player of a system trains that trains at all.
+_LEARNS_ALL = 200
 
 SETTINGS = (
     (
@@ -92,21 +95,42 @@ def run(arguments: argparse.Namespace) -> int:
 def _say_epochs(session: "TrainingSession", given: bool, resume: bool) -> None:
     epochs, finished, steps = session.settings.epochs, session.training.epoch, session.training.steps_per_epoch
     if resume and finished >= epochs:
-        print(f"genperf: the run has finished its {epochs} epochs; a larger --epochs continues it.", file=sys.stderr)
+        print(f"genperf: the run has finished its {_counted(epochs, 'epoch')}; a larger --epochs continues it.", file=sys.stderr)
     elif not resume and not given and epochs > type(session.settings).epochs:
-        print(f"genperf: an epoch of these images has {steps} steps, so the run takes {epochs} epochs (--epochs).", file=sys.stderr)
+        taken = f"an epoch of these images has {_counted(steps, 'step')}, so the run takes {epochs} epochs (--epochs)"
+        print(f"genperf: {taken}.", file=sys.stderr)
+    total = epochs * steps
+    untrained = [] if resume or total >= _LEARNS_ALL else sorted(_trained(session.system, _LEARNS_ALL) - _trained(session.system, total))
+    if untrained:
+        players, verb = " and ".join(f"the {player}" for player in untrained), "does" if len(untrained) == 1 else "do"
+        sentence = f"{players} {verb} not train in the {_counted(total, 'step')} of this run; a larger --epochs has more"
+        print(f"genperf: {sentence}.", file=sys.stderr)
+
+
+def _trained(system: System, steps: int) -> set[str]:
+    """The players that train in a run of so many steps."""
+    players: set[str] = set()
+    for step in range(steps):
+        system.progress = step / steps
+        players.update(system.players_at(step))
+    system.progress = 0.0
+    return players
 
 
 def _text(results: "TrainingResults") -> str:
     metrics = results.metrics
     lines = [f"{name.replace('_', ' '):<17}{value:.5g}" for name, value in metrics["scores"].items()]
     epochs, seconds, rate = len(metrics["history"]), metrics["training_seconds"], metrics["images_per_second"]
-    lines.append(f"{'training':<17}{epochs} epochs in {seconds:.0f} s, {rate:.0f} images/s")
+    lines.append(f"{'training':<17}{_counted(epochs, 'epoch')} in {seconds:.0f} s, {rate:.0f} images/s")
     genperf_ms, reference_ms = metrics["step_ms"]["genperf_ms"], metrics["step_ms"]["reference_ms"]
     lines.append(f"{'step':<17}{genperf_ms:.2f} ms with genperf's ops, {reference_ms:.2f} ms with their references in plain PyTorch")
     if results.written:
         lines.append(f"{'written':<17}{', '.join(map(str, results.written))}")
     return "\n".join(lines)
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
 
 
 def _option(name: str) -> str:

@@ -32,8 +32,8 @@ def npz(tmp_path):
     return path
 
 
-def train(npz, out, *options):
-    return main(["train", "vqvae", "--out", str(out), *options, *([] if npz is None else ["--data", str(npz)])])
+def train(npz, out, *options, system="vqvae"):
+    return main(["train", system, "--out", str(out), *options, *([] if npz is None else ["--data", str(npz)])])
 
 
 SMALL = ("--epochs", "3", "--batch-size", "4", "--num-codes", "6", "--dim", "3", "--seed", "1", "--device", "cpu", "--prior-width", "0")
@@ -131,6 +131,15 @@ def test_resumed_run_equals_uninterrupted_one(npz, tmp_path, monkeypatch, capsys
     assert whole["scores"] == parts["scores"]
     assert whole["history"] == parts["history"]
     assert (tmp_path / "whole/reconstructions.png").read_bytes() == (tmp_path / "parts/reconstructions.png").read_bytes()
+
+
+def test_a_run_too_short_for_a_player_says_so(npz, tmp_path, capsys):
+    short = ("--epochs", "1", "--batch-size", "4", "--width", "8", "--latent-dim", "4")
+    assert train(npz, tmp_path / "run", *short, "--critic-steps", "50", system="wgan-gp") == 0
+    said = f"genperf: the generator does not train in the {STEPS_PER_EPOCH} steps of this run; a larger --epochs has more."
+    assert said in capsys.readouterr().err
+    assert train(npz, tmp_path / "run", *short, "--critic-steps", "1", "--overwrite", system="wgan-gp") == 0
+    assert "does not train" not in capsys.readouterr().err
 
 
 def test_resume_can_add_epochs(npz, tmp_path, capsys):
