@@ -253,7 +253,7 @@ def _half_of_the_images(rank, store, results):
 def test_ranks_are_synchronized(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    processes = [context.Process(target=_half_of_the_images, args=(rank, tmp_path / "store", results)) for rank in range(2)]
+    processes = [context.Process(target=_half_of_the_images, args=(rank, tmp_path / "store", results), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -482,7 +482,7 @@ def test_ranks_match_one_process_on_the_global_batch(tmp_path):
     """
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    processes = [context.Process(target=_train, args=(rank, tmp_path / "store", results)) for rank in range(2)]
+    processes = [context.Process(target=_train, args=(rank, tmp_path / "store", results), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -295,11 +295,11 @@ def _synchronize(rank, path, results):
 def test_sync_of_uneven_ranks(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    processes = [context.Process(target=_synchronize, args=(rank, tmp_path / "store", results)) for rank in range(2)]
+    processes = [context.Process(target=_synchronize, args=(rank, tmp_path / "store", results), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
+        process.join(120)
         assert process.exitcode == 0
     first, second = sorted(results.get() for _ in processes)
     assert first[1:] == second[1:], "bitwise"

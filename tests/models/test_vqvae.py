@@ -260,6 +260,8 @@ def test_bad_images(system, shape):
     for call in (model, model.encode, model.initialize, model.training_step):
         with pytest.raises(ValueError, match=rf"^{system.__name__}: images must have shape \[B, 1, 16, 16\], got \["):
             call(torch.rand(shape))
+        with pytest.raises(TypeError, match=rf"^{system.__name__}: images must be floats in \[0, 1\], got torch.uint8"):
+            call(torch.zeros(1, 1, 16, 16, dtype=torch.uint8))
 
 
 @BOTH
@@ -319,30 +321,29 @@ def distributed_inputs():
     return images, x, torch.arange(9) % 3 > 0
 
 
-def _share(rank, path, results):
+def _share(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     images, x, mask = distributed_inputs()
     states = [trained(system, images.chunk(2)[rank], images, 2) for system in (VQVAE, VQVAE2)]
     part = slice(0, 2) if rank == 0 else slice(2, None)  # uneven
     codes = [codes_drawn(x[part], mask[part]), codes_drawn(x[:0] if rank == 0 else x, None)]
-    results.put((rank, [[t.tolist() for t in state.values()] for state in states] + [[t.tolist() for t in drawn] for drawn in codes]))
+    torch.save([list(state.values()) for state in states] + codes, folder / f"{rank}.pt")
     leave_rank()
 
 
 def test_two_ranks_match_one_process_on_the_global_batch(tmp_path):
     context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    processes = [context.Process(target=_share, args=(rank, tmp_path / "store", results)) for rank in range(2)]
+    processes = [context.Process(target=_share, args=(rank, tmp_path), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
-    first, second = (found for _, found in sorted(results.get() for _ in processes))
     for process in processes:
-        process.join()
+        process.join(120)
         assert process.exitcode == 0
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     images, x, mask = distributed_inputs()
     alone = [list(trained(system, images, images).values()) for system in (VQVAE, VQVAE2)] + [codes_drawn(x, mask), codes_drawn(x, None)]
     for actual, reference, expected in zip(first, second, alone, strict=True):
-        assert actual == reference, "bitwise"
-        for value, exact in zip(actual, expected, strict=True):
-            torch.testing.assert_close(torch.tensor(value, dtype=exact.dtype), exact, rtol=1e-9, atol=1e-12)
+        for value, other, exact in zip(actual, reference, expected, strict=True):
+            assert torch.equal(value, other), "bitwise"
+            torch.testing.assert_close(value, exact, rtol=1e-9, atol=1e-12)
