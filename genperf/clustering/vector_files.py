@@ -71,14 +71,14 @@ def _read_numpy(path: Path, name: str | None) -> np.ndarray:
             raise UserError(f"an .npy file holds one array without a name, got the name {name!r} for {str(path)!r}.")
         return content
     with content:
-        return content[_only(path, "array", content.files, name)]
+        return content[_only(path, "arrays", content.files, name)]
 
 
 def _read_parquet(path: Path, name: str | None) -> np.ndarray:
     parquet: Any = import_extra("pyarrow.parquet", "pyarrow", "cluster")
     schema = parquet.read_schema(path)
     lists = [field.name for field in schema if "list" in str(field.type)]
-    column = parquet.read_table(path, columns=[_only(path, "column of lists", lists, name)]).column(0).combine_chunks()
+    column = parquet.read_table(path, columns=[_only(path, "columns of lists", lists, name)]).column(0).combine_chunks()
     if column.null_count:
         raise UserError(f"a vector must not be missing, got {column.null_count} nulls in {str(path)!r}.")
     values = column.flatten().to_numpy(zero_copy_only=False)
@@ -92,5 +92,6 @@ def _only(path: Path, kind: str, names: list[str], name: str | None) -> str:
     if name is None and len(names) == 1:
         return names[0]
     if name not in names:
-        raise UserError(f"{str(path)!r} must have the {kind} to cluster, got {name!r} of {', '.join(names) or 'none'}.")
+        got = "none" if name is None else repr(name)
+        raise UserError(f"--name must be one of the {kind} in {str(path)!r}, which are {', '.join(names) or 'none'}, got {got}.")
     return name

@@ -84,7 +84,8 @@ class ArrayFile:
 
     def _unreadable(self, error: Exception) -> ValueError:
         rule = f"{self.path} must be an .npz, .npy, .pkl or .pt file of arrays"
-        return ValueError(f"{self.owner}: {rule}, got one that cannot be read: {reason(error)}.")
+        why = f"KeyError: {error}" if isinstance(error, KeyError) else reason(error)  # the message of a KeyError is the key alone
+        return ValueError(f"{self.owner}: {rule}, got one that cannot be read: {why}.")
 
     def __enter__(self) -> "ArrayFile":
         return self

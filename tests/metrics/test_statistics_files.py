@@ -226,6 +226,9 @@ def test_error_names_the_file(arrays, message, tmp_path):
 
 
 def test_unreadable_files(tmp_path):
+    (tmp_path / "text.pkl").write_text("x")
+    with pytest.raises(ValueError, match=r"text.pkl must be .*, got one that cannot be read: KeyError: 120\.$"):
+        load_statistics(tmp_path / "text.pkl")
     np.savez(tmp_path / "whole.npz", mu=np.zeros(300), sigma=np.eye(300))
     whole = (tmp_path / "whole.npz").read_bytes()
     for name, content in {
