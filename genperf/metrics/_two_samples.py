@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._distributed import all_gather_ints, world_size
+from .._errors import reason
 from .._modes import evaluating
 from ._features import FeatureStore, only_output
 
@@ -110,8 +111,16 @@ class TwoSampleMetric(nn.Module):
 
     def _extract(self, x: Any) -> Tensor:
         assert self.extractor is not None
+        name = type(self).__name__
         with torch.no_grad(), evaluating(self.extractor):
-            return only_output(f"{type(self).__name__}: the extractor", self.extractor(x))
+            try:
+                output = self.extractor(x)
+            except RuntimeError as error:
+                if not isinstance(x, Tensor) or x.is_floating_point():
+                    raise
+                rule = f"{name}: the extractor must take x as it is, got {x.dtype} and an extractor that fails on it"
+                raise RuntimeError(f"{rule} ({reason(error)}); many take floats, such as x / 255.") from error
+            return only_output(f"{name}: the extractor", output)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "TwoSampleMetric":
         if isinstance(self.extractor, nn.Module):

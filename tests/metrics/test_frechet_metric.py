@@ -251,6 +251,15 @@ def test_extractor_modes_after_an_error_and_device(device):
     assert extractor.drop.training
 
 
+def test_extractor_of_floats_and_bytes():
+    metric = FrechetDistance(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))
+    with pytest.raises(RuntimeError, match=r"^FrechetDistance: the extractor must take x as it is, got torch.uint8 .*; many take floats"):
+        metric.update(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), real=True)
+    assert metric.real.count == 0
+    with pytest.raises(RuntimeError, match="^mat1 and mat2 shapes"):  # as it is
+        metric.update(torch.zeros(4, 3, 2, 3), real=True)
+
+
 def test_extractor_with_several_outputs_raises():
     metric = FrechetDistance(lambda x: [x, x])
     with pytest.raises(ValueError, match="must return one tensor of features, got 2 outputs"):
