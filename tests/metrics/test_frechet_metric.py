@@ -256,7 +256,7 @@ def test_extractor_of_floats_and_bytes():
     with pytest.raises(RuntimeError, match=r"^FrechetDistance: the extractor must take x as it is, got torch.uint8 .*; many take floats"):
         metric.update(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), real=True)
     assert metric.real.count == 0
-    with pytest.raises(RuntimeError, match="^mat1 and mat2 shapes"):  # as it is
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes"):  # as it is
         metric.update(torch.zeros(4, 3, 2, 3), real=True)
 
 
