@@ -92,10 +92,13 @@ def fit(data: Vectors, num_codes: int, options: KMeansOptions, head: int = 0, st
 
 
 def _run(data: Vectors, num_codes: int, options: KMeansOptions, place: tuple[int, int, int]) -> Clusters:
+    start: Assignment | None = None
     if not isinstance(options.init, str):
         codebook = options.init.detach().to(data.dtype, copy=True)
+    elif options.init == "random":
+        codebook = random_codes(data, num_codes, options.generator)
     else:
-        codebook = (random_codes if options.init == "random" else initial_codes)(data, num_codes, options.generator)
+        codebook, start = initial_codes(data, num_codes, options.generator)
     codebook = data.as_codes(codebook, codebook)
 
     def stops(turn: int, found: Clusters) -> bool:
@@ -105,13 +108,16 @@ def _run(data: Vectors, num_codes: int, options: KMeansOptions, place: tuple[int
         return bool(options.callback(KMeansProgress(place[0], turn, *seen, *place[1:]))) or turn == options.iterations
 
     if options.update == "ema":
-        return _moving_averages(data, codebook, options, stops)
-    return _lloyd(data, codebook, options, stops)
+        return _moving_averages(data, codebook, start, options, stops)
+    return _lloyd(data, codebook, start, options, stops)
 
 
-def _lloyd(data: Vectors, codebook: Tensor, options: KMeansOptions, stops: Callable[[int, Clusters], bool]) -> Clusters:
+def _lloyd(
+    data: Vectors, codebook: Tensor, start: Assignment | None, options: KMeansOptions, stops: Callable[[int, Clusters], bool]
+) -> Clusters:
+    """Lloyd's updates of a codebook, of which `start` is an assignment from which few vectors move."""
     assign = _assigns(data, codebook, options)
-    found = Clusters(codebook, assign(codebook))
+    found = Clusters(codebook, assign(codebook, start))
     settled = FixedPoint(data.on_host)
     for turn in itertools.count():
         if stops(turn, found):
@@ -132,9 +138,11 @@ def _assigns(data: Vectors, codebook: Tensor, options: KMeansOptions) -> Callabl
     return data.assign if options.balance is None else BalancedAssignment(data, len(codebook), options.balance)
 
 
-def _moving_averages(data: Vectors, codebook: Tensor, options: KMeansOptions, stops: Callable[[int, Clusters], bool]) -> Clusters:
+def _moving_averages(
+    data: Vectors, codebook: Tensor, start: Assignment | None, options: KMeansOptions, stops: Callable[[int, Clusters], bool]
+) -> Clusters:
     assign = _assigns(data, codebook, options)
-    found = Clusters(codebook, assign(codebook))
+    found = Clusters(codebook, assign(codebook, start))
     averages = MovingAverages(data, found, options, assign if isinstance(assign, BalancedAssignment) else None)
     for turn in itertools.count():
         if stops(turn, found):

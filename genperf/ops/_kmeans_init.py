@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from ._kmeans_sums import Assignment
 from ._kmeans_vectors import Vectors
 from .code_statistics import statistics
 from .nearest_code import search
@@ -26,10 +27,14 @@ def random_codes(data: Vectors, num_codes: int, generator: torch.Generator | Non
     return data.vectors(order[torch.arange(num_codes, device=order.device) % data.count])
 
 
-def initial_codes(data: Vectors, num_codes: int, generator: torch.Generator | None) -> Tensor:
-    """Initial codes [K, D]: candidates drawn by k-means||, replaced by the means of their nearest vectors, and merged into K."""
+def initial_codes(data: Vectors, num_codes: int, generator: torch.Generator | None) -> tuple[Tensor, Assignment | None]:
+    """Initial codes [K, D]: candidates drawn by k-means||, replaced by the means of their nearest vectors, and merged into K.
+
+    Also returns the assignment of which they are the means, unless they come from a sample of the vectors.
+    """
     sample = max(_SAMPLE, _SAMPLE_PER_CODE * num_codes)
-    if data.count > sample:
+    sampled = data.count > sample
+    if sampled:
         number = torch.arange(sample, device=data.x.device)
         positions = ((number + data.uniform(sample, generator)) * (data.count / sample)).long().clamp(max=data.count - 1)
         data = data.take(positions)
@@ -47,17 +52,24 @@ def initial_codes(data: Vectors, num_codes: int, generator: torch.Generator | No
         indices = torch.where(closer, found + turn * batch, indices)
     found = data.assignment(indices, _DRAW_ROUNDS * batch)
     means = data.sums.means(found.sums, found.sums.new_zeros(_DRAW_ROUNDS * batch, data.x.shape[1], dtype=data.dtype))
-    return _merge(data, means, found.counts.to(data.dtype), num_codes, generator)
+    codes, place = _merge(data, means, found.counts.to(data.dtype), num_codes, generator)
+    if sampled:
+        return codes, None
+    del found  # of a size that matters
+    start = data.assignment(place[indices], num_codes)
+    return data.sums.means(start.sums, codes), start
 
 
-def _merge(data: Vectors, centers: Tensor, counts: Tensor, num_codes: int, generator: torch.Generator | None) -> Tensor:
+def _merge(data: Vectors, centers: Tensor, counts: Tensor, num_codes: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Merge C clusters with these centers [C, D] and counts [C] into K, keeping the increase of the inertia small.
+
+    Returns their centers [K, D], and into which of them each cluster went [C], -1 for one without vectors or that is left out.
 
     Merging two clusters adds n m / (n + m) |a - b|^2 to the inertia. Each round searches the nearest centers of a random half of the
     clusters in the other half. Each cluster keeps the best partner that it has found so far, and the cheapest pairs merge.
     """
     partner = torch.arange(len(centers), device=centers.device)
-    centers, counts, partner = _merged(data, centers, counts, partner, partner, generator)
+    centers, counts, partner, place = _merged(data, centers, counts, partner, partner, generator)
     for turn in range(_MERGE_ROUNDS):
         surplus = (counts > 0).sum() - num_codes
         if data.on_host and int(surplus) <= 0:
@@ -78,16 +90,20 @@ def _merge(data: Vectors, centers: Tensor, counts: Tensor, num_codes: int, gener
         merges = (rank < quota) & costs.isfinite()
         merges &= ~(merges[partner] & (partner[partner] == own) & (own > partner))  # only one of two that are each other's partner,
         merges &= ~merges[partner]  # and not into a cluster that is itself merged
-        centers, counts, partner = _merged(data, centers, counts, partner, torch.where(merges, partner, own), generator)
+        centers, counts, partner, went = _merged(data, centers, counts, partner, torch.where(merges, partner, own), generator)
+        place = torch.where(place < 0, -1, went[place])
     # If there are still more than K, the largest are kept; if there are fewer, they are repeated.
     kept = counts.argsort(descending=True, stable=True)
-    return centers[kept[torch.arange(num_codes, device=kept.device) % (counts > 0).sum()]]
+    number = torch.arange(len(kept), device=kept.device)
+    rank = torch.where(number < num_codes, number, -1)
+    place = torch.where(place < 0, -1, torch.empty_like(kept).scatter(0, kept, rank)[place])
+    return centers[kept[torch.arange(num_codes, device=kept.device) % (counts > 0).sum()]], place
 
 
 def _merged(
     data: Vectors, centers: Tensor, counts: Tensor, partner: Tensor, target: Tensor, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Centers, counts and partners of clusters of which each is merged into its target, in random order.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Centers, counts and partners of clusters of which each is merged into its target, in random order, and where each went.
 
     On the CPU those that have vectors; a GPU would have to wait for their number.
     """
@@ -99,7 +115,7 @@ def _merged(
     to = torch.where(counts > 0, place[target], -1)
     counts, sums = statistics(centers.unsqueeze(2), to.unsqueeze(1), len(order), counts.unsqueeze(1), None, data.impl)
     centers = sums.div_(torch.where(counts > 0, counts, 1).unsqueeze(1))
-    return centers, counts, place[target[partner[order]]]
+    return centers, counts, place[target[partner[order]]], to
 
 
 def _costs(data: Vectors, centers: Tensor, counts: Tensor, one: Tensor, other: Tensor) -> Tensor:

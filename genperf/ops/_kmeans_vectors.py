@@ -23,7 +23,7 @@ _SEARCH_CHUNK = 1 << 24
 # The share of vectors that change their code below which sums are updated, not computed anew.
 _FEW = 1 / 8
 # The share of a search, in pairs of vectors and codes, below which only codes that have changed are searched.
-_PARTIAL = 0.3
+_PARTIAL = 0.45
 # Bounds of the rounding of squared distances, relative to them, and for "cosine" to the squared length of the vectors.
 _ROUNDING = 1e-5
 
@@ -203,12 +203,12 @@ class Vectors:
         return indices
 
     def assignment(self, indices: Tensor, num_codes: int) -> Assignment:
-        """The sums of a given assignment."""
+        """A given assignment with its sums."""
         sums = None
         for piece in self.pieces(_SEARCH_CHUNK):
             sums = self.sums.add(sums, piece, self._at(indices, piece.place, self.split), num_codes)
         assert sums is not None
-        return Assignment(indices, self.all_reduce(sums), sums)
+        return Assignment(indices, self.all_reduce(sums), sums, moved=0)
 
     def square_distances(self, codebook: Tensor, indices: Tensor) -> Tensor:
         """Squared distance [outer, inner] of each vector to the code of its index, without weights."""

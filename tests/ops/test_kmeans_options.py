@@ -113,6 +113,20 @@ def test_search_of_changed_codes_is_exact(dtype, zero, metric, monkeypatch):
     assert min(sizes) < 30, "all codes were searched"
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("rounds", [16, 0])
+def test_first_assignment_moves_the_vectors_of_merged_clusters(rounds, metric, monkeypatch):
+    monkeypatch.setattr(seeding, "_MERGE_ROUNDS", rounds)  # without one, half of the clusters are left out, and their vectors have no code
+    for x in (clusters(900, 30, 8, 2), torch.randn(20, 8).repeat(3, 1)):
+        data = vectors.Vectors(x.unsqueeze(2), metric, "native", torch.rand(len(x), 1) + 0.5)
+        codes, start = seeding.initial_codes(data, 40, seeded())
+        codes = data.as_codes(codes, codes)
+        assert (start.indices < 0).any() == (rounds == 0 and len(x) == 900)
+        expected, found = data.assign(codes), data.assign(codes, start)
+        assert torch.equal(found.indices, expected.indices)
+        assert torch.equal(found.sums, expected.sums)
+
+
 def test_best_of_several_runs():
     x = clusters(400, 30, 2, 12)
     single = [genperf.kmeans(x, 30, init="random", iterations=5, generator=seeded(seed)) for seed in range(4)]
