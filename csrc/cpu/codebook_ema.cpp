@@ -108,14 +108,23 @@ struct CodebookEma {
       for (int64_t k = begin; k < end; ++k) {
         if (follow)
           follow_code(k, before[k], row.get());
-        W* const sum = sums + k * dim;
-        const W* const batch = batch_sums + k * dim;
+        W* const __restrict sum = sums + k * dim;
+        const W* const __restrict batch = batch_sums + k * dim;
+        const W count = smoothed(k, new_total);
+        C* const __restrict code = codes + k * dim;
+        if (moves && !normalize) {  // in one loop, since codes can be short
+          for (int64_t d = 0; d < dim; ++d) {
+            sum[d] = lerp(sum[d], batch[d], weight);
+            code[d] = C(sum[d] / count);
+          }
+          continue;
+        }
         if (moves)
           for (int64_t d = 0; d < dim; ++d)
             sum[d] = lerp(sum[d], batch[d], weight);
-        set_code(sum, smoothed(k, new_total), row.get());
+        set_code(sum, count, row.get());
         for (int64_t d = 0; d < dim; ++d)
-          codes[k * dim + d] = C(row[d]);
+          code[d] = C(row[d]);
       }
     });
   }

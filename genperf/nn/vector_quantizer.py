@@ -43,7 +43,7 @@ from ._ema import (
     set_codes_,
 )
 from ._pending import Pending, add_step, load_pending, moved, pop_pending, save_pending
-from ._recompute import Step, StepMemory
+from ._recompute import Step, StepMemory, may_run_again
 from ._sharded import check_gathered, is_dtensor, whole, writable_codes
 from ._vectors import check_decoded, check_given_codes, look_up, mask_from_lengths, merge_heads, merge_indices, rows_at, split_heads
 
@@ -329,7 +329,7 @@ class VectorQuantizer(nn.Module):
         weights = self.codebook_weight, self.commitment_weight
         options = *weights, self.gradient, self.metric, queries, codes, (x, positions.channel) if within else None
         quantized, indices, loss = quantize_codebooks(vectors, learned, valid, indices, *options)
-        if updates or (self.training and self.sample_temperature > 0):
+        if (updates or (self.training and self.sample_temperature > 0)) and may_run_again():
             self._steps.record(queries, Step(codes.detach(), indices))
 
         error, diversity, orthogonal = loss, None, None

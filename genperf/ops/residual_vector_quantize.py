@@ -4,6 +4,7 @@
 Above 400 lines: two ops share the checks, the reference and the residuals, and a quarter is documentation.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -230,7 +231,7 @@ def finite_residual_statistics(x: Tensor, codebooks: Tensor, indices: Tensor, im
     """`residual_statistics` without vectors that are not finite; also the indices, with -1 for those vectors."""
     if can_branch_on(x):
         counts, sums = residual_statistics(x, codebooks, indices, impl)
-        if sums.sum().isfinite():  # faster than a look at each; a sum that overflows only takes the longer way
+        if math.isfinite(sums.sum().item()):  # faster than a look at each; a sum that overflows only takes the longer way
             return counts, sums, indices
     indices = torch.where(is_finite(x, 1).unsqueeze(-1), indices, -1)
     return (*residual_statistics(x, codebooks, indices, impl), indices)

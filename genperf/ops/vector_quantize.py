@@ -155,7 +155,7 @@ def quantize_codebooks(
 
 
 def _quantize_source(
-    vectors: Tensor,  # [outer, D, inner]
+    vectors: Tensor,  # [outer, D, inner], without a gradient
     codebook: Tensor,  # [K, D]
     mask: Tensor | None,  # [outer, inner]
     indices: Tensor | None,  # [outer, inner]
@@ -167,7 +167,7 @@ def _quantize_source(
     channel: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [..., D, ...], [1, outer, inner], []
     if indices is None:
-        indices = search(vectors.detach(), codebook.detach(), mask, metric, "native")
+        indices = search(vectors, codebook.detach(), mask, metric, "native")
     if need_function(x, codebook):
         options = codebook_weight, commitment_weight, gradient == "rotation", vectors.shape, channel
         quantized, loss, _ = apply(_VectorQuantizeViewing, x, codebook, indices, *options)

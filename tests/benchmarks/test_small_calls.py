@@ -20,6 +20,9 @@ def test_costs_of_one_op():
     assert (forward.goal, both.goal) == (small_calls.FORWARD_GOAL, small_calls.BACKWARD_GOAL)
     assert (forward.passes, both.passes) == ("forward", "forward and backward")
     assert all(time > 0 for cost in (forward, both) for time in (cost.call, cost.kernels))
+    assert forward.function is None
+    assert both.function is not None
+    assert both.function > 0
     assert torch.get_num_threads() == threads
 
 
@@ -52,3 +55,21 @@ def test_lines(call, verdict):
 
 def test_ops_that_are_timed_exist():
     assert all(hasattr(genperf, case.name) for case in small_calls.cases() if case.is_op)
+
+
+def test_an_empty_function_has_the_inputs_and_outputs_of_its_op():
+    for case in small_calls.cases():
+        if not (case.is_op and case.inputs):
+            continue
+        empty = small_calls.empty_case(case)
+        found, expected = (one if isinstance(one, tuple) else (one,) for one in (empty.call(), case.call()))
+        assert [(t.shape, t.dtype, t.requires_grad) for t in found] == [(t.shape, t.dtype, t.requires_grad) for t in expected], case.name
+        outputs, gradients = small_calls.step_of(empty)()
+        assert [t.shape for t in gradients] == [t.shape for t in case.inputs], case.name
+        assert len({t.grad_fn for t in outputs}) == 1, case.name
+
+
+def test_parts_of_a_call():
+    for row in small_calls.part_rows(rounds=1):
+        assert float(row["us"]) > 0
+        assert bool(row["in place of"]) == bool(row["its us"])
