@@ -97,6 +97,9 @@ class AmxQueries {
   // What the scores of candidates are not below, for kLanes queries.
   Vec threshold(Vec lowest, int first) const { return lowest - load(bounds.coarse + first); }
 
+  // Whether the bounds leave so many codes that a score of one of them leaves out others.
+  static constexpr bool kWideBounds = false;
+
   ErrorBounds bounds;
 
  private:

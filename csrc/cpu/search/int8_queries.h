@@ -47,6 +47,7 @@ class Int8Queries {
         multiply_add(sums, 0x01010101 - IVec{}, load_bytes(z + t * 4 * kGroup));
       const IVec start = sums * -128;
       std::memcpy(start_ + first, &start, sizeof(start));
+      store(square_ + first, load(totals));
       const Vec norm = (sqrt(load(totals)) + lost) * slack;
       store(norm_ + first, norm);
       const Vec rest = (sqrt(load(rests)) + lost) * slack;
@@ -83,6 +84,20 @@ class Int8Queries {
 
   Vec threshold(Vec lowest, int first) const { return lowest - load(twice_constant_ + first); }
 
+  static constexpr bool kWideBounds = true;
+
+  // The least maximum that a code as near as one with this score can have: minus the squared
+  // distance in float32, or the cosine similarity times |x|, both in the units of the inputs. Each
+  // is off by less than half of `error` of itself and of |z|^2 or |z|.
+  float least_maximum(int query, float score, const CodePanel& panel) const {
+    const float error = (4 * panel.dim + 32) * kUnit;
+    const float norm = norm_[query] * norm_[query];
+    const float least = panel.cosine ? score - norm_[query] * error
+                                     : 0.5f * (square_[query] - norm * error +
+                                               score * panel.scale * panel.scale * (1 + error));
+    return least - twice_constant_[query];
+  }
+
   ErrorBounds bounds;  // `coarse` is that of the code with the largest bound
 
  private:
@@ -110,7 +125,7 @@ class Int8Queries {
 
   int8_t* z_;
   int count_;
-  float scale_[kRows], norm_[kRows], rest_[kRows], twice_constant_[kRows];
+  float scale_[kRows], square_[kRows], norm_[kRows], rest_[kRows], twice_constant_[kRows];
   int32_t start_[kRows];
 };
 

@@ -19,39 +19,70 @@
 namespace genperf {
 namespace {
 
-// Scores the codes of one query's candidate maxima again, and compares those within the bound in
-// float64.
-template <class T, class C>
+// Scores the codes of a query's candidate maxima again, and compares those within the bound in
+// float64. `maxima` are those of the query, kRows rows of 16 apart. The codes of the largest one
+// come first: where the bounds of the scores are wide, their scores leave out most of the others.
+template <class Queries, class T, class C>
 void score_codes(const PanelSearch<T, C>& search,
                  SearchScratch& s,
                  int query,
                  const OpMath<T>* row,
-                 float bound,
+                 const Queries& queries,
+                 const float* maxima,
                  const uint64_t* candidates,
                  int64_t words) {
   const CodePanel& panel = *search.panel;
-  int64_t scored = 0;
-  for (int64_t word = 0; word < words; ++word)
-    for (uint64_t bits = candidates[word]; bits; bits &= bits - 1) {
-      const int64_t block = word * 4 + __builtin_ctzll(bits) / kGroup;
-      int64_t k = block * panel.block_groups * kGroup + __builtin_ctzll(bits) % kGroup;
-      for (int64_t g = 0; g < panel.block_groups; ++g, k += kGroup)
-        if (k < panel.codes)
-          s.codes[scored++] = int32_t(k);
-    }
+  const int lane = query % kRows;
+  const auto for_each_place = [&](const auto& f) {
+    for (int64_t word = 0; word < words; ++word)
+      for (uint64_t bits = candidates[word]; bits; bits &= bits - 1)
+        f(word * 4 * kGroup + __builtin_ctzll(bits));
+  };
+  const auto maximum = [&](int64_t place) {
+    return maxima[place / kGroup * kRows * kGroup + place % kGroup];
+  };
+  int64_t listed = 0, scored = 0;
+  const auto list = [&](int64_t place) {
+    int64_t k = place / kGroup * panel.block_groups * kGroup + place % kGroup;
+    for (int64_t g = 0; g < panel.block_groups; ++g, k += kGroup)
+      if (k < panel.codes)
+        s.codes[listed++] = int32_t(k);
+  };
   float* const scores = s.scores.get();
   Vec4 best = Vec4{} - INFINITY;
-  for (int64_t i = 0; i < scored; i += 4) {
-    const C* codes[4];
-    for (int c = 0; c < 4; ++c)
-      codes[c] = search.code(s.codes[std::min(i + c, scored - 1)]);
-    const Vec4 found = rescore(row, codes, search.x.dim, search.cosine);
-    std::memcpy(scores + i, &found, sizeof(found));
-    best = found > best ? found : best;
+  const auto score_listed = [&] {
+    for (; scored < listed; scored += 4) {
+      const C* codes[4];
+      for (int c = 0; c < 4; ++c)
+        codes[c] = search.code(s.codes[std::min(scored + c, listed - 1)]);
+      const Vec4 found = rescore(row, codes, search.x.dim, search.cosine);
+      std::memcpy(scores + scored, &found, sizeof(found));
+      best = found > best ? found : best;
+    }
+    scored = listed;
+    return std::max(std::max(best[0], best[1]), std::max(best[2], best[3]));
+  };
+  if constexpr (Queries::kWideBounds) {
+    int64_t first = -1;
+    for_each_place([&](int64_t place) {
+      if (first < 0 || maximum(place) > maximum(first))
+        first = place;
+    });
+    if (first >= 0)
+      list(first);
+    const float top = score_listed();
+    const float least =
+        queries.least_maximum(lane, search.cosine ? top : top - search.distance_offset, panel);
+    for_each_place([&](int64_t place) {
+      if (place != first && !(maximum(place) < least))
+        list(place);
+    });
+  } else {
+    for_each_place(list);
   }
-  const float top = std::max(std::max(best[0], best[1]), std::max(best[2], best[3]));
-  const float threshold =
-      search.cosine ? top - bound : top * search.distance_factor - search.distance_offset;
+  const float top = score_listed();
+  const float threshold = search.cosine ? top - queries.bounds.fine[lane]
+                                        : top * search.distance_factor - search.distance_offset;
   typename PanelSearch<T, C>::BestCode nearest(search, s.offsets[query]);
   for (int64_t i = 0; i < scored; i += 4) {
     Vec4 found;
@@ -117,8 +148,8 @@ void search_columns(const PanelSearch<T, C>& search, int count, SearchScratch& s
       if (bounds.has_nan[i])
         search.accept_first(s.positions[t * kRows + i]);
       else
-        score_codes(search, s, t * kRows + i, rows[t * kRows + i], bounds.fine[i],
-                    s.candidate_bits.get() + i * words, words);
+        score_codes(search, s, t * kRows + i, rows[t * kRows + i], queries[t],
+                    tile_maxima(t) + i * kGroup, s.candidate_bits.get() + i * words, words);
   }
 }
 

@@ -172,7 +172,8 @@ void search_low_precision(const PanelSearch<T, C>& search, int count, SearchScra
 #endif
 
 // The chunks of a search. A search in 8 bits stops where so many codes of a query are scored again
-// that float32 takes less time, as among codes that are nearly equal, and goes on in float32.
+// that float32 takes less time, as among codes that are nearly equal, and goes on in float32. One
+// in a tree stops where queries visit so many leaves that a search of all codes takes less time.
 class Chunks {
  public:
   Chunks(int64_t count, bool may_stop) : left_(count), may_stop_(may_stop) {
@@ -183,12 +184,17 @@ class Chunks {
   // chunks that have not been searched. f returns how many codes of a query were scored again.
   template <class Make, class F>
   void search(const CodePanel& panel, const Make& make, const F& f) {
-    const float most = may_stop_ && panel.packing == Packing::kInt8 ? panel.codes / 4.0f : INFINITY;
-    std::atomic<float> rescored = 0;  // of the last chunk
+    search(may_stop_ && panel.packing == Packing::kInt8 ? panel.codes / 4.0f : INFINITY, make, f);
+  }
+
+  // The same, until the result of f is above `most`.
+  template <class Make, class F>
+  void search(float most, const Make& make, const F& f) {
+    std::atomic<float> last = 0;  // result
     torch::stable::parallel_for(0, int64_t(left_.size()), 1, [&](int64_t begin, int64_t end) {
       auto scratch = make();
-      for (int64_t i = begin; i < end && rescored <= most; ++i) {
-        rescored = f(scratch, left_[i]);
+      for (int64_t i = begin; i < end && last <= most; ++i) {
+        last = f(scratch, left_[i]);
         left_[i] = -1;
       }
     });

@@ -15,6 +15,9 @@
 //
 // An instruction of VNNI computes 64 products, one of float32 16. AMX computes 16 to 32 scores per
 // cycle for any D up to 32, float32 multiply-adds 32 / (D + 1). Below D = 5 float32 is faster.
+//
+// Many codes of few dimensions are searched in a tree (tree_search.h), which leaves most of them
+// out.
 #include "cpu/search/search.h"
 
 #include <torch/csrc/stable/library.h>
@@ -23,6 +26,7 @@
 
 #include "cpu/search/block_maxima.h"
 #include "cpu/search/panel_search.h"
+#include "cpu/search/tree_search.h"
 
 namespace genperf {
 namespace {
@@ -34,6 +38,13 @@ constexpr int64_t kMinAmxDim = 5;
 constexpr int64_t kMinInt8Dim = 16, kMaxInt8Dim = 32768;
 constexpr int64_t kMinInt8Codes = 32, kMinInt8CodesOfFewDims = 128, kFewDims = 32;
 constexpr int64_t kMinInt8Positions = 32;
+
+// Where a tree is faster, with the time that it takes to build.
+bool tree_pays(int64_t dim, int64_t codes, int64_t positions, bool cosine) {
+  return dim <= kMaxTreeDim && codes >= int64_t{512} << (dim / 2) && positions >= 1024 && !cosine &&
+         packing_for(dim, codes, positions) == Packing::kFloat32 &&
+         codes <= kPanelBytes / packed_code_bytes(dim, Packing::kFloat32);
+}
 
 // The positions begin ... end - 1, at most one chunk, on the calling thread.
 template <class T, class C>
@@ -91,13 +102,16 @@ Packing packing_for(int64_t dim, int64_t codes, int64_t positions) {
   return Packing::kFloat32;
 }
 
-// Enough chunks to balance the threads, each small enough for the cache. Large codebooks, which are
-// read from memory once per chunk, get larger chunks.
+// As many chunks for every thread, each small enough for the cache. Large codebooks, which are read
+// from memory once per chunk, get larger chunks.
 int64_t queries_per_chunk(const CodePanel& panel, int64_t count) {
   const int64_t bytes = std::clamp(panel.bytes() / 2, kQueryBytes, 4 * kQueryBytes);
-  const int64_t fit = bytes / SearchScratch::query_bytes(panel);
-  const int64_t share = count / (4 * torch::stable::get_num_threads());
-  return std::clamp<int64_t>(std::min(fit, share) / kRows * kRows, kRows, kMaxQueries);
+  const int64_t fit = std::min(bytes / SearchScratch::query_bytes(panel), kMaxQueries) / kRows;
+  const int64_t most = std::max<int64_t>(fit, 1);  // tiles
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t share = std::max<int64_t>((count + kRows * threads - 1) / (kRows * threads), 1);
+  const int64_t chunks = (share + most - 1) / most;
+  return (share + chunks - 1) / chunks * kRows;
 }
 
 template <class T>
@@ -121,6 +135,14 @@ void search(const Positions<T>& x,
             int64_t* indices) {
   PanelSearch<T, C> search(x, codebook, mask, cosine, indices);
   const Packing packing = packing_for(x.dim, codebook.count, x.count());
+  if constexpr (!std::is_same_v<T, double>)
+    if (tree_pays(x.dim, codebook.count, x.count(), cosine)) {
+      Chunks chunks((x.count() + kTreeChunk - 1) / kTreeChunk, true);
+      search_tree(search, CodeTree(codebook), chunks);
+      if (chunks.stopped())
+        search_panel(search, *packed_codebook(codebook, cosine, packing), kTreeChunk, chunks);
+      return;
+    }
   for_each_panel(codebook, cosine, packing, [&](const CodePanel& panel, int64_t first_code) {
     if (panel.codes < codebook.count && first_code == 0)
       search.distances = Buffer<double>(x.count());

@@ -19,7 +19,7 @@ struct SearchScratch {
         maxima(chunk * maxima_per_query(panel)),
         candidate_blocks(panel.low_precision() ? 0 : kRows * maxima_per_query(panel)),
         candidate_bits(panel.low_precision() ? kRows * words_per_query(panel) : 0),
-        scores(panel.groups * kGroup),
+        scores(panel.groups * kGroup + 4),
         codes(panel.low_precision() ? panel.groups * kGroup : 0) {
     if (panel.low_precision())
       std::fill_n(candidate_bits.get(), kRows * words_per_query(panel), 0);
