@@ -285,7 +285,7 @@ def parts() -> list[Part]:
         return _dispatch.choose_impl("op", None, unavailable(x.device, x.dtype))
 
     def choose_anew() -> str:
-        return _dispatch.choose_impl("op", None, unavailable.__wrapped__(x.device, x.dtype))  # type: ignore[attr-defined]
+        return _dispatch.choose_impl("op", None, unavailable.__wrapped__(x.device, x.dtype))
 
     def backward_of(function: type[_autograd.Function], *inputs: Tensor) -> Callable[[], Any]:
         found = _autograd.apply(function, *inputs)
