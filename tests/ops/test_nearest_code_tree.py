@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adversarial inputs for the search in a tree of codes, which 1,024 vectors of at most 8 dimensions take if there are enough codes."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -52,17 +54,22 @@ def test_lattice(shift, offset, device):
     check((x + shift).to(device), (codebook + shift).to(device))
 
 
-@pytest.mark.parametrize("dim", [1, 3, 4])
-@pytest.mark.parametrize("shift", [0.0, 1.0, 1000.0])
-def test_vectors_between_two_codes(shift, dim, device):
-    """Vectors are nearer to one of two codes by less than float32 resolves. All other codes are far from both."""
-    base = normal(CODES[dim] // 2, dim).double() * 4 + shift
-    apart = normal(CODES[dim] // 2, dim, seed=1).double() * 1e-2
-    codebook = shuffled(torch.cat([base + apart, base - apart])).float()
-    nearest = torch.cdist(codebook[:ROWS].double(), codebook.double()).topk(2, largest=False).indices
-    middle = codebook.double()[nearest].mean(1)
-    x = (middle + normal(len(middle), dim, seed=2) * 1e-8).float().repeat(ROWS // len(middle) + 1, 1)
-    check(x.to(device), codebook.to(device))
+@pytest.mark.parametrize("dim", [3, 4])
+def test_equal_distances_with_different_roundings(dim, device):
+    """Around each of some points, codes whose components are those of one vector in every order and with every sign. Their distances
+    to the point are equal, but not the sums in float32."""
+    signs = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * dim)
+    orders = torch.tensor(list(itertools.permutations(range(dim))))
+    points = 8 * torch.randint(-40, 41, (CODES[dim] // (len(signs) * len(orders)) + 1, dim), generator=torch.Generator().manual_seed(dim))
+    codebook = []
+    for i, point in enumerate(points):
+        vector = torch.randint(2**13, 2**14, (dim,), generator=torch.Generator().manual_seed(i)) * 2.0**-14
+        codebook.append(point + (vector[orders][:, None] * signs).reshape(-1, dim))
+    codebook = torch.cat(codebook)
+    assert len(codebook) >= CODES[dim]
+    x = points.float().repeat(ROWS // len(points) + 1, 1)
+    for seed in range(3):
+        check(x.to(device), shuffled(codebook, seed).to(device))
 
 
 @pytest.mark.parametrize("dim", [2, 4])
