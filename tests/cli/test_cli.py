@@ -19,6 +19,7 @@ from genperf.cli.main import main
 from genperf.models import VQVAE
 from genperf.training import data
 from genperf.training.checkpoint import load_checkpoint
+from genperf.training.session import TrainingSession
 
 STEPS_PER_EPOCH = 2
 
@@ -133,7 +134,8 @@ def test_resumed_run_equals_uninterrupted_one(npz, tmp_path, monkeypatch, capsys
     assert (tmp_path / "whole/reconstructions.png").read_bytes() == (tmp_path / "parts/reconstructions.png").read_bytes()
 
 
-def test_a_run_too_short_for_a_player_says_so(npz, tmp_path, capsys):
+def test_a_run_too_short_for_a_player_says_so(npz, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(TrainingSession, "run", lambda self: None)
     short = ("--epochs", "1", "--batch-size", "4", "--width", "8", "--latent-dim", "4")
     assert train(npz, tmp_path / "run", *short, "--critic-steps", "50", system="wgan-gp") == 0
     said = f"genperf: the generator does not train in the {STEPS_PER_EPOCH} steps of this run; a larger --epochs has more."
