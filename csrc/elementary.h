@@ -12,7 +12,9 @@
 
 #if defined(__CUDACC__)
 #define GENPERF_DEVICE __device__ __forceinline__
+#define GENPERF_UNROLL _Pragma("unroll")
 #else
+#define GENPERF_UNROLL _Pragma("GCC unroll 16")
 #define GENPERF_DEVICE inline __attribute__((always_inline))
 #endif
 
@@ -22,6 +24,7 @@ struct Scalar {
   using F = float;
   using U = uint32_t;
   using I = int32_t;
+  static constexpr bool kScales = false;
 
   static GENPERF_DEVICE float constant(float a) { return a; }
   static GENPERF_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
@@ -53,6 +56,9 @@ struct Scalar {
     return x > bound ? bound : x;
 #endif
   }
+  static GENPERF_DEVICE float select(bool condition, float yes, float no) {
+    return condition ? yes : no;
+  }
   static GENPERF_DEVICE float from_int(int32_t a) { return static_cast<float>(a); }
   static GENPERF_DEVICE uint32_t bits(float a) {
     uint32_t result;
@@ -75,9 +81,7 @@ struct Scalar {
 template <class A, int kCount>
 GENPERF_DEVICE typename A::F polynomial(typename A::F x, const float (&descending)[kCount]) {
   typename A::F value = A::constant(descending[0]);
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
+  GENPERF_UNROLL
   for (int i = 1; i < kCount; ++i)
     value = A::fma(value, x, A::constant(descending[i]));
   return value;
@@ -95,42 +99,40 @@ struct LogParts {
         f(A::from_bits(A::bits(x) - exponent) - 1.0f) {}
 };
 
-// exponent / 2^23 * log(2) + log(1 + f).
+// -exponent / 2^23 * log(2) - log(1 + f). float32 holds log(2) to 2^-28, so that its product with
+// an exponent needs no second part.
 template <class A>
-GENPERF_DEVICE typename A::F log_of_parts(typename A::U exponent, typename A::F f) {
-  const float coefficients[] = {-0.0764610618f, 0.127791151f, -0.13164185f,  0.14199695f,
-                                -0.166227654f,  0.200012922f, -0.250008374f, 0.333333313f};
+GENPERF_DEVICE typename A::F minus_log_of_parts(typename A::U exponent, typename A::F f) {
+  const float coefficients[] = {0.0764610618f, -0.127791151f, 0.13164185f,  -0.14199695f,
+                                0.166227654f,  -0.200012922f, 0.250008374f, -0.333333313f};
   using F = typename A::F;
-  const F square = f * f;
-  const F tail = A::fma(polynomial<A>(f, coefficients), f, A::constant(-0.5f)) * square;
-  // log(2) in two parts; the product of the first with any exponent is exact.
-  const F scaled = A::from_int(typename A::I(exponent));
-  return A::fma(scaled, A::constant(0.693359375f * 0x1p-23f),
-                f + A::fma(scaled, A::constant(-2.12194440e-4f * 0x1p-23f), tail));
+  const F tail = A::fma(polynomial<A>(f, coefficients), f, A::constant(0.5f));
+  return A::fma(A::from_int(typename A::I(exponent)), A::constant(-0.693147182f * 0x1p-23f),
+                A::fma(f * f, tail, -f));
 }
 
-// For positive, finite, normal x.
+// -log(x), for positive, finite, normal x.
 template <class A>
-GENPERF_DEVICE typename A::F log(typename A::F x) {
+GENPERF_DEVICE typename A::F minus_log(typename A::F x) {
   const LogParts<A> parts(x);
-  return log_of_parts<A>(parts.exponent, parts.f);
+  return minus_log_of_parts<A>(parts.exponent, parts.f);
 }
 
 // e^x = scale * (1 + rest), where scale is a power of two and rest = e^r - 1 with |r| <= log(2) /
 // 2. x must not exceed 88, and is raised to at least -87 unless it is known to be. NaN is kept.
 template <class A, bool kAtLeastLowest = false>
 struct ExpParts {
-  typename A::F scale, rest;
+  typename A::F scale, rest, whole;  // scale = 2^whole
 
   GENPERF_DEVICE explicit ExpParts(typename A::F x) {
     using F = typename A::F;
-    const float coefficients[] = {0.00019845886f, 0.001394072f, 0.00833338965f,
-                                  0.0416663587f,  0.166666657f, 0.5f};
+    const float coefficients[] = {0.00138825225f, 0.00836651400f, 0.0416672006f, 0.166665435f,
+                                  0.49999997f};
     if constexpr (!kAtLeastLowest)
       x = A::at_least(x, A::constant(-87.0f));
     // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
     const F shifted = A::fma(x, A::constant(1.44269504f), A::constant(12582912.0f));
-    const F whole = shifted - 12582912.0f;
+    whole = shifted - 12582912.0f;
     F r = A::fma(whole, A::constant(-0.693359375f), x);
     r = A::fma(whole, A::constant(2.12194440e-4f), r);
     scale = A::from_bits((A::bits(shifted) + 127u) << 23);
@@ -149,8 +151,12 @@ GENPERF_DEVICE typename A::F exp(typename A::F x) {
 // e^x, or exactly 0 if x < -87.
 template <class A>
 GENPERF_DEVICE typename A::F exp_or_zero(typename A::F x) {
+  if constexpr (A::kScales) {
+    const ExpParts<A, true> parts(x);
+    return A::scaled_where_at_least(x, -87.0f, 1.0f + parts.rest, parts.whole);
+  }
   const typename A::F value = exp<A>(x);
-  return x < -87.0f ? A::constant(0.0f) : value;
+  return A::select(x < -87.0f, A::constant(0.0f), value);
 }
 
 // e^x - 1 and e^(x/2) from one polynomial, for |x| <= 80. It is the polynomial of e^(r/2), whose
@@ -172,7 +178,7 @@ struct ExpAndRoot {
     const U exponent = A::bits(shifted) - 0x4b400000u;
     const F scale = A::from_bits((exponent + 127u) << 23);
     const F even_root = A::from_bits((U(I(exponent) >> 1) + 127u) << 23);
-    const F scale_root = (exponent & 1u) != 0u ? even_root * 1.41421356f : even_root;
+    const F scale_root = A::select((exponent & 1u) != 0u, even_root * 1.41421356f, even_root);
     expm1 = A::fma(scale, A::fma(p, p, p + p), scale - 1.0f);
     root = A::fma(scale_root, p, scale_root);
   }
@@ -194,8 +200,8 @@ GENPERF_DEVICE void sincos(typename A::U angle, typename A::F& sin, typename A::
   const U sin_sign = (quadrant & 2u) << 30;
   const U cos_sign = ((quadrant + 1u) & 2u) << 30;
   const auto swapped = (quadrant & 1u) != 0u;
-  sin = A::from_bits(A::bits(swapped ? c : s) ^ sin_sign);
-  cos = A::from_bits(A::bits(swapped ? s : c) ^ cos_sign);
+  sin = A::from_bits(A::bits(A::select(swapped, c, s)) ^ sin_sign);
+  cos = A::from_bits(A::bits(A::select(swapped, s, c)) ^ cos_sign);
 }
 
 }  // namespace genperf

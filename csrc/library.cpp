@@ -144,7 +144,8 @@ STABLE_TORCH_LIBRARY(genperf, m) {
   // logits and noise are [outer, K, inner] with any strides. Class k at position p = outer * inner
   // is Gumbel number k of row first + p. temperature, a float32 of one element, replaces tau.
   // statistics is [4, outer, inner]: the largest logit, the log of the sum of exp(logit - largest),
-  // and the same two of the perturbed logits divided by tau.
+  // the largest perturbed logit, and on CUDA the log of its sum of exp((perturbed - largest) /
+  // tau), on the CPU the sum of q log q with q = softmax(logits).
   m.def(
       "gumbel_sample(Tensor logits, Tensor? temperature, float tau, Tensor? noise, Tensor? seed, "
       "SymInt first, bool hard, bool dense) -> (Tensor sample, Tensor indices, Tensor kl, Tensor "

@@ -21,9 +21,7 @@ struct Keys {
 
   Keys() = default;
   GENPERF_DEVICE Keys(uint64_t seed) {
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
+    GENPERF_UNROLL
     for (int round = 0; round < kRounds; ++round) {
       first[round] = static_cast<uint32_t>(seed) + static_cast<uint32_t>(round) * 0x9e3779b9u;
       second[round] =
@@ -33,12 +31,10 @@ struct Keys {
 };
 
 // Philox 4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
-template <class A>
-GENPERF_DEVICE Words<A> philox(Words<A> counter, const Keys& keys) {
+template <class A, class K>
+GENPERF_DEVICE Words<A> philox(Words<A> counter, const K& keys) {
   using U = typename A::U;
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
+  GENPERF_UNROLL
   for (int round = 0; round < Keys::kRounds; ++round) {
     U low0, high0, low1, high1;
     A::multiply(counter.word[0], 0xd2511f53u, low0, high0);
@@ -66,23 +62,23 @@ GENPERF_DEVICE typename A::F uniform(typename A::U word) {
 }
 
 // -log((word + 1/2) / 2^32), a standard exponential variate, accurate to a few ulp at both ends:
-// above 1/2 it is computed from the complement, which is small and therefore not rounded to 1.
+// above 1/2 it is computed from the difference to 1, which is small and therefore not rounded to 0.
 template <class A>
 GENPERF_DEVICE typename A::F exponential(typename A::U word) {
   using F = typename A::F;
   using I = typename A::I;
-  const auto upper = I(word) < 0;
-  const F half_or_less =
-      A::fma(A::from_int(I(word) ^ (I(word) >> 31)), A::constant(0x1p-32f), A::constant(0x1p-33f));
-  const LogParts<A> parts(upper ? 1.0f - half_or_less : half_or_less);
+  // (word + 1/2) / 2^32, less 1 in the upper half.
+  const F signed_part = A::fma(A::from_int(I(word)), A::constant(0x1p-32f), A::constant(0x1p-33f));
+  const LogParts<A> parts(A::select(I(word) < 0, signed_part + 1.0f, signed_part));
   // Above sqrt(1/2) the exponent is 0.
-  return -log_of_parts<A>(parts.exponent, parts.exponent == 0u ? -half_or_less : parts.f);
+  return minus_log_of_parts<A>(parts.exponent,
+                               A::select(parts.exponent == 0u, signed_part, parts.f));
 }
 
 // Standard Gumbel variate.
 template <class A>
 GENPERF_DEVICE typename A::F gumbel(typename A::U word) {
-  return -log<A>(exponential<A>(word));
+  return minus_log<A>(exponential<A>(word));
 }
 
 // Two independent standard normal variates by the Box-Muller method, at most 6.8 in magnitude.
@@ -93,8 +89,8 @@ GENPERF_DEVICE void normal_pair(typename A::U radius,
                                 typename A::F& second) {
   const typename A::F length = A::sqrt(2.0f * exponential<A>(radius));
   sincos<A>(angle, second, first);
-  first *= length;
-  second *= length;
+  first = first * length;
+  second = second * length;
 }
 
 // Four independent standard normal variates from the words.

@@ -317,10 +317,7 @@ int64_t sample_row(const Chunk& chunk,
     const float* const row = chunk.row(r) + first;
     const int64_t count = std::min(kNoise, chunk.codes - first);
     if (seed)
-      draw(*seed, number, first, count, noise, [](const Words<Simd>& words, Vec(&values)[4]) {
-        for (int w = 0; w < 4; ++w)
-          values[w] = gumbel<Simd>(words.word[w]);
-      });
+      draw_gumbels(*seed, number, first, count, noise);
     for_each_vector(count, true, [&](int64_t k, auto n) {
       const Vec l = logit<kRoot>(get(row + k, n, kRoot ? kInfinity : -kInfinity));
       const Vec value = fma(broadcast(temperature), load(noise + k), l);

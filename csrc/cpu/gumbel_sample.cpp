@@ -22,6 +22,9 @@ namespace {
 constexpr int64_t kKeptBytes = 512 << 10;  // y of a tile
 constexpr int64_t kMinKeptVectors = 4;
 
+// Rows of `statistics`: what backward needs of each position. The last is sum q log q.
+enum Statistic { kLargest, kLogSum, kBest, kNegativeEntropy, kStatistics };
+
 template <class T>
 GumbelInputs<T> inputs_of(const Tensor& logits,
                           const std::optional<Tensor>& temperature,
@@ -44,8 +47,8 @@ GumbelInputs<T> inputs_of(const Tensor& logits,
   // At tau = 0 the largest logit gives 0 * FLT_MAX = 0, and all others -inf. A temperature that is
   // negative or NaN counts as 0.
   const float inverse = divisor > 0 ? std::min(1 / divisor, FLT_MAX) : FLT_MAX;
-  return {Rows<T>(logits), Rows<T>(noise), logits.size(0), logits.size(1),
-          logits.size(2),  seed_of(seed),  first,          inverse};
+  return {Rows<T>(logits), Rows<T>(noise), logits.size(0),          logits.size(1), logits.size(2),
+          seed_of(seed),   first,          PairKeys(seed_of(seed)), inverse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
@@ -60,7 +63,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
   Tensor sample = dense ? output_like(logits) : torch::stable::new_empty(logits, {0});
   Tensor indices = torch::stable::new_empty(logits, {outer, inner}, ScalarType::Long);
   Tensor kl = torch::stable::new_empty(logits, {outer, inner}, ScalarType::Float);
-  Tensor statistics = torch::stable::new_empty(logits, {4, outer, inner}, ScalarType::Float);
+  Tensor statistics =
+      torch::stable::new_empty(logits, {kStatistics, outer, inner}, ScalarType::Float);
   with_type(logits, [&]<class T>(T*) {
     const GumbelInputs<T> in = inputs_of<T>(logits, temperature, tau, noise, seed, first);
     const bool one_hot = hard || in.inverse_tau == FLT_MAX;
@@ -75,12 +79,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
 
     const auto finish = [&](int64_t o, int64_t i, const SoftmaxSums& d, const PerturbedSums& p) {
       const int64_t position = in.position(o, i);
+      const double negative_entropy = d.negative_entropy();
       index[position] = p.index;
-      divergence[position] = float(d.negative_entropy() + log_classes);
-      saved[position] = d.largest;
-      saved[count + position] = float(std::log(d.sum));
-      saved[2 * count + position] = p.largest;
-      saved[3 * count + position] = float(std::log(p.sum));
+      divergence[position] = float(negative_entropy + log_classes);
+      saved[kLargest * count + position] = d.largest;
+      saved[kLogSum * count + position] = float(std::log(d.sum));
+      saved[kBest * count + position] = p.largest;
+      saved[kNegativeEntropy * count + position] = float(negative_entropy);
       if (dense && one_hot)
         out.at(o, p.index, i).set(0, 1, broadcast(1.0f));
     };
@@ -112,18 +117,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_sample(const Tensor& logits,
           }
           if (!dense || one_hot)
             return;
-          for (int64_t k = 0; k < in.classes; k += 4)
+          for (int64_t k = 0; k < in.classes; k += kClasses)
             for_each_vector(n, vectorizable, [&](int64_t at, auto lanes) {
-              const int quad = int(std::min<int64_t>(4, in.classes - k)), v = int(at / kLanes);
-              Vec l[4] = {}, s[4];
-              for (int w = 0; w < quad; ++w)
-                l[w] = in.logits.at(o, k + w, i + at).get(0, lanes);
-              in.perturb(o, i + at, lanes, k, l, s);
-              for (int w = 0; w < quad; ++w)
-                out.at(o, k + w, i + at)
-                    .set(0, lanes,
-                         exp_or_zero<Simd>((s[w] - tile.best[v]) * in.inverse_tau) /
-                             tile.soft_sum[v]);
+              const int classes = int(std::min<int64_t>(kClasses, in.classes - k));
+              const int v = int(at / kLanes);
+              const auto s = in.perturb(o, i + at, lanes, k, in.read(o, i + at, lanes, k));
+              const auto y = exp_or_zero<SeveralSimd<kClasses>>((s - tile.best[v]) *
+                                                                broadcast(in.inverse_tau));
+              for (int w = 0; w < classes; ++w)
+                out.at(o, k + w, i + at).set(0, lanes, y.at[w] / tile.soft_sum[v]);
             });
         });
   });
@@ -145,7 +147,7 @@ void gumbel_sample_backward(Tensor grad_logits,
                             int64_t first) {
   const int64_t count = logits.size(0) * logits.size(2);
   STD_TORCH_CHECK(statistics.scalar_type() == ScalarType::Float && statistics.is_contiguous() &&
-                      statistics.numel() == 4 * count,
+                      statistics.numel() == kStatistics * count,
                   "statistics must be contiguous float32 [4, outer, inner]");
   if (grad_sample.has_value())
     check_rows(*grad_sample, logits, true, "grad_sample");
@@ -186,39 +188,36 @@ void gumbel_sample_backward(Tensor grad_logits,
     for_each_position(
         in, tile_size, keeps ? tile_size * in.classes : 0,
         [&](int64_t o, int64_t i, float* s) {
-          const float* const own = saved + in.position(o, i);
-          const float log_sum = own[count], soft_log_sum = own[3 * count];
-          const Vec largest = broadcast(own[0]), best = broadcast(own[2 * count]);
+          const auto own = [&](int64_t which) { return saved[which * count + in.position(o, i)]; };
+          const float log_sum = own(kLogSum), negative_entropy = own(kNegativeEntropy);
+          const Vec largest = broadcast(own(kLargest)), best = broadcast(own(kBest));
           const float weight = kl_grad ? kl_grad.at(o, 0, i).get(0, 1)[0] : 0;
           const Rows<T> row = in.logits.transposed().at(o, i, 0);
           const Rows<T> grad = upstream.transposed().at(o, i, 0), to = out.transposed().at(o, i, 0);
-          Vec product{}, entropy{};
-          if (soft)
+          double product = 0, total = 0;  // of the weights exp((perturbed - best) / tau)
+          if (soft) {
             in.perturb_all(o, i, s);
-          for (int64_t k = 0; k < in.classes; k += kLanes) {
-            const int n = int(std::min<int64_t>(kLanes, in.classes - k));
-            if (soft) {
-              const Vec y = exp_or_zero<Simd>((load(s + k) - best) * in.inverse_tau - soft_log_sum);
-              store(s + k, y);
-              const Vec term = y * grad.get_expanded(k, n);
-              product += n == kLanes                                 ? term
-                         : IVec(GumbelInputs<T>::lane_numbers()) < n ? term
-                                                                     : Vec{};
-            }
-            if (kl_grad) {
-              const Vec log_q = relative_to(row.get(k, n), largest) - log_sum;
-              const Vec term = exp_or_zero<Simd>(log_q) * log_q;
-              entropy += n == kLanes                                 ? term
-                         : IVec(GumbelInputs<T>::lane_numbers()) < n ? term
-                                                                     : Vec{};
+            for (int64_t first = 0; first < in.classes; first += kSumLength) {
+              Vec products{}, sums{};
+              for (int64_t k = first; k < std::min(in.classes, first + kSumLength); k += kLanes) {
+                const int n = int(std::min<int64_t>(kLanes, in.classes - k));
+                const IVec inside = IVec(GumbelInputs<T>::lane_numbers()) < n;
+                const Vec y = exp_or_zero<Simd>((load(s + k) - best) * in.inverse_tau);
+                store(s + k, y);
+                products += inside ? y * grad.get_expanded(k, n) : Vec{};
+                sums += inside ? y : Vec{};
+              }
+              product += sum(products);
+              total += sum(sums);
             }
           }
-          const float mean_gradient = float(sum(product)), negative_entropy = float(sum(entropy));
+          const float mean_gradient = float(product / total);
+          const float scale = float(in.inverse_tau / total);
           for (int64_t k = 0; k < in.classes; k += kLanes) {
             const int n = int(std::min<int64_t>(kLanes, in.classes - k));
             Vec value{};
             if (soft)
-              value = in.inverse_tau * load(s + k) * (grad.get_expanded(k, n) - mean_gradient);
+              value = scale * load(s + k) * (grad.get_expanded(k, n) - mean_gradient);
             if (kl_grad) {
               const Vec log_q = relative_to(row.get(k, n), largest) - log_sum;
               value += weight * exp_or_zero<Simd>(log_q) * (log_q - negative_entropy);
@@ -230,56 +229,75 @@ void gumbel_sample_backward(Tensor grad_logits,
           const bool vectorizable = in.logits.vectorizable() && in.noise.vectorizable() &&
                                     (one_value || upstream.vectorizable()) && out.vectorizable();
           const Rows<float> own(statistics);
-          Vec product[kVectors] = {}, entropy[kVectors] = {}, weight[kVectors] = {};
-          if (kl_grad)
-            for_each_vector(n, false, [&](int64_t at, int lanes) {
-              weight[at / kLanes] = kl_grad.at(o, 0, i + at).get(0, lanes);
-            });
-          // Calls f(position, lanes, class, y, log q) for all elements. The first pass computes the
-          // sums that the second subtracts.
-          const auto for_all = [&](bool known, const auto& f) {
-            for (int64_t k = 0; k < in.classes; k += 4)
+          Vec product[kVectors] = {}, total[kVectors] = {};
+          using Classes = Several<Vec, kClasses>;
+          // Calls f(position, lanes, first class, classes, logits) for all elements.
+          const auto for_all = [&](const auto& f) {
+            for (int64_t k = 0; k < in.classes; k += kClasses)
               for_each_vector(n, vectorizable, [&](int64_t at, auto lanes) {
-                const int quad = int(std::min<int64_t>(4, in.classes - k));
-                const auto saved = [&](int64_t which) {
-                  return own.at(which, o, i + at).get(0, int(lanes));
-                };
-                const Vec largest = saved(0), log_sum = saved(1), best = saved(2),
-                          soft_log_sum = saved(3);
-                Vec l[4] = {}, y[4] = {};
-                for (int w = 0; w < quad; ++w)
-                  l[w] = in.logits.at(o, k + w, i + at).get(0, lanes);
-                const auto place = [&](int w) { return kept + (k + w) * tile_size + at; };
-                if (soft && known) {
-                  for (int w = 0; w < quad; ++w)
-                    y[w] = load(place(w));
-                } else if (soft) {
-                  in.perturb(o, i + at, lanes, k, l, y);
-                  for (int w = 0; w < quad; ++w)
-                    y[w] = exp_or_zero<Simd>((y[w] - best) * in.inverse_tau - soft_log_sum);
-                  if (keeps)
-                    for (int w = 0; w < quad; ++w)
-                      store(place(w), y[w]);
-                }
-                for (int w = 0; w < quad; ++w)
-                  f(at, lanes, k + w, y[w], relative_to(l[w], largest) - log_sum);
+                f(at, lanes, k, int(std::min<int64_t>(kClasses, in.classes - k)),
+                  in.read(o, i + at, lanes, k));
               });
           };
-          for_all(false, [&](int64_t at, auto lanes, int64_t k, Vec y, Vec log_q) {
+          const auto statistic = [&](int64_t which, int64_t at, auto lanes) {
+            return own.at(which, o, i + at).get(0, int(lanes));
+          };
+          // exp((perturbed - best) / tau), proportional to the probabilities.
+          const auto weights = [&](int64_t at, auto lanes, int64_t k, const Classes& l) {
+            const Vec best = statistic(kBest, at, lanes);
+            return exp_or_zero<SeveralSimd<kClasses>>(
+                each([&](Vec s) { return (s - best) * in.inverse_tau; },
+                     in.perturb(o, i + at, lanes, k, l)));
+          };
+          const auto place = [&](int64_t k, int64_t at) { return kept + k * tile_size + at; };
+          if (soft) {
+            for_all([&](int64_t at, auto lanes, int64_t k, int classes, const Classes& l) {
+              const Classes y = weights(at, lanes, k, l);
+              const Rows<T> grad = upstream.at(o, k, i + at);
+              Vec products{}, sum{};  // which round less than one long sum
+              for (int w = 0; w < classes; ++w) {
+                products = fma(y.at[w], grad.at(0, w, 0).get(0, lanes), products);
+                sum += y.at[w];
+                if (keeps)
+                  store(place(k + w, at), y.at[w]);
+              }
+              product[at / kLanes] += products;
+              total[at / kLanes] += sum;
+            });
+            for (int v = 0; v * kLanes < n; ++v) {
+              product[v] /= total[v];
+              total[v] = in.inverse_tau / total[v];
+            }
+          }
+          for_all([&](int64_t at, auto lanes, int64_t k, int classes, const Classes& l) {
             const int v = int(at / kLanes);
-            if (soft)
-              product[v] = fma(y, upstream.at(o, k, i + at).get(0, lanes), product[v]);
-            if (kl_grad)
-              entropy[v] = fma(exp_or_zero<Simd>(log_q), log_q, entropy[v]);
-          });
-          for_all(keeps, [&](int64_t at, auto lanes, int64_t k, Vec y, Vec log_q) {
-            const int v = int(at / kLanes);
-            Vec value{};
-            if (soft)
-              value = in.inverse_tau * y * (upstream.at(o, k, i + at).get(0, lanes) - product[v]);
-            if (kl_grad)
-              value = fma(weight[v] * exp_or_zero<Simd>(log_q), log_q - entropy[v], value);
-            out.at(o, k, i + at).set(0, lanes, value);
+            Classes value{};
+            if (soft) {
+              Classes y{};
+              if (keeps)
+                for (int w = 0; w < classes; ++w)
+                  y.at[w] = load(place(k + w, at));
+              else
+                y = weights(at, lanes, k, l);
+              const Rows<T> grad = upstream.at(o, k, i + at);
+              for (int w = 0; w < classes; ++w)
+                value.at[w] = total[v] * y.at[w] * (grad.at(0, w, 0).get(0, lanes) - product[v]);
+            }
+            if (kl_grad) {
+              const Vec largest = statistic(kLargest, at, lanes);
+              const Vec log_sum = statistic(kLogSum, at, lanes);
+              const Vec negative_entropy = statistic(kNegativeEntropy, at, lanes);
+              const Vec weight = kl_grad.at(o, 0, i + at).get(0, int(lanes));
+              const Classes log_q =
+                  each([&](Vec x) { return relative_to(x, largest) - log_sum; }, l);
+              const Classes q = exp_or_zero<SeveralSimd<kClasses>>(log_q);
+              value = each([&](Vec v, Vec q,
+                               Vec log_q) { return fma(weight * q, log_q - negative_entropy, v); },
+                           value, q, log_q);
+            }
+            const Rows<T> to = out.at(o, k, i + at);
+            for (int w = 0; w < classes; ++w)
+              to.at(0, w, 0).set(0, lanes, value.at[w]);
           });
         });
   });

@@ -8,14 +8,23 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 
+#include "cpu/common/several.h"
 #include "cpu/common/simd.h"
 #include "noise.h"
 
 namespace genperf {
 
-// Numbers per step of draw(): one quad in each lane.
-constexpr int kDrawn = 4 * kLanes;
+// Quads that a lane draws side by side: as many as the registers hold.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kQuads = 2;
+#else
+constexpr int kQuads = 1;
+#endif
+
+// Numbers per step of draw(), at most.
+constexpr int kDrawn = 4 * kQuads * kLanes;
 
 inline UVec split_low(int64_t value) {
   return UVec{} + uint32_t(uint64_t(value));
@@ -74,25 +83,58 @@ inline UVec quad_of_lane() {
   return quads;
 }
 
-// random_words() in every lane.
-[[gnu::always_inline]] inline Words<Simd> lane_words(UVec quad_low,
-                                                     UVec quad_high,
-                                                     UVec row_low,
-                                                     UVec row_high,
-                                                     uint64_t seed) {
-  using Pairs = SimdPairs::U;
-  constexpr uint64_t kLower = 0xffffffffu;
-  const UVec counter[4] = {quad_low, quad_high, row_low, row_high};
-  Words<SimdPairs> even, odd;
-  for (int w = 0; w < 4; ++w) {
-    even.word[w] = Pairs(counter[w]);
-    odd.word[w] = Pairs(counter[w]) >> 32;
+// The keys of Philox for words in 64-bit lanes.
+struct PairKeys {
+  uint64_t first[Keys::kRounds], second[Keys::kRounds];
+
+  explicit PairKeys(uint64_t seed) {
+    const Keys keys(seed);
+    std::copy_n(keys.first, Keys::kRounds, first);
+    std::copy_n(keys.second, Keys::kRounds, second);
   }
-  even = philox<SimdPairs>(even, seed);
-  odd = philox<SimdPairs>(odd, seed);
-  Words<Simd> words;
+};
+
+template <int N>
+using PairsOf = Several<SimdPairs::U, N>;
+
+// The even lanes of N vectors, then the odd ones.
+template <int N>
+[[gnu::always_inline]] inline PairsOf<2 * N> pairs_of(const Several<UVec, N>& x) {
+  return several<2 * N>([&](int i) __attribute__((always_inline)) {
+    return i < N ? SimdPairs::U(x.at[i]) : SimdPairs::U(x.at[i - N]) >> 32;
+  });
+}
+
+// The same word in all lanes of vectors i and N + i. Equal vectors are multiplied once.
+template <int N, class F>
+[[gnu::always_inline]] inline PairsOf<2 * N> uniform_pairs(const F& word) {
+  return several<2 * N>([&](int i) __attribute__((always_inline)) {
+    return SimdPairs::U{} + uint64_t{uint32_t(word(i % N))};
+  });
+}
+
+// Vectors of the even and the odd lanes, of which the lower halves count, as one.
+[[gnu::always_inline]] inline UVec interleaved(SimdPairs::U even, SimdPairs::U odd) {
+#if defined(__AVX512F__)
+  return UVec(_mm512_mask_moveldup_ps(__m512(even), 0xaaaa, __m512(odd)));
+#else
+  return UVec((even & 0xffffffffu) | (odd << 32));
+#endif
+}
+
+// random_words() of N quads in every lane.
+template <int N>
+[[gnu::always_inline]] inline Words<SeveralSimd<N>> lane_words(const PairsOf<2 * N>& quad_low,
+                                                               const PairsOf<2 * N>& quad_high,
+                                                               const PairsOf<2 * N>& row_low,
+                                                               const PairsOf<2 * N>& row_high,
+                                                               const PairKeys& keys) {
+  const auto drawn = philox<SeveralPairs<2 * N>>({{quad_low, quad_high, row_low, row_high}}, keys);
+  Words<SeveralSimd<N>> words;
   for (int w = 0; w < 4; ++w)
-    words.word[w] = UVec((even.word[w] & kLower) | (odd.word[w] << 32));
+    words.word[w] = several<N>([&](int i) __attribute__((always_inline)) {
+      return interleaved(drawn.word[w].at[i], drawn.word[w].at[N + i]);
+    });
   return words;
 }
 
@@ -105,14 +147,22 @@ struct Counters {
         high(split_high(first) + (low < split_low(first) ? UVec{} + 1u : UVec{})) {}
 };
 
-// The words of kLanes quads starting at `quad`, in the order of quad_of_lane().
-[[gnu::always_inline]] inline Words<Simd> draw_words(uint64_t seed, int64_t row, int64_t quad) {
-  const Counters quads(quad, quad_of_lane());
-  return lane_words(quads.low, quads.high, split_low(row), split_high(row), seed);
+// The words of N * kLanes quads starting at `quad`, each kLanes in the order of quad_of_lane().
+template <int N>
+[[gnu::always_inline]] inline Words<SeveralSimd<N>> draw_words(const PairKeys& keys,
+                                                               int64_t row,
+                                                               int64_t quad) {
+  const auto quads = several<N>([&](int i) __attribute__((always_inline)) {
+    return Counters(quad + i * kLanes, quad_of_lane());
+  });
+  const auto low = several<N>([&](int i) { return quads.at[i].low; });
+  const auto high = several<N>([&](int i) { return quads.at[i].high; });
+  return lane_words<N>(pairs_of(low), pairs_of(high), uniform_pairs<N>([&](int) { return row; }),
+                       uniform_pairs<N>([&](int) { return uint64_t(row) >> 32; }), keys);
 }
 
 // Writes at least `count` numbers of a row, starting at number `first`, and returns a pointer to
-// number `first`. `out` holds count + kDrawn + 4 numbers.
+// number `first`. `out` holds count + kDrawn + 4 numbers. `transform` maps all words to numbers.
 template <class Transform>
 const float* draw(uint64_t seed,
                   int64_t row,
@@ -120,14 +170,41 @@ const float* draw(uint64_t seed,
                   int64_t count,
                   float* out,
                   const Transform& transform) {
+  const PairKeys keys(seed);
   const int64_t quad = first / 4;
   const int64_t skipped = first % 4;
-  for (int64_t i = 0; i < count + skipped; i += kDrawn) {
-    Vec values[4];
-    transform(draw_words(seed, row, quad + i / 4), values);
-    in_order(values, out + i);
-  }
+  int64_t i = 0;
+  const auto step = [&]<int N>(std::integral_constant<int, N>) {
+    const Words<SeveralSimd<N>> words = draw_words<N>(keys, row, quad + i / 4);
+    const Several<Vec, 4 * N> values = transform(words);
+    for (int n = 0; n < N; ++n, i += 4 * kLanes)
+      in_order({values.at[n], values.at[N + n], values.at[2 * N + n], values.at[3 * N + n]},
+               out + i);
+  };
+  while (count + skipped - i > 4 * kLanes)
+    step(std::integral_constant<int, kQuads>());
+  if (i < count + skipped)
+    step(std::integral_constant<int, 1>());
   return out + skipped;
+}
+
+// The words of one number, then those of the next.
+template <int N>
+[[gnu::always_inline]] inline Several<UVec, 4 * N> all_words(const Words<SeveralSimd<N>>& words) {
+  return joined(joined(words.word[0], words.word[1]), joined(words.word[2], words.word[3]));
+}
+
+template <int N>
+[[gnu::always_inline]] inline Several<Vec, 4 * N> gumbels(const Words<SeveralSimd<N>>& words) {
+  return gumbel<SeveralSimd<4 * N>>(all_words(words));
+}
+
+inline const float* draw_gumbels(uint64_t seed,
+                                 int64_t row,
+                                 int64_t first,
+                                 int64_t count,
+                                 float* out) {
+  return draw(seed, row, first, count, out, [](const auto& words) { return gumbels(words); });
 }
 
 inline const float* draw_normals(uint64_t seed,
@@ -135,8 +212,15 @@ inline const float* draw_normals(uint64_t seed,
                                  int64_t first,
                                  int64_t count,
                                  float* out) {
-  return draw(seed, row, first, count, out,
-              [](const Words<Simd>& words, Vec(&values)[4]) { normals<Simd>(words, values); });
+  return draw(seed, row, first, count, out, []<int N>(const Words<SeveralSimd<N>>& words) {
+    Several<Vec, 2 * N> cosines, sines;
+    normal_pair<SeveralSimd<2 * N>>(joined(words.word[0], words.word[2]),
+                                    joined(words.word[1], words.word[3]), cosines, sines);
+    return several<4 * N>([&](int i) {
+      const int number = i / N, place = number / 2 * N + i % N;
+      return number % 2 ? sines.at[place] : cosines.at[place];
+    });
+  });
 }
 
 inline const float* draw_uniforms(uint64_t seed,
@@ -144,9 +228,8 @@ inline const float* draw_uniforms(uint64_t seed,
                                   int64_t first,
                                   int64_t count,
                                   float* out) {
-  return draw(seed, row, first, count, out, [](const Words<Simd>& words, Vec(&values)[4]) {
-    for (int w = 0; w < 4; ++w)
-      values[w] = uniform<Simd>(words.word[w]);
+  return draw(seed, row, first, count, out, []<int N>(const Words<SeveralSimd<N>>& words) {
+    return uniform<SeveralSimd<4 * N>>(all_words(words));
   });
 }
 

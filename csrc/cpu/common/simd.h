@@ -221,12 +221,36 @@ struct Simd {
   using F = Vec;
   using U = UVec;
   using I = IVec;
+#if defined(__AVX512F__)
+  static constexpr bool kScales = true;
+#else
+  static constexpr bool kScales = false;
+#endif
 
   static Vec constant(float a) { return broadcast(a); }
   static Vec fma(Vec a, Vec b, Vec c) { return genperf::fma(a, b, c); }
   static Vec sqrt(Vec a) { return genperf::sqrt(a); }
+#if defined(__AVX512F__)
+  // Of a NaN and a number, the instructions return the second operand.
+  static Vec at_least(Vec x, Vec bound) {
+    return Vec(_mm512_maskz_max_ps(0xffff, __m512(bound), __m512(x)));
+  }
+  static Vec at_most(Vec x, Vec bound) {
+    return Vec(_mm512_maskz_min_ps(0xffff, __m512(bound), __m512(x)));
+  }
+  // value * 2^exponent where x is not below the bound, else 0.
+  static Vec scaled_where_at_least(Vec x, float bound, Vec value, Vec exponent) {
+    return Vec(
+        _mm512_maskz_scalef_ps(not_below(x, broadcast(bound)), __m512(value), __m512(exponent)));
+  }
+#else
   static Vec at_least(Vec x, Vec bound) { return x < bound ? bound : x; }
   static Vec at_most(Vec x, Vec bound) { return x > bound ? bound : x; }
+#endif
+  template <class M>
+  static Vec select(M mask, Vec yes, Vec no) {
+    return mask ? yes : no;
+  }
   static Vec from_int(IVec a) { return __builtin_convertvector(a, Vec); }
   static UVec bits(Vec a) { return UVec(a); }
   static Vec from_bits(UVec a) { return Vec(a); }
@@ -237,20 +261,19 @@ struct Simd {
 struct SimdPairs {
   using U = uint64_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
-  static void multiply(U a, uint32_t b, U& low, U& high) {
+  static U product(U a, uint32_t b) {
 #if defined(__AVX512F__)
     // The masked form avoids a GCC warning about the undefined operand of the plain one.
-    low = U(_mm512_maskz_mul_epu32(0xff, __m512i(a), _mm512_set1_epi32(int(b))));
+    return U(_mm512_maskz_mul_epu32(0xff, __m512i(a), _mm512_set1_epi32(int(b))));
 #elif defined(__AVX2__)
-    low = U(_mm256_mul_epu32(__m256i(a), _mm256_set1_epi32(int(b))));
+    return U(_mm256_mul_epu32(__m256i(a), _mm256_set1_epi32(int(b))));
 #elif defined(__SSE2__)
-    low = U(_mm_mul_epu32(__m128i(a), _mm_set1_epi32(int(b))));
+    return U(_mm_mul_epu32(__m128i(a), _mm_set1_epi32(int(b))));
 #elif defined(__aarch64__)
-    low = U(vmull_u32(vmovn_u64(uint64x2_t(a)), vdup_n_u32(b)));
+    return U(vmull_u32(vmovn_u64(uint64x2_t(a)), vdup_n_u32(b)));
 #else
-    low = (a & 0xffffffffu) * uint64_t{b};
+    return (a & 0xffffffffu) * uint64_t{b};
 #endif
-    high = low >> 32;
   }
 };
 

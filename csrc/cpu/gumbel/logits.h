@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "cpu/common/draw.h"
 #include "cpu/common/elements.h"
@@ -16,6 +17,8 @@ namespace genperf {
 constexpr int64_t kGrain = 16384;  // logits per task
 constexpr int kTile = 512;         // positions per tile
 constexpr int kVectors = kTile / kLanes;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kClasses = 4 * kQuads;     // drawn side by side
 constexpr int kSumLength = 32 * kLanes;  // classes per float32 partial sum
 
 // The inputs, and tau in the form that the kernels use.
@@ -25,34 +28,49 @@ struct GumbelInputs {
   int64_t outer, classes, inner;
   uint64_t seed;
   int64_t first_row;  // of the noise
+  PairKeys keys;
   float inverse_tau;
 
   int64_t position(int64_t o, int64_t i) const { return o * inner + i; }
 
-  // Perturbed logits of classes first ... first + 3 for n positions starting at (o, i).
+  // Logits of classes first ... first + kClasses - 1, of which those past the last are -inf.
   template <class N>
-  void perturb(int64_t o, int64_t i, N n, int64_t first, const Vec (&l)[4], Vec (&s)[4]) const {
-    if (noise) {
-      for (int w = 0; w < 4; ++w)
-        s[w] = l[w] + (first + w < classes ? noise.at(o, first + w, i).get(0, n) : Vec{});
-      return;
-    }
+  [[gnu::always_inline]] Several<Vec, kClasses> read(int64_t o,
+                                                     int64_t i,
+                                                     N n,
+                                                     int64_t first) const {
+    return several<kClasses>([&](int w) __attribute__((always_inline)) {
+      return first + w < classes ? logits.at(o, first + w, i).get(0, n) : broadcast(-kInfinity);
+    });
+  }
+
+  // Perturbed logits of classes first ... first + kClasses - 1 for n positions starting at (o, i).
+  template <class N>
+  [[gnu::always_inline]] Several<Vec, kClasses> perturb(int64_t o,
+                                                        int64_t i,
+                                                        N n,
+                                                        int64_t first,
+                                                        const Several<Vec, kClasses>& l) const {
+    if (noise)
+      return several<kClasses>([&](int w) {
+        return l.at[w] + (first + w < classes ? noise.at(o, first + w, i).get(0, n) : Vec{});
+      });
     const Counters rows(first_row + position(o, i), lane_numbers());
-    const Words<Simd> words =
-        lane_words(split_low(first / 4), split_high(first / 4), rows.low, rows.high, seed);
-    for (int w = 0; w < 4; ++w)
-      s[w] = l[w] + gumbel<Simd>(words.word[w]);
+    const auto low = several<kQuads>([&](int) { return rows.low; });
+    const auto high = several<kQuads>([&](int) { return rows.high; });
+    // Fewer than 2^31 classes are fewer than 2^32 quads.
+    const auto words = lane_words<kQuads>(
+        uniform_pairs<kQuads>([&](int q) { return first / 4 + q; }),
+        uniform_pairs<kQuads>([](int) { return 0; }), pairs_of(low), pairs_of(high), keys);
+    const Several<Vec, kClasses> drawn = gumbels(words);
+    return several<kClasses>([&](int w) { return l.at[w] + drawn.at[w % 4 * kQuads + w / 4]; });
   }
 
   // Perturbed logits of one position, in order; `out` holds classes + kDrawn.
   void perturb_all(int64_t o, int64_t i, float* out) const {
     const Rows<T> row = logits.transposed().at(o, i, 0);
     if (!noise)
-      draw(seed, first_row + position(o, i), 0, classes, out,
-           [](const Words<Simd>& words, Vec(&values)[4]) {
-             for (int w = 0; w < 4; ++w)
-               values[w] = gumbel<Simd>(words.word[w]);
-           });
+      draw_gumbels(seed, first_row + position(o, i), 0, classes, out);
     const Rows<T> given = noise.transposed().at(o, i, 0);
     for (int64_t k = 0; k < classes; k += kLanes) {
       const int n = int(std::min<int64_t>(kLanes, classes - k));

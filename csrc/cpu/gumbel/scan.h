@@ -14,8 +14,7 @@ namespace genperf {
 
 // x - largest, bounded from below so that -inf times a zero probability does not give NaN.
 inline Vec relative_to(Vec x, Vec largest) {
-  const Vec difference = x - largest;
-  return difference < -88.0f ? broadcast(-88.0f) : difference;
+  return Simd::at_least(x - largest, broadcast(-88.0f));
 }
 
 // Where a is larger than b, or is the first NaN.
@@ -65,29 +64,37 @@ void scan_classes_of_tile(const GumbelInputs<T>& in,
                           int v) {
   constexpr int kBlock = 16;
   const int block = int(std::min<int64_t>(kBlock, in.classes - first));
-  Vec l[kBlock / 4][4], s[kBlock / 4][4];
+  Vec l[kBlock], s[kBlock];
   Vec largest = tile.largest[v], best = tile.best[v];
   UVec index = tile.index[v];
-  for (int k = 0; k < block; k += 4) {
-    auto& quad = l[k / 4];
-    for (int w = 0; w < 4; ++w)
-      quad[w] = k + w < block ? in.logits.at(o, first + k + w, i).get(0, n) : Vec{};
-    in.perturb(o, i, n, first + k, quad, s[k / 4]);
-    for (int w = 0; w < std::min(4, block - k); ++w) {
-      const Vec value = s[k / 4][w];
+  for (int k = 0; k < block; k += kClasses) {
+    const auto logits = in.read(o, i, n, first + k);
+    const auto perturbed = in.perturb(o, i, n, first + k, logits);
+    for (int w = 0; w < kClasses; ++w) {
+      const Vec value = perturbed.at[w];
+      l[k + w] = logits.at[w];
+      s[k + w] = value;
+      if (k + w >= block)
+        continue;
       const IVec better = is_better(value, best);
       best = better ? value : best;
       index = better ? UVec{} + uint32_t(first + k + w) : index;
-      largest = max(quad[w], largest);
+      largest = max(logits.at[w], largest);
     }
   }
   const Vec shift = relative_to(tile.largest[v], largest), factor = exp_or_zero<Simd>(shift);
   Vec sum{}, weighted{}, soft_sum{};  // sums of the block, which round less than one long sum
-  for (int k = 0; k < block; ++k) {
-    const Vec relative = relative_to(l[k / 4][k % 4], largest), e = exp_or_zero<Simd>(relative);
-    sum += e;
-    weighted = fma(e, relative, weighted);
-    soft_sum += exp_or_zero<Simd>((s[k / 4][k % 4] - finite_maximum(best)) * in.inverse_tau);
+  constexpr int kSide = kClasses / 2;
+  for (int k = 0; k < block; k += kSide) {
+    const auto relative = several<kSide>([&](int w) { return relative_to(l[k + w], largest); });
+    const auto soft =
+        several<kSide>([&](int w) { return (s[k + w] - finite_maximum(best)) * in.inverse_tau; });
+    const auto e = exp_or_zero<SeveralSimd<kClasses>>(joined(relative, soft));
+    for (int w = 0; w < kSide; ++w) {
+      sum += e.at[w];
+      weighted = fma(e.at[w], relative.at[w], weighted);
+      soft_sum += e.at[kSide + w];
+    }
   }
   const Vec soft_factor =
       exp_or_zero<Simd>((finite_maximum(tile.best[v]) - finite_maximum(best)) * in.inverse_tau);
