@@ -40,6 +40,8 @@ def results(op, x):
         out = genperf.residual_vector_quantize(x, torch.randn(2, 4, x.shape[1]))[0]
     elif op == "finite_scalar_quantize":
         out = genperf.finite_scalar_quantize(x, levels=[3] * x.shape[1])[0]
+    elif op == "lookup_free_quantize":
+        out = genperf.lookup_free_quantize(x, spherical=True)[0]  # else its gradient is the one that it gets
     elif op == "gaussian_sample":
         out = genperf.gaussian_sample(torch.cat([x, x]), torch.cat([x, x]))[0]
     elif op == "interpolate":
