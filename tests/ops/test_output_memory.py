@@ -43,7 +43,7 @@ def results(op, x):
     elif op == "lookup_free_quantize":
         out = genperf.lookup_free_quantize(x, spherical=True)[0]  # else its gradient is the one that it gets
     elif op == "gaussian_sample":
-        out = genperf.gaussian_sample(torch.cat([x, x]), torch.cat([x, x]))[0]
+        out = genperf.gaussian_sample(x, torch.zeros(x.shape))[0]
     elif op == "interpolate":
         out = genperf.interpolate(x, x.detach())
     else:
