@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._choices import Impl
-from ._autograd import Function, ValueOf, apply, can_view_within, differentiate, need_function, need_graph, saved_tensors, viewing
+from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph, saved_tensors
 from ._dispatch import Reasons, choose_impl, register_fake, remembered, streaming_unavailable
 from ._layout import Positions
 from ._precision import accumulator_dtype, clamp
@@ -153,21 +153,15 @@ def quantize_levels(
             f"(x {list(x.shape)}, channel_dim={channel_dim})."
         )
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype), x)
-    differentiable = chosen != "reference" and need_function(x)
-    within = differentiable and can_view_within(x)
-    positions = Positions(x.detach() if within else x, channel)
+    positions = Positions(x, channel)
     vectors, options = positions.vectors, (levels, symmetric, hard, indexed)
-    if within:
-        quantized, indices = apply(_FiniteScalarQuantizeViewing, x, *options, vectors.shape, channel)
+    if chosen == "reference":
+        quantized, indices = finite_scalar_quantize_reference(vectors, *options)
+    elif need_function(x):
+        quantized, indices = apply(_FiniteScalarQuantize, vectors, *options)
     else:
-        if chosen == "reference":
-            quantized, indices = finite_scalar_quantize_reference(vectors, *options)
-        elif differentiable:
-            quantized, indices = apply(_FiniteScalarQuantize, vectors, *options)
-        else:
-            quantized, indices = torch.ops.genperf.finite_scalar_quantize(vectors, *options)
-        quantized = positions.restore(quantized)
-    return quantized, positions.restore_indices(indices) if indexed else None
+        quantized, indices = torch.ops.genperf.finite_scalar_quantize(vectors, *options)
+    return positions.restore(quantized), positions.restore_indices(indices) if indexed else None
 
 
 @remembered
@@ -203,9 +197,6 @@ class _FiniteScalarQuantize(Function):
         else:
             grad_x = torch.ops.genperf.finite_scalar_quantize_backward(grad_quantized, x, levels, symmetric, hard)
         return grad_x, None, None, None, None
-
-
-_FiniteScalarQuantizeViewing = viewing(_FiniteScalarQuantize)
 
 
 def finite_scalar_quantize_reference(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._choices import Impl
-from ._autograd import Function, ValueOf, apply, can_view_within, differentiate, need_function, need_graph, saved_tensors, viewing
+from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph, saved_tensors
 from ._dispatch import Reasons, choose_impl, register_fake, remembered, streaming_unavailable
 from ._layout import Positions
 from ._validate import check_channel_dim, check_float, check_tensor
@@ -62,21 +62,15 @@ def lookup_free_quantize(
     check_bits(op, x.shape[channel])
     check_scale(op, scale)
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype), x)
-    differentiable = chosen != "reference" and need_function(x)
-    within = differentiable and can_view_within(x)
-    positions = Positions(x.detach() if within else x, channel)
+    positions = Positions(x, channel)
     vectors = positions.vectors
-    if within:
-        quantized, indices = apply(_LookupFreeQuantizeViewing, x, scale, spherical, vectors.shape, channel)
+    if chosen == "reference":
+        quantized, indices = lookup_free_quantize_reference(vectors, scale, spherical)
+    elif need_function(x):
+        quantized, indices = apply(_LookupFreeQuantize, vectors, scale, spherical)
     else:
-        if chosen == "reference":
-            quantized, indices = lookup_free_quantize_reference(vectors, scale, spherical)
-        elif differentiable:
-            quantized, indices = apply(_LookupFreeQuantize, vectors, scale, spherical)
-        else:
-            quantized, indices = torch.ops.genperf.lookup_free_quantize(vectors, scale, spherical)
-        quantized = positions.restore(quantized)
-    return quantized, positions.restore_indices(indices)
+        quantized, indices = torch.ops.genperf.lookup_free_quantize(vectors, scale, spherical)
+    return positions.restore(quantized), positions.restore_indices(indices)
 
 
 def lookup_free_decode(
@@ -166,9 +160,6 @@ class _LookupFreeQuantize(Function):
         else:
             grad_x = torch.ops.genperf.lookup_free_quantize_backward(grad_quantized, x, ctx.scale)
         return grad_x, None, None
-
-
-_LookupFreeQuantizeViewing = viewing(_LookupFreeQuantize)
 
 
 def lookup_free_quantize_reference(

@@ -18,12 +18,10 @@ from ._autograd import (
     ValueOf,
     apply,
     call,
-    can_view_within,
     differentiate,
     need_function,
     need_graph,
     saved_tensors,
-    viewing,
 )
 from ._dispatch import Reasons, choose_impl, implement_on_cuda, native_unavailable, register_fake, remembered
 from ._layout import Positions, as_positions, positions_shape
@@ -104,8 +102,7 @@ def residual_vector_quantize(
     check_mask(op, mask, x, channel)
     check_num_quantizers(op, num_quantizers, codebooks.shape[0], x.device)
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype), x, codebooks)
-    within = chosen == "native" and need_function(x, codebooks) and can_view_within(x)
-    positions = Positions(x.detach() if within else x, channel)
+    positions = Positions(x, channel)
     quantized, indices, losses = quantize_residual(
         positions.vectors,
         codebooks,
@@ -114,10 +111,8 @@ def residual_vector_quantize(
         metric,
         ResidualOptions(codebook_weight, commitment_weight, gradient == "rotation"),
         chosen,
-        (x, channel) if within else None,
     )
-    quantized = quantized if within else positions.restore(quantized)
-    return quantized, positions.restore_indices(indices, codebooks.shape[0]), losses
+    return positions.restore(quantized), positions.restore_indices(indices, codebooks.shape[0]), losses
 
 
 class ResidualOptions(NamedTuple):
@@ -139,14 +134,8 @@ def quantize_residual(
     metric: Metric,
     options: ResidualOptions,
     impl: Impl,
-    source: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [outer, D, inner], [outer, inner, Q], [Q]
-    """`residual_vector_quantize` of checked arguments.
-
-    Args:
-        source: the tensor [..., D, ...] that x is a view of and its channel dimension, for which `can_view_within`; only with the native
-            implementation. It gets the gradient in place of x, and quantized has its shape.
-    """
+    """`residual_vector_quantize` of checked arguments."""
     total = codebooks.shape[0]
     used = num_quantizers if isinstance(num_quantizers, int) else total
     limit = num_quantizers if isinstance(num_quantizers, Tensor) else None
@@ -154,9 +143,6 @@ def quantize_residual(
     if impl != "native":
         indices = _search_levels(x.detach(), codes.detach(), mask, limit, metric, impl)
         quantized, losses = _quantize_reference(x, codes, indices, *options)
-    elif source is not None:
-        whole, channel = source
-        quantized, indices, losses, _ = apply(_ResidualViewing, whole, codes, mask, limit, metric, *options, x.shape, channel)
     elif need_function(x, codes):
         quantized, indices, losses, _ = apply(_ResidualVectorQuantize, x, codes, mask, limit, metric, *options)
     else:
@@ -315,9 +301,6 @@ class _ResidualVectorQuantize(Function):
                 grad_losses, x, codebooks, indices, valid, codebook_weight
             )
         return grad_x, grad_codebooks, *rest
-
-
-_ResidualViewing = viewing(_ResidualVectorQuantize)
 
 
 def _code_of(codebook: Tensor, indices: Tensor) -> Tensor:

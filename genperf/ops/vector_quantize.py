@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._choices import Gradient, Impl, Metric
-from ._autograd import Function, ValueOf, apply, can_view_within, differentiate, need_function, need_graph, saved_tensors, viewing
+from ._autograd import Function, ValueOf, apply, differentiate, need_function, need_graph, saved_tensors, viewing
 from ._dispatch import Reasons, choose_impl, native_unavailable, register_fake, remembered
 from ._layout import Positions, as_one_codebook
 from ._precision import accumulator_dtype
@@ -81,22 +81,15 @@ def vector_quantize(
         check_indices(op, indices, x, channel, codebook.shape[0])
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype), x, codebook)
 
-    within = chosen == "native" and need_function(x, codebook) and can_view_within(x)
-    positions = Positions(x.detach() if within else x, channel)
+    positions = Positions(x, channel)
     vectors, mask = positions.vectors, positions.view_mask(mask)
     if indices is None:
         found = search(vectors.detach(), codebook.detach(), mask, metric, chosen)
     else:
         found = indices.reshape(positions.outer, positions.inner).contiguous()
         found = found if mask is None else found.masked_fill(~mask, -1)
-    weights = codebook_weight, commitment_weight
-    if within:
-        options = *weights, gradient == "rotation", vectors.shape, channel
-        quantized, loss, _ = apply(_VectorQuantizeViewing, x, codebook, found, *options)
-    else:
-        quantized, loss = quantize(vectors, codebook, found, *weights, gradient, chosen)
-        quantized = positions.restore(quantized)
-    return quantized, positions.restore_indices(found), loss
+    quantized, loss = quantize(vectors, codebook, found, codebook_weight, commitment_weight, gradient, chosen)
+    return positions.restore(quantized), positions.restore_indices(found), loss
 
 
 def quantize(
