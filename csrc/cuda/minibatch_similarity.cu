@@ -58,6 +58,30 @@ __device__ void load_tile(const Params& p,
   }
 }
 
+// part = the L1 distances of this thread's pairs in `count` channels of the tiles, from c on: of
+// four channels, of which those past the last count as 0, as a tree.
+__device__ void distances_of_four(const Tiles& tiles,
+                                  int c,
+                                  int count,
+                                  int own_quad,
+                                  int other_quad,
+                                  float (&part)[kPairs][kPairs]) {
+  Quad a[4], b[4];
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    a[n] = n < count ? quad_at(tiles.own[c + n], own_quad) : Quad{};
+    b[n] = n < count ? quad_at(tiles.other[c + n], other_quad) : Quad{};
+  }
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const auto difference = [&](int n) { return fabsf(a[n].values[i] - b[n].values[j]); };
+      part[i][j] = (difference(0) + difference(1)) + (difference(2) + difference(3));
+    }
+  }
+}
+
 // The similarities of this thread's pairs, with 0 for a sample and itself and past the end. The
 // caller synchronizes before the tiles are written again.
 template <typename T, typename Params>
@@ -69,6 +93,12 @@ __device__ void compare(const Params& p,
                         float (&similarity)[kPairs][kPairs]) {
   const int own_quad = threadIdx.x / kSide;
   const int other_quad = threadIdx.x % kSide;
+  // As on the CPU: if there are more than two sums of eight channels, what rounding takes from
+  // their sum is kept, so that the error does not grow with the number of channels.
+  constexpr int kStep = 8;
+  static_assert(kChunk % kStep == 0);
+  const bool compensated = p.channels > 2 * kStep;
+  float lost[kPairs][kPairs] = {};
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
 #pragma unroll
@@ -83,14 +113,25 @@ __device__ void compare(const Params& p,
     load_tile<T>(p, kernel, other, first, tiles.other);
     __syncthreads();
     const int count = width_of(p.channels, first);
-    for (int c = 0; c < count; ++c) {
-      const Quad a = quad_at(tiles.own[c], own_quad);
-      const Quad b = quad_at(tiles.other[c], other_quad);
+    for (int c = 0; c < count; c += kStep) {
+      float part[kPairs][kPairs], second[kPairs][kPairs] = {};
+      distances_of_four(tiles, c, count - c, own_quad, other_quad, part);
+      if (c + kStep / 2 < count) {
+        distances_of_four(tiles, c + kStep / 2, count - c - kStep / 2, own_quad, other_quad,
+                          second);
+      }
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
 #pragma unroll
-        for (int j = 0; j < kPairs; ++j)
-          similarity[i][j] += fabsf(a.values[i] - b.values[j]);
+        for (int j = 0; j < kPairs; ++j) {
+          const float before = similarity[i][j], added = part[i][j] + second[i][j];
+          const float total = before + added;
+          if (compensated) {
+            const float arrived = total - before;
+            lost[i][j] += (before - (total - arrived)) + (added - arrived);
+          }
+          similarity[i][j] = total;
+        }
       }
     }
   }
@@ -100,6 +141,8 @@ __device__ void compare(const Params& p,
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       const int64_t column = other + other_quad * kPairs + j;
+      if (lost[i][j] == lost[i][j])  // that of an infinite sum is NaN
+        similarity[i][j] += lost[i][j];
       similarity[i][j] = row != column && column < p.samples ? expf(-similarity[i][j]) : 0.0f;
     }
   }

@@ -57,6 +57,15 @@ def check_similarity(library: ctypes.CDLL) -> None:
         assert_close(name, similarity, exact, exact * (1 + features.shape[2]), 2e-7)
 
 
+def check_error_does_not_grow_with_the_channels(library: ctypes.CDLL) -> None:
+    """Two samples at a distance of about 1, whose rounding is that of one number, not of a sum of 3000."""
+    features = torch.rand(2, 3, 3000, generator=torch.Generator().manual_seed(0)) * 1e-3
+    similarity = torch.zeros(2, 3)
+    run(library.minibatch_similarity, MinibatchSimilarityParams, features, similarity=similarity)
+    exact = exact_similarity(features.double())
+    assert_close("many channels", similarity, exact, exact, 2e-7)
+
+
 def check_backward(library: ctypes.CDLL) -> None:
     for name, features, generator in cases():
         grad = torch.randn(features.shape[:2], generator=generator).to(features.dtype)
