@@ -15,6 +15,8 @@
 namespace genperf {
 namespace {
 
+constexpr int64_t kFewDims = 16;
+
 // Scores the codes of one query's candidate blocks again, and compares those within the bound in
 // float64.
 template <class T, class C>
@@ -59,13 +61,57 @@ void score_blocks(const PanelSearch<T, C>& search,
   search.accept(s.positions[query], nearest);
 }
 
+// The same for few dimensions and blocks with one bound. The scores are bitwise those of the first
+// pass, so its largest one gives the threshold, and a query does not wait for its own scores.
+template <class T, class C>
+void compare_blocks(const PanelSearch<T, C>& search,
+                    SearchScratch& s,
+                    int query,
+                    const float* z,
+                    float threshold,
+                    const int32_t* blocks,
+                    int64_t count) {
+  constexpr int kVecs = 2 * kGroup / kLanes;  // of two groups
+  const CodePanel& panel = *search.panel;
+  const Vec least = broadcast(threshold);
+  typename PanelSearch<T, C>::BestCode nearest(search, s.offsets[query]);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t g = 0; g < panel.block_groups; g += 2) {
+      const int64_t first = (blocks[i] * panel.block_groups + g) * kGroup;
+      Vec score[kVecs];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v)
+        score[v] = load(panel.bias.get() + first + v * kLanes);
+      for (int64_t d = 0; d < panel.dim; ++d) {
+        const Vec component = broadcast(z[d * kTile]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) {
+          const int64_t group = v * kLanes / kGroup, lane = v * kLanes % kGroup;
+          const float* values = panel.values.get() + first * panel.dim;
+          score[v] =
+              fma(load(values + (group * panel.dim + d) * kGroup + lane), component, score[v]);
+        }
+      }
+      uint32_t bits = 0;
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v)
+        bits |= not_below(score[v], least) << (v * kLanes);
+      for (; bits; bits &= bits - 1)
+        if (first + __builtin_ctz(bits) < panel.codes)
+          nearest.offer(first + __builtin_ctz(bits));
+    }
+  search.accept(s.positions[query], nearest);
+}
+
 // Calls f(lane, block) for the blocks that can hold the nearest code of queries first ... first +
-// kLanes - 1, from the maxima [blocks, kTile] of the tile.
+// kLanes - 1, from the maxima [blocks, kTile] of the tile. Writes what their scores are not below,
+// if the blocks have one bound.
 template <class F>
 void for_each_candidate(const CodePanel& panel,
                         const ErrorBounds& bounds,
                         const float* maxima,
                         int first,
+                        float* thresholds,
                         const F& f) {
   maxima += first;
   const auto for_each = [&](Vec threshold, const auto& highest) {
@@ -78,7 +124,9 @@ void for_each_candidate(const CodePanel& panel,
     const auto highest = [&](int64_t block) { return load(maxima + block * kTile); };
     for (int64_t block = 0; block < panel.blocks(); ++block)
       best = max(best, highest(block));
-    for_each(best - load(bounds.coarse + first), highest);
+    const Vec threshold = best - load(bounds.coarse + first);
+    store(thresholds + first, threshold);
+    for_each(threshold, highest);
     return;
   }
   const auto error = [&](int64_t block) {
@@ -108,16 +156,22 @@ void search_fp32(const PanelSearch<T, C>& search, int count, SearchScratch& s) {
     const float* z = tile_z(t);
     const ErrorBounds bounds = error_bounds(z, panel);
     int64_t candidates[kTile] = {};
+    float thresholds[kTile];
     for (int first = 0; first < kTile; first += kLanes)
-      for_each_candidate(panel, bounds, tile_maxima(t), first, [&](int lane, int64_t block) {
-        s.candidate_blocks[lane * panel.blocks() + candidates[lane]++] = int32_t(block);
-      });
-    for (int lane = 0; lane < std::min(kTile, count - t * kTile); ++lane)
+      for_each_candidate(
+          panel, bounds, tile_maxima(t), first, thresholds, [&](int lane, int64_t block) {
+            s.candidate_blocks[lane * panel.blocks() + candidates[lane]++] = int32_t(block);
+          });
+    for (int lane = 0; lane < std::min(kTile, count - t * kTile); ++lane) {
+      const int query = t * kTile + lane;
+      const int32_t* blocks = s.candidate_blocks.get() + lane * panel.blocks();
       if (bounds.has_nan[lane])
-        search.accept_first(s.positions[t * kTile + lane]);
+        search.accept_first(s.positions[query]);
+      else if (!panel.uneven_blocks && panel.dim <= kFewDims)
+        compare_blocks(search, s, query, z + lane, thresholds[lane], blocks, candidates[lane]);
       else
-        score_blocks(search, s, t * kTile + lane, z + lane, bounds, lane,
-                     s.candidate_blocks.get() + lane * panel.blocks(), candidates[lane]);
+        score_blocks(search, s, query, z + lane, bounds, lane, blocks, candidates[lane]);
+    }
   }
 }
 
