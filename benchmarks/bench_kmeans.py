@@ -17,11 +17,12 @@ from measure import measure, skip_too_large  # isort: skip
 from workloads import Workload  # isort: skip
 
 ITERATIONS = 10
-# Initial codebooks of quantizers, with many and with few points for each code, and a coarse quantizer of an index.
+# Initial codebooks of quantizers, with many and with few points for each code, a coarse quantizer of an index, identifiers of embeddings.
 CLUSTERINGS = (
     Workload("VQ-VAE", 16384, 512, 64),
     Workload("TiTok", 16384, 4096, 12),
     Workload("coarse quantizer", 65536, 1024, 64),
+    Workload("embeddings", 100000, 1024, 128),
 )
 
 

@@ -19,7 +19,7 @@ _SHOWN = (
         "gumbel_sample",
         "hard, 256-dimensional codes, forward and backward, [2, 8192, 32, 32]",
     ),
-    ("`kmeans`, 10 iterations", "65,536 vectors, 1,024 codes, D 64", "kmeans", "coarse quantizer, N = 65536, K = 1024, D = 64"),
+    ("`kmeans`, 10 iterations", "100,000 vectors, 1,024 codes, D 128", "kmeans", "embeddings, N = 100000, K = 1024, D = 128"),
     ("`gaussian_sample`, forward and backward", "[64, 8, 64, 64]", "gaussian_sample", "forward and backward, [64, 8, 64, 64]"),
     ("`gradient_norm_penalty`, forward and backward", "[64, 3, 64, 64]", "gradient_norm_penalty", "forward and backward, [64, 3, 64, 64]"),
     ("`frechet_distance`, float64", "2,048 features", "frechet_distance", "full rank, float64, D = 2048"),
