@@ -19,9 +19,13 @@
 namespace genperf {
 namespace {
 
+// Components of candidates from which on it pays to wait for the score of the best one.
+constexpr int64_t kMinBestFirst = 4000;
+
 // Scores the codes of a query's candidate maxima again, and compares those within the bound in
 // float64. `maxima` are those of the query, kRows rows of 16 apart. The codes of the largest one
-// come first: where the bounds of the scores are wide, their scores leave out most of the others.
+// come first where the bounds of the scores are wide and there is much to score: their scores leave
+// out most of the others.
 template <class Queries, class T, class C>
 void score_codes(const PanelSearch<T, C>& search,
                  SearchScratch& s,
@@ -63,23 +67,27 @@ void score_codes(const PanelSearch<T, C>& search,
     return std::max(std::max(best[0], best[1]), std::max(best[2], best[3]));
   };
   if constexpr (Queries::kWideBounds) {
-    int64_t first = -1;
-    for_each_place([&](int64_t place) {
-      if (first < 0 || maximum(place) > maximum(first))
-        first = place;
-    });
-    if (first >= 0)
+    int64_t places = 0;
+    for (int64_t word = 0; word < words; ++word)
+      places += __builtin_popcountll(candidates[word]);
+    if (places * panel.block_groups * panel.dim >= kMinBestFirst) {
+      int64_t first = -1;
+      for_each_place([&](int64_t place) {
+        if (first < 0 || maximum(place) > maximum(first))
+          first = place;
+      });
       list(first);
-    const float top = score_listed();
-    const float least =
-        queries.least_maximum(lane, search.cosine ? top : top - search.distance_offset, panel);
-    for_each_place([&](int64_t place) {
-      if (place != first && !(maximum(place) < least))
-        list(place);
-    });
-  } else {
-    for_each_place(list);
+      const float top = score_listed();
+      const float least =
+          queries.least_maximum(lane, search.cosine ? top : top - search.distance_offset, panel);
+      for_each_place([&](int64_t place) {
+        if (place != first && !(maximum(place) < least))
+          list(place);
+      });
+    }
   }
+  if (listed == 0)
+    for_each_place(list);
   const float top = score_listed();
   const float threshold = search.cosine ? top - queries.bounds.fine[lane]
                                         : top * search.distance_factor - search.distance_offset;
