@@ -14,6 +14,7 @@ The second table has the parts that these calls share, each beside what it repla
 """
 
 import argparse
+import contextlib
 import functools
 import gc
 import sys
@@ -215,11 +216,20 @@ def _seconds(call: Callable[[], Any], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def costs(chosen: Callable[[str], bool] = lambda name: True, rounds: int = ROUNDS) -> Iterator[Cost]:
-    """Verify and time forward without a gradient, then forward with backward, of every case that is chosen."""
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def costs(chosen: Callable[[str], bool] = lambda name: True, rounds: int = ROUNDS) -> Iterator[Cost]:
+    """Verify and time forward without a gradient, then forward with backward, of every case that is chosen."""
+    with one_thread():
         for case in cases():
             if not chosen(case.name):
                 continue
@@ -238,8 +248,6 @@ def costs(chosen: Callable[[str], bool] = lambda name: True, rounds: int = ROUND
                         calls.append(step_of(empty_case(case)))
                     call_time, kernel_time, *function = in_turn(*calls, rounds=rounds)
                 yield Cost(case.name, name, call_time, kernel_time, goal if case.is_op else None, *function)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _without_gradient(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -328,15 +336,11 @@ def _moved(x: Tensor) -> Tensor:
 
 def part_rows(rounds: int = ROUNDS) -> Iterator[dict[str, str]]:
     """Time each part and what it replaces, in turn, on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for part in parts():
             times = in_turn(part.call, *(() if part.earlier is None else (part.earlier,)), rounds=rounds)
             shown = [f"{value:.1f}" for value in times] + [""]
             yield {"part": part.name, "us": shown[0], "in place of": part.replaced, "its us": shown[1]}
-    finally:
-        torch.set_num_threads(threads)
 
 
 def main() -> int:

@@ -13,10 +13,15 @@ class UserError(Exception):
     """An invalid input or option. The message is a full sentence; the command line prints it and exits with code 2."""
 
 
-def reason(error: BaseException) -> str:
-    """Why an operation failed: the first line of the exception's message, shortened and without a period, or else the name of its class."""
-    message = (error.strerror if isinstance(error, OSError) else None) or str(error).strip() or type(error).__name__
-    line = message.splitlines()[0].rstrip(".")
+def reason(error: BaseException, *, with_class: bool = False) -> str:
+    """Why an operation failed: the first line of the exception's message, shortened and without a period, or else the name of its class.
+
+    The name of the class comes first if asked for, and of a KeyError, whose message is the key alone.
+    """
+    name = type(error).__name__
+    line = ((error.strerror if isinstance(error, OSError) else None) or str(error).strip() or name).splitlines()[0].rstrip(".")
+    if (with_class or isinstance(error, KeyError)) and line != name:
+        line = f"{name}: {line}"
     return line if len(line) <= 300 else f"{line[:300]} ..."
 
 

@@ -20,6 +20,14 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, undone after the test."""
+    threads = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(threads)
+
+
 # They take minutes, and the file that starts last runs alone.
 FIRST = ("test_library.py", "test_sanitizers.py", "test_distributed_training.py")
 

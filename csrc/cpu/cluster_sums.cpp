@@ -170,6 +170,12 @@ const T* data_of(const std::optional<Tensor>& t) {
   return t.has_value() ? static_cast<const T*>(t->data_ptr()) : nullptr;
 }
 
+void check_sums(const Tensor& sums) {
+  STD_TORCH_CHECK(sums.dim() == 3 && sums.size(0) == 2 && sums.size(1) > 0 &&
+                      sums.is_contiguous() && sums.scalar_type() == ScalarType::Double,
+                  "sums must be [2, K, D + 1] in float64, contiguous");
+}
+
 // Sums [2, K, D + 1] in float64, high and low parts, of weight * scale * x for each code, with the
 // sum of the weights in the last column. Adds the vectors, or with `before`, where `sums` hold the
 // vectors at those codes, moves the ones whose code is another. limits holds the largest magnitudes
@@ -183,10 +189,8 @@ void cluster_sums_add(Tensor sums,
                       const Tensor& limits,
                       int64_t total) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [outer, D, inner]");
-  STD_TORCH_CHECK(sums.dim() == 3 && sums.size(0) == 2 && sums.size(1) > 0 &&
-                      sums.size(2) == x.size(1) + 1 && sums.is_contiguous() &&
-                      sums.scalar_type() == ScalarType::Double,
-                  "sums must be [2, K, D + 1] in float64, contiguous");
+  check_sums(sums);
+  STD_TORCH_CHECK(sums.size(2) == x.size(1) + 1, "sums must be [2, K, D + 1], with the D of x");
   STD_TORCH_CHECK(
       limits.scalar_type() == ScalarType::Double && limits.numel() == 2 && limits.is_contiguous(),
       "limits must be two float64");
@@ -231,9 +235,7 @@ Tensor cluster_sums(const Tensor& x,
 
 // Means [K, D] of such sums, the code of `otherwise` where a code has no weight.
 Tensor cluster_means(const Tensor& sums, const Tensor& otherwise) {
-  STD_TORCH_CHECK(sums.dim() == 3 && sums.size(0) == 2 && sums.is_contiguous() &&
-                      sums.scalar_type() == ScalarType::Double,
-                  "sums must be [2, K, D + 1] in float64, contiguous");
+  check_sums(sums);
   const int64_t codes = sums.size(1), dim = sums.size(2) - 1;
   STD_TORCH_CHECK(otherwise.dim() == 2 && otherwise.size(0) == codes && otherwise.size(1) == dim &&
                       otherwise.is_contiguous(),

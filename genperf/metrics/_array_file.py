@@ -84,8 +84,7 @@ class ArrayFile:
 
     def _unreadable(self, error: Exception) -> ValueError:
         rule = f"{self.path} must be an .npz, .npy, .pkl or .pt file of arrays"
-        why = f"KeyError: {error}" if isinstance(error, KeyError) else reason(error)  # the message of a KeyError is the key alone
-        return ValueError(f"{self.owner}: {rule}, got one that cannot be read: {why}.")
+        return ValueError(f"{self.owner}: {rule}, got one that cannot be read: {reason(error)}.")
 
     def __enter__(self) -> "ArrayFile":
         return self

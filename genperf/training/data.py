@@ -167,7 +167,7 @@ def _labels(paths: list[tuple[str, ...]], read: Callable[[], bytes] | None, sour
             listed = None if parsed["labels"] is None else dict(parsed["labels"])
             return None if listed is None else np.array([listed["/".join(parts)] for parts in paths])
     except Exception as error:
-        raise UserError(f"{source!r} must hold the label of every image: {type(error).__name__}: {reason(error)}.") from error
+        raise UserError(f"{source!r} must hold the label of every image: {reason(error, with_class=True)}.") from error
     return None if any(len(parts) == 1 for parts in paths) else np.unique([parts[0] for parts in paths], return_inverse=True)[1]
 
 

@@ -81,18 +81,14 @@ def test_what_the_kernel_cannot_write_is_left_to_pytorch():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_result_does_not_depend_on_the_number_of_threads(threads):
-    before = torch.get_num_threads()
+def test_result_does_not_depend_on_the_number_of_threads(threads, set_threads):
     found = state(torch.float32)
     large = [t.repeat(64, *[1] * (t.dim() - 1)) for t in found]
     expected = [t.clone() for t in large]
-    try:
-        torch.set_num_threads(1)
-        run_kernel(*expected, 0.9, 1e-5, normalize=True, follow=True)
-        torch.set_num_threads(threads)
-        run_kernel(*large, 0.9, 1e-5, normalize=True, follow=True)
-    finally:
-        torch.set_num_threads(before)
+    set_threads(1)
+    run_kernel(*expected, 0.9, 1e-5, normalize=True, follow=True)
+    set_threads(threads)
+    run_kernel(*large, 0.9, 1e-5, normalize=True, follow=True)
     assert all(map(torch.equal, large, expected))
 
 

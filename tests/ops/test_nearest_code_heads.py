@@ -132,16 +132,12 @@ def test_no_vectors(device):
     assert genperf.nearest_code(codebook[:, 2], codebook).tolist() == [2, 2, 2]
 
 
-def test_threads_have_no_effect(device):
+def test_threads_have_no_effect(device, set_threads):
     x, codebook = heads_of("near_ties", 3, 500, 200, 24, torch.float32, device)
     whole = genperf.nearest_code(x, codebook)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            assert torch.equal(genperf.nearest_code(x, codebook), whole)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 5):
+        set_threads(count)
+        assert torch.equal(genperf.nearest_code(x, codebook), whole)
 
 
 @pytest.mark.once

@@ -106,18 +106,14 @@ def test_values_that_overflow_or_vanish(device):
     check(x, torch.full_like(codebook, float("inf")))
 
 
-def test_layouts_masks_heads_and_threads_have_no_effect(device):
+def test_layouts_masks_heads_and_threads_have_no_effect(device, set_threads):
     x, codebook = normal(2, 3, 24, 32).to(device), normal(CODES[3], 3, seed=1).to(device)
     mask = torch.rand(2, 24, 32, generator=torch.Generator().manual_seed(2)).to(device) < 0.7
     rows = x.movedim(1, -1).reshape(-1, 3)
     expected = genperf.nearest_code(rows, codebook, impl="reference")
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            assert torch.equal(genperf.nearest_code(rows, codebook), expected)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 5):
+        set_threads(count)
+        assert torch.equal(genperf.nearest_code(rows, codebook), expected)
     assert torch.equal(genperf.nearest_code(x, codebook, channel_dim=1).flatten(), expected)
     assert torch.equal(genperf.nearest_code(x.contiguous(memory_format=torch.channels_last), codebook, channel_dim=1).flatten(), expected)
     for part in (rows[:200], rows[200:]):  # too few for a tree, and the others
