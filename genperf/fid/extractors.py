@@ -99,7 +99,10 @@ def load_extractor(name: str, *, pixels: str | None, weights: Path | None, devic
     if name == "inception":
         if pixels not in (None, "uint8"):
             raise UserError(f"--pixels must be uint8 for --extractor inception, got {pixels}.")
-        return Extractor(name, _inception(weights), pixels="uint8", device=device)
+        inception = _inception(weights)
+        if device.type == "cpu":  # oneDNN's convolutions take 0.6 of the time there
+            inception = inception.to(memory_format=torch.channels_last)
+        return Extractor(name, inception, pixels="uint8", device=device)
     if name in PRETRAINED:
         if pixels not in (None, "unit"):
             raise UserError(f"--pixels must be unit for --extractor {name}, got {pixels}.")
