@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Memory of large results. The allocator returns it to the system when a result is freed, and takes
-// it anew in the next call: a page fault for every 4 KiB, which can take longer than the kernel.
+// it anew in the next call: a page fault for every page, which can take longer than the kernel.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,6 +12,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace genperf {
@@ -20,11 +21,12 @@ namespace genperf {
 // does so too. Where the system has none, nothing changes.
 inline void use_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kLarge = size_t(1) << 22, kPage = 4096;
+  constexpr size_t kLarge = size_t(1) << 22;
   if (bytes < kLarge)
     return;
-  const size_t skipped = -reinterpret_cast<uintptr_t>(data) % kPage;
-  madvise(static_cast<char*>(data) + skipped, (bytes - skipped) / kPage * kPage, MADV_HUGEPAGE);
+  const size_t page = size_t(sysconf(_SC_PAGESIZE));  // on aarch64 up to 64 KiB
+  const size_t skipped = -reinterpret_cast<uintptr_t>(data) % page;
+  madvise(static_cast<char*>(data) + skipped, (bytes - skipped) / page * page, MADV_HUGEPAGE);
 #else
   (void)data;
   (void)bytes;
