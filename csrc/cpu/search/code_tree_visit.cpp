@@ -8,8 +8,13 @@ namespace {
 
 constexpr int kVecs = kLeaf / kLanes;
 
+// Of numbers.
 inline Vec min(Vec a, Vec b) {
+#if defined(__aarch64__)
+  return Vec(vminnmq_f32(float32x4_t(a), float32x4_t(b)));
+#else
   return a < b ? a : b;
+#endif
 }
 
 // The smallest lane, in all lanes.
