@@ -330,7 +330,7 @@ class VectorQuantizer(nn.Module):
         options = *weights, self.gradient, self.metric, queries, codes, (x, positions.channel) if within else None
         quantized, indices, loss = quantize_codebooks(vectors, learned, valid, indices, *options)
         if (updates or (self.training and self.sample_temperature > 0)) and may_run_again():
-            self._steps.record(queries, Step(codes.detach(), indices))
+            self._steps.record(queries, Step(codes.detach(), indices), loss)
 
         error, diversity, orthogonal = loss, None, None
         if self.training and self.diversity_weight > 0:

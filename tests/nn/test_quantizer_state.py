@@ -2,11 +2,12 @@
 """What reaches the codes of a quantizer and its averages, and what does not: overflow, casts, second runs, codes from outside."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import genperf
 from genperf.compat.vector_quantize_pytorch import GroupedResidualVQ, ResidualVQ, VectorQuantize
@@ -110,16 +111,54 @@ def test_gradient_checkpointing_counts_a_step_once(make, use_reentrant):
     torch.testing.assert_close(*results)
 
 
-def test_two_checkpointed_forwards_before_one_backward():
+TWICE = {
+    "ema": LAYERS["ema"],
+    "sampled": CHECKPOINTED["sampled"],
+    "residual, dropout": CHECKPOINTED["residual, dropout"],
+    "VectorQuantize, sampled": lambda: VectorQuantize(4, 16, decay=0.9, stochastic_sample_codes=True, sample_codebook_temp=1.0),
+    "ResidualVQ, dropout": CHECKPOINTED["ResidualVQ, dropout"],
+}
+
+
+def recompute_all(context, op, *args, **kwargs):
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("make", TWICE.values(), ids=TWICE)
+def test_two_checkpointed_forwards_before_one_backward(make, alike):
     results = []
-    for checkpointed in (False, True):
+    for options in (None, {}, {"context_fn": partial(create_selective_checkpoint_contexts, recompute_all)}):
         torch.manual_seed(0)
-        layer = VectorQuantizer(16, 4, decay=0.5)
+        layer = make()
         inputs = [batch(step).requires_grad_() for step in range(2)]
-        outputs = [checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x) for x in inputs]
-        sum(quantized.square().sum() + 10 * loss for quantized, _, loss in outputs).backward()
-        results.append(([x.grad for x in inputs], layer.state_dict()))
-    torch.testing.assert_close(*results)
+        if alike:  # but for vectors between those that the memory of steps looks at, and one with NaN
+            vectors = torch.zeros(2, 256, 4)
+            vectors[1, 5] = 1
+            vectors[:, 8] = float("nan")
+            inputs = list(vectors.requires_grad_().unbind())
+        torch.manual_seed(1)
+        outputs = [layer(x) if options is None else checkpoint(layer, x, use_reentrant=False, **options) for x in inputs]
+        sum(quantized.nan_to_num().square().sum() + 10 * loss.nan_to_num().sum() for quantized, _, loss in outputs).backward()
+        gradients = vectors.grad if alike else torch.stack([x.grad for x in inputs])
+        results.append((gradients, layer.state_dict()))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], equal_nan=True)
+
+
+@pytest.mark.parametrize("make", TWICE.values(), ids=TWICE)
+def test_steps_that_are_not_run_again_are_not_kept(make):
+    layer, encoder = make(), torch.nn.Linear(4, 4)
+    for step in range(3):
+        with torch.no_grad():  # as the discriminator's step of a GAN calls the generator
+            layer(encoder(batch(step)))
+    assert not layer._steps._steps
+    for step in range(3):
+        with torch.autograd.graph.save_on_cpu():  # hooks, as gradient checkpointing has
+            quantized = layer(encoder(batch(step)))[0]
+        quantized.sum().backward()
+        del quantized
+    assert len(layer._steps._steps) <= 1
 
 
 @each("ema", "data", "kmeans", "cosine", "residual", "VectorQuantize", "VectorQuantize, kmeans")
