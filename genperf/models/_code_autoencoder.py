@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._convolutional import DOWNSAMPLING
 from .index_prior import IndexPrior
 from .system import System, SystemConfig, option
 
@@ -33,6 +34,7 @@ class CodeAutoencoder(System):
     """
 
     config: Any
+    downsampling = DOWNSAMPLING
 
     def check_prior_options(self) -> None:
         """Raise ValueError for invalid options of the priors."""

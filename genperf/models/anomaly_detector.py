@@ -42,6 +42,7 @@ class AnomalyDetector(DenoisingAutoencoder):
 
     Config = AnomalyDetectorConfig
     config: AnomalyDetectorConfig
+    downsampling = 1
     threshold: Tensor
 
     def __init__(self, config: AnomalyDetectorConfig | None = None) -> None:
@@ -50,7 +51,7 @@ class AnomalyDetector(DenoisingAutoencoder):
 
     def build_networks(self) -> tuple[nn.Module, nn.Module]:
         config = self.config
-        check_divisible("AnomalyDetector", config.image_shape, 1)
+        check_divisible("AnomalyDetector", config.image_shape, self.downsampling)
         for name in ("hidden", "dim"):
             if getattr(config, name) < 1:
                 raise ValueError(f"AnomalyDetector: {name} must be at least 1, got {getattr(config, name)}.")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._typing import signature_of
-from ._convolutional import check_convolutional, vector_decoder, vector_encoder
+from ._convolutional import DOWNSAMPLING, check_convolutional, vector_decoder, vector_encoder
 from .system import System, SystemConfig, evaluating, option
 
 
@@ -38,6 +38,7 @@ class Autoencoder(System):
 
     Config = AutoencoderConfig
     config: AutoencoderConfig
+    downsampling = DOWNSAMPLING
 
     def __init__(self, config: AutoencoderConfig | None = None) -> None:
         super().__init__(config)

@@ -68,7 +68,6 @@ class GAN(System):
     Config = GANConfig
     config: GANConfig
     players = ("discriminator", "generator")
-    downsampling = 1
 
     def __init__(self, config: GANConfig | None = None) -> None:
         super().__init__(config)

@@ -4,7 +4,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +57,9 @@ class LAPGAN(System):
         config = self.config
         self.pyramid = LaplacianPyramid(config.levels, config.kernel)
         channels, *sides = config.image_shape
-        if channels < 1 or min(sides) < 2 ** (config.levels + 1):
+        if channels < 1 or min(sides) < self.least_side(config):
             raise ValueError(
-                f"LAPGAN: images must have at least 1 channel and sides of at least {2 ** (config.levels + 1)} for "
+                f"LAPGAN: images must have at least 1 channel and sides of at least {self.least_side(config)} for "
                 f"{config.levels} levels, got {list(config.image_shape)}."
             )
         if not config.hidden >= 1:
@@ -70,6 +70,10 @@ class LAPGAN(System):
             sides = [(side + 1) // 2 for side in sides]
         games.append(CoarseGAN(dataclasses.replace(config, image_shape=(channels, *sides), width=config.hidden)))
         self.games = nn.ModuleList(games)
+
+    @classmethod
+    def least_side(cls, config: Any) -> int:
+        return 1 << min(max(config.levels, 0) + 1, 31)
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str) -> dict[str, Tensor]:
         """The losses of a player for a batch: "loss" is the sum over levels, "level0" that of the finest band, and so on.

@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,14 +67,15 @@ class StackGAN(System):
     Config = StackGANConfig
     config: StackGANConfig
     players = ("discriminator1", "generator1", "discriminator2", "generator2")
+    downsampling = 4
 
     def __init__(self, config: StackGANConfig | None = None) -> None:
         super().__init__(config)
         config = self.config
-        check_divisible("StackGAN", config.image_shape, 4)
+        check_divisible("StackGAN", config.image_shape, self.downsampling)
         channels, height, width = config.image_shape
-        if min(height, width) < 8:
-            raise ValueError(f"StackGAN: sides must be at least 8, got {height} x {width}.")
+        if min(height, width) < self.least_side(config):
+            raise ValueError(f"StackGAN: sides must be at least {self.least_side(config)}, got {height} x {width}.")
         if not config.num_classes >= 2:
             raise ValueError(f"StackGAN: num_classes must be at least 2, got {config.num_classes!r}.")
         for field in ("condition_dim", "augmented_dim"):
@@ -86,6 +87,10 @@ class StackGAN(System):
             raise ValueError(f"StackGAN: stage1_share must be in [0, 1], got {config.stage1_share!r}.")
         half = dataclasses.replace(config, image_shape=(channels, height // 2, width // 2))
         self.stages = nn.ModuleList([Stage(half, Stage1Generator), Stage(config, Stage2Generator)])
+
+    @classmethod
+    def least_side(cls, config: Any) -> int:
+        return 8  # the first stage has half of it
 
     def embed(self, labels: Tensor | None) -> Tensor:
         """Embeddings [B, E] of labels, or given embeddings, in the dtype of the parameters.

@@ -53,17 +53,24 @@ class System(nn.Module):
 
     Attributes:
         config: an instance of the class's `Config`, a frozen dataclass.
+        downsampling: height and width of the images must be divisible by it.
         progress: fraction of the training that is done, 0 ... 1, set by the training loop; schedules depend on it.
     """
 
     Config: ClassVar[type[SystemConfig]] = SystemConfig
     config: Any
     players: tuple[str, ...] = ("model",)
+    downsampling: ClassVar[int] = 1
 
     def __init__(self, config: SystemConfig | None = None) -> None:
         super().__init__()
         self.config = config if config is not None else self.Config()
         self.progress = 0.0
+
+    @classmethod
+    def least_side(cls, config: Any) -> int:
+        """The least height and width of images in a system with this configuration."""
+        return cls.downsampling
 
     def training_step(self, images: Tensor, labels: Tensor | None = None, *, player: str = "model") -> dict[str, Tensor]:
         """The losses of a player for a batch, by name; differentiate "loss", the others are detached."""

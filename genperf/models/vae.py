@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .._typing import signature_of
 from ..ops.gaussian_sample import gaussian_sample
-from ._convolutional import check_convolutional, vector_decoder, vector_encoder
+from ._convolutional import DOWNSAMPLING, check_convolutional, vector_decoder, vector_encoder
 from .autoencoder import latent_plane
 from .system import System, SystemConfig, evaluating, option, shifted, standard_normal
 
@@ -60,6 +60,7 @@ class VAE(System):
 
     Config = VAEConfig
     config: VAEConfig
+    downsampling = DOWNSAMPLING
 
     def __init__(self, config: VAEConfig | None = None) -> None:
         super().__init__(config)

@@ -26,6 +26,8 @@ DIGITS = "mnist5k"
 # Larger values are unlikely to be class labels, and parameters per class would not fit into memory.
 _MOST_CLASSES = 1 << 16
 _STYLEGAN_LABELS = "dataset.json"
+# Pixels of a side to which images of several sizes are scaled by default, as in the papers of DCGAN and WGAN-GP.
+_USUAL_SIDE = 64
 
 
 class LabeledImages(NamedTuple):
@@ -42,7 +44,7 @@ class LabeledImages(NamedTuple):
         return 0 if self.labels is None or not len(self.labels) else int(self.labels.max()) + 1
 
 
-def load_images(data: str | None, size: int | None = None) -> LabeledImages:
+def load_images(data: str | None, size: int | None = None, *, choose_size: Callable[[list[int]], int] | None = None) -> LabeledImages:
     """Load images from a folder, a zip archive or an .npz file; None or "mnist5k" loads 5,000 MNIST digits.
 
     If all images of a folder or archive are in subfolders, each subfolder is a class, in sorted order; a single folder around everything in
@@ -50,6 +52,7 @@ def load_images(data: str | None, size: int | None = None) -> LabeledImages:
     EXIF orientation says. An .npz file may hold an array "labels" next to its images.
 
     With `size`, images of a folder or archive are scaled with Pillow's bicubic filter and cropped at the center to size x size pixels.
+    Without it they must have one size, or `choose_size` returns the size, given the shorter side of every image in ascending order.
 
     Raises:
         UserError: the data cannot be read or have an unsupported shape, dtype or range.
@@ -65,11 +68,11 @@ def load_images(data: str | None, size: int | None = None) -> LabeledImages:
         raise UserError("--data must be a folder or zip archive of images, or an .npz file, got ''.")
     path = Path(data)
     if os.path.isdir(path):
-        pixels, labels = _read_folder(path, size)
+        pixels, labels = _read_folder(path, size, choose_size)
     elif not os.path.exists(path):
         raise UserError(f"--data must be an existing folder, zip archive or .npz file, got {data!r}, which does not exist.")
     elif is_image_archive(data):
-        pixels, labels = _read_archive(path, size)
+        pixels, labels = _read_archive(path, size, choose_size)
     elif path.suffix != ".npz":
         raise UserError(f"--data must be a folder or zip archive of images, or an .npz file, got the file {data!r}.")
     elif size is not None:
@@ -78,6 +81,17 @@ def load_images(data: str | None, size: int | None = None) -> LabeledImages:
         pixels, labels = _read_npz(path)
     images = _to_tensor(pixels, data)
     return LabeledImages(images, None if labels is None else _to_labels(labels, len(images), data))
+
+
+def usual_size(sides: list[int], *, least: int, multiple: int) -> int:
+    """The size to which images of several sizes are scaled by default.
+
+    The largest multiple up to 64, or up to `least` if that is more, which at least nine tenths of the shorter sides `sides`, ascending,
+    reach; where they are smaller than `least`, that, if it is at most 64.
+    """
+    reached = sides[len(sides) // 10]
+    size = max(min(reached, max(_USUAL_SIDE, least)), min(least, _USUAL_SIDE))
+    return max(size // multiple, 1) * multiple
 
 
 def split_held_out(data: LabeledImages) -> tuple[LabeledImages, LabeledImages]:
@@ -106,16 +120,16 @@ def _select(data: LabeledImages, indices: Tensor) -> LabeledImages:
     return LabeledImages(data.images[indices], None if data.labels is None else data.labels[indices])
 
 
-def _read_folder(folder: Path, size: int | None) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_folder(folder: Path, size: int | None, choose_size: Callable[[list[int]], int] | None) -> tuple[np.ndarray, np.ndarray | None]:
     from ..fid.image_files import image_paths
 
     files = image_paths(folder)
     index = folder / _STYLEGAN_LABELS
     read = index.read_bytes if index.is_file() else None
-    return _read_files(files, size), _labels([file.relative_to(folder).parts for file in files], read, str(index))
+    return _read_files(files, size, choose_size), _labels([file.relative_to(folder).parts for file in files], read, str(index))
 
 
-def _read_archive(path: Path, size: int | None) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_archive(path: Path, size: int | None, choose_size: Callable[[list[int]], int] | None) -> tuple[np.ndarray, np.ndarray | None]:
     from ..fid.image_files import zipped_images
 
     files = zipped_images(path)
@@ -124,10 +138,10 @@ def _read_archive(path: Path, size: int | None) -> tuple[np.ndarray, np.ndarray 
     parts = [PurePosixPath(file.name).parts for file in files]
     while read is None and all(len(part) > 1 and part[0] == parts[0][0] for part in parts):
         parts = [part[1:] for part in parts]
-    return _read_files(files, size), _labels(parts, read, f"{path}/{_STYLEGAN_LABELS}")
+    return _read_files(files, size, choose_size), _labels(parts, read, f"{path}/{_STYLEGAN_LABELS}")
 
 
-def _read_files(files: "Sequence[ImageFile]", size: int | None) -> np.ndarray:
+def _read_files(files: "Sequence[ImageFile]", size: int | None, choose_size: Callable[[list[int]], int] | None) -> np.ndarray:
     from PIL import Image, ImageOps
 
     from ..fid.image_files import open_image
@@ -143,6 +157,8 @@ def _read_files(files: "Sequence[ImageFile]", size: int | None) -> np.ndarray:
             pixels.append(np.asarray(converted))
         height, width = pixels[0].shape[:2]
         if pixels[-1].shape[:2] != (height, width):
+            if choose_size is not None:
+                return _read_files(files, choose_size(sorted(map(_shorter_side, files))), None)
             got = f"{pixels[-1].shape[1]}x{pixels[-1].shape[0]} in {str(file)!r}"
             raise UserError(
                 f"images must have one size unless --size gives it, got {width}x{height} in {str(files[0])!r} and {got}; --size 64 scales "
@@ -151,6 +167,13 @@ def _read_files(files: "Sequence[ImageFile]", size: int | None) -> np.ndarray:
     if not gray:  # expand the grayscale images that precede the first color image
         pixels = [np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image for image in pixels]
     return np.stack(pixels)
+
+
+def _shorter_side(file: "ImageFile") -> int:
+    from ..fid.image_files import open_image
+
+    with open_image(file, exif=False) as image:  # without decoding it; no orientation changes which side is shorter
+        return min(image.size)
 
 
 def _labels(paths: list[tuple[str, ...]], read: Callable[[], bytes] | None, source: str) -> np.ndarray | None:

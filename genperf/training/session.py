@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import io
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,10 @@ import torch
 
 from .._errors import UserError, reason, value_error_as_user_error
 from .._files import write_atomically
+from .._messages import log
+from ..models import SYSTEMS
 from .checkpoint import save_checkpoint, using_checkpoint
-from .data import LabeledImages, load_images, split_held_out
+from .data import LabeledImages, load_images, split_held_out, usual_size
 from .evaluation import evaluate, normal_images
 from .pictures import write_pictures
 from .runs import CHECKPOINT, EVALUATION, FORMAT, Settings, build_system, check_fingerprint, data_fingerprint, load_state, merge_options
@@ -67,7 +70,7 @@ class TrainingSession:
         with nullcontext() if state is None else using_checkpoint(folder / CHECKPOINT):
             self.settings, config = merge_options(name, settings, config, state)
             self.fabric = make_fabric(device, self.settings.precision)
-            data = load_images(self.settings.data, self.settings.size)
+            data = load_images(self.settings.data, self.settings.size, choose_size=None if resume else self._size_chooser(name, config))
             if state is not None:
                 check_fingerprint(data, state, "--resume")
             images, self.held_out = split_held_out(data)
@@ -97,6 +100,20 @@ class TrainingSession:
             (folder / EVALUATION).unlink(missing_ok=True)  # of the replaced weights
         except OSError as error:
             raise UserError(f"--out must be a folder that can be written to, got {str(folder)!r}: {reason(error)}.") from error
+
+    def _size_chooser(self, name: str, config: dict[str, Any]) -> Callable[[list[int]], int]:
+        """For `load_images`: records the size of images that have several, and says it."""
+        system_class = SYSTEMS[name]
+
+        def choose(sides: list[int]) -> int:
+            least = system_class.least_side(system_class.Config(**config))
+            size = usual_size(sides, least=least, multiple=system_class.downsampling)
+            self.settings = dataclasses.replace(self.settings, size=size)
+            if self.is_global_zero:
+                log.warning("the images have several sizes; each is scaled and cropped at the center to %dx%d (--size).", size, size)
+            return size
+
+        return choose
 
     def run(self) -> TrainingResults | None:
         """Train, evaluate on the held-out images and write the results; None on ranks other than 0.

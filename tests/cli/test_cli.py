@@ -220,6 +220,24 @@ def test_folder_of_images(tmp_path):
         assert picture.mode == "RGB"
 
 
+def test_images_of_several_sizes_get_one_that_the_run_keeps(tmp_path, capsys):
+    folder, out = write_images(tmp_path / "sizes", ["L", "L"], size=(12, 9)), tmp_path / "out"
+    Image.linear_gradient("L").resize((20, 16)).save(folder / "large.png")
+    said = "genperf: the images have several sizes; each is scaled and cropped at the center to 8x8 (--size).\n"
+    assert train(folder, out, *SMALL, "--epochs", "1") == 0
+    assert capsys.readouterr().err.count(said) == 1
+    assert load_checkpoint(out / "checkpoint.pt")["settings"]["size"] == 8
+    os.rename(folder, tmp_path / "moved")
+    for command in (["train", "vqvae", "--out", str(out), "--resume", "--epochs", "2"], ["evaluate", str(out), "--device", "cpu"]):
+        assert main([*command, "--data", str(tmp_path / "moved")]) == 0
+        assert "several sizes" not in capsys.readouterr().err
+    given = ("--size", "12", "--overwrite", "--epochs", "1")
+    assert train(tmp_path / "moved", out, *SMALL, *given) == 0
+    assert "several sizes" not in capsys.readouterr().err
+    assert load_checkpoint(out / "checkpoint.pt")["config"].get("image_shape") is None
+    assert load_checkpoint(out / "checkpoint.pt")["data"]["images"].startswith("3x1x12x12-")
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 4), (3, 8, 4, 1), (3, 8, 4, 3)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float64])
 def test_npz(tmp_path, shape, dtype):
@@ -242,9 +260,6 @@ def test_invalid_data(tmp_path, capsys):
     fails(tmp_path / "missing", "'.*missing', which does not exist")
     (tmp_path / "empty").mkdir()
     fails(tmp_path / "empty", "must hold images, but no file in it has the suffix of an image")
-    folder = write_images(tmp_path / "sizes", ["L", "L"])
-    Image.new("L", (4, 4)).save(folder / "small.png")
-    fails(folder, r"one size unless --size gives it, got 12x8 in '.*0\.png' and 4x4 in '.*small\.png'")
     folder = write_images(tmp_path / "broken", ["L"])
     for content in ((folder / "0.png").read_bytes()[:45], b"no image"):
         (folder / "broken.png").write_bytes(content)

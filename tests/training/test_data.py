@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from genperf._errors import UserError
 from genperf.training import data as data_module
-from genperf.training.data import LabeledImages, fingerprint, load_images, split_held_out
+from genperf.training.data import LabeledImages, fingerprint, load_images, split_held_out, usual_size
 
 
 def write_images(folder, count, shade=0):
@@ -303,11 +303,38 @@ def test_size_scales_and_crops_images_of_mixed_sizes(tmp_path):
         UserError, match=r"one size unless --size gives it, got 80x40 .* and 60x20 .*; --size 64 scales and crops them to 64x64\."
     ):
         load_images(str(tmp_path))
-    images = load_images(str(tmp_path), size=16).images
+    given = []
+    chosen = load_images(str(tmp_path), choose_size=lambda sides: given.append(sides) or 16).images
+    assert given == [[20, 40, 40]]
+    images = load_images(str(tmp_path), size=16, choose_size=None).images
     assert images.shape == (3, 1, 16, 16)
+    assert torch.equal(images, chosen)
     assert images[0, 0, :, :6].max() == 0  # the crop is centered: half is dark
     torch.testing.assert_close(images[0, 0, :, 10:], torch.full((16, 6), 200 / 255), atol=0.02, rtol=0)
     torch.testing.assert_close(images[0, 0], images[2, 0].T, atol=0.01, rtol=0)
+
+
+def test_choose_size_is_for_images_of_several_sizes(tmp_path):
+    write_images(tmp_path, 2)
+    assert load_images(str(tmp_path), choose_size=lambda sides: pytest.fail(f"{sides}")).images.shape == (2, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("sides", "least", "multiple", "size"),
+    [
+        ([120, 300, 400], 4, 4, 64),
+        ([63, 300, 400], 4, 4, 60),
+        ([63, 300, 400], 1, 1, 63),
+        ([8] + [200] * 8, 4, 4, 8),
+        ([8] + [200] * 9, 4, 4, 64),  # one thumbnail among ten images does not count
+        ([3, 5], 4, 4, 4),  # scaled up
+        ([3, 5], 8, 4, 8),
+        ([300, 400], 128, 1, 128),
+        ([100, 400], 128, 1, 100),  # too small for the system, which says so
+    ],
+)
+def test_usual_size(sides, least, multiple, size):
+    assert usual_size(sides, least=least, multiple=multiple) == size
 
 
 @pytest.mark.parametrize("data", [None, "a.npz"])
