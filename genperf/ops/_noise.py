@@ -34,6 +34,8 @@ def sample_offset(first: int) -> Iterator[None]:
         with genperf.sample_offset(rank * len(batch)):
             loss = model(batch)
 
+    With gradient checkpointing call backward within the context too: it runs parts of the model again, which draw their noise again.
+
     Noise is a function of the seed and the sample's number, which the kernels add `first` to. The standard deviation that `perturb` uses
     is still that of the local batch, and noise passed by the caller is used as it is.
 
