@@ -25,14 +25,35 @@ Item item_of(float value, uint32_t code) {
   return Item{bits} << 32 | code;
 }
 
-using Row = float __attribute__((vector_size(kMaxTreeDim * sizeof(float))));
+// The box of codes that were added.
+class Box {
+ public:
+  Box() {
+    std::fill_n(lower_, kParts, Part{} + INFINITY);
+    std::fill_n(upper_, kParts, Part{} - INFINITY);
+  }
 
-[[gnu::always_inline]] inline void widen(const float* row, Row& lower, Row& upper) {
-  Row value;
-  std::memcpy(&value, row, sizeof(value));
-  lower = value < lower ? value : lower;
-  upper = value > upper ? value : upper;
-}
+  [[gnu::always_inline]] void add(const float* row) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kParts; ++i) {
+      Part value;
+      std::memcpy(&value, row + i * kWidth, sizeof(value));
+      lower_[i] = value < lower_[i] ? value : lower_[i];
+      upper_[i] = value > upper_[i] ? value : upper_[i];
+    }
+  }
+
+  float lower(int64_t d) const { return lower_[d / kWidth][d % kWidth]; }
+  float upper(int64_t d) const { return upper_[d / kWidth][d % kWidth]; }
+  float width(int64_t d) const { return upper(d) - lower(d); }
+
+ private:
+  // GCC compares vectors that are wider than those of the processor one number at a time.
+  static constexpr int kWidth = std::min<int>(kLanes, kMaxTreeDim), kParts = kMaxTreeDim / kWidth;
+  using Part = float __attribute__((vector_size(kWidth * sizeof(float))));
+
+  Part lower_[kParts], upper_[kParts];
+};
 
 // How many of the items are smaller.
 inline int rank_of(Item item, const Item* items, int64_t count) {
@@ -126,12 +147,12 @@ class Splitter {
  private:
   int64_t widest(Part part) const {
     const int64_t step = (part.size() + kSample - 1) / kSample;
-    Row lower = Row{} + INFINITY, upper = -lower;
+    Box box;
     for (int64_t i = 0; i < part.size(); i += step)
-      widen(rows_ + int64_t(uint32_t(part.begin[i])) * kMaxTreeDim, lower, upper);
+      box.add(rows_ + int64_t(uint32_t(part.begin[i])) * kMaxTreeDim);
     int64_t widest = 0;
     for (int64_t d = 1; d < dim_; ++d)
-      if (upper[d] - lower[d] > upper[widest] - lower[widest])
+      if (box.width(d) > box.width(widest))
         widest = d;
     return widest;
   }
@@ -206,16 +227,16 @@ CodeTree::CodeTree(const Codes<C>& codebook) : dim_(codebook.dim) {
         float* const values = values_.get() + leaf * dim * kLeaf;
         for (int i = 0; i < kLeaf; ++i)
           codes_[leaf * kLeaf + i] = i < size ? int32_t(uint32_t(items[leaf * kLeaf + i])) : -1;
-        Row lowest = Row{} + INFINITY, highest = -lowest;
+        Box box;
         std::fill_n(values, dim * kLeaf, INFINITY);
         for (int i = 0; i < size; ++i) {
           const float* row = rows.get() + int64_t(codes_[leaf * kLeaf + i]) * kMaxTreeDim;
-          widen(row, lowest, highest);
+          box.add(row);
           for (int64_t d = 0; d < dim; ++d)
             values[d * kLeaf + i] = row[d];
         }
         for (int64_t d = 0; d < dim; ++d) {
-          const float lower = lowest[d], upper = highest[d];
+          const float lower = box.lower(d), upper = box.upper(d);
           boxes[d * kBranch + leaf - first] = lower;
           boxes[(dim + d) * kBranch + leaf - first] = upper;
           outer[d * kBranch] = std::min(outer[d * kBranch], lower);
