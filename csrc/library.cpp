@@ -53,23 +53,42 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "mask=None) -> Tensor");
 
   // Softmax over all codes. x is [heads, outer, D, inner], codebook [heads, K, D]; mask and indices
-  // are [heads, outer, inner]. `logits` is "distance", "squared_distance" or "dot". value is the
-  // entropy of each position or, with indices, its cross-entropy. usage is the sum of the
-  // probabilities over the positions in float64, and empty with indices. statistics is [3, heads,
-  // outer, inner]: the largest logit and, of (logit - largest) / temperature, the log of the sum of
-  // the exponentials and the mean under the softmax. Gradients that are not wanted are empty.
+  // are [heads, outer, inner]. `logits` is "distance", "squared_distance" or "dot". mean [heads] is
+  // that of the entropies of the positions or, with indices, of their cross-entropies. entropy
+  // [heads] is that of the mean probabilities, which are at least `floor` in the logarithm. usage
+  // [heads, K] is the sum of the probabilities over the positions in float64. Both are empty with
+  // indices. statistics is [3, heads, outer, inner]: the largest logit and, of (logit - largest) /
+  // temperature, the log of the sum of the exponentials and the mean under the softmax. Gradients
+  // that are not wanted are empty.
   m.def(
       "code_softmax(Tensor x, Tensor codebook, Tensor? mask, Tensor? indices, str logits, float "
-      "temperature) -> (Tensor value, Tensor usage, Tensor statistics)");
+      "temperature, float floor) -> (Tensor mean, Tensor entropy, Tensor usage, Tensor "
+      "statistics)");
   m.def(
-      "code_softmax_backward(Tensor? grad_value, Tensor? grad_usage, Tensor x, Tensor codebook, "
-      "Tensor? mask, Tensor? indices, Tensor statistics, str logits, float temperature, bool of_x, "
-      "bool of_codebook) -> (Tensor grad_x, Tensor grad_codebook)");
+      "code_softmax_backward(Tensor? grad_mean, Tensor? grad_entropy, Tensor x, Tensor codebook, "
+      "Tensor? mask, Tensor? indices, Tensor usage, Tensor statistics, str logits, float "
+      "temperature, float floor, bool of_x, bool of_codebook) -> (Tensor grad_x, Tensor "
+      "grad_codebook)");
   // Class k of position p of head h is perturbed by Gumbel number k of row first + p with seed + h,
   // or not perturbed without a seed.
   m.def(
       "sample_code(Tensor x, Tensor codebook, Tensor? mask, Tensor? seed, SymInt first, str "
       "logits, float temperature) -> Tensor");
+  // The same on the CPU for small inputs. x has any number of dimensions, of which `channel` holds
+  // the vectors and, with a codebook [heads, K, D] instead of [K, D], the first holds the heads.
+  // form is the number of the kind of logits. Indices have the shape of x without its channels.
+  m.def(
+      "small_code_softmax(Tensor x, Tensor codebook, Tensor? mask, Tensor? indices, int form, "
+      "float temperature, float floor, int channel) -> (Tensor mean, Tensor entropy, Tensor usage, "
+      "Tensor statistics)");
+  m.def(
+      "small_code_softmax_backward(Tensor? grad_mean, Tensor? grad_entropy, Tensor x, Tensor "
+      "codebook, Tensor? mask, Tensor? indices, Tensor usage, Tensor statistics, int form, float "
+      "temperature, float floor, int channel, bool of_x, bool of_codebook) -> (Tensor grad_x, "
+      "Tensor grad_codebook)");
+  m.def(
+      "small_sample_code(Tensor x, Tensor codebook, Tensor? mask, Tensor? seed, int first, int "
+      "form, float temperature, int channel) -> Tensor");
   // The CPU steps of these ops, on contiguous float32 logits [rows, K], or on squared distances
   // with `root`, where the logit is minus the root. The first overwrites logits with exp(logit -
   // largest) and adds to usage, in float64. The second overwrites them with the gradient.
@@ -97,6 +116,14 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "lookup_free_quantize(Tensor x, float scale, bool spherical) -> (Tensor quantized, Tensor "
       "indices)");
   m.def("lookup_free_quantize_backward(Tensor grad_quantized, Tensor x, float scale) -> Tensor");
+  // Entropies of lookup-free codes on the CPU, for small inputs. x has any number of dimensions, of
+  // which `channel` holds the bits. mass [groups, 2^group] is the sum of the probabilities.
+  m.def(
+      "small_lookup_free_entropy(Tensor x, Tensor? mask, float sharpness, int group, float floor, "
+      "int channel) -> (Tensor sample, Tensor entropy, Tensor mass)");
+  m.def(
+      "small_lookup_free_entropy_backward(Tensor? grad_sample, Tensor? grad_entropy, Tensor mass, "
+      "Tensor x, Tensor? mask, float sharpness, int group, float floor, int channel) -> Tensor");
 
   // Residual quantization: each codebook quantizes the residual of the previous one. codebooks are
   // [Q, K, D], in float64 for a float64 x, else float32. indices are [outer, inner, Q], with -1

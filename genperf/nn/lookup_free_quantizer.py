@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .._distributed import global_sum
+from .._distributed import global_sum, world_size
 from .._typing import signature_of
 from ..ops._precision import accumulator_dtype, normalized
 from ..ops._validate import check
-from ..ops.lookup_free_entropy import check_group, code_mass, entropy_of
+from ..ops.lookup_free_entropy import check_group, code_mass, entropy_of, soft_code_entropies
 from ..ops.lookup_free_quantize import check_bits, check_scale, code_size, lookup_free_decode, lookup_free_quantize
 from ._channels import check_input, codebooks_last, decode_codebooks, join_codebooks, linear, parameter_dtype, split_codebooks
 
@@ -182,8 +182,12 @@ def mean_entropies(
     The codebook entropy is that of the global batch, or of this rank's batch if not `synchronized`. `floor` is a lower bound on
     the argument of the logarithm in it.
     """
-    entropy, mass, count = code_mass("lookup_free_entropy", bits, channel, mask, sharpness, group)
-    return entropy / (count.clamp(min=1) * codebooks), entropy_of(global_sum(mass) if synchronized else mass, floor).sum() / codebooks
+    op = "lookup_free_entropy"
+    if not synchronized or world_size() == 1:
+        sample, entropy = soft_code_entropies(op, bits, channel, mask, sharpness, group, floor)
+        return (sample, entropy) if codebooks == 1 else (sample / codebooks, entropy / codebooks)
+    entropy, mass, count = code_mass(op, bits, channel, mask, sharpness, group)
+    return entropy / (count.clamp(min=1) * codebooks), entropy_of(global_sum(mass), floor).sum() / codebooks
 
 
 def commitment(bits: Tensor, codes: Tensor, channel: int, mask: Tensor | None) -> Tensor:

@@ -10,14 +10,19 @@ from torch import Tensor
 from .. import _library
 from .._choices import Impl, Logits
 from ._autograd import Function, apply, differentiate, need_function, need_graph, saved_tensors
-from ._code_softmax_chunks import MIN_SQUARED_DISTANCE
-from ._dispatch import Reasons, choose_impl, remembered
-from ._layout import as_positions
+from ._code_softmax_chunks import FORMS, MIN_SQUARED_DISTANCE, mean_and_entropy
+from ._dispatch import Reasons, choose_impl, register_fake, remembered
+from ._layout import as_positions, positions_shape
 from ._precision import accumulator_dtype
-from ._validate import check_mask
+from ._validate import check_index_range, check_mask
 from .nearest_code import _as_head_positions, _check_search
 
 LOGITS: tuple[Logits, ...] = get_args(Logits)
+
+# Where the kernel of small inputs is faster: it has less to do around the matrix products, for which the library takes less time.
+MAX_SMALL = 1 << 16
+MAX_SMALL_LOGITS = 1 << 18
+MAX_SMALL_PRODUCTS = 1 << 22
 
 
 def check_arguments(op: str, x: Tensor, codebook: Tensor, temperature: float, logits: Logits, channel_dim: int, mask: Tensor | None) -> int:
@@ -44,6 +49,22 @@ def with_heads(x: Tensor, codebook: Tensor, channel: int) -> tuple[Tensor, Tenso
     return _as_head_positions(x, channel), codebook
 
 
+def is_small(x: Tensor, codebook: Tensor, *per_position: Tensor | None) -> bool:
+    """Whether one kernel computes the op, because the logits of all positions are in cache. Not for torch.compile, whose sizes vary."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype == torch.float64:
+        return False
+    size = x.numel()
+    products = size * codebook.shape[-2]
+    if size > MAX_SMALL or products > MAX_SMALL_PRODUCTS or products > MAX_SMALL_LOGITS * codebook.shape[-1]:
+        return False
+    if codebook.numel() > MAX_SMALL:
+        return False
+    for t in (x, codebook, *per_position):  # noqa: SIM110 (slower)
+        if t is not None and not t.is_contiguous():
+            return False
+    return True
+
+
 def code_softmax(
     op: str,
     x: Tensor,  # [..., D, ...]
@@ -53,67 +74,127 @@ def code_softmax(
     indices: Tensor | None,
     logits: Logits,
     temperature: float,
+    floor: float,
     impl: Impl | None,
-) -> tuple[Tensor, Tensor, Tensor | int]:
-    """Entropy of the softmax, or with `indices` the cross-entropy, of each position. Expects validated arguments.
+) -> tuple[Tensor, Tensor]:
+    """Mean entropy of the softmax, or with `indices` the mean cross-entropy, of the positions.
+
+    Expects arguments that are checked, except for the values of the indices.
 
     Returns:
-        value [heads, outer, inner], 0 where the mask is False or the index is -1;
-        usage, float64 [heads, K]: the sum of the probabilities of each code, empty with `indices`;
-        count: the number of positions that are not masked, at least 1: [heads], or one number for all heads.
+        mean, a scalar or [heads], of the positions whose mask is True and whose index is not -1;
+        entropy of the mean probabilities, which are at least `floor` in the logarithm: likewise, or empty with `indices`.
     """
     if temperature == 0:
         raise ValueError(f"{op}: temperature must be positive, got {temperature!r}.")
     chosen = choose_impl(op, impl, unavailable(x.device, x.dtype), x, codebook)
+    temperature = float(temperature)
+    small = chosen != "reference" and is_small(x, codebook, mask, indices)
+    if indices is not None and (mask is not None or not small):
+        check_index_range(op, indices, codebook.shape[-2])
+        if mask is not None:
+            indices, mask = indices.masked_fill(~mask, -1), None
+    if small:
+        arguments = (x, codebook, mask, indices, logits, temperature, floor, channel)
+        try:
+            found = apply(_CodeSoftmax, *arguments) if need_function(x, codebook) else _forward(*arguments)
+        except RuntimeError:
+            if indices is not None:  # which the kernel checks too
+                check_index_range(op, indices, codebook.shape[-2])
+            raise
+        return found[0], found[1]
     positions, codes = with_heads(x, codebook, channel)
-    shape = (positions.shape[0], positions.shape[1], positions.shape[3])
-    mask = None if mask is None else mask.reshape(shape)
-    if indices is not None:
-        indices = indices.reshape(shape)
-        indices = indices if mask is None else indices.masked_fill(~mask, -1)
-        mask = None
-    arguments = (positions, codes, mask, indices, logits, float(temperature))
+    mask, indices = _per_head(mask, positions), _per_head(indices, positions)
+    arguments = (positions, codes, mask, indices, logits, temperature, floor)
     if chosen == "reference":
-        value, usage = code_softmax_reference(*arguments)
-    elif need_function(x, codebook):
-        value, usage, _ = apply(_CodeSoftmax, *arguments)
+        found = code_softmax_reference(*arguments)
     else:
-        value, usage, _ = torch.ops.genperf.code_softmax(*arguments)
-    valid = mask if indices is None else indices >= 0
-    count = shape[1] * shape[2] if valid is None else valid.sum((1, 2))
-    return value, usage, count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+        found = apply(_CodeSoftmax, *arguments, None) if need_function(x, codebook) else _forward(*arguments, None)
+    mean, entropy = found[0], found[1]
+    return (mean, entropy) if codebook.dim() == 3 else (mean.squeeze(0), entropy if indices is not None else entropy.squeeze(0))
+
+
+def _per_head(t: Tensor | None, positions: Tensor) -> Tensor | None:
+    """A mask or indices as [heads, outer, inner]."""
+    return None if t is None else t.reshape(positions.shape[0], positions.shape[1], positions.shape[3])
+
+
+def _forward(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    indices: Tensor | None,
+    logits: Logits,
+    temperature: float,
+    floor: float,
+    channel: int | None,  # that of a small input, else None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if channel is None:
+        return torch.ops.genperf.code_softmax(x, codebook, mask, indices, logits, temperature, floor)
+    return torch.ops.genperf.small_code_softmax(x, codebook, mask, indices, FORMS[logits], temperature, floor, channel)
 
 
 class _CodeSoftmax(Function):
     @staticmethod
     def forward(
-        x: Tensor, codebook: Tensor, mask: Tensor | None, indices: Tensor | None, logits: Logits, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.genperf.code_softmax(x, codebook, mask, indices, logits, temperature)
+        x: Tensor,
+        codebook: Tensor,
+        mask: Tensor | None,
+        indices: Tensor | None,
+        logits: Logits,
+        temperature: float,
+        floor: float,
+        channel: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _forward(x, codebook, mask, indices, logits, temperature, floor, channel)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, codebook, mask, indices, ctx.logits, ctx.temperature = inputs
-        ctx.save_for_backward(x, codebook, mask, indices, outputs[2])
-        ctx.mark_non_differentiable(outputs[2])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        x, codebook, mask, indices, ctx.logits, ctx.temperature, ctx.floor, ctx.channel = inputs
+        _, entropy, usage, statistics = outputs
+        ctx.save_for_backward(x, codebook, mask, indices, usage, statistics)
+        ctx.mark_non_differentiable(usage, statistics, *(() if indices is None else (entropy,)))
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_value: Tensor | None, grad_usage: Tensor | None, _statistics: None) -> tuple[Tensor | None, ...]:
-        x, codebook, mask, indices, statistics = saved_tensors(ctx)
+    def backward(ctx: Any, grad_mean: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        x, codebook, mask, indices, usage, statistics = saved_tensors(ctx)
         needed = ctx.needs_input_grad[:2]
-        if grad_value is None and grad_usage is None:
-            return (None,) * 6
-        if need_graph((grad_value, grad_usage), (x, codebook)):
+        if grad_mean is None and grad_entropy is None:
+            return (None,) * 8
+        if need_graph((grad_mean, grad_entropy), (x, codebook)):
 
             def reference(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-                return code_softmax_reference(x, codebook, mask, indices, ctx.logits, ctx.temperature)
+                return _reference(x, codebook, mask, indices, ctx.logits, ctx.temperature, ctx.floor, ctx.channel)
 
-            return (*differentiate(reference, (grad_value, grad_usage), (x, codebook), needed), None, None, None, None)
-        grad_x, grad_codebook = torch.ops.genperf.code_softmax_backward(
-            grad_value, grad_usage, x, codebook, mask, indices, statistics, ctx.logits, ctx.temperature, *needed
-        )
-        return grad_x if needed[0] else None, grad_codebook if needed[1] else None, None, None, None, None
+            return (*differentiate(reference, (grad_mean, grad_entropy), (x, codebook), needed), *(None,) * 6)
+        arguments = (grad_mean, grad_entropy, x, codebook, mask, indices, usage, statistics)
+        if ctx.channel is None:
+            grad_x, grad_codebook = torch.ops.genperf.code_softmax_backward(*arguments, ctx.logits, ctx.temperature, ctx.floor, *needed)
+        else:
+            grad_x, grad_codebook = torch.ops.genperf.small_code_softmax_backward(
+                *arguments, FORMS[ctx.logits], ctx.temperature, ctx.floor, ctx.channel, *needed
+            )
+        return grad_x if needed[0] else None, grad_codebook if needed[1] else None, None, None, None, None, None, None
+
+
+def _reference(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    indices: Tensor | None,
+    logits: Logits,
+    temperature: float,
+    floor: float,
+    channel: int | None,
+) -> tuple[Tensor, Tensor]:
+    """`code_softmax_reference` of what `_forward` takes."""
+    if channel is None:
+        return code_softmax_reference(x, codebook, mask, indices, logits, temperature, floor)
+    positions, codes = with_heads(x, codebook, channel)
+    mask, indices = _per_head(mask, positions), _per_head(indices, positions)
+    mean, entropy = code_softmax_reference(positions, codes, mask, indices, logits, temperature, floor)
+    return (mean, entropy) if codebook.dim() == 3 else (mean.squeeze(0), entropy if indices is not None else entropy.squeeze(0))
 
 
 def code_softmax_reference(
@@ -123,6 +204,7 @@ def code_softmax_reference(
     indices: Tensor | None,  # [heads, outer, inner]
     logits: Logits,
     temperature: float,
+    floor: float,
 ) -> tuple[Tensor, Tensor]:
     """The op in plain PyTorch, differentiated by autograd."""
     heads, outer, _, inner = x.shape
@@ -136,7 +218,7 @@ def code_softmax_reference(
         value = -(p * torch.where(log_p == -math.inf, 0, log_p)).sum(-1)
         usage = (p if valid is None else torch.where(valid.reshape(heads, outer * inner, 1), p, 0)).sum(1).double()
     value = value.reshape(heads, outer, inner)
-    return value if valid is None else torch.where(valid, value, 0), usage
+    return mean_and_entropy(value if valid is None else torch.where(valid, value, 0), usage, valid, floor)
 
 
 def logits_reference(x: Tensor, codebook: Tensor, valid: Tensor | None, logits: Logits) -> Tensor:
@@ -154,3 +236,50 @@ def logits_reference(x: Tensor, codebook: Tensor, valid: Tensor | None, logits: 
         return products
     squared = rows.square().sum(-1).unsqueeze(2) + codes.square().sum(-1).unsqueeze(1) - 2 * products
     return -squared.clamp(min=MIN_SQUARED_DISTANCE).sqrt() if logits == "distance" else -squared
+
+
+@register_fake("small_code_softmax")
+def _(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    indices: Tensor | None,
+    form: int,
+    temperature: float,
+    floor: float,
+    channel: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    heads, codes = codebook.shape[:-2], codebook.shape[-2]
+    return (
+        x.new_empty(heads, dtype=torch.float32),
+        x.new_empty(heads if indices is None else (0,), dtype=torch.float32),
+        x.new_empty((*heads, codes) if indices is None else (0,), dtype=torch.float64),
+        x.new_empty((3, heads.numel(), x.numel() // (heads.numel() * codebook.shape[-1])), dtype=torch.float32),
+    )
+
+
+@register_fake("small_code_softmax_backward")
+def _(
+    grad_mean: Tensor | None,
+    grad_entropy: Tensor | None,
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    indices: Tensor | None,
+    usage: Tensor,
+    statistics: Tensor,
+    form: int,
+    temperature: float,
+    floor: float,
+    channel: int,
+    need_x: bool,
+    need_codebook: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x) if need_x else x.new_empty(0), torch.empty_like(codebook) if need_codebook else codebook.new_empty(0)
+
+
+@register_fake("small_sample_code")
+def _(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, seed: Tensor | None, first: int, form: int, temperature: float, channel: int
+) -> Tensor:
+    return x.new_empty(positions_shape(x, channel), dtype=torch.int64)

@@ -19,6 +19,9 @@ from ._precision import accumulator_dtype, full_float32
 # Squared distances below this count as constant, so that the derivative of their root is 0.
 MIN_SQUARED_DISTANCE = 1e-8
 
+# Numbers of the kinds of logits, in csrc/cpu/small_code_softmax.cpp.
+FORMS = {"distance": 0, "squared_distance": 1, "dot": 2}
+
 # Logits per chunk: sized for the cache, larger for large K, so that at least _MIN_ROWS rows share a pass over the codebook.
 _CHUNK = 1 << 20
 _LARGEST_CHUNK = 1 << 23
@@ -110,14 +113,15 @@ def _has_kernel(products: Tensor) -> bool:
 
 @_implement("code_softmax")
 def _softmax(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, indices: Tensor | None, logits: str, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, codebook: Tensor, mask: Tensor | None, indices: Tensor | None, logits: str, temperature: float, floor: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads, outer, _, inner = x.shape
     dtype = accumulator_dtype(x.dtype)
     statistics = x.new_empty((3, heads, outer, inner), dtype=dtype)
     value = x.new_empty((heads, outer, inner), dtype=dtype)
     usage = x.new_zeros((heads, codebook.shape[1]) if indices is None else 0, dtype=torch.float64)
-    for head, chunks in _heads(x, codebook, mask if indices is None else indices >= 0, logits):
+    valid = mask if indices is None else indices >= 0
+    for head, chunks in _heads(x, codebook, valid, logits):
         chosen = None if indices is None else _rows_of(indices, head)
         kept, values = [_rows_of(t, head) for t in statistics], _rows_of(value, head)
         for at, _, _, products in chunks:
@@ -125,35 +129,57 @@ def _softmax(
             largest, log_sum, mean = (t[at] for t in kept)
             total = usage[head] if indices is None else None
             forward(products, chunks.root, temperature, _at(chunks.valid, at), _at(chosen, at), largest, log_sum, mean, values[at], total)
-    return value, usage, statistics
+    return *mean_and_entropy(value, usage, valid, floor), usage, statistics
+
+
+def _count(valid: Tensor | None, positions: int) -> Tensor | int:
+    """The number of positions of each head that are not masked, at least 1; [heads], or one number for all."""
+    return max(1, positions) if valid is None else valid.sum((1, 2)).clamp(min=1)
+
+
+def mean_and_entropy(value: Tensor, usage: Tensor, valid: Tensor | None, floor: float) -> tuple[Tensor, Tensor]:
+    """Mean of the values [heads, outer, inner], 0 where they are not valid, and entropy of the mean probabilities, in the values' dtype."""
+    count = _count(valid, value.shape[1] * value.shape[2])
+    mean = (value.sum((1, 2), dtype=torch.float64) / count).to(value.dtype)
+    if usage.dim() == 1:
+        return mean, usage.to(value.dtype, copy=True)
+    p = usage / (count.unsqueeze(1) if isinstance(count, Tensor) else count)
+    return mean, -(p * p.clamp(min=floor).log()).sum(1).to(value.dtype)
 
 
 @_implement("code_softmax_backward")
 def _softmax_backward(
-    grad_value: Tensor | None,
-    grad_usage: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_entropy: Tensor | None,
     x: Tensor,
     codebook: Tensor,
     mask: Tensor | None,
     indices: Tensor | None,
+    usage: Tensor,
     statistics: Tensor,
     logits: str,
     temperature: float,
+    floor: float,
     need_x: bool,
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulator_dtype(x.dtype)
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
     grad_codebook = torch.empty_like(codebook) if need_codebook else codebook.new_empty(0)
-    grad_value = None if grad_value is None else grad_value.to(dtype).contiguous()
-    if indices is not None:
-        grad_usage = None
-    elif grad_usage is not None:
+    _, outer, _, inner = x.shape
+    valid = mask if indices is None else indices >= 0
+    count = _count(valid, outer * inner)
+    shares = None if grad_mean is None else (grad_mean / count).to(dtype)  # the gradient of each value
+    grad_usage = None
+    if grad_entropy is not None and indices is None:
+        count = count.unsqueeze(1) if isinstance(count, Tensor) else count
+        p = usage / count
+        slopes = p.clamp(min=floor).log() + (p >= floor)
         # A constant does not change the gradient of the logits; without it less is lost to rounding.
-        grad_usage = (grad_usage - grad_usage.mean(1, keepdim=True)).to(dtype)
-    for head, chunks in _heads(x, codebook, mask if indices is None else indices >= 0, logits):
+        grad_usage = ((slopes.mean(1, keepdim=True) - slopes) * (grad_entropy.unsqueeze(1) / count)).to(dtype)
+    for head, chunks in _heads(x, codebook, valid, logits):
         chosen = None if indices is None else _rows_of(indices, head)
-        upstream = None if grad_value is None else _rows_of(grad_value, head)
+        upstream = None if shares is None else shares[head].expand(min(outer * inner, chunks.buffer.shape[0])).contiguous()
         kept = [_rows_of(t, head) for t in statistics]
         codes = chunks.codes
         # For distances, a column of ones sums the gradients beside their products with the codes. The sums of gradient * (x - code) that
@@ -165,7 +191,18 @@ def _softmax_backward(
             largest, log_sum, mean = (t[at] for t in kept)
             of_usage = None if grad_usage is None else grad_usage[head]
             valid, own = _at(chunks.valid, at), _at(chosen, at)
-            backward(products, chunks.root, temperature, valid, own, largest, log_sum, mean, _at(upstream, at), of_usage)
+            backward(
+                products,
+                chunks.root,
+                temperature,
+                valid,
+                own,
+                largest,
+                log_sum,
+                mean,
+                None if upstream is None else upstream[: len(rows)],
+                of_usage,
+            )
             if need_x:
                 found = products @ extended
                 if logits != "dot":
@@ -284,29 +321,31 @@ def _sample_rows(products: Tensor, root: bool, temperature: float, seed: Tensor 
 
 @register_fake("code_softmax")
 def _(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, indices: Tensor | None, logits: str, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, codebook: Tensor, mask: Tensor | None, indices: Tensor | None, logits: str, temperature: float, floor: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads, outer, _, inner = x.shape
     dtype = accumulator_dtype(x.dtype)
-    usage = (heads, codebook.shape[1]) if indices is None else (0,)  # float64: a logarithm is taken of it
     return (
-        x.new_empty((heads, outer, inner), dtype=dtype),
-        x.new_empty(usage, dtype=torch.float64),
+        x.new_empty(heads, dtype=dtype),
+        x.new_empty(heads if indices is None else 0, dtype=dtype),
+        x.new_empty((heads, codebook.shape[1]) if indices is None else 0, dtype=torch.float64),  # a logarithm is taken of it
         x.new_empty((3, heads, outer, inner), dtype=dtype),
     )
 
 
 @register_fake("code_softmax_backward")
 def _(
-    grad_value: Tensor | None,
-    grad_usage: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_entropy: Tensor | None,
     x: Tensor,
     codebook: Tensor,
     mask: Tensor | None,
     indices: Tensor | None,
+    usage: Tensor,
     statistics: Tensor,
     logits: str,
     temperature: float,
+    floor: float,
     need_x: bool,
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cross-entropy of target codes under the softmax over the codebook."""
 
-import torch
 from torch import Tensor
 
 from .._choices import Impl, Logits
@@ -47,7 +46,5 @@ def code_cross_entropy(
     """
     op = "code_cross_entropy"
     channel = check_arguments(op, x, codebook, temperature, logits, channel_dim, mask)
-    check_indices(op, indices, x, channel, codebook.shape[-2])
-    value, _, count = code_softmax(op, x, codebook, channel, mask, indices, logits, temperature, impl)
-    loss = (value.sum((1, 2), dtype=torch.float64) / count).to(value.dtype)
-    return loss if codebook.dim() == 3 else loss.squeeze(0)
+    check_indices(op, indices, x, channel, None)
+    return code_softmax(op, x, codebook, channel, mask, indices, logits, temperature, 0.0, impl)[0]

@@ -9,6 +9,8 @@ from ._code_softmax import check_arguments, code_softmax, unavailable
 
 __all__ = ["code_entropy", "unavailable"]
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 def code_entropy(
     x: Tensor,  # [..., D, ...]
@@ -68,9 +70,5 @@ def code_entropy(
     channel = check_arguments(op, x, codebook, temperature, logits, channel_dim, mask)
     if not 0 <= epsilon < 1:
         raise ValueError(f"{op}: epsilon must lie in [0, 1), got {epsilon!r}.")
-    entropy, usage, count = code_softmax(op, x, codebook, channel, mask, None, logits, temperature, impl)
-    dtype = entropy.dtype
-    mean = usage / (count.unsqueeze(1) if isinstance(count, Tensor) else count)
-    batch = -(mean * mean.clamp(min=max(epsilon, torch.finfo(torch.float32).tiny)).log()).sum(1).to(dtype)
-    sample = (entropy.sum((1, 2), dtype=torch.float64) / count).to(dtype)
-    return (sample, batch) if codebook.dim() == 3 else (sample.squeeze(0), batch.squeeze(0))
+    floor = max(float(epsilon), _TINY)
+    return code_softmax(op, x, codebook, channel, mask, None, logits, temperature, floor, impl)

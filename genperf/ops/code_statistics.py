@@ -114,13 +114,14 @@ def is_finite(x: Tensor, dim: int) -> Tensor:
     return torch.linalg.vector_norm(x, math.inf, dim).isfinite()
 
 
-def check_indices(op: str, indices: Tensor, x: Tensor, channel: int, num_codes: int) -> None:
-    """`indices` must hold a code, or -1, for each position of x; on CUDA the values are not checked."""
+def check_indices(op: str, indices: Tensor, x: Tensor, channel: int, num_codes: int | None) -> None:
+    """`indices` must hold a code, or -1, for each position of x; on CUDA, and without num_codes, the values are not checked."""
     check_tensor(op, "indices", indices)
     if indices.dtype != torch.int64:
         raise TypeError(f"{op}: indices must be int64, got {indices.dtype}.")
     check_positions(op, "indices", indices, x, channel)
-    check_index_range(op, indices, num_codes)
+    if num_codes is not None:
+        check_index_range(op, indices, num_codes)
 
 
 @remembered

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entropies of soft lookup-free codes, computed from the bits without the positions x codes matrix."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import _library
 from .._choices import Impl
 from ._autograd import Function, apply, differentiate, need_function, need_graph, saved_tensors
-from ._dispatch import Reasons, choose_impl, remembered
+from ._dispatch import Reasons, choose_impl, register_fake, remembered
 from ._layout import as_positions
 from ._precision import accumulator_dtype, full_float32, normalized
 from ._validate import check_channel_dim, check_float, check_mask, check_tensor
@@ -20,6 +22,9 @@ MAX_GROUP = 24
 CHUNK = {"cpu": 2**20, "cuda": 2**22}
 # Logits of bits are clamped to this, where the bit is certain, so that infinity does not give NaN.
 MAX_LOGIT = 1e4
+# Where the kernel of small inputs is faster: elements, and products of numbers.
+MAX_SMALL, MAX_SMALL_PRODUCTS = 1 << 14, 1 << 22
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def lookup_free_entropy(
@@ -80,8 +85,7 @@ def lookup_free_entropy(
     if spherical:
         x = scale * normalized(x, channel)
     sharpness = 4 * inv_temperature * code_size(scale, spherical, bits)
-    entropy, mass, count = code_mass(op, x, channel, mask, sharpness, group, impl)
-    return entropy / count.clamp(min=1), entropy_of(mass).sum()
+    return soft_code_entropies(op, x, channel, mask, sharpness, group, None, impl)
 
 
 def check_group(op: str, group_size: int | None, bits: int) -> int:
@@ -92,6 +96,29 @@ def check_group(op: str, group_size: int | None, bits: int) -> int:
             f"{op}: group_size, by default the number of bits, must divide the {bits} bits and be at most {MAX_GROUP}, got {group}."
         )
     return group
+
+
+def soft_code_entropies(
+    op: str,
+    x: Tensor,
+    channel: int,
+    mask: Tensor | None,
+    sharpness: float,
+    group: int,
+    floor: float | None,
+    impl: Impl | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean entropy of the vectors' codes, and the sum over the groups of `entropy_of` their mass, for arguments that are checked."""
+    chosen = choose_impl(op, impl, unavailable(x.device, x.dtype), x)
+    if chosen != "reference" and _is_small(x, channel, mask, group):
+        arguments = (x, mask, sharpness, group, _TINY if floor is None else floor, channel)
+        if need_function(x):
+            sample, entropy, _ = apply(_SmallEntropies, *arguments)
+        else:
+            sample, entropy, _ = torch.ops.genperf.small_lookup_free_entropy(*arguments)
+        return sample, entropy
+    entropy, mass, count = code_mass(op, x, channel, mask, sharpness, group, impl)
+    return entropy / count.clamp(min=1), entropy_of(mass, floor).sum()
 
 
 def code_mass(
@@ -117,6 +144,17 @@ def code_mass(
     return entropy, mass, count
 
 
+def _is_small(x: Tensor, channel: int, mask: Tensor | None, group: int) -> bool:
+    """Whether one kernel computes the op. Not for torch.compile, whose sizes vary."""
+    if torch.compiler.is_compiling() or _library.cpu_failure is not None or x.device.type != "cpu" or x.dtype == torch.float64:
+        return False
+    bits, size = x.shape[channel], x.numel()
+    # For every vector, the codes of each group.
+    if size > MAX_SMALL or (size << group) // group > MAX_SMALL_PRODUCTS or (bits << group) // group > MAX_SMALL:
+        return False
+    return x.is_contiguous() and (mask is None or mask.is_contiguous())
+
+
 def entropy_of(mass: Tensor, floor: float | None = None) -> Tensor:  # [groups, K] -> [groups]
     """Entropy of each group's normalized mass.
 
@@ -132,6 +170,38 @@ def entropy_of(mass: Tensor, floor: float | None = None) -> Tensor:  # [groups, 
 def unavailable(device: torch.device, dtype: torch.dtype) -> Reasons:
     """Why each implementation cannot run on this device and dtype, or None; best first."""
     return {"native": None, "reference": None}
+
+
+class _SmallEntropies(Function):
+    @staticmethod
+    def forward(x: Tensor, mask: Tensor | None, sharpness: float, group: int, floor: float, channel: int) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.genperf.small_lookup_free_entropy(x, mask, sharpness, group, floor, channel)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, mask, *ctx.options = inputs
+        ctx.save_for_backward(x, mask, outputs[2])
+        ctx.mark_non_differentiable(outputs[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_sample: Tensor | None, grad_entropy: Tensor | None, _mass: None) -> tuple[Tensor | None, ...]:
+        x, mask, mass = saved_tensors(ctx)
+        if grad_sample is None and grad_entropy is None:
+            grad_x = None
+        elif need_graph((grad_sample, grad_entropy), (x,)):
+            sharpness, group, floor, channel = ctx.options
+            per_vector = None if mask is None else mask.reshape(math.prod(x.shape[:channel]), -1)
+            count = x.numel() // x.shape[channel] if mask is None else mask.sum(dtype=torch.float32)
+
+            def reference(x: Tensor) -> tuple[Tensor, Tensor]:
+                entropy, mass = code_mass_reference(as_positions(x, channel), per_vector, sharpness, group)
+                return entropy / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)), entropy_of(mass, floor).sum()
+
+            (grad_x,) = differentiate(reference, (grad_sample, grad_entropy), (x,), (True,))
+        else:
+            grad_x = torch.ops.genperf.small_lookup_free_entropy_backward(grad_sample, grad_entropy, mass, x, mask, *ctx.options)
+        return grad_x, None, None, None, None, None
 
 
 class _CodeMass(Function):
@@ -266,4 +336,25 @@ def _(x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> tuple[Ten
 
 @torch.library.register_fake("genperf::lookup_free_mass_backward")
 def _(grad_entropy: Tensor | None, grad_mass: Tensor | None, x: Tensor, mask: Tensor | None, sharpness: float, group: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@register_fake("small_lookup_free_entropy")
+def _(x: Tensor, mask: Tensor | None, sharpness: float, group: int, floor: float, channel: int) -> tuple[Tensor, Tensor, Tensor]:
+    sample, entropy = (x.new_empty((), dtype=torch.float32) for _ in range(2))
+    return sample, entropy, x.new_empty(x.shape[channel] // group, 2**group, dtype=torch.float32)
+
+
+@register_fake("small_lookup_free_entropy_backward")
+def _(
+    grad_sample: Tensor | None,
+    grad_entropy: Tensor | None,
+    mass: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    sharpness: float,
+    group: int,
+    floor: float,
+    channel: int,
+) -> Tensor:
     return torch.empty_like(x)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .._choices import Impl, Logits
 from ._autograd import call
-from ._code_softmax import check_arguments, logits_reference, unavailable, with_heads
+from ._code_softmax import check_arguments, is_small, logits_reference, unavailable, with_heads
+from ._code_softmax_chunks import FORMS
 from ._dispatch import choose_impl
 from ._layout import positions_shape
 from ._noise import draw_seed, first_sample, gumbel_noise
@@ -77,6 +78,8 @@ def draw_codes(
         batch = codebook.dim() - 2
         first = first_sample() * math.prod(positions_shape(x, channel)[batch + 1 :]) if channel != batch else 0
     seed = draw_seed(op, x.device, generator) if temperature > 0 else None
+    if chosen != "reference" and is_small(x, codebook, mask):
+        return call(torch.ops.genperf.small_sample_code, x, codebook, mask, seed, first, FORMS[logits], float(temperature), channel)
     positions, codes = with_heads(x, codebook, channel)
     if mask is not None:
         mask = mask.reshape(positions.shape[0], positions.shape[1], positions.shape[3])

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import genperf
 from genperf import testing
-from genperf.ops import _code_softmax_chunks
+from genperf.ops import _code_softmax, _code_softmax_chunks
 from genperf.ops._noise import gumbel_noise
 
 pytestmark = pytest.mark.compiled
@@ -39,6 +39,11 @@ def losses(x, codebook, indices, **options):
 def assert_close(found, expected, rtol=1e-4, atol=1e-6):
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def use_chunks(monkeypatch):
+    """Compute small inputs in chunks too."""
+    monkeypatch.setattr(_code_softmax, "MAX_SMALL", 0)
 
 
 def plain_logits(x, codebook, logits):
@@ -145,17 +150,56 @@ def test_derivatives(logits, device):
 
 @pytest.mark.parametrize("logits", LOGITS)
 def test_kernels_agree_with_chunks_in_pytorch(logits, monkeypatch, device):
-    """The PyTorch code of float64 and CUDA, run in float32."""
+    """The kernel of small inputs, that of chunks, and the PyTorch code of float64 and CUDA, run in float32."""
     x, codebook = torch.randn(2, 40, 6, 3, device=device), torch.randn(2, 37, 6, device=device)
     indices, mask = torch.randint(-1, 37, (2, 40, 3), device=device), torch.rand(2, 40, 3, device=device) > 0.2
     options = {"logits": logits, "temperature": 0.5, "channel_dim": 2, "mask": mask}
     found = losses(x, codebook, indices, **options)
     torch.manual_seed(3)
     drawn = genperf.sample_code(x, codebook, **options)
-    monkeypatch.setattr(_code_softmax_chunks, "_has_kernel", lambda products: False)
-    assert_close(found, losses(x, codebook, indices, **options))
-    torch.manual_seed(3)
-    assert torch.equal(genperf.sample_code(x, codebook, **options), drawn)
+    use_chunks(monkeypatch)
+    for has_kernel in (_code_softmax_chunks._has_kernel, lambda products: False):
+        monkeypatch.setattr(_code_softmax_chunks, "_has_kernel", has_kernel)
+        assert_close(found, losses(x, codebook, indices, **options))
+        torch.manual_seed(3)
+        assert torch.equal(genperf.sample_code(x, codebook, **options), drawn)
+
+
+@pytest.mark.once
+def test_small_inputs_run_one_kernel(monkeypatch, device):
+    """Also under the transforms of torch.func, in every layout whose x is contiguous; and not beyond the limits of the kernel."""
+    if device != "cpu":
+        pytest.skip("a kernel of the CPU")
+    x, codebook, indices = torch.randn(2, 3, 5, 4, 2), torch.randn(2, 7, 4), torch.randint(-1, 7, (2, 3, 5, 2))
+    mask = torch.rand(2, 3, 5, 2) > 0.3
+
+    def results(x, codebook):
+        options = {"channel_dim": 3, "temperature": 0.7}
+        return (
+            *genperf.code_entropy(x, codebook, mask=mask, **options),
+            genperf.code_cross_entropy(x, codebook, indices, mask=mask, **options),
+            genperf.code_cross_entropy(x, codebook, indices, logits="dot", **options),
+        )
+
+    def first(x, codebook):
+        return sum(value.sum() for value in results(x, codebook))
+
+    def all_results():
+        per_sample = torch.func.vmap(first)(torch.stack([x, 2 * x]), torch.stack([codebook, codebook]))
+        leaves = [t.clone().requires_grad_() for t in (x, codebook)]
+        gradients = *torch.autograd.grad(first(*leaves), leaves), *torch.func.grad(first, (0, 1))(x, codebook)
+        return *results(x, codebook), *gradients, per_sample, *results(x.half(), codebook.half())
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        found = all_results()
+    names = {event.name for event in profile.events()}
+    assert {"genperf::small_code_softmax", "genperf::small_code_softmax_backward"} <= names
+    assert not any(name.startswith("genperf::code_softmax") for name in names)
+    use_chunks(monkeypatch)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        expected = all_results()
+    assert not any(event.name.startswith("genperf::small") for event in profile.events())
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("channel_dim", [1, 2])
@@ -163,6 +207,7 @@ def test_chunk_size_has_no_effect(channel_dim, monkeypatch, device):
     x, codebook = torch.randn(5, 24, 24, device=device), torch.randn(70, 24, device=device)
     indices = torch.randint(70, (5, 24), device=device)
     results = []
+    use_chunks(monkeypatch)
     for rows in (120, 24, 7, 1):
         monkeypatch.setattr(_code_softmax_chunks, "_CHUNK", rows * 70)
         monkeypatch.setattr(_code_softmax_chunks, "_MIN_ROWS", 1)
@@ -378,9 +423,11 @@ def test_temperature_zero_gives_the_best_code(impl, device):
     assert torch.equal(tiny, found)
 
 
-@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("kernel", ["small", "rows", "none"])
 def test_nan_is_never_chosen(kernel, monkeypatch, device):
-    if not kernel:
+    if kernel != "small":
+        use_chunks(monkeypatch)
+    if kernel == "none":
         monkeypatch.setattr(_code_softmax_chunks, "_has_kernel", lambda products: False)
     x, codebook = torch.randn(20, 4, device=device), torch.randn(50, 4, device=device)
     x[2, 1] = math.nan
@@ -398,11 +445,19 @@ def test_contract_of_the_ops(with_indices, device):
     codebook = torch.randn(2, 9, 4, device=device)
     indices = torch.randint(-1, 9, (2, 3, 5), device=device) if with_indices else None
     mask = None if with_indices else torch.rand(2, 3, 5, device=device) > 0.3
-    value, usage, statistics = torch.ops.genperf.code_softmax(x, codebook, mask, indices, "distance", 0.5)
-    testing.check_op("code_softmax", [(x, codebook, mask, indices, "distance", 0.5)])
-    grad_usage = None if with_indices else torch.randn_like(usage)
-    backward = (torch.randn_like(value), grad_usage, x, codebook, mask, indices, statistics, "distance", 0.5)
+    arguments = (x, codebook, mask, indices, "distance", 0.5, 1e-3)
+    mean, entropy, usage, statistics = torch.ops.genperf.code_softmax(*arguments)
+    testing.check_op("code_softmax", [arguments])
+    gradients = torch.randn_like(mean), None if with_indices else torch.randn_like(entropy)
+    backward = (*gradients, x, codebook, mask, indices, usage, statistics, "distance", 0.5, 1e-3)
     testing.check_op("code_softmax_backward", [(*backward, True, True), (*backward, False, False)])
+    if device == "cpu":
+        arguments = (*arguments[:4], 0, 0.5, 1e-3, 2)
+        _, _, usage, statistics = torch.ops.genperf.small_code_softmax(*arguments)
+        testing.check_op("small_code_softmax", [arguments])
+        backward = (*gradients, *arguments[:4], usage, statistics, *arguments[4:])
+        testing.check_op("small_code_softmax_backward", [(*backward, True, True), (*backward, False, False)])
+        testing.check_op("small_sample_code", [(x, codebook, mask, torch.tensor(7), 3, 1, 0.5, 2)])
     seed = torch.tensor(7, device=device)
     testing.check_op("sample_code", [(x, codebook, mask, seed, 3, "squared_distance", 0.5), (x, codebook, mask, None, 0, "dot", 0.0)])
 

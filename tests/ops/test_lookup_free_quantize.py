@@ -93,9 +93,13 @@ def test_entropy_accuracy(dtype, inv_temperature, group_size, device, monkeypatc
     monkeypatch.setattr(module, "CHUNK", {"cpu": 2**12, "cuda": 2**12})  # several chunks
     x = torch.randn(500, 9, device=device).to(dtype)
     options = {"inv_temperature": inv_temperature, "group_size": group_size, "scale": 0.8}
-    exact, plain, found = (entropies(t, impl, **options) for t, impl in ((x.double(), "reference"), (x, "reference"), (x, None)))
-    for name, value, of_double, of_reference in zip(("sample", "codebook", "x.grad"), found, exact, plain, strict=True):
-        testing.assert_accurate(name, value, of_double, of_reference)
+    exact, plain = (entropies(t, "reference", **options) for t in (x.double(), x))
+    for kernel in ("of small inputs", "of chunks"):
+        if kernel == "of chunks":
+            monkeypatch.setattr(module, "MAX_SMALL", 0)
+        found = entropies(x, None, **options)
+        for name, value, of_double, of_reference in zip(("sample", "codebook", "x.grad"), found, exact, plain, strict=True):
+            testing.assert_accurate(f"{name}, kernel {kernel}", value, of_double, of_reference)
 
 
 def test_entropy_equals_its_definition(device):
@@ -201,6 +205,9 @@ def test_contract(device):
     testing.check_op("lookup_free_mass", [(permuted, mask, 3.0, 2)])
     one, mass = torch.tensor(1.0, device=device), torch.randn(2, 4, device=device)
     testing.check_op("lookup_free_mass_backward", [(one, mass, permuted, mask, 3.0, 2)])
+    if device == "cpu":
+        testing.check_op("small_lookup_free_entropy", [(x, mask, 3.0, 2, 1e-3, 1)])
+        testing.check_op("small_lookup_free_entropy_backward", [(one, one, mass, x, mask, 3.0, 2, 1e-3, 1)])
 
 
 @pytest.mark.once
