@@ -24,3 +24,11 @@ StatisticsLayout = Literal["pytorch-fid", "edm", "adm", "fd-loss", "stylegan"]
 AdversarialLoss = Literal["non-saturating", "saturating", "least-squares", "hinge", "wasserstein"]
 Penalty = Literal["wgan-gp", "one-sided", "zero-centered", "dragan", "r1", "r2", "r1+r2", "finite-difference"]
 Interpolation = Literal["lerp", "slerp"]
+Normalization = Literal["batch", "virtual", "none"]
+Corruption = Literal["gaussian", "salt-and-pepper", "masking"]
+Likelihood = Literal["bernoulli", "gaussian"]
+PyramidKernel = Literal["binomial", "box"]
+
+# Training, and the scores of samples.
+TrainingPrecision = Literal["32", "bf16"]
+Pixels = Literal["unit", "signed", "uint8"]

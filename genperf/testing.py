@@ -5,13 +5,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+Vectors = Literal["random", "clustered", "offset", "tied", "near_ties"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # One, sizes next to a power of two, and a large size that is not a power of two.
@@ -19,7 +20,7 @@ ODD_SIZES = (1, 7, 31, 33, 1000)
 
 
 def vectors(
-    kind: str, count: int, codes: int, dim: int, dtype: torch.dtype, device: str | torch.device, seed: int = 0
+    kind: Vectors, count: int, codes: int, dim: int, dtype: torch.dtype, device: str | torch.device, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Return x [count, dim] and a codebook [codes, dim] of a kind of data.
 
@@ -41,7 +42,7 @@ def vectors(
         half = codes // 2
         codebook[half : 2 * half] = torch.nextafter(codebook[:half], torch.full_like(codebook[:half], 10))
     elif kind != "random":
-        raise ValueError(f"vectors: unknown kind {kind!r}.")
+        raise ValueError(f"vectors: kind must be one of {', '.join(get_args(Vectors))}, got {kind!r}.")
     return x.to(dtype).to(device), codebook.to(dtype).to(device)
 
 

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
+from .._choices import ClusterInit, ClusterUpdate, Metric
 from .._distributed import process_group, rank
 from ..ops import KMeansProgress
 from . import options
@@ -32,17 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=options.path, default=Path("ids.npy"), metavar="PATH", help="file of identifiers (%(default)s)")
     parser.add_argument("--iterations", type=options.number(int, 0), default=25, metavar="N", help="of each stage (%(default)s)")
     parser.add_argument(
-        "--init", type=options.one_of("k-means++", "random"), default="k-means++", help="k-means++, or random: vectors (%(default)s)"
+        "--init", type=options.one_of(*get_args(ClusterInit)), default="k-means++", help="k-means++, or random: vectors (%(default)s)"
     )
     parser.add_argument(
         "--n-init", type=options.number(int, 1), default=1, metavar="N", help="runs of each stage, of which the best counts (%(default)s)"
     )
     metric = "euclidean, or cosine: vectors are normalized first, and so are the codes of the first stage (%(default)s)"
-    parser.add_argument("--metric", type=options.one_of("euclidean", "cosine"), default="euclidean", help=metric)
+    parser.add_argument("--metric", type=options.one_of(*get_args(Metric)), default="euclidean", help=metric)
     weights = ".npy file with a weight for each vector; one of weight 2 counts as two vectors"
     parser.add_argument("--weights", type=options.path, metavar="FILE", help=weights)
     update = "lloyd, or ema: moving averages of mini-batches, which takes fewer iterations (%(default)s)"
-    parser.add_argument("--update", type=options.one_of("lloyd", "ema"), default="lloyd", help=update)
+    parser.add_argument("--update", type=options.one_of(*get_args(ClusterUpdate)), default="lloyd", help=update)
     parser.add_argument("--batch-size", type=options.number(int, 1), metavar="N", help="vectors of a mini-batch")
     balance = "limit of a cluster's size, relative to the mean, such as 1.05 (none)"
     parser.add_argument("--balance", type=options.number(float, 1), metavar="RATIO", help=balance)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .._errors import UserError, reason
+from ..models.system import choices_of
 
 MOST = (1 << 31) - 1  # of whole numbers in general
 
@@ -86,7 +87,7 @@ def add_field(group: argparse._ArgumentGroup, flag: str, field: dataclasses.Fiel
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=meaning)
         return
-    choices = field.metadata["choices"]
+    choices = choices_of(field)
     if choices is not None:
         meaning = f"{field.metadata['help']}: {', '.join('none' if c is None else str(c) for c in choices)} ({shown})"
     parse = _value(kind, type(None) in kinds, choices)

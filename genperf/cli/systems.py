@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 
 from ..models import SYSTEMS, System
+from ..models.system import choices_of
 from .streams import print_page
 
 # In the order of the list.
@@ -42,7 +43,7 @@ def _page(name: str, system: type[System]) -> list[str]:
     lines = [f"{name}: {summary(system)}", f"can: {abilities(system)}", "", "options of `genperf train`:"]
     for field in dataclasses.fields(system.Config):
         if "help" in field.metadata:
-            choices = field.metadata["choices"]
+            choices = choices_of(field)
             among = "" if choices is None else f"; of {', '.join(map(_shown, choices))}"
             lines.append(f"  --{field.name.replace('_', '-'):<24} {field.metadata['help']} ({_shown(field.default)}{among})")
     return lines

@@ -4,8 +4,9 @@
 import argparse
 import dataclasses
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from .._choices import TrainingPrecision
 from .._errors import UserError, import_extra
 from ..models import SYSTEMS, System
 from . import options
@@ -34,7 +35,7 @@ SETTINGS = (
     ("epochs", options.number(int, 1), "passes over the training images (10, or as many as make 500 steps)"),
     ("batch_size", options.number(int, 1), "images per step, over all ranks (64)"),
     ("lr_decay", options.fraction, "decay the learning rates linearly to 0 over this last share of the steps (0)"),
-    ("precision", options.one_of("32", "bf16"), "32, or bf16 for mixed precision (32)"),
+    ("precision", options.one_of(*get_args(TrainingPrecision)), "32, or bf16 for mixed precision (32)"),
     ("impl", options.one_of("reference"), "reference: train with the ops' PyTorch references instead of their kernels"),
 )
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .._typing import signature_of
 from ..ops.vector_quantize import vector_quantize
-from ._used_codes import UsedCodes
+from ._used_codes import UnknownIndex, UsedCodes
 
 
 class ImageQuantizer(UsedCodes):
@@ -44,7 +44,7 @@ class ImageQuantizer(UsedCodes):
         dim: int,
         beta: float,
         remap: str | np.ndarray | Tensor | None = None,
-        unknown_index: str | int = "random",
+        unknown_index: UnknownIndex = "random",
         sane_index_shape: bool = False,
         legacy: bool = True,
     ) -> None:

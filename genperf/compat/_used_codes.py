@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Remapping of indices to a subset of used codes, as in taming-transformers and diffusers."""
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+UnknownIndex = Literal["random", "extra"] | int
 
 
 class UsedCodes(nn.Module):
@@ -16,11 +20,11 @@ class UsedCodes(nn.Module):
 
     used: Tensor
 
-    def set_remap(self, num_codes: int, remap: str | np.ndarray | Tensor | None, unknown_index: str | int) -> None:
+    def set_remap(self, num_codes: int, remap: str | np.ndarray | Tensor | None, unknown_index: UnknownIndex) -> None:
         """Set the used indices, given as such or as the path of a .npy file, and the index of unused codes: "random", "extra" or an int."""
         self.remap = remap
         self.re_embed = num_codes
-        self.unknown_index: str | int = unknown_index
+        self.unknown_index: UnknownIndex = unknown_index
         self._num_codes = num_codes
         if remap is None:
             return

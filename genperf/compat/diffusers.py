@@ -42,6 +42,7 @@ from torch import Tensor
 
 from ..ops.gaussian_sample import LOGVAR_RANGE, gaussian_sample
 from ._image_quantizer import ImageQuantizer
+from ._used_codes import UnknownIndex
 
 
 class VectorQuantizer(ImageQuantizer):
@@ -60,7 +61,7 @@ class VectorQuantizer(ImageQuantizer):
         vq_embed_dim: int,
         beta: float,
         remap: str | np.ndarray | Tensor | None = None,
-        unknown_index: str | int = "random",
+        unknown_index: UnknownIndex = "random",
         sane_index_shape: bool = False,
         legacy: bool = True,
     ) -> None:

@@ -41,7 +41,7 @@ from .._typing import signature_of
 from ..nn.vector_quantizer import code_usage
 from ..ops.gumbel_sample import gumbel_sample
 from ._image_quantizer import ImageQuantizer
-from ._used_codes import UsedCodes
+from ._used_codes import UnknownIndex, UsedCodes
 
 
 class VectorQuantizer2(ImageQuantizer):
@@ -60,7 +60,7 @@ class VectorQuantizer2(ImageQuantizer):
         e_dim: int,
         beta: float,
         remap: str | np.ndarray | Tensor | None = None,
-        unknown_index: str | int = "random",
+        unknown_index: UnknownIndex = "random",
         sane_index_shape: bool = False,
         legacy: bool = True,
     ) -> None:
@@ -153,7 +153,7 @@ class GumbelQuantize(UsedCodes):
         temp_init: float = 1.0,
         use_vqinterface: bool = True,
         remap: str | np.ndarray | Tensor | None = None,
-        unknown_index: str | int = "random",
+        unknown_index: UnknownIndex = "random",
     ) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim

@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from .._errors import UserError
+from .._choices import Pixels
+from .._errors import UserError, reason
 from .._messages import log
 from ..metrics._features import finite_features, only_output
 from .pretrained_extractors import PRETRAINED, load_pretrained
 
 # Conversions from uint8 to the extractor's input.
-PIXELS = {
+PIXELS: dict[Pixels, Callable[[Tensor], Tensor]] = {
     "unit": lambda images: images.float() / 255,
     "signed": lambda images: images.float() / 127.5 - 1,
     "uint8": lambda images: images,
@@ -40,11 +42,11 @@ class Extractor:
         pixels: a key of `PIXELS`.
     """
 
-    def __init__(self, name: str, function: Callable[[Tensor], object], *, pixels: str, device: torch.device) -> None:
+    def __init__(self, name: str, function: Callable[[Tensor], object], *, pixels: Pixels, device: torch.device) -> None:
         if isinstance(function, nn.Module):
             function = function.to(device).eval()
         self.name = name
-        self.pixels = pixels
+        self.pixels: Pixels = pixels
         self.device = device
         self._function = function
 
@@ -57,7 +59,7 @@ class Extractor:
             with _without_tf32():
                 features = self._function(images)
         except Exception as error:
-            raise UserError(f"{owner} failed on images {shape}: {_reason(error)}.") from error
+            raise UserError(f"{owner} failed on images {shape}: {reason(error, with_class=True)}.") from error
         try:
             features = only_output(owner, features)
             rows = finite_features(owner, features, None)
@@ -85,7 +87,7 @@ def _without_tf32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def load_extractor(name: str, *, pixels: str | None, weights: Path | None, device: torch.device) -> Extractor:
+def load_extractor(name: str, *, pixels: Pixels | None, weights: Path | None, device: torch.device) -> Extractor:
     """Load the extractor "inception", one of `PRETRAINED`, or "module.path:callable".
 
     Args:
@@ -101,7 +103,7 @@ def load_extractor(name: str, *, pixels: str | None, weights: Path | None, devic
             raise UserError(f"--pixels must be uint8 for --extractor inception, got {pixels}.")
         inception = _inception(weights)
         if device.type == "cpu":  # oneDNN's convolutions take 0.6 of the time there
-            inception = inception.to(memory_format=torch.channels_last)
+            convert_conv2d_weight_memory_format(inception, torch.channels_last)
         return Extractor(name, inception, pixels="uint8", device=device)
     if name in PRETRAINED:
         if pixels not in (None, "unit"):
@@ -117,7 +119,7 @@ def _inception(weights: Path | None) -> nn.Module:
         module = _import_inception()
     except Exception as error:
         raise UserError(
-            f"--extractor inception needs the package torch-fidelity ({_reason(error)}); install it with "
+            f"--extractor inception needs the package torch-fidelity ({reason(error, with_class=True)}); install it with "
             f"`pip install --no-deps torch-fidelity`, or name another extractor."
         ) from error
     if weights is None:
@@ -131,7 +133,7 @@ def _inception(weights: Path | None) -> nn.Module:
         return module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
     except Exception as error:
         origin = module.URL_INCEPTION_V3 if weights is None else repr(str(weights))
-        raise UserError(f"the Inception weights from {origin} cannot be loaded: {_reason(error)}.") from error
+        raise UserError(f"the Inception weights from {origin} cannot be loaded: {reason(error, with_class=True)}.") from error
 
 
 def _import_inception() -> Any:
@@ -164,12 +166,12 @@ def _import_callable(name: str) -> Callable[[Tensor], object]:
         for part in attribute.split("."):
             function = getattr(function, part)
     except Exception as error:
-        raise UserError(f"--extractor {name!r} cannot be imported: {_reason(error)}.") from error
+        raise UserError(f"--extractor {name!r} cannot be imported: {reason(error, with_class=True)}.") from error
     if not isinstance(function, nn.Module) and _takes_no_arguments(function):
         try:
             function = function()
         except Exception as error:
-            raise UserError(f"--extractor {name!r} cannot be called without arguments: {_reason(error)}.") from error
+            raise UserError(f"--extractor {name!r} cannot be called without arguments: {reason(error, with_class=True)}.") from error
     if not callable(function) or inspect.isclass(function):  # a class with required arguments
         raise UserError(f"--extractor {name!r} must be a callable that maps images to features, got {function!r}.")
     return function
@@ -185,8 +187,3 @@ def _takes_no_arguments(function: object) -> bool:
     except ValueError:  # a builtin without a signature
         return False
     return True
-
-
-def _reason(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import metrics
+from .._choices import Pixels
 from .._distributed import all_gather_ints, all_gather_rows, rank, world_size
 from .._errors import UserError, import_extra, reason
 from .._messages import log
@@ -33,7 +34,7 @@ class ScoreOptions:
     device: torch.device
     extractor: str = "inception"  # or "module.path:callable"
     weights: Path | None = None  # as in `load_extractor`, and `pixels`
-    pixels: str | None = None
+    pixels: Pixels | None = None
     channels: int = 3  # of the extractor's input; as in `read_batches`, and `size` and `workers`
     size: tuple[int, int] | None = None
     workers: int = 1

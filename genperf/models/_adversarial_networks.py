@@ -6,15 +6,17 @@ such images and a condition to logits [B] and features [B, F], their last hidden
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from .._choices import Normalization
 from ..nn.batch_norm import BatchNorm
 from ..nn.minibatch_discrimination import MinibatchDiscrimination
 from ..nn.virtual_batch_norm import VirtualBatchNorm, reference_pass
 
-NORMS = {"batch": BatchNorm, "virtual": VirtualBatchNorm, "none": nn.Identity}
+NORMS: dict[Normalization, Callable[[int], nn.Module]] = {"batch": BatchNorm, "virtual": VirtualBatchNorm, "none": nn.Identity}
 
 # Size of the reference batch of virtual batch normalization.
 REFERENCE_BATCH = 64
@@ -73,7 +75,7 @@ class ConvGenerator(nn.Module):
     reference: Tensor | None
 
     def __init__(
-        self, image_shape: tuple[int, int, int], latent_dim: int, width: int, *, norm: str = "batch", condition_dim: int = 0
+        self, image_shape: tuple[int, int, int], latent_dim: int, width: int, *, norm: Normalization = "batch", condition_dim: int = 0
     ) -> None:
         super().__init__()
         channels, rows, columns = image_shape
@@ -117,7 +119,7 @@ class ConvDiscriminator(nn.Module):
         image_shape: tuple[int, int, int],
         width: int,
         *,
-        norm: str = "batch",
+        norm: Normalization = "batch",
         minibatch_kernels: int = 0,
         condition_dim: int = 0,
     ) -> None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ._adversarial_networks import NORMS, ConvDiscriminator, ConvGenerator
+from .._choices import Normalization
+from ._adversarial_networks import ConvDiscriminator, ConvGenerator
 from .gan import GAN, GANConfig
 from .system import option
 
@@ -15,7 +16,7 @@ class DCGANConfig(GANConfig):
     """Configuration of a `DCGAN`."""
 
     width: int = option(32, "channels of the largest feature maps")
-    norm: str = option("batch", "normalization; virtual applies to the generator only", choices=tuple(NORMS))
+    norm: Normalization = option("batch", "normalization; virtual applies to the generator only")
 
 
 class DCGAN(GAN):

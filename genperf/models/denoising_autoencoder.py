@@ -7,17 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._choices import Corruption
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .system import option, standard_normal
-
-NOISES = ("gaussian", "salt-and-pepper", "masking")
 
 
 @dataclass(frozen=True)
 class DenoisingAutoencoderConfig(AutoencoderConfig):
     """Configuration of a `DenoisingAutoencoder`."""
 
-    noise: str = option("gaussian", "kind of noise", choices=NOISES)
+    noise: Corruption = option("gaussian", "kind of noise")
     level: float = option(0.5, "standard deviation of gaussian noise, or fraction of pixels changed by other noise")
 
 
@@ -44,8 +43,6 @@ class DenoisingAutoencoder(Autoencoder):
     def __init__(self, config: DenoisingAutoencoderConfig | None = None) -> None:
         super().__init__(config)
         noise, level, name = self.config.noise, self.config.level, type(self).__name__
-        if noise not in NOISES:
-            raise ValueError(f"{name}: noise must be one of {', '.join(NOISES)}, got {noise!r}.")
         if not 0 <= level < float("inf"):
             raise ValueError(f"{name}: level must be a finite number, at least 0, got {level}.")
         if noise != "gaussian" and level > 1:

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .._choices import AdversarialLoss, Penalty
-from ..losses.adversarial import ADVERSARIAL_LOSSES, SMOOTHED, discriminator_loss, generator_loss
+from ..losses.adversarial import SMOOTHED, discriminator_loss, generator_loss
 from ..losses.feature_matching import feature_matching
-from ..losses.gradient_penalty import CENTERS, gradient_penalty
+from ..losses.gradient_penalty import gradient_penalty
 from ..losses.historical_averaging import HistoricalAveraging
 from ._adversarial_networks import DenseDiscriminator, DenseGenerator
 from ._moving_average import update_average
@@ -26,13 +26,13 @@ class GANConfig(SystemConfig):
 
     latent_dim: int = option(64, "length of the generator's noise")
     width: int = option(256, "units of the hidden layers")
-    loss: AdversarialLoss = option("non-saturating", "adversarial loss", choices=ADVERSARIAL_LOSSES)
+    loss: AdversarialLoss = option("non-saturating", "adversarial loss")
     critic_steps: int = option(1, "discriminator steps per generator step")
     lr: float = option(1e-3, "learning rate of the generator")
     lr_discriminator: float | None = option(None, "learning rate of the discriminator, none: that of the generator")
     beta1: float = option(0.5, "decay of the gradient mean in Adam")
     beta2: float = option(0.999, "decay of the squared-gradient mean in Adam")
-    penalty: Penalty | None = option(None, "gradient penalty of the discriminator, none: no penalty", choices=(None, *CENTERS))
+    penalty: Penalty | None = option(None, "gradient penalty of the discriminator, none: no penalty")
     penalty_weight: float = option(10.0, "weight of the gradient penalty")
     label_smoothing: float = option(0.0, "one-sided: the discriminator's target for real images is 1 minus this")
     instance_noise: float = option(0.0, "standard deviation of noise on the discriminator's input, decreasing to 0 over the training")
@@ -204,9 +204,5 @@ class GAN(System):
         for field in ("label_smoothing", "ema"):
             if not 0 <= getattr(config, field) < 1:
                 raise ValueError(f"{name}: {field} must be in [0, 1), got {getattr(config, field)!r}.")
-        for field in fields(config):
-            choices, value = field.metadata.get("choices"), getattr(config, field.name)
-            if choices and value not in choices:
-                raise ValueError(f"{name}: {field.name} must be one of {', '.join(map(str, choices))}, got {value!r}.")
         if config.label_smoothing and config.loss not in SMOOTHED:
             raise ValueError(f"{name}: label_smoothing must be 0 for loss {config.loss!r}, got {config.label_smoothing!r}.")

@@ -9,8 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .._choices import PyramidKernel
 from ..nn.batch_norm import BatchNorm
-from ..nn.laplacian_pyramid import KERNELS, LaplacianPyramid
+from ..nn.laplacian_pyramid import LaplacianPyramid
 from ._adversarial_networks import score_layer
 from .gan import GAN, GANConfig
 from .system import System, option, standard_normal
@@ -21,7 +22,7 @@ class LAPGANConfig(GANConfig):
     """Configuration of a `LAPGAN`; the options of `GAN` apply to every level."""
 
     levels: int = option(2, "number of times images are halved; the pyramid has one band more")
-    kernel: str = option("binomial", "filter of the pyramid", choices=tuple(KERNELS))
+    kernel: PyramidKernel = option("binomial", "filter of the pyramid")
     width: int = option(16, "channels of the networks for the bands")
     hidden: int = option(256, "units of the hidden layers of the networks for the coarse image")
     lr: float = option(5e-4, "learning rate of the generators")

@@ -2,6 +2,7 @@
 """The interface of a generative system to training, sampling and evaluation."""
 
 import dataclasses
+import typing
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -17,8 +18,21 @@ from ..ops.gaussian_sample import gaussian_sample
 
 
 def option(default: Any, meaning: str, *, choices: Sequence[Any] | None = None) -> Any:
-    """A field of a configuration that is also an option of the same name on the command line."""
+    """A field of a configuration that is also an option of the same name on the command line.
+
+    Its value is one of `choices`, if they are given, or else of those of the field's Literal type, if it has one.
+    """
     return dataclasses.field(default=default, metadata={"help": meaning, "choices": choices})
+
+
+def choices_of(field: "dataclasses.Field[Any]") -> Sequence[Any] | None:
+    """The values that an `option` of a configuration may have; None for any of its type."""
+    given = field.metadata.get("choices")
+    members = [field.type, *typing.get_args(field.type)]
+    texts = [text for member in members if typing.get_origin(member) is typing.Literal for text in typing.get_args(member)]
+    if given is not None or not texts:
+        return given
+    return [None, *texts] if type(None) in members else texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +80,10 @@ class System(nn.Module):
         super().__init__()
         self.config = config if config is not None else self.Config()
         self.progress = 0.0
+        for field in dataclasses.fields(self.config):
+            choices, value = choices_of(field), getattr(self.config, field.name)
+            if choices is not None and value not in choices:
+                raise ValueError(f"{self.name}: {field.name} must be one of {', '.join(map(str, choices))}, got {value!r}.")
 
     @classmethod
     def least_side(cls, config: Any) -> int:

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._choices import Likelihood
 from .._typing import signature_of
 from ..ops.gaussian_sample import gaussian_sample
 from ._convolutional import DOWNSAMPLING, check_convolutional, vector_decoder, vector_encoder
 from .autoencoder import latent_plane
 from .system import System, SystemConfig, evaluating, option, shifted, standard_normal
-
-LIKELIHOODS = ("bernoulli", "gaussian")
 
 # Initial value of a learned sigma, about the standard deviation of pixels in [0, 1].
 SIGMA_START = 0.3
@@ -27,7 +26,7 @@ class VAEConfig(SystemConfig):
 
     dim: int = option(20, "length of a code")
     hidden: int = option(32, "channels of the convolutions, an even number")
-    likelihood: str = option("bernoulli", "distribution of a pixel given the code", choices=LIKELIHOODS)
+    likelihood: Likelihood = option("bernoulli", "distribution of a pixel given the code")
     sigma: float | None = option(None, "standard deviation of a gaussian pixel, none: learned")
     beta: float = option(1.0, "weight of the KL divergence")
     shift: int = option(1, "largest random shift of each training batch in pixels, against overfitting; 0: none")
@@ -66,8 +65,6 @@ class VAE(System):
         super().__init__(config)
         config = self.config
         check_convolutional("VAE", config)
-        if config.likelihood not in LIKELIHOODS:
-            raise ValueError(f"VAE: likelihood must be one of {', '.join(LIKELIHOODS)}, got {config.likelihood!r}.")
         if config.sigma is not None and not 0 < config.sigma < math.inf:
             raise ValueError(f"VAE: sigma must be None or a finite number above 0, got {config.sigma}.")
         if not 0 <= config.beta < math.inf:

@@ -2,10 +2,10 @@
 """Wasserstein GAN with weight clipping."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from .._choices import AdversarialLoss
 from .dcgan import DCGAN, DCGANConfig
 from .system import option
 
@@ -14,7 +14,7 @@ from .system import option
 class WGANConfig(DCGANConfig):
     """Configuration of a `WGAN`."""
 
-    loss: AdversarialLoss = option("wasserstein", "adversarial loss", choices=("wasserstein",))
+    loss: Literal["wasserstein"] = option("wasserstein", "adversarial loss")
     critic_steps: int = option(5, "critic steps per generator step")
     lr: float = option(5e-4, "learning rate of the generator")
     beta1: float = option(0.0, "momentum of RMSprop")

@@ -4,8 +4,6 @@
 from dataclasses import dataclass
 
 from .._choices import AdversarialLoss, Penalty
-from ..losses.adversarial import ADVERSARIAL_LOSSES
-from ..losses.gradient_penalty import CENTERS
 from .dcgan import DCGAN, DCGANConfig
 from .system import option
 
@@ -14,10 +12,10 @@ from .system import option
 class WGANGPConfig(DCGANConfig):
     """Configuration of a `WGANGP`."""
 
-    loss: AdversarialLoss = option("wasserstein", "adversarial loss", choices=ADVERSARIAL_LOSSES)
+    loss: AdversarialLoss = option("wasserstein", "adversarial loss")
     critic_steps: int = option(5, "critic steps per generator step")
     beta2: float = option(0.9, "decay of the squared-gradient mean in Adam")
-    penalty: Penalty = option("wgan-gp", "gradient penalty of the critic", choices=tuple(CENTERS))
+    penalty: Penalty = option("wgan-gp", "gradient penalty of the critic")
 
 
 class WGANGP(DCGAN):

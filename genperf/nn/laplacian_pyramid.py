@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._choices import PyramidKernel
+
 # Taps, and the index of the center tap.
-KERNELS = {"binomial": ((1, 4, 6, 4, 1), 2), "box": ((1, 1), 0)}
+KERNELS: dict[PyramidKernel, tuple[tuple[int, ...], int]] = {"binomial": ((1, 4, 6, 4, 1), 2), "box": ((1, 1), 0)}
 
 
 class LaplacianPyramid(nn.Module):
@@ -39,7 +41,7 @@ class LaplacianPyramid(nn.Module):
 
     filter: Tensor
 
-    def __init__(self, levels: int, kernel: str = "binomial") -> None:
+    def __init__(self, levels: int, kernel: PyramidKernel = "binomial") -> None:
         super().__init__()
         if levels < 1:
             raise ValueError(f"LaplacianPyramid: levels must be at least 1, got {levels!r}.")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._choices import Pixels
 from .._errors import UserError, reason
 from .._files import write_atomically
 from .._modes import evaluating
@@ -39,7 +40,7 @@ def evaluate_run(
     *,
     samples: int = 2500,
     extractor: str | None = None,
-    pixels: str | None = None,
+    pixels: Pixels | None = None,
     weights: Path | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:

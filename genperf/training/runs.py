@@ -4,10 +4,11 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
+from .._choices import TrainingPrecision
 from .._errors import UserError, value_error_as_user_error
 from ..models import SYSTEMS, System
 from .checkpoint import load_checkpoint, using_checkpoint
@@ -28,8 +29,8 @@ class Settings:
     epochs: int = 10
     batch_size: int = 64
     lr_decay: float = 0.0
-    precision: str = "32"
-    impl: str | None = None
+    precision: TrainingPrecision = "32"
+    impl: Literal["reference"] | None = None
 
 
 class Run(NamedTuple):

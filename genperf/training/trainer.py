@@ -19,6 +19,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .._choices import TrainingPrecision
 from .._errors import UserError
 from ..models import System
 from ..models.system import share
@@ -31,10 +32,10 @@ from .runs import Settings
 _SECONDS_BETWEEN_CHECKPOINTS = 600
 
 # Fabric's names of the precisions of `genperf train`.
-_PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"32": "32-true", "bf16": "bf16-mixed"}
+_PRECISIONS: dict[TrainingPrecision, Literal["32-true", "bf16-mixed"]] = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
-def make_fabric(device: torch.device, precision: str) -> Fabric:
+def make_fabric(device: torch.device, precision: TrainingPrecision) -> Fabric:
     """Set up a single process on the device, or under torchrun a DDP rank on the GPU of its local rank (or on the CPU)."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))

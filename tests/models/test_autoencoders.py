@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import genperf
+from genperf._choices import Corruption
 from genperf.models.anomaly_detector import AnomalyDetector
 from genperf.models.autoencoder import Autoencoder, latent_plane
-from genperf.models.denoising_autoencoder import NOISES, DenoisingAutoencoder
+from genperf.models.denoising_autoencoder import DenoisingAutoencoder
 from genperf.models.system import standard_normal
 
 SYSTEMS = (Autoencoder, DenoisingAutoencoder, AnomalyDetector)
@@ -62,7 +64,7 @@ def test_learning(system):
     assert losses[-1] < 0.6 * losses[0]
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("noise", get_args(Corruption))
 def test_noise_of_a_split_batch(noise):
     model = small(DenoisingAutoencoder, noise=noise)
     images = torch.rand(4, 1, 8, 8)

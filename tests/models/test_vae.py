@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import genperf
+from genperf._choices import Likelihood
 from genperf.models.discrete_vae import DiscreteVAE
-from genperf.models.vae import LIKELIHOODS, SIGMA_START, VAE
+from genperf.models.vae import SIGMA_START, VAE
 from genperf.nn.batch_norm import BatchNorm
 
 SYSTEMS = (VAE, DiscreteVAE)
@@ -105,7 +107,7 @@ def test_split_batch_trains_like_the_batch(system):
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("likelihood", get_args(Likelihood))
 @pytest.mark.parametrize("sigma", [None, 0.1])
 def test_vae_loss_matches_plain_pytorch(likelihood, sigma):
     model = small(VAE, likelihood=likelihood, sigma=sigma, beta=3.0, shift=0)

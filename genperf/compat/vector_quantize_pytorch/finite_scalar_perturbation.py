@@ -14,7 +14,7 @@ Differences from upstream:
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from ...ops.finite_scalar_quantize import basis_of, check_levels, numbers_like
 from .._placed import Placed
 
 Curve = Callable[[Tensor], Tensor]
+CurveName = Literal["tanh", "sigmoid", "normal", "laplace", "cauchy"]
+Preset = Literal["none", "var", "kurt", "var_tanh", "var_sigmoid", "var_laplace"]
 
 
 def _laplace(z: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ def _inverse_laplace(p: Tensor) -> Tensor:
 
 
 # Cumulative distribution functions and their inverses.
-CURVES: dict[str, tuple[Curve, Curve]] = {
+CURVES: dict[CurveName, tuple[Curve, Curve]] = {
     "tanh": (lambda z: (z.tanh() + 1) / 2, lambda p: (2 * p - 1).atanh()),
     "sigmoid": (torch.sigmoid, torch.logit),
     "normal": (lambda z: ((z / math.sqrt(2)).erf() + 1) / 2, lambda p: (2 * p - 1).erfinv() * math.sqrt(2)),
@@ -50,7 +52,7 @@ CURVES: dict[str, tuple[Curve, Curve]] = {
 }
 
 
-def build_cdf_act(act_name: str) -> tuple[Curve, Curve]:
+def build_cdf_act(act_name: CurveName) -> tuple[Curve, Curve]:
     """The cumulative distribution function of a name, and its inverse."""
     check("FSP", f"act_name must be one of {[*CURVES]}", act_name, act_name in CURVES)
     return CURVES[act_name]
@@ -59,7 +61,7 @@ def build_cdf_act(act_name: str) -> tuple[Curve, Curve]:
 # The standard deviation of the uniform distribution on [0, 1].
 UNIFORM_DEVIATION = math.sqrt(1 / 12)
 
-PRESETS: dict[str, dict[str, float]] = {
+PRESETS: dict[Preset, dict[str, float]] = {
     "none": {"l1_weight": 0.0, "l2_weight": 0.0, "l3_weight": 0.0, "l4_weight": 0.0},
     "var": {"l3_weight": 0.0, "l4_weight": 0.0},
     "kurt": {},
@@ -124,7 +126,7 @@ class VectorNorm(nn.Module):
         def __call__(self) -> None: ...
 
     @classmethod
-    def build(cls, name: str) -> "VectorNorm":
+    def build(cls, name: Preset) -> "VectorNorm":
         """The penalty of a preset: "none", "var", "kurt", "var_tanh", "var_sigmoid" or "var_laplace"."""
         check("VectorNorm", f"the preset must be one of {[*PRESETS]}", name, name in PRESETS)
         return cls(**PRESETS[name])
@@ -158,10 +160,10 @@ class FSP(Placed):
         dim: int | None = None,
         channel_first: bool = False,
         projection_has_bias: bool = True,
-        act_name: str = "tanh",
+        act_name: CurveName = "tanh",
         quantize_rate: float = 0.0,
         need_inv_act: bool = False,
-        vector_norm: str = "var_tanh",
+        vector_norm: Preset = "var_tanh",
     ) -> None:
         super().__init__()
         check("FSP", "quantize_rate must lie in [0, 1]", quantize_rate, 0 <= quantize_rate <= 1)
@@ -177,7 +179,7 @@ class FSP(Placed):
         if self.has_projections:
             self.project_in = nn.Linear(self.dim, self.codebook_dim, bias=projection_has_bias)
             self.project_out = nn.Linear(self.codebook_dim, self.dim, bias=projection_has_bias)
-        self.act_name = act_name
+        self.act_name: CurveName = act_name
         self.need_inv_act = need_inv_act
         self.quantize_rate = quantize_rate
         self.vector_norm = VectorNorm.build(vector_norm)

@@ -16,7 +16,7 @@ Differences from upstream:
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,10 +111,10 @@ class LatentQuantize(Placed):
         """All codes [codebook_size, codebook_dim]."""
         return self._codes(torch.arange(self.codebook_size, device=self._placed.device)).detach()
 
-    def quantization_loss(self, z: Tensor, zhat: Tensor, reduce: str = "mean") -> Tensor:
+    def quantization_loss(self, z: Tensor, zhat: Tensor, reduce: Literal["mean", "sum", "none"] = "mean") -> Tensor:
         return F.mse_loss(zhat.detach(), z, reduction=reduce)
 
-    def commitment_loss(self, z: Tensor, zhat: Tensor, reduce: str = "mean") -> Tensor:
+    def commitment_loss(self, z: Tensor, zhat: Tensor, reduce: Literal["mean", "sum", "none"] = "mean") -> Tensor:
         return F.mse_loss(z.detach(), zhat, reduction=reduce)
 
     def quantize(self, z: Tensor) -> Tensor:
