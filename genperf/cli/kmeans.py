@@ -4,6 +4,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import get_args
@@ -118,7 +119,8 @@ def _text(report: dict[str, object], written: list[Path]) -> str:
     lines = {
         "vectors": f"{report['vectors']} of {report['dim']} dimensions, in {report['seconds']} s",
         "distance": f"{each('mean_squared_distance', '.5g')} (mean squared, after each stage)",
-        "explained": f"{each('explained', '.2%')} of the variance",
+        # Codes of length 1, of the first stage with cosine, may be farther from the vectors than the mean of these: a share below 0.
+        "explained": f"{re.sub(r'-[^ ,]*', 'none', each('explained', '.2%'))} of the variance",
         "largest": f"{each('largest_cluster', '.2f')} times the mean cluster",
         "empty codes": each("empty_codes", "d"),
         "identifiers": f"{report['distinct_identifiers']} distinct; {report['colliding_vectors']} vectors share theirs, "

@@ -86,6 +86,14 @@ def test_weights_and_metric(tmp_path, data, metric, capsys):
     assert float(progress[-1]) == pytest.approx(report["mean_squared_distance"][-1], rel=1e-4)
 
 
+def test_a_stage_that_explains_no_variance_says_so(tmp_path, capsys):
+    np.save(tmp_path / "data.npy", np.random.default_rng(0).standard_normal((60, 16), np.float32))
+    assert cluster(tmp_path, "--metric", "cosine", "--codes", "2", "--stages", "2") == 0
+    report = json.loads((tmp_path / "ids.json").read_text())
+    assert report["explained"][0] < 0 < report["explained"][1]
+    assert f"explained    none, {report['explained'][1]:.2%} of the variance" in capsys.readouterr().out
+
+
 def test_identifiers_are_those_of_the_quantizer(tmp_path, data):
     assert cluster(tmp_path, out="ids.npz") == 0
     with np.load(tmp_path / "ids.npz") as found:
