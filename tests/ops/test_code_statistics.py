@@ -58,18 +58,14 @@ def test_images_equal_their_rows(dtype, device):
                 assert all(map(torch.equal, found, expected))
 
 
-def test_bitwise_equal_in_every_run_and_for_any_number_of_threads(device):
+def test_bitwise_equal_in_every_run_and_for_any_number_of_threads(device, set_threads):
     x, _ = testing.vectors("offset", 5000, 1, 37, torch.float32, device)
     indices = torch.randint(13, (5000,), device=device)
     first = genperf.code_statistics(x, indices, 13)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            for a, b in zip(genperf.code_statistics(x, indices, 13), first, strict=True):
-                assert torch.equal(a, b)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        set_threads(count)
+        for a, b in zip(genperf.code_statistics(x, indices, 13), first, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_skewed_and_unused_codes(device):

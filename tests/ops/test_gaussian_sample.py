@@ -384,17 +384,13 @@ def test_randomness(device):
     testing.check_checkpoint(lambda x: torch.stack([out.square().sum() for out in genperf.gaussian_sample(x * 2, x)]).sum(), mean)
 
 
-def test_bitwise_equal_for_any_number_of_threads(device):
+def test_bitwise_equal_for_any_number_of_threads(device, set_threads):
     inputs = moments((5, 3, 700), torch.float32, device)
     expected = sample(*inputs)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            for name, value in sample(*inputs).items():
-                assert torch.equal(value, expected[name]), name
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        set_threads(count)
+        for name, value in sample(*inputs).items():
+            assert torch.equal(value, expected[name]), name
 
 
 def test_cuda_graph(device):

@@ -188,17 +188,13 @@ def test_functional_gradient(device):
     torch.testing.assert_close(torch.func.grad(genperf.gradient_norm_penalty)(gradients), expected)
 
 
-def test_bitwise_equal_in_every_run_and_for_any_number_of_threads(device):
+def test_bitwise_equal_in_every_run_and_for_any_number_of_threads(device, set_threads):
     gradients = gradients_of((7, 3, 5000), torch.float32, device)
     expected = penalty(gradients)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            for name, value in penalty(gradients).items():
-                assert torch.equal(value, expected[name]), name
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        set_threads(count)
+        for name, value in penalty(gradients).items():
+            assert torch.equal(value, expected[name]), name
 
 
 def test_only_the_gradients_and_their_norms_are_saved(device):

@@ -404,22 +404,18 @@ def test_randomness(device):
     testing.check_checkpoint(lambda *inputs: loss(*inputs, hard=True), logits, codes(logits, 1))
 
 
-def test_bitwise_equal_for_any_number_of_threads(device):
+def test_bitwise_equal_for_any_number_of_threads(device, set_threads):
     logits = torch.randn(7, 9, 65, device=device)
     codebook = codes(logits, 1)
-    threads = torch.get_num_threads()
-    try:
-        for hard in (False, True):
-            torch.set_num_threads(1)
-            expected = sample(logits, codebook, dim=1, hard=hard)
-            for count in (2, 3):
-                torch.set_num_threads(count)
-                for name, value in sample(logits, codebook, dim=1, hard=hard).items():
-                    # Products of soft samples with codes are computed by the BLAS library.
-                    if hard or "codebook" not in name:
-                        torch.testing.assert_close(value, expected[name], rtol=0 if hard else 1e-5, atol=0 if hard else 1e-5)
-    finally:
-        torch.set_num_threads(threads)
+    for hard in (False, True):
+        set_threads(1)
+        expected = sample(logits, codebook, dim=1, hard=hard)
+        for count in (2, 3):
+            set_threads(count)
+            for name, value in sample(logits, codebook, dim=1, hard=hard).items():
+                # Products of soft samples with codes are computed by the BLAS library.
+                if hard or "codebook" not in name:
+                    torch.testing.assert_close(value, expected[name], rtol=0 if hard else 1e-5, atol=0 if hard else 1e-5)
 
 
 def test_cuda_graph(device):

@@ -282,18 +282,14 @@ def test_randomness(device):
     testing.check_checkpoint(lambda real: genperf.perturb(real * 2).square().sum(), real)
 
 
-def test_bitwise_equal_for_any_number_of_threads(device):
+def test_bitwise_equal_for_any_number_of_threads(device, set_threads):
     real, fake = torch.randn(2, 7, 3, 5000, device=device)
     weight = torch.rand(7, device=device)
     expected = mix(real, fake, weight)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            for name, value in mix(real, fake, weight).items():
-                assert torch.equal(value, expected[name]), name
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        set_threads(count)
+        for name, value in mix(real, fake, weight).items():
+            assert torch.equal(value, expected[name]), name
 
 
 def test_cuda_graph(device):

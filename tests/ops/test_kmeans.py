@@ -174,20 +174,16 @@ def test_cosine_depends_on_directions_only(device):
 
 
 @pytest.mark.parametrize("init", ["k-means++", "random"])
-def test_result_depends_on_the_generator(init, device):
+def test_result_depends_on_the_generator(init, device, set_threads):
     x = torch.randn(400, 6, device=device)
 
     def run(generator):
         return genperf.kmeans(x, 20, iterations=3, init=init, generator=generator).codebook
 
     testing.check_randomness(run, device)
-    threads = torch.get_num_threads()
     first = run(seeded())
-    try:
-        torch.set_num_threads(3)
-        assert torch.equal(run(seeded()), first)
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(3)
+    assert torch.equal(run(seeded()), first)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

@@ -64,15 +64,12 @@ def test_callback_can_end_a_run():
 @pytest.mark.parametrize(
     "options", [{}, {"metric": "cosine"}, {"update": "ema"}, {"balance": 1.1}, {"init": "random", "n_init": 2}], ids=str
 )
-def test_threads_do_not_change_the_result(options):
+def test_threads_do_not_change_the_result(options, set_threads):
     x = torch.randn(1500, 20, dtype=torch.float64, generator=seeded())  # sums in another order differ in the last bits
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(genperf.kmeans(x, 40, iterations=4, generator=seeded(), **options))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2):
+        set_threads(threads)
+        results.append(genperf.kmeans(x, 40, iterations=4, generator=seeded(), **options))
     assert same(results[0], results[1])
 
 

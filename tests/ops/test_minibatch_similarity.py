@@ -157,17 +157,13 @@ def test_functional_gradient(device):
     torch.testing.assert_close(torch.func.grad(lambda x: genperf.minibatch_similarity(x).square().sum())(features), expected)
 
 
-def test_bitwise_equal_in_every_run_and_for_any_number_of_threads(device):
+def test_bitwise_equal_in_every_run_and_for_any_number_of_threads(device, set_threads):
     features = features_of((65, 7, 5), torch.float32, device)
     expected = similarity(features)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            for name, value in similarity(features).items():
-                assert torch.equal(value, expected[name]), name
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        set_threads(count)
+        for name, value in similarity(features).items():
+            assert torch.equal(value, expected[name]), name
 
 
 def test_only_the_features_are_saved(device):

@@ -87,16 +87,12 @@ def test_layouts_agree(dtype, device):
         assert torch.equal(genperf.nearest_code(x, codebook.t().contiguous().t()), expected)
 
 
-def test_batches_and_threads_have_no_effect(device):
+def test_batches_and_threads_have_no_effect(device, set_threads):
     x, codebook = testing.vectors("near_ties", 3000, 400, 24, torch.float32, device)
     whole = genperf.nearest_code(x, codebook)
     assert torch.equal(torch.cat([genperf.nearest_code(part, codebook) for part in x.split(701)]), whole)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert torch.equal(genperf.nearest_code(x, codebook), whole)
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(1)
+    assert torch.equal(genperf.nearest_code(x, codebook), whole)
 
 
 def test_codebook_larger_than_a_panel(device):

@@ -459,25 +459,21 @@ def test_nonfinite_values_among_near_ties(family, metric, device):
 
 
 @pytest.mark.parametrize("dim", [3, 9, 20, 64, 260])
-def test_threads_batches_and_layouts_have_no_effect(dim, device):
+def test_threads_batches_and_layouts_have_no_effect(dim, device, set_threads):
     parts = [FAMILIES[name](dim, seeded(dim)) for name in ("rings", "one_bit", "permutations")]
     parts.append(offset_data(dim, seeded(dim), 1000.0, "clusters"))
     x, codebook = (torch.cat(tensors).to(device) for tensors in zip(*parts, strict=True))
     x = x[torch.randperm(len(x), generator=seeded(dim)).to(device)[:90]]
     expected = torch.cat([exact(part, codebook) for part in x.split(15)])
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            assert torch.equal(genperf.nearest_code(x, codebook), expected), count
-            for size, rows in ((1, 8), (31, len(x)), (64, len(x))):
-                split = torch.cat([genperf.nearest_code(part, codebook) for part in x[-rows:].split(size)])
-                assert torch.equal(split, expected[-rows:]), (count, size)
-            for name, (laid_out, channel_dim) in testing.layouts(x).items():
-                assert torch.equal(genperf.nearest_code(laid_out, codebook, channel_dim=channel_dim).flatten(), expected), (count, name)
-            assert torch.equal(genperf.nearest_code(x, codebook.t().contiguous().t()), expected), count
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2):
+        set_threads(count)
+        assert torch.equal(genperf.nearest_code(x, codebook), expected), count
+        for size, rows in ((1, 8), (31, len(x)), (64, len(x))):
+            split = torch.cat([genperf.nearest_code(part, codebook) for part in x[-rows:].split(size)])
+            assert torch.equal(split, expected[-rows:]), (count, size)
+        for name, (laid_out, channel_dim) in testing.layouts(x).items():
+            assert torch.equal(genperf.nearest_code(laid_out, codebook, channel_dim=channel_dim).flatten(), expected), (count, name)
+        assert torch.equal(genperf.nearest_code(x, codebook.t().contiguous().t()), expected), count
     order = torch.randperm(len(x), generator=seeded(dim)).to(device)
     assert torch.equal(genperf.nearest_code(x[order], codebook), expected[order])
 

@@ -162,17 +162,13 @@ def test_mixed_dtypes(device):
         check(x, codebook, 6)
 
 
-def test_threads_and_batches_have_no_effect(device):
+def test_threads_and_batches_have_no_effect(device, set_threads):
     x, codebook = testing.vectors("near_ties", 700, 400, 24, torch.float32, device)
     whole = genperf.nearest_codes(x, codebook, 9)
     assert torch.equal(torch.cat([genperf.nearest_codes(part, codebook, 9) for part in x.split(141)]), whole)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            assert torch.equal(genperf.nearest_codes(x, codebook, 9), whole)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 5):
+        set_threads(count)
+        assert torch.equal(genperf.nearest_codes(x, codebook, 9), whole)
 
 
 def test_empty_and_single(device):

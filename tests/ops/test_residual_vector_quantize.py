@@ -300,18 +300,14 @@ def test_statistics_of_every_quantizer(impl, device):
         residual = residual - codebooks[q].float()[indices[:, q].clamp(min=0)]
 
 
-def test_threads_have_no_effect(device):
+def test_threads_have_no_effect(device, set_threads):
     if device != "cpu":
         pytest.skip("threads of the CPU")
     x, codebooks = case(700, 60, 24, 3)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for number in (1, 2):
-            torch.set_num_threads(number)
-            results.append(run(x, codebooks, gradient="rotation"))
-    finally:
-        torch.set_num_threads(threads)
+    for number in (1, 2):
+        set_threads(number)
+        results.append(run(x, codebooks, gradient="rotation"))
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name
 

@@ -132,17 +132,13 @@ def test_layouts_agree():
     )
 
 
-def test_bitwise_equal_for_any_number_of_threads():
-    threads = torch.get_num_threads()
+def test_bitwise_equal_for_any_number_of_threads(set_threads):
     a = symmetric(700)  # large enough that every stage is parallel
     expected = eigenvalues(a)
-    try:
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            for _ in range(3):
-                assert torch.equal(eigenvalues(a), expected)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 8):
+        set_threads(count)
+        for _ in range(3):
+            assert torch.equal(eigenvalues(a), expected)
 
 
 def test_poisoned_memory():
