@@ -27,6 +27,9 @@ namespace std {
 __attribute__((weak, visibility("hidden"))) void __throw_bad_array_new_length() {
   throw bad_array_new_length();
 }
+// Of GCC 13's. <iostream> only names it, to ask for a library that initializes the streams itself:
+// in older ones the first library loaded that uses streams does, and that is torch's.
+__attribute__((weak, visibility("hidden"))) void ios_base_library_init() {}
 }  // namespace std
 
 // Templates of the library, of which some members are of GCC 9 to 11, are compiled here instead of

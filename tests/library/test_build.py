@@ -259,3 +259,29 @@ def test_package_without_compiler_installs_and_says_why(tmp_path):
     run = subprocess.run([sys.executable, "-W", "default", "-c", use], cwd=tmp_path / "lib", capture_output=True, text=True)
     assert run.stdout == "[0, 1, 2]\n", run.stderr
     assert f"genperf is installed without its compiled libraries: {reason}." in run.stderr
+
+
+NEWER = """
+#include <cmath>
+#include <iostream>
+#include <memory>
+__asm__(".globl _ZSt21ios_base_library_initv");  // what <iostream> of GCC 13 and newer has
+std::shared_ptr<double[]> logarithms(const std::shared_ptr<int>& n, double x) {
+  const std::shared_ptr<int> kept = n;  // counted
+  return std::shared_ptr<double[]>(new double[*kept]{std::log(x), std::log2(x), std::exp2(x)});
+}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++") or not shutil.which("nm"), reason="needs g++ and nm, on Linux")
+def test_a_wheel_needs_no_newer_system_than_its_tag_says(tmp_path):
+    (tmp_path / "newer.cpp").write_text(NEWER)
+    header = ["-include", str(ROOT / "csrc" / "glibc_2_28.h")]
+    build = ["g++", "-std=c++20", "-shared", "-fPIC", *header, "newer.cpp", "-Wl,-z,defs", "-o", "newer.so"]
+    subprocess.run(build, cwd=tmp_path, check=True)
+    symbols = subprocess.run(["nm", "--undefined-only", "newer.so"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    newest = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11)}  # those of manylinux_2_28
+    needed = re.findall(r"(\w+)@(GLIBC|GLIBCXX|CXXABI)_([\d.]+)", symbols)
+    assert "ios_base_library_init" not in symbols
+    assert {"log", "log2", "exp2"} <= {name for name, _, _ in needed}
+    assert not [name for name, library, version in needed if tuple(map(int, version.split("."))) > newest[library]]
