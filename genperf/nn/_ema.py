@@ -21,6 +21,7 @@ from ..ops._validate import check
 from ..ops.nearest_code import METRICS
 from ._codebook_init import INITS
 from ._ema_kernel import run_kernel
+from ._recompute import in_backward
 
 UPDATES: tuple[UpdateTime, ...] = get_args(UpdateTime)
 
@@ -396,7 +397,15 @@ def saved_copy(codebook: Tensor) -> Tensor:
 
 @torch.library.custom_op("genperf::saved_copy", mutates_args=())
 def _saved_copy(t: Tensor) -> Tensor:
-    """A clone that torch.compile saves for backward. A plain clone would be recomputed from the updated codebook."""
+    """A clone that torch.compile saves for backward. A plain clone would be recomputed from the updated codebook.
+
+    Gradient checkpointing recomputes this one too, and a compiled step cannot look up what the first run used.
+    """
+    if in_backward():
+        raise RuntimeError(
+            "quantizer: a compiled training step that writes to its codebook must run once, got a second run in backward, by "
+            "gradient checkpointing. Leave the quantizer out of what is checkpointed, or out of what is compiled."
+        )
     return t.clone()
 
 

@@ -444,7 +444,7 @@ class ResidualVectorQuantizer(nn.Module):
 
     def _random_num_quantizers(self) -> Tensor:
         """Number of quantizers that this step runs, a tensor on the device: a hash of the number of steps and the seed."""
-        bits = (self.num_steps + (0x9E3779B1 * (self.dropout_seed + 1) & 0x7FFFFFFF)) & 0x7FFFFFFF
+        bits = (saved_copy(self.num_steps) + (0x9E3779B1 * (self.dropout_seed + 1) & 0x7FFFFFFF)) & 0x7FFFFFFF
         for multiplier in (0x2C1B3C6D, 0x297A2D39):
             bits = ((bits ^ (bits >> 15)) * multiplier) & 0x7FFFFFFF
         bits = bits ^ (bits >> 15)

@@ -345,10 +345,11 @@ class VectorQuantizer(nn.Module):
 
         if updates:
             gathered = self._gather(vectors, indices, waits=update == "accumulate")
+            # An attribute that is set makes torch.compile leave gradient checkpointing around this step to Python.
+            if update == "accumulate" or (torch.compiler.is_compiling() and not torch.compiler.is_exporting()):
+                self.pending = gathered
             if update == "step":
                 apply_updates([self.take_update(gathered)], code_weights, self.synchronized)
-            else:
-                self.pending = gathered
 
         quantized = quantized if within else self._from_vectors(quantized, positions, mask)
         outputs = quantized, merge_indices(indices, positions.sizes, self.heads), loss

@@ -161,6 +161,34 @@ def test_steps_that_are_not_run_again_are_not_kept(make):
     assert len(layer._steps._steps) <= 1
 
 
+def test_compiled_gradient_checkpointing_is_left_to_python():
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        layer, x = VectorQuantizer(16, 4, decay=0.5), batch(0).requires_grad_()
+
+        def step(x, layer=layer):
+            quantized, _, loss = checkpoint(layer, x, use_reentrant=False)
+            return quantized.square().sum() + 10 * loss
+
+        (torch.compile(step, backend="aot_eager") if compiled else step)(x).backward()
+        results.append((x.grad, layer.state_dict()))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [LAYERS["ema"], lambda: ResidualVectorQuantizer(2, 16, 4, quantizer_dropout=True), LAYERS["VectorQuantize"]],
+    ids=["ema", "dropout", "VectorQuantize"],
+)
+def test_a_compiled_step_is_not_run_again(make):
+    """Its second run could not tell that it is one, and would update the codes again."""
+    compiled = torch.compile(make(), fullgraph=True, backend="aot_eager")
+    loss = checkpoint(lambda x: compiled(x)[2].sum(), batch(0).requires_grad_(), use_reentrant=False)
+    with pytest.raises(RuntimeError, match="second run in backward, by gradient checkpointing"):
+        loss.backward()
+
+
 @each("ema", "data", "kmeans", "cosine", "residual", "VectorQuantize", "VectorQuantize, kmeans")
 def test_codes_set_from_outside_stay(make):
     """Copied tensor by tensor, as loaders that know nothing of the layer do."""
