@@ -26,6 +26,7 @@ LAYERS = {
     "VectorQuantize": lambda: VectorQuantize(4, 16, decay=0.9),
     "VectorQuantize, dead codes": lambda: VectorQuantize(4, 16, decay=0.5, threshold_ema_dead_code=1),
     "VectorQuantize, kmeans": lambda: VectorQuantize(4, 16, decay=0.9, kmeans_init=True),
+    "VectorQuantize, affine": lambda: VectorQuantize(4, 16, decay=0.9, affine_param=True),
     "ResidualVQ": lambda: ResidualVQ(dim=4, codebook_size=16, num_quantizers=3, decay=0.9),
 }
 

@@ -31,7 +31,7 @@ def register_buffers(codebook: "Codebook", num_codebooks: int, dim: int) -> None
 
 @torch.no_grad()
 def update(codebook: "Codebook", vectors: Tensor, valid: Tensor | None) -> None:
-    """Move the averages towards the statistics of the codes (in training) and of a batch [h, outer, d, inner]."""
+    """Move the averages towards the statistics of the codes (in training) and of the finite vectors of a batch [h, outer, d, inner]."""
     if codebook.training:
         variance, mean = torch.var_mean(codebook.embed, 1, correction=0, keepdim=True)
         for name, value in (("codebook_mean", mean), ("codebook_variance", variance)):
@@ -41,8 +41,8 @@ def update(codebook: "Codebook", vectors: Tensor, valid: Tensor | None) -> None:
             needs_init.fill_(False)
     dtype = accumulator_dtype(vectors.dtype)
     rows = vectors.movedim(2, -1).flatten(1, 2).to(dtype)  # [h, N, d]
-    counted = rows.new_ones(rows.shape[:2]) if valid is None else valid.flatten(1).to(dtype)
-    counted = counted.unsqueeze(-1)
+    finite = rows.isfinite().all(-1)
+    counted = (finite if valid is None else finite & valid.flatten(1)).to(dtype).unsqueeze(-1)
     rows = torch.where(counted > 0, rows, 0)
     sync = codebook.sync_affine_param and world_size() > 1
 
@@ -54,10 +54,11 @@ def update(codebook: "Codebook", vectors: Tensor, valid: Tensor | None) -> None:
     variance = total(((rows - mean).square() * counted).sum(1, keepdim=True)) / number
     for name, value in zip(_OF_BATCH, (mean, variance), strict=True):
         average, value = getattr(codebook, name), value.to(codebook.codebook_mean)
+        known = value.isfinite()  # neither without a vector, nor where the variance overflows
         if average is None:
-            codebook.register_buffer(name, torch.where(number > 0, value, float(name == "batch_variance")))
+            codebook.register_buffer(name, torch.where(known, value, float(name == "batch_variance")))
         else:
-            average.copy_(torch.where(number > 0, average.lerp(value, 1 - codebook.affine_param_batch_decay), average))
+            average.copy_(torch.where(known, average.lerp(value, 1 - codebook.affine_param_batch_decay), average))
 
 
 def to_batch(codebook: "Codebook", codes: Tensor) -> Tensor:  # [h, K, d]
