@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codebooks that are parameters and are sharded by FSDP2.
+"""Codebooks that a layer cannot simply write to: parameters that FSDP2 shards, and tensors that are computed from others.
 
 `torch.distributed.fsdp.fully_shard` gathers a parameter for forward, and keeps a shard of it, a DTensor, for the optimizer and
 the state dict. The gathered parameter is dropped after forward or backward, with everything that forward has written into it.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .._distributed import world_size
 
@@ -29,8 +30,11 @@ def writable_codes(layer: nn.Module, name: str) -> tuple[Tensor, Callable[[], No
     """The codebook `layer.<name>` to write in place, and a function to call after that, which stores what was written.
 
     Without FSDP2 it is the codebook itself. Otherwise every rank must write the same codes. Outside of forward, where the
-    layer only has a shard, the codebook is gathered, and every rank must call this.
+    layer only has a shard, the codebook is gathered, and every rank must call this. A codebook that is computed from other
+    tensors is written to them, by the right_inverse of its parametrization.
     """
+    if name not in layer._parameters and name not in layer._buffers and not vars(layer).keys() & {"_is_replica", "_is_fsdp_managed_module"}:
+        return _computed_codes(layer, name)
     if not torch.compiler.is_compiling():
         return _writable_codes(layer, name)
     if not hasattr(layer, "_is_fsdp_managed_module"):
@@ -38,6 +42,16 @@ def writable_codes(layer: nn.Module, name: str) -> tuple[Tensor, Callable[[], No
     from ._outside_compile import writable_sharded_codes
 
     return writable_sharded_codes(layer, name)
+
+
+def _computed_codes(layer: nn.Module, name: str) -> tuple[Tensor, Callable[[], None]]:
+    if not is_parametrized(layer, name):
+        raise RuntimeError(
+            f"{type(layer).__name__}: codes cannot be written to {name}, which a hook computes from other tensors, got an attribute that "
+            f"is neither a parameter nor a buffer. Use torch.nn.utils.parametrize, with a right_inverse."
+        )
+    codes = getattr(layer, name).detach().clone()
+    return codes, partial(setattr, layer, name, codes)
 
 
 def _writable_codes(layer: nn.Module, name: str) -> tuple[Tensor, Callable[[], None]]:

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch.func import functional_call
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import genperf
@@ -188,6 +189,47 @@ def test_a_compiled_step_is_not_run_again(make):
     loss = checkpoint(lambda x: compiled(x)[2].sum(), batch(0).requires_grad_(), use_reentrant=False)
     with pytest.raises(RuntimeError, match="second run in backward, by gradient checkpointing"):
         loss.backward()
+
+
+LEARNED = {
+    "layer": (lambda: VectorQuantizer(16, 4, init="data"), "codebook"),
+    "residual": (lambda: ResidualVectorQuantizer(2, 16, 4, init="data"), "codebook"),
+    "VectorQuantize": (lambda: VectorQuantize(4, 16, learnable_codebook=True, ema_update=False, kmeans_init=True), "_codebook.embed"),
+}
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, original):
+        return original * 2
+
+    def right_inverse(self, codes):
+        return codes / 2
+
+
+@pytest.mark.parametrize(("make", "name"), LEARNED.values(), ids=LEARNED)
+def test_codes_from_data_reach_a_parametrized_codebook(make, name):
+    states = []
+    for parametrized in (False, True):
+        torch.manual_seed(0)
+        layer = make()
+        owner, _, attribute = name.rpartition(".")
+        owner = layer.get_submodule(owner)
+        if parametrized:
+            parametrize.register_parametrization(owner, attribute, Doubled())
+        losses = layer(batch(0))[2].sum()
+        losses.backward()
+        states.append((getattr(owner, attribute), losses))
+    torch.testing.assert_close(*states)
+    assert states[0][0].any()
+
+
+@pytest.mark.parametrize(("make", "name"), LEARNED.values(), ids=LEARNED)
+def test_codes_cannot_be_written_to_what_a_hook_computes(make, name):
+    layer = make()
+    owner, _, attribute = name.rpartition(".")
+    prune.l1_unstructured(layer.get_submodule(owner), attribute, 0.5)
+    with pytest.raises(RuntimeError, match=r"codes cannot be written to \w+, which a hook computes"):
+        layer(batch(0))
 
 
 @each("ema", "data", "kmeans", "cosine", "residual", "VectorQuantize", "VectorQuantize, kmeans")
