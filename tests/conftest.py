@@ -28,9 +28,19 @@ def set_threads():
     torch.set_num_threads(threads)
 
 
-# They take minutes, and the file that starts last runs alone.
-FIRST = ("test_library.py", "test_sanitizers.py", "test_distributed_training.py")
+# The longest files, in this order: a file is one worker's, and the workers should end together. The first two take minutes.
+FIRST = (
+    "test_library.py",
+    "test_sanitizers.py",
+    "test_ahead_of_time.py",
+    "test_compiled_convolutions.py",
+    "test_what_works.py",
+    "test_distributed_training.py",
+    "test_cuda_on_host.py",
+    "test_triton_interpret.py",
+)
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in FIRST)
+    order = {name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))

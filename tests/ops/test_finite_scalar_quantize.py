@@ -215,6 +215,7 @@ def test_decodes_narrow_integers(device):
         assert torch.equal(genperf.finite_scalar_decode(narrow, numpy.array([7, 5, 5])), codes)
 
 
+@pytest.mark.once
 def test_forward_mode_is_unsupported(device):
     """It raises, since a straight-through value has no tangent."""
     x = torch.randn(20, 3, device=device)

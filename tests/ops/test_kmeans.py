@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from sklearn.cluster import KMeans
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import genperf
@@ -90,9 +89,12 @@ def test_inertia_never_increases(init, metric, device):
     assert inertia[-1] < 0.97 * inertia[0]
 
 
+@pytest.mark.once  # importing scikit-learn takes as long as all else; other tests compare with Lloyd's algorithm and between seedings
 @pytest.mark.parametrize(("count", "codes", "dim", "spread"), [(2000, 64, 16, 10), (2000, 40, 2, 8), (1500, 60, 8, 3), (1500, 32, 8, 0)])
 def test_as_good_as_scikit_learn(count, codes, dim, spread, device):
     """The mean inertia over several seeds, compared with one run of scikit-learn's greedy k-means++ with as many iterations."""
+    from sklearn.cluster import KMeans
+
     genperf_inertia, sklearn_inertia, random_inertia = [], [], []
     for seed in range(4):
         x = clusters(count, codes, dim, spread, seed)
@@ -260,6 +262,7 @@ def test_poisoned_memory(device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("init", ["k-means++", "random"])
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_no_device_synchronization(init, metric, monkeypatch):
