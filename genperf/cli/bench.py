@@ -58,8 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-k", metavar="OPS", help="only what matches, as pytest's -k: 'nearest_code', 'gumbel_sample or interpolate'")
     parser.add_argument("--quick", action="store_true", help="fewer sizes of the searches, or fewer rounds")
     parser.add_argument("--full", action="store_true", help="with --goals: all sizes")
-    parser.add_argument("--out", type=options.path_text, default="runs/bench", metavar="FOLDER", help="for what is written (%(default)s)")
-    parser.add_argument("--name", type=options.path_text, help="of the files that are written (of the report: the device's)")
+    parser.add_argument(
+        "--out", type=options.path_text, default="runs/bench", metavar="FOLDER", help="folder for what is written (%(default)s)"
+    )
+    parser.add_argument(
+        "--name", type=options.path_text, help="name of the files that are written (that of the mode; for the report that of the device)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -50,11 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = _DESCRIPTION
     parser.add_argument("folder", metavar="RUN_FOLDER", type=options.path, help="folder written by `genperf train`")
     parser.add_argument("--samples", type=options.number(int, 2), default=2500, metavar="N", help="generated images (%(default)s)")
-    extractor = "features for FID: inception or module.path:callable, see `genperf fid --help` (those of a classifier)"
+    extractor = "features for FID: inception, dinov2, clip or module.path:callable, see `genperf fid --help` (those of a classifier)"
     parser.add_argument("--extractor", metavar="NAME", help=extractor)
     pixels = "input of the extractor: float32 in [0, 1] (unit, the default), float32 in [-1, 1] (signed), or uint8"
     parser.add_argument("--pixels", choices=PIXELS, help=pixels)
-    parser.add_argument("--weights", type=options.path, metavar="PATH", help="weights of Inception (those in the cache of torch.hub)")
+    parser.add_argument(
+        "--weights", type=options.path, metavar="PATH", help="as in `genperf fid`: file of Inception's weights, or folder of dinov2 or clip"
+    )
     parser.add_argument("--data", type=options.path_text, help="location of the run's images, if it has changed since training")
     parser.add_argument("--seed", type=options.seed, default=0, help="seed of all noise (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (cuda if available)")

@@ -33,9 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codes", type=options.number(int, 1), required=True, metavar="K", help="codes of each stage")
     parser.add_argument("--stages", type=options.number(int, 1), default=3, metavar="N", help="codes of an identifier (%(default)s)")
     parser.add_argument("--out", type=options.path, default=Path("ids.npy"), metavar="PATH", help="file of identifiers (%(default)s)")
-    parser.add_argument("--iterations", type=options.number(int, 0), default=25, metavar="N", help="of each stage (%(default)s)")
+    parser.add_argument("--iterations", type=options.number(int, 0), default=25, metavar="N", help="iterations of each stage (%(default)s)")
     parser.add_argument(
-        "--init", type=options.one_of(*get_args(ClusterInit)), default="k-means++", help="k-means++, or random: vectors (%(default)s)"
+        "--init",
+        type=options.one_of(*get_args(ClusterInit)),
+        default="k-means++",
+        help="initial codes of a stage: k-means++, or random vectors (%(default)s)",
     )
     parser.add_argument(
         "--n-init", type=options.number(int, 1), default=1, metavar="N", help="runs of each stage, of which the best counts (%(default)s)"
@@ -46,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=options.path, metavar="FILE", help=weights)
     update = "lloyd, or ema: moving averages of mini-batches, which takes fewer iterations (%(default)s)"
     parser.add_argument("--update", type=options.one_of(*get_args(ClusterUpdate)), default="lloyd", help=update)
-    parser.add_argument("--batch-size", type=options.number(int, 1), metavar="N", help="vectors of a mini-batch")
+    batch = "vectors of a mini-batch with --update ema (16 K, or a sixteenth of all if that is more)"
+    parser.add_argument("--batch-size", type=options.number(int, 1), metavar="N", help=batch)
     balance = "limit of a cluster's size, relative to the mean, such as 1.05 (none)"
     parser.add_argument("--balance", type=options.number(float, 1), metavar="RATIO", help=balance)
     distinct = "add a code that numbers the vectors of each identifier"

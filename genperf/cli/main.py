@@ -27,6 +27,8 @@ SUBCOMMANDS = {
 }
 
 _EPILOG = """\
+`genperf COMMAND --help` shows the options of a command, with their defaults in parentheses.
+
 exit codes: 0; 1 from bench, see there; 2 after an error, with a sentence on stderr; 130 after Ctrl-C; 141 if the reader of stdout is gone.
 A result that cannot be written to stdout is written to stderr.
 """
@@ -112,5 +114,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"genperf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", parser_class=_CommandParser)
     for name, meaning in SUBCOMMANDS.items():
-        commands.add_parser(name, command=name, help=meaning, description=meaning)
+        commands.add_parser(name, command=name, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.")
     return parser

