@@ -11,9 +11,13 @@ pytestmark = [pytest.mark.compiled, pytest.mark.search]
 ROWS, CODES = 64, 256
 
 
-def check(x, codebook, metric="euclidean"):
-    expected = genperf.nearest_code(x, codebook, metric=metric, impl="reference")
-    wrong = (genperf.nearest_code(x, codebook, metric=metric) != expected).nonzero().flatten().tolist()
+def check(x, codebook, metric="euclidean", k=3):
+    """The k nearest codes, and of them the nearest."""
+    expected = genperf.nearest_codes(x, codebook, k, metric=metric, impl="reference")
+    for count in (1, k):
+        wrong = (genperf.nearest_codes(x, codebook, count, metric=metric) != expected[:, :count]).any(-1).nonzero().flatten().tolist()
+        assert not wrong, f"{len(wrong)} of {len(expected)} rows of {count} codes wrong"
+    wrong = (genperf.nearest_code(x, codebook, metric=metric) != expected[:, 0]).nonzero().flatten().tolist()
     assert not wrong, f"{len(wrong)} of {len(expected)} rows wrong"
 
 
@@ -126,6 +130,15 @@ def test_values_that_overflow_or_vanish(metric, device):
     check(x.to(device), codebook.to(device), metric)
     check(x.to(device), torch.full_like(codebook, float("nan")).to(device), metric)
     check(torch.zeros_like(x).to(device), torch.zeros_like(codebook).to(device), metric)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_lists_of_many_candidates(metric, device):
+    """Components with heavy tails, of which 8 bits leave so much that a list is full of candidates: their scores leave out the others."""
+    generator = torch.Generator().manual_seed(6)
+    codebook = torch.randn(1500, 700, generator=generator).exp().to(device)
+    check(codebook[:40] * 1.01, codebook, metric, 5)
+    check(codebook[:33] + 0.5, codebook.flip(0), metric, 20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

@@ -57,9 +57,7 @@ class Int8Queries {
           bounds_are_finite(norm, panel) ? own + 2 * kTiny : broadcast(INFINITY);
       store(twice_constant_ + first, twice_constant);
       bounds.set(first, {load(totals)}, panel);
-      const Int8Codes& codes = panel.int8;
-      const Vec most = norm * codes.most_rest + rest * codes.most_length + codes.most_bias_error;
-      store(bounds.coarse + first, most * (2 * slack) + twice_constant);
+      store(bounds.coarse + first, twice_constant);
     }
   }
 
@@ -82,6 +80,24 @@ class Int8Queries {
     };
   }
 
+  // The same for one query and blocks of any number of groups.
+  Vec lowest_of(const CodePanel& panel,
+                int64_t block_groups,
+                int64_t block,
+                int query,
+                Vec maxima) const {
+    const Int8Codes& codes = panel.int8;
+    Vec rest{}, length{}, bias{};
+    for (int64_t k = block * block_groups * kGroup; k < (block + 1) * block_groups * kGroup;
+         k += kGroup) {
+      rest = max(rest, load(codes.rest.get() + k));
+      length = max(length, load(codes.length.get() + k));
+      bias = max(bias, load(codes.bias_error.get() + k));
+    }
+    return maxima -
+           2.0f * fma(broadcast(norm_[query]), rest, fma(broadcast(rest_[query]), length, bias));
+  }
+
   Vec threshold(Vec lowest, int first) const { return lowest - load(twice_constant_ + first); }
 
   static constexpr bool kWideBounds = true;
@@ -98,7 +114,7 @@ class Int8Queries {
     return least - twice_constant_[query];
   }
 
-  ErrorBounds bounds;  // `coarse` is that of the code with the largest bound
+  ErrorBounds bounds;  // `coarse` is what the bounds of the codes leave out
 
  private:
   // Writes z, padded with zeros to full vectors, and returns |z|^2.

@@ -56,10 +56,12 @@ void score_codes(const PanelSearch<T, C>& search,
   Vec4 best = Vec4{} - INFINITY;
   const auto score_listed = [&] {
     for (; scored < listed; scored += 4) {
-      const C* codes[4];
-      for (int c = 0; c < 4; ++c)
+      const C *codes[4], *next[4];
+      for (int c = 0; c < 4; ++c) {
         codes[c] = search.code(s.codes[std::min(scored + c, listed - 1)]);
-      const Vec4 found = rescore(row, codes, search.x.dim, search.cosine);
+        next[c] = search.code(s.codes[std::min(scored + 4 + c, listed - 1)]);
+      }
+      const Vec4 found = rescore(row, codes, next, search.x.dim, search.cosine);
       std::memcpy(scores + scored, &found, sizeof(found));
       best = found > best ? found : best;
     }

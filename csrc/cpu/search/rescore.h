@@ -35,14 +35,23 @@ inline Vec4 sums_of(const Vec (&v)[4]) {
 }
 
 // Scores of four codes in float32, with sums in any order: minus the squared distance, or the
-// cosine similarity times |x|. NaN if a code has no usable direction.
+// cosine similarity times |x|. NaN if a code has no usable direction. The `next` four codes are
+// fetched meanwhile: long codes are in several pages, at whose ends the processor's own prefetching
+// stops.
 template <class C>
-inline Vec4 rescore(const float* x, const C* const (&codes)[4], int64_t dim, bool cosine) {
+inline Vec4 rescore(const float* x,
+                    const C* const (&codes)[4],
+                    const C* const (&next)[4],
+                    int64_t dim,
+                    bool cosine) {
   using P = Pack<float>;
   Vec sum[4] = {}, norm[4] = {};
   if (!cosine) {
     for_each_pack<float>(dim, [&](int64_t d, auto n) {
       const Vec a = P::get(x + d, n);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+        __builtin_prefetch(next[i] + d);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const Vec difference = a - P::get(codes[i] + d, n);
@@ -67,7 +76,11 @@ inline Vec4 rescore(const float* x, const C* const (&codes)[4], int64_t dim, boo
 }
 
 // In float64, rounded to float32.
-inline Vec4 rescore(const double* x, const double* const (&codes)[4], int64_t dim, bool cosine) {
+inline Vec4 rescore(const double* x,
+                    const double* const (&codes)[4],
+                    const double* const (&)[4],
+                    int64_t dim,
+                    bool cosine) {
   Vec4 found;
   for (int i = 0; i < 4; ++i) {
     DVec sums{}, norms{};

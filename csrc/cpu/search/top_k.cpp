@@ -3,7 +3,7 @@
 // The search of the k nearest codes has the passes of search.cpp.
 //
 // 1. Scores of all codes go through the lists of candidate_lists.h as they come: in low precision
-//    the maxima of two codes; in float32 those of groups of 16, or every score, where the
+//    the maxima of two codes or of one; in float32 those of groups of 16, or every score, where the
 //    comparisons take less time than step 2.
 // 2. The codes of listed blocks are scored again in float32. A score that is below the k-th largest
 //    by more than the error bound of that arithmetic is dropped.
@@ -15,6 +15,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <utility>
 
 #include "cpu/search/amx_queries.h"
 #include "cpu/search/block_maxima.h"
@@ -27,16 +29,23 @@
 namespace genperf {
 namespace {
 
-constexpr int64_t kPair = 2;  // groups of a block, the fewest that the kernels take
+constexpr int64_t kPair = 2;  // groups of a block
 constexpr int64_t kRunBytes = 192 << 10;
-constexpr int64_t kMaxInt8TopKDim = 512;  // one bound for all codes leaves too many of them above
+
+// From this D on a maximum in 8 bits is that of one code, since scoring another one costs more than
+// the comparison of twice as many maxima.
+constexpr int64_t kSingleCodeDim = 256;
+
+// Components of candidates, for each of the k, from which on it pays to wait for the scores of the
+// best ones.
+constexpr int64_t kMinBestFirst = 4000;
 
 // Calls f(first, last) for runs of blocks that stay in L2 while all tiles of queries pass over
-// them, and whose maxima fit their buffer.
+// them, and whose maxima fit their buffer. Their number is even, as that of all groups is.
 template <class F>
 void for_each_run(int64_t blocks, int64_t block_bytes, int64_t maxima_per_block, const F& f) {
   const int64_t step =
-      std::clamp<int64_t>(kRunBytes / block_bytes, 1, kRunMaxima / maxima_per_block);
+      std::clamp<int64_t>(kRunBytes / block_bytes / 2 * 2, 2, kRunMaxima / maxima_per_block);
   for (int64_t block = 0; block < blocks; block += step)
     f(block, std::min(block + step, blocks));
 }
@@ -62,7 +71,8 @@ void top_k_fp32(const TopKSearch<T, C>& search, int64_t position, int count, Top
         uint32_t bits = not_below(load(found), load(s.lists.thresholds(first + lane)));
         for (; bits; bits &= bits - 1) {
           const int i = __builtin_ctz(bits);
-          s.lists.add(first + lane + i, found[i], int32_t(place));
+          if (s.lists.add(first + lane + i, found[i], int32_t(place)))
+            s.lists.prune(first + lane + i);
         }
       }
   };
@@ -112,12 +122,33 @@ void top_k_fp32(const TopKSearch<T, C>& search, int64_t position, int count, Top
 
 #if defined(GENPERF_HAS_AMX)
 
+// Scores the codes of s.codes again, from `scored` on.
+template <class T, class C>
+void score_codes(const TopKSearch<T, C>& search,
+                 TopKScratch& s,
+                 const OpMath<T>* row,
+                 int64_t scored = 0) {
+  const int64_t codes = s.codes.size();
+  s.rescored += codes - scored;
+  s.scores.resize(codes + kLanes);
+  for (; scored < codes; scored += 4) {
+    const C *four[4], *next[4];
+    for (int i = 0; i < 4; ++i) {
+      four[i] = search.code(s.codes[std::min(scored + i, codes - 1)]);
+      next[i] = search.code(s.codes[std::min(scored + 4 + i, codes - 1)]);
+    }
+    const Vec4 found = rescore(row, four, next, search.x.dim, search.cosine);
+    std::memcpy(s.scores.data() + scored, &found, sizeof(found));
+  }
+}
+
 template <class Queries, class T, class C>
 void top_k_columns(const TopKSearch<T, C>& search, int64_t position, int count, TopKScratch& s) {
   using W = OpMath<T>;
   constexpr int kScores = kRows * kGroup;
   const Positions<T>& x = search.x;
   const CodePanel& panel = *search.panel;
+  const int64_t groups = Queries::kWideBounds && x.dim >= kSingleCodeDim ? 1 : kPair;  // of a block
   Queries queries[kMaxQueries / kRows];
   const W* rows[kMaxQueries];
   W* const copies = reinterpret_cast<W*>(s.rows.get());
@@ -128,21 +159,61 @@ void top_k_columns(const TopKSearch<T, C>& search, int64_t position, int count, 
     tile.pack(rows + first, size, panel, s.packed.get() + first * panel.query_bytes());
     s.start<kRows>(tile.bounds, first, size);
   }
+  // Lists the codes of those places of a query whose maxima are wanted.
+  const auto list_codes = [&](int query, const auto& wanted) {
+    const int32_t* const places = s.lists.places(query);
+    const float* const values = s.lists.values(query);
+    for (int64_t i = 0; i < s.lists.count(query); ++i) {
+      if (!wanted(values[i]))
+        continue;
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t k = (places[i] / kGroup * groups + g) * kGroup + places[i] % kGroup;
+        if (k < panel.codes)
+          s.codes.push_back(int32_t(k));
+      }
+    }
+  };
+  // Lists and scores the codes of the k largest maxima, and returns what the maxima of others that
+  // are as near are at least, and the least of these.
+  const auto score_best = [&](int query) {
+    const float best = s.lists.kth_largest(query);
+    s.codes.clear();
+    list_codes(query, [=](float maximum) { return maximum >= best; });
+    score_codes(search, s, rows[query]);
+    const int64_t codes = s.codes.size();
+    const float top = CandidateLists::kth_largest(s.scores.data(), codes, search.k);
+    float least = -INFINITY;
+    if constexpr (Queries::kWideBounds)
+      least = queries[query / kRows].least_maximum(
+          query % kRows, search.cosine ? top : top - search.distance_offset, panel);
+    return std::pair(least, best);
+  };
+  const auto prune = [&](int query) {
+    s.lists.prune(query);
+    if (Queries::kWideBounds && s.lists.is_long(query))
+      s.lists.drop_below(query, score_best(query).first);
+  };
   float* const maxima = s.maxima.get();
   const auto add = [&](int first, int64_t begin, int64_t end) {
     const float* values = maxima;
     for (int64_t block = begin; block < end; ++block)
       for (int i = 0; i < kRows; ++i, values += kGroup) {
         const Vec found = load(values);
-        if (const uint32_t bits = not_below(found, broadcast(s.lists.threshold(first + i))))
-          s.lists.add(first + i, found, bits, int32_t(block * kGroup));
+        const uint32_t bits = not_below(found, broadcast(s.lists.threshold(first + i)));
+        if (!bits)
+          continue;
+        Vec lowest = found;
+        if constexpr (Queries::kWideBounds)
+          lowest = queries[first / kRows].lowest_of(panel, groups, block, i, found);
+        if (s.lists.add(first + i, found, lowest, bits, int32_t(block * kGroup)))
+          prune(first + i);
       }
   };
-  const int64_t block_bytes = kPair * kGroup * panel.query_bytes();
-  for_each_run(panel.groups / kPair, block_bytes, kScores, [&](int64_t begin, int64_t end) {
+  const int64_t block_bytes = groups * kGroup * panel.query_bytes();
+  for_each_run(panel.groups / groups, block_bytes, kScores, [&](int64_t begin, int64_t end) {
     for (int first = 0; first < count; first += kRows) {
       // A block has its place among those of the whole panel.
-      queries[first / kRows].block_maxima(panel, kPair, begin, end, maxima - begin * kScores);
+      queries[first / kRows].block_maxima(panel, groups, begin, end, maxima - begin * kScores);
       add(first, begin, end);
     }
   });
@@ -153,28 +224,21 @@ void top_k_columns(const TopKSearch<T, C>& search, int64_t position, int count, 
     }
     s.lists.prune(query);
     s.codes.clear();
+    int64_t scored = 0;
     if (s.lists.has_all_places(query)) {
-      for (int64_t k = 0; k < panel.codes; ++k)
-        s.codes.push_back(int32_t(k));
+      s.codes.resize(panel.codes);
+      std::iota(s.codes.begin(), s.codes.end(), 0);
+    } else if (Queries::kWideBounds &&
+               s.lists.count(query) * groups * x.dim >= kMinBestFirst * search.k) {
+      const auto [least, best] = score_best(query);
+      scored = s.codes.size();
+      list_codes(query, [least = least, best = best](float maximum) {
+        return !(maximum >= best) && !(maximum < least);
+      });
     } else {
-      const int32_t* const places = s.lists.places(query);
-      for (int64_t i = 0; i < s.lists.count(query); ++i)
-        for (int64_t g = 0; g < kPair; ++g) {
-          const int64_t k = (places[i] / kGroup * kPair + g) * kGroup + places[i] % kGroup;
-          if (k < panel.codes)
-            s.codes.push_back(int32_t(k));
-        }
+      list_codes(query, [](float) { return true; });
     }
-    const int64_t codes = s.codes.size();
-    s.rescored += codes;
-    s.scores.resize(codes + kLanes);
-    for (int64_t i = 0; i < codes; i += 4) {
-      const C* four[4];
-      for (int j = 0; j < 4; ++j)
-        four[j] = search.code(s.codes[std::min(i + j, codes - 1)]);
-      const Vec4 found = rescore(rows[query], four, x.dim, search.cosine);
-      std::memcpy(s.scores.data() + i, &found, sizeof(found));
-    }
+    score_codes(search, s, rows[query], scored);
     choose(search, s, position + query, query, s.fine[query]);
   }
 }
@@ -218,9 +282,7 @@ void search_top_k(const Positions<T>& x,
                   int64_t* indices,
                   OpMath<T>* distances) {
   TopKSearch<T, C> search(x, codebook, k, cosine, indices, distances);
-  Packing packing = packing_for(x.dim, codebook.count, x.count());
-  if (packing == Packing::kInt8 && x.dim > kMaxInt8TopKDim)
-    packing = Packing::kFloat32;
+  const Packing packing = packing_for(x.dim, codebook.count, x.count());
   const int64_t share = x.count() / (4 * torch::stable::get_num_threads());
   const int64_t chunk = std::clamp<int64_t>(share / kRows * kRows, kRows, kMaxQueries);
   for_each_panel(codebook, cosine, packing, [&](const CodePanel& panel, int64_t first_code) {

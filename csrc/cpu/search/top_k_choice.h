@@ -108,7 +108,7 @@ struct TopKScratch {
       : z(panel.low_precision() ? 0 : chunk * panel.dim),
         packed(panel.low_precision() ? chunk * panel.query_bytes() : 0),
         maxima(kRunMaxima),
-        lists(chunk, k) {}
+        lists(chunk, k, panel.packing == Packing::kInt8) {}
 
   // Starts the lists of a tile of kQueries queries, of which the first `count` are there.
   template <int kQueries>
@@ -155,7 +155,7 @@ void choose(const TopKSearch<T, C>& search,
             int query,
             float bound) {
   const int64_t count = s.codes.size();
-  const float reached = CandidateLists::reached_by(s.scores.data(), count, search.k);
+  const float reached = CandidateLists::kth_largest(s.scores.data(), count, search.k);
   const float threshold = search.lowered(reached, bound);
   s.left.clear();
   bool comparable = true;
