@@ -86,13 +86,13 @@ def strided(x: Tensor) -> dict[str, Tensor]:
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fill new tensors with NaN (integers with their largest value), so that elements which a kernel fails to write are found."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms also imports Inductor, which takes seconds
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
 
 
 def assert_accurate(name: str, actual: Tensor, exact: Tensor, plain: Tensor) -> None:
