@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", type=options.path, metavar="PATH", help=weights)
     add("--pixels", choices=PIXELS, help="input of the extractor: float32 in [0, 1] (unit, the default) or [-1, 1] (signed), or uint8")
     add("--channels", type=int, choices=(1, 3), default=3, help="convert images to RGB (3) or grayscale (1), without alpha (%(default)s)")
-    size = "resize all images, with Pillow's antialiased bicubic filter; without it all images of an input must have one size"
+    size = "resize all images, with Pillow's antialiased bicubic filter; without it the images of an input may differ in size only for "
+    size += "inception, dinov2 and clip, which resize each to what they take"
     add("--size", type=_size, metavar="N|WxH", help=size)
     add("--exif", action=argparse.BooleanOptionalAction, default=True, help="turn images upright by their EXIF orientation (yes)")
     add("--batch-size", type=count, default=64, help="images per call of the extractor (%(default)s)")

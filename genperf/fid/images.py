@@ -4,7 +4,7 @@
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +30,18 @@ def read_batches(
     workers: int,
     exif: bool = True,
     share: range | None = None,
+    one_size: bool = True,
 ) -> Generator[Tensor, None, None]:
-    """Read images in order as batches, uint8 [B, channels, H, W]; the last one may be smaller.
+    """Read images in order as batches, uint8 [B, channels, H, W]; the last one, or one before an image of another size, may be smaller.
 
     Args:
         source: name of the source for error messages.
         channels: 3 converts every image to RGB, 1 to grayscale; an alpha channel is dropped.
-        size: width and height to resize to with Pillow's bicubic filter; None for no resizing, and then all images must have one size.
+        size: width and height to resize to with Pillow's bicubic filter; None for no resizing.
         workers: number of threads; Pillow releases the GIL while it decodes and resizes.
         exif: as in `open_image`.
         share: consecutive indices of the images to read; None for all.
+        one_size: whether images without `size` must have one size.
     """
     mode = "RGB" if channels == 3 else "L"
     share = range(len(images)) if share is None else share
@@ -56,15 +58,16 @@ def read_batches(
                 for index in range(start, min(start + batch_size, share.stop)):
                     pixels = queue.popleft().result()
                     first = pixels if first is None else first
-                    if pixels.shape != first.shape:
+                    if one_size and pixels.shape != first.shape:
                         raise UserError(
                             f"images must have one size unless --size gives it, got {_size(first)} in {_name(images, share.start, source)} "
-                            f"and {_size(pixels)} in {_name(images, index, source)}; --size 299 resizes all to what Inception takes."
+                            f"and {_size(pixels)} in {_name(images, index, source)}; --size 299 resizes all to 299x299."
                         )
                     batch.append(pixels)
-                # [B, H, W(, 3)] -> [B, channels, H, W]
-                stacked = torch.from_numpy(np.stack(batch))
-                yield stacked.movedim(-1, 1).contiguous() if channels == 3 else stacked[:, None]
+                for _, alike in groupby(batch, np.shape):
+                    # [B, H, W(, 3)] -> [B, channels, H, W]
+                    stacked = torch.from_numpy(np.stack(list(alike)))
+                    yield stacked.movedim(-1, 1).contiguous() if channels == 3 else stacked[:, None]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -235,17 +235,26 @@ def _feature_batches(source: Features | Images, extractor: Extractor | None, opt
     count, ranks = len(source.images), world_size()
     share = range(count * rank() // ranks, count * (rank() + 1) // ranks)
     bar = tqdm(total=len(share), unit="image", desc=source.path, mininterval=0.1 if sys.stderr.isatty() else 10, disable=rank() > 0)
-    size = [0, 0]
-    with bar, contextlib.closing(read_batches(source.images, source.path, share=share, **reading)) as batches:
+    resizes = options.extractor in ("inception", *PRETRAINED)  # each image to the size that it takes
+    sizes: set[tuple[int, ...]] = set()  # of height and width, up to two
+    with bar, contextlib.closing(read_batches(source.images, source.path, share=share, one_size=not resizes, **reading)) as batches:
         for batch in batches:
-            size = list(batch.shape[2:])
+            if len(sizes) < 2:
+                sizes.add(tuple(batch.shape[2:]))
             yield extractor(batch)
             bar.update(len(batch))
     if ranks > 1:
-        sizes = {tuple(each) for each in all_gather_ints(size)} - {(0, 0)}
-        if len(sizes) > 1:
-            got = " and ".join(f"{width}x{height}" for height, width in sorted(sizes))
-            raise UserError(f"images must have one size unless --size gives it, got {got} in {source.path!r}.")
+        two = [*sizes, (0, 0), (0, 0)][:2]
+        sizes = {size for a, b, c, d in all_gather_ints([*two[0], *two[1]]) for size in ((a, b), (c, d))} - {(0, 0)}
+    if len(sizes) > 1 and not resizes:
+        got = " and ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        raise UserError(f"images must have one size unless --size gives it, got {got} in {source.path!r}.")
+    if len(sizes) > 1 and rank() == 0:
+        log.warning(
+            "the images in %r have several sizes, and %s resizes each to what it takes; --size resizes them before, antialiased.",
+            source.path,
+            options.extractor,
+        )
 
 
 def _scores(a: _Side, b: _Side, options: ScoreOptions) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 """Extractors of features: callables named on the command line, and Inception."""
 
 import importlib
+import json
 import sys
 import types
 
@@ -120,6 +121,28 @@ def test_inception(world, torch_fidelity, tmp_path, capsys):
     weights.rename(torch_fidelity)
     assert fid(world / "low", world / "high") == 0
     assert "downloads" not in capsys.readouterr().err
+
+
+def test_inception_takes_images_of_several_sizes(world, torch_fidelity, tmp_path, capsys):
+    torch_fidelity.parent.mkdir(parents=True)
+    torch.save({"scale": torch.ones(2)}, torch_fidelity)
+    folder = tmp_path / "sizes"
+    folder.mkdir()
+    rows = []
+    for number, (path, size) in enumerate(zip(files(world / "low"), [(8, 8), (8, 8), (12, 5), (9, 9), (8, 8)], strict=False)):
+        image = Image.open(path).resize(size)
+        image.save(folder / f"{number}.png")
+        rows.append(np.array(image).ravel()[20:22])
+    low = np.stack([np.array(Image.open(path)).ravel()[20:22] for path in files(world / "low")])
+    expected = sum(direct_terms(*statistics_of(np.stack(rows)), *statistics_of(low)))
+    said = f"genperf: the images in {str(folder)!r} have several sizes, and inception resizes each to what it takes; --size resizes them"
+    for options in ([], ["--batch-size", "2"]):
+        assert fid(folder, world / "low", "--json", *options) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["distance"] == pytest.approx(expected, rel=1e-6)
+        assert printed.err.count(said) == 1
+    assert fid(folder, world / "low", "--size", "8") == 0
+    assert "several sizes" not in capsys.readouterr().err
 
 
 def test_inception_errors(world, torch_fidelity, tmp_path, monkeypatch, capsys):
