@@ -155,6 +155,7 @@ def test_moments_and_distribution(name, device):
         assert_distribution(x[:, column], cdf)
 
 
+@pytest.mark.unsanitized  # a million numbers: sanitizers see the accesses in the tests of equality and layouts
 def test_weights_are_uniform_and_distinct(device):
     weights = native_weights(SEED, MILLION, device)
     assert weights.min() >= 0
@@ -188,6 +189,7 @@ def test_no_correlation(name, device):
         assert_uncorrelated(x, native(other, MILLION // 32, count, device), f"seeds {SEED:x} and {other:x}")
 
 
+@pytest.mark.unsanitized
 def test_tails_of_the_normal(device):
     """The number of 10^7 draws beyond 3, 4 and 4.5 on either side, and the largest."""
     n = 10_000_000
@@ -200,6 +202,7 @@ def test_tails_of_the_normal(device):
     assert 4.8 < x.abs().max() < 6.6
 
 
+@pytest.mark.unsanitized
 def test_tails_of_the_gumbel(device):
     x = native_gumbel(SEED, MILLION, 1, device)
     for limit in (5.0, 8.0):
@@ -211,6 +214,7 @@ def test_tails_of_the_gumbel(device):
     assert -3.2 < x.min() < -2.3
 
 
+@pytest.mark.unsanitized
 def test_angles_of_neighboring_normals_are_uniform(device):
     """For the two numbers of a pair, and for two numbers of different pairs."""
     x = native_normal(SEED, MILLION // 4, 4, device).double()
@@ -221,6 +225,7 @@ def test_angles_of_neighboring_normals_are_uniform(device):
         assert_distribution(x[:, i].square() + x[:, j].square(), lambda square: 1 - torch.exp(-square / 2))
 
 
+@pytest.mark.unsanitized
 def test_hard_samples_follow_the_softmax(device):
     """Pearson's chi-square test: 4.5 standard deviations with K - 1 degrees of freedom."""
     for k in (2, 5, 31):
@@ -231,6 +236,7 @@ def test_hard_samples_follow_the_softmax(device):
         assert abs(statistic - (k - 1)) < SIGMAS * math.sqrt(2 * (k - 1)) + 3, k
 
 
+@pytest.mark.unsanitized
 def test_soft_samples_have_logistic_log_ratios(device):
     """The log ratio of two categories is logistic."""
     soft, _, _ = genperf.gumbel_sample(torch.zeros(MILLION // 4, 2, device=device))
