@@ -264,7 +264,9 @@ def test_cuda_sampling_and_penalties_trace_on_fake_tensors(dtype):
 # CUDA composes code_softmax and sample_code of torch's ops, and its eigenvalues are torch's.
 CPU_ONLY = {
     "cluster_distances", "cluster_means", "cluster_sums", "cluster_sums_add", "code_softmax_rows", "code_softmax_rows_backward",
-    "codebook_ema", "sample_code_rows", "symmetric_eigenvalues",
+    "codebook_ema", "gaussian_sample_packed", "gaussian_sample_packed_backward", "sample_code_rows", "small_code_softmax",
+    "small_code_softmax_backward", "small_lookup_free_entropy", "small_lookup_free_entropy_backward", "small_sample_code",
+    "symmetric_eigenvalues",
 }  # fmt: skip
 
 
