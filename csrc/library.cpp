@@ -168,6 +168,14 @@ STABLE_TORCH_LIBRARY(genperf, m) {
       "grad_prior_mean, Tensor(d!)? grad_prior_logvar, Tensor? grad_sample, Tensor? grad_kl, "
       "Tensor mean, Tensor logvar, Tensor? prior_mean, Tensor? prior_logvar, Tensor? noise, "
       "Tensor? seed, SymInt first, float free_bits) -> ()");
+  // The same on the CPU of contiguous moments of any number of dimensions that are packed along
+  // `dim`. Noise and the gradient of the sample are contiguous, of the shape of the sample.
+  m.def(
+      "gaussian_sample_packed(Tensor moments, Tensor? noise, Tensor? seed, SymInt first, int dim, "
+      "float free_bits, bool float32_sample) -> (Tensor sample, Tensor kl)");
+  m.def(
+      "gaussian_sample_packed_backward(Tensor? grad_sample, Tensor? grad_kl, Tensor moments, "
+      "Tensor? noise, Tensor? seed, SymInt first, int dim, float free_bits) -> Tensor");
   // logits and noise are [outer, K, inner] with any strides. Class k at position p = outer * inner
   // is Gumbel number k of row first + p. temperature, a float32 of one element, replaces tau.
   // statistics is [4, outer, inner]: the largest logit, the log of the sum of exp(logit - largest),

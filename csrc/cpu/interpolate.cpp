@@ -22,7 +22,7 @@ std::vector<float> weights_of(const std::optional<Tensor>& weight,
                               const std::optional<Tensor>& seed,
                               int64_t first,
                               int64_t samples) {
-  std::vector<float> weights(samples);
+  std::vector<float> weights(samples + kQuads * kLanes);
   if (weight.has_value()) {
     STD_TORCH_CHECK(weight->scalar_type() == ScalarType::Float && weight->dim() == 1 &&
                         weight->size(0) == samples,
@@ -33,9 +33,7 @@ std::vector<float> weights_of(const std::optional<Tensor>& weight,
     return weights;
   }
   STD_TORCH_CHECK(seed.has_value(), "weight or a seed must be given");
-  const uint64_t key = seed_of(seed);
-  for (int64_t b = 0; b < samples; ++b)
-    weights[b] = draw_weight(key, first + b);
+  draw_weights(seed_of(seed), first, samples, weights.data());
   return weights;
 }
 

@@ -207,20 +207,23 @@ inline const float* draw_gumbels(uint64_t seed,
   return draw(seed, row, first, count, out, [](const auto& words) { return gumbels(words); });
 }
 
+template <int N>
+[[gnu::always_inline]] inline Several<Vec, 4 * N> normals_of(const Words<SeveralSimd<N>>& words) {
+  Several<Vec, 2 * N> cosines, sines;
+  normal_pair<SeveralSimd<2 * N>>(joined(words.word[0], words.word[2]),
+                                  joined(words.word[1], words.word[3]), cosines, sines);
+  return several<4 * N>([&](int i) {
+    const int number = i / N, place = number / 2 * N + i % N;
+    return number % 2 ? sines.at[place] : cosines.at[place];
+  });
+}
+
 inline const float* draw_normals(uint64_t seed,
                                  int64_t row,
                                  int64_t first,
                                  int64_t count,
                                  float* out) {
-  return draw(seed, row, first, count, out, []<int N>(const Words<SeveralSimd<N>>& words) {
-    Several<Vec, 2 * N> cosines, sines;
-    normal_pair<SeveralSimd<2 * N>>(joined(words.word[0], words.word[2]),
-                                    joined(words.word[1], words.word[3]), cosines, sines);
-    return several<4 * N>([&](int i) {
-      const int number = i / N, place = number / 2 * N + i % N;
-      return number % 2 ? sines.at[place] : cosines.at[place];
-    });
-  });
+  return draw(seed, row, first, count, out, [](const auto& words) { return normals_of(words); });
 }
 
 inline const float* draw_uniforms(uint64_t seed,
@@ -233,11 +236,26 @@ inline const float* draw_uniforms(uint64_t seed,
   });
 }
 
-// The interpolation weight of a sample.
-inline float draw_weight(uint64_t seed, int64_t row) {
-  const Words<Scalar> words = random_words<Scalar>(0, 0x80000000u, uint32_t(uint64_t(row)),
-                                                   uint32_t(uint64_t(row) >> 32), seed);
-  return uniform<Scalar>(words.word[0]);
+// Writes the interpolation weights of samples first, first + 1, ... `out` holds count + kQuads *
+// kLanes numbers.
+inline void draw_weights(uint64_t seed, int64_t first, int64_t count, float* out) {
+  constexpr int kStep = kQuads * kLanes;
+  const PairKeys keys(seed);
+  UVec lanes{};
+  for (int lane = 0; lane < kLanes; ++lane)
+    lanes[lane] = uint32_t(lane);
+  for (int64_t i = 0; i < count; i += kStep) {
+    const auto rows =
+        several<kQuads>([&](int q) { return Counters(first + i + q * kLanes, lanes); });
+    const auto low = several<kQuads>([&](int q) { return rows.at[q].low; });
+    const auto high = several<kQuads>([&](int q) { return rows.at[q].high; });
+    const auto words = lane_words<kQuads>(uniform_pairs<kQuads>([](int) { return 0; }),
+                                          uniform_pairs<kQuads>([](int) { return 0x80000000u; }),
+                                          pairs_of(low), pairs_of(high), keys);
+    const Several<Vec, kQuads> weights = uniform<SeveralSimd<kQuads>>(words.word[0]);
+    for (int q = 0; q < kQuads; ++q)
+      store(out + i + q * kLanes, weights.at[q]);
+  }
 }
 
 }  // namespace genperf
