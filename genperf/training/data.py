@@ -83,6 +83,11 @@ def load_images(data: str | None, size: int | None = None, *, choose_size: Calla
     return LabeledImages(images, None if labels is None else _to_labels(labels, len(images), data))
 
 
+def takes_size(data: str | None) -> bool:
+    """Whether `load_images` takes a size for the data, which must exist."""
+    return data not in (None, DIGITS) and (os.path.isdir(data) or is_image_archive(data))
+
+
 def usual_size(sides: list[int], *, least: int, multiple: int) -> int:
     """The size to which images of several sizes are scaled by default.
 

@@ -17,7 +17,7 @@ from .._files import write_atomically
 from .._messages import log
 from ..models import SYSTEMS
 from .checkpoint import save_checkpoint, using_checkpoint
-from .data import LabeledImages, load_images, split_held_out, usual_size
+from .data import LabeledImages, load_images, split_held_out, takes_size, usual_size
 from .evaluation import evaluate, normal_images
 from .pictures import write_pictures
 from .runs import CHECKPOINT, EVALUATION, FORMAT, Settings, build_system, check_fingerprint, data_fingerprint, load_state, merge_options
@@ -79,6 +79,7 @@ class TrainingSession:
 
             # cuDNN's default algorithms are not deterministic.
             torch.backends.cudnn.deterministic = True
+            self._check_sides(name, config, data)
             self.system = build_system(name, self.settings, config, data)
             with value_error_as_user_error():
                 images = LabeledImages(*self.system.prepare(*images))
@@ -114,6 +115,18 @@ class TrainingSession:
             return size
 
         return choose
+
+    def _check_sides(self, name: str, config: dict[str, Any], data: LabeledImages) -> None:
+        """Raise UserError where --size would give images the sides that the system needs, which its own error does not know."""
+        system_class, (height, width) = SYSTEMS[name], data.images.shape[2:]
+        multiple = system_class.downsampling
+        if self.settings.size is not None or not takes_size(self.settings.data) or not (height % multiple or width % multiple):
+            return
+        size = usual_size([min(height, width)], least=system_class.least_side(system_class.Config(**config)), multiple=multiple)
+        raise UserError(
+            f"{name} needs images whose sides are divisible by {multiple}, got {width}x{height}; --size {size} scales and crops them to "
+            f"{size}x{size}."
+        )
 
     def run(self) -> TrainingResults | None:
         """Train, evaluate on the held-out images and write the results; None on ranks other than 0.

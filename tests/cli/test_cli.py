@@ -260,6 +260,8 @@ def test_invalid_data(tmp_path, capsys):
     fails(tmp_path / "missing", "'.*missing', which does not exist")
     (tmp_path / "empty").mkdir()
     fails(tmp_path / "empty", "must hold images, but no file in it has the suffix of an image")
+    folder = write_images(tmp_path / "sides", ["L", "L"], size=(14, 10))
+    fails(folder, "vqvae needs images whose sides are divisible by 4, got 14x10; --size 8 scales and crops them to 8x8")
     folder = write_images(tmp_path / "broken", ["L"])
     for content in ((folder / "0.png").read_bytes()[:45], b"no image"):
         (folder / "broken.png").write_bytes(content)
