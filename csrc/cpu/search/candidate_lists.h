@@ -41,6 +41,7 @@ class CandidateLists {
     set_threshold(query, margin < INFINITY ? -INFINITY : INFINITY);
   }
 
+  bool own_bounds() const { return own_bounds_; }
   bool has_all_places(int64_t query) const { return threshold(query) == INFINITY; }
   float threshold(int64_t query) const { return thresholds_[query]; }
   const float* thresholds(int64_t query) const { return thresholds_ + query; }
@@ -51,9 +52,9 @@ class CandidateLists {
   const int32_t* places(int64_t query) const { return places_.get() + query * stride_; }
   const float* values(int64_t query) const { return values_.get() + query * stride_; }
 
-  // The k-th largest maximum.
-  float kth_largest(int64_t query) {
-    return kth_largest(values_.get() + query * stride_, count(query), k_);
+  // A maximum that at least k of the list reach, close to the k-th largest.
+  float reached(int64_t query) {
+    return reached_by(values_.get() + query * stride_, count(query), k_);
   }
 
   // Returns whether the list is full, and has to be pruned.
@@ -85,16 +86,15 @@ class CandidateLists {
     List& list = lists_[query];
     if (has_all_places(query))
       list.count = 0;
-    float* const value = values_.get() + query * stride_;
-    float* const low = own_bounds_ ? lowest_.get() + query * stride_ : value;
-    drop_below(query, kth_largest(low, list.count, k_) - list.margin);
+    float* const low = (own_bounds_ ? lowest_ : values_).get() + query * stride_;
+    drop_below(query, reached_by(low, list.count, k_) - list.margin);
   }
 
   // Raises the threshold to `least`, and drops what is below it.
   void drop_below(int64_t query, float least) {
     List& list = lists_[query];
     float* const value = values_.get() + query * stride_;
-    float* const low = own_bounds_ ? lowest_.get() + query * stride_ : value;
+    float* const low = lowest_.get() + query * stride_;
     int32_t* const place = places_.get() + query * stride_;
     if (least > threshold(query))
       set_threshold(query, least);
@@ -102,7 +102,8 @@ class CandidateLists {
     int64_t kept = 0;
     for (int64_t i = 0; i < list.count; ++i) {
       const bool keep = value[i] >= threshold;
-      low[kept] = low[i];
+      if (own_bounds_)
+        low[kept] = low[i];
       value[kept] = value[i];
       place[kept] = place[i];
       kept += keep;
@@ -116,9 +117,10 @@ class CandidateLists {
     }
   }
 
-  // The k-th largest of the values; -infinity if there are fewer. Up to kLanes values behind the
-  // last are overwritten. NaN does not count.
-  static float kth_largest(float* values, int64_t count, int64_t k) {
+  // A number that at least k of the values reach, and no more than k unless they are equal;
+  // -infinity if there are fewer. Up to kLanes values behind the last are overwritten. NaN does not
+  // count.
+  static float reached_by(float* values, int64_t count, int64_t k) {
     if (count < k)
       return -INFINITY;
     store(values + count, broadcast(-INFINITY));
@@ -137,12 +139,17 @@ class CandidateLists {
       int64_t number = 0;
       for (int lane = 0; lane < kLanes; ++lane)
         number += numbers[lane];
-      (number < k ? above : reached) = middle;
       if (number == k)
-        break;
+        return from_ordered(int32_t(middle));
+      (number < k ? above : reached) = middle;
       middle = reached + (above - reached) / 2;
     }
-    const float found = from_ordered(int32_t(reached));
+    return from_ordered(int32_t(reached));
+  }
+
+  // The k-th largest of the values, which can be far above what reached_by() finds if few follow.
+  static float kth_largest(float* values, int64_t count, int64_t k) {
+    const float found = reached_by(values, count, k);
     if (found == -INFINITY)
       return found;
     Vec lowest = broadcast(INFINITY);

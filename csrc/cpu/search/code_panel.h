@@ -43,7 +43,8 @@ constexpr int kMaxSplitDim = kDepth / 3;
 struct Int8Codes {
   Buffer<uint8_t> values;                         // [groups, units of 4 components, 16, 4], q + 128
   Buffer<float> scale, rest, length, bias_error;  // [groups, 16]
-  Buffer<float> block_rest, block_length, block_bias_error;  // [blocks, 16], the largest
+  Buffer<float> block_rest, block_length, block_bias_error;   // [blocks, 16], the largest
+  float most_rest = 0, most_length = 0, most_bias_error = 0;  // of all codes
 };
 
 struct CodePanel {

@@ -63,6 +63,7 @@ void pack_int8(CodePanel& panel,
 
 void set_block_errors(CodePanel& panel) {
   Int8Codes& int8 = panel.int8;
+  int8.most_rest = int8.most_length = int8.most_bias_error = 0;
   for (int64_t block = 0; block < panel.blocks(); ++block)
     for (int lane = 0; lane < kGroup; ++lane) {
       const int64_t first = block * panel.block_groups * kGroup + lane, to = block * kGroup + lane;
@@ -72,6 +73,9 @@ void set_block_errors(CodePanel& panel) {
         length = std::max(length, int8.length[first + g * kGroup]);
         bias_error = std::max(bias_error, int8.bias_error[first + g * kGroup]);
       }
+      int8.most_rest = std::max(int8.most_rest, rest);
+      int8.most_length = std::max(int8.most_length, length);
+      int8.most_bias_error = std::max(int8.most_bias_error, bias_error);
       int8.block_rest[to] = rest;
       int8.block_length[to] = length;
       int8.block_bias_error[to] = bias_error;

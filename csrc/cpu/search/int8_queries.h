@@ -57,7 +57,9 @@ class Int8Queries {
           bounds_are_finite(norm, panel) ? own + 2 * kTiny : broadcast(INFINITY);
       store(twice_constant_ + first, twice_constant);
       bounds.set(first, {load(totals)}, panel);
-      store(bounds.coarse + first, twice_constant);
+      const Int8Codes& codes = panel.int8;
+      const Vec most = norm * codes.most_rest + rest * codes.most_length + codes.most_bias_error;
+      store(bounds.coarse + first, most * (2 * slack) + twice_constant);
     }
   }
 
@@ -80,7 +82,7 @@ class Int8Queries {
     };
   }
 
-  // The same for one query and blocks of any number of groups.
+  // The same for one query and blocks of any number of groups, and what it leaves out.
   Vec lowest_of(const CodePanel& panel,
                 int64_t block_groups,
                 int64_t block,
@@ -98,6 +100,8 @@ class Int8Queries {
            2.0f * fma(broadcast(norm_[query]), rest, fma(broadcast(rest_[query]), length, bias));
   }
 
+  float margin(int query) const { return twice_constant_[query]; }
+
   Vec threshold(Vec lowest, int first) const { return lowest - load(twice_constant_ + first); }
 
   static constexpr bool kWideBounds = true;
@@ -114,7 +118,7 @@ class Int8Queries {
     return least - twice_constant_[query];
   }
 
-  ErrorBounds bounds;  // `coarse` is what the bounds of the codes leave out
+  ErrorBounds bounds;  // `coarse` is that of the code with the largest bound
 
  private:
   // Writes z, padded with zeros to full vectors, and returns |z|^2.

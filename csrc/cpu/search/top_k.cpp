@@ -149,6 +149,7 @@ void top_k_columns(const TopKSearch<T, C>& search, int64_t position, int count, 
   const Positions<T>& x = search.x;
   const CodePanel& panel = *search.panel;
   const int64_t groups = Queries::kWideBounds && x.dim >= kSingleCodeDim ? 1 : kPair;  // of a block
+  const bool own_bounds = s.lists.own_bounds();
   Queries queries[kMaxQueries / kRows];
   const W* rows[kMaxQueries];
   W* const copies = reinterpret_cast<W*>(s.rows.get());
@@ -158,6 +159,10 @@ void top_k_columns(const TopKSearch<T, C>& search, int64_t position, int count, 
     Queries& tile = queries[first / kRows];
     tile.pack(rows + first, size, panel, s.packed.get() + first * panel.query_bytes());
     s.start<kRows>(tile.bounds, first, size);
+    if constexpr (Queries::kWideBounds)
+      for (int i = 0; own_bounds && i < size; ++i)
+        if (!tile.bounds.has_nan[i])
+          s.lists.start(first + i, tile.margin(i));
   }
   // Lists the codes of those places of a query whose maxima are wanted.
   const auto list_codes = [&](int query, const auto& wanted) {
@@ -176,7 +181,7 @@ void top_k_columns(const TopKSearch<T, C>& search, int64_t position, int count, 
   // Lists and scores the codes of the k largest maxima, and returns what the maxima of others that
   // are as near are at least, and the least of these.
   const auto score_best = [&](int query) {
-    const float best = s.lists.kth_largest(query);
+    const float best = s.lists.reached(query);
     s.codes.clear();
     list_codes(query, [=](float maximum) { return maximum >= best; });
     score_codes(search, s, rows[query]);
@@ -204,7 +209,8 @@ void top_k_columns(const TopKSearch<T, C>& search, int64_t position, int count, 
           continue;
         Vec lowest = found;
         if constexpr (Queries::kWideBounds)
-          lowest = queries[first / kRows].lowest_of(panel, groups, block, i, found);
+          if (own_bounds)
+            lowest = queries[first / kRows].lowest_of(panel, groups, block, i, found);
         if (s.lists.add(first + i, found, lowest, bits, int32_t(block * kGroup)))
           prune(first + i);
       }

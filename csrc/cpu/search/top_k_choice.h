@@ -15,6 +15,9 @@ namespace genperf {
 
 constexpr int64_t kRunMaxima = 8 << 10;  // of a tile of queries and a run of codes
 
+// From this D on codes in 8 bits have bounds of their own, since the largest one leaves too many.
+constexpr int64_t kOwnBoundsDim = 128;
+
 struct Found {
   double distance;
   int64_t index;
@@ -108,7 +111,7 @@ struct TopKScratch {
       : z(panel.low_precision() ? 0 : chunk * panel.dim),
         packed(panel.low_precision() ? chunk * panel.query_bytes() : 0),
         maxima(kRunMaxima),
-        lists(chunk, k, panel.packing == Packing::kInt8) {}
+        lists(chunk, k, panel.packing == Packing::kInt8 && panel.dim >= kOwnBoundsDim) {}
 
   // Starts the lists of a tile of kQueries queries, of which the first `count` are there.
   template <int kQueries>
@@ -155,7 +158,7 @@ void choose(const TopKSearch<T, C>& search,
             int query,
             float bound) {
   const int64_t count = s.codes.size();
-  const float reached = CandidateLists::kth_largest(s.scores.data(), count, search.k);
+  const float reached = CandidateLists::reached_by(s.scores.data(), count, search.k);
   const float threshold = search.lowered(reached, bound);
   s.left.clear();
   bool comparable = true;
