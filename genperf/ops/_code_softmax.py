@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _library
 from .._choices import Impl, Logits
-from ._autograd import Function, apply, differentiate, need_function, need_graph, saved_tensors
+from ._autograd import Function, apply, differentiate, need_function, need_graph, saved_tensors, transformed
 from ._code_softmax_chunks import FORMS, MIN_SQUARED_DISTANCE, mean_and_entropy
 from ._dispatch import Reasons, choose_impl, register_fake, remembered
 from ._layout import as_positions, positions_shape
@@ -50,8 +50,8 @@ def with_heads(x: Tensor, codebook: Tensor, channel: int) -> tuple[Tensor, Tenso
 
 
 def is_small(x: Tensor, codebook: Tensor, *per_position: Tensor | None) -> bool:
-    """Whether one kernel computes the op, because the logits of all positions are in cache. Not for torch.compile, whose sizes vary."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype == torch.float64:
+    """Whether one kernel computes the op, because the logits of all positions are in cache. Not where a graph or a batch is made."""
+    if torch.compiler.is_compiling() or transformed() or x.device.type != "cpu" or x.dtype == torch.float64:
         return False
     size = x.numel()
     products = size * codebook.shape[-2]

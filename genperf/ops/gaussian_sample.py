@@ -2,7 +2,6 @@
 """Reparameterized sampling from diagonal Gaussians, with the KL divergence."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,14 +10,13 @@ from torch import Tensor
 from .._choices import Impl
 from ._autograd import Function, apply, differentiate, need_function, need_graph, requires_grad, saved_tensors, transformed
 from ._dispatch import Reasons, also_not_native, choose_impl, register_fake, remembered, streaming_unavailable
-from ._layout import as_rows, for_inductor, rows_fit
+from ._layout import for_inductor
+from ._moments import Moments, empty_moments, halves, moments_fit, rows_of
 from ._noise import draw_seed, first_sample, normal_noise
 from ._precision import HALF_DTYPES, accumulator_dtype, clamp
 from ._validate import check_float, check_noise, check_tensor
 
 LOGVAR_RANGE = (-30.0, 20.0)
-
-Moments = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # mean, logvar, and those of the prior; packed where logvar is None
 
 
 def gaussian_sample(
@@ -93,6 +91,9 @@ def gaussian_sample(
     float32_sample = dtype == torch.float32 and mean.dtype != torch.float32
     if chosen == "reference":
         return gaussian_sample_reference(*inputs, noise, seed, first, dim, free_bits, float32_sample)
+    if logvar is None and prior_mean is None and _is_packed(mean, noise):
+        arguments = (mean, noise, seed, first, dim, float(free_bits), float32_sample)
+        return apply(_PackedSample, *arguments) if need_function(mean) else torch.ops.genperf.gaussian_sample_packed(*arguments)
     if need_function(*inputs):
         sample, kl = apply(_GaussianSample, *inputs, noise, seed, first, dim, free_bits, float32_sample)
     else:
@@ -147,56 +148,8 @@ def _check_prior(
         if len(half) != len(shape) or any(have not in (1, want) for have, want in zip(half, shape, strict=True)):
             raise ValueError(f"{op}: prior must have or expand to the shape of the sample, {list(shape)}, got {list(half)}.")
         # As two tensors, since autograd sums their gradients over the expanded dimensions.
-        prior_mean, prior_logvar = (t.expand(shape) for t in _halves(prior_mean, prior_logvar, dim))
+        prior_mean, prior_logvar = (t.expand(shape) for t in halves(prior_mean, prior_logvar, dim))
     return prior_mean, prior_logvar
-
-
-def _halves(mean: Tensor, logvar: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
-    if logvar is not None:
-        return mean, logvar
-    first, second = mean.chunk(2, dim)
-    return first, second
-
-
-def _all_halves(moments: Moments, dim: int) -> list[Tensor | None]:
-    """mean, logvar and those of the prior, unpacked."""
-    mean, logvar, prior_mean, prior_logvar = moments
-    prior = (None, None) if prior_mean is None else _halves(prior_mean, prior_logvar, dim)
-    return [*_halves(mean, logvar, dim), *prior]
-
-
-def _rows(inputs: Moments, extra: Sequence[Tensor | None], written: Moments | None, dim: int) -> list[Tensor | None]:
-    """`as_rows` of the halves of `inputs`, of `extra`, and of the halves of `written`."""
-    # The common case, contiguous packed moments. Not under torch.compile, since Inductor (torch 2.13) loses writes through such views if
-    # sizes are dynamic, nor under a transform of torch.func, where the storage is that of a batch.
-    if inputs[1] is None and not torch.compiler.is_compiling() and not transformed():
-        for t in (*inputs, *extra, *(written or ())):
-            if t is not None and not t.is_contiguous():
-                break
-        else:
-            shape = tuple(inputs[0].shape)
-            sizes = shape[0], math.prod(shape[1:dim]), math.prod(shape[dim:]) // 2
-            found = _contiguous_halves(inputs, sizes)
-            found += [None if t is None else t.view(*sizes) for t in extra]
-            return found if written is None else found + _contiguous_halves(written, sizes)
-    return as_rows([*_all_halves(inputs, dim), *extra], _all_halves(written, dim) if written else ())
-
-
-def _contiguous_halves(moments: Moments, sizes: tuple[int, int, int]) -> list[Tensor | None]:
-    """Contiguous mean, logvar and those of the prior, unpacked and viewed as [B, rows, columns]; halves of a row alternate in memory."""
-    mean, logvar, prior_mean, prior_logvar = moments
-    return [
-        *_contiguous_pair(mean, logvar, *sizes),
-        *((None, None) if prior_mean is None else _contiguous_pair(prior_mean, prior_logvar, *sizes)),
-    ]
-
-
-def _contiguous_pair(mean: Tensor, logvar: Tensor | None, batch: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    if logvar is not None:
-        return mean.view(batch, rows, columns), logvar.view(batch, rows, columns)
-    # Faster than chunk and a view.
-    sizes, strides, start = (batch, rows, columns), (2 * rows * columns, 2 * columns, 1), mean.storage_offset()
-    return mean.as_strided(sizes, strides, start), mean.as_strided(sizes, strides, start + columns)
 
 
 def _forward(
@@ -211,7 +164,7 @@ def _forward(
     free_bits: float,
     float32_sample: bool,
 ) -> tuple[Tensor, Tensor]:
-    rows = _rows((mean, logvar, prior_mean, prior_logvar), (noise,), None, dim)
+    rows = rows_of((mean, logvar, prior_mean, prior_logvar), (noise,), None, dim)
     sample, kl = torch.ops.genperf.gaussian_sample(*rows, seed, first, free_bits, float32_sample)
     shape = list(mean.shape)
     if logvar is None:
@@ -256,27 +209,65 @@ class _GaussianSample(Function):
                 return gaussian_sample_reference(*moments, noise=noise, seed=seed, **options)
 
             return (*differentiate(reference, (grad_sample, grad_kl), inputs, ctx.needs_input_grad[:4]), *(None,) * 6)
-        gradients = _empty_like(inputs, torch.preserve_format)
-        if not _rows_fit(gradients, ctx.dim):  # a memory format that the kernel cannot write
-            gradients = _empty_like(inputs, torch.contiguous_format)
-        rows = _rows(inputs, (noise, grad_sample), gradients, ctx.dim)
-        torch.ops.genperf.gaussian_sample_backward(*rows[6:], rows[5], grad_kl, *rows[:5], seed, ctx.first, ctx.free_bits)
+        gradients = _gradients(inputs, noise, seed, grad_sample, grad_kl, ctx.first, ctx.dim, ctx.free_bits)
         return (*gradients, *(None,) * 6)
 
 
-def _empty_like(moments: Moments, memory_format: torch.memory_format) -> Moments:
-    def empty(t: Tensor | None) -> Tensor | None:
-        return None if t is None else torch.empty_like(t, memory_format=memory_format)
+def _gradients(
+    inputs: Moments,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    grad_sample: Tensor | None,
+    grad_kl: Tensor | None,
+    first: int,
+    dim: int,
+    free_bits: float,
+) -> Moments:
+    gradients = empty_moments(inputs, torch.preserve_format)
+    if not moments_fit(gradients, dim):  # a memory format that the kernel cannot write
+        gradients = empty_moments(inputs, torch.contiguous_format)
+    rows = rows_of(inputs, (noise, grad_sample), gradients, dim)
+    torch.ops.genperf.gaussian_sample_backward(*rows[6:], rows[5], grad_kl, *rows[:5], seed, first, free_bits)
+    return gradients
 
-    mean, logvar, prior_mean, prior_logvar = moments
-    return torch.empty_like(mean, memory_format=memory_format), empty(logvar), empty(prior_mean), empty(prior_logvar)
+
+def _is_packed(moments: Tensor, noise: Tensor | None) -> bool:
+    """Whether one op takes the packed moments as they are, which spares the views of their halves. Not where a graph or a batch is made."""
+    if moments.device.type != "cpu" or torch.compiler.is_compiling() or transformed():
+        return False
+    return moments.is_contiguous() and (noise is None or noise.is_contiguous())
 
 
-def _rows_fit(moments: Moments, dim: int) -> bool:
-    """Whether the kernel can view the halves of all the tensors as rows."""
-    if all(t is None or t.is_contiguous() for t in moments):
-        return True
-    return rows_fit([t for t in _all_halves(moments, dim) if t is not None])
+class _PackedSample(Function):
+    @staticmethod
+    def forward(
+        moments: Tensor, noise: Tensor | None, seed: Tensor | None, first: int, dim: int, free_bits: float, float32_sample: bool
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.genperf.gaussian_sample_packed(moments, noise, seed, first, dim, free_bits, float32_sample)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+        moments, noise, seed, *ctx.options = inputs
+        ctx.save_for_backward(moments, noise, seed)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_sample: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
+        moments, noise, seed = saved_tensors(ctx)
+        first, dim, free_bits, float32_sample = ctx.options
+        if grad_sample is None and grad_kl is None:
+            gradient = None
+        elif need_graph((grad_sample, grad_kl), (moments,)):
+
+            def reference(moments: Tensor) -> tuple[Tensor, Tensor]:
+                return gaussian_sample_reference(moments, None, None, None, noise, seed, first, dim, free_bits, float32_sample)
+
+            (gradient,) = differentiate(reference, (grad_sample, grad_kl), (moments,), (True,))
+        elif grad_sample is None or grad_sample.is_contiguous():
+            gradient = torch.ops.genperf.gaussian_sample_packed_backward(grad_sample, grad_kl, moments, noise, seed, first, dim, free_bits)
+        else:
+            gradient, *_ = _gradients((moments, None, None, None), noise, seed, grad_sample, grad_kl, first, dim, free_bits)
+        return gradient, None, None, None, None, None, None
 
 
 def gaussian_sample_reference(
@@ -294,7 +285,7 @@ def gaussian_sample_reference(
     """The op in plain PyTorch, differentiated by autograd."""
     dtype = accumulator_dtype(mean.dtype)
     sample_dtype = dtype if float32_sample else mean.dtype
-    mean, logvar = (t.to(dtype) for t in _halves(mean, logvar, dim))
+    mean, logvar = (t.to(dtype) for t in halves(mean, logvar, dim))
     logvar = clamp(logvar, *LOGVAR_RANGE)
     if noise is None:
         assert seed is not None
@@ -303,7 +294,7 @@ def gaussian_sample_reference(
     if prior_mean is None:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
     else:
-        prior_mean, prior_logvar = (t.to(dtype) for t in _halves(prior_mean, prior_logvar, dim))
+        prior_mean, prior_logvar = (t.to(dtype) for t in halves(prior_mean, prior_logvar, dim))
         prior_logvar = clamp(prior_logvar, *LOGVAR_RANGE)
         ratio = logvar - prior_logvar
         kl = 0.5 * ((mean - prior_mean).square() * torch.exp(-prior_logvar) + ratio.exp() - 1 - ratio)
@@ -331,3 +322,27 @@ def _(
 @register_fake("gaussian_sample_backward")
 def _(*arguments: object) -> None:
     pass
+
+
+@register_fake("gaussian_sample_packed")
+def _(
+    moments: Tensor, noise: Tensor | None, seed: Tensor | None, first: int, dim: int, free_bits: float, float32_sample: bool
+) -> tuple[Tensor, Tensor]:
+    shape = list(moments.shape)
+    shape[dim] //= 2
+    sample = moments.new_empty(shape, dtype=torch.float32 if float32_sample else moments.dtype)
+    return sample, moments.new_empty(moments.shape[0], dtype=torch.float32)
+
+
+@register_fake("gaussian_sample_packed_backward")
+def _(
+    grad_sample: Tensor | None,
+    grad_kl: Tensor | None,
+    moments: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    first: int,
+    dim: int,
+    free_bits: float,
+) -> Tensor:
+    return torch.empty_like(moments)

@@ -91,10 +91,9 @@ def perturb(
     if isinstance(scale, Tensor) and scale.numel() != 1:
         raise ValueError(f"{op}: scale must be a number or a tensor of one element, got shape {list(scale.shape)}.")
     dtype = accumulator_dtype(real.dtype)
-    with torch.no_grad():
-        # The std of fewer than two elements is NaN; 0 leaves them unchanged.
-        spread = real.to(dtype).std() if real.numel() > 1 else torch.zeros((), dtype=dtype, device=real.device)
-        spread = (scale * spread).to(dtype).reshape(())
+    # The std of fewer than two elements is NaN; 0 leaves them unchanged.
+    spread = real.detach().to(dtype).std() if real.numel() > 1 else torch.zeros((), dtype=dtype, device=real.device)
+    spread = (scale.detach() * spread).to(dtype).reshape(()) if isinstance(scale, Tensor) else scale * spread
     return _mix(op, real, None, spread, weight, generator, impl)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _library
 from .._choices import Impl
-from ._autograd import Function, apply, differentiate, need_function, need_graph, saved_tensors
+from ._autograd import Function, apply, differentiate, need_function, need_graph, saved_tensors, transformed
 from ._dispatch import Reasons, choose_impl, register_fake, remembered
 from ._layout import as_positions
 from ._precision import accumulator_dtype, full_float32, normalized
@@ -145,8 +145,10 @@ def code_mass(
 
 
 def _is_small(x: Tensor, channel: int, mask: Tensor | None, group: int) -> bool:
-    """Whether one kernel computes the op. Not for torch.compile, whose sizes vary."""
-    if torch.compiler.is_compiling() or _library.cpu_failure is not None or x.device.type != "cpu" or x.dtype == torch.float64:
+    """Whether one kernel computes the op. Not where a graph or a batch is made."""
+    if torch.compiler.is_compiling() or transformed() or _library.cpu_failure is not None:
+        return False
+    if x.device.type != "cpu" or x.dtype == torch.float64:
         return False
     bits, size = x.shape[channel], x.numel()
     # For every vector, the codes of each group.

@@ -441,6 +441,12 @@ def test_contract(device):
             (grads[0], grads[1], None, None, noise, None, mean, logvar, None, None, None, seed, 3, 0.0),
         ],
     )
+    if device == "cpu":
+        both = torch.cat([mean, logvar], 1)
+        testing.check_op("gaussian_sample_packed", [(both, None, seed, 3, 1, 0.0, False), (both.half(), noise, None, 0, 1, 0.1, True)])
+        kl_grad = torch.ones(2)
+        backward = [(noise, kl_grad, both, None, seed, 3, 1, 0.0), (None, kl_grad, both, noise, None, 0, 1, 0.1)]
+        testing.check_op("gaussian_sample_packed_backward", backward)
 
 
 @pytest.mark.once

@@ -6,6 +6,7 @@ import torch
 
 import genperf
 from genperf import testing
+from genperf.ops._noise import uniform_weights
 
 pytestmark = pytest.mark.compiled
 
@@ -63,6 +64,17 @@ def test_one_weight_per_sample(device):
     assert abs(weight.mean() - 0.5) < 4.5 * math.sqrt(1 / 12 / 5000)
     assert weight.min() >= 0
     assert weight.max() < 1
+
+
+@pytest.mark.parametrize("first", [0, 2**32 - 20])
+def test_drawn_weights_of_many_samples(first, device):
+    real, fake = torch.ones(75, 1, device=device), torch.zeros(75, 1, device=device)
+    torch.manual_seed(6)
+    with genperf.sample_offset(first):
+        mixed = genperf.interpolate(real, fake)
+    torch.manual_seed(6)
+    seed = torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)
+    assert torch.equal(mixed[:, 0], uniform_weights(seed, 75, first))
 
 
 def test_gradients_are_the_weights(device):
