@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """genperf.compat.torchmetrics against torchmetrics, with a small module in place of Inception."""
 
-import multiprocessing
 import pickle
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from processes import forked_context
 from torch import nn
 
 import genperf
@@ -251,7 +251,7 @@ def _half_of_the_images(rank, store, results):
 
 
 def test_ranks_are_synchronized(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = forked_context()
     results = context.SimpleQueue()
     processes = [context.Process(target=_half_of_the_images, args=(rank, tmp_path / "store", results), daemon=True) for rank in range(2)]
     for process in processes:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import itertools
-import multiprocessing
 import pickle
 
 import pytest
 import torch
+from processes import forked_context
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -480,7 +480,7 @@ def test_ranks_match_one_process_on_the_global_batch(tmp_path):
 
     With gather=False each rank is a process of its own.
     """
-    context = multiprocessing.get_context("spawn")
+    context = forked_context()
     results = context.SimpleQueue()
     processes = [context.Process(target=_train, args=(rank, tmp_path / "store", results), daemon=True) for rank in range(2)]
     for process in processes:

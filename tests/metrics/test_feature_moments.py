@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from processes import forked_context
 from torch import distributed as dist
 from torch import multiprocessing
 
@@ -293,7 +294,7 @@ def _synchronize(rank, path, results):
 
 
 def test_sync_of_uneven_ranks(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = forked_context()
     results = context.SimpleQueue()
     processes = [context.Process(target=_synchronize, args=(rank, tmp_path / "store", results), daemon=True) for rank in range(2)]
     for process in processes:
@@ -360,4 +361,5 @@ def train_with_metric(rank):
 
 
 def test_metric_inside_a_distributed_module_keeps_the_sums_of_its_rank(tmp_path):
-    multiprocessing.spawn(run_rank, (tmp_path / "store",), nprocs=2)
+    forked_context()
+    multiprocessing.start_processes(run_rank, (tmp_path / "store",), nprocs=2, start_method="forkserver")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from processes import forked_context
 from torch import distributed as dist
-from torch import multiprocessing
 from torch.nn import functional as F
 
 from genperf.models.discrete_vae import DiscreteVAE
@@ -333,7 +333,7 @@ def _share(rank, folder):
 
 
 def test_two_ranks_match_one_process_on_the_global_batch(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = forked_context()
     processes = [context.Process(target=_share, args=(rank, tmp_path), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()

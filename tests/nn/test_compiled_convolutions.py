@@ -182,8 +182,10 @@ def test_at_a_second_image_size(device):
     compare(parts, [(2, 3, *image) for image in IMAGES], device, dynamic=None, recompiles=True)
 
 
-# In the order of the model the loops between two calls of a library are one C++ file, which compiles faster without vectors.
+# In the order of the model the loops between two calls of a library are one C++ file, which compiles faster without vectors. With
+# symbolic floats, which ops/test_compiled_floats.py has, the model is traced twice.
 @torch._inductor.config.patch({"reorder_for_peak_memory": False, "cpp.simdlen": 1})
+@torch._dynamo.config.patch(specialize_float=True)
 def compare(parts, sizes, device, dynamic, recompiles):
     torch._dynamo.reset()
     eager = BetweenConvolutions(parts).to(device)
