@@ -28,8 +28,8 @@ struct Strided {
 
 namespace product {
 
-constexpr int64_t kSteps = 64;   // terms per float32 partial sum
-constexpr int kRows = 4;         // of a tile
+constexpr int64_t kSteps = 64;  // terms per float32 partial sum
+constexpr int kRows = 4;        // of a tile
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kVectors = 4;
 #else
