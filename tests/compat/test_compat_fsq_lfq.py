@@ -178,6 +178,7 @@ def test_lfq(case, training, device):
 def test_lfq_breakdown_alone_does_not_communicate(monkeypatch):
     """Only some ranks may ask for the breakdown, so it must not communicate."""
     all_reduced = []
+    monkeypatch.setattr("genperf.nn.lookup_free_quantizer.world_size", lambda: 2)
     monkeypatch.setattr("genperf.nn.lookup_free_quantizer.global_sum", lambda mass: all_reduced.append(mass) or mass)
     x = torch.randn(2, 30, 4)
     _, expected = LFQ(codebook_size=16)(x, return_loss_breakdown=True)
