@@ -110,13 +110,17 @@ def machine(rows: list[dict]) -> str:
 
 
 def ceilings(rows: list[dict]) -> str:
-    """The measured ceilings of the machine, "" where none was measured."""
-    found = []
+    """The measured ceilings of the machine, the highest where rows of several runs are joined; "" where none was measured."""
+    fastest: dict[str, dict] = {}
     for row in rows:
-        if row["op"] == "ceiling":
-            rate = f"{row['flops'] / row['ms'] / 1e6:.0f} GFLOP/s" if "flops" in row else f"{row['bytes'] / row['ms'] / 1e6:.1f} GB/s"
-            found.append(f"{row['workload']} {rate}")
-    return ", ".join(found)
+        if row["op"] == "ceiling" and row["ms"] <= fastest.get(row["workload"], row)["ms"]:
+            fastest[row["workload"]] = row
+    return ", ".join(
+        f"{workload} {row['flops'] / row['ms'] / 1e6:.0f} GFLOP/s"
+        if "flops" in row
+        else f"{workload} {row['bytes'] / row['ms'] / 1e6:.1f} GB/s"
+        for workload, row in fastest.items()
+    )
 
 
 def matrix_ceiling(rows: list[dict]) -> float | None:

@@ -32,6 +32,7 @@ def rows(tmp_path):
     entries = [
         measured("ceiling", "copy of 8 MB", "torch", 2.0, bytes=8_000_000),
         measured("ceiling", "float32 matrix product", "torch", 2.0, flops=6e8),
+        measured("ceiling", "float32 matrix product", "torch", 3.0, flops=6e8),  # of another run
         measured("ceiling", "float64 matrix product", "torch", 1.0, flops=6e9),
         measured("ceiling", "bfloat16 matrix product", "torch", 1.0, flops=6e8),
         measured("nearest_code", "A", "other", 4.0, wrong_rows=1 / 3200, extra_bytes=5_000_000, **sizes),
