@@ -103,20 +103,25 @@ def code_softmax(
                 check_index_range(op, indices, codebook.shape[-2])
             raise
         return found[0], found[1]
-    positions, codes = with_heads(x, codebook, channel)
-    mask, indices = _per_head(mask, positions), _per_head(indices, positions)
-    arguments = (positions, codes, mask, indices, logits, temperature, floor)
     if chosen == "reference":
-        found = code_softmax_reference(*arguments)
-    else:
-        found = apply(_CodeSoftmax, *arguments, None) if need_function(x, codebook) else _forward(*arguments, None)
-    mean, entropy = found[0], found[1]
-    return (mean, entropy) if codebook.dim() == 3 else (mean.squeeze(0), entropy if indices is not None else entropy.squeeze(0))
+        return _reference(x, codebook, mask, indices, logits, temperature, floor, channel)
+    arguments = (*_by_head(x, codebook, mask, indices, channel), logits, temperature, floor, None)
+    found = apply(_CodeSoftmax, *arguments) if need_function(x, codebook) else _forward(*arguments)
+    return _like_codebook(found[0], found[1], codebook)
 
 
-def _per_head(t: Tensor | None, positions: Tensor) -> Tensor | None:
-    """A mask or indices as [heads, outer, inner]."""
-    return None if t is None else t.reshape(positions.shape[0], positions.shape[1], positions.shape[3])
+def _by_head(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, indices: Tensor | None, channel: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`with_heads`, and the mask and indices as [heads, outer, inner]."""
+    positions, codes = with_heads(x, codebook, channel)
+    sizes = positions.shape[0], positions.shape[1], positions.shape[3]
+    return positions, codes, None if mask is None else mask.reshape(sizes), None if indices is None else indices.reshape(sizes)
+
+
+def _like_codebook(mean: Tensor, entropy: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Results [heads], or scalars for a codebook [K, D]. An empty entropy stays as it is, since its dimension is not of size 1."""
+    return (mean, entropy) if codebook.dim() == 3 else (mean.squeeze(0), entropy.squeeze(0))
 
 
 def _forward(
@@ -188,13 +193,11 @@ def _reference(
     floor: float,
     channel: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """`code_softmax_reference` of what `_forward` takes."""
+    """`code_softmax_reference` of what `_forward` takes, with results of the same shapes."""
     if channel is None:
         return code_softmax_reference(x, codebook, mask, indices, logits, temperature, floor)
-    positions, codes = with_heads(x, codebook, channel)
-    mask, indices = _per_head(mask, positions), _per_head(indices, positions)
-    mean, entropy = code_softmax_reference(positions, codes, mask, indices, logits, temperature, floor)
-    return (mean, entropy) if codebook.dim() == 3 else (mean.squeeze(0), entropy if indices is not None else entropy.squeeze(0))
+    found = code_softmax_reference(*_by_head(x, codebook, mask, indices, channel), logits, temperature, floor)
+    return _like_codebook(*found, codebook)
 
 
 def code_softmax_reference(
