@@ -42,11 +42,16 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> Reasons:
     return {"native": _library.cpu_failure, "reference": None}
 
 
-def with_heads(x: Tensor, codebook: Tensor, channel: int) -> tuple[Tensor, Tensor]:
-    """View x as [heads, outer, D, inner] and the codebook as [heads, K, D]; a [K, D] codebook is one head."""
+def by_head(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, indices: Tensor | None, channel: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """x as [heads, outer, D, inner], codebook as [heads, K, D], mask and indices as [heads, outer, inner]; [K, D] codes are of one head."""
     if codebook.dim() == 2:
-        return as_positions(x, channel).unsqueeze(0), codebook.unsqueeze(0)
-    return _as_head_positions(x, channel), codebook
+        x, codebook = as_positions(x, channel).unsqueeze(0), codebook.unsqueeze(0)
+    else:
+        x = _as_head_positions(x, channel)
+    sizes = x.shape[0], x.shape[1], x.shape[3]
+    return x, codebook, None if mask is None else mask.reshape(sizes), None if indices is None else indices.reshape(sizes)
 
 
 def is_small(x: Tensor, codebook: Tensor, *per_position: Tensor | None) -> bool:
@@ -105,18 +110,9 @@ def code_softmax(
         return found[0], found[1]
     if chosen == "reference":
         return _reference(x, codebook, mask, indices, logits, temperature, floor, channel)
-    arguments = (*_by_head(x, codebook, mask, indices, channel), logits, temperature, floor, None)
+    arguments = (*by_head(x, codebook, mask, indices, channel), logits, temperature, floor, None)
     found = apply(_CodeSoftmax, *arguments) if need_function(x, codebook) else _forward(*arguments)
     return _like_codebook(found[0], found[1], codebook)
-
-
-def _by_head(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, indices: Tensor | None, channel: int
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """`with_heads`, and the mask and indices as [heads, outer, inner]."""
-    positions, codes = with_heads(x, codebook, channel)
-    sizes = positions.shape[0], positions.shape[1], positions.shape[3]
-    return positions, codes, None if mask is None else mask.reshape(sizes), None if indices is None else indices.reshape(sizes)
 
 
 def _like_codebook(mean: Tensor, entropy: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,7 +192,7 @@ def _reference(
     """`code_softmax_reference` of what `_forward` takes, with results of the same shapes."""
     if channel is None:
         return code_softmax_reference(x, codebook, mask, indices, logits, temperature, floor)
-    found = code_softmax_reference(*_by_head(x, codebook, mask, indices, channel), logits, temperature, floor)
+    found = code_softmax_reference(*by_head(x, codebook, mask, indices, channel), logits, temperature, floor)
     return _like_codebook(*found, codebook)
 
 

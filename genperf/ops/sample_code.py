@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._choices import Impl, Logits
 from ._autograd import call
-from ._code_softmax import check_arguments, is_small, logits_reference, unavailable, with_heads
+from ._code_softmax import by_head, check_arguments, is_small, logits_reference, unavailable
 from ._code_softmax_chunks import FORMS
 from ._dispatch import choose_impl
 from ._layout import positions_shape
@@ -80,10 +80,8 @@ def draw_codes(
     seed = draw_seed(op, x.device, generator) if temperature > 0 else None
     if chosen != "reference" and is_small(x, codebook, mask):
         return call(torch.ops.genperf.small_sample_code, x, codebook, mask, seed, first, FORMS[logits], float(temperature), channel)
-    positions, codes = with_heads(x, codebook, channel)
-    if mask is not None:
-        mask = mask.reshape(positions.shape[0], positions.shape[1], positions.shape[3])
-    arguments = (positions, codes, mask, seed, first, logits, float(temperature))
+    positions, codes, of_positions, _ = by_head(x, codebook, mask, None, channel)
+    arguments = (positions, codes, of_positions, seed, first, logits, float(temperature))
     found = sample_code_reference(*arguments) if chosen == "reference" else call(torch.ops.genperf.sample_code, *arguments)
     return found.reshape(positions_shape(x, channel))
 
